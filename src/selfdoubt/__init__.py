@@ -1,0 +1,65 @@
+"""selfdoubt makes any PyTorch model, LLMs first, know what it doesn't know.
+
+Wrap a model, call it as before, and ask for the risk beside the answer::
+
+    from selfdoubt import vote
+    wrapped = vote.Wrapper(n_voters=3)(model)
+    y, risk = wrapped(x, return_risk=True)
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from selfdoubt import errors, risk, sample, sculpt, vote
+    from selfdoubt.errors import SelfdoubtError
+    from selfdoubt.forecast import Forecast
+    from selfdoubt.lm.answer import Answer, Token
+    from selfdoubt.lm.model import RiskAwareLM
+    from selfdoubt.members import Wrapped
+    from selfdoubt.storage import load, save
+
+__all__ = [
+    "Answer",
+    "Forecast",
+    "RiskAwareLM",
+    "SelfdoubtError",
+    "Token",
+    "Wrapped",
+    "__version__",
+    "errors",
+    "load",
+    "risk",
+    "sample",
+    "save",
+    "sculpt",
+    "vote",
+]
+
+_HOMES = {
+    "Answer": "selfdoubt.lm.answer",
+    "Forecast": "selfdoubt.forecast",
+    "RiskAwareLM": "selfdoubt.lm.model",
+    "SelfdoubtError": "selfdoubt.errors",
+    "Token": "selfdoubt.lm.answer",
+    "Wrapped": "selfdoubt.members",
+    "load": "selfdoubt.storage",
+    "save": "selfdoubt.storage",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # Lazy, so that the command line can print its help without importing torch.
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    if name in __all__:
+        return import_module(f"selfdoubt.{name}")
+    raise AttributeError(f"module 'selfdoubt' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,79 @@
+"""What can go wrong, as one tree. Every message says what was wanted, what was found, and the repair.
+
+SelfdoubtError
+├── ConfigError          a setting outside its range
+├── TargetError          a parameter filter that hits nothing
+├── WrapError            a model that this wrapper cannot wrap
+├── CaptureError         a model that cannot be compiled as one graph
+├── ShapeError           rows, members or classes that do not fit
+├── NonFiniteError       NaN or infinity where a risk is computed
+├── PromptError          an empty or over-long prompt
+├── LoadError            a model or adapter that cannot be read
+│   └── BaseMismatchError    an adapter made for another base model
+└── MissingExtraError    an optional dependency that is not installed
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+
+class SelfdoubtError(Exception):
+    """The root of all errors this library raises on purpose."""
+
+
+class ConfigError(SelfdoubtError, ValueError):
+    """A setting is outside its range."""
+
+
+class TargetError(SelfdoubtError, ValueError):
+    """A parameter filter hits nothing."""
+
+
+class WrapError(SelfdoubtError, TypeError):
+    """This wrapper cannot wrap this model."""
+
+
+class CaptureError(SelfdoubtError, RuntimeError):
+    """The model cannot be compiled as one graph."""
+
+
+class ShapeError(SelfdoubtError, ValueError):
+    """Rows, members or classes do not fit."""
+
+
+class NonFiniteError(SelfdoubtError, ArithmeticError):
+    """NaN or infinity where a risk was asked for: it never becomes one."""
+
+
+class PromptError(SelfdoubtError, ValueError):
+    """A prompt is empty or too long."""
+
+
+class LoadError(SelfdoubtError, OSError):
+    """A model or an adapter cannot be read."""
+
+
+class BaseMismatchError(LoadError):
+    """An adapter was made for another base model."""
+
+
+class MissingExtraError(SelfdoubtError, ImportError):
+    """An optional dependency is not installed."""
+
+
+def require(module: str, extra: str) -> ModuleType:
+    """Import an optional dependency, or say in one line how to install it.
+
+    Raises:
+        MissingExtraError: If the module is not installed.
+    """
+    from importlib import import_module
+
+    try:
+        return import_module(module)
+    except ModuleNotFoundError as error:
+        raise MissingExtraError(
+            f"this needs the package {error.name!r}, which is not installed; "
+            f'install it with: pip install "selfdoubt[{extra}]"'
+        ) from None

@@ -1,0 +1,168 @@
+"""What a change of a leaf's parameters, one per member, adds to its output, for all members at once.
+
+Each kernel computes ``delta_m(x_m)``, linear in the deviation, for the leaves in ``KERNELS``; ``loop`` runs any other
+leaf once per member. Rows are member-major, so a leaf's input folds to ``(members, rows_per_member, ...)``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Shaped
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from selfdoubt.errors import WrapError
+from selfdoubt.members import unfold
+from selfdoubt.targets import Leaf
+from selfdoubt.tree import tree_map
+
+#: Deviations by parameter name, ``(members, *parameter.shape)``; low rank: "weight_a" and "weight_b".
+Deviations = Mapping[str, Float[Tensor, "members ..."]]
+Kernel = Callable[[nn.Module, Tensor, Deviations], Tensor]
+
+
+def _members(deviations: Deviations) -> int:
+    return next(iter(deviations.values())).shape[0]
+
+
+def linear(leaf: nn.Module, x: Float[Tensor, "rows *t in"], deviations: Deviations) -> Float[Tensor, "rows *t out"]:
+    """``x_m W_m^T + b_m``, or with low rank ``x_m A_m^T B_m + b_m`` for A ``(m, r, in)`` and B ``(m, r, out)``."""
+    folded = x.reshape(_members(deviations), -1, x.shape[-1])
+    delta = None
+    if "weight" in deviations:
+        weight = deviations["weight"]
+        delta = folded @ (weight if is_transposed(leaf) else weight.transpose(1, 2))
+    elif "weight_a" in deviations:
+        delta = folded @ deviations["weight_a"].transpose(1, 2) @ deviations["weight_b"]
+    if "bias" in deviations:
+        bias = deviations["bias"][:, None]
+        delta = bias.expand(-1, folded.shape[1], -1) if delta is None else delta + bias
+    assert delta is not None
+    return delta.reshape(*x.shape[:-1], delta.shape[-1])
+
+
+def embedding(leaf: nn.Module, ids: Shaped[Tensor, "rows *t"], deviations: Deviations) -> Float[Tensor, "rows *t d"]:
+    """Each member looks its rows up in its own table, ``(m, entries, d)`` or factors ``(m, entries, r) (m, r, d)``."""
+    folded = unfold(ids, _members(deviations))
+    member = torch.arange(len(folded), device=ids.device).view(-1, *[1] * (folded.ndim - 1))
+    if "weight" in deviations:
+        return deviations["weight"][member, folded].flatten(0, 1)
+    looked_up = deviations["weight_a"][member, folded]
+    return (looked_up.flatten(1, -2) @ deviations["weight_b"]).reshape(*ids.shape, -1)
+
+
+def convolution(leaf: nn.Module, x: Float[Tensor, "rows c *space"], deviations: Deviations) -> Tensor:
+    """One grouped convolution: members side by side in the channels."""
+    assert isinstance(leaf, (nn.Conv1d, nn.Conv2d))
+    members = _members(deviations)
+    folded = unfold(x, members)
+    delta = None
+    if "weight" in deviations:
+        conv = F.conv1d if isinstance(leaf, nn.Conv1d) else F.conv2d
+        side_by_side = folded.transpose(0, 1).flatten(1, 2)
+        out = conv(
+            side_by_side, deviations["weight"].flatten(0, 1), None, leaf.stride, leaf.padding, leaf.dilation,
+            members * leaf.groups,
+        )  # fmt: skip
+        delta = out.unflatten(1, (members, -1)).transpose(0, 1).flatten(0, 1)
+    if "bias" in deviations:
+        space = [1] * (x.ndim - 2)
+        bias = deviations["bias"].repeat_interleave(folded.shape[1], 0).view(len(x), -1, *space)
+        delta = bias if delta is None else delta + bias
+    assert delta is not None
+    return delta
+
+
+def norm(leaf: nn.Module, x: Float[Tensor, "rows ..."], deviations: Deviations) -> Float[Tensor, "rows ..."]:
+    """``normalised(x_m) * w_m + b_m`` for LayerNorm and RMSNorm."""
+    assert isinstance(leaf, (nn.LayerNorm, nn.RMSNorm))
+    shape = list(leaf.normalized_shape)
+    folded = unfold(x, _members(deviations))
+    middle = [1] * (folded.ndim - 1 - len(shape))
+    delta = None
+    if "weight" in deviations:
+        normalised = (
+            F.layer_norm(folded, shape, None, None, leaf.eps)
+            if isinstance(leaf, nn.LayerNorm)
+            else F.rms_norm(folded, shape, None, leaf.eps)
+        )
+        delta = normalised * deviations["weight"].view(len(folded), *middle, *shape)
+    if "bias" in deviations:
+        bias = deviations["bias"].view(len(folded), *middle, *shape)
+        delta = bias.expand_as(folded) if delta is None else delta + bias
+    assert delta is not None
+    return delta.flatten(0, 1)
+
+
+KERNELS: dict[type[nn.Module], Kernel] = {
+    nn.Linear: linear,
+    nn.modules.linear.NonDynamicallyQuantizableLinear: linear,
+    nn.Embedding: embedding,
+    nn.Conv1d: convolution,
+    nn.Conv2d: convolution,
+    nn.LayerNorm: norm,
+    nn.RMSNorm: norm,
+}
+
+
+def kernel_of(leaf: nn.Module) -> Kernel | None:
+    """The kernel for exactly this type (a subclass may compute something else), or None: then ``loop`` serves."""
+    if is_quantized(leaf) or is_transposed(leaf):
+        return linear
+    if isinstance(leaf, (nn.Conv1d, nn.Conv2d)) and leaf.padding_mode != "zeros":
+        return None
+    if isinstance(leaf, nn.Embedding) and leaf.max_norm is not None:
+        return None
+    return KERNELS.get(type(leaf))
+
+
+def is_transposed(leaf: nn.Module) -> bool:
+    """Whether this is Hugging Face's ``Conv1D``: a linear layer with its weight stored as ``(in, out)``."""
+    return type(leaf).__name__ == "Conv1D" and type(leaf).__module__ == "transformers.pytorch_utils"
+
+
+def is_quantized(leaf: nn.Module) -> bool:
+    """Whether this is a linear layer with packed weights (bitsandbytes): its weight has neither shape nor gradient."""
+    return isinstance(leaf, nn.Linear) and type(leaf).__module__.startswith("bitsandbytes")
+
+
+def loop(
+    leaf: nn.Module, deviations: Deviations, alpha: float, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """Run the leaf once per member with its own parameters: slow, and right for any leaf with the batch first."""
+    members = _members(deviations)
+    own = dict(leaf.named_parameters())
+    rows = next(a for a in (*args, *kwargs.values()) if isinstance(a, Tensor) and a.ndim).shape[0]
+
+    def share(x: Any, m: int) -> Any:
+        return unfold(x, members)[m] if isinstance(x, Tensor) and x.ndim and len(x) == rows else x
+
+    outputs = []
+    for m in range(members):
+        changed = {name: own[name] + alpha * deviation[m].to(own[name].dtype) for name, deviation in deviations.items()}
+        mine = tree_map(lambda x, m=m: share(x, m), (args, kwargs))
+        outputs.append(functional_call(leaf, changed, *mine))
+    return tree_map(lambda *xs: torch.cat(xs) if isinstance(xs[0], Tensor) else xs[0], *outputs)
+
+
+def check_rows(leaf: Leaf) -> None:
+    """Members are rows of dimension 0: a leaf that sees time there, or an unknown choice of rows, cannot have members.
+
+    Raises:
+        WrapError: If the leaf has ``batch_first=False`` or is one expert of a routed mixture.
+    """
+    if getattr(leaf.module, "batch_first", True) is False:
+        raise WrapError(
+            f"{leaf.name} is {type(leaf.module).__name__} with batch_first=False, and members need the batch in "
+            "dimension 0; build it with batch_first=True"
+        )
+    if re.search(r"(^|\.)experts\.\d+(\.|$)", leaf.name):
+        raise WrapError(
+            f"{leaf.name} is one expert of a mixture and sees routed tokens, not rows; "
+            'leave the experts out, e.g. param_filter="q_proj|v_proj"'
+        )

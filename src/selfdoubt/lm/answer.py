@@ -1,0 +1,132 @@
+"""What a person gets: tokens with their doubt, and an answer with named scores. All scores grow with doubt."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from statistics import fmean
+from typing import Any, Literal
+
+from selfdoubt.errors import ConfigError
+
+#: The single score that stands for an answer's doubt, and the one that colours a token; chosen by ``benchmarks/quality.py``.
+DEFAULT_RISK = "question_mean_nll"
+TOKEN_RISK = "total"
+
+
+@dataclass(frozen=True)
+class Alternative:
+    """A token that could have stood in the chosen one's place."""
+
+    text: str
+    id: int
+    probability: float
+
+
+@dataclass(frozen=True)
+class Token:
+    """One token and the doubt about it. Entropies and log-probabilities are in nats.
+
+    ``text`` is the piece this token adds to the text; it is empty while a character of several bytes is not complete.
+    """
+
+    text: str
+    id: int
+    logprob: float  #: of this token under the mean distribution, <= 0
+    total: float  #: entropy of the mean distribution, in [0, log vocabulary]
+    aleatoric: float  #: mean entropy of the members
+    epistemic: float  #: total - aleatoric, in [0, log members]
+    disagreement: float  #: share of members that would have chosen another token, in [0, 1]
+    spread: float  #: standard deviation over members of this token's probability, in [0, 0.5]
+    scale: float | None  #: predicted standard deviation of this token's logit (sculpt)
+    risk: float  #: the score that colours the token
+    alternatives: tuple[Alternative, ...] = ()
+
+    @property
+    def nll(self) -> float:
+        """Surprisal: minus the log-probability, nats."""
+        return -self.logprob
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An answer (or any scored text), the question's own words, and what both say about doubt.
+
+    ``question`` holds only the words that a person wrote, not the chat template around them.
+    """
+
+    text: str
+    tokens: tuple[Token, ...]
+    question: tuple[Token, ...]
+    scores: Mapping[str, float] = field(repr=False)  #: by the names in ``ANSWER_SCORES``
+    risk: float  #: the default score
+    risk_name: str
+    percentile: float | None  #: share of reference answers with a lower risk, in [0, 1]; None without reference answers
+    finish: Literal["stop", "length", "given"]
+
+    @property
+    def most_doubtful(self) -> Token | None:
+        """The token of the answer with the highest risk."""
+        return max(self.tokens, key=lambda token: token.risk, default=None)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON, without the tokens."""
+        return {
+            "text": self.text,
+            "risk": self.risk,
+            "risk_name": self.risk_name,
+            "percentile": self.percentile,
+            "finish": self.finish,
+            "scores": dict(self.scores),
+        }
+
+
+TokenScore = Callable[[Token], float | None]
+Pool = Callable[[Sequence[float]], float]
+
+_TOKEN_SCORES: dict[str, TokenScore] = {
+    "nll": lambda t: t.nll,
+    "total": lambda t: t.total,
+    "aleatoric": lambda t: t.aleatoric,
+    "epistemic": lambda t: t.epistemic,
+    "disagreement": lambda t: t.disagreement,
+    "spread": lambda t: t.spread,
+    "scale": lambda t: t.scale,
+}
+_POOLS: dict[str, Pool] = {"sum": math.fsum, "mean": fmean, "max": max}
+
+#: Answer scores by name: ``[question_]{sum|mean|max}_{token score}``. Well-known ones under these names: ``sum_nll`` is
+#: minus the log of the sequence probability (MSP), ``mean_nll`` the log of perplexity, ``mean_total`` the mean token
+#: entropy, ``question_mean_nll`` the surprisal of the question.
+ANSWER_SCORES: dict[str, tuple[bool, Pool, TokenScore]] = {
+    f"{'question_' if of_question else ''}{pool}_{name}": (of_question, _POOLS[pool], score)
+    for of_question in (False, True)
+    for pool in _POOLS
+    for name, score in _TOKEN_SCORES.items()
+    if not (of_question and pool == "sum")
+}
+
+
+def answer_scores(answer: Sequence[Token], question: Sequence[Token]) -> dict[str, float]:
+    """All scores that these tokens allow: without a question, or without a sculpt, some are absent."""
+    scores = {}
+    for name, (of_question, pool, score) in ANSWER_SCORES.items():
+        values = [v for t in (question if of_question else answer) if (v := score(t)) is not None]
+        if values:
+            scores[name] = pool(values)
+    return scores
+
+
+def pick_risk(scores: Mapping[str, float], name: str) -> tuple[float, str]:
+    """The risk of this name; without a question, the same score of the answer.
+
+    Raises:
+        ConfigError: If there is no such score.
+    """
+    if name not in ANSWER_SCORES:
+        raise ConfigError(f"no answer score is called {name!r}; choose one of {', '.join(sorted(ANSWER_SCORES))}")
+    for candidate in (name, name.removeprefix("question_"), "mean_nll", "question_mean_nll"):
+        if candidate in scores:
+            return scores[candidate], candidate
+    raise ConfigError(f"the score {name!r} needs at least one token, got an empty answer and question")

@@ -1,0 +1,183 @@
+"""The token loop, on ids alone: no text, no model library.
+
+``read`` scores a prompt while it is read; ``decode`` chooses the next tokens. All members follow the same tokens, those
+of the mean distribution.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from selfdoubt import risk
+from selfdoubt.errors import ConfigError
+from selfdoubt.lm.stepper import Logits, Stepper
+
+Finish = Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen.
+
+    Args:
+        temperature: 0 takes the most probable token; above 0 sharpens or flattens the mean distribution.
+        top_p: Draw from the smallest set of tokens that holds this share of probability, in (0, 1].
+        max_tokens: Most tokens of an answer, at least 1.
+        stop_ids: Tokens that end an answer; they are not part of it.
+        alternatives: How many of the most probable tokens are told with each token.
+
+    Raises:
+        ConfigError: If a setting is out of range.
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    max_tokens: int = 256
+    stop_ids: frozenset[int] = frozenset()
+    alternatives: int = 5
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < float("inf"):
+            raise ConfigError(f"temperature must be finite and at least 0, got {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            raise ConfigError(f"top_p must be above 0 and at most 1, got {self.top_p}")
+        if self.max_tokens < 1:
+            raise ConfigError(f"max_tokens must be at least 1, got {self.max_tokens}")
+        if self.alternatives < 0:
+            raise ConfigError(f"alternatives must not be negative, got {self.alternatives}")
+
+
+class ScoredId(NamedTuple):
+    """A token id with its scores (see ``risk.TokenScores``) and the most probable ids in its place."""
+
+    id: int
+    logprob: float
+    total: float
+    aleatoric: float
+    epistemic: float
+    disagreement: float
+    spread: float
+    scale: float | None
+    alternatives: tuple[tuple[int, float], ...]  #: (id, log-probability), the most probable first
+
+
+class Event(NamedTuple):
+    """One step of one sequence: a token, or the end."""
+
+    sequence: int
+    token: ScoredId | None
+    finish: Finish | None
+
+
+def read(
+    stepper: Stepper, prompts: Sequence[Sequence[int]], alternatives: int = 0
+) -> tuple[list[list[ScoredId | None]], Logits]:
+    """Read prompts and score every token of them but the first, which nothing predicts (None).
+
+    Returns:
+        The scored tokens of each prompt, and what comes next, ``(members, batch, classes)``.
+    """
+    width = max(len(p) for p in prompts)
+    scored: list[list[ScoredId | None]] = [[None] for _ in prompts]
+    ids = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts])
+    last: Logits | None = None
+    for first, piece in stepper.start(prompts):
+        columns = piece.logits.shape[2]
+        # Column c predicts the token at c + 1; the last column of all predicts the first new token.
+        known = min(columns, width - 1 - first)
+        if known > 0:
+            chosen = ids[:, first + 1 : first + 1 + known].to(piece.logits.device)
+            now = Logits(*(None if x is None else x[:, :, :known] for x in piece))  # type: ignore[arg-type]
+            for sequence, tokens in enumerate(_scored(now, chosen, alternatives)):
+                start = width - len(prompts[sequence])
+                scored[sequence] += [t for c, t in enumerate(tokens) if first + c >= start]
+        last = Logits(*(None if x is None else x[:, :, -1] for x in piece))  # type: ignore[arg-type]
+    assert last is not None
+    return scored, last
+
+
+def decode(stepper: Stepper, following: Logits, lengths: Sequence[int], sampling: Sampling, seeds: Sequence[int]) -> Iterator[Event]:
+    """Choose tokens until every sequence has ended.
+
+    Args:
+        stepper: Has read the prompts.
+        following: What comes next after the prompts.
+        lengths: Tokens in each prompt.
+        sampling: How tokens are chosen.
+        seeds: One for each sequence: its draws depend on its own seed only, not on the batch around it.
+    """
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    alive = list(range(len(lengths)))
+    room = [min(sampling.max_tokens, (stepper.context or 2**62) - n) for n in lengths]
+    done = 0
+    while True:
+        draws = [torch.rand((), generator=generators[s], dtype=torch.float64) for s in alive]
+        chosen = choose(risk.mix(following.logits), sampling, torch.stack(draws))
+        ids = chosen.tolist()
+        tokens = _scored(following, chosen[:, None], sampling.alternatives)
+        done += 1
+        survivors = []
+        for position, sequence in enumerate(alive):
+            if ids[position] in sampling.stop_ids:
+                yield Event(sequence, None, "stop")
+                continue
+            ends = done >= room[sequence]
+            yield Event(sequence, tokens[position][0], "length" if ends else None)
+            if not ends:
+                survivors.append(position)
+        if not survivors:
+            return
+        if len(survivors) < len(alive):
+            stepper.keep(survivors)
+            alive = [alive[p] for p in survivors]
+            chosen = chosen[survivors]
+        following = stepper.step(chosen)
+
+
+def choose(
+    logits: Float[Tensor, "batch classes"], sampling: Sampling, uniform: Float[Tensor, " batch"]
+) -> Int[Tensor, " batch"]:
+    """The next token of each sequence: the most probable, or by inverting the distribution function at ``uniform``."""
+    if sampling.temperature == 0:
+        return logits.argmax(-1)
+    probs = (logits.double() / sampling.temperature).softmax(-1)
+    ordered, order = probs.sort(-1, descending=True, stable=True)
+    below = ordered.cumsum(-1) - ordered
+    ordered = ordered.masked_fill(below >= sampling.top_p, 0)
+    cumulative = ordered.cumsum(-1)
+    target = uniform.to(cumulative.device)[:, None] * cumulative[:, -1:]
+    index = torch.searchsorted(cumulative, target, right=True).clamp_max(logits.shape[-1] - 1)
+    return order.gather(-1, index).squeeze(-1)
+
+
+def _scored(following: Logits, chosen: Int[Tensor, "batch t"], alternatives: int) -> list[list[ScoredId]]:
+    """Scores of chosen tokens, moved to the host in one go."""
+    logits = following.logits if following.logits.ndim == 4 else following.logits[:, :, None]
+    scores = risk.token_scores(logits, chosen)
+    columns = [s.double() for s in scores]
+    if following.scale is not None:
+        scale = following.scale if following.scale.ndim == 4 else following.scale[:, :, None]
+        index = chosen[None, ..., None].expand(len(scale), -1, -1, 1)
+        columns.append(scale.gather(-1, index).squeeze(-1).double().square().mean(0).sqrt())
+    if alternatives:
+        mixed = risk.mix(logits)
+        top = mixed.topk(min(alternatives, mixed.shape[-1]), -1)
+        logp = top.values.double() - mixed.double().logsumexp(-1, keepdim=True)
+        columns += [*top.indices.double().unbind(-1), *logp.unbind(-1)]
+    table = torch.stack([*columns, chosen.double()], -1).tolist()
+    n = len(scores)
+    has_scale = following.scale is not None
+
+    def token(row: list[float]) -> ScoredId:
+        rest = row[n + has_scale : -1]
+        half = len(rest) // 2
+        options = tuple((int(i), p) for i, p in zip(rest[:half], rest[half:], strict=True))
+        return ScoredId(int(row[-1]), *row[:n], row[n] if has_scale else None, options)
+
+    return [[token(row) for row in rows] for rows in table]

@@ -1,0 +1,136 @@
+"""From a name or a folder to a causal language model and its tokenizer. The only importer of bitsandbytes."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from selfdoubt.errors import ConfigError, LoadError, require
+
+POCKET = "pocket"
+Quantization = Literal["nf4"]
+
+
+def load_model(
+    name: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype | str = "auto",
+    device: torch.device | str | None = None,
+    quantize: Quantization | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    token: str | None = None,
+) -> tuple[nn.Module, Any]:
+    """Load a Hugging Face causal language model, frozen and in evaluation mode, and its tokenizer.
+
+    Only safetensors weights are read, never pickles.
+
+    Args:
+        name: A folder, a name on the hub, or "pocket" for the small model inside this package.
+        dtype: "auto" takes the checkpoint's own, but bfloat16 for float16 on a CPU.
+        device: None takes a GPU where there is one.
+        quantize: "nf4" loads 4-bit weights by bitsandbytes (double quantisation, bfloat16 compute).
+        revision: A branch, tag or commit on the hub.
+        trust_remote_code: Run code that comes with the model.
+        token: A hub token for gated models; None takes ``HF_TOKEN``.
+
+    Raises:
+        LoadError: If the model is missing, gated, has no safetensors weights, or cannot be read.
+        ConfigError: If an option is unknown.
+        MissingExtraError: If transformers or bitsandbytes is not installed.
+    """
+    transformers = require("transformers", "lm")
+    source = resolve(name)
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    common: dict[str, Any] = {
+        "revision": revision,
+        "trust_remote_code": trust_remote_code,
+        "token": token or os.environ.get("HF_TOKEN"),
+        "local_files_only": Path(source).is_dir(),
+    }
+    options = dict(common, dtype=_dtype(dtype), use_safetensors=True)
+    if quantize is not None:
+        options |= _quantized(transformers, quantize, device)
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, **common)
+        model = transformers.AutoModelForCausalLM.from_pretrained(source, **options)
+    except Exception as error:
+        raise LoadError(_why(str(name), error)) from error
+    if quantize is None:
+        model = model.to(device)
+        if model.dtype == torch.float16 and device.type == "cpu":
+            model = model.to(torch.bfloat16)
+    if tokenizer.pad_token_id is None:
+        # Padding is masked out, so any token serves; the vocabulary must not grow.
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    return model.eval().requires_grad_(False), tokenizer
+
+
+def resolve(name: str | os.PathLike[str]) -> str:
+    """The folder or hub name to load.
+
+    Raises:
+        LoadError: If it looks like a folder and is not there, or is not a model folder.
+    """
+    text = os.fspath(name)
+    if text == POCKET and not Path(text).is_dir():
+        from selfdoubt import pocket
+
+        return str(pocket.folder())
+    path = Path(text).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise LoadError(f"{text} is not a model folder: it has no config.json; give a Hugging Face model folder")
+        return str(path)
+    if path.is_absolute() or text.startswith((".", "~")) or text.count("/") > 1 or path.exists() or not text:
+        raise LoadError(f"no model folder at {text!r}; give a folder with config.json, a hub name, or 'pocket'")
+    return text
+
+
+def _dtype(dtype: torch.dtype | str) -> torch.dtype | str:
+    if isinstance(dtype, torch.dtype) or dtype == "auto":
+        return dtype
+    found = getattr(torch, dtype, None)
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ConfigError(f"dtype must be auto, float32, bfloat16, float16 or float64, got {dtype!r}")
+    return found
+
+
+def _quantized(transformers: Any, quantize: str, device: torch.device) -> dict[str, Any]:
+    if quantize != "nf4":
+        raise ConfigError(f"quantize must be 'nf4' or None, got {quantize!r}")
+    require("bitsandbytes", "quant")
+    config = transformers.BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+    return {"quantization_config": config, "device_map": {"": str(device)}}
+
+
+def _why(name: str, error: Exception) -> str:
+    """One line for what transformers and the hub raise: what is wrong, and the repair."""
+    chain: list[str] = []
+    cause: BaseException | None = error
+    while cause is not None and len(chain) < 8:
+        chain.append(f"{type(cause).__name__}: {cause}")
+        cause = cause.__cause__ or cause.__context__
+    text = " ".join(" ".join(chain).split())
+    first = " ".join(str(error).split())[:200]
+    if "GatedRepo" in text or "gated repo" in text or "401 Client Error" in text and "gated" in text:
+        return f"{name} is gated: accept its licence on its page, then set HF_TOKEN to a token of your account"
+    if "RepositoryNotFound" in text or "is not a valid model identifier" in text:
+        return f"no model named {name!r} on the hub, or it is private: check the name, or set HF_TOKEN"
+    if "safetensors" in text and ("no file named" in text or "does not appear to have" in text):
+        return f"{name} has no safetensors weights, and pickled ones are never read: convert it with save_pretrained"
+    if "trust_remote_code" in text:
+        return f"{name} comes with its own code: read it, then pass trust_remote_code=True to run it"
+    if any(w in text for w in ("ConnectionError", "ConnectError", "LocalEntryNotFound", "OfflineMode", "couldn't connect")):
+        return f"{name!r} is not on this machine and the hub cannot be reached: give a folder, or check the network"
+    return f"{name} cannot be loaded ({type(error).__name__}: {first})"

@@ -1,0 +1,132 @@
+"""Token ids in, logits of all members out: one growing key-value cache for a batch of sequences times members.
+
+``Stepper`` is what decoding needs of a model; ``HFStepper`` is the one for Hugging Face. Rows in the cache are
+member-major, as everywhere.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from selfdoubt.errors import PromptError, WrapError
+from selfdoubt.members import Wrapped, expand, unfold
+
+#: Logits of a piece of prompt are at most this many numbers, whatever the vocabulary (128 MiB in float32).
+_CHUNK = 2**25
+
+
+class Logits(NamedTuple):
+    """What a model says next, and the standard deviation it predicts for each logit (None without a sculpt)."""
+
+    logits: Float[Tensor, "members batch *t classes"]
+    scale: Float[Tensor, "members batch *t classes"] | None
+
+
+class Stepper(Protocol):
+    """A model that reads prompts, then one token a sequence at a time."""
+
+    @property
+    def context(self) -> int | None:
+        """Most tokens in a sequence, or None."""
+
+    def start(self, prompts: Sequence[Sequence[int]]) -> Iterator[tuple[int, Logits]]:
+        """Read left-padded prompts in pieces; yields (first column, logits). Read it to its end before ``step``."""
+
+    def step(self, ids: Int[Tensor, " batch"]) -> Logits:
+        """Append one token to every sequence."""
+
+    def keep(self, sequences: Sequence[int]) -> None:
+        """Go on with these sequences of the batch only."""
+
+
+class HFStepper:
+    """A wrapped (or plain) Hugging Face causal language model with a key-value cache over all members."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.members = model.spec.members(training=False) if isinstance(model, Wrapped) else 1
+        self._model = model
+        base = model
+        while isinstance(base, Wrapped):
+            base = base.module
+        self._config = base.config.get_text_config()  # type: ignore[operator, union-attr]
+        self._device = next(base.parameters()).device
+        self._takes_positions = "position_ids" in inspect.signature(base.forward).parameters
+        self._cache: Any = None
+        self._mask: Tensor | None = None
+
+    @property
+    def context(self) -> int | None:
+        """Most tokens in a sequence, or None."""
+        limit = getattr(self._config, "max_position_embeddings", None)
+        return limit if isinstance(limit, int) and limit > 0 else None
+
+    @torch.inference_mode()
+    def start(self, prompts: Sequence[Sequence[int]]) -> Iterator[tuple[int, Logits]]:
+        """Read left-padded prompts in pieces; yields (first column, logits). Read it to its end before ``step``.
+
+        Raises:
+            PromptError: If a prompt is empty or does not fit the context.
+        """
+        width = max(len(p) for p in prompts)
+        if not min(len(p) for p in prompts):
+            raise PromptError("a prompt needs at least one token, got an empty one")
+        if self.context is not None and width >= self.context:
+            raise PromptError(
+                f"the prompt has {width} tokens, and the model reads at most {self.context} with its answer; shorten it"
+            )
+        padded = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts], device=self._device)
+        lengths = torch.tensor([len(p) for p in prompts], device=self._device)
+        mask = (torch.arange(width, device=self._device) >= width - lengths[:, None]).long()
+        # Without padding, models run faster (and just as right) when they are given no mask at all.
+        self._mask = expand(mask, self.members) if min(len(p) for p in prompts) < width else None
+        self._cache = None
+        rows = expand(padded, self.members)
+        columns = max(1, _CHUNK // (len(rows) * self._config.vocab_size))
+        for first in range(0, width, columns):
+            yield first, self._forward(rows[:, first : first + columns], first)
+
+    @torch.inference_mode()
+    def step(self, ids: Int[Tensor, " batch"]) -> Logits:
+        """Append one token to every sequence; logits are ``(members, batch, classes)``."""
+        first = self._cache.get_seq_length()
+        if self._mask is not None:
+            self._mask = torch.cat([self._mask, self._mask.new_ones(len(self._mask), 1)], dim=1)
+        logits, scale = self._forward(expand(ids[:, None], self.members), first)
+        return Logits(logits[:, :, -1], None if scale is None else scale[:, :, -1])
+
+    @torch.inference_mode()
+    def keep(self, sequences: Sequence[int]) -> None:
+        """Go on with these sequences of the batch only."""
+        batch = self._rows // self.members
+        index = torch.tensor(sequences, device=self._device)
+        rows = (torch.arange(self.members, device=self._device)[:, None] * batch + index).flatten()
+        self._cache.batch_select_indices(rows)
+        if self._mask is not None:
+            self._mask = self._mask[rows]
+
+    def _forward(self, rows: Int[Tensor, "rows t"], first: int) -> Logits:
+        self._rows = len(rows)
+        inputs: dict[str, Any] = {"input_ids": rows, "past_key_values": self._cache, "use_cache": True}
+        if self._mask is not None:
+            mask = self._mask[:, : first + rows.shape[1]]
+            inputs["attention_mask"] = mask
+            if self._takes_positions:
+                inputs["position_ids"] = (mask.cumsum(1) - 1).clamp_min(0)[:, first:]
+        if isinstance(self._model, Wrapped):
+            output, scales = self._model.forward_rows(**inputs)
+        else:
+            output, scales = self._model(**inputs), None
+        self._cache = getattr(output, "past_key_values", None)
+        if self._cache is None:
+            raise WrapError(f"{type(self._model).__name__} keeps no key-value cache, which decoding needs")
+        scale = None
+        if scales is not None:
+            std = self._model.distribution.std((output.logits, scales.logits))  # type: ignore[union-attr]
+            scale = unfold(std, self.members)
+        return Logits(unfold(output.logits, self.members), scale)

@@ -1,0 +1,352 @@
+"""Members are rows: M variants of a model run as one M times larger batch.
+
+``rows = members * batch``, member-major: row ``m * batch + b``. Frozen modules see an ordinary batch; only the replaced
+leaves know that dimension 0 holds members. A wrapper (vote, sample, sculpt) says which leaves and by what; ``Wrapped``
+grows the inputs, runs the module once, and folds the rows back.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import update_wrapper
+from typing import Any, Literal, Protocol
+
+import torch
+from jaxtyping import Shaped
+from torch import Tensor, nn
+
+from selfdoubt import targets
+from selfdoubt.errors import CaptureError, ConfigError, ShapeError, WrapError
+from selfdoubt.forecast import Forecast
+from selfdoubt.targets import Leaf
+from selfdoubt.tree import tensors, tree_map
+
+
+def expand(x: Shaped[Tensor, "batch *rest"], members: int) -> Shaped[Tensor, "rows *rest"]:
+    """Repeat a batch for every member: row ``m * batch + b`` is ``x[b]``."""
+    return x.repeat(members, *[1] * (x.ndim - 1)) if members > 1 else x
+
+
+def unfold(x: Shaped[Tensor, "rows *rest"], members: int) -> Shaped[Tensor, "members batch *rest"]:
+    """Give the member axis back: ``out[m, b]`` is row ``m * batch + b``.
+
+    Raises:
+        ShapeError: If the rows do not divide by the members.
+    """
+    if x.shape[0] % members:
+        raise ShapeError(
+            f"the rows must be a multiple of the {members} members, got {x.shape[0]} rows; a training batch is split "
+            f"over the members: use a multiple of {members}, or training=False (or .eval()) to predict"
+        )
+    return x.reshape(members, x.shape[0] // members, *x.shape[1:])
+
+
+class Spec(Protocol):
+    """What a wrapper, a frozen dataclass of settings, tells ``Wrapped``."""
+
+    @property
+    def verbose(self) -> int: ...
+    @property
+    def symbolic_trace(self) -> bool: ...
+    @property
+    def shared_inputs(self) -> tuple[str, ...]: ...
+    @property
+    def output(self) -> Literal["auto", "values", "logits"]: ...
+
+    def find(self, model: nn.Module) -> list[Leaf]:
+        """The leaves to replace."""
+
+    def make_leaf(self, leaf: Leaf, index: int, call: Call) -> nn.Module:
+        """The module that takes a leaf's place."""
+
+    def freezes(self) -> bool:
+        """Whether the model's own parameters stop training."""
+
+    def members(self, *, training: bool) -> int:
+        """How many members run."""
+
+    def splits(self, *, training: bool) -> bool:
+        """Whether a batch is split over the members instead of repeated for each."""
+
+
+@dataclass(eq=False)
+class Call:
+    """What the replaced leaves of one model share in a call: how many members run, and the scales that were predicted.
+
+    It keeps its values until the next call, because gradient checkpointing runs leaves again during backward.
+    """
+
+    members: int = 1
+    reached: bool = False
+    scales: list[tuple[Tensor, Tensor]] = field(default_factory=list)  #: (a head's output, its predicted scale)
+
+    def scale_of(self, y: Any) -> Tensor | None:
+        """The scale predicted for an output: the same tensor's, else (after a softcap, say) that of equal shape."""
+        if not isinstance(y, Tensor):
+            return None
+        same = [scale for head, scale in self.scales if head is y]
+        return next(iter(same or [scale for _, scale in self.scales if scale.shape == y.shape]), None)
+
+
+class Replacement(nn.Module):
+    """A module in a leaf's place: the leaf itself, as ``leaf``, and beside it whatever a wrapper adds.
+
+    Attributes it does not have are the leaf's: some models and libraries read ``layer.weight`` or ``layer.in_features``.
+    """
+
+    def __init__(self, leaf: nn.Module, call: Call) -> None:
+        super().__init__()
+        self.leaf = leaf
+        self.call = call
+        self.train(leaf.training)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("leaf"), name)
+
+
+def added_names(model: nn.Module) -> list[str]:
+    """Names in ``model.state_dict()`` of what wrapping added: all under a replacement but not under its leaf."""
+    replaced = [name for name, module in model.named_modules() if isinstance(module, Replacement)]
+
+    def is_added(key: str) -> bool:
+        return any(key.startswith(f"{r}.") and not key.startswith(f"{r}.leaf.") for r in replaced)
+
+    return [key for key in model.state_dict() if is_added(key)]
+
+
+class Wrapped(nn.Module):
+    """A model whose matched leaves are replaced. Call it like the model; ask for ``return_risk=True``.
+
+    What is not replaced shares its memory with the original model, which stays as it was: nothing is copied.
+    """
+
+    def __init__(self, model: nn.Module, spec: Spec) -> None:
+        super().__init__()
+        inner = model.spec.members(training=False) if isinstance(model, Wrapped) else 1
+        if inner > 1:
+            raise WrapError(
+                f"a model that already has {inner} members cannot be wrapped again; "
+                "put sculpt inside: vote.Wrapper(...)(sculpt.Wrapper(...)(model))"
+            )
+        leaves = spec.find(model)
+        self.spec = spec
+        self.call = Call()
+        self.module = _share(model, freeze=spec.freezes())
+        self.leaf_names = [leaf.name for leaf in leaves]
+        for index, leaf in enumerate(leaves):
+            shared = replace(leaf, module=self.module.get_submodule(leaf.name))
+            targets.replace(self.module, leaf.name, spec.make_leaf(shared, index, self.call))
+        self.training = model.training
+        self._inputs = _input_names(model)
+        self._batch_norms = [m for m in self.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        # The fused path of nn.TransformerEncoderLayer reads its layers' weights and would step over replaced leaves.
+        self._has_fused_path = any(isinstance(m, nn.TransformerEncoderLayer) for m in self.modules())
+        self._graph: Callable[..., Any] | None = None
+        if spec.verbose:
+            print(_summary(self, leaves))
+
+    def forward(
+        self, *args: Any, return_risk: bool = False, training: bool | None = None, **kwargs: Any
+    ) -> Any:
+        """The model's own output structure: the mean over members or, in training, each row's own member.
+
+        Args:
+            *args: The model's own inputs. Tensors as long as the first one share its batch axis.
+            return_risk: Return ``(output, risk)``; the risk has the output's structure: the standard deviation over
+                members, or sculpt's scale. It is None where an output has neither.
+            training: None follows ``self.training``. True: vote splits the batch over its voters, sample runs once.
+            **kwargs: The model's own keyword inputs.
+
+        Raises:
+            ShapeError: If a training batch does not divide over the voters.
+            ConfigError: If a risk is asked for in training, where each row meets one member only.
+            WrapError: If BatchNorm in training mode would mix members.
+        """
+        training = self.training if training is None else training
+        if self.spec.splits(training=training) or self.spec.members(training=training) == 1:
+            self._check_split(args, kwargs, training)
+            y, scales = self.forward_rows(*args, training=training, **kwargs)
+            if not return_risk:
+                return y
+            if scales is not None:
+                return y, scales
+            if training:
+                raise ConfigError(
+                    "in training each row meets one member, so there is no disagreement to return; "
+                    "ask for return_risk=True with training=False"
+                )
+        forecast = self.forecast(*args, **kwargs)
+        mean = tree_map(lambda f: f.mean if isinstance(f, Forecast) else f, forecast)
+        if not return_risk:
+            return mean
+        return mean, tree_map(lambda f: f.std if isinstance(f, Forecast) else None, forecast)
+
+    def forecast(self, *args: Any, **kwargs: Any) -> Any:
+        """Every member's prediction: a ``Forecast`` in place of each output tensor that has a batch axis."""
+        members = self.spec.members(training=False)
+        batch = self._batch_size(args, kwargs)
+
+        def grow(x: Any) -> Any:
+            return expand(x, members) if isinstance(x, Tensor) and x.ndim and len(x) == batch else x
+
+        shared = self.spec.shared_inputs
+        args = tuple(a if n in shared else tree_map(grow, a) for n, a in self._named(args).items())
+        kwargs = {n: a if n in shared else tree_map(grow, a) for n, a in kwargs.items()}
+        y, scales = self.forward_rows(*args, training=False, **kwargs)
+
+        def fold(x: Any, scale: Tensor | None) -> Any:
+            if not isinstance(x, Tensor) or not x.ndim or len(x) != members * batch:
+                return x
+            std = None if scale is None else unfold(self.distribution.std((x, scale)), members)
+            return Forecast(unfold(x, members), std, "logits" if self.spec.output == "logits" else "values")
+
+        forecast = tree_map(fold, y, scales)
+        logits = forecast.get("logits") if isinstance(forecast, Mapping) else None
+        if self.spec.output == "auto" and isinstance(logits, Forecast):
+            forecast["logits"] = replace(logits, kind="logits")
+        return forecast
+
+    def forward_rows(self, *args: Any, training: bool = False, **kwargs: Any) -> tuple[Any, Any]:
+        """Run on rows that are already member-major.
+
+        Returns:
+            The module's output on rows, and sculpt's scales in the same structure (None without a sculpt).
+
+        Raises:
+            WrapError: If BatchNorm in training mode would mix members, or if no replaced leaf was called.
+        """
+        self.call.members = self.spec.members(training=training)
+        self.call.reached = False
+        self.call.scales.clear()
+        if self.call.members > 1 and any(norm.training for norm in self._batch_norms):
+            raise WrapError(
+                f"BatchNorm in training mode would mix the statistics of {self.call.members} members; "
+                "call .eval() on the BatchNorm layers, or use GroupNorm or LayerNorm"
+            )
+        if isinstance(self.module, Wrapped):
+            return self.module.forward_rows(*args, training=training, **kwargs)
+        fused = torch.backends.mha.get_fastpath_enabled()
+        if self._has_fused_path:
+            torch.backends.mha.set_fastpath_enabled(False)
+        try:
+            y = self._traced(*args, **kwargs) if self.spec.symbolic_trace else self.module(*args, **kwargs)
+        finally:
+            if self._has_fused_path:
+                torch.backends.mha.set_fastpath_enabled(fused)
+        if not self.call.reached:
+            raise WrapError(
+                f"none of the {len(self.leaf_names)} replaced leaves was called ({self.leaf_names[0]}, ...): "
+                "the model reads their weights itself; choose other layers with param_filter"
+            )
+        scales = tree_map(self.call.scale_of, y) if self.call.scales else None
+        if self.call.scales and not list(tensors(scales)):
+            shapes = [tuple(s.shape) for _, s in self.call.scales]
+            raise WrapError(
+                f"the wrapped head gives {shapes}, and no output has that shape: "
+                f"{[tuple(t.shape) for t in tensors(y)]}; name the last layer with param_filter"
+            )
+        return y, scales
+
+    @property
+    def distribution(self) -> Any:
+        """The distribution of the sculpt in or under this wrapper."""
+        own = getattr(self.spec, "distribution", None)
+        return self.module.distribution if isinstance(self.module, Wrapped) else own
+
+    def extra_repr(self) -> str:
+        """The settings, so that ``print(wrapped)`` says what was done."""
+        return repr(self.spec)
+
+    def _traced(self, *args: Any, **kwargs: Any) -> Any:
+        if self._graph is None:
+            self._graph = torch.compile(self.module, fullgraph=True)
+        try:
+            return self._graph(*args, **kwargs)
+        except torch._dynamo.exc.Unsupported as error:
+            where = error.real_stack[-1] if getattr(error, "real_stack", None) else None
+            line = f"{where.filename}:{where.lineno}: {where.line}" if where else "an unknown line"
+            reason = str(error).strip().splitlines()[0]
+            raise CaptureError(
+                f"symbolic_trace=True needs one graph, and {line} cannot be captured ({reason}); "
+                "use symbolic_trace=False, the default"
+            ) from None
+
+    def _named(self, args: tuple[Any, ...]) -> dict[str, Any]:
+        names = [*self._inputs[: len(args)], *(f"*{i}" for i in range(len(self._inputs), len(args)))]
+        return dict(zip(names, args, strict=True))
+
+    def _batch_size(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+        named = self._named(args) | kwargs
+        unknown = [n for n in self.spec.shared_inputs if n not in named and n not in self._inputs]
+        if unknown:
+            raise ConfigError(f"shared_inputs names {unknown}, and the inputs are {list(named)}")
+        batched = [v for n, v in named.items() if n not in self.spec.shared_inputs]
+        first = next((t for t in tensors(batched) if t.ndim), None)
+        if first is None:
+            raise ShapeError("a wrapped model needs at least one input tensor with a batch axis, got none")
+        return len(first)
+
+    def _check_split(self, args: tuple[Any, ...], kwargs: dict[str, Any], training: bool) -> None:
+        members, batch = self.spec.members(training=training), self._batch_size(args, kwargs)
+        if batch % members:
+            raise ShapeError(
+                f"in training a batch is split over the {members} members, and {batch} rows do not divide by "
+                f"{members}; use a multiple of {members}, or training=False (or .eval()) to predict"
+            )
+
+
+def wrap(spec: Spec, model: Any) -> Any:
+    """Wrap a model; or, used as a decorator, make a class build wrapped models.
+
+    Raises:
+        WrapError: If it is neither an ``nn.Module`` nor a class of them.
+    """
+    if isinstance(model, type) and issubclass(model, nn.Module):
+
+        def build(*args: Any, **kwargs: Any) -> Wrapped:
+            return Wrapped(model(*args, **kwargs), spec)
+
+        return update_wrapper(build, model, updated=())
+    if not isinstance(model, nn.Module):
+        raise WrapError(f"only an nn.Module, or a class of them, can be wrapped, got {type(model).__name__}")
+    return Wrapped(model, spec)
+
+
+def _share(model: nn.Module, *, freeze: bool) -> nn.Module:
+    """A new tree of modules over the same parameters and buffers: the original keeps its own leaves.
+
+    Frozen parameters are views that do not train, so that the original's still do. What an inner wrapper added trains on.
+    """
+    memo: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    if freeze:
+        added = set(added_names(model))
+        for name, p in model.named_parameters():
+            if name not in added and p.requires_grad:
+                memo[id(p)] = nn.Parameter(p.detach(), requires_grad=False)
+    try:
+        return copy.deepcopy(model, memo)
+    except Exception as error:
+        raise WrapError(f"the structure of {type(model).__name__} cannot be copied: {error}") from error
+
+
+def _input_names(model: nn.Module) -> list[str]:
+    if isinstance(model, Wrapped):
+        return model._inputs
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return [p.name for p in inspect.signature(model.forward).parameters.values() if p.kind in kinds]
+
+
+def _summary(wrapped: Wrapped, leaves: list[Leaf]) -> str:
+    trainable = sum(p.numel() for p in wrapped.parameters() if p.requires_grad)
+    everything = sum(p.numel() for p in wrapped.parameters())
+    name = type(wrapped.spec).__module__.rpartition(".")[2]
+    lines = [f"{name}: {len(leaves)} leaves replaced, {trainable:,} of {everything:,} parameters train"]
+    if wrapped.spec.verbose > 1:
+        lines += [f"  {leaf.name}.{param}" for leaf in leaves for param in leaf.params]
+    return "\n".join(lines)

@@ -1,0 +1,215 @@
+"""Sample: stochastic passes through one model.
+
+Every matched leaf reads its input times a noise of mean one:
+
+    y_m = leaf(x_m * z_m),   z ~ Bernoulli(1 - p) / (1 - p)   or   Normal(1, std)
+
+(Gal & Ghahramani, 2016, "Dropout as a Bayesian approximation"; Srivastava et al., 2014, for the Gaussian form). At
+evaluation a member's noise is a fixed function of the seed, the leaf and the feature: the same for all tokens, rows and
+calls, so that each member is one consistent thinned network, with a key-value cache too, and a batch may be split at
+will. In training one pass runs, with fresh noise per row. Trainable noise follows concrete dropout (Gal et al., 2017).
+The risk is the members' disagreement.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from selfdoubt import kernels, targets
+from selfdoubt.errors import ConfigError, WrapError
+from selfdoubt.members import Call, Replacement, wrap
+from selfdoubt.targets import Leaf
+
+
+@dataclass(frozen=True)
+class Bernoulli:
+    """Dropout: a feature is dropped with probability ``p`` in (0, 1), and the others grow by ``1 / (1 - p)``."""
+
+    p: float = 0.1
+    trainable: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 < self.p < 1:
+            raise ConfigError(f"Bernoulli's p must be between 0 and 1, got {self.p}; try sample.Bernoulli(0.1)")
+
+    def initial(self) -> float:
+        """The parameter that trains: the logit of ``p``."""
+        return math.log(self.p / (1 - self.p))
+
+    @staticmethod
+    def noise(parameter: Tensor, uniform: Float[Tensor, "rows features"], *, soft: bool) -> Tensor:
+        """The noise for uniform draws; ``soft`` relaxes the step so that gradients reach ``p``."""
+        p = parameter.sigmoid()
+        if not soft:
+            return (uniform >= p).to(p.dtype) / (1 - p)
+        temperature = 0.1
+        draw = uniform.clamp(1e-6, 1 - 1e-6)
+        keep = 1 - ((parameter - (1 - draw).logit()) / temperature).sigmoid()
+        return keep / (1 - p)
+
+
+@dataclass(frozen=True)
+class Normal:
+    """Multiplicative Gaussian noise of mean 1 and standard deviation ``std`` > 0."""
+
+    std: float = 0.3
+    trainable: bool = False
+
+    def __post_init__(self) -> None:
+        if not (self.std > 0 and math.isfinite(self.std)):
+            raise ConfigError(f"Normal's std must be finite and above 0, got {self.std}; try sample.Normal(0.3)")
+
+    def initial(self) -> float:
+        """The parameter that trains: the logarithm of ``std``."""
+        return math.log(self.std)
+
+    @staticmethod
+    def noise(parameter: Tensor, uniform: Float[Tensor, "rows features"], *, soft: bool) -> Tensor:  # noqa: ARG004
+        """The noise for uniform draws; differentiable in ``std`` as it is."""
+        eps = torch.finfo(uniform.dtype).eps
+        standard = torch.special.ndtri(uniform.clamp(eps, 1 - eps))
+        return 1 + parameter.exp() * standard
+
+
+@dataclass(frozen=True)
+class Wrapper:
+    """Settings of sampling; call it with a model to wrap it, or use it as a decorator of a module class.
+
+    Args:
+        n_samples: Number of passes at evaluation, at least 1; training runs one.
+        distribution: ``Bernoulli(p)`` or ``Normal(std)``, fixed or ``trainable``.
+        param_filter: A regex over full parameter names; noise goes before the layers that own them. None: query and
+            value projections of a decoder, every layer of any other model.
+        output: "logits" averages probabilities over the last axis, "values" averages values. "auto" takes an output
+            called ``logits`` (Hugging Face) as logits and anything else as values.
+        shared_inputs: Names of inputs without a batch axis, passed to all members as they are.
+        symbolic_trace: Compile the wrapped forward as one graph.
+        verbose: 0 prints nothing, 1 a summary, 2 every matched parameter.
+        seed: Seed of the members' noise at evaluation; training draws from torch's global generator.
+
+    Raises:
+        ConfigError: If a setting is out of range.
+
+    Example:
+        >>> wrapped = Wrapper(n_samples=5, distribution=Bernoulli(0.1))(nn.Sequential(nn.Linear(4, 2)))
+        >>> y, risk = wrapped(torch.ones(3, 4), return_risk=True, training=False)
+        >>> y.shape == risk.shape == (3, 2)
+        True
+    """
+
+    n_samples: int = 5
+    distribution: Bernoulli | Normal = Bernoulli()  # noqa: RUF009
+    param_filter: str | None = None
+    output: Literal["auto", "values", "logits"] = "auto"
+    shared_inputs: tuple[str, ...] = ()
+    symbolic_trace: bool = False
+    verbose: int = 0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.n_samples < 1:
+            raise ConfigError(f"n_samples must be at least 1, got {self.n_samples}; try n_samples=5")
+        if not isinstance(self.distribution, (Bernoulli, Normal)):
+            raise ConfigError(
+                f"distribution must be sample.Bernoulli(p) or sample.Normal(std), got {self.distribution!r}"
+            )
+
+    def __call__(self, model: Any) -> Any:
+        """Wrap a model (or decorate a class of models)."""
+        return wrap(self, model)
+
+    def find(self, model: nn.Module) -> list[Leaf]:
+        """The leaves to replace."""
+        leaves = targets.find(model, self.param_filter)
+        for leaf in leaves:
+            kernels.check_rows(leaf)
+            if isinstance(leaf.module, nn.MultiheadAttention):
+                raise WrapError(
+                    f"{leaf.name} is nn.MultiheadAttention, whose projections cannot be given noise one by one; "
+                    "leave it out with param_filter"
+                )
+        return leaves
+
+    def make_leaf(self, leaf: Leaf, index: int, call: Call) -> nn.Module:
+        """A leaf behind noise."""
+        return NoisyLeaf(leaf, index, call, self)
+
+    def freezes(self) -> bool:
+        """Nothing stops training."""
+        return False
+
+    def members(self, *, training: bool) -> int:
+        """One pass in training, ``n_samples`` at evaluation."""
+        return 1 if training else self.n_samples
+
+    def splits(self, *, training: bool) -> bool:  # noqa: ARG002
+        """A batch is never split."""
+        return False
+
+
+class NoisyLeaf(Replacement):
+    """A leaf whose input is multiplied by noise along its feature axis (an embedding's output, as ids have none)."""
+
+    parameter: Tensor
+
+    def __init__(self, leaf: Leaf, index: int, call: Call, spec: Wrapper) -> None:
+        super().__init__(leaf.module, call)
+        base = targets.base_layer(leaf.module)
+        self.distribution = spec.distribution
+        self.key = _mix(torch.tensor([spec.seed * 1_000_003 + index])).item()
+        self.feature_axis = 1 if isinstance(base, nn.modules.conv._ConvNd) else -1
+        device = next(leaf.module.parameters()).device
+        start = torch.tensor(spec.distribution.initial(), device=device)
+        if spec.distribution.trainable:
+            self.parameter = nn.Parameter(start)
+        else:
+            self.register_buffer("parameter", start)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """The leaf on noisy rows: at evaluation one fixed noise per member, in training a fresh one per row."""
+        self.call.reached = True
+        if not x.is_floating_point():
+            y = self.leaf(x, *args, **kwargs)
+            return y * self._noise(y, len(x))
+        return self.leaf(x * self._noise(x, len(x)), *args, **kwargs)
+
+    def _noise(self, x: Tensor, rows: int) -> Tensor:
+        """Noise that broadcasts over ``x``: ``(rows, 1, ..., features, ...)``."""
+        axis = self.feature_axis % x.ndim
+        features, members = x.shape[axis], self.call.members
+        if members == 1:
+            uniform = torch.rand(rows, features, device=x.device)
+        else:
+            uniform = uniforms(self.key, members, features, x.device).repeat_interleave(rows // members, 0)
+        soft = self.distribution.trainable and torch.is_grad_enabled() and members == 1
+        noise = self.distribution.noise(self.parameter, uniform, soft=soft)
+        shape = [1] * x.ndim
+        shape[0], shape[axis] = rows, features
+        return noise.view(shape).to(x.dtype)
+
+
+def uniforms(key: int, members: int, features: int, device: torch.device) -> Float[Tensor, "members features"]:
+    """Uniform draws in [0, 1) that depend on the key, the member and the feature only, alike on every device.
+
+    A counter-based generator: each cell's counter goes through a 64-bit finaliser twice (Salmon et al., 2011, "Parallel
+    random numbers: as easy as 1, 2, 3", for the idea; Steele et al., 2014, SplitMix64, for the finaliser).
+    """
+    member = torch.arange(members, device=device)[:, None]
+    feature = torch.arange(features, device=device)[None]
+    bits = _mix(_mix(member * 2**32 + feature + 1) ^ key)
+    # 24 bits: what a float32 in [0, 1) can hold.
+    return ((bits >> 40) & 0xFFFFFF).float() / 2**24
+
+
+def _mix(x: Tensor) -> Tensor:
+    """SplitMix64's finaliser on int64, whose products wrap around; ``>>`` keeps the sign, hence the masks."""
+    x = x + -7046029254386353131
+    x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * -4658895280553007687
+    x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * -7723592293110705685
+    return x ^ ((x >> 31) & 0x1FFFFFFFF)

@@ -1,0 +1,243 @@
+"""Sculpt: a model that predicts its own spread.
+
+The head keeps its weights and gets a scale branch of ``n_layers`` layers on the same input:
+
+    y = head(h),   scale = softplus(branch(h)),   target ~ distribution(y, scale)
+
+(Nix & Weigend, 1994; Kendall & Gal, 2017, "What uncertainties do we need in Bayesian deep learning?"). It trains with
+the task loss on ``distribution.sample((y, scale))``, or with ``distribution.nll``. The risk is the scale: noise in the
+data that more data would not remove. Put it inside ``vote`` or ``sample`` to get both kinds at once.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from selfdoubt import kernels, targets
+from selfdoubt.errors import ConfigError, WrapError
+from selfdoubt.members import Call, Replacement, wrap
+from selfdoubt.targets import Leaf
+from selfdoubt.tree import tree_map
+
+#: ``(y, scale)`` as ``wrapped(..., return_risk=True)`` returns it: two tensors, or two trees of them.
+Pair: TypeAlias = tuple[Any, Any]
+
+
+class Normal:
+    """A normal distribution with mean ``y`` and standard deviation ``scale``. Call its methods on the class."""
+
+    @staticmethod
+    def mean(pair: Pair) -> Any:
+        """The mean: ``y``."""
+        return pair[0]
+
+    @staticmethod
+    def std(pair: Pair) -> Any:
+        """The standard deviation: ``scale``."""
+        return pair[1]
+
+    @staticmethod
+    def sample(pair: Pair, *, generator: torch.Generator | None = None) -> Any:
+        """One draw, differentiable in both; outputs without a scale stay as they are."""
+
+        def draw(y: Any, scale: Tensor | None) -> Any:
+            if scale is None:
+                return y
+            noise = torch.randn(y.shape, generator=generator, device=y.device, dtype=y.dtype)
+            return y + scale.to(y.dtype) * noise
+
+        return tree_map(draw, *pair)
+
+    @staticmethod
+    def nll(pair: tuple[Tensor, Tensor], target: Tensor) -> Tensor:
+        """Negative log-likelihood of each target, nats."""
+        y, scale = pair
+        return 0.5 * ((target - y) / scale).square() + scale.log() + 0.5 * math.log(2 * math.pi)
+
+
+class Laplace:
+    """A Laplace distribution with mean ``y`` and scale ``b``. Call its methods on the class."""
+
+    @staticmethod
+    def mean(pair: Pair) -> Any:
+        """The mean: ``y``."""
+        return pair[0]
+
+    @staticmethod
+    def std(pair: Pair) -> Any:
+        """The standard deviation: ``sqrt(2) b``."""
+        return tree_map(lambda scale: None if scale is None else scale * math.sqrt(2), pair[1])
+
+    @staticmethod
+    def sample(pair: Pair, *, generator: torch.Generator | None = None) -> Any:
+        """One draw by the inverse of the distribution function, differentiable in both."""
+
+        def draw(y: Any, scale: Tensor | None) -> Any:
+            if scale is None:
+                return y
+            uniform = torch.rand(y.shape, generator=generator, device=y.device, dtype=torch.float32) - 0.5
+            tail = (1 - 2 * uniform.abs()).clamp_min(torch.finfo(torch.float32).tiny)
+            return y - scale.to(y.dtype) * (uniform.sign() * tail.log()).to(y.dtype)
+
+        return tree_map(draw, *pair)
+
+    @staticmethod
+    def nll(pair: tuple[Tensor, Tensor], target: Tensor) -> Tensor:
+        """Negative log-likelihood of each target, nats."""
+        y, scale = pair
+        return (target - y).abs() / scale + scale.log() + math.log(2)
+
+
+@dataclass(frozen=True)
+class Wrapper:
+    """Settings of a predicted spread; call it with a model to wrap it, or use it as a decorator of a module class.
+
+    Args:
+        distribution: ``Normal`` or ``Laplace``, the class itself.
+        n_layers: Layers of the scale branch, at least 1.
+        rank: Width of the branch between its layers. With one layer: its rank, or None for a full layer.
+        param_filter: A regex over full parameter names; the layers that own them are heads, and their outputs must be
+            outputs of the model. None: the output embedding of a language model, the last layer of any other.
+        initial_scale: The scale everywhere before training, above 0.
+        shared_inputs: Not used with one member; kept so that all wrappers read alike.
+        symbolic_trace: Compile the wrapped forward as one graph.
+        verbose: 0 prints nothing, 1 a summary, 2 every matched parameter.
+        seed: Seed of the branch's initial weights.
+
+    Raises:
+        ConfigError: If a setting is out of range.
+
+    Example:
+        >>> wrapped = Wrapper(distribution=Normal)(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1)))
+        >>> y, risk = wrapped(torch.ones(3, 4), return_risk=True)
+        >>> Normal.nll((y, risk), torch.zeros(3, 1)).shape
+        torch.Size([3, 1])
+    """
+
+    distribution: type[Normal] | type[Laplace] = Normal
+    n_layers: int = 2
+    rank: int | None = 16
+    param_filter: str | None = None
+    initial_scale: float = 0.1
+    shared_inputs: tuple[str, ...] = ()
+    symbolic_trace: bool = False
+    verbose: int = 0
+    seed: int = 0
+
+    output: ClassVar[Literal["auto", "values", "logits"]] = "auto"
+
+    def __post_init__(self) -> None:
+        if self.distribution not in (Normal, Laplace):
+            raise ConfigError(f"distribution must be sculpt.Normal or sculpt.Laplace, got {self.distribution!r}")
+        if self.n_layers < 1:
+            raise ConfigError(f"n_layers must be at least 1, got {self.n_layers}; try n_layers=2")
+        if self.rank is not None and self.rank < 1:
+            raise ConfigError(f"rank must be at least 1, got {self.rank}; try rank=16")
+        if self.rank is None and self.n_layers > 1:
+            raise ConfigError(f"a branch of {self.n_layers} layers needs a width; try rank=16")
+        if not (self.initial_scale > 0 and math.isfinite(self.initial_scale)):
+            raise ConfigError(f"initial_scale must be finite and above 0, got {self.initial_scale}")
+
+    def __call__(self, model: Any) -> Any:
+        """Wrap a model (or decorate a class of models)."""
+        return wrap(self, model)
+
+    def find(self, model: nn.Module) -> list[Leaf]:
+        """The heads."""
+        if self.param_filter is not None:
+            return targets.find(model, self.param_filter)
+        heads = [leaf for leaf in targets.find(model, targets.EVERYTHING) if _is_head(leaf)]
+        language_models = (m for m in model.modules() if callable(getattr(m, "get_output_embeddings", None)))
+        outputs = {id(m.get_output_embeddings()) for m in language_models}  # type: ignore[operator]
+        chosen = [leaf for leaf in heads if id(leaf.module) in outputs] or heads[-1:]
+        if not chosen:
+            raise WrapError("no linear or convolution layer to serve as a head; name one with param_filter")
+        return chosen
+
+    def make_leaf(self, leaf: Leaf, index: int, call: Call) -> nn.Module:
+        """A head with a scale branch beside it."""
+        if not _is_head(leaf):
+            raise WrapError(
+                f"a head must be a linear or convolution layer, and {leaf.name} is {type(leaf.module).__name__}; "
+                "name another with param_filter"
+            )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed * 1_000_003 + index)
+            return ScaledHead(leaf, call, self)
+
+    def freezes(self) -> bool:
+        """Nothing stops training."""
+        return False
+
+    def members(self, *, training: bool) -> int:  # noqa: ARG002
+        """One."""
+        return 1
+
+    def splits(self, *, training: bool) -> bool:  # noqa: ARG002
+        """A batch is never split."""
+        return False
+
+
+class ScaledHead(Replacement):
+    """A head and a branch that predicts the scale of each of its outputs."""
+
+    def __init__(self, leaf: Leaf, call: Call, spec: Wrapper) -> None:
+        super().__init__(leaf.module, call)
+        self.branch = _branch(targets.base_layer(leaf.module), spec)
+        parameter = next(leaf.module.parameters())
+        dtype = parameter.dtype if parameter.is_floating_point() else torch.get_default_dtype()
+        self.branch.to(parameter.device, dtype)
+
+    def forward(self, h: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The head's own output; the scale is left with the call."""
+        self.call.reached = True
+        y: Tensor = self.leaf(h, *args, **kwargs)
+        dtype = next(self.branch.parameters()).dtype
+        scale = self.branch(h if torch.is_autocast_enabled(h.device.type) else h.to(dtype))
+        # A scale of exactly 0 would make every error infinitely unlikely.
+        self.call.scales.append((y, F.softplus(scale) + torch.finfo(scale.dtype).tiny))
+        return y
+
+
+def _is_head(leaf: Leaf) -> bool:
+    base = targets.base_layer(leaf.module)
+    return isinstance(base, (nn.Linear, nn.Conv1d, nn.Conv2d)) or kernels.is_transposed(base)
+
+
+def _branch(head: nn.Module, spec: Wrapper) -> nn.Sequential:
+    """``n_layers`` layers with GELU between, the last of the head's own geometry; it starts at ``initial_scale``."""
+    layers: list[nn.Module] = []
+    if isinstance(head, (nn.Conv1d, nn.Conv2d)):
+        point = type(head)
+        width = head.in_channels
+        for _ in range(spec.n_layers - 1):
+            assert spec.rank is not None
+            layers += [point(width, spec.rank, 1), nn.GELU()]
+            width = spec.rank
+        last: nn.Linear | nn.Conv1d | nn.Conv2d = point(
+            width, head.out_channels, head.kernel_size, head.stride, head.padding, head.dilation,  # type: ignore[arg-type]
+            head.groups if spec.n_layers == 1 else 1, padding_mode=head.padding_mode,
+        )  # fmt: skip
+    else:
+        weight = head.get_parameter("weight")
+        fan_in, fan_out = weight.shape if kernels.is_transposed(head) else (
+            getattr(head, "in_features", weight.shape[-1]), getattr(head, "out_features", weight.shape[0])
+        )  # fmt: skip
+        for _ in range(spec.n_layers - 1):
+            assert spec.rank is not None
+            layers += [nn.Linear(fan_in, spec.rank), nn.GELU()]
+            fan_in = spec.rank
+        if spec.n_layers == 1 and spec.rank is not None and spec.rank < min(fan_in, fan_out):
+            layers += [nn.Linear(fan_in, spec.rank, bias=False)]
+            fan_in = spec.rank
+        last = nn.Linear(fan_in, fan_out)
+    assert last.bias is not None
+    nn.init.zeros_(last.weight)
+    nn.init.constant_(last.bias, math.log(math.expm1(spec.initial_scale)))
+    return nn.Sequential(*layers, last)

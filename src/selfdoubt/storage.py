@@ -1,0 +1,206 @@
+"""Save what wrapping added, kilobytes to megabytes, and put it back onto the same base model.
+
+A folder holds ``added.safetensors`` and ``selfdoubt.json`` (the wrappers' settings, the base model and its fingerprint,
+versions, reference quantiles). ``selfdoubt.json`` is written last and by a rename: a folder that has it is whole.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, fields
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from selfdoubt import __version__
+from selfdoubt.errors import BaseMismatchError, ConfigError, LoadError, TargetError
+from selfdoubt.members import Spec, Wrapped, added_names
+
+FORMAT = 1
+WEIGHTS, CARD = "added.safetensors", "selfdoubt.json"
+_METHODS = ("vote", "sample", "sculpt")
+
+
+def save(
+    wrapped: Wrapped,
+    folder: str | os.PathLike[str],
+    *,
+    base: str | None = None,
+    revision: str | None = None,
+    extra: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write what wrapping added or left training; the base model itself is not written.
+
+    Args:
+        wrapped: A wrapped model.
+        folder: Made if missing; an adapter in it is replaced.
+        base: Name or folder of the base model; taken from a Hugging Face config if None.
+        revision: Revision of the base model.
+        extra: More entries for ``selfdoubt.json``, e.g. ``{"reference": ...}``.
+
+    Returns:
+        The folder.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    state = wrapped.state_dict()
+    wanted = set(added_names(wrapped)) | {n for n, p in wrapped.named_parameters() if p.requires_grad}
+    tensors = {name: state[name].detach().cpu().contiguous() for name in sorted(wanted)}
+    base_model = _innermost(wrapped)
+    card = {
+        "format": FORMAT,
+        "wrappers": [to_json(spec) for spec in _specs(wrapped)],
+        "base": {
+            "name": base or getattr(getattr(base_model, "config", None), "name_or_path", None) or None,
+            "revision": revision,
+            "class": type(base_model).__name__,
+            "fingerprint": fingerprint(wrapped),
+        },
+        "versions": {"selfdoubt": __version__, "torch": str(torch.__version__)},
+        **(extra or {}),
+    }
+    text = json.dumps(card, indent=2, allow_nan=False) + "\n"
+    # The old card goes first: between the two renames the folder says that it is not whole, never a mix.
+    (folder / CARD).unlink(missing_ok=True)
+    save_file(tensors, folder / f"{WEIGHTS}.part")
+    (folder / f"{WEIGHTS}.part").replace(folder / WEIGHTS)
+    (folder / f"{CARD}.part").write_text(text, encoding="utf-8")
+    (folder / f"{CARD}.part").replace(folder / CARD)
+    return folder
+
+
+def load(folder: str | os.PathLike[str], model: nn.Module) -> Wrapped:
+    """Wrap a base model as a folder says, with the weights in it.
+
+    Raises:
+        LoadError: If the folder is missing, broken, or of a newer format.
+        BaseMismatchError: If the weights were made for another base model.
+    """
+    folder = Path(folder)
+    card = read_card(folder)
+    wrapped: nn.Module = model
+    try:
+        for entry in card["wrappers"]:
+            wrapped = from_json(entry)(wrapped)  # type: ignore[operator]
+    except TargetError as error:
+        raise BaseMismatchError(f"{folder} does not fit {type(model).__name__}: {error}") from None
+    assert isinstance(wrapped, Wrapped)
+    try:
+        tensors = load_file(folder / WEIGHTS)
+    except (OSError, SafetensorError) as error:
+        raise LoadError(f"{folder / WEIGHTS} cannot be read ({error}); save or download the adapter again") from None
+    _check_fits(folder, wrapped, tensors, card["base"])
+    wrapped.load_state_dict(tensors, strict=False)
+    return wrapped
+
+
+def read_card(folder: Path) -> dict[str, Any]:
+    """``selfdoubt.json`` of an adapter folder.
+
+    Raises:
+        LoadError: If it is missing, not JSON, lacks an entry, or has a newer format.
+    """
+    path = folder / CARD
+    if not path.is_file():
+        raise LoadError(f"{folder} is not an adapter folder: it has no {CARD}; make one with selfdoubt.save")
+    try:
+        card = json.loads(path.read_text(encoding="utf-8"))
+        version, _, _ = card["format"], card["wrappers"][0]["method"], card["base"]["fingerprint"]
+    except (ValueError, LookupError, TypeError) as error:
+        raise LoadError(f"{path} is broken ({type(error).__name__}: {error}); save or download it again") from None
+    if version != FORMAT:
+        raise LoadError(f"{path} has format {version}, and this version reads {FORMAT}; upgrade selfdoubt")
+    return dict(card)
+
+
+def to_json(spec: Spec) -> dict[str, Any]:
+    """A wrapper's settings as plain data."""
+    method = type(spec).__module__.rpartition(".")[2]
+    settings = {f.name: getattr(spec, f.name) for f in fields(spec)}  # type: ignore[arg-type]
+    if isinstance(settings.get("distribution"), type):
+        settings["distribution"] = settings["distribution"].__name__
+    elif "distribution" in settings:
+        noise = settings["distribution"]
+        settings["distribution"] = {"name": type(noise).__name__, **asdict(noise)}
+    return {"method": method, **settings}
+
+
+def from_json(entry: Mapping[str, Any]) -> Spec:
+    """The wrapper that ``to_json`` described.
+
+    Raises:
+        LoadError: If the method or a setting is unknown.
+    """
+    settings = dict(entry)
+    method = settings.pop("method", None)
+    if method not in _METHODS:
+        raise LoadError(f"unknown wrapper {method!r}, this version knows {', '.join(_METHODS)}; upgrade selfdoubt")
+    module = import_module(f"selfdoubt.{method}")
+    try:
+        if isinstance(distribution := settings.get("distribution"), str):
+            settings["distribution"] = getattr(module, distribution)
+        elif isinstance(distribution, dict):
+            settings["distribution"] = getattr(module, distribution.pop("name"))(**distribution)
+        settings["shared_inputs"] = tuple(settings.get("shared_inputs", ()))
+        spec: Spec = module.Wrapper(**settings)
+    except (TypeError, AttributeError, KeyError, ConfigError) as error:
+        raise LoadError(f"the settings of {method} cannot be read ({error}); upgrade selfdoubt") from None
+    return spec
+
+
+def fingerprint(wrapped: Wrapped) -> dict[str, list[float]]:
+    """Mean size and length of up to eight frozen, unquantised parameters, by name: enough to tell two bases apart.
+
+    Rounding to another float type changes a mean by far less than the tolerance in ``load``.
+    """
+    added = set(added_names(wrapped))
+    frozen = {
+        name: p
+        for name, p in wrapped.named_parameters()
+        if name not in added and not p.requires_grad and p.is_floating_point()
+    }
+    names = [name for name, p in frozen.items() if p.ndim == 1] or list(frozen)
+    chosen = {names[round(i * (len(names) - 1) / 7)] for i in range(8)} if names else set()
+    return {name: [_size(frozen[name]), frozen[name].numel()] for name in sorted(chosen)}
+
+
+def _size(p: Tensor) -> float:
+    return float(p.detach().double().abs().mean())
+
+
+def _check_fits(folder: Path, wrapped: Wrapped, tensors: dict[str, Tensor], base: dict[str, Any]) -> None:
+    state = wrapped.state_dict()
+    wanted = set(added_names(wrapped))
+    missing, unknown = sorted(wanted - set(tensors)), sorted(set(tensors) - set(state))
+    if missing or unknown:
+        what = f"lacks {missing[0]}" if missing else f"has {unknown[0]}, which the model lacks"
+        raise BaseMismatchError(f"{folder} was made for another base model than this ({base['name']}): it {what}")
+    for name, tensor in tensors.items():
+        if tensor.shape != state[name].shape:
+            raise BaseMismatchError(
+                f"{folder} was made for another base model than this ({base['name']}): {name} is "
+                f"{tuple(tensor.shape)}, and this base wants {tuple(state[name].shape)}"
+            )
+    found = dict(wrapped.named_parameters())
+    for name, (size, numel) in base["fingerprint"].items():
+        p = found.get(name)
+        if p is None or p.numel() != numel or abs(_size(p) - size) > 0.01 * abs(size):
+            raise BaseMismatchError(
+                f"{folder} was made for another base model than this: {name} differs; load it onto {base['name']}"
+            )
+
+
+def _innermost(model: nn.Module) -> nn.Module:
+    return _innermost(model.module) if isinstance(model, Wrapped) else model
+
+
+def _specs(model: nn.Module) -> list[Spec]:
+    """Specs from the innermost wrapper outwards."""
+    return [*_specs(model.module), model.spec] if isinstance(model, Wrapped) else []

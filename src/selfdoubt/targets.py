@@ -1,0 +1,118 @@
+"""Where a wrapper acts: a regex over full parameter names picks leaves.
+
+A leaf is the smallest module that owns a matched parameter, usually an ``nn.Linear``. Three kinds of module are one
+leaf as a whole, since replacing a part of them would be ignored or wrong: adapter layers around a base layer (PEFT),
+parametrised modules, and ``nn.MultiheadAttention``, which reads its projection's weight without calling it.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from difflib import SequenceMatcher
+
+from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
+
+from selfdoubt.errors import ConfigError, TargetError
+
+#: Query and value projections, under the names that decoder families give them (some fuse them into one).
+DECODER_FILTER = r"\.(q_proj|v_proj|qkv_proj|c_attn|query_key_value|Wqkv)\."
+EVERYTHING = r".*"
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """A module to replace and the names, relative to it, of its matched parameters."""
+
+    name: str
+    module: nn.Module
+    params: tuple[str, ...]
+
+
+def find(model: nn.Module, param_filter: str | None) -> list[Leaf]:
+    """The leaves whose parameters match, in the model's own order.
+
+    Args:
+        model: Any module.
+        param_filter: A regex, searched in full parameter names such as ``layers.0.q_proj.weight``. None means the
+            query and value projections of a decoder, and every parameter of any other model.
+
+    Raises:
+        ConfigError: If the regex cannot be parsed.
+        TargetError: If nothing matches; names the nearest parameters.
+    """
+    pattern = default_filter(model) if param_filter is None else param_filter
+    try:
+        regex = re.compile(pattern)
+    except re.error as error:
+        raise ConfigError(f"param_filter must be a regular expression, got {pattern!r}: {error}") from None
+    modules = dict(model.named_modules())
+    matched: dict[str, list[str]] = {}
+    # Tied parameters keep all their names: the filter picks by name, so each owner can be a leaf of its own.
+    for full_name, _ in model.named_parameters(remove_duplicate=False):
+        if regex.search(full_name):
+            leaf = _owner(modules, full_name)
+            matched.setdefault(leaf, []).append(full_name[len(leaf) + 1 if leaf else 0 :])
+    if not matched:
+        raise TargetError(_nothing_matches(model, pattern))
+    if "" in matched:
+        raise TargetError(
+            f"param_filter={pattern!r} matches {matched[''][0]!r}, which belongs to the model itself; "
+            "put the model inside another module, e.g. nn.Sequential(model), or narrow the filter"
+        )
+    return [Leaf(name, modules[name], tuple(params)) for name, params in matched.items()]
+
+
+def default_filter(model: nn.Module) -> str:
+    """The filter that None stands for: attention's query and value in a decoder, everything elsewhere."""
+    is_decoder = any(callable(getattr(m, "get_output_embeddings", None)) for m in model.modules())
+    names = (name for name, _ in model.named_parameters())
+    return DECODER_FILTER if is_decoder and any(re.search(DECODER_FILTER, n) for n in names) else EVERYTHING
+
+
+def replace(model: nn.Module, name: str, new: nn.Module) -> None:
+    """Put ``new`` where the module called ``name`` is."""
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, new)
+
+
+def base_layer(module: nn.Module) -> nn.Module:
+    """The layer inside an adapter layer, or the module itself."""
+    inner = getattr(module, "base_layer", None)
+    return base_layer(inner) if isinstance(inner, nn.Module) else module
+
+
+def _owner(modules: dict[str, nn.Module], full_name: str) -> str:
+    """The leaf that owns a parameter: its module, or the outermost module that must stay whole."""
+    path = full_name.rpartition(".")[0]
+    parts = path.split(".")
+    for end in range(1, len(parts)):
+        ancestor = ".".join(parts[:end])
+        if _is_whole(modules[ancestor]):
+            return ancestor
+    return path
+
+
+def _is_whole(module: nn.Module) -> bool:
+    has_base = isinstance(getattr(module, "base_layer", None), nn.Module)
+    return has_base or is_parametrized(module) or isinstance(module, nn.MultiheadAttention)
+
+
+def _nothing_matches(model: nn.Module, pattern: str) -> str:
+    names = [name for name, _ in model.named_parameters()]
+    if not names:
+        return f"param_filter={pattern!r} matches nothing: the model has no parameters"
+
+    def similarity(name: str) -> float:
+        parts = [name, *name.split(".")]
+        wanted = [w for w in re.split(r"[|().*+?^$\\]+", pattern) if w] or [pattern]
+        return max(SequenceMatcher(None, w, p).ratio() for w in wanted for p in parts)
+
+    nearest = sorted(names, key=similarity, reverse=True)[:3]
+    return (
+        f"param_filter={pattern!r} matches none of the {len(names)} parameters; "
+        f"the nearest are {', '.join(nearest)}; try param_filter={nearest[0].split('.')[-2]!r}"
+        if "." in nearest[0]
+        else f"param_filter={pattern!r} matches none of the {len(names)} parameters; the nearest: {nearest[0]}"
+    )

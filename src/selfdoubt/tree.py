@@ -1,0 +1,42 @@
+"""Nested inputs and outputs: tensors in tuples, named tuples, lists, dicts and Hugging Face ``ModelOutput``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from torch import Tensor
+
+
+def tensors(tree: Any) -> Iterator[Tensor]:
+    """All tensors of a tree, in order."""
+    if isinstance(tree, Tensor):
+        yield tree
+    elif isinstance(tree, Mapping):
+        for value in tree.values():
+            yield from tensors(value)
+    elif isinstance(tree, (tuple, list)):
+        for value in tree:
+            yield from tensors(value)
+
+
+def tree_map(function: Callable[..., Any], tree: Any, *others: Any) -> Any:
+    """The same structure with ``function(leaf, *same place in others)`` in place of each leaf.
+
+    A leaf is whatever is not a container: a tensor, None, a number, a key-value cache. Missing parts of ``others``
+    arrive as None.
+    """
+    if isinstance(tree, Mapping):
+        mapped = {
+            key: tree_map(function, value, *(None if o is None else o.get(key) for o in others))
+            for key, value in tree.items()
+        }
+        is_model_output = hasattr(tree, "to_tuple")
+        return type(tree)(**mapped) if is_model_output else type(tree)(mapped)  # type: ignore[call-arg]
+    if isinstance(tree, (tuple, list)):
+        values = [
+            tree_map(function, value, *(None if o is None else o[i] for o in others))
+            for i, value in enumerate(tree)
+        ]
+        return type(tree)(*values) if hasattr(tree, "_fields") else type(tree)(values)
+    return function(tree, *others)

@@ -1,0 +1,230 @@
+"""Vote: an ensemble that shares its weights.
+
+Every matched leaf keeps its weights and gets one deviation per voter, full or low rank:
+
+    y_m = leaf(x_m) + alpha * delta_m(x_m)        m = 1 .. n_voters
+
+A voter whose deviation is zero is the base model. Voters differ because they start apart (``weight_noise``) and because
+in training each reads its own share of the batch (Lakshminarayanan et al., 2017, "Deep ensembles"; low rank:
+Wang et al., 2023, "LoRA ensembles"). The risk is their disagreement.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from selfdoubt import kernels, targets
+from selfdoubt.errors import ConfigError, WrapError
+from selfdoubt.members import Call, Replacement, wrap
+from selfdoubt.targets import Leaf
+
+
+@dataclass(frozen=True)
+class Wrapper:
+    """Settings of an ensemble; call it with a model to wrap it, or use it as a decorator of a module class.
+
+    Args:
+        n_voters: Number of voters, at least 1.
+        param_filter: A regex over full parameter names. None: query and value projections of a decoder, every
+            parameter of any other model.
+        rank: None gives full deviations. A number gives linear and embedding leaves deviations of that rank; other
+            leaves are small and keep full ones.
+        finetune: True starts from the model's weights and freezes them, so that only deviations train. False re-draws
+            the matched weights independently for each voter, and lets the rest of the model train with them.
+        weight_noise: Initial size of a deviation, relative to the standard deviation of the leaf's weight.
+        alpha: Scale of the deviations.
+        output: "logits" averages probabilities over the last axis, "values" averages values. "auto" takes an output
+            called ``logits`` (Hugging Face) as logits and anything else as values.
+        shared_inputs: Names of inputs without a batch axis, passed to all voters as they are.
+        symbolic_trace: Compile the wrapped forward as one graph.
+        verbose: 0 prints nothing, 1 a summary, 2 every matched parameter.
+        seed: Seed of the initial deviations.
+
+    Raises:
+        ConfigError: If a setting is out of range.
+
+    Example:
+        >>> wrapped = Wrapper(n_voters=3, weight_noise=0.1)(nn.Sequential(nn.Linear(4, 2)))
+        >>> y, risk = wrapped(torch.ones(5, 4), return_risk=True, training=False)
+        >>> y.shape == risk.shape == (5, 2)
+        True
+    """
+
+    n_voters: int = 3
+    param_filter: str | None = None
+    rank: int | None = None
+    finetune: bool = True
+    weight_noise: float = 0.2
+    alpha: float = 1.0
+    output: Literal["auto", "values", "logits"] = "auto"
+    shared_inputs: tuple[str, ...] = ()
+    symbolic_trace: bool = False
+    verbose: int = 0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.n_voters < 1:
+            raise ConfigError(f"n_voters must be at least 1, got {self.n_voters}; try n_voters=3")
+        if self.rank is not None and self.rank < 1:
+            raise ConfigError(f"rank must be at least 1, or None for full deviations, got {self.rank}; try rank=16")
+        if not (self.weight_noise >= 0 and math.isfinite(self.weight_noise)):
+            raise ConfigError(f"weight_noise must be finite and not negative, got {self.weight_noise}")
+        if not (self.alpha != 0 and math.isfinite(self.alpha)):
+            raise ConfigError(f"alpha must be finite and not 0, got {self.alpha}: voters could not differ")
+        if not self.finetune and self.rank is not None:
+            raise ConfigError(f"finetune=False re-draws whole weights, got rank={self.rank}; leave rank=None")
+
+    def __call__(self, model: Any) -> Any:
+        """Wrap a model (or decorate a class of models)."""
+        return wrap(self, model)
+
+    def find(self, model: nn.Module) -> list[Leaf]:
+        """The leaves to replace."""
+        leaves = targets.find(model, self.param_filter)
+        for leaf in leaves:
+            kernels.check_rows(leaf)
+            base = targets.base_layer(leaf.module)
+            if kernels.is_quantized(base) and (self.rank is None or not self.finetune):
+                raise WrapError(
+                    f"{leaf.name} holds packed {type(base).__name__} weights, which cannot take a full deviation; "
+                    f"use low-rank ones: vote.Wrapper(n_voters={self.n_voters}, rank=16, ...)"
+                )
+        return leaves
+
+    def make_leaf(self, leaf: Leaf, index: int, call: Call) -> nn.Module:
+        """A leaf with one deviation per voter beside it."""
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + index)
+        return VotingLeaf(leaf, call, self, generator)
+
+    def freezes(self) -> bool:
+        """Whether the model's own parameters stop training."""
+        return self.finetune
+
+    def members(self, *, training: bool) -> int:  # noqa: ARG002
+        """All voters, always."""
+        return self.n_voters
+
+    def splits(self, *, training: bool) -> bool:
+        """In training each voter reads its own share of the batch."""
+        return training
+
+
+class EagerWrapper(Wrapper):
+    """``Wrapper`` under its other name."""
+
+
+class VotingLeaf(Replacement):
+    """A leaf and one deviation of its matched parameters per voter."""
+
+    def __init__(self, leaf: Leaf, call: Call, spec: Wrapper, generator: torch.Generator) -> None:
+        super().__init__(leaf.module, call)
+        self.alpha = spec.alpha
+        self.kernel = kernels.kernel_of(targets.base_layer(leaf.module))
+        self.deviations = nn.ParameterDict(_initial(leaf, spec, generator))
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The leaf's output on member-major rows, each member with its own deviation."""
+        self.call.reached = True
+        if self.kernel is None:
+            return kernels.loop(self.leaf, self.deviations, self.alpha, args, kwargs)
+        y = self.leaf(*args, **kwargs)
+        x = args[0] if args else next(iter(kwargs.values()))
+        delta = self.kernel(targets.base_layer(self.leaf), self._as_deviation(x), self.deviations)
+        return torch.add(y, delta.to(y.dtype), alpha=self.alpha)
+
+    def _as_deviation(self, x: Tensor) -> Tensor:
+        dtype = next(iter(self.deviations.values())).dtype
+        autocast = torch.is_autocast_enabled(x.device.type)
+        return x if autocast or not x.is_floating_point() else x.to(dtype)
+
+
+def _initial(leaf: Leaf, spec: Wrapper, generator: torch.Generator) -> dict[str, nn.Parameter]:
+    """Initial deviations of a leaf's matched parameters."""
+    base = targets.base_layer(leaf.module)
+    kernel = kernels.kernel_of(base)
+    if kernel is None:
+        # The loop puts changed parameters into the whole leaf, under their full names.
+        parameters = {name: leaf.module.get_parameter(name) for name in leaf.params}
+    else:
+        # Adapter layers: only the base layer's own parameters get deviations.
+        matched = {name.rpartition(".")[2] for name in leaf.params}
+        parameters = {n: p for n, p in base.named_parameters(recurse=False) if n in matched}
+    fresh = [_redrawn(base, parameters, generator) for _ in range(spec.n_voters)] if not spec.finetune else []
+    initial: dict[str, Tensor] = {}
+    for name, parameter in parameters.items():
+        if fresh:
+            start = torch.stack([(voter[name] - parameter.detach()) / spec.alpha for voter in fresh])
+            initial[name] = start.to(parameter.dtype)
+            continue
+        size = spec.weight_noise * _weight_std(base, parameter)
+        dtype = _float_dtype(base, parameter)
+        if spec.rank is not None and name == "weight" and kernel in (kernels.linear, kernels.embedding):
+            fan_in, fan_out = _fans(base)
+            # (A^T B)_ij sums `rank` products, and its standard deviation shall be `size`. What A gives out is of the
+            # size of what it reads: a row of inputs for a linear layer, one entry for an embedding.
+            looks_up = kernel is kernels.embedding
+            a_std = 1.0 if looks_up else 1 / math.sqrt(fan_in)
+            a = _normal((spec.n_voters, *((fan_in, spec.rank) if looks_up else (spec.rank, fan_in))), generator)
+            b = _normal((spec.n_voters, spec.rank, fan_out), generator)
+            initial["weight_a"] = (a * a_std).to(parameter.device, dtype)
+            initial["weight_b"] = (b * (size / (a_std * math.sqrt(spec.rank)))).to(parameter.device, dtype)
+        else:
+            noise = _normal((spec.n_voters, *parameter.shape), generator) * size
+            initial[name] = noise.to(parameter.device, dtype)
+    return {name: nn.Parameter(start) for name, start in initial.items()}
+
+
+def _normal(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    # Drawn on the CPU, so that a seed means the same voters on every device.
+    return torch.randn(shape, generator=generator)
+
+
+def _fans(base: nn.Module) -> tuple[int, int]:
+    if isinstance(base, nn.Embedding):
+        return base.num_embeddings, base.embedding_dim
+    if isinstance(base, nn.Linear):
+        return base.in_features, base.out_features
+    weight = base.get_parameter("weight")  # Hugging Face's Conv1D
+    return weight.shape[0], weight.shape[1]
+
+
+def _float_dtype(base: nn.Module, parameter: Tensor) -> torch.dtype:
+    if parameter.is_floating_point() and not kernels.is_quantized(base):
+        return parameter.dtype
+    return getattr(base, "compute_dtype", None) or torch.get_default_dtype()
+
+
+def _weight_std(base: nn.Module, parameter: Tensor) -> float:
+    """Standard deviation of the leaf's weight: the yardstick of ``weight_noise`` for all its parameters."""
+    weight = getattr(base, "weight", parameter)
+    if kernels.is_quantized(base):
+        # Packed weights cannot be read without their library, but for x ~ N(0, 1) the mean of (W x)^2 is the
+        # sum of squares of a row of W.
+        x = torch.randn(256, base.in_features, generator=torch.Generator().manual_seed(0))
+        x = x.to(weight.device, _float_dtype(base, parameter))
+        with torch.no_grad():
+            y = base(x).float() - base(torch.zeros_like(x[:1])).float()
+        return float((y.square().mean() / x.shape[1]).sqrt())
+    # A norm's weight is constant when new: then its mean size is the yardstick.
+    std = float(weight.detach().float().std(correction=0)) if weight.numel() > 1 else 0.0
+    return std or float(weight.detach().float().abs().mean())
+
+
+def _redrawn(base: nn.Module, parameters: dict[str, nn.Parameter], generator: torch.Generator) -> dict[str, Tensor]:
+    """The leaf's parameters drawn anew, by its own initialisation where it has one."""
+    if callable(getattr(base, "reset_parameters", None)):
+        new = copy.deepcopy(base)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(int(torch.randint(2**62, (1,), generator=generator)))
+            new.reset_parameters()
+        return {name: new.get_parameter(name).detach() for name in parameters}
+    return {
+        name: _normal(tuple(p.shape), generator).to(p.device, p.dtype) * _weight_std(base, p)
+        for name, p in parameters.items()
+    }
