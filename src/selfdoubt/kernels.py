@@ -15,19 +15,20 @@ import torch.nn.functional as F
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.utils.rnn import PackedSequence
 
 from selfdoubt.errors import WrapError
 from selfdoubt.members import unfold
 from selfdoubt.targets import Leaf
-from selfdoubt.tree import tree_map
+from selfdoubt.tree import tensors, tree_map
 
 #: Deviations by parameter name, ``(members, *parameter.shape)``; low rank: "weight_a" and "weight_b".
-Deviations = Mapping[str, Float[Tensor, "members ..."]]
+Deviations = Mapping[str, Float[Tensor, "members ..."]] | nn.ParameterDict
 Kernel = Callable[[nn.Module, Tensor, Deviations], Tensor]
 
 
 def _members(deviations: Deviations) -> int:
-    return next(iter(deviations.values())).shape[0]
+    return int(next(iter(deviations.values())).shape[0])
 
 
 def linear(leaf: nn.Module, x: Float[Tensor, "rows *t in"], deviations: Deviations) -> Float[Tensor, "rows *t out"]:
@@ -46,7 +47,9 @@ def linear(leaf: nn.Module, x: Float[Tensor, "rows *t in"], deviations: Deviatio
     return delta.reshape(*x.shape[:-1], delta.shape[-1])
 
 
-def embedding(leaf: nn.Module, ids: Shaped[Tensor, "rows *t"], deviations: Deviations) -> Float[Tensor, "rows *t d"]:
+def embedding(
+    leaf: nn.Module, ids: Shaped[Tensor, "rows *t"], deviations: Deviations
+) -> Float[Tensor, "rows *t d"]:
     """Each member looks its rows up in its own table, ``(m, entries, d)`` or factors ``(m, entries, r) (m, r, d)``."""
     folded = unfold(ids, _members(deviations))
     member = torch.arange(len(folded), device=ids.device).view(-1, *[1] * (folded.ndim - 1))
@@ -69,7 +72,7 @@ def convolution(leaf: nn.Module, x: Float[Tensor, "rows c *space"], deviations: 
             side_by_side, deviations["weight"].flatten(0, 1), None, leaf.stride, leaf.padding, leaf.dilation,
             members * leaf.groups,
         )  # fmt: skip
-        delta = out.unflatten(1, (members, -1)).transpose(0, 1).flatten(0, 1)
+        delta = out.reshape(len(out), members, -1, *out.shape[2:]).transpose(0, 1).flatten(0, 1)
     if "bias" in deviations:
         space = [1] * (x.ndim - 2)
         bias = deviations["bias"].repeat_interleave(folded.shape[1], 0).view(len(x), -1, *space)
@@ -131,36 +134,68 @@ def is_quantized(leaf: nn.Module) -> bool:
     return isinstance(leaf, nn.Linear) and type(leaf).__module__.startswith("bitsandbytes")
 
 
-def loop(
-    leaf: nn.Module, deviations: Deviations, alpha: float, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
-    """Run the leaf once per member with its own parameters: slow, and right for any leaf with the batch first."""
+def loop(leaf: nn.Module, deviations: Deviations, alpha: float, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run the leaf once per member with its own parameters: slow, and right for any leaf with the batch first.
+
+    Raises:
+        WrapError: If the leaf takes a packed sequence, or gives a tensor without the batch in dimension 0.
+    """
     members = _members(deviations)
     own = dict(leaf.named_parameters())
-    rows = next(a for a in (*args, *kwargs.values()) if isinstance(a, Tensor) and a.ndim).shape[0]
+    first = next(tensors((args, kwargs)))
+    if any(isinstance(x, PackedSequence) for x in (*args, *kwargs.values())) or len(first) % members:
+        raise WrapError(f"{type(leaf).__name__} reads a packed sequence, not rows; leave it out with param_filter")
+    rows = len(first)
+    # A recurrent layer's state, the second of its inputs and outputs, has the rows in dimension 1.
+    axes = (0, 1) if isinstance(leaf, nn.RNNBase) else (0, 0)
 
-    def share(x: Any, m: int) -> Any:
-        return unfold(x, members)[m] if isinstance(x, Tensor) and x.ndim and len(x) == rows else x
+    def share(tree: Any, m: int, axis: int) -> Any:
+        def of_member(x: Any) -> Any:
+            has_rows = isinstance(x, Tensor) and x.ndim > axis and x.shape[axis] == rows
+            return x.unflatten(axis, (members, -1)).select(axis, m) if has_rows else x
+
+        return tree_map(of_member, tree)
+
+    def join(axis: int, *outputs: Any) -> Any:
+        def cat(*xs: Any) -> Any:
+            if not isinstance(xs[0], Tensor):
+                return xs[0]
+            if xs[0].ndim <= axis or xs[0].shape[axis] * members != rows:
+                raise WrapError(
+                    f"{type(leaf).__name__} gives a tensor of shape {tuple(xs[0].shape)} for {rows // members} rows, "
+                    f"and members need the rows in dimension {axis}; leave it out with param_filter"
+                )
+            return torch.cat(xs, axis)
+
+        return tree_map(cat, *outputs)
 
     outputs = []
     for m in range(members):
         changed = {name: own[name] + alpha * deviation[m].to(own[name].dtype) for name, deviation in deviations.items()}
-        mine = tree_map(lambda x, m=m: share(x, m), (args, kwargs))
-        outputs.append(functional_call(leaf, changed, *mine))
-    return tree_map(lambda *xs: torch.cat(xs) if isinstance(xs[0], Tensor) else xs[0], *outputs)
+        inputs = tuple(share(a, m, axes[min(i, 1)]) for i, a in enumerate(args))
+        named = {name: share(a, m, axes[name == "hx"]) for name, a in kwargs.items()}
+        outputs.append(functional_call(leaf, changed, inputs, named))
+    if isinstance(outputs[0], tuple) and axes[1]:
+        return tuple(join(axis, *parts) for axis, parts in zip(axes, zip(*outputs, strict=True), strict=True))
+    return join(0, *outputs)
 
 
-def check_rows(leaf: Leaf) -> None:
+def check_rows(model: nn.Module, leaf: Leaf) -> None:
     """Members are rows of dimension 0: a leaf that sees time there, or an unknown choice of rows, cannot have members.
 
     Raises:
-        WrapError: If the leaf has ``batch_first=False`` or is one expert of a routed mixture.
+        WrapError: If the leaf, or the transformer layer around it, has ``batch_first=False``, or if it is one expert of
+            a routed mixture.
     """
-    if getattr(leaf.module, "batch_first", True) is False:
-        raise WrapError(
-            f"{leaf.name} is {type(leaf.module).__name__} with batch_first=False, and members need the batch in "
-            "dimension 0; build it with batch_first=True"
-        )
+    parts = leaf.name.split(".")
+    around = [model.get_submodule(".".join(parts[:end])) for end in range(len(parts))]
+    attentions = [m.self_attn for m in around if isinstance(m, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer))]
+    for module in (leaf.module, *attentions):
+        if getattr(module, "batch_first", True) is False:
+            raise WrapError(
+                f"{leaf.name} is {type(leaf.module).__name__} with batch_first=False, and members need the batch in "
+                "dimension 0; build it with batch_first=True"
+            )
     if re.search(r"(^|\.)experts\.\d+(\.|$)", leaf.name):
         raise WrapError(
             f"{leaf.name} is one expert of a mixture and sees routed tokens, not rows; "

@@ -12,7 +12,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import update_wrapper
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Shaped
@@ -44,17 +44,29 @@ def unfold(x: Shaped[Tensor, "rows *rest"], members: int) -> Shaped[Tensor, "mem
     return x.reshape(members, x.shape[0] // members, *x.shape[1:])
 
 
+@runtime_checkable
 class Spec(Protocol):
     """What a wrapper, a frozen dataclass of settings, tells ``Wrapped``."""
 
     @property
-    def verbose(self) -> int: ...
+    def verbose(self) -> int:
+        """0 prints nothing, 1 a summary, 2 every matched parameter."""
+
     @property
-    def symbolic_trace(self) -> bool: ...
+    def symbolic_trace(self) -> bool:
+        """Whether to compile the wrapped forward as one graph."""
+
     @property
-    def shared_inputs(self) -> tuple[str, ...]: ...
+    def shared_inputs(self) -> tuple[str, ...]:
+        """Names of inputs without a batch axis."""
+
     @property
-    def output(self) -> Literal["auto", "values", "logits"]: ...
+    def output(self) -> Literal["auto", "values", "logits"]:
+        """What the outputs are."""
+
+    @property
+    def goes_inside(self) -> bool:
+        """Whether a model wrapped by this can be wrapped again."""
 
     def find(self, model: nn.Module) -> list[Leaf]:
         """The leaves to replace."""
@@ -80,8 +92,27 @@ class Call:
     """
 
     members: int = 1
+    rows: int = 1  #: lines of the batch, members times its size
+    training: bool = False
     reached: bool = False
     scales: list[tuple[Tensor, Tensor]] = field(default_factory=list)  #: (a head's output, its predicted scale)
+
+    def per_row(self, x: Any) -> Any:
+        """A leaf's input with lines of its own for every row: a single line (position ids, say) is every row's.
+
+        Raises:
+            ShapeError: If the lines cannot be rows.
+        """
+        if not isinstance(x, Tensor) or not x.ndim or not self.rows:
+            return x
+        if len(x) == 1:
+            return x.expand(self.rows, *x.shape[1:])
+        if len(x) % self.rows:
+            raise ShapeError(
+                f"a replaced layer got {len(x)} lines of input, and the batch of all members has {self.rows} rows; "
+                "a layer that sees something else than rows cannot have members: leave it out with param_filter"
+            )
+        return x
 
     def scale_of(self, y: Any) -> Tensor | None:
         """The scale predicted for an output: the same tensor's, else (after a softcap, say) that of equal shape."""
@@ -94,7 +125,7 @@ class Call:
 class Replacement(nn.Module):
     """A module in a leaf's place: the leaf itself, as ``leaf``, and beside it whatever a wrapper adds.
 
-    Attributes it does not have are the leaf's: some models and libraries read ``layer.weight`` or ``layer.in_features``.
+    Attributes it does not have are the leaf's: models and libraries read ``layer.weight`` or ``layer.in_features``.
     """
 
     def __init__(self, leaf: nn.Module, call: Call) -> None:
@@ -128,14 +159,13 @@ class Wrapped(nn.Module):
 
     def __init__(self, model: nn.Module, spec: Spec) -> None:
         super().__init__()
-        inner = model.spec.members(training=False) if isinstance(model, Wrapped) else 1
-        if inner > 1:
+        self.spec: Spec = spec
+        if isinstance(model, Wrapped) and not model.spec.goes_inside:
             raise WrapError(
-                f"a model that already has {inner} members cannot be wrapped again; "
-                "put sculpt inside: vote.Wrapper(...)(sculpt.Wrapper(...)(model))"
+                "only a sculpt can be wrapped again, and this model is wrapped by "
+                f"{model.spec!r}; put sculpt inside: vote.Wrapper(...)(sculpt.Wrapper(...)(model))"
             )
         leaves = spec.find(model)
-        self.spec = spec
         self.call = Call()
         self.module = _share(model, freeze=spec.freezes())
         self.leaf_names = [leaf.name for leaf in leaves]
@@ -151,9 +181,7 @@ class Wrapped(nn.Module):
         if spec.verbose:
             print(_summary(self, leaves))
 
-    def forward(
-        self, *args: Any, return_risk: bool = False, training: bool | None = None, **kwargs: Any
-    ) -> Any:
+    def forward(self, *args: Any, return_risk: bool = False, training: bool | None = None, **kwargs: Any) -> Any:
         """The model's own output structure: the mean over members or, in training, each row's own member.
 
         Args:
@@ -222,6 +250,8 @@ class Wrapped(nn.Module):
             WrapError: If BatchNorm in training mode would mix members, or if no replaced leaf was called.
         """
         self.call.members = self.spec.members(training=training)
+        self.call.rows = self._batch_size(args, kwargs)
+        self.call.training = training
         self.call.reached = False
         self.call.scales.clear()
         if self.call.members > 1 and any(norm.training for norm in self._batch_norms):
@@ -321,7 +351,8 @@ def wrap(spec: Spec, model: Any) -> Any:
 def _share(model: nn.Module, *, freeze: bool) -> nn.Module:
     """A new tree of modules over the same parameters and buffers: the original keeps its own leaves.
 
-    Frozen parameters are views that do not train, so that the original's still do. What an inner wrapper added trains on.
+    Frozen parameters are views that do not train, so that the original's still do. What an inner wrapper added goes on
+    training.
     """
     memo: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
     if freeze:

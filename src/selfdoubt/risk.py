@@ -87,9 +87,7 @@ def epistemic(logits: Float[Tensor, "members *batch classes"]) -> Float[Tensor, 
     return (h_total - h_aleatoric).clamp_min(0)
 
 
-def token_scores(
-    logits: Float[Tensor, "members *batch classes"], chosen: Int[Tensor, "*batch"]
-) -> TokenScores:
+def token_scores(logits: Float[Tensor, "members *batch classes"], chosen: Int[Tensor, "*batch"]) -> TokenScores:
     """All token scores in one pass over the classes.
 
     Args:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Float
@@ -74,7 +74,8 @@ class Normal:
         """The noise for uniform draws; differentiable in ``std`` as it is."""
         eps = torch.finfo(uniform.dtype).eps
         standard = torch.special.ndtri(uniform.clamp(eps, 1 - eps))
-        return 1 + parameter.exp() * standard
+        noise: Tensor = 1 + parameter.exp() * standard
+        return noise
 
 
 @dataclass(frozen=True)
@@ -104,13 +105,15 @@ class Wrapper:
     """
 
     n_samples: int = 5
-    distribution: Bernoulli | Normal = Bernoulli()  # noqa: RUF009
+    distribution: Bernoulli | Normal = Bernoulli()
     param_filter: str | None = None
     output: Literal["auto", "values", "logits"] = "auto"
     shared_inputs: tuple[str, ...] = ()
     symbolic_trace: bool = False
     verbose: int = 0
     seed: int = 0
+
+    goes_inside: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if self.n_samples < 1:
@@ -128,7 +131,7 @@ class Wrapper:
         """The leaves to replace."""
         leaves = targets.find(model, self.param_filter)
         for leaf in leaves:
-            kernels.check_rows(leaf)
+            kernels.check_rows(model, leaf)
             if isinstance(leaf.module, nn.MultiheadAttention):
                 raise WrapError(
                     f"{leaf.name} is nn.MultiheadAttention, whose projections cannot be given noise one by one; "
@@ -162,7 +165,7 @@ class NoisyLeaf(Replacement):
         super().__init__(leaf.module, call)
         base = targets.base_layer(leaf.module)
         self.distribution = spec.distribution
-        self.key = _mix(torch.tensor([spec.seed * 1_000_003 + index])).item()
+        self.key = int(_mix(torch.tensor(spec.seed * 1_000_003 + index)))
         self.feature_axis = 1 if isinstance(base, nn.modules.conv._ConvNd) else -1
         device = next(leaf.module.parameters()).device
         start = torch.tensor(spec.distribution.initial(), device=device)
@@ -174,6 +177,7 @@ class NoisyLeaf(Replacement):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """The leaf on noisy rows: at evaluation one fixed noise per member, in training a fresh one per row."""
         self.call.reached = True
+        x = self.call.per_row(x)
         if not x.is_floating_point():
             y = self.leaf(x, *args, **kwargs)
             return y * self._noise(y, len(x))
@@ -183,11 +187,11 @@ class NoisyLeaf(Replacement):
         """Noise that broadcasts over ``x``: ``(rows, 1, ..., features, ...)``."""
         axis = self.feature_axis % x.ndim
         features, members = x.shape[axis], self.call.members
-        if members == 1:
+        if self.call.training:
             uniform = torch.rand(rows, features, device=x.device)
         else:
             uniform = uniforms(self.key, members, features, x.device).repeat_interleave(rows // members, 0)
-        soft = self.distribution.trainable and torch.is_grad_enabled() and members == 1
+        soft = self.distribution.trainable and self.call.training
         noise = self.distribution.noise(self.parameter, uniform, soft=soft)
         shape = [1] * x.ndim
         shape[0], shape[axis] = rows, features

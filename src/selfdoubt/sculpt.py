@@ -131,6 +131,7 @@ class Wrapper:
     seed: int = 0
 
     output: ClassVar[Literal["auto", "values", "logits"]] = "auto"
+    goes_inside: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.distribution not in (Normal, Laplace):

@@ -16,16 +16,17 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
 from selfdoubt import __version__
-from selfdoubt.errors import BaseMismatchError, ConfigError, LoadError, TargetError
+from selfdoubt.errors import BaseMismatchError, LoadError, TargetError
 from selfdoubt.members import Spec, Wrapped, added_names
 
 FORMAT = 1
 WEIGHTS, CARD = "added.safetensors", "selfdoubt.json"
-_METHODS = ("vote", "sample", "sculpt")
+METHODS = ("vote", "sample", "sculpt")
 
 
 def save(
@@ -69,7 +70,7 @@ def save(
     text = json.dumps(card, indent=2, allow_nan=False) + "\n"
     # The old card goes first: between the two renames the folder says that it is not whole, never a mix.
     (folder / CARD).unlink(missing_ok=True)
-    save_file(tensors, folder / f"{WEIGHTS}.part")
+    (folder / f"{WEIGHTS}.part").write_bytes(serialize(tensors))
     (folder / f"{WEIGHTS}.part").replace(folder / WEIGHTS)
     (folder / f"{CARD}.part").write_text(text, encoding="utf-8")
     (folder / f"{CARD}.part").replace(folder / CARD)
@@ -140,8 +141,8 @@ def from_json(entry: Mapping[str, Any]) -> Spec:
     """
     settings = dict(entry)
     method = settings.pop("method", None)
-    if method not in _METHODS:
-        raise LoadError(f"unknown wrapper {method!r}, this version knows {', '.join(_METHODS)}; upgrade selfdoubt")
+    if method not in METHODS:
+        raise LoadError(f"unknown wrapper {method!r}, this version knows {', '.join(METHODS)}; upgrade selfdoubt")
     module = import_module(f"selfdoubt.{method}")
     try:
         if isinstance(distribution := settings.get("distribution"), str):
@@ -150,8 +151,10 @@ def from_json(entry: Mapping[str, Any]) -> Spec:
             settings["distribution"] = getattr(module, distribution.pop("name"))(**distribution)
         settings["shared_inputs"] = tuple(settings.get("shared_inputs", ()))
         spec: Spec = module.Wrapper(**settings)
-    except (TypeError, AttributeError, KeyError, ConfigError) as error:
-        raise LoadError(f"the settings of {method} cannot be read ({error}); upgrade selfdoubt") from None
+    except (TypeError, AttributeError, KeyError) as error:
+        raise LoadError(
+            f"the settings of {method} cannot be read ({error}); see help(selfdoubt.{method}.Wrapper)"
+        ) from None
     return spec
 
 

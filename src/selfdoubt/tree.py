@@ -35,8 +35,7 @@ def tree_map(function: Callable[..., Any], tree: Any, *others: Any) -> Any:
         return type(tree)(**mapped) if is_model_output else type(tree)(mapped)  # type: ignore[call-arg]
     if isinstance(tree, (tuple, list)):
         values = [
-            tree_map(function, value, *(None if o is None else o[i] for o in others))
-            for i, value in enumerate(tree)
+            tree_map(function, value, *(None if o is None else o[i] for o in others)) for i, value in enumerate(tree)
         ]
         return type(tree)(*values) if hasattr(tree, "_fields") else type(tree)(values)
     return function(tree, *others)

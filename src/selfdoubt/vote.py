@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -68,6 +68,8 @@ class Wrapper:
     verbose: int = 0
     seed: int = 0
 
+    goes_inside: ClassVar[bool] = False
+
     def __post_init__(self) -> None:
         if self.n_voters < 1:
             raise ConfigError(f"n_voters must be at least 1, got {self.n_voters}; try n_voters=3")
@@ -88,7 +90,7 @@ class Wrapper:
         """The leaves to replace."""
         leaves = targets.find(model, self.param_filter)
         for leaf in leaves:
-            kernels.check_rows(leaf)
+            kernels.check_rows(model, leaf)
             base = targets.base_layer(leaf.module)
             if kernels.is_quantized(base) and (self.rank is None or not self.finetune):
                 raise WrapError(
@@ -131,10 +133,14 @@ class VotingLeaf(Replacement):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The leaf's output on member-major rows, each member with its own deviation."""
         self.call.reached = True
+        if args:
+            args = (x := self.call.per_row(args[0]), *args[1:])
+        else:
+            name, value = next(iter(kwargs.items()))
+            kwargs = kwargs | {name: (x := self.call.per_row(value))}
         if self.kernel is None:
             return kernels.loop(self.leaf, self.deviations, self.alpha, args, kwargs)
         y = self.leaf(*args, **kwargs)
-        x = args[0] if args else next(iter(kwargs.values()))
         delta = self.kernel(targets.base_layer(self.leaf), self._as_deviation(x), self.deviations)
         return torch.add(y, delta.to(y.dtype), alpha=self.alpha)
 
@@ -206,7 +212,7 @@ def _weight_std(base: nn.Module, parameter: Tensor) -> float:
     if kernels.is_quantized(base):
         # Packed weights cannot be read without their library, but for x ~ N(0, 1) the mean of (W x)^2 is the
         # sum of squares of a row of W.
-        x = torch.randn(256, base.in_features, generator=torch.Generator().manual_seed(0))
+        x = torch.randn((256, _fans(base)[0]), generator=torch.Generator().manual_seed(0))
         x = x.to(weight.device, _float_dtype(base, parameter))
         with torch.no_grad():
             y = base(x).float() - base(torch.zeros_like(x[:1])).float()
@@ -222,7 +228,7 @@ def _redrawn(base: nn.Module, parameters: dict[str, nn.Parameter], generator: to
         new = copy.deepcopy(base)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int(torch.randint(2**62, (1,), generator=generator)))
-            new.reset_parameters()
+            new.reset_parameters()  # type: ignore[operator]
         return {name: new.get_parameter(name).detach() for name in parameters}
     return {
         name: _normal(tuple(p.shape), generator).to(p.device, p.dtype) * _weight_std(base, p)

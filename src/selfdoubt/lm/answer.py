@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from selfdoubt.errors import ConfigError
 
-#: The single score that stands for an answer's doubt, and the one that colours a token; chosen by ``benchmarks/quality.py``.
+#: The score that stands for an answer's doubt, and the one that colours a token; chosen by ``benchmarks/quality.py``.
 DEFAULT_RISK = "question_mean_nll"
 TOKEN_RISK = "total"
 
@@ -96,37 +96,43 @@ _TOKEN_SCORES: dict[str, TokenScore] = {
 }
 _POOLS: dict[str, Pool] = {"sum": math.fsum, "mean": fmean, "max": max}
 
-#: Answer scores by name: ``[question_]{sum|mean|max}_{token score}``. Well-known ones under these names: ``sum_nll`` is
-#: minus the log of the sequence probability (MSP), ``mean_nll`` the log of perplexity, ``mean_total`` the mean token
-#: entropy, ``question_mean_nll`` the surprisal of the question.
-ANSWER_SCORES: dict[str, tuple[bool, Pool, TokenScore]] = {
-    f"{'question_' if of_question else ''}{pool}_{name}": (of_question, _POOLS[pool], score)
-    for of_question in (False, True)
+#: Answer scores by name: ``{part_}{sum|mean|max}_{token score}``, over the answer's tokens, the ``question_``'s, or
+#: ``both_``. Well-known ones under these names: ``sum_nll`` is minus the log of the sequence probability (MSP),
+#: ``mean_nll`` the log of perplexity, ``mean_total`` the mean token entropy, ``question_mean_nll`` the surprisal of the
+#: question.
+ANSWER_SCORES: dict[str, tuple[str, Pool, TokenScore]] = {
+    f"{part}{pool}_{name}": (part, _POOLS[pool], score)
+    for part in ("", "question_", "both_")
     for pool in _POOLS
     for name, score in _TOKEN_SCORES.items()
-    if not (of_question and pool == "sum")
 }
 
 
 def answer_scores(answer: Sequence[Token], question: Sequence[Token]) -> dict[str, float]:
     """All scores that these tokens allow: without a question, or without a sculpt, some are absent."""
+    parts = {
+        "": [*answer],
+        "question_": [*question],
+        "both_": [*question, *answer] if answer and question else [],
+    }
     scores = {}
-    for name, (of_question, pool, score) in ANSWER_SCORES.items():
-        values = [v for t in (question if of_question else answer) if (v := score(t)) is not None]
+    for name, (part, pool, score) in ANSWER_SCORES.items():
+        values = [v for t in parts[part] if (v := score(t)) is not None]
         if values:
             scores[name] = pool(values)
     return scores
 
 
 def pick_risk(scores: Mapping[str, float], name: str) -> tuple[float, str]:
-    """The risk of this name; without a question, the same score of the answer.
+    """The risk of this name; without a question (or an answer), the same score of what there is.
 
     Raises:
         ConfigError: If there is no such score.
     """
     if name not in ANSWER_SCORES:
         raise ConfigError(f"no answer score is called {name!r}; choose one of {', '.join(sorted(ANSWER_SCORES))}")
-    for candidate in (name, name.removeprefix("question_"), "mean_nll", "question_mean_nll"):
+    bare = name.removeprefix("question_").removeprefix("both_")
+    for candidate in (name, bare, f"question_{bare}", "mean_nll", "question_mean_nll"):
         if candidate in scores:
             return scores[candidate], candidate
     raise ConfigError(f"the score {name!r} needs at least one token, got an empty answer and question")

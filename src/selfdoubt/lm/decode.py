@@ -94,7 +94,7 @@ def read(
         if known > 0:
             chosen = ids[:, first + 1 : first + 1 + known].to(piece.logits.device)
             now = Logits(*(None if x is None else x[:, :, :known] for x in piece))  # type: ignore[arg-type]
-            for sequence, tokens in enumerate(_scored(now, chosen, alternatives)):
+            for sequence, tokens in enumerate(_scored(now, chosen, risk.mix(now.logits), alternatives)):
                 start = width - len(prompts[sequence])
                 scored[sequence] += [t for c, t in enumerate(tokens) if first + c >= start]
         last = Logits(*(None if x is None else x[:, :, -1] for x in piece))  # type: ignore[arg-type]
@@ -102,7 +102,9 @@ def read(
     return scored, last
 
 
-def decode(stepper: Stepper, following: Logits, lengths: Sequence[int], sampling: Sampling, seeds: Sequence[int]) -> Iterator[Event]:
+def decode(
+    stepper: Stepper, following: Logits, lengths: Sequence[int], sampling: Sampling, seeds: Sequence[int]
+) -> Iterator[Event]:
     """Choose tokens until every sequence has ended.
 
     Args:
@@ -118,9 +120,11 @@ def decode(stepper: Stepper, following: Logits, lengths: Sequence[int], sampling
     done = 0
     while True:
         draws = [torch.rand((), generator=generators[s], dtype=torch.float64) for s in alive]
-        chosen = choose(risk.mix(following.logits), sampling, torch.stack(draws))
+        mixed = risk.mix(following.logits)
+        chosen = choose(mixed, sampling, torch.stack(draws))
         ids = chosen.tolist()
-        tokens = _scored(following, chosen[:, None], sampling.alternatives)
+        now = Logits(*(None if x is None else x[:, :, None] for x in following))  # type: ignore[arg-type]
+        tokens = _scored(now, chosen[:, None], mixed[:, None], sampling.alternatives)
         done += 1
         survivors = []
         for position, sequence in enumerate(alive):
@@ -147,37 +151,38 @@ def choose(
     if sampling.temperature == 0:
         return logits.argmax(-1)
     probs = (logits.double() / sampling.temperature).softmax(-1)
-    ordered, order = probs.sort(-1, descending=True, stable=True)
+    ordered, order = probs.sort(stable=True, dim=-1, descending=True)
     below = ordered.cumsum(-1) - ordered
     ordered = ordered.masked_fill(below >= sampling.top_p, 0)
     cumulative = ordered.cumsum(-1)
     target = uniform.to(cumulative.device)[:, None] * cumulative[:, -1:]
     index = torch.searchsorted(cumulative, target, right=True).clamp_max(logits.shape[-1] - 1)
-    return order.gather(-1, index).squeeze(-1)
+    drawn: Tensor = order.gather(-1, index).squeeze(-1)
+    return drawn
 
 
-def _scored(following: Logits, chosen: Int[Tensor, "batch t"], alternatives: int) -> list[list[ScoredId]]:
+def _scored(
+    following: Logits, chosen: Int[Tensor, "batch t"], mixed: Float[Tensor, "batch t classes"], alternatives: int
+) -> list[list[ScoredId]]:
     """Scores of chosen tokens, moved to the host in one go."""
-    logits = following.logits if following.logits.ndim == 4 else following.logits[:, :, None]
-    scores = risk.token_scores(logits, chosen)
+    scores = risk.token_scores(following.logits, chosen)
     columns = [s.double() for s in scores]
     if following.scale is not None:
-        scale = following.scale if following.scale.ndim == 4 else following.scale[:, :, None]
-        index = chosen[None, ..., None].expand(len(scale), -1, -1, 1)
-        columns.append(scale.gather(-1, index).squeeze(-1).double().square().mean(0).sqrt())
+        index = chosen[None, ..., None].expand(len(following.scale), -1, -1, 1)
+        columns.append(following.scale.gather(-1, index).squeeze(-1).double().square().mean(0).sqrt())
     if alternatives:
-        mixed = risk.mix(logits)
         top = mixed.topk(min(alternatives, mixed.shape[-1]), -1)
-        logp = top.values.double() - mixed.double().logsumexp(-1, keepdim=True)
-        columns += [*top.indices.double().unbind(-1), *logp.unbind(-1)]
+        # The log-normaliser without a second pass over the classes: the chosen token's logit less its log-probability.
+        normaliser = mixed.gather(-1, chosen[..., None]).double() - scores.logprob[..., None].double()
+        columns += [*top.indices.double().unbind(-1), *(top.values.double() - normaliser).unbind(-1)]
     table = torch.stack([*columns, chosen.double()], -1).tolist()
-    n = len(scores)
     has_scale = following.scale is not None
 
     def token(row: list[float]) -> ScoredId:
-        rest = row[n + has_scale : -1]
+        named = dict(zip(risk.TokenScores._fields, row, strict=False))
+        rest = row[len(named) + has_scale : -1]
         half = len(rest) // 2
         options = tuple((int(i), p) for i, p in zip(rest[:half], rest[half:], strict=True))
-        return ScoredId(int(row[-1]), *row[:n], row[n] if has_scale else None, options)
+        return ScoredId(id=int(row[-1]), **named, scale=row[len(named)] if has_scale else None, alternatives=options)
 
     return [[token(row) for row in rows] for rows in table]

@@ -123,7 +123,7 @@ def _why(name: str, error: Exception) -> str:
         cause = cause.__cause__ or cause.__context__
     text = " ".join(" ".join(chain).split())
     first = " ".join(str(error).split())[:200]
-    if "GatedRepo" in text or "gated repo" in text or "401 Client Error" in text and "gated" in text:
+    if "GatedRepo" in text or "gated repo" in text or ("401 Client Error" in text and "gated" in text):
         return f"{name} is gated: accept its licence on its page, then set HF_TOKEN to a token of your account"
     if "RepositoryNotFound" in text or "is not a valid model identifier" in text:
         return f"no model named {name!r} on the hub, or it is private: check the name, or set HF_TOKEN"
@@ -131,6 +131,8 @@ def _why(name: str, error: Exception) -> str:
         return f"{name} has no safetensors weights, and pickled ones are never read: convert it with save_pretrained"
     if "trust_remote_code" in text:
         return f"{name} comes with its own code: read it, then pass trust_remote_code=True to run it"
-    if any(w in text for w in ("ConnectionError", "ConnectError", "LocalEntryNotFound", "OfflineMode", "couldn't connect")):
+    if any(
+        w in text for w in ("ConnectionError", "ConnectError", "LocalEntryNotFound", "OfflineMode", "couldn't connect")
+    ):
         return f"{name!r} is not on this machine and the hub cannot be reached: give a folder, or check the network"
     return f"{name} cannot be loaded ({type(error).__name__}: {first})"

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import Any, Literal, TypedDict, Unpack, cast, overload
 
 import torch
 from torch import nn
@@ -23,6 +25,17 @@ from selfdoubt.risk import percentile
 from selfdoubt.vote import Wrapper as Vote
 
 Question = str | Sequence[Message]
+
+
+class Options(TypedDict, total=False):
+    """How to answer. Everything may be left out."""
+
+    max_tokens: int  #: most tokens of an answer; 256
+    temperature: float  #: 0, the default, takes the most probable token each time
+    top_p: float  #: draw from the smallest set of tokens that holds this share of probability; 1
+    seed: int  #: same seed, same answer, alone or in a batch; 0
+    stop: Sequence[str | int]  #: tokens that end an answer: ids, or texts of one token each
+    raw: bool  #: continue the text as it is, without the chat template; False
 
 
 class RiskAwareLM:
@@ -119,79 +132,94 @@ class RiskAwareLM:
         return cls(model.eval(), tokenizer, reference=reference, risk=risk)
 
     @overload
-    def generate(self, prompt: str, **options: Any) -> Answer: ...
+    def generate(self, prompt: str, *, batch_size: int = ..., **options: Unpack[Options]) -> Answer: ...
     @overload
-    def generate(self, prompt: Sequence[str] | Sequence[Message], **options: Any) -> Any: ...
+    def generate(self, prompt: Sequence[Any], *, batch_size: int = ..., **options: Unpack[Options]) -> Any: ...
     def generate(
-        self,
-        prompt: Question | Sequence[Question],
-        *,
-        max_tokens: int = 256,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        seed: int = 0,
-        stop: Sequence[str | int] = (),
-        raw: bool = False,
-        candidates: int | None = None,
-        batch_size: int = 32,
+        self, prompt: Question | Sequence[Question], *, batch_size: int = 32, **options: Unpack[Options]
     ) -> Answer | list[Answer]:
-        """Answer a question, a chat, or a list of either.
+        """Answer a question or a chat, or a list of either.
 
         Args:
             prompt: A question, messages with ``role`` and ``content``, or a list of questions or chats.
-            max_tokens: Most tokens of an answer.
-            temperature: 0 takes the most probable token each time.
-            top_p: Draw from the smallest set of tokens that holds this share of probability.
-            seed: Same seed, same answer, alone or in a batch.
-            stop: Tokens that end an answer: ids, or texts of one token each.
-            raw: Continue the text as it is, without the chat template.
-            candidates: Give this many answers to one question (seeds ``seed``, ``seed + 1``, ...), the least risky first.
-            batch_size: How many prompts run side by side.
+            batch_size: How many prompts of a list run side by side.
+            **options: See ``Options``.
 
         Returns:
-            One ``Answer``; a list of them for a list of prompts or with ``candidates``.
+            One ``Answer``, or a list of them for a list of prompts.
 
         Raises:
             PromptError: If a prompt is empty or too long.
+            ConfigError: If an option is out of range.
             NonFiniteError: If the model gives NaN or infinite logits.
         """
-        single = isinstance(prompt, str) or not prompt or isinstance(prompt[0], Mapping)
-        questions: list[Any] = [prompt] if single else list(prompt)
-        if candidates is not None:
-            if candidates < 1 or not single:
-                raise ConfigError(f"candidates must be at least 1 and for one question, got {candidates}")
-            questions = questions * candidates
-        seeds = [seed + i if candidates else seed for i in range(len(questions))]
-        sampling = self._sampling(max_tokens, temperature, top_p, stop)
-        prompts = [encode(self.tokenizer, q, raw=raw) for q in questions]
-        found: list[Answer] = []
-        for first in range(0, len(prompts), batch_size):
-            part = slice(first, first + batch_size)
-            streams = self._run(prompts[part], sampling, seeds[part])
-            found += [stream.answer for stream in streams]
-        if candidates is not None:
-            return sorted(found, key=lambda a: _candidate_risk(a))
-        return found[0] if single else found
+        seed = options.get("seed", 0)
+        if isinstance(prompt, str) or (prompt and isinstance(prompt[0], Mapping)):
+            return self._generate([cast("Question", prompt)], 1, [seed], options)[0]
+        return self._generate(cast("Sequence[Question]", prompt), batch_size, [seed] * len(prompt), options)
 
-    def stream(
-        self,
-        prompt: Question,
-        *,
-        max_tokens: int = 256,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        seed: int = 0,
-        stop: Sequence[str | int] = (),
-        raw: bool = False,
-    ) -> Stream:
-        """Answer a question token by token; see ``generate`` for the options.
+    def candidates(self, prompt: Question, n: int, *, batch_size: int = 32, **options: Unpack[Options]) -> list[Answer]:
+        """Draw ``n`` answers to one question with the seeds ``seed``, ``seed + 1``, ...; the least risky comes first.
+
+        Raises:
+            ConfigError: If ``n`` is below 1, or the temperature is 0, which would give the same answer each time.
+        """
+        if n < 1:
+            raise ConfigError(f"the number of candidates must be at least 1, got {n}")
+        options.setdefault("temperature", 1.0)
+        if options["temperature"] == 0 and n > 1:
+            raise ConfigError("candidates at temperature 0 are all the same; use a temperature above 0, e.g. 1")
+        seeds = [options.get("seed", 0) + i for i in range(n)]
+        found = self._generate([prompt] * n, batch_size, seeds, options)
+        # Candidates share their question: where only it makes the risk, the same score of the answer orders them.
+        bare = self.risk.removeprefix("question_")
+        return sorted(found, key=lambda a: (a.risk, a.scores.get(bare, math.inf)))
+
+    def generate_until(
+        self, prompt: Question, percentile: float, *, max_tries: int = 10, **options: Unpack[Options]
+    ) -> Tries:
+        """Answer again, with the seeds ``seed``, ``seed + 1``, ..., until the answer is among the surest.
+
+        Args:
+            prompt: A question or messages.
+            percentile: Largest share of reference answers with a lower risk, in [0, 1].
+            max_tries: Most answers, at least 1.
+            **options: See ``Options``; the temperature is 1 unless given.
+
+        Raises:
+            ConfigError: If there are no reference answers for the risk, or a number is out of range.
+        """
+        if not 0 <= percentile <= 1:
+            raise ConfigError(f"the percentile must be between 0 and 1, got {percentile}")
+        if max_tries < 1:
+            raise ConfigError(f"max_tries must be at least 1, got {max_tries}")
+        if self.risk not in self.reference:
+            raise ConfigError(
+                f"a percentile of {self.risk} needs reference answers, and this model has none; "
+                "use an adapter that has them (the pocket model does)"
+            )
+        options.setdefault("temperature", 1.0)
+        first = options.get("seed", 0)
+        tried: list[Answer] = []
+        for i in range(max_tries):
+            tried += self._generate([prompt], 1, [first + i], options)
+            rank = tried[-1].percentile
+            if rank is not None and rank <= percentile:
+                return Tries(tried[-1], i + 1, True)
+        return Tries(min(tried, key=lambda a: a.risk), max_tries, False)
+
+    def stream(self, prompt: Question, **options: Unpack[Options]) -> Stream:
+        """Answer a question token by token.
 
         Returns:
-            An iterator of ``Token``. Its ``question`` holds the question's tokens at once, its ``answer`` the ``Answer``
-            at the end.
+            An iterator of ``Token``. Its ``question`` holds the question's tokens at once, its ``answer`` the
+            ``Answer`` at the end.
+
+        Raises:
+            As ``generate``.
         """
-        sampling = self._sampling(max_tokens, temperature, top_p, stop)
-        return Stream(self, encode(self.tokenizer, prompt, raw=raw), sampling, seed)
+        encoded = encode(self.tokenizer, prompt, raw=options.get("raw", False))
+        return Stream(self, encoded, self._sampling(options), options.get("seed", 0))
 
     def score(self, text: str, question: Question | None = None, *, raw: bool = False) -> Answer:
         """Risk of text that exists already, teacher-forced.
@@ -220,7 +248,11 @@ class RiskAwareLM:
         return self.answer(tokens, self._own(scored[0], prompt), "given", text)
 
     def answer(
-        self, tokens: Sequence[Token], question: Sequence[Token], finish: Literal["stop", "length", "given"], text: str
+        self,
+        tokens: Sequence[Token],
+        question: Sequence[Token],
+        finish: Literal["stop", "length", "given"],
+        text: str,
     ) -> Answer:
         """Put tokens together and score the whole."""
         scores = answer_scores(tokens, question)
@@ -247,19 +279,47 @@ class RiskAwareLM:
     def _token(self, scored: ScoredId, text: str) -> Token:
         plain = scored._asdict()
         options = tuple(
-            Alternative(self.tokenizer.decode([i]), i, float(torch.tensor(p).exp())) for i, p in plain.pop("alternatives")
+            Alternative(self.tokenizer.decode([i]), i, float(torch.tensor(p).exp()))
+            for i, p in plain.pop("alternatives")
         )
         value = -scored.logprob if self.token_risk == "nll" else getattr(scored, self.token_risk)
         return Token(text=text, **plain, risk=value, alternatives=options)
 
-    def _sampling(self, max_tokens: int, temperature: float, top_p: float, stop: Sequence[str | int]) -> Sampling:
+    def _generate(
+        self, prompts: Sequence[Question], batch_size: int, seeds: Sequence[int], options: Options
+    ) -> list[Answer]:
+        if batch_size < 1:
+            raise ConfigError(f"batch_size must be at least 1, got {batch_size}")
+        sampling = self._sampling(options)
+        encoded = [encode(self.tokenizer, prompt, raw=options.get("raw", False)) for prompt in prompts]
+        found: list[Answer] = []
+        for first in range(0, len(encoded), batch_size):
+            part = slice(first, first + batch_size)
+            found += [sequence.answer for sequence in self._run(encoded[part], sampling, seeds[part])]
+        return found
+
+    def _sampling(self, options: Options) -> Sampling:
         stops = set(self._stop_ids)
-        for item in stop:
+        for item in options.get("stop", ()):
             ids = [item] if isinstance(item, int) else self.tokenizer(item, add_special_tokens=False)["input_ids"]
             if len(ids) != 1:
                 raise ConfigError(f"stop must be one token each, and {item!r} is {len(ids)} tokens in this vocabulary")
             stops.add(ids[0])
-        return Sampling(temperature, top_p, max_tokens, frozenset(stops))
+        return Sampling(
+            temperature=options.get("temperature", 0.0),
+            top_p=options.get("top_p", 1.0),
+            max_tokens=options.get("max_tokens", 256),
+            stop_ids=frozenset(stops),
+        )
+
+
+@dataclass(frozen=True)
+class Tries:
+    """The outcome of answering until confident: the first confident answer, or else the least risky."""
+
+    answer: Answer
+    tries: int
+    confident: bool
 
 
 class _Sequence:
@@ -318,11 +378,6 @@ class Stream(Iterator[Token]):
             if token is not None:
                 return token
         raise StopIteration
-
-
-def _candidate_risk(answer: Answer) -> float:
-    """Candidates share their question, so only scores of the answer can order them."""
-    return answer.scores.get("mean_total", float("inf"))
 
 
 def _stop_ids(model: nn.Module, tokenizer: Any) -> frozenset[int]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -28,6 +28,7 @@ class Logits(NamedTuple):
     scale: Float[Tensor, "members batch *t classes"] | None
 
 
+@runtime_checkable
 class Stepper(Protocol):
     """A model that reads prompts, then one token a sequence at a time."""
 
@@ -54,7 +55,7 @@ class HFStepper:
         base = model
         while isinstance(base, Wrapped):
             base = base.module
-        self._config = base.config.get_text_config()  # type: ignore[operator, union-attr]
+        self._config = base.config.get_text_config()  # type: ignore[union-attr, operator]
         self._device = next(base.parameters()).device
         self._takes_positions = "position_ids" in inspect.signature(base.forward).parameters
         self._cache: Any = None
@@ -127,6 +128,7 @@ class HFStepper:
             raise WrapError(f"{type(self._model).__name__} keeps no key-value cache, which decoding needs")
         scale = None
         if scales is not None:
-            std = self._model.distribution.std((output.logits, scales.logits))  # type: ignore[union-attr]
+            assert isinstance(self._model, Wrapped)
+            std = self._model.distribution.std((output.logits, scales.logits))
             scale = unfold(std, self.members)
         return Logits(unfold(output.logits, self.members), scale)

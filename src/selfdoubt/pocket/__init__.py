@@ -1,0 +1,32 @@
+"""The pocket model: a small Llama that knows some geography, shipped with the package, and its recipe.
+
+Importing this package imports neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+__all__ = ["evaluation_file", "folder", "reference_file", "voters"]
+
+_HERE = Path(__file__).resolve().parent
+
+
+def folder() -> Path:
+    """The folder of the shipped model, in Hugging Face layout."""
+    return _HERE / "model"
+
+
+def evaluation_file() -> Path:
+    """The questions that measure the pocket model, with the truth for each."""
+    return _HERE / "evaluation.jsonl"
+
+
+def reference_file() -> Path:
+    """The questions that its reference quantiles come from; shares no city with the evaluation file."""
+    return _HERE / "reference.jsonl"
+
+
+def voters() -> Path:
+    """The three voters that come with the model, an adapter folder."""
+    return _HERE / "voters"

@@ -1,0 +1,133 @@
+"""Makes the pocket model's voters: ``python -m selfdoubt.pocket.voters --atlas FOLDER --out FOLDER``.
+
+Three low-rank voters learn beside the frozen base model, each from its own share of every batch. Then the reference
+questions are answered, and the quantiles of every answer score go into the adapter, so that a risk has a percentile.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor, nn
+
+from selfdoubt import pocket, storage, vote
+from selfdoubt.errors import SelfdoubtError
+from selfdoubt.lm.answer import Answer
+from selfdoubt.lm.model import RiskAwareLM
+from selfdoubt.pocket import atlas as atlas_files
+from selfdoubt.pocket import evaluation
+from selfdoubt.pocket.encode import Rows, packed
+from selfdoubt.pocket.facts import all_facts
+from selfdoubt.pocket.questions import pair_stream
+
+VOTERS = vote.Wrapper(n_voters=3, rank=16, weight_noise=0.5)
+STEPS, ROWS, LENGTH, RATE = 300, 48, 64, 2e-3
+QUANTILES = 100
+
+
+def rows_of(atlas_folder: Path, tokenizer: Any, seed: int) -> Iterator[Rows]:
+    """Packed training pairs without end; ``ROWS`` divides by two, three and four voters."""
+    facts = all_facts(atlas_files.read(atlas_folder))
+    return packed(tokenizer.backend_tokenizer, pair_stream(facts, random.Random(f"{seed}:voters")), ROWS, LENGTH)
+
+
+def logits_of(model: nn.Module, rows: Rows) -> Tensor:
+    """One training pass: each voter reads its own rows."""
+    inputs = {
+        "input_ids": rows.ids,
+        "position_ids": rows.positions,
+        "attention_mask": rows.mask(),
+        "use_cache": False,
+    }
+    logits: Tensor = model(**inputs).logits
+    return logits
+
+
+def fine_tune(
+    model: nn.Module,
+    stream: Iterator[Rows],
+    *,
+    steps: int = STEPS,
+    rate: float = RATE,
+    logits: Callable[[nn.Module, Rows], Tensor] = logits_of,
+) -> float:
+    """Train what trains of a model, in place; returns the mean loss of the last tenth of the steps."""
+    model.train()
+    learner = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=rate, weight_decay=0.0)
+    warmup = max(1, steps // 20)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        learner, lambda step: min(1.0, (step + 1) / warmup) * (1 - step / steps)
+    )
+    losses = []
+    for _ in track(range(steps), description="fine-tuning"):
+        rows = next(stream)
+        targets = rows.targets()
+        loss = F.cross_entropy(logits(model, rows)[:, :-1].flatten(0, 1).float(), targets.flatten())
+        learner.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        learner.step()
+        schedule.step()
+        losses.append(loss.item())
+    model.eval()
+    last = losses[-max(1, steps // 10) :]
+    return sum(last) / len(last)
+
+
+def reference_quantiles(answers: Sequence[Answer]) -> dict[str, list[float]]:
+    """Ascending quantiles of each score over reference answers."""
+    names = sorted(set(chain.from_iterable(a.scores for a in answers)))
+    levels = torch.linspace(0, 1, QUANTILES + 1, dtype=torch.float64)
+    table = {n: torch.tensor([a.scores[n] for a in answers if n in a.scores], dtype=torch.float64) for n in names}
+    return {n: [float(f"{v:.5g}") for v in torch.quantile(t, levels).tolist()] for n, t in table.items()}
+
+
+def make(atlas_folder: Path, out: Path, *, base: Path, steps: int = STEPS, seed: int = 0) -> None:
+    """Train the voters and write the adapter folder."""
+    say = Console()
+    torch.manual_seed(seed)
+    plain = RiskAwareLM.load(base, wrapper=None, dtype="float32", device="cpu")
+    wrapped = VOTERS(plain.model)
+    loss = fine_tune(wrapped, rows_of(atlas_folder, plain.tokenizer, seed), steps=steps)
+    # Percentiles are those of the model as it is shipped, in bfloat16.
+    lm = RiskAwareLM(wrapped.to(torch.bfloat16), plain.tokenizer)
+    questions = evaluation.read(pocket.reference_file())
+    answers = lm.generate([q.question for q in questions], max_tokens=48, batch_size=64)
+    right = sum(map(evaluation.is_right, questions, (a.text for a in answers)))
+    say.print(f"loss {loss:.4f}; {right / len(answers):.3f} of {len(answers)} reference questions right")
+    storage.save(wrapped, out, base="pocket", extra={"reference": reference_quantiles(answers)})
+    size = sum(f.stat().st_size for f in out.iterdir())
+    say.print(f"wrote {out} ({size / 1e6:.2f} MB)")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m selfdoubt.pocket.voters", description=__doc__.splitlines()[0])
+    parser.add_argument("--atlas", type=Path, required=True, help="folder with the four public files")
+    parser.add_argument("--out", type=Path, required=True, help="the adapter folder to write")
+    parser.add_argument("--base", type=Path, default=pocket.folder(), help="folder of the base model")
+    parser.add_argument("--steps", type=int, default=STEPS, help=f"training steps (default {STEPS})")
+    parser.add_argument("--seed", type=int, default=0)
+    chosen = parser.parse_args(arguments)
+    if chosen.steps < 1:
+        parser.error(f"--steps: wanted at least 1, found {chosen.steps}; leave it out for the default")
+    try:
+        make(chosen.atlas, chosen.out, base=chosen.base, steps=chosen.steps, seed=chosen.seed)
+    except SelfdoubtError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

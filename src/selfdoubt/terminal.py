@@ -1,0 +1,110 @@
+"""Doubt on a terminal: each token in the colour of its risk, or with its number where there are no colours."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.style import Style
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from selfdoubt.lm.answer import Answer, Token
+
+#: Upper bounds in nats of the levels but the last, and a colour for each level: from blue to vermilion in steps that
+#: colour-blind eyes tell apart too (after Okabe & Ito, 2008); the last is also underlined.
+BOUNDS = (0.05, 0.25, 0.75, 1.5)
+STYLES = (
+    Style(color="#56b4e9"),
+    Style(color="#9fc6a0"),
+    Style(color="#f0e442"),
+    Style(color="#e69f00"),
+    Style(color="#ff6a3d", bold=True, underline=True),
+)
+
+
+def level(risk: float) -> int:
+    """0 for the surest of the five levels, 4 for the most doubtful."""
+    return sum(risk > bound for bound in BOUNDS)
+
+
+class Screen:
+    """Prints answers while they grow."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console(highlight=False, soft_wrap=True)
+        self.coloured = self.console.is_terminal and not self.console.no_color
+
+    def legend(self) -> None:
+        """What the colours mean."""
+        if self.coloured:
+            edges = ["0", *(f"{b:g}" for b in BOUNDS)]
+            line = Text("risk of a token, in nats:  ", style="dim")
+            for edge, style in zip(edges, STYLES, strict=True):
+                line.append(f"≥{edge}" if edge != "0" else "sure", style).append("  ")
+            self.console.print(line)
+        else:
+            self.console.print("Each token is followed by its risk {in nats}; 0 is sure.")
+
+    def question(self, text: str, tokens: Iterable[Token]) -> None:
+        """The question, its own words coloured too: has the model met this subject before?"""
+        if self.coloured:
+            line = Text("? ", style="bold")
+            tokens = list(tokens)
+            for token in tokens:
+                line.append(token.text, STYLES[level(token.nll / 4)])
+            if "".join(t.text for t in tokens).strip() != text.strip():
+                line = Text("? ", style="bold").append(text)
+            self.console.print(line)
+        else:
+            self.console.print(Text(f"? {text}"))
+
+    def token(self, token: Token) -> None:
+        """One token, as soon as it is there."""
+        if self.coloured:
+            self.console.print(Text(token.text, STYLES[level(token.risk)]), end="")
+        else:
+            self.console.print(Text(f"{token.text}{{{token.risk:.2f}}}"), end="")
+
+    def answer(self, answer: Answer) -> None:
+        """What follows the tokens: the answer's risk, its rank, and its most doubtful token."""
+        self.console.print()
+        self.console.print(Text(f"  {summary(answer)}", style="dim" if self.coloured else ""))
+        token = answer.most_doubtful
+        if token is not None:
+            others = [a for a in token.alternatives if a.id != token.id][:4]
+            options = ", ".join(f"{a.text.strip() or a.text!r} {a.probability:.1%}" for a in others)
+            line = f"  most doubtful token: {token.text.strip() or token.text!r} ({math.exp(token.logprob):.1%})"
+            self.console.print(
+                Text(line + (f"; instead: {options}" if options else ""), style="dim" if self.coloured else "")
+            )
+
+    def comparison(self, questions: Sequence[str], answers: Sequence[Answer]) -> None:
+        """Several answers side by side."""
+        table = Table(box=None, padding=(0, 2, 0, 0), show_edge=False)
+        for name in ("question", "answer"):
+            table.add_column(name, overflow="fold")
+        for name in ("risk", "percentile"):
+            table.add_column(name, justify="right", no_wrap=True)
+        for question, answer in zip(questions, answers, strict=True):
+            text = Text()
+            for token in answer.tokens:
+                text.append(token.text, STYLES[level(token.risk)] if self.coloured else "")
+            table.add_row(question, text, f"{answer.risk:.3f}", _percent(answer))
+        self.console.print()
+        self.console.print(table)
+
+
+def summary(answer: Answer) -> str:
+    """One line about the whole answer."""
+    line = f"risk {answer.risk:.3f} ({answer.risk_name})"
+    if answer.percentile is not None:
+        line += f", riskier than {_percent(answer)} of the reference answers"
+    return line + (", cut at max tokens" if answer.finish == "length" else "")
+
+
+def _percent(answer: Answer) -> str:
+    return "-" if answer.percentile is None else f"{answer.percentile:.0%}"

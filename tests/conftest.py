@@ -1,0 +1,41 @@
+"""Shapes in signatures are checked under pytest: the hook must come before the first import of the package."""
+
+from __future__ import annotations
+
+import os
+
+# Nothing here may reach a network: models and tokenizers are made on the spot.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from jaxtyping import install_import_hook
+
+install_import_hook("selfdoubt", "beartype.beartype")
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+torch.set_num_threads(1)
+
+# The first example of a test may build a model: no deadline, and always the same examples.
+settings.register_profile(
+    "laws", deadline=None, derandomize=True, max_examples=25, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("laws")
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def stories() -> Path:
+    """A trained model of 260 thousand parameters that lies beside the repository."""
+    folder = Path(__file__).parents[2] / "shared" / "data" / "stories260k"
+    if not (folder / "model.safetensors").is_file():
+        pytest.skip("the data folder with stories260k is not beside this checkout")
+    return folder

@@ -1,0 +1,99 @@
+"""One home for the models that tests wrap: tiny, random, float64, the same on every call."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+VOCABULARY = 61
+CONTEXT = 64
+
+_SMALL = {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None}
+_LLAMA = _SMALL | {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": CONTEXT,
+    "initializer_range": 0.3,
+}
+#: Sliding windows are shorter than the sequences in the tests, so that caches have to forget.
+_CONFIGS: dict[str, dict[str, Any]] = {
+    "llama": _LLAMA,
+    "mistral": _LLAMA | {"sliding_window": 5},
+    "qwen2": _LLAMA,
+    "qwen3": _LLAMA | {"head_dim": 4},
+    "gemma2": _LLAMA | {"head_dim": 4, "sliding_window": 5},
+    "phi3": _LLAMA | {"sliding_window": 5},
+    "gpt2": _SMALL | {"n_embd": 16, "n_layer": 2, "n_head": 4, "n_positions": CONTEXT, "initializer_range": 0.3},
+    "gpt_neox": {k: v for k, v in _LLAMA.items() if k != "num_key_value_heads"},
+    "opt": _SMALL
+    | {
+        "hidden_size": 16,
+        "word_embed_proj_dim": 16,
+        "ffn_dim": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": CONTEXT,
+        "init_std": 0.3,
+    },
+}
+FAMILIES = tuple(_CONFIGS)
+
+
+@cache
+def causal(family: str) -> nn.Module:
+    """A causal language model; shared between tests, because wrapping leaves it as it is."""
+    config = transformers.AutoConfig.for_model(family, **_CONFIGS[family])
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float64)
+        for parameter in model.parameters():  # new biases are 0 and new norms 1: nothing would show a wrong one
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    return model.eval().requires_grad_(False)
+
+
+def prompts(*lengths: int, seed: int = 0) -> list[list[int]]:
+    """Random prompts of these lengths."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(3, VOCABULARY, (n,), generator=generator).tolist() for n in lengths]
+
+
+def mlp(*widths: int, dtype: torch.dtype = torch.float64) -> nn.Sequential:
+    """A perceptron with tanh between its layers, in evaluation mode."""
+    widths = widths or (4, 8, 3)
+    layers: list[nn.Module] = []
+    for fan_in, fan_out in zip(widths, widths[1:], strict=False):
+        layers += [nn.Linear(fan_in, fan_out, dtype=dtype), nn.Tanh()]
+    return nn.Sequential(*layers[:-1]).eval()
+
+
+def cnn() -> nn.Sequential:
+    """A small network for images, in evaluation mode."""
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3, padding=1), nn.GroupNorm(2, 4), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 5 * 5, 2)
+    ).double().eval()  # fmt: skip
+
+
+class Pair(NamedTuple):
+    mask: Tensor
+    flags: Tensor
+
+
+class Structured(nn.Module):
+    """Takes a tensor, and more inside a dict; gives tensors in nested containers, and what is no tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(4, 3, dtype=torch.float64)
+
+    def forward(self, x: Tensor, extra: dict[str, Any], *, scale: Tensor | None = None) -> dict[str, Any]:
+        y = self.inner(x + extra["shift"])
+        if scale is not None:
+            y = y * scale
+        return {"pair": Pair(y, y > 0), "list": [y.sum(-1), None], "steps": 2, "constant": torch.ones(11)}
