@@ -3,7 +3,8 @@
 PYTHON ?= python3
 PIP_ARGS ?=
 BIN := .venv/bin
-QUESTION ?= What is the capital of France?
+# A famous fact, a town it has rarely read about, and a place that does not exist.
+QUESTIONS ?= "What is the capital of France?" "In which country is Tartu?" "In which country is Zorbelheim?"
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt $(PIP_ARGS)
 # Tests run side by side: one thread each, two 2-thread processes on two cores ruin each other.
 WORKERS ?= auto
@@ -14,9 +15,12 @@ WORKERS ?= auto
 $(BIN)/python:
 	$(PYTHON) -m venv .venv
 
-# One torch only: it is installed first, by the pinned number, so that nothing later pulls another build.
+# One torch only: it is installed first, by the pinned number, so that nothing later pulls another build. Without a GPU
+# the CPU build is asked for; an index that has none gives its usual one.
+TORCH := torch==$(shell sed -n 's/^torch==//p' constraints.txt)
 .venv/.ask: pyproject.toml constraints.txt | $(BIN)/python
-	$(PIP) torch
+	@command -v nvidia-smi >/dev/null || $(PIP) "$(TORCH)+cpu" 2>/dev/null || echo "no CPU build of torch: taking the usual one"
+	$(PIP) "$(TORCH)"
 	$(PIP) --editable ".[lm]"
 	@touch $@
 
@@ -25,9 +29,9 @@ $(BIN)/python:
 	@touch $@
 
 ask: .venv/.ask
-	@$(BIN)/selfdoubt demo
+	@$(BIN)/selfdoubt ask $(QUESTIONS)
 	@echo
-	@echo 'Ask your own:  .venv/bin/selfdoubt ask "What is the capital of Japan?"'
+	@echo 'Ask your own:  .venv/bin/selfdoubt ask "What is the capital of Japan?"    (more: --help)'
 
 lint: .venv/.dev
 	$(BIN)/ruff check .

@@ -10,7 +10,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from jaxtyping import install_import_hook
 
-install_import_hook("selfdoubt", "beartype.beartype")
+import tests.typecheck  # noqa: F401  (the hook looks it up by name)
+
+install_import_hook("selfdoubt", "tests.typecheck.check")
 
 from pathlib import Path
 

@@ -47,12 +47,12 @@ FAMILIES = tuple(_CONFIGS)
 
 
 @cache
-def causal(family: str) -> nn.Module:
+def causal(family: str, dtype: torch.dtype = torch.float64) -> nn.Module:
     """A causal language model; shared between tests, because wrapping leaves it as it is."""
     config = transformers.AutoConfig.for_model(family, **_CONFIGS[family])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
-        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float64)
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
         for parameter in model.parameters():  # new biases are 0 and new norms 1: nothing would show a wrong one
             parameter.data += 0.1 * torch.randn_like(parameter)
     return model.eval().requires_grad_(False)

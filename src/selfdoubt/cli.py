@@ -247,7 +247,7 @@ def _settings(text: str) -> Iterator[tuple[str, Any]]:
 
 def _read(file: str) -> str:
     try:
-        return sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8")
+        return (sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()).decode("utf-8")
     except OSError as error:
         raise LoadError(
             f"{file} cannot be read ({error.strerror}); give a text file, or - for standard input"

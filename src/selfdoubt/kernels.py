@@ -171,7 +171,10 @@ def loop(leaf: nn.Module, deviations: Deviations, alpha: float, args: tuple[Any,
 
     outputs = []
     for m in range(members):
-        changed = {name: own[name] + alpha * deviation[m].to(own[name].dtype) for name, deviation in deviations.items()}
+        changed = {
+            (name := key.replace("/", ".")): own[name] + alpha * deviation[m].to(own[name].dtype)
+            for key, deviation in deviations.items()
+        }
         inputs = tuple(share(a, m, axes[min(i, 1)]) for i, a in enumerate(args))
         named = {name: share(a, m, axes[name == "hx"]) for name, a in kwargs.items()}
         outputs.append(functional_call(leaf, changed, inputs, named))

@@ -355,6 +355,9 @@ def _share(model: nn.Module, *, freeze: bool) -> nn.Module:
     training.
     """
     memo: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    # bitsandbytes keeps what belongs to packed weights in attributes, and moves it about: both models need the same one.
+    beside = (v for m in model.modules() for v in vars(m).values() if type(v).__module__.startswith("bitsandbytes"))
+    memo |= {id(v): v for v in beside}
     if freeze:
         added = set(added_names(model))
         for name, p in model.named_parameters():

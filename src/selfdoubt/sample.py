@@ -166,6 +166,7 @@ class NoisyLeaf(Replacement):
         base = targets.base_layer(leaf.module)
         self.distribution = spec.distribution
         self.key = int(_mix(torch.tensor(spec.seed * 1_000_003 + index)))
+        self.looks_up = isinstance(base, nn.Embedding)
         self.feature_axis = 1 if isinstance(base, nn.modules.conv._ConvNd) else -1
         device = next(leaf.module.parameters()).device
         start = torch.tensor(spec.distribution.initial(), device=device)
@@ -178,7 +179,7 @@ class NoisyLeaf(Replacement):
         """The leaf on noisy rows: at evaluation one fixed noise per member, in training a fresh one per row."""
         self.call.reached = True
         x = self.call.per_row(x)
-        if not x.is_floating_point():
+        if self.looks_up or not x.is_floating_point():
             y = self.leaf(x, *args, **kwargs)
             return y * self._noise(y, len(x))
         return self.leaf(x * self._noise(x, len(x)), *args, **kwargs)

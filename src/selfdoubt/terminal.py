@@ -42,7 +42,7 @@ class Screen:
         """What the colours mean."""
         if self.coloured:
             edges = ["0", *(f"{b:g}" for b in BOUNDS)]
-            line = Text("risk of a token, in nats:  ", style="dim")
+            line = Text("risk of a token, in nats:  ")
             for edge, style in zip(edges, STYLES, strict=True):
                 line.append(f"≥{edge}" if edge != "0" else "sure", style).append("  ")
             self.console.print(line)

@@ -155,8 +155,8 @@ def _initial(leaf: Leaf, spec: Wrapper, generator: torch.Generator) -> dict[str,
     base = targets.base_layer(leaf.module)
     kernel = kernels.kernel_of(base)
     if kernel is None:
-        # The loop puts changed parameters into the whole leaf, under their full names.
-        parameters = {name: leaf.module.get_parameter(name) for name in leaf.params}
+        # The loop puts changed parameters into the whole leaf, under their full names; a ParameterDict takes no dots.
+        parameters = {name.replace(".", "/"): leaf.module.get_parameter(name) for name in leaf.params}
     else:
         # Adapter layers: only the base layer's own parameters get deviations.
         matched = {name.rpartition(".")[2] for name in leaf.params}

@@ -1,0 +1,5 @@
+"""``python -m selfdoubt`` is the command ``selfdoubt``."""
+
+from selfdoubt.cli import main
+
+main()

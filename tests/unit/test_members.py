@@ -1,0 +1,310 @@
+"""Rows, structures of inputs and outputs, and what the original model keeps."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.func import functional_call, stack_module_state, vmap
+from torch.testing import assert_close
+from transformers.modeling_outputs import BaseModelOutput
+
+import selfdoubt
+from selfdoubt import sample, sculpt, vote
+from selfdoubt.errors import ConfigError, ShapeError, WrapError
+from selfdoubt.forecast import Forecast
+from selfdoubt.members import expand, unfold
+from tests.ladder.rungs import voter
+from tests.zoo import Pair, Structured, causal, cnn, mlp, prompts
+
+VOTE = vote.Wrapper(n_voters=3, weight_noise=0.5)
+WRAPPERS = {"vote": VOTE, "sample": sample.Wrapper(n_samples=4), "sculpt": sculpt.Wrapper()}
+
+
+def test_rows_are_member_major():
+    x = torch.arange(6.0).view(2, 3)
+    assert torch.equal(expand(x, 3), torch.cat([x, x, x]))
+    assert torch.equal(unfold(expand(x, 3), 3)[1], x)
+
+
+def test_rows_that_do_not_divide():
+    with pytest.raises(ShapeError, match=r"^the rows must be a multiple of the 3 members, got 4 rows; .*eval\(\)"):
+        unfold(torch.ones(4, 2), 3)
+
+
+def test_an_ensemble_against_torch_func():
+    x, base = torch.randn(5, 4, dtype=torch.float64), mlp(4, 16, 16, 3)
+    wrapped = VOTE(base)
+    voters = [voter(wrapped, base, m) for m in range(3)]
+    parameters, buffers = stack_module_state(voters)
+    expected = vmap(lambda p, b: functional_call(base, (p, b), (x,)))(parameters, buffers)
+    found = wrapped.forecast(x)
+    assert_close(found.members, expected)
+    assert_close(found.mean, expected.mean(0))
+    assert_close(found.std, expected.std(0, correction=0))
+
+
+def test_voters_on_a_convolutional_network():
+    x, base = torch.randn(2, 3, 5, 5, dtype=torch.float64), cnn()
+    wrapped = VOTE(base)
+    assert_close(wrapped.forecast(x).members, torch.stack([voter(wrapped, base, m)(x) for m in range(3)]))
+
+
+def test_positional_and_keyword_inputs_are_the_same():
+    wrapped, ids = VOTE(causal("llama")), torch.tensor(prompts(5, 5))
+    assert torch.equal(wrapped(ids).logits, wrapped(input_ids=ids).logits)
+
+
+def structured(x, **more):
+    return Structured().eval(), (x, {"shift": torch.ones(4, dtype=torch.float64), "note": "kept"}), more
+
+
+def test_nested_inputs_and_outputs_keep_their_structure():
+    x = torch.randn(5, 4, dtype=torch.float64)
+    base, args, kwargs = structured(x, scale=torch.randn(5, 3, dtype=torch.float64))
+    wrapped = VOTE(base)
+    y, risk = wrapped(*args, return_risk=True, **kwargs)
+    alone = [voter(wrapped, base, m)(*args, **kwargs) for m in range(3)]
+    for tree in (y, risk):
+        assert list(tree) == ["pair", "list", "steps", "constant"]
+        assert isinstance(tree["pair"], Pair)
+        assert isinstance(tree["list"], list)
+    masks = torch.stack([a["pair"].mask for a in alone])
+    assert_close(y["pair"].mask, masks.mean(0))
+    assert_close(risk["pair"].mask, masks.std(0, correction=0))
+    assert_close(y["list"][0], torch.stack([a["list"][0] for a in alone]).mean(0))
+    # Flags: the vote of the majority, and the share that differs.
+    flags = torch.stack([a["pair"].flags for a in alone])
+    assert torch.equal(y["pair"].flags, flags.sum(0) >= 2)
+    assert_close(risk["pair"].flags, (flags != y["pair"].flags).float().mean(0))
+    # What is no tensor with a batch axis stays as it is, and has no risk.
+    assert y["steps"] == 2
+    assert torch.equal(y["constant"], torch.ones(11))
+    assert risk["steps"] is risk["constant"] is risk["list"][1] is None
+
+
+def test_hugging_face_outputs_stay_hugging_face_outputs():
+    class Encoder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 2)
+
+        def forward(self, x):
+            return BaseModelOutput(last_hidden_state=self.layer(x), hidden_states=(x, 2 * x))
+
+    x = torch.randn(5, 4)
+    y, risk = VOTE(Encoder().eval())(x, return_risk=True)
+    assert isinstance(y, BaseModelOutput)
+    assert isinstance(risk, BaseModelOutput)
+    assert risk.last_hidden_state.shape == (5, 2)
+    assert_close(y.hidden_states[1], 2 * x)
+    assert_close(risk.hidden_states[1], torch.zeros(5, 4))
+
+
+@pytest.mark.parametrize("kind", ["language-model", "logits", "values"])
+def test_logits_average_probabilities_and_values_average_values(kind):
+    if kind == "language-model":
+        wrapped, x = VOTE(causal("llama")), torch.tensor(prompts(4, 4))
+        members, mean = wrapped.forecast(x)["logits"].members, wrapped(x).logits
+    else:
+        x = torch.randn(5, 4, dtype=torch.float64)
+        wrapped = vote.Wrapper(n_voters=3, weight_noise=2.0, output=kind)(mlp())
+        members, mean = wrapped.forecast(x).members, wrapped(x)
+    if kind == "values":
+        assert_close(mean, members.mean(0))
+    else:
+        assert_close(mean.softmax(-1), members.softmax(-1).mean(0))
+        assert (mean.softmax(-1) - members.mean(0).softmax(-1)).abs().max() > 1e-4
+
+
+class Masked(nn.Module):
+    """Takes a table as long as the batch that is no batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(2, 2, dtype=torch.float64)
+
+    def forward(self, x, table):
+        return self.layer(x) @ table
+
+
+def test_an_input_that_only_looks_like_a_batch_is_named_as_shared():
+    x, table = torch.randn(2, 2, dtype=torch.float64), torch.randn(2, 2, dtype=torch.float64)
+    base = Masked().eval()
+    wrapped = vote.Wrapper(n_voters=3, shared_inputs=("table",))(base)
+    expected = torch.stack([voter(wrapped, base, m)(x, table) for m in range(3)])
+    assert_close(wrapped.forecast(x, table).members, expected)
+    assert_close(wrapped.forecast(x, table=table).members, expected)
+    with pytest.raises(RuntimeError):
+        vote.Wrapper(n_voters=3)(base)(x, table)
+
+
+def test_an_unknown_shared_input_is_an_error():
+    wrapped = vote.Wrapper(shared_inputs=("tabel",))(Masked().eval())
+    with pytest.raises(ConfigError, match=r"^shared_inputs names \['tabel'\], and the inputs are \['x', 'table'\]$"):
+        wrapped(torch.ones(2, 2), torch.ones(2, 2))
+
+
+def test_no_tensor_with_a_batch_axis_is_an_error():
+    with pytest.raises(ShapeError, match="got none$"):
+        VOTE(mlp())(torch.tensor(1.0))
+
+
+def test_in_training_each_voter_reads_its_share_of_the_batch():
+    base, x = mlp(), torch.randn(6, 4, dtype=torch.float64)
+    wrapped = VOTE(base)
+    found = wrapped(x, training=True)
+    assert_close(found, torch.cat([voter(wrapped, base, m)(x[2 * m : 2 * m + 2]) for m in range(3)]))
+    assert torch.equal(wrapped.train()(x), found)  # training=None follows the module
+
+
+def test_a_training_batch_that_does_not_divide():
+    with pytest.raises(ShapeError) as error:
+        VOTE(mlp())(torch.ones(4, 4, dtype=torch.float64), training=True)
+    text = str(error.value)
+    assert "split over the 3 members" in text
+    assert "4 rows" in text
+    assert "multiple of 3" in text
+    assert "\n" not in text
+
+
+def test_no_disagreement_in_training():
+    with pytest.raises(ConfigError, match="training=False$"):
+        VOTE(mlp())(torch.ones(3, 4, dtype=torch.float64), training=True, return_risk=True)
+
+
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_the_original_model_is_untouched(name):
+    base, x = mlp(), torch.randn(6, 4, dtype=torch.float64)
+    modules, before, state = list(base.modules()), base(x), copy.deepcopy(base.state_dict())
+    wrapped = WRAPPERS[name](base)
+    wrapped(x, training=True).sum().backward()
+    wrapped.train()
+    assert list(base.modules()) == modules
+    assert not base.training
+    assert all(p.requires_grad for p in base.parameters())
+    assert all(torch.equal(a, b) for a, b in zip(state.values(), base.state_dict().values(), strict=True))
+    assert torch.equal(base(x), before)
+
+
+def test_frozen_weights_are_shared_and_not_copied():
+    base = causal("llama")
+    wrapped = VOTE(base)
+    addresses = {p.data_ptr() for p in base.parameters()}
+    assert all(p.data_ptr() in addresses for n, p in wrapped.named_parameters() if "deviations" not in n)
+
+
+def test_only_deviations_train_when_finetuning():
+    wrapped = VOTE(mlp())
+    training = {n for n, p in wrapped.named_parameters() if p.requires_grad}
+    assert training == {f"module.{i}.deviations.{p}" for i in (0, 2) for p in ("weight", "bias")}
+
+
+def test_parameters_are_there_before_the_first_call():
+    for spec in WRAPPERS.values():
+        wrapped = spec(mlp())
+        before = {n: p.shape for n, p in wrapped.state_dict().items()}
+        wrapped(torch.ones(3, 4, dtype=torch.float64))
+        assert before == {n: p.shape for n, p in wrapped.state_dict().items()}
+        again = spec(mlp())
+        again.load_state_dict(wrapped.state_dict(), strict=True)
+
+
+def test_attributes_of_a_leaf_are_still_there():
+    wrapped = VOTE(mlp())
+    assert wrapped.module[0].in_features == 4
+    assert wrapped.module[0].weight.shape == (8, 4)
+    with pytest.raises(AttributeError):
+        wrapped.module[0].nonsense  # noqa: B018
+
+
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_a_decorated_class_builds_wrapped_models(name):
+    @WRAPPERS[name]
+    class Net(nn.Module):
+        """A network."""
+
+        def __init__(self, width: int) -> None:
+            super().__init__()
+            self.first = nn.Linear(4, width)
+            self.last = nn.Linear(width, 2)
+
+        def forward(self, x):
+            return self.last(self.first(x).relu())
+
+    net = Net(width=8).eval()
+    y, risk = net(torch.ones(3, 4), return_risk=True)
+    assert y.shape == risk.shape == (3, 2)
+    assert Net.__doc__ == "A network."
+
+
+@pytest.mark.parametrize("thing", [3, "model", int, lambda x: x])
+def test_only_modules_can_be_wrapped(thing):
+    with pytest.raises(WrapError, match=r"^only an nn\.Module, or a class of them"):
+        VOTE(thing)
+
+
+@pytest.mark.parametrize("outer", WRAPPERS)
+@pytest.mark.parametrize("inner", ["vote", "sample"])
+def test_wrapping_members_again_is_refused(inner, outer):
+    with pytest.raises(WrapError, match=r"put sculpt inside: vote\.Wrapper\(\.\.\.\)\(sculpt\.Wrapper"):
+        WRAPPERS[outer](WRAPPERS[inner](mlp()))
+
+
+def test_batchnorm_in_training_mode_would_mix_members():
+    base = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3)).train()
+    with pytest.raises(WrapError, match=r"^BatchNorm in training mode .* 3 members; call \.eval\(\)"):
+        VOTE(base)(torch.ones(3, 4))
+    x = torch.randn(3, 4)
+    assert VOTE(base.eval())(x).shape == (3, 3)
+
+
+def test_a_leaf_that_is_never_called_is_an_error():
+    class Reads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 2)
+
+        def forward(self, x):
+            return x @ self.layer.weight.T
+
+    with pytest.raises(WrapError, match=r"^none of the 1 replaced leaves was called \(layer, \.\.\.\)"):
+        VOTE(Reads())(torch.ones(3, 4))
+
+
+def test_a_model_that_cannot_be_copied_says_why():
+    class Locked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(2, 2)
+            self.source = (i for i in range(3))
+
+    with pytest.raises(WrapError, match="^the structure of Locked cannot be copied: "):
+        VOTE(Locked())
+
+
+@pytest.mark.parametrize(("verbose", "lines"), [(0, 0), (1, 1), (2, 5)])
+def test_verbose_tells_what_was_matched(capsys, verbose, lines):
+    vote.Wrapper(n_voters=2, verbose=verbose)(mlp())
+    out = capsys.readouterr().out.splitlines()
+    assert len(out) == lines
+    if verbose:
+        trained = 2 * (4 * 8 + 8 + 8 * 3 + 3)
+        assert out[0] == f"vote: 2 leaves replaced, {trained} of {trained * 3 // 2} parameters train"
+    if verbose > 1:
+        assert out[1].strip() == "0.weight"
+
+
+def test_printing_a_wrapped_model_shows_its_settings():
+    assert "n_voters=3" in repr(VOTE(mlp()))
+
+
+def test_one_member_gives_a_risk_of_zero():
+    y, risk = vote.Wrapper(n_voters=1)(mlp())(torch.ones(2, 4, dtype=torch.float64), return_risk=True)
+    assert torch.equal(risk, torch.zeros_like(y))
+
+
+def test_public_names_are_the_ones_used_here():
+    assert selfdoubt.Forecast is Forecast
