@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
-# Nothing here may reach a network: models and tokenizers are made on the spot.
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
 from jaxtyping import install_import_hook
 
 import tests.typecheck  # noqa: F401  (the hook looks it up by name)
 
 install_import_hook("selfdoubt", "tests.typecheck.check")
 
-from pathlib import Path
-
-import pytest
-import torch
-from hypothesis import HealthCheck, settings
-
+# Nothing here may reach a network: models and tokenizers are made on the spot.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 torch.set_num_threads(1)
 
 # The first example of a test may build a model: no deadline, and always the same examples.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -58,6 +59,22 @@ def causal(family: str, dtype: torch.dtype = torch.float64) -> nn.Module:
     return model.eval().requires_grad_(False)
 
 
+@cache
+def encoder(kind: str) -> nn.Module:
+    """A classifier of texts ("bert") or of images ("vit")."""
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    if kind == "bert":
+        own, auto = {"vocab_size": VOCABULARY}, transformers.AutoModelForSequenceClassification
+    else:
+        own, auto = {"image_size": 8, "patch_size": 4}, transformers.AutoModelForImageClassification
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        model = auto.from_config(transformers.AutoConfig.for_model(kind, **sizes | own)).double()
+        for parameter in model.parameters():
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    return model.eval()
+
+
 def prompts(*lengths: int, seed: int = 0) -> list[list[int]]:
     """Random prompts of these lengths."""
     generator = torch.Generator().manual_seed(seed)
@@ -68,7 +85,7 @@ def mlp(*widths: int, dtype: torch.dtype = torch.float64) -> nn.Sequential:
     """A perceptron with tanh between its layers, in evaluation mode."""
     widths = widths or (4, 8, 3)
     layers: list[nn.Module] = []
-    for fan_in, fan_out in zip(widths, widths[1:], strict=False):
+    for fan_in, fan_out in pairwise(widths):
         layers += [nn.Linear(fan_in, fan_out, dtype=dtype), nn.Tanh()]
     return nn.Sequential(*layers[:-1]).eval()
 
@@ -97,3 +114,47 @@ class Structured(nn.Module):
         if scale is not None:
             y = y * scale
         return {"pair": Pair(y, y > 0), "list": [y.sum(-1), None], "steps": 2, "constant": torch.ones(11)}
+
+
+CHAT = (
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+_CORPUS = [
+    "What is the capital of France? The capital of France is Paris.",
+    "Which currency do they use in Japan? They use the yen, which is ¥.",
+    "São Paulo, Zürich, Łódź, 東京, Αθήνα, and a smile: 😀👩‍👩‍👧",
+] * 20
+
+
+@cache
+def tokenizer() -> Any:
+    """A byte-level BPE tokenizer with a chat template, trained on a handful of sentences."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    plain = Tokenizer(models.BPE())
+    plain.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    plain.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=340,
+        special_tokens=["<|bos|>", "<|end|>", "<|user|>", "<|assistant|>", "<|system|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    plain.train_from_iterator(_CORPUS, trainer)
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=plain, bos_token="<|bos|>", eos_token="<|end|>", pad_token="<|end|>", chat_template=CHAT,
+        additional_special_tokens=["<|user|>", "<|assistant|>", "<|system|>"],
+    )  # fmt: skip
+
+
+@cache
+def talker() -> nn.Module:
+    """A random causal language model for ``tokenizer()``."""
+    words = tokenizer()
+    its_own = {"vocab_size": len(words), "eos_token_id": words.eos_token_id, "max_position_embeddings": 256}
+    config = transformers.AutoConfig.for_model("llama", **_LLAMA | its_own)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(2)
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float64)
+    return model.eval().requires_grad_(False)

@@ -18,7 +18,7 @@ from torch.func import functional_call
 from torch.nn.utils.rnn import PackedSequence
 
 from selfdoubt.errors import WrapError
-from selfdoubt.members import unfold
+from selfdoubt.rows import unfold
 from selfdoubt.targets import Leaf
 from selfdoubt.tree import tensors, tree_map
 
@@ -48,7 +48,9 @@ def linear(leaf: nn.Module, x: Float[Tensor, "rows *t in"], deviations: Deviatio
 
 
 def embedding(
-    leaf: nn.Module, ids: Shaped[Tensor, "rows *t"], deviations: Deviations
+    leaf: nn.Module,  # noqa: ARG001
+    ids: Shaped[Tensor, "rows *t"],
+    deviations: Deviations,
 ) -> Float[Tensor, "rows *t d"]:
     """Each member looks its rows up in its own table, ``(m, entries, d)`` or factors ``(m, entries, r) (m, r, d)``."""
     folded = unfold(ids, _members(deviations))
@@ -192,8 +194,8 @@ def check_rows(model: nn.Module, leaf: Leaf) -> None:
     """
     parts = leaf.name.split(".")
     around = [model.get_submodule(".".join(parts[:end])) for end in range(len(parts))]
-    attentions = [m.self_attn for m in around if isinstance(m, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer))]
-    for module in (leaf.module, *attentions):
+    layers = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
+    for module in (leaf.module, *(m.self_attn for m in around if isinstance(m, layers))):
         if getattr(module, "batch_first", True) is False:
             raise WrapError(
                 f"{leaf.name} is {type(leaf.module).__name__} with batch_first=False, and members need the batch in "

@@ -10,38 +10,19 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import update_wrapper
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Shaped
 from torch import Tensor, nn
 
 from selfdoubt import targets
 from selfdoubt.errors import CaptureError, ConfigError, ShapeError, WrapError
 from selfdoubt.forecast import Forecast
+from selfdoubt.rows import Call, added_names, expand, unfold
 from selfdoubt.targets import Leaf
 from selfdoubt.tree import tensors, tree_map
-
-
-def expand(x: Shaped[Tensor, "batch *rest"], members: int) -> Shaped[Tensor, "rows *rest"]:
-    """Repeat a batch for every member: row ``m * batch + b`` is ``x[b]``."""
-    return x.repeat(members, *[1] * (x.ndim - 1)) if members > 1 else x
-
-
-def unfold(x: Shaped[Tensor, "rows *rest"], members: int) -> Shaped[Tensor, "members batch *rest"]:
-    """Give the member axis back: ``out[m, b]`` is row ``m * batch + b``.
-
-    Raises:
-        ShapeError: If the rows do not divide by the members.
-    """
-    if x.shape[0] % members:
-        raise ShapeError(
-            f"the rows must be a multiple of the {members} members, got {x.shape[0]} rows; a training batch is split "
-            f"over the members: use a multiple of {members}, or training=False (or .eval()) to predict"
-        )
-    return x.reshape(members, x.shape[0] // members, *x.shape[1:])
 
 
 @runtime_checkable
@@ -84,73 +65,6 @@ class Spec(Protocol):
         """Whether a batch is split over the members instead of repeated for each."""
 
 
-@dataclass(eq=False)
-class Call:
-    """What the replaced leaves of one model share in a call: how many members run, and the scales that were predicted.
-
-    It keeps its values until the next call, because gradient checkpointing runs leaves again during backward.
-    """
-
-    members: int = 1
-    rows: int = 1  #: lines of the batch, members times its size
-    training: bool = False
-    reached: bool = False
-    scales: list[tuple[Tensor, Tensor]] = field(default_factory=list)  #: (a head's output, its predicted scale)
-
-    def per_row(self, x: Any) -> Any:
-        """A leaf's input with lines of its own for every row: a single line (position ids, say) is every row's.
-
-        Raises:
-            ShapeError: If the lines cannot be rows.
-        """
-        if not isinstance(x, Tensor) or not x.ndim or not self.rows:
-            return x
-        if len(x) == 1:
-            return x.expand(self.rows, *x.shape[1:])
-        if len(x) % self.rows:
-            raise ShapeError(
-                f"a replaced layer got {len(x)} lines of input, and the batch of all members has {self.rows} rows; "
-                "a layer that sees something else than rows cannot have members: leave it out with param_filter"
-            )
-        return x
-
-    def scale_of(self, y: Any) -> Tensor | None:
-        """The scale predicted for an output: the same tensor's, else (after a softcap, say) that of equal shape."""
-        if not isinstance(y, Tensor):
-            return None
-        same = [scale for head, scale in self.scales if head is y]
-        return next(iter(same or [scale for _, scale in self.scales if scale.shape == y.shape]), None)
-
-
-class Replacement(nn.Module):
-    """A module in a leaf's place: the leaf itself, as ``leaf``, and beside it whatever a wrapper adds.
-
-    Attributes it does not have are the leaf's: models and libraries read ``layer.weight`` or ``layer.in_features``.
-    """
-
-    def __init__(self, leaf: nn.Module, call: Call) -> None:
-        super().__init__()
-        self.leaf = leaf
-        self.call = call
-        self.train(leaf.training)
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(super().__getattr__("leaf"), name)
-
-
-def added_names(model: nn.Module) -> list[str]:
-    """Names in ``model.state_dict()`` of what wrapping added: all under a replacement but not under its leaf."""
-    replaced = [name for name, module in model.named_modules() if isinstance(module, Replacement)]
-
-    def is_added(key: str) -> bool:
-        return any(key.startswith(f"{r}.") and not key.startswith(f"{r}.leaf.") for r in replaced)
-
-    return [key for key in model.state_dict() if is_added(key)]
-
-
 class Wrapped(nn.Module):
     """A model whose matched leaves are replaced. Call it like the model; ask for ``return_risk=True``.
 
@@ -169,7 +83,7 @@ class Wrapped(nn.Module):
         self.call = Call()
         self.module = _share(model, freeze=spec.freezes())
         self.leaf_names = [leaf.name for leaf in leaves]
-        for index, leaf in enumerate(leaves):
+        for index, leaf in reversed(list(enumerate(leaves))):  # leaves inside others first
             shared = replace(leaf, module=self.module.get_submodule(leaf.name))
             targets.replace(self.module, leaf.name, spec.make_leaf(shared, index, self.call))
         self.training = model.training
@@ -177,6 +91,9 @@ class Wrapped(nn.Module):
         self._batch_norms = [m for m in self.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         # The fused path of nn.TransformerEncoderLayer reads its layers' weights and would step over replaced leaves.
         self._has_fused_path = any(isinstance(m, nn.TransformerEncoderLayer) for m in self.modules())
+        self._is_traced = spec.symbolic_trace
+        if isinstance(self.module, Wrapped):  # the innermost runs the model
+            self.module._is_traced |= spec.symbolic_trace
         self._graph: Callable[..., Any] | None = None
         if spec.verbose:
             print(_summary(self, leaves))
@@ -265,7 +182,7 @@ class Wrapped(nn.Module):
         if self._has_fused_path:
             torch.backends.mha.set_fastpath_enabled(False)
         try:
-            y = self._traced(*args, **kwargs) if self.spec.symbolic_trace else self.module(*args, **kwargs)
+            y = self._traced(*args, **kwargs) if self._is_traced else self.module(*args, **kwargs)
         finally:
             if self._has_fused_path:
                 torch.backends.mha.set_fastpath_enabled(fused)
@@ -355,7 +272,7 @@ def _share(model: nn.Module, *, freeze: bool) -> nn.Module:
     training.
     """
     memo: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
-    # bitsandbytes keeps what belongs to packed weights in attributes, and moves it about: both models need the same one.
+    # bitsandbytes keeps what belongs to packed weights in attributes, and moves it about: both need the same ones.
     beside = (v for m in model.modules() for v in vars(m).values() if type(v).__module__.startswith("bitsandbytes"))
     memo |= {id(v): v for v in beside}
     if freeze:

@@ -23,7 +23,8 @@ from torch import Tensor, nn
 
 from selfdoubt import kernels, targets
 from selfdoubt.errors import ConfigError, WrapError
-from selfdoubt.members import Call, Replacement, wrap
+from selfdoubt.members import wrap
+from selfdoubt.rows import Call, Replacement
 from selfdoubt.targets import Leaf
 
 
@@ -50,7 +51,7 @@ class Bernoulli:
             return (uniform >= p).to(p.dtype) / (1 - p)
         temperature = 0.1
         draw = uniform.clamp(1e-6, 1 - 1e-6)
-        keep = 1 - ((parameter - (1 - draw).logit()) / temperature).sigmoid()
+        keep = ((draw.logit() - parameter) / temperature).sigmoid()
         return keep / (1 - p)
 
 
@@ -156,6 +157,10 @@ class Wrapper:
         return False
 
 
+#: Layers whose features are in dimension 1; all others have them in the last.
+_CHANNELS_FIRST = (nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.PReLU)
+
+
 class NoisyLeaf(Replacement):
     """A leaf whose input is multiplied by noise along its feature axis (an embedding's output, as ids have none)."""
 
@@ -167,7 +172,7 @@ class NoisyLeaf(Replacement):
         self.distribution = spec.distribution
         self.key = int(_mix(torch.tensor(spec.seed * 1_000_003 + index)))
         self.looks_up = isinstance(base, nn.Embedding)
-        self.feature_axis = 1 if isinstance(base, nn.modules.conv._ConvNd) else -1
+        self.feature_axis = 1 if isinstance(base, _CHANNELS_FIRST) else -1
         device = next(leaf.module.parameters()).device
         start = torch.tensor(spec.distribution.initial(), device=device)
         if spec.distribution.trainable:

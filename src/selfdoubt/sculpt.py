@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from selfdoubt import kernels, targets
 from selfdoubt.errors import ConfigError, WrapError
-from selfdoubt.members import Call, Replacement, wrap
+from selfdoubt.members import wrap
+from selfdoubt.rows import Call, Replacement
 from selfdoubt.targets import Leaf
 from selfdoubt.tree import tree_map
 

@@ -21,8 +21,9 @@ from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
 from selfdoubt import __version__
-from selfdoubt.errors import BaseMismatchError, LoadError, TargetError
-from selfdoubt.members import Spec, Wrapped, added_names
+from selfdoubt.errors import BaseMismatchError, LoadError, TargetError, WrapError
+from selfdoubt.members import Spec, Wrapped
+from selfdoubt.rows import added_names
 
 FORMAT = 1
 WEIGHTS, CARD = "added.safetensors", "selfdoubt.json"
@@ -92,6 +93,10 @@ def load(folder: str | os.PathLike[str], model: nn.Module) -> Wrapped:
             wrapped = from_json(entry)(wrapped)  # type: ignore[operator]
     except TargetError as error:
         raise BaseMismatchError(f"{folder} does not fit {type(model).__name__}: {error}") from None
+    except (LoadError, WrapError):
+        raise
+    except Exception as error:  # settings of a wrong type fail wherever they are used
+        raise _broken(folder / CARD, error) from error
     assert isinstance(wrapped, Wrapped)
     try:
         tensors = load_file(folder / WEIGHTS)
@@ -113,12 +118,18 @@ def read_card(folder: Path) -> dict[str, Any]:
         raise LoadError(f"{folder} is not an adapter folder: it has no {CARD}; make one with selfdoubt.save")
     try:
         card = json.loads(path.read_text(encoding="utf-8"))
-        version, _, _ = card["format"], card["wrappers"][0]["method"], card["base"]["fingerprint"]
-    except (ValueError, LookupError, TypeError) as error:
-        raise LoadError(f"{path} is broken ({type(error).__name__}: {error}); save or download it again") from None
+        version, _ = card["format"], [entry["method"] for entry in [card["wrappers"][0], *card["wrappers"]]]
+        _, _ = card["base"]["name"], [abs(s) + n for s, n in card["base"]["fingerprint"].values()]
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise _broken(path, error) from None
     if version != FORMAT:
         raise LoadError(f"{path} has format {version}, and this version reads {FORMAT}; upgrade selfdoubt")
     return dict(card)
+
+
+def _broken(path: Path, error: Exception) -> LoadError:
+    text = " ".join(f"{type(error).__name__}: {error}".split())
+    return LoadError(f"{path} is broken ({text}); save or download it again")
 
 
 def to_json(spec: Spec) -> dict[str, Any]:

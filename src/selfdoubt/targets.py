@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from dataclasses import replace as replace_fields
 from difflib import SequenceMatcher
 
 from torch import nn
@@ -62,6 +63,19 @@ def find(model: nn.Module, param_filter: str | None) -> list[Leaf]:
             "put the model inside another module, e.g. nn.Sequential(model), or narrow the filter"
         )
     return [Leaf(name, modules[name], tuple(params)) for name, params in matched.items()]
+
+
+def outermost(leaves: list[Leaf]) -> list[Leaf]:
+    """Leaves inside other leaves join them, in the model's order: what runs once per member is one leaf as a whole."""
+    joined: dict[str, Leaf] = {}
+    for leaf in leaves:
+        outer = next((name for name in joined if leaf.name.startswith(f"{name}.")), None)
+        if outer is None:
+            joined[leaf.name] = leaf
+        else:
+            inside = tuple(f"{leaf.name[len(outer) + 1 :]}.{param}" for param in leaf.params)
+            joined[outer] = replace_fields(joined[outer], params=joined[outer].params + inside)
+    return list(joined.values())
 
 
 def default_filter(model: nn.Module) -> str:

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from selfdoubt import kernels, targets
 from selfdoubt.errors import ConfigError, WrapError
-from selfdoubt.members import Call, Replacement, wrap
+from selfdoubt.members import wrap
+from selfdoubt.rows import Call, Replacement
 from selfdoubt.targets import Leaf
 
 
@@ -88,7 +89,7 @@ class Wrapper:
 
     def find(self, model: nn.Module) -> list[Leaf]:
         """The leaves to replace."""
-        leaves = targets.find(model, self.param_filter)
+        leaves = targets.outermost(targets.find(model, self.param_filter))
         for leaf in leaves:
             kernels.check_rows(model, leaf)
             base = targets.base_layer(leaf.module)

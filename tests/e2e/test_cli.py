@@ -197,7 +197,7 @@ def test_a_broken_or_foreign_adapter_gets_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     broken = tmp_path / "broken"
-    shutil.copytree(pocket.voters(), broken)
+    shutil.copytree(pocket.voters_folder(), broken)
     weights = broken / "added.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
     assert in_process(monkeypatch, "ask", "hi", "--adapter", str(broken)) == 2

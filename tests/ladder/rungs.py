@@ -1,4 +1,4 @@
-"""The slow ways that fast ones are compared with: one whole plain model per member, and a loop over members per leaf."""
+"""The slow ways that fast ones are compared with: one plain model per member, and a loop over members per leaf."""
 
 from __future__ import annotations
 
@@ -86,5 +86,3 @@ def whole(model: nn.Module, prompt: Sequence[int], following: Tensor) -> Tensor:
     ids = torch.tensor([[*prompt, *following.tolist()]])
     with torch.no_grad():
         return model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 :]
-
-

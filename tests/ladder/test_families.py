@@ -96,9 +96,7 @@ def test_left_padding_changes_nothing_for_gemma2_in_float32():
     wrapped = vote.Wrapper(n_voters=3, rank=2)(base)
     together = stepped(wrapped, start, following)
     for b, prompt in enumerate(start):
-        assert_close(
-            together[:, b : b + 1], stepped(wrapped, [prompt], following[b : b + 1]), rtol=1e-3, atol=1e-3
-        )
+        assert_close(together[:, b : b + 1], stepped(wrapped, [prompt], following[b : b + 1]), rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -265,7 +265,7 @@ def test_a_subclass_may_compute_something_else():
     assert_same(rows(wrapped, FLOATS), one_by_one(wrapped, base, FLOATS))
 
 
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # peft asks transformers by its old name
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # peft asks by the old name
 @pytest.mark.parametrize("rank", [None, 2])
 def test_adapter_layers_keep_their_adapter(rank):
     peft = pytest.importorskip("peft")

@@ -15,9 +15,9 @@ import selfdoubt
 from selfdoubt import sample, sculpt, vote
 from selfdoubt.errors import ConfigError, ShapeError, WrapError
 from selfdoubt.forecast import Forecast
-from selfdoubt.members import expand, unfold
+from selfdoubt.rows import expand, unfold
 from tests.ladder.rungs import voter
-from tests.zoo import Pair, Structured, causal, cnn, mlp, prompts
+from tests.zoo import Pair, Structured, causal, cnn, encoder, mlp, prompts
 
 VOTE = vote.Wrapper(n_voters=3, weight_noise=0.5)
 WRAPPERS = {"vote": VOTE, "sample": sample.Wrapper(n_samples=4), "sculpt": sculpt.Wrapper()}
@@ -50,6 +50,52 @@ def test_voters_on_a_convolutional_network():
     x, base = torch.randn(2, 3, 5, 5, dtype=torch.float64), cnn()
     wrapped = VOTE(base)
     assert_close(wrapped.forecast(x).members, torch.stack([voter(wrapped, base, m)(x) for m in range(3)]))
+
+
+ENCODED = {
+    "bert": lambda batch: {"input_ids": torch.tensor(prompts(*[6] * batch))},
+    "vit": lambda batch: {"pixel_values": torch.randn(batch, 3, 8, 8, dtype=torch.float64)},
+}
+
+
+@pytest.mark.parametrize("batch", [1, 2, 6])
+@pytest.mark.parametrize("pattern", [None, "."])
+@pytest.mark.parametrize("kind", ENCODED)
+def test_voters_on_encoders_of_texts_and_images(kind, pattern, batch):
+    # A text's positions are one line for all rows; an image's embedding owns a parameter and holds other leaves.
+    base, inputs = encoder(kind), ENCODED[kind](batch)
+    wrapped = vote.Wrapper(n_voters=3, param_filter=pattern, weight_noise=0.5)(base)
+    with torch.no_grad():
+        expected = torch.stack([voter(wrapped, base, m)(**inputs).logits for m in range(3)])
+        assert_close(wrapped.forecast(**inputs)["logits"].members, expected)
+
+
+@pytest.mark.parametrize("kind", ENCODED)
+def test_samples_of_encoders_do_not_depend_on_the_batch(kind):
+    inputs = ENCODED[kind](4)
+    wrapped = sample.Wrapper(n_samples=3, param_filter=".")(encoder(kind))
+    with torch.no_grad():
+        whole = wrapped.forecast(**inputs)["logits"].members
+        parts = [wrapped.forecast(**{k: v[i : i + 1] for k, v in inputs.items()})["logits"].members for i in range(4)]
+    assert_close(whole, torch.cat(parts, 1))
+    assert (whole[0] - whole[1]).abs().max() > 1e-3
+
+
+def test_a_leaf_inside_another_is_still_reached_by_noise():
+    class Outer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.shift = nn.Parameter(torch.zeros(8))
+            self.inner = nn.Linear(8, 8, bias=False)
+            nn.init.eye_(self.inner.weight)
+
+        def forward(self, x):
+            return self.inner(x) + self.shift
+
+    wrapped = sample.Wrapper(n_samples=2, distribution=sample.Bernoulli(0.5))(nn.Sequential(Outer()).eval())
+    assert wrapped.leaf_names == ["0", "0.inner"]
+    found = wrapped.forecast(torch.ones(1, 8)).members
+    assert set(found.unique().tolist()) == {0.0, 4.0}  # kept twice, dropped once or twice
 
 
 def test_positional_and_keyword_inputs_are_the_same():
@@ -148,7 +194,7 @@ def test_an_unknown_shared_input_is_an_error():
 
 
 def test_no_tensor_with_a_batch_axis_is_an_error():
-    with pytest.raises(ShapeError, match="got none$"):
+    with pytest.raises(ShapeError, match=r"got none$"):
         VOTE(mlp())(torch.tensor(1.0))
 
 
@@ -171,7 +217,7 @@ def test_a_training_batch_that_does_not_divide():
 
 
 def test_no_disagreement_in_training():
-    with pytest.raises(ConfigError, match="training=False$"):
+    with pytest.raises(ConfigError, match=r"training=False$"):
         VOTE(mlp())(torch.ones(3, 4, dtype=torch.float64), training=True, return_risk=True)
 
 
@@ -281,7 +327,7 @@ def test_a_model_that_cannot_be_copied_says_why():
             self.layer = nn.Linear(2, 2)
             self.source = (i for i in range(3))
 
-    with pytest.raises(WrapError, match="^the structure of Locked cannot be copied: "):
+    with pytest.raises(WrapError, match=r"^the structure of Locked cannot be copied: "):
         VOTE(Locked())
 
 
@@ -295,6 +341,19 @@ def test_verbose_tells_what_was_matched(capsys, verbose, lines):
         assert out[0] == f"vote: 2 leaves replaced, {trained} of {trained * 3 // 2} parameters train"
     if verbose > 1:
         assert out[1].strip() == "0.weight"
+
+
+@pytest.mark.parametrize("name", [*WRAPPERS, "both"])
+def test_a_copy_of_a_wrapped_model_stands_alone(name):
+    x = torch.randn(6, 4, dtype=torch.float64)
+    wrapped = VOTE(sculpt.Wrapper()(mlp())) if name == "both" else WRAPPERS[name](mlp())
+    wrapped(x, training=True).sum().backward()
+    twin = copy.deepcopy(wrapped)
+    expected = wrapped(x, return_risk=True)
+    assert all(torch.equal(a, b) for a, b in zip(twin(x, return_risk=True), expected, strict=True))
+    for parameter in twin.parameters():
+        parameter.data.zero_()
+    assert all(torch.equal(a, b) for a, b in zip(wrapped(x, return_risk=True), expected, strict=True))
 
 
 def test_printing_a_wrapped_model_shows_its_settings():

@@ -134,5 +134,5 @@ def test_a_parameter_of_the_model_itself_says_how_to_wrap_it():
             self.body = mlp()
 
     assert set(names(Scaled(), "body")) == {"body.0", "body.2"}
-    with pytest.raises(TargetError, match="'scale', which belongs to the model itself"):
+    with pytest.raises(TargetError, match=r"'scale', which belongs to the model itself"):
         targets.find(Scaled(), ".")

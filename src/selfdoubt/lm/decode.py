@@ -150,7 +150,8 @@ def choose(
     """The next token of each sequence: the most probable, or by inverting the distribution function at ``uniform``."""
     if sampling.temperature == 0:
         return logits.argmax(-1)
-    probs = (logits.double() / sampling.temperature).softmax(-1)
+    # Less the largest first: then the coldest temperature gives infinity in the right direction only.
+    probs = ((logits - logits.amax(-1, keepdim=True)).double() / sampling.temperature).softmax(-1)
     ordered, order = probs.sort(stable=True, dim=-1, descending=True)
     below = ordered.cumsum(-1) - ordered
     ordered = ordered.masked_fill(below >= sampling.top_p, 0)

@@ -121,7 +121,7 @@ class RiskAwareLM:
         if adapter is None and wrapper == "auto" and os.fspath(name) == POCKET:
             from selfdoubt import pocket
 
-            adapter = pocket.voters()
+            adapter = pocket.voters_folder()
         reference = None
         if adapter is not None:
             model = storage.load(adapter, model)

@@ -9,6 +9,9 @@ from selfdoubt.errors import PromptError
 
 Message = Mapping[str, str]
 
+#: A private character that no template and no person writes.
+_MARK = "\ue000"
+
 
 class Prompt(NamedTuple):
     """Token ids, and whether each is part of the last message's own words rather than of the template."""
@@ -50,13 +53,15 @@ def _encode_text(tokenizer: Any, text: str) -> Prompt:
 
 
 def _encode_chat(tokenizer: Any, messages: list[dict[str, str]]) -> Prompt:
+    messages = [dict(m, content=m["content"].strip()) for m in messages]
     contents = [m["content"] for m in messages]
     specials = {str(t) for t in tokenizer.added_tokens_decoder.values()} | set(tokenizer.all_special_tokens)
     if tokenizer.is_fast and not any(s in c for c in contents for s in specials if s):
+        # Where the words stand is asked of the template: they may stand elsewhere in it, too ("user", "assistant").
+        before, _, after = _render(tokenizer, [*messages[:-1], dict(messages[-1], content=_MARK)]).partition(_MARK)
         rendered = _render(tokenizer, messages)
-        start = rendered.rfind(contents[-1].strip())
-        if start >= 0:
-            end = start + len(contents[-1].strip())
+        if rendered == before + contents[-1] + after:
+            start, end = len(before), len(before) + len(contents[-1])
             encoded = tokenizer(rendered, add_special_tokens=False, return_offsets_mapping=True)
             spans = encoded["offset_mapping"]
             return Prompt(list(encoded["input_ids"]), [a < end and b > start and b > a for a, b in spans])
@@ -68,7 +73,7 @@ def _encode_apart(tokenizer: Any, messages: list[dict[str, str]]) -> Prompt:
 
     Otherwise a person could end their own turn and speak as somebody else.
     """
-    marks = [f"\ue000{i}\ue001" for i in range(len(messages))]
+    marks = [f"{_MARK}{i}{_MARK}" for i in range(len(messages))]
     rendered = _render(tokenizer, [dict(m, content=mark) for m, mark in zip(messages, marks, strict=True)])
     ids: list[int] = []
     own: list[bool] = []
@@ -84,7 +89,7 @@ def _encode_apart(tokenizer: Any, messages: list[dict[str, str]]) -> Prompt:
         if not found:
             raise PromptError(f"the chat template leaves out message {i + 1} ({messages[i]['role']}); ask without it")
         add(before, is_own=False, plain=False)
-        add(messages[i]["content"].strip(), is_own=i == len(marks) - 1, plain=True)
+        add(messages[i]["content"], is_own=i == len(marks) - 1, plain=True)
     add(rendered, is_own=False, plain=False)
     return Prompt(ids, own)
 

@@ -15,7 +15,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from selfdoubt.errors import PromptError, WrapError
-from selfdoubt.members import Wrapped, expand, unfold
+from selfdoubt.members import Wrapped
+from selfdoubt.rows import expand, unfold
 
 #: Logits of a piece of prompt are at most this many numbers, whatever the vocabulary (128 MiB in float32).
 _CHUNK = 2**25

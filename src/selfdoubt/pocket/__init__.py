@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-__all__ = ["evaluation_file", "folder", "reference_file", "voters"]
+__all__ = ["evaluation_file", "folder", "reference_file", "voters_folder"]
 
 _HERE = Path(__file__).resolve().parent
 
@@ -27,6 +27,6 @@ def reference_file() -> Path:
     return _HERE / "reference.jsonl"
 
 
-def voters() -> Path:
+def voters_folder() -> Path:
     """The three voters that come with the model, an adapter folder."""
     return _HERE / "voters"

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from selfdoubt.errors import SelfdoubtError
 from selfdoubt.pocket.atlas import fold
@@ -64,13 +64,15 @@ def write(path: str | Path, questions: Iterable[Question]) -> None:
     Path(path).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 
-def _question(record: dict[str, object]) -> Question:
-    question = Question(**record)  # type: ignore[arg-type]
-    if question.category not in CATEGORIES or question.relation not in PHRASINGS:
-        raise ValueError(f"category {question.category!r}, relation {question.relation!r}")
-    if not isinstance(question.answers, list) or not all(isinstance(a, str) for a in question.answers):
-        raise ValueError(f"answers {question.answers!r}")
-    return replace(question, answers=tuple(question.answers))
+def _question(record: Any) -> Question:
+    if not isinstance(record, dict) or set(record) != {field.name for field in fields(Question)}:
+        raise ValueError(sorted(record) if isinstance(record, dict) else f"a {type(record).__name__}")
+    category, relation, answers = record["category"], record["relation"], record["answers"]
+    if category not in CATEGORIES or relation not in PHRASINGS:
+        raise ValueError(f"category {category!r}, relation {relation!r}")
+    if not isinstance(answers, list) or not all(isinstance(answer, str) for answer in answers):
+        raise ValueError(f"answers {answers!r}")
+    return Question(**{**record, "answers": tuple(answers), "seen": float(record["seen"])})
 
 
 def is_right(question: Question, answer_text: str) -> bool:
@@ -90,4 +92,4 @@ def is_right(question: Question, answer_text: str) -> bool:
 
 
 def _bare(text: str) -> str:
-    return fold(text).removesuffix(".").rstrip()
+    return fold(text).rstrip(" .")

@@ -206,7 +206,8 @@ def sentence(relation: str, subject: str, answer: str) -> str:
         subject = with_article(subject)
     if relation in ("country", "capital of"):
         answer = with_article(answer)
-    return _upper_first(PHRASINGS[relation].sentence.format(s=subject, a=answer))
+    text = PHRASINGS[relation].sentence.format(s=subject, a=answer.removesuffix("."))  # "Washington D.C."
+    return _upper_first(text)
 
 
 def ask(template: str, relation: str, subject: str, *, article: bool = True) -> str:

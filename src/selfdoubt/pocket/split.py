@@ -81,11 +81,9 @@ def _pools(atlas: Atlas) -> dict[tuple[Category, str], list[_Subject]]:
     """Candidates by category and file."""
     pools: dict[tuple[Category, str], list[_Subject]] = defaultdict(list)
     for subject in _about_countries(atlas):
-        if subject.relation == "capital of":
-            side = _side(subject.name)
-        else:
-            side = _side(f"{subject.relation}:{subject.name}")
-        pools["known", side].append(subject)
+        about_city = subject.relation == "capital of"  # a capital's side is that of its city
+        key = subject.name if about_city else f"{subject.relation}:{subject.name}"
+        pools["known", _side(key)].append(subject)
     for relation in CITY_RELATIONS:
         for subject, category in _about_cities(atlas, relation):
             pools[category, _side(subject.name)].append(subject)

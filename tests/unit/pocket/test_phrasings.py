@@ -25,4 +25,5 @@ def test_articles_stand_where_english_wants_them():
     assert ask("{s} has which capital?", "capital", "Gambia") == "The Gambia has which capital?"
     assert ask("Capital of {s}?", "capital", "Gambia", article=False) == "Capital of Gambia?"
     assert sentence("continent", "Netherlands", "Europe") == "The Netherlands is in Europe."
+    assert sentence("capital", "United States", "Washington D.C.").endswith("is Washington D.C.")
     assert sentence("capital of", "Paris", "France") == "Paris is the capital of France."

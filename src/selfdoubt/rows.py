@@ -1,0 +1,104 @@
+"""Members are rows: how a batch grows, and what stands in a leaf's place.
+
+``rows = members * batch``, member-major: row ``m * batch + b``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from jaxtyping import Shaped
+from torch import Tensor, nn
+
+from selfdoubt.errors import ShapeError
+
+
+def expand(x: Shaped[Tensor, "batch *rest"], members: int) -> Shaped[Tensor, "rows *rest"]:
+    """Repeat a batch for every member: row ``m * batch + b`` is ``x[b]``."""
+    return x.repeat(members, *[1] * (x.ndim - 1)) if members > 1 else x
+
+
+def unfold(x: Shaped[Tensor, "rows *rest"], members: int) -> Shaped[Tensor, "members batch *rest"]:
+    """Give the member axis back: ``out[m, b]`` is row ``m * batch + b``.
+
+    Raises:
+        ShapeError: If the rows do not divide by the members.
+    """
+    if x.shape[0] % members:
+        raise ShapeError(
+            f"the rows must be a multiple of the {members} members, got {x.shape[0]} rows; a training batch is split "
+            f"over the members: use a multiple of {members}, or training=False (or .eval()) to predict"
+        )
+    return x.reshape(members, x.shape[0] // members, *x.shape[1:])
+
+
+@dataclass(eq=False)
+class Call:
+    """What the replaced leaves of one model share in a call: how many members run, and the scales that were predicted.
+
+    It keeps its values until the next call, because gradient checkpointing runs leaves again during backward.
+    """
+
+    members: int = 1
+    rows: int = 1  #: lines of the batch, members times its size
+    training: bool = False
+    reached: bool = False
+    scales: list[tuple[Tensor, Tensor]] = field(default_factory=list)  #: (a head's output, its predicted scale)
+
+    def __reduce__(self) -> tuple[type[Call], tuple[()]]:
+        """A copy starts afresh: what a call left behind is part of a graph, which cannot be copied."""
+        return Call, ()
+
+    def per_row(self, x: Any) -> Any:
+        """A leaf's input with lines of its own for every row: a single line (position ids, say) is every row's.
+
+        Raises:
+            ShapeError: If the lines cannot be rows.
+        """
+        if not isinstance(x, Tensor) or not x.ndim or not self.rows:
+            return x
+        if len(x) == 1:
+            return x.expand(self.rows, *x.shape[1:])
+        if len(x) % self.rows:
+            raise ShapeError(
+                f"a replaced layer got {len(x)} lines of input, and the batch of all members has {self.rows} rows; "
+                "a layer that sees something else than rows cannot have members: leave it out with param_filter"
+            )
+        return x
+
+    def scale_of(self, y: Any) -> Tensor | None:
+        """The scale predicted for an output: the same tensor's, else (after a softcap, say) that of equal shape."""
+        if not isinstance(y, Tensor):
+            return None
+        same = [scale for head, scale in self.scales if head is y]
+        return next(iter(same or [scale for _, scale in self.scales if scale.shape == y.shape]), None)
+
+
+class Replacement(nn.Module):
+    """A module in a leaf's place: the leaf itself, as ``leaf``, and beside it whatever a wrapper adds.
+
+    Attributes it does not have are the leaf's: models and libraries read ``layer.weight`` or ``layer.in_features``.
+    """
+
+    def __init__(self, leaf: nn.Module, call: Call) -> None:
+        super().__init__()
+        self.leaf = leaf
+        self.call = call
+        self.train(leaf.training)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("leaf"), name)
+
+
+def added_names(model: nn.Module) -> list[str]:
+    """Names in ``model.state_dict()`` of what wrapping added: all under a replacement but not under its leaf."""
+    replaced = [name for name, module in model.named_modules() if isinstance(module, Replacement)]
+
+    def is_added(key: str) -> bool:
+        return any(key.startswith(f"{r}.") and not key.startswith(f"{r}.leaf.") for r in replaced)
+
+    return [key for key in model.state_dict() if is_added(key)]

@@ -1,0 +1,138 @@
+"""The shape of the code: which file may import which, what is public, how long files are, and that examples run."""
+
+from __future__ import annotations
+
+import ast
+import doctest
+import importlib
+from pathlib import Path
+
+import pytest
+
+import selfdoubt
+
+ROOT = Path(__file__).parents[2] / "src" / "selfdoubt"
+FILES = {".".join(p.relative_to(ROOT).with_suffix("").parts): p for p in sorted(ROOT.rglob("*.py"))}
+LONGEST = 350
+
+CORE = {"errors", "targets", "tree", "risk", "forecast", "rows", "kernels", "members"}
+WRAPPERS = {"vote", "sample", "sculpt"}
+#: What a file may import of the package; others are free.
+ARROWS = {
+    "errors": set(),
+    "tree": set(),
+    "risk": {"errors"},
+    "targets": {"errors"},
+    "forecast": {"risk"},
+    "rows": {"errors"},
+    "kernels": {"errors", "rows", "targets", "tree"},
+    "members": CORE - {"kernels"},
+    **dict.fromkeys(sorted(WRAPPERS), CORE),
+    "storage": CORE | {"__init__"},
+}
+#: Third-party packages that the core may import at its top.
+CORE_LIBRARIES = {"torch", "jaxtyping", "safetensors"}
+
+
+def imports(path: Path, *, everywhere: bool = True):
+    """(module, line) of each import; with ``everywhere=False`` only of those that run when the file is imported."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    skipped = set()
+    for node in ast.walk(tree):
+        is_lazy = isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
+        is_typing = isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
+        if (is_lazy and not everywhere) or is_typing:
+            skipped |= {id(n) for child in node.body for n in ast.walk(child)}
+    for node in ast.walk(tree):
+        if id(node) in skipped:
+            continue
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node.lineno) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: relative import"
+            if node.module == "selfdoubt":
+                yield from ((f"selfdoubt.{alias.name}", node.lineno) for alias in node.names)
+            else:
+                yield node.module, node.lineno
+
+
+def own(path, **options):
+    """Modules of this package that a file imports, without the package's name."""
+    names = (m.removeprefix("selfdoubt.") for m, _ in imports(path, **options) if m.startswith("selfdoubt."))
+    return {"__init__" if name.startswith("__") else name for name in names}
+
+
+@pytest.mark.parametrize("name", ARROWS)
+def test_the_core_imports_only_what_lies_below_it(name):
+    assert own(FILES[name]) - {name} <= ARROWS[name]
+
+
+def test_every_file_of_the_core_has_its_arrows():
+    assert set(ARROWS) == {n for n in FILES if "." not in n} - {"__init__", "__main__", "cli", "terminal"}
+
+
+@pytest.mark.parametrize("name", [n for n in FILES if n.startswith("lm.")])
+def test_the_language_engine_imports_only_the_core_and_itself(name):
+    lazily = {"pocket"} if name in ("lm.load", "lm.model") else set()  # "pocket" is a name that load knows
+    found = {n for n in own(FILES[name]) if not n.startswith("lm")}
+    assert found <= CORE | WRAPPERS | {"storage"} | lazily
+    assert "pocket" not in own(FILES[name], everywhere=False)
+
+
+@pytest.mark.parametrize("name", ARROWS)
+def test_the_core_needs_only_torch(name):
+    import sys
+
+    top = {m.partition(".")[0] for m, _ in imports(FILES[name])}
+    assert top - set(sys.stdlib_module_names) - {"selfdoubt"} <= CORE_LIBRARIES
+
+
+def test_the_token_loop_knows_no_text_and_no_model_library():
+    for name in ("lm.decode", "lm.stepper"):
+        assert not {m.partition(".")[0] for m, _ in imports(FILES[name])} & {"transformers", "tokenizers"}
+    assert not own(FILES["lm.decode"]) & {"lm.prompt", "lm.model", "lm.load"}
+
+
+def test_optional_packages_are_imported_where_they_are_used():
+    optional = {"transformers", "bitsandbytes", "peft", "tokenizers", "typer", "rich", "sklearn", "scipy", "lightning"}
+    only_for_them = {"terminal": {"rich"}}  # and files that are imported where they are used may import at their top
+    for name, path in FILES.items():
+        if name.startswith("pocket"):
+            continue
+        found = {m.partition(".")[0] for m, _ in imports(path, everywhere=False)} & optional
+        assert found <= only_for_them.get(name, set()), f"{name} imports {found} when it is imported"
+        assert not own(path, everywhere=False) & set(only_for_them), f"{name} imports too early"
+
+
+def test_only_the_loader_names_bitsandbytes_in_an_import():
+    for name, path in FILES.items():
+        assert "bitsandbytes" not in {m.partition(".")[0] for m, _ in imports(path)}, name
+        if 'require("bitsandbytes"' in path.read_text(encoding="utf-8"):
+            assert name == "lm.load"
+
+
+def test_all_is_what_is_exposed():
+    assert sorted(selfdoubt.__all__) == selfdoubt.__dir__() == sorted(set(selfdoubt.__all__))
+    for name in selfdoubt.__all__:
+        assert getattr(selfdoubt, name) is not None
+    with pytest.raises(AttributeError, match="has no attribute 'nonsense'"):
+        selfdoubt.nonsense  # noqa: B018
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_files_are_small_enough_to_read(name):
+    assert len(FILES[name].read_text(encoding="utf-8").splitlines()) <= LONGEST
+
+
+def _has_pocket() -> bool:
+    return all((ROOT / "pocket" / file).is_file() for file in ("model/model.safetensors", "voters/selfdoubt.json"))
+
+
+@pytest.mark.parametrize("name", [n for n, p in FILES.items() if ">>>" in p.read_text(encoding="utf-8")])
+def test_every_example_in_a_docstring_runs(name):
+    if '"pocket"' in FILES[name].read_text(encoding="utf-8") and not _has_pocket():
+        pytest.skip("the pocket model is not in this checkout")
+    module = importlib.import_module(f"selfdoubt.{name}".removesuffix(".__init__"))
+    results = doctest.testmod(module, extraglobs={"torch": importlib.import_module("torch")})
+    assert results.attempted > 0
+    assert results.failed == 0

@@ -1,0 +1,73 @@
+"""Named scores of answers against numpy, and the choice between them."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from selfdoubt.errors import ConfigError
+from selfdoubt.lm.answer import ANSWER_SCORES, Answer, Token, answer_scores, pick_risk
+
+
+def token(i, scale=None):
+    logprob, total, aleatoric = -0.5 * i, 0.3 * i, 0.2 * i
+    return Token(f"t{i}", i, logprob, total, aleatoric, total - aleatoric, 0.1 * i, 0.01 * i, scale, total)
+
+
+ANSWER, QUESTION = [token(1), token(4), token(2)], [token(3), token(5)]
+
+
+@pytest.mark.parametrize("name", ["nll", "total", "aleatoric", "epistemic", "disagreement", "spread"])
+def test_scores_against_numpy(name):
+    scores = answer_scores(ANSWER, QUESTION)
+    for prefix, tokens in (("", ANSWER), ("question_", QUESTION)):
+        values = np.array([getattr(t, name) for t in tokens])
+        assert scores[f"{prefix}mean_{name}"] == pytest.approx(values.mean())
+        assert scores[f"{prefix}max_{name}"] == pytest.approx(values.max())
+    assert scores[f"sum_{name}"] == pytest.approx(sum(getattr(t, name) for t in ANSWER))
+
+
+def test_sequence_probability_and_perplexity_under_their_names():
+    scores = answer_scores(ANSWER, QUESTION)
+    probabilities = np.exp([t.logprob for t in ANSWER])
+    assert np.exp(-scores["sum_nll"]) == pytest.approx(probabilities.prod())
+    assert np.exp(scores["mean_nll"]) == pytest.approx(probabilities.prod() ** (-1 / 3))
+
+
+def test_scores_that_cannot_be_are_absent():
+    assert not [name for name in answer_scores(ANSWER, []) if name.startswith("question")]
+    assert not [name for name in answer_scores(ANSWER, QUESTION) if "scale" in name]
+    assert answer_scores([token(1, scale=0.5), token(2, scale=1.5)], [])["mean_scale"] == 1.0
+    assert answer_scores([], []) == {}
+
+
+def test_every_score_has_one_name():
+    found = answer_scores([token(1, 1.0)], [token(2, 1.0)])
+    assert set(found) == set(ANSWER_SCORES)
+
+
+def test_a_risk_that_cannot_be_falls_back_to_the_answers_own():
+    both, bare = answer_scores(ANSWER, QUESTION), answer_scores(ANSWER, [])
+    assert pick_risk(both, "question_mean_nll") == (both["question_mean_nll"], "question_mean_nll")
+    assert pick_risk(bare, "question_mean_nll") == (bare["mean_nll"], "mean_nll")
+    assert pick_risk(bare, "mean_scale") == (bare["mean_nll"], "mean_nll")
+
+
+def test_an_unknown_risk():
+    with pytest.raises(ConfigError, match=r"^no answer score is called 'doubt'; choose one of .*max_aleatoric, .*$"):
+        pick_risk({"mean_nll": 1.0}, "doubt")
+
+
+def test_no_tokens_at_all():
+    with pytest.raises(ConfigError, match=r"needs at least one token"):
+        pick_risk({}, "mean_nll")
+
+
+def test_an_answer_is_data():
+    answer = Answer("text", tuple(ANSWER), tuple(QUESTION), {"mean_nll": 1.0}, 1.0, "mean_nll", 0.5, "stop")
+    assert answer.most_doubtful is ANSWER[1]
+    assert json.loads(json.dumps(answer.to_dict()))["scores"] == {"mean_nll": 1.0}
+    empty = Answer("", (), (), {}, 0.0, "mean_nll", None, "stop")
+    assert empty.most_doubtful is None

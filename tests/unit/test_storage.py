@@ -1,0 +1,256 @@
+"""What is written, what comes back, and what broken or foreign folders get."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+import selfdoubt
+from selfdoubt import sample, sculpt, storage, vote
+from selfdoubt.errors import BaseMismatchError, LoadError
+from tests.plain import run
+from tests.zoo import causal, cnn, mlp, prompts
+
+WRAPPERS = {
+    "vote": lambda model: vote.Wrapper(n_voters=2, weight_noise=0.5)(model),
+    "vote-low-rank": lambda model: vote.Wrapper(n_voters=2, rank=2)(model),
+    "vote-anew": lambda model: vote.Wrapper(n_voters=2, finetune=False, param_filter="weight")(model),
+    "sample": lambda model: sample.Wrapper(n_samples=3, distribution=sample.Normal(0.4))(model),
+    "sample-trainable": lambda model: sample.Wrapper(distribution=sample.Bernoulli(0.2, trainable=True))(model),
+    "sculpt": lambda model: sculpt.Wrapper(distribution=sculpt.Laplace, rank=3)(model),
+    "vote-sculpt": lambda model: vote.Wrapper(n_voters=2)(sculpt.Wrapper()(model)),
+    "sample-sculpt": lambda model: sample.Wrapper(n_samples=2)(sculpt.Wrapper()(model)),
+}
+MODELS = {"mlp": mlp, "cnn": cnn, "llama": lambda: causal("llama")}
+INPUTS = {
+    "mlp": torch.randn(4, 4, dtype=torch.float64),
+    "cnn": torch.randn(4, 3, 5, 5, dtype=torch.float64),
+    "llama": torch.tensor(prompts(5, 5)),
+}
+
+
+def shaken(wrapped):
+    """The same, as if it had been trained."""
+    for parameter in wrapped.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    return wrapped
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_what_is_loaded_gives_what_was_saved(tmp_path, name, model):
+    base = copy.deepcopy(MODELS[model]())
+    untouched = copy.deepcopy(base)
+    wrapped = shaken(WRAPPERS[name](base))
+    folder = selfdoubt.save(wrapped, tmp_path / "made" / "here", base="me/base", extra={"reference": {"a": [1.0]}})
+    again = selfdoubt.load(folder, untouched)
+    assert again.spec == wrapped.spec
+    found, expected = (w.eval()(INPUTS[model], return_risk=True) for w in (again, wrapped))
+    if model == "llama":
+        found, expected = ([part.logits for part in pair] for pair in (found, expected))
+    assert all(torch.equal(f, e) for f, e in zip(found, expected, strict=True))
+    card = storage.read_card(folder)
+    assert card["base"]["name"] == "me/base"
+    assert card["reference"] == {"a": [1.0]}
+    assert sorted(f.name for f in folder.iterdir()) == ["added.safetensors", "selfdoubt.json"]
+
+
+def test_only_what_was_added_is_written(tmp_path):
+    wrapped = vote.Wrapper(n_voters=3, rank=2)(causal("llama"))
+    folder = selfdoubt.save(wrapped, tmp_path)
+    tensors = load_file(folder / "added.safetensors")
+    assert set(tensors) == {n for n, p in wrapped.named_parameters() if p.requires_grad}
+    assert (folder / "added.safetensors").stat().st_size < 60_000
+    assert {n.rsplit(".", 1)[1] for n in tensors} == {"weight_a", "weight_b"}
+
+
+def test_a_frozen_base_in_another_float_type_still_fits(tmp_path):
+    folder = selfdoubt.save(vote.Wrapper(rank=2)(causal("llama")), tmp_path)
+    again = selfdoubt.load(folder, copy.deepcopy(causal("llama")).to(torch.bfloat16))
+    assert again(torch.tensor(prompts(3))).logits.isfinite().all()
+
+
+def test_saving_again_replaces_the_old_one(tmp_path):
+    base = mlp()
+    selfdoubt.save(vote.Wrapper(n_voters=5)(base), tmp_path)
+    second = shaken(vote.Wrapper(n_voters=2)(base))
+    selfdoubt.save(second, tmp_path)
+    x = INPUTS["mlp"]
+    assert torch.equal(selfdoubt.load(tmp_path, base)(x), second(x))
+
+
+def one_line(error):
+    text = str(error.value)
+    assert "\n" not in text
+    return text
+
+
+@pytest.fixture
+def saved(tmp_path):
+    torch.manual_seed(7)
+    base = mlp()
+    return selfdoubt.save(vote.Wrapper(n_voters=2, param_filter="weight")(base), tmp_path, base="me/base"), base
+
+
+def test_a_base_of_another_shape(saved):
+    folder, _ = saved
+    with pytest.raises(BaseMismatchError) as error:
+        selfdoubt.load(folder, mlp(4, 9, 3))
+    text = one_line(error)
+    assert "made for another base model than this (me/base)" in text
+    assert "(2, 8, 4)" in text
+    assert "(2, 9, 4)" in text
+
+
+def test_a_base_of_other_names(saved):
+    folder, _ = saved
+    with pytest.raises(BaseMismatchError, match=r"lacks module.a.0.deviations.weight"):
+        selfdoubt.load(folder, nn.ModuleDict({"a": mlp()}))
+
+
+def test_a_base_with_fewer_layers(saved):
+    folder, _ = saved
+    with pytest.raises(BaseMismatchError, match=r"has module.2.deviations.weight, which the model lacks"):
+        selfdoubt.load(folder, mlp(4, 8))
+
+
+def test_a_base_that_the_filter_does_not_know(saved):
+    folder, _ = saved
+    with pytest.raises(BaseMismatchError) as error:
+        selfdoubt.load(folder, nn.Sequential(nn.ReLU()))
+    assert "does not fit Sequential" in one_line(error)
+
+
+def test_a_base_of_the_same_shape_with_other_weights(saved):
+    folder, base = saved
+    selfdoubt.load(folder, base)
+    torch.manual_seed(8)
+    with pytest.raises(BaseMismatchError) as error:
+        selfdoubt.load(folder, mlp())
+    assert "differs; load it onto me/base" in one_line(error)
+
+
+def test_a_failed_load_leaves_the_base_as_it_was(saved):
+    folder, _ = saved
+    other = mlp()
+    before = copy.deepcopy(other.state_dict())
+    with pytest.raises(BaseMismatchError):
+        selfdoubt.load(folder, other)
+    assert all(torch.equal(before[n], p) for n, p in other.state_dict().items())
+
+
+def test_no_folder(tmp_path):
+    with pytest.raises(LoadError, match=r"is not an adapter folder: it has no selfdoubt\.json; .*selfdoubt\.save$"):
+        selfdoubt.load(tmp_path / "nowhere", mlp())
+
+
+def test_no_weights(saved):
+    folder, base = saved
+    (folder / "added.safetensors").unlink()
+    with pytest.raises(LoadError) as error:
+        selfdoubt.load(folder, base)
+    assert "cannot be read" in one_line(error)
+
+
+@pytest.mark.parametrize("keep", [0, 4, 8, 100, -1])
+def test_truncated_weights(saved, keep):
+    folder, base = saved
+    path = folder / "added.safetensors"
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(LoadError) as error:
+        selfdoubt.load(folder, base)
+    assert "download the adapter again" in one_line(error)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "3", "null", '"vote"', "{}", "\udcff"])
+def test_a_card_that_is_no_card(saved, text):
+    folder, base = saved
+    (folder / "selfdoubt.json").write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(LoadError) as error:
+        selfdoubt.load(folder, base)
+    assert "selfdoubt.json" in one_line(error)
+
+
+# Every entry of a card, one after another, in every wrong way; as for users, whose types nobody checks.
+BREAK = """
+import copy, itertools, json, sys
+from pathlib import Path
+import torch, selfdoubt
+from selfdoubt import sample, sculpt, vote
+from selfdoubt.errors import LoadError
+
+def paths(tree, prefix=()):
+    yield prefix
+    items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
+    for key, value in items:
+        yield from paths(value, (*prefix, key))
+
+folder, tried = Path(sys.argv[1]), 0
+base = torch.nn.Sequential(torch.nn.Linear(2, 2))
+for wrapped in (
+    vote.Wrapper(n_voters=2, param_filter="weight")(sculpt.Wrapper()(base)),
+    sample.Wrapper(distribution=sample.Bernoulli(0.1))(base),
+):
+    whole = json.loads((selfdoubt.save(wrapped, folder, base="me/base") / "selfdoubt.json").read_text())
+    changes = [None, [], {}, "text", -1, 0.5, [3], {"a": 1}, "gone"]
+    for place, change in itertools.product(list(paths(whole))[1:], changes):
+        card = parent = copy.deepcopy(whole)
+        for key in place[:-1]:
+            parent = parent[key]
+        parent[place[-1]] = change
+        if change == "gone":
+            del parent[place[-1]]
+        (folder / "selfdoubt.json").write_text(json.dumps(card))
+        tried += 1
+        try:
+            selfdoubt.load(folder, base)  # some entries have defaults, and some are only for people
+        except LoadError as error:
+            assert "\\n" not in str(error), (place, change, error)
+        except Exception as error:
+            print("WRONG", place, change, type(error).__name__, error)
+print("tried", tried)
+"""
+
+
+def test_any_entry_of_a_card_may_be_broken(tmp_path):
+    lines = run(BREAK, str(tmp_path)).splitlines()
+    assert int(lines[-1].removeprefix("tried ")) > 400
+    assert not [line for line in lines if line.startswith("WRONG")]
+
+
+def test_a_newer_format(saved):
+    folder, base = saved
+    path = folder / "selfdoubt.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 99}))
+    with pytest.raises(LoadError, match=r"has format 99, and this version reads 1; upgrade selfdoubt$"):
+        selfdoubt.load(folder, base)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        vote.Wrapper(n_voters=7, rank=3, shared_inputs=("a",), output="logits"),
+        sample.Wrapper(distribution=sample.Bernoulli(0.25, trainable=True)),
+        sample.Wrapper(distribution=sample.Normal(0.25)),
+        sculpt.Wrapper(distribution=sculpt.Laplace, n_layers=1, rank=None),
+    ],
+)
+def test_settings_survive_json(spec):
+    assert storage.from_json(json.loads(json.dumps(storage.to_json(spec)))) == spec
+
+
+def test_other_names_of_a_wrapper_are_saved_too(tmp_path):
+    folder = selfdoubt.save(vote.EagerWrapper(n_voters=2)(mlp()), tmp_path)
+    assert storage.read_card(folder)["wrappers"][0]["method"] == "vote"
+
+
+def test_extras_must_be_numbers_that_json_knows(tmp_path):
+    with pytest.raises(ValueError, match=r"JSON"):
+        selfdoubt.save(vote.Wrapper()(mlp()), tmp_path, extra={"reference": [float("nan")]})
+    assert not (tmp_path / "selfdoubt.json").exists()
