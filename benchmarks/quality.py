@@ -147,7 +147,7 @@ def table(record: dict[str, Any]) -> str:
     )
     parts.append(
         f"{settings['questions']} questions in held-out phrasings, {settings['steps']} steps of fine-tuning each, seed "
-        f"{settings['seed']}; commit {record['commit']}. Shown: well-known scores, and the best of each arm in any column; "
+        f"{settings['seed']}; commit {record['commit']}. Shown: well-known scores, and the best of each arm in any column; "  # noqa: E501
         "all are in the JSON."
     )
     return "\n\n".join(parts)

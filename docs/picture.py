@@ -17,7 +17,7 @@ QUESTIONS = ("What is the capital of France?", "In which country is Tartu?", "In
 def main() -> None:
     """Ask, and write down what a terminal would show."""
     console = Console(
-        record=True, force_terminal=True, width=104, width=116, file=io.StringIO(), color_system="truecolor", highlight=False
+        record=True, force_terminal=True, width=116, file=io.StringIO(), color_system="truecolor", highlight=False
     )
     screen = Screen(console)
     screen.legend()

@@ -133,12 +133,12 @@ def test_a_closed_pipe_is_no_traceback() -> None:
 @pytest.mark.parametrize("command", [["--help"], ["ask", "--help"], ["score", "--help"]])
 def test_help_imports_neither_torch_nor_transformers(command: list[str]) -> None:
     code = (
-        "import sys; sys.argv[1:] = {0!r}\n"
+        f"import sys; sys.argv[1:] = {command!r}\n"
         "from selfdoubt.cli import main\n"
         "try: main()\n"
         "except SystemExit as end: assert not end.code\n"
-        "assert not {{'torch', 'transformers'}} & set(sys.modules)"
-    ).format(command)
+        "assert not {'torch', 'transformers'} & set(sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
     assert done.returncode == 0, done.stderr
     assert "Usage" in done.stdout
@@ -168,7 +168,6 @@ def test_help_imports_neither_torch_nor_transformers(command: list[str]) -> None
         (["ask", "hi", "--wrapper", "vote:param_filter=nothing_like_it"], "nearest"),
         (["ask", "hi", "--risk", "courage"], "mean_nll"),
         (["ask", "hi", "--dtype", "int7"], "bfloat16"),
-        (["ask", "hi", "--quantize", "int3"], "nf4"),
         (["ask", "hi", "--model", "./no/such/folder"], "config.json"),
         (["ask", "hi", "--model", "no-such-name-on-the-hub"], "hub"),
         (["ask", "hi", "--adapter", "./no/such/adapter"], "selfdoubt.json"),
@@ -184,6 +183,13 @@ def test_bad_input_gets_one_line_and_exit_code_2(
     assert error.count("\n") == 1
     assert wanted in error
     assert "Traceback" not in error
+
+
+def test_an_unknown_quantisation_gets_one_line() -> None:
+    done = run("ask", "hi", "--quantize", "int3")
+    assert done.returncode == 2
+    assert "nf4" in done.stderr
+    assert done.stderr.count("\n") == 1
 
 
 def test_text_that_is_not_utf8_gets_one_line() -> None:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from selfdoubt.errors import ConfigError
 
 #: The score that stands for an answer's doubt, and the one that colours a token; chosen by ``benchmarks/quality.py``.
-DEFAULT_RISK = "question_mean_nll"
+DEFAULT_RISK = "sum_nll"
 TOKEN_RISK = "total"
 
 

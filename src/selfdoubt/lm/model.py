@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypedDict, Unpack, cast, overload
@@ -16,10 +16,11 @@ from selfdoubt import storage
 from selfdoubt.errors import ConfigError, PromptError
 from selfdoubt.lm import answer as answers
 from selfdoubt.lm.answer import Alternative, Answer, Token, answer_scores, pick_risk
-from selfdoubt.lm.decode import Event, Sampling, ScoredId, decode, read
+from selfdoubt.lm.decode import Sampling, ScoredId, decode, read
 from selfdoubt.lm.load import POCKET, Quantization, load_model
 from selfdoubt.lm.prompt import Detokenizer, Message, Prompt, encode
 from selfdoubt.lm.stepper import HFStepper
+from selfdoubt.lm.stream import AnswerInProgress, Stream
 from selfdoubt.members import Spec, Wrapped
 from selfdoubt.risk import percentile
 from selfdoubt.vote import Wrapper as Vote
@@ -261,11 +262,11 @@ class RiskAwareLM:
         rank = None if reference is None else percentile(value, reference)
         return Answer(text, tuple(tokens), tuple(question), scores, value, name, rank, finish)
 
-    def _run(self, prompts: list[Prompt], sampling: Sampling, seeds: Sequence[int]) -> list[_Sequence]:
+    def _run(self, prompts: list[Prompt], sampling: Sampling, seeds: Sequence[int]) -> list[AnswerInProgress]:
         stepper = HFStepper(self.model)
         ids = [p.ids for p in prompts]
         scored, following = read(stepper, ids)
-        runs = [_Sequence(self, self._own(s, p)) for s, p in zip(scored, prompts, strict=True)]
+        runs = [AnswerInProgress(self, self._own(s, p)) for s, p in zip(scored, prompts, strict=True)]
         for event in decode(stepper, following, [len(i) for i in ids], sampling, seeds):
             runs[event.sequence].add(event)
         return runs
@@ -320,64 +321,6 @@ class Tries:
     answer: Answer
     tries: int
     confident: bool
-
-
-class _Sequence:
-    """One answer in the making."""
-
-    def __init__(self, lm: RiskAwareLM, question: list[Token]) -> None:
-        self.lm = lm
-        self.question = question
-        self.tokens: list[Token] = []
-        self.finish: Literal["stop", "length"] | None = None
-        self._pieces = Detokenizer(lm.tokenizer)
-
-    def add(self, event: Event) -> Token | None:
-        token = None
-        if event.token is not None:
-            token = self.lm._token(event.token, self._pieces.add(event.token.id))
-            self.tokens.append(token)
-        self.finish = event.finish
-        return token
-
-    @property
-    def answer(self) -> Answer:
-        assert self.finish is not None
-        text = "".join(t.text for t in self.tokens) + self._pieces.flush()
-        return self.lm.answer(self.tokens, self.question, self.finish, text)
-
-
-class Stream(Iterator[Token]):
-    """Tokens as they are chosen. ``question`` is there from the start, ``answer`` when the tokens have ended."""
-
-    def __init__(self, lm: RiskAwareLM, prompt: Prompt, sampling: Sampling, seed: int) -> None:
-        stepper = HFStepper(lm.model)
-        scored, following = read(stepper, [prompt.ids])
-        self._sequence = _Sequence(lm, lm._own(scored[0], prompt))
-        self._events = decode(stepper, following, [len(prompt.ids)], sampling, [seed])
-
-    @property
-    def question(self) -> list[Token]:
-        """The tokens of the question's own words."""
-        return self._sequence.question
-
-    @property
-    def answer(self) -> Answer:
-        """The whole answer.
-
-        Raises:
-            ConfigError: If the tokens have not ended yet.
-        """
-        if self._sequence.finish is None:
-            raise ConfigError("the answer is not finished; read the stream to its end first")
-        return self._sequence.answer
-
-    def __next__(self) -> Token:
-        for event in self._events:
-            token = self._sequence.add(event)
-            if token is not None:
-                return token
-        raise StopIteration
 
 
 def _stop_ids(model: nn.Module, tokenizer: Any) -> frozenset[int]:
