@@ -1,9 +1,9 @@
 """What a risk is worth: how well each score finds wrong answers, unseen facts and ambiguous names.
 
-The pocket base is fine-tuned four ways on the same rows in the same order (plain LoRA, vote, sample, sculpt), then asked
-the committed evaluation questions, all in held-out phrasings. Every score is a number that should be higher where the
-answer is wrong. AUROC with a 95 % bootstrap interval; PRR is the prediction-rejection ratio, 1 for a perfect ranking and
-0 for a random one.
+The pocket base is fine-tuned four ways on the same rows in the same order (plain LoRA, vote, sample, sculpt), then
+asked the committed evaluation questions, all in held-out phrasings. Every score should be higher where the answer is
+wrong. AUROC with a 95 % bootstrap interval; PRR is the prediction-rejection ratio: 1 for a perfect ranking, 0 for a
+random one.
 
     python -m benchmarks.quality --atlas FOLDER [--steps 300] [--seeds 0]
 """
