@@ -89,7 +89,7 @@ def test_score_of_a_text_and_of_an_answer():
     bare = lm.score(text)
     assert "".join(t.text for t in bare.tokens) == text
     assert bare.question == ()
-    assert bare.risk_name == "mean_nll"
+    assert bare.risk_name == "sum_nll"
     first = talker()(torch.tensor([[tokenizer().bos_token_id]])).logits[0, -1].log_softmax(-1)
     plain = talking(None).score(text)
     assert plain.tokens[0].logprob == pytest.approx(first[plain.tokens[0].id].item(), abs=1e-5)
