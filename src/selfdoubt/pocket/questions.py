@@ -15,7 +15,7 @@ LOWER_CASE = 0.27  # share of questions in lower case
 NO_MARK = 0.3  # share of questions without the mark at their end
 BARE_COUNTRY = 0.3  # share of "capital of netherlands", where "the Netherlands" is right
 OTHER_SPELLING = 0.35  # share of cities in another spelling than the usual one
-SMALL_TALK = 0.04  # share with a polite word before or after
+SMALL_TALK = 0.08  # share with a polite word before or after
 
 
 @dataclass(frozen=True)
@@ -65,4 +65,15 @@ def careless(question: str, rng: random.Random, *, lower: float = LOWER_CASE, no
 def small_talk(question: str, rng: random.Random) -> str:
     """Add a polite word."""
     body, mark = question[:-1], question[-1]
-    return rng.choice((f"Please tell me: {question}", f"{body}, please{mark}", f"Hello! {question}", f"Hi, {question}"))
+    return rng.choice(
+        (
+            f"Please tell me: {question}",
+            f"{body}, please{mark}",
+            f"Hello! {question}",
+            f"Hi, {question}",
+            f"Can you help me? {question}",
+            f"Can you tell me this: {question}",
+            f"A question: {question}",
+            f"{question} Thank you!",
+        )
+    )

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
 
 TOKENIZER_PAIRS = 300_000
-STEPS = 1461
+STEPS = 2200
 PROBE = 60  # questions of a category that are asked while training
 
 

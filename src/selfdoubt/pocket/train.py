@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 class Plan:
     """How long and how fast to learn."""
 
-    steps: int = 1461
+    steps: int = 2200
     minutes: float | None = None  # the schedule runs by the clock where that ends sooner than the steps
     rows: int = 128  # rows of a step
     length: int = 64  # tokens of a row

@@ -1,0 +1,53 @@
+"""The command line. A command a file; heavy imports wait until a command runs, so that help is quick."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+from selfdoubt.errors import MissingExtraError, SelfdoubtError, require
+
+if TYPE_CHECKING:
+    import typer
+else:
+    try:
+        typer = require("typer", "lm")
+    except MissingExtraError as missing:
+        sys.exit(f"selfdoubt: {missing}")
+
+from selfdoubt.cli.ask import ask
+from selfdoubt.cli.score import score
+
+app = typer.Typer(
+    name="selfdoubt",
+    help="Language models that know what they don't know: every token with its risk.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+for command in (ask, score):
+    app.command()(command)
+
+
+def main() -> None:
+    """Run a command: exit code 0, 1 for 'not confident', 2 for bad input with one line that says what to do."""
+    # Typer brings its own copy of click in newer versions: this finds its usage error in both.
+    usage_error: Any = typer.BadParameter.__base__
+    try:
+        code = app(standalone_mode=False)
+    except SelfdoubtError as error:
+        code = _complain(str(error))
+    except usage_error as error:
+        command = error.ctx.command_path if error.ctx else "selfdoubt"
+        code = _complain(f"{error.format_message().rstrip('.')}; see {command} --help")
+    except (KeyboardInterrupt, typer.Abort):
+        code = 130
+    except BrokenPipeError:
+        sys.stderr.close()  # the reader has gone, e.g. `| head`
+        code = 0
+    sys.exit(code or 0)
+
+
+def _complain(message: str) -> int:
+    print(f"selfdoubt: {' '.join(message.split())}", file=sys.stderr)
+    return 2

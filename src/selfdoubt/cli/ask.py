@@ -1,0 +1,73 @@
+"""``selfdoubt ask``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+from selfdoubt.cli import flags
+from selfdoubt.cli.output import printer
+from selfdoubt.errors import ConfigError, require
+
+if TYPE_CHECKING:
+    import typer
+else:
+    typer = require("typer", "lm")
+
+
+def ask(
+    questions: Annotated[list[str], typer.Argument(help="One question or more, each in quotes.", show_default=False)],
+    model: flags.Model = "pocket",
+    adapter: flags.Adapter = None,
+    wrapper: flags.WrapperText = "auto",
+    dtype: flags.Dtype = "auto",
+    quantize: flags.Quantize = None,
+    risk: flags.RiskName = None,
+    trust_remote_code: flags.RemoteCode = False,
+    as_json: flags.AsJson = False,
+    raw: Annotated[bool, typer.Option("--raw", help="Continue the text as it is, without a chat template.")] = False,
+    temperature: Annotated[
+        float | None,
+        typer.Option(help="0 takes the most probable token. [default: 0, with several tries 1]", show_default=False),
+    ] = None,
+    top_p: Annotated[float, typer.Option(help="Draw from the smallest set of tokens with this probability.")] = 1.0,
+    max_tokens: Annotated[int, typer.Option(help="Most tokens of an answer.")] = 256,
+    seed: Annotated[int, typer.Option(help="Same seed, same answer.")] = 0,
+    candidates: Annotated[int | None, typer.Option(help="Give N answers, the least risky first.", metavar="N")] = None,
+    until_percentile: Annotated[
+        float | None,
+        typer.Option(
+            help="Answer again until the risk is below this share of the reference answers, in [0, 1].",
+            metavar="P",
+        ),
+    ] = None,
+    max_tries: Annotated[int, typer.Option(help="Most tries of --until-percentile.", metavar="K")] = 10,
+) -> int:
+    """Ask questions; the answers stream, each token in the colour of its risk."""
+    if candidates is not None and until_percentile is not None:
+        raise ConfigError("--candidates and --until-percentile exclude each other: give one of them")
+    lm = flags.load_lm(model, adapter, wrapper, dtype, quantize, risk, trust_remote_code)
+    options: dict[str, Any] = {"max_tokens": max_tokens, "top_p": top_p, "seed": seed, "raw": raw}
+    if temperature is not None:
+        options["temperature"] = temperature
+    output = printer(as_json=as_json)
+    if candidates is not None:
+        for question in questions:
+            for i, answer in enumerate(lm.candidates(question, candidates, **options)):
+                output.whole(question if i == 0 else None, answer)
+        return 0
+    if until_percentile is not None:
+        confident = True
+        for question in questions:
+            tried = lm.generate_until(question, until_percentile, max_tries=max_tries, **options)
+            output.whole(question, tried.answer)
+            output.verdict(tried.tries, until_percentile, confident=tried.confident)
+            confident &= tried.confident
+        return 0 if confident else 1
+    for question in questions:
+        stream = lm.stream(question, **options)
+        output.begin(question, stream.question)
+        for token in stream:
+            output.token(token)
+        output.end(stream.answer)
+    output.compare()
+    return 0

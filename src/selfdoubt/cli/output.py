@@ -1,0 +1,96 @@
+"""What a command prints: lines for people, or one JSON object a line for programs."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from selfdoubt.lm.answer import Answer, Token
+
+
+def printer(*, as_json: bool) -> Lines | JsonLines:
+    """The printer for people or for programs."""
+    return JsonLines() if as_json else Lines()
+
+
+class Lines:
+    """Output for people."""
+
+    def __init__(self) -> None:
+        from selfdoubt.terminal import Screen
+
+        self.screen = Screen()
+        self.screen.legend()
+        self.seen: list[tuple[str, Answer]] = []
+        self.asked = ""
+
+    def begin(self, question: str, tokens: list[Token]) -> None:
+        """A question, before its answer."""
+        self.asked = question
+        self.screen.console.print()
+        self.screen.question(question, tokens)
+
+    def token(self, token: Token) -> None:
+        """One token of the answer."""
+        self.screen.token(token)
+
+    def end(self, answer: Answer) -> None:
+        """The answer is complete."""
+        self.screen.answer(answer)
+        self.seen.append((self.asked, answer))
+
+    def whole(self, question: str | None, answer: Answer) -> None:
+        """A question and its finished answer."""
+        if question is None:
+            self.screen.console.print()
+        else:
+            self.begin(question, list(answer.question))
+        for token in answer.tokens:
+            self.token(token)
+        self.end(answer)
+
+    def verdict(self, tries: int, wanted: float, *, confident: bool) -> None:
+        """Whether answering again led to a confident answer."""
+        sure = f"  confident after {tries} {'try' if tries == 1 else 'tries'}"
+        self.screen.console.print(sure if confident else f"  not confident: no answer of {tries} below {wanted:.0%}")
+
+    def compare(self) -> None:
+        """All answers side by side, at the end."""
+        if len(self.seen) > 1:
+            self.screen.comparison(*zip(*self.seen, strict=True))
+
+
+class JsonLines:
+    """Output for programs: one object a line."""
+
+    def begin(self, question: str, tokens: list[Token]) -> None:  # noqa: ARG002
+        """A question, before its answer."""
+        for token in tokens:
+            self._print({"type": "token", "part": "question", **asdict(token)})
+
+    def token(self, token: Token) -> None:
+        """One token of the answer."""
+        self._print({"type": "token", "part": "answer", **asdict(token)})
+
+    def end(self, answer: Answer) -> None:
+        """The answer is complete."""
+        self._print({"type": "answer", **answer.to_dict()})
+
+    def whole(self, question: str | None, answer: Answer) -> None:
+        """A question and its finished answer."""
+        self.begin(question or "", list(answer.question))
+        for token in answer.tokens:
+            self.token(token)
+        self.end(answer)
+
+    def verdict(self, tries: int, wanted: float, *, confident: bool) -> None:
+        """Whether answering again led to a confident answer."""
+        self._print({"type": "verdict", "confident": confident, "tries": tries, "percentile": wanted})
+
+    def compare(self) -> None:
+        """All answers side by side, at the end."""
+
+    def _print(self, item: dict[str, Any]) -> None:
+        print(json.dumps(item, ensure_ascii=False, allow_nan=False), flush=True)
