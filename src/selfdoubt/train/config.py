@@ -120,14 +120,14 @@ class TrainConfig:
         if self.wrapper == "vote" and self.voters_see == "own" and self.batch_size % self.n_voters:
             near = -(-self.batch_size // self.n_voters) * self.n_voters
             raise ConfigError(
-                f"each of {self.n_voters} voters learns from its own share of a batch, and batch_size={self.batch_size} "
-                f"does not divide; use batch_size={near}, or voters_see='all'"
+                f"each of {self.n_voters} voters learns from its own share of a batch, and batch_size="
+                f"{self.batch_size} does not divide; use batch_size={near}, or voters_see='all'"
             )
         if self.quantize and self.wrapper == "vote" and not self.rank:
             raise ConfigError("4-bit weights cannot take full deviations; use a rank, e.g. rank=16")
         if self.merge and self.wrapper == "vote":
             raise ConfigError(
-                "voters cannot be merged into one model; export one adapter each: selfdoubt export --peft"
+                "voters cannot be merged into one model; export an adapter of each: selfdoubt export --peft"
             )
         if self.merge and self.quantize:
             raise ConfigError(
