@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from selfdoubt import targets
 from selfdoubt.errors import CaptureError, ConfigError, ShapeError, WrapError
 from selfdoubt.forecast import Forecast
-from selfdoubt.rows import Call, added_names, expand, unfold
+from selfdoubt.rows import Call, Replacement, added_names, expand, unfold
 from selfdoubt.targets import Leaf
 from selfdoubt.tree import tensors, tree_map
 
@@ -263,6 +263,22 @@ def wrap(spec: Spec, model: Any) -> Any:
     if not isinstance(model, nn.Module):
         raise WrapError(f"only an nn.Module, or a class of them, can be wrapped, got {type(model).__name__}")
     return Wrapped(model, spec)
+
+
+def innermost(model: nn.Module) -> nn.Module:
+    """The model inside all wrappers, with its replaced leaves; a plain model itself."""
+    return innermost(model.module) if isinstance(model, Wrapped) else model
+
+
+def base_name(model: nn.Module, name: str) -> str:
+    """What a module or parameter of a wrapped model is called in the model that was wrapped."""
+    kept: list[str] = []
+    module: Any = model
+    for part in name.split("."):
+        is_ours = isinstance(module, Wrapped) and part == "module" or isinstance(module, Replacement) and part == "leaf"
+        kept += [] if is_ours else [part]
+        module = getattr(module, part, None)
+    return ".".join(kept)
 
 
 def _share(model: nn.Module, *, freeze: bool) -> nn.Module:

@@ -2,13 +2,14 @@
 
 A folder holds ``added.safetensors`` and ``selfdoubt.json`` (the wrappers' settings, the base model and its fingerprint,
 versions, reference quantiles). ``selfdoubt.json`` is written last and by a rename: a folder that has it is whole.
+LoRA beneath the wrappers lies in files of its own beside them (``lm/adapter.py``); the card then says ``"lora": true``.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, fields
 from importlib import import_module
 from pathlib import Path
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 
 from selfdoubt import __version__
 from selfdoubt.errors import BaseMismatchError, LoadError, TargetError, WrapError
-from selfdoubt.members import Spec, Wrapped
+from selfdoubt.members import Spec, Wrapped, innermost
 from selfdoubt.rows import added_names
 
 FORMAT = 1
@@ -31,31 +32,41 @@ METHODS = ("vote", "sample", "sculpt")
 
 
 def save(
-    wrapped: Wrapped,
+    wrapped: nn.Module,
     folder: str | os.PathLike[str],
     *,
     base: str | None = None,
     revision: str | None = None,
     extra: Mapping[str, Any] | None = None,
+    elsewhere: Collection[str] = (),
 ) -> Path:
     """Write what wrapping added or left training; the base model itself is not written.
 
     Args:
-        wrapped: A wrapped model.
+        wrapped: A wrapped model; with ``elsewhere`` also a plain one.
         folder: Made if missing; an adapter in it is replaced.
         base: Name or folder of the base model; taken from a Hugging Face config if None.
         revision: Revision of the base model.
         extra: More entries for ``selfdoubt.json``, e.g. ``{"reference": ...}``.
+        elsewhere: Names in ``wrapped.state_dict()`` that another file holds, and that are not the base's either.
 
     Returns:
         The folder.
+
+    Raises:
+        WrapError: If nothing was added to the model.
     """
+    if not isinstance(wrapped, Wrapped) and not elsewhere:
+        raise WrapError(
+            f"{type(wrapped).__name__} is not wrapped, so there is nothing to save: wrap it first, e.g. "
+            "vote.Wrapper()(model)"
+        )
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     state = wrapped.state_dict()
     wanted = set(added_names(wrapped)) | {n for n, p in wrapped.named_parameters() if p.requires_grad}
-    tensors = {name: state[name].detach().cpu().contiguous() for name in sorted(wanted)}
-    base_model = _innermost(wrapped)
+    tensors = {name: state[name].detach().cpu().contiguous() for name in sorted(wanted - set(elsewhere))}
+    base_model = innermost(wrapped)
     card = {
         "format": FORMAT,
         "wrappers": [to_json(spec) for spec in _specs(wrapped)],
@@ -63,7 +74,7 @@ def save(
             "name": base or getattr(getattr(base_model, "config", None), "name_or_path", None) or None,
             "revision": revision,
             "class": type(base_model).__name__,
-            "fingerprint": fingerprint(wrapped),
+            "fingerprint": fingerprint(wrapped, elsewhere),
         },
         "versions": {"selfdoubt": __version__, "torch": str(torch.__version__)},
         **(extra or {}),
@@ -71,23 +82,64 @@ def save(
     text = json.dumps(card, indent=2, allow_nan=False) + "\n"
     # The old card goes first: between the two renames the folder says that it is not whole, never a mix.
     (folder / CARD).unlink(missing_ok=True)
-    (folder / f"{WEIGHTS}.part").write_bytes(serialize(tensors))
-    (folder / f"{WEIGHTS}.part").replace(folder / WEIGHTS)
-    (folder / f"{CARD}.part").write_text(text, encoding="utf-8")
-    (folder / f"{CARD}.part").replace(folder / CARD)
+    (folder / WEIGHTS).unlink(missing_ok=True)
+    if tensors:
+        write(folder / WEIGHTS, serialize(tensors))
+    write(folder / CARD, text.encode())
     return folder
+
+
+def write(path: Path, data: bytes) -> None:
+    """Write a file by a rename, so that it is there as a whole or not at all."""
+    part = path.with_name(f"{path.name}.part")
+    part.write_bytes(data)
+    part.replace(path)
 
 
 def load(folder: str | os.PathLike[str], model: nn.Module) -> Wrapped:
     """Wrap a base model as a folder says, with the weights in it.
 
     Raises:
-        LoadError: If the folder is missing, broken, or of a newer format.
+        LoadError: If the folder is missing, broken, of a newer format, or has LoRA that the model has not.
+        BaseMismatchError: If the weights were made for another base model.
+    """
+    wrapped = restore(folder, model)
+    if not isinstance(wrapped, Wrapped):
+        raise LoadError(f"{folder} is LoRA without a wrapper: load it with RiskAwareLM.load(..., adapter={str(folder)!r})")
+    return wrapped
+
+
+def restore(folder: str | os.PathLike[str], model: nn.Module) -> nn.Module:
+    """As ``load``; where only LoRA was trained, and the model has it by now, the model itself.
+
+    Raises:
+        LoadError: If the folder is missing, broken, of a newer format, or has LoRA that the model has not.
         BaseMismatchError: If the weights were made for another base model.
     """
     folder = Path(folder)
     card = read_card(folder)
-    wrapped: nn.Module = model
+    if card.get("lora") and not any(".lora_" in name for name, _ in model.named_parameters()):
+        raise LoadError(
+            f"{folder} has LoRA beneath its wrapper, and the model has none yet: load both with "
+            f"RiskAwareLM.load(..., adapter={str(folder)!r})"
+        )
+    wrapped = rewrap(folder, card, model)
+    tensors: dict[str, Tensor] = {}
+    if card["wrappers"] or (folder / WEIGHTS).exists():
+        tensors = read_tensors(folder / WEIGHTS)
+    _check_fits(folder, wrapped, tensors, card["base"])
+    wrapped.load_state_dict(tensors, strict=False)
+    return wrapped
+
+
+def rewrap(folder: Path, card: Mapping[str, Any], model: nn.Module) -> nn.Module:
+    """The model in fresh wrappers with the settings of a card.
+
+    Raises:
+        LoadError: If a setting cannot be read.
+        BaseMismatchError: If a wrapper finds nothing to replace.
+    """
+    wrapped = model
     try:
         for entry in card["wrappers"]:
             wrapped = from_json(entry)(wrapped)  # type: ignore[operator]
@@ -97,14 +149,19 @@ def load(folder: str | os.PathLike[str], model: nn.Module) -> Wrapped:
         raise
     except Exception as error:  # settings of a wrong type fail wherever they are used
         raise _broken(folder / CARD, error) from error
-    assert isinstance(wrapped, Wrapped)
-    try:
-        tensors = load_file(folder / WEIGHTS)
-    except (OSError, SafetensorError) as error:
-        raise LoadError(f"{folder / WEIGHTS} cannot be read ({error}); save or download the adapter again") from None
-    _check_fits(folder, wrapped, tensors, card["base"])
-    wrapped.load_state_dict(tensors, strict=False)
     return wrapped
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file.
+
+    Raises:
+        LoadError: If it is missing or broken.
+    """
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise LoadError(f"{path} cannot be read ({error}); save or download the adapter again") from None
 
 
 def read_card(folder: Path) -> dict[str, Any]:
@@ -118,7 +175,8 @@ def read_card(folder: Path) -> dict[str, Any]:
         raise LoadError(f"{folder} is not an adapter folder: it has no {CARD}; make one with selfdoubt.save")
     try:
         card = json.loads(path.read_text(encoding="utf-8"))
-        version, _ = card["format"], [entry["method"] for entry in [card["wrappers"][0], *card["wrappers"]]]
+        version, entries = card["format"], card["wrappers"]
+        _ = [entry["method"] for entry in (entries if card.get("lora") else [entries[0], *entries])]
         _, _ = card["base"]["name"], [abs(s) + n for s, n in card["base"]["fingerprint"].values()]
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise _broken(path, error) from None
@@ -159,7 +217,8 @@ def from_json(entry: Mapping[str, Any]) -> Spec:
         if isinstance(distribution := settings.get("distribution"), str):
             settings["distribution"] = getattr(module, distribution)
         elif isinstance(distribution, dict):
-            settings["distribution"] = getattr(module, distribution.pop("name"))(**distribution)
+            chosen = dict(distribution)
+            settings["distribution"] = getattr(module, chosen.pop("name"))(**chosen)
         settings["shared_inputs"] = tuple(settings.get("shared_inputs", ()))
         spec: Spec = module.Wrapper(**settings)
     except (TypeError, AttributeError, KeyError) as error:
@@ -169,12 +228,12 @@ def from_json(entry: Mapping[str, Any]) -> Spec:
     return spec
 
 
-def fingerprint(wrapped: Wrapped) -> dict[str, list[float]]:
+def fingerprint(wrapped: nn.Module, elsewhere: Collection[str] = ()) -> dict[str, list[float]]:
     """Mean size and length of up to eight frozen, unquantised parameters, by name: enough to tell two bases apart.
 
     Rounding to another float type changes a mean by far less than the tolerance in ``load``.
     """
-    added = set(added_names(wrapped))
+    added = {*added_names(wrapped), *elsewhere}
     frozen = {
         name: p
         for name, p in wrapped.named_parameters()
@@ -189,7 +248,7 @@ def _size(p: Tensor) -> float:
     return float(p.detach().double().abs().mean())
 
 
-def _check_fits(folder: Path, wrapped: Wrapped, tensors: dict[str, Tensor], base: dict[str, Any]) -> None:
+def _check_fits(folder: Path, wrapped: nn.Module, tensors: dict[str, Tensor], base: dict[str, Any]) -> None:
     state = wrapped.state_dict()
     wanted = set(added_names(wrapped))
     missing, unknown = sorted(wanted - set(tensors)), sorted(set(tensors) - set(state))
@@ -209,10 +268,6 @@ def _check_fits(folder: Path, wrapped: Wrapped, tensors: dict[str, Tensor], base
             raise BaseMismatchError(
                 f"{folder} was made for another base model than this: {name} differs; load it onto {base['name']}"
             )
-
-
-def _innermost(model: nn.Module) -> nn.Module:
-    return _innermost(model.module) if isinstance(model, Wrapped) else model
 
 
 def _specs(model: nn.Module) -> list[Spec]:
