@@ -158,3 +158,15 @@ def talker() -> nn.Module:
         torch.manual_seed(2)
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float64)
     return model.eval().requires_grad_(False)
+
+
+def packable() -> nn.Module:
+    """A random causal language model for ``tokenizer()`` in float32, wide enough to be packed into 4 bits on a CPU."""
+    its_own = {
+        "vocab_size": len(tokenizer()), "max_position_embeddings": 256, "hidden_size": 64, "intermediate_size": 128,
+    }  # fmt: skip
+    config = transformers.AutoConfig.for_model("llama", **_LLAMA | its_own)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(5)
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    return model.eval().requires_grad_(False)

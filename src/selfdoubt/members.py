@@ -275,8 +275,9 @@ def base_name(model: nn.Module, name: str) -> str:
     kept: list[str] = []
     module: Any = model
     for part in name.split("."):
-        is_ours = isinstance(module, Wrapped) and part == "module" or isinstance(module, Replacement) and part == "leaf"
-        kept += [] if is_ours else [part]
+        ours = {Wrapped: "module", Replacement: "leaf"}
+        if not any(isinstance(module, kind) and part == inside for kind, inside in ours.items()):
+            kept.append(part)
         module = getattr(module, part, None)
     return ".".join(kept)
 

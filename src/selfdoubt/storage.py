@@ -105,7 +105,9 @@ def load(folder: str | os.PathLike[str], model: nn.Module) -> Wrapped:
     """
     wrapped = restore(folder, model)
     if not isinstance(wrapped, Wrapped):
-        raise LoadError(f"{folder} is LoRA without a wrapper: load it with RiskAwareLM.load(..., adapter={str(folder)!r})")
+        raise LoadError(
+            f"{folder} is LoRA without a wrapper: load it with RiskAwareLM.load(..., adapter={str(folder)!r})"
+        )
     return wrapped
 
 

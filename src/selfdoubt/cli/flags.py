@@ -17,7 +17,7 @@ else:
     typer = require("typer", "lm")
 
 Model = Annotated[str, typer.Option(help="A model folder, a hub name, or 'pocket' for the one inside this package.")]
-Adapter = Annotated[Path | None, typer.Option(help="A folder that selfdoubt.save wrote.")]
+Adapter = Annotated[Path | None, typer.Option(help="An adapter folder, or LoRA that PEFT wrote.")]
 WrapperText = Annotated[
     str,
     typer.Option(

@@ -6,15 +6,14 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, TypedDict, Unpack, cast, overload
 
 import torch
 from torch import nn
 
-from selfdoubt import storage
 from selfdoubt.errors import ConfigError, PromptError
 from selfdoubt.lm import answer as answers
+from selfdoubt.lm.adapter import load_adapter, read_adapter
 from selfdoubt.lm.answer import Alternative, Answer, Token, answer_scores, pick_risk
 from selfdoubt.lm.decode import Sampling, ScoredId, decode, read
 from selfdoubt.lm.load import POCKET, Quantization, load_model
@@ -97,7 +96,7 @@ class RiskAwareLM:
             name: A folder, a name on the hub, or "pocket".
             wrapper: A ``vote``, ``sample`` or ``sculpt`` wrapper; None leaves the model plain. "auto" takes the voters
                 that come with the pocket model, and three fresh low-rank voters for any other.
-            adapter: A folder that ``selfdoubt.save`` wrote; it brings its own wrapper.
+            adapter: An adapter folder, which brings its own wrapper; or LoRA of plain PEFT, which goes with any.
             dtype: "auto" takes the checkpoint's own.
             device: None takes a GPU where there is one.
             quantize: "nf4" for 4-bit weights.
@@ -109,12 +108,11 @@ class RiskAwareLM:
         Raises:
             LoadError: If the model or the adapter cannot be read.
             BaseMismatchError: If the adapter was made for another model.
-            ConfigError: If an option is out of range, or both a wrapper and an adapter are given.
+            ConfigError: If an option is out of range, or a wrapper is given to an adapter that brings its own.
         """
-        if adapter is not None and wrapper not in ("auto", None):
-            raise ConfigError("an adapter brings its own wrapper: give either adapter=... or wrapper=...")
+        given = None if wrapper == "auto" else wrapper
         if adapter is not None:
-            storage.read_card(Path(adapter))  # a wrong folder is said before a large model loads
+            read_adapter(adapter, given)  # a wrong folder is said before a large model loads
         model, tokenizer = load_model(
             name, dtype=dtype, device=device, quantize=quantize, revision=revision,
             trust_remote_code=trust_remote_code, token=token,
@@ -125,10 +123,10 @@ class RiskAwareLM:
             adapter = pocket.voters_folder()
         reference = None
         if adapter is not None:
-            model = storage.load(adapter, model)
-            reference = storage.read_card(Path(adapter)).get("reference")
+            reference = (read_adapter(adapter, given) or {}).get("reference")
+            model = load_adapter(model, adapter, given)
         elif wrapper is not None:
-            spec = Vote(n_voters=3, rank=16) if wrapper == "auto" else wrapper
+            spec = given or Vote(n_voters=3, rank=16)
             model = spec(model)  # type: ignore[operator]
         return cls(model.eval(), tokenizer, reference=reference, risk=risk)
 
