@@ -8,6 +8,7 @@ SelfdoubtError
 ├── ShapeError           rows, members or classes that do not fit
 ├── NonFiniteError       NaN or infinity where a risk is computed
 ├── PromptError          an empty or over-long prompt
+├── DataError            a data file that cannot be read, or a broken record in it
 ├── LoadError            a model or adapter that cannot be read
 │   └── BaseMismatchError    an adapter made for another base model
 └── MissingExtraError    an optional dependency that is not installed
@@ -48,6 +49,10 @@ class NonFiniteError(SelfdoubtError, ArithmeticError):
 
 class PromptError(SelfdoubtError, ValueError):
     """A prompt is empty or too long."""
+
+
+class DataError(SelfdoubtError, ValueError):
+    """A data file cannot be read, or a record in it is broken."""
 
 
 class LoadError(SelfdoubtError, OSError):

@@ -200,12 +200,16 @@ class ScaledHead(Replacement):
         """The head's own output; the scale is left with the call."""
         self.call.reached = True
         y: Tensor = self.leaf(h, *args, **kwargs)
+        self.call.scales.append((y, self.scale(h)))
+        return y
+
+    def scale(self, h: Tensor) -> Tensor:
+        """The predicted scale of the head's outputs for its inputs, above 0."""
         # Someone may have packed the branch into 4 bits: its biases still tell the dtype.
         dtype = next((p.dtype for p in self.branch.parameters() if p.is_floating_point()), h.dtype)
-        scale = self.branch(h if torch.is_autocast_enabled(h.device.type) else h.to(dtype))
+        scale: Tensor = self.branch(h if torch.is_autocast_enabled(h.device.type) else h.to(dtype))
         # A scale of exactly 0 would make every error infinitely unlikely.
-        self.call.scales.append((y, F.softplus(scale) + torch.finfo(scale.dtype).tiny))
-        return y
+        return F.softplus(scale) + torch.finfo(scale.dtype).tiny
 
 
 def _is_head(leaf: Leaf) -> bool:

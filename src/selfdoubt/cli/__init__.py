@@ -17,6 +17,7 @@ else:
 
 from selfdoubt.cli.ask import ask
 from selfdoubt.cli.score import score
+from selfdoubt.cli.train import train
 
 app = typer.Typer(
     name="selfdoubt",
@@ -25,7 +26,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (ask, score):
+for command in (ask, score, train):
     app.command()(command)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from statistics import fmean
+from statistics import fmean, quantiles
 from typing import Any, Literal
 
 from selfdoubt.errors import ConfigError
@@ -136,3 +136,19 @@ def pick_risk(scores: Mapping[str, float], name: str) -> tuple[float, str]:
         if candidate in scores:
             return scores[candidate], candidate
     raise ConfigError(f"the score {name!r} needs at least one token, got an empty answer and question")
+
+
+def reference_quantiles(answers: Sequence[Answer], n: int = 100) -> dict[str, list[float]]:
+    """Ascending quantiles of each score over reference answers, from the least to the greatest: ``n + 1`` numbers.
+
+    Raises:
+        ConfigError: If there are no answers.
+    """
+    if not answers:
+        raise ConfigError("reference quantiles need at least one answer, got none")
+    found = {}
+    for name in sorted({name for answer in answers for name in answer.scores}):
+        values = sorted(answer.scores[name] for answer in answers if name in answer.scores)
+        inner = quantiles(values, n=n, method="inclusive") if len(values) > 1 else values * (n - 1)
+        found[name] = [float(f"{v:.5g}") for v in (values[0], *inner, values[-1])]
+    return found

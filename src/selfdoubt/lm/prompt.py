@@ -20,6 +20,13 @@ class Prompt(NamedTuple):
     own: list[bool]
 
 
+class Turns(NamedTuple):
+    """Token ids of a chat, and for each the number of the message whose words it is part of (-1: the template's)."""
+
+    ids: list[int]
+    turn: list[int]
+
+
 def encode(tokenizer: Any, prompt: str | Sequence[Message], *, raw: bool = False) -> Prompt:
     """Token ids of a question or of chat messages.
 
@@ -32,15 +39,32 @@ def encode(tokenizer: Any, prompt: str | Sequence[Message], *, raw: bool = False
         PromptError: If there is nothing to read, or a message lacks its parts.
     """
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(m) for m in prompt]
-    for message in messages:
-        if not isinstance(message.get("role"), str) or not isinstance(message.get("content"), str):
-            raise PromptError(f"a message needs a role and a content, both text, got {sorted(message)}")
+    _check(messages)
     if not messages or not messages[-1]["content"].strip():
         raise PromptError("the question is empty; ask something")
     if raw or tokenizer.chat_template is None:
         text = messages[-1]["content"] if len(messages) == 1 else "\n".join(m["content"] for m in messages)
         return _encode_text(tokenizer, text)
-    return _encode_chat(tokenizer, messages)
+    last = len(messages) - 1
+    turns = _encode_chat(tokenizer, messages, {last}, answer_next=True)
+    return Prompt(turns.ids, [turn == last for turn in turns.turn])
+
+
+def encode_turns(tokenizer: Any, messages: Sequence[Message]) -> Turns:
+    """Token ids of a whole chat with its answers, as the chat template renders it, to learn from.
+
+    Raises:
+        PromptError: If a message lacks its parts, or the template refuses the chat.
+    """
+    own = [dict(m) for m in messages]
+    _check(own)
+    return _encode_chat(tokenizer, own, set(range(len(own))), answer_next=False)
+
+
+def _check(messages: Sequence[Message]) -> None:
+    for message in messages:
+        if not isinstance(message.get("role"), str) or not isinstance(message.get("content"), str):
+            raise PromptError(f"a message needs a role and a content, both text, got {sorted(message)}")
 
 
 def _encode_text(tokenizer: Any, text: str) -> Prompt:
@@ -52,51 +76,68 @@ def _encode_text(tokenizer: Any, text: str) -> Prompt:
     return Prompt(ids, [i not in special for i in ids])
 
 
-def _encode_chat(tokenizer: Any, messages: list[dict[str, str]]) -> Prompt:
+def _encode_chat(tokenizer: Any, messages: list[dict[str, str]], wanted: set[int], *, answer_next: bool) -> Turns:
+    """Ids of a chat; the turns in ``wanted`` are told apart, the words of others may count as the template's."""
     messages = [dict(m, content=m["content"].strip()) for m in messages]
-    contents = [m["content"] for m in messages]
     specials = {str(t) for t in tokenizer.added_tokens_decoder.values()} | set(tokenizer.all_special_tokens)
-    if tokenizer.is_fast and not any(s in c for c in contents for s in specials if s):
-        # Where the words stand is asked of the template: they may stand elsewhere in it, too ("user", "assistant").
-        before, _, after = _render(tokenizer, [*messages[:-1], dict(messages[-1], content=_MARK)]).partition(_MARK)
-        rendered = _render(tokenizer, messages)
-        if rendered == before + contents[-1] + after:
-            start, end = len(before), len(before) + len(contents[-1])
-            encoded = tokenizer(rendered, add_special_tokens=False, return_offsets_mapping=True)
-            spans = encoded["offset_mapping"]
-            return Prompt(list(encoded["input_ids"]), [a < end and b > start and b > a for a, b in spans])
-    return _encode_apart(tokenizer, messages)
+    if tokenizer.is_fast and not any(s in m["content"] for m in messages for s in specials if s):
+        pieces = _pieces(tokenizer, messages, wanted, answer_next=answer_next)
+        text = "".join(piece for piece, _ in pieces)
+        if text == _render(tokenizer, messages, answer_next=answer_next):
+            return _encode_whole(tokenizer, text, pieces)
+    return _encode_apart(tokenizer, messages, answer_next=answer_next)
 
 
-def _encode_apart(tokenizer: Any, messages: list[dict[str, str]]) -> Prompt:
+def _pieces(
+    tokenizer: Any, messages: list[dict[str, str]], wanted: set[int], *, answer_next: bool
+) -> list[tuple[str, int]]:
+    """The rendered chat cut into the template's text (-1) and the words of the wanted turns, in their order.
+
+    Where words stand is asked of the template, by marks in their place: the same words may stand elsewhere in it, too
+    ("user", "assistant"). A turn that the template leaves out is left out.
+    """
+    marks = {i: f"{_MARK}{i}{_MARK}" for i in sorted(wanted)}
+    marked = [dict(m, content=marks.get(i, m["content"])) for i, m in enumerate(messages)]
+    rest = _render(tokenizer, marked, answer_next=answer_next)
+    pieces: list[tuple[str, int]] = []
+    for i, mark in marks.items():
+        before, found, after = rest.partition(mark)
+        if found:
+            pieces += [(before, -1), (messages[i]["content"], i)]
+            rest = after
+    return [*pieces, (rest, -1)]
+
+
+def _encode_whole(tokenizer: Any, text: str, pieces: list[tuple[str, int]]) -> Turns:
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    owners = [owner for piece, owner in pieces for _ in piece]  # of each character
+    turn = [max(owners[a:b], default=-1) for a, b in encoded["offset_mapping"]]
+    return Turns(list(encoded["input_ids"]), turn)
+
+
+def _encode_apart(tokenizer: Any, messages: list[dict[str, str]], *, answer_next: bool) -> Turns:
     """Encode template and contents one by one, so that control tokens in a content stay plain text.
 
     Otherwise a person could end their own turn and speak as somebody else.
     """
-    marks = [f"{_MARK}{i}{_MARK}" for i in range(len(messages))]
-    rendered = _render(tokenizer, [dict(m, content=mark) for m, mark in zip(messages, marks, strict=True)])
+    pieces = _pieces(tokenizer, messages, set(range(len(messages))), answer_next=answer_next)
+    absent = [i for i in range(len(messages)) if i not in {owner for _, owner in pieces}]
+    if absent:
+        role = messages[absent[0]]["role"]
+        raise PromptError(f"the chat template leaves out message {absent[0] + 1} ({role}); ask without it")
     ids: list[int] = []
-    own: list[bool] = []
-
-    def add(text: str, *, is_own: bool, plain: bool) -> None:
+    turn: list[int] = []
+    for text, owner in pieces:
         if text:
-            piece = tokenizer(text, add_special_tokens=False, split_special_tokens=plain)["input_ids"]
+            piece = tokenizer(text, add_special_tokens=False, split_special_tokens=owner >= 0)["input_ids"]
             ids.extend(piece)
-            own.extend([is_own] * len(piece))
-
-    for i, mark in enumerate(marks):
-        before, found, rendered = rendered.partition(mark)
-        if not found:
-            raise PromptError(f"the chat template leaves out message {i + 1} ({messages[i]['role']}); ask without it")
-        add(before, is_own=False, plain=False)
-        add(messages[i]["content"], is_own=i == len(marks) - 1, plain=True)
-    add(rendered, is_own=False, plain=False)
-    return Prompt(ids, own)
+            turn.extend([owner] * len(piece))
+    return Turns(ids, turn)
 
 
-def _render(tokenizer: Any, messages: list[dict[str, str]]) -> str:
+def _render(tokenizer: Any, messages: list[dict[str, str]], *, answer_next: bool) -> str:
     try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer_next))
     except Exception as error:  # templates are programs: they raise what they like
         raise PromptError(f"the model's chat template refuses these messages: {error}") from error
 

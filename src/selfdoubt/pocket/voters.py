@@ -10,7 +10,6 @@ import argparse
 import random
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 
 from selfdoubt import pocket, storage, vote
 from selfdoubt.errors import SelfdoubtError
-from selfdoubt.lm.answer import Answer
+from selfdoubt.lm.answer import reference_quantiles
 from selfdoubt.lm.model import RiskAwareLM
 from selfdoubt.pocket import atlas as atlas_files
 from selfdoubt.pocket import evaluation
@@ -32,7 +31,6 @@ from selfdoubt.pocket.questions import pair_stream
 
 VOTERS = vote.Wrapper(n_voters=3, rank=16, weight_noise=0.5)
 STEPS, ROWS, LENGTH, RATE = 300, 48, 64, 2e-3
-QUANTILES = 100
 
 
 def rows_of(atlas_folder: Path, tokenizer: Any, seed: int) -> Iterator[Rows]:
@@ -82,14 +80,6 @@ def fine_tune(
     model.eval()
     last = losses[-max(1, steps // 10) :]
     return sum(last) / len(last)
-
-
-def reference_quantiles(answers: Sequence[Answer]) -> dict[str, list[float]]:
-    """Ascending quantiles of each score over reference answers."""
-    names = sorted(set(chain.from_iterable(a.scores for a in answers)))
-    levels = torch.linspace(0, 1, QUANTILES + 1, dtype=torch.float64)
-    table = {n: torch.tensor([a.scores[n] for a in answers if n in a.scores], dtype=torch.float64) for n in names}
-    return {n: [float(f"{v:.5g}") for v in torch.quantile(t, levels).tolist()] for n, t in table.items()}
 
 
 def make(atlas_folder: Path, out: Path, *, base: Path, steps: int = STEPS, seed: int = 0) -> None:

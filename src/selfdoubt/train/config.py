@@ -91,6 +91,8 @@ class TrainConfig:
     loggers: str = _setting("csv", "csv, tensorboard, wandb or none; several with commas.")
     resume: bool = _setting(False, "Go on from the last checkpoint in the folder.")
     checkpoint_every: int = _setting(200, "Steps between two checkpoints to resume from.")
+    reference: int = _setting(100, "Validation questions that the result answers for its percentiles; 0 for none.")
+    reference_tokens: int = _setting(64, "Most tokens of a reference answer.")
     push: str | None = _setting(None, "Upload the result to the hub under this name.")
     merge: bool = _setting(False, "sample, sculpt, none: also write the base with LoRA merged into it.")
     progress: bool = _setting(True, "Show a progress bar.")
@@ -105,7 +107,7 @@ class TrainConfig:
             "n_voters": 1, "n_samples": 1, "n_layers": 1, "draws": 1, "lora_r": 1, "epochs": 1, "batch_size": 1,
             "accumulate": 1, "nodes": 1, "max_length": 8, "checkpoint_every": 1,
             "rank": 0, "workers": 0, "warmup": 0, "devices": 0, "clip": 0, "weight_decay": 0, "weight_noise": 0,
-            "limit": 2, "max_steps": 1, "patience": 1,
+            "limit": 2, "reference": 0, "reference_tokens": 1, "max_steps": 1, "patience": 1,
         }  # fmt: skip
         for name, least in at_least.items():
             value = getattr(self, name)

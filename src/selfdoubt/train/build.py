@@ -1,0 +1,154 @@
+"""From a config to the model that learns: the frozen base, what is added to it, and how Lightning runs it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, cast
+
+import lightning
+import torch
+from lightning.pytorch import callbacks, loggers, strategies
+from torch import nn
+
+from selfdoubt import sample, sculpt, vote
+from selfdoubt.errors import ConfigError, require
+from selfdoubt.lm.load import load_model
+from selfdoubt.lm.lora import add_lora
+from selfdoubt.train.config import TrainConfig
+from selfdoubt.train.encode import prepare_tokenizer
+from selfdoubt.train.head import base_of
+
+
+def model_of(config: TrainConfig) -> tuple[nn.Module, Any]:
+    """The wrapped model, with its added parameters in float32, and its tokenizer with the template it learns.
+
+    Raises:
+        LoadError: If the model cannot be read.
+        ConfigError: If the config does not suit the model.
+    """
+    base, tokenizer = load_model(
+        config.model,
+        dtype=config.dtype,
+        device=None if config.quantize and config.accelerator != "cpu" else "cpu",
+        quantize=config.quantize,
+        revision=config.revision,
+        trust_remote_code=config.trust_remote_code,
+    )
+    prepare_tokenizer(tokenizer, config.prompt)
+    settings = cast(Any, base).config.get_text_config()
+    context = getattr(settings, "max_position_embeddings", None)
+    if isinstance(context, int) and config.max_length > context:
+        raise ConfigError(f"max_length={config.max_length}, and {config.model} reads at most {context} tokens")
+    window = getattr(settings, "sliding_window", None)
+    if config.pack and isinstance(window, int) and config.max_length > window:
+        raise ConfigError(
+            f"packed rows of {config.max_length} tokens are longer than the sliding window of {config.model} "
+            f"({window}), whose borders packing cannot keep; use max_length={window}, or no packing"
+        )
+    wrapped = wrap(base, config)
+    if config.precision != "bf16-true" and config.strategy != "fsdp":  # FSDP shards groups of one dtype
+        for parameter in wrapped.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+    if config.checkpointing:
+        cast(Any, base_of(wrapped)).gradient_checkpointing_enable({"use_reentrant": False})
+    return wrapped, tokenizer
+
+
+def wrap(base: nn.Module, config: TrainConfig) -> nn.Module:
+    """The base with what the config adds to it; only that trains."""
+    if config.wrapper == "vote":
+        return cast(nn.Module, vote.Wrapper(
+            n_voters=config.n_voters, param_filter=config.param_filter, rank=config.rank or None,
+            weight_noise=config.weight_noise, alpha=config.alpha, seed=config.seed,
+        )(base))  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        model = add_lora(
+            base, r=config.lora_r, alpha=config.lora_alpha, dropout=config.lora_dropout, targets=config.lora_targets
+        )
+    if config.wrapper == "sample":
+        noise = sample.Bernoulli(config.noise)
+        wrapper: Any = sample.Wrapper(
+            n_samples=config.n_samples, distribution=noise, param_filter=config.param_filter, seed=config.seed
+        )
+        return cast(nn.Module, wrapper(model))
+    if config.wrapper == "sculpt":
+        return cast(nn.Module, sculpt.Wrapper(n_layers=config.n_layers, seed=config.seed)(model))
+    return model
+
+
+def trainer_of(config: TrainConfig, run: Path, batches: int, *, has_validation: bool) -> lightning.Trainer:
+    """A Trainer for a config: checkpoints, loggers, strategy and limits.
+
+    Args:
+        config: The settings.
+        run: Folder for checkpoints and logs.
+        batches: Batches of an epoch on one device.
+        has_validation: Whether there is a loss to choose the best weights by.
+
+    Raises:
+        MissingExtraError: If a logger or DeepSpeed is asked for and not installed.
+    """
+    hooks: list[lightning.Callback] = [
+        callbacks.ModelCheckpoint(
+            dirpath=run, filename="last", every_n_train_steps=config.checkpoint_every, enable_version_counter=False
+        )
+    ]
+    if has_validation:
+        hooks.append(callbacks.ModelCheckpoint(
+            dirpath=run, filename="best", monitor="val/loss", save_on_train_epoch_end=False,
+            enable_version_counter=False,
+        ))  # fmt: skip
+        if config.patience is not None:
+            hooks.append(callbacks.EarlyStopping("val/loss", patience=config.patience))
+    chosen = _loggers(config, run)
+    if chosen:
+        hooks.append(callbacks.LearningRateMonitor())
+    return lightning.Trainer(
+        accelerator=config.accelerator,
+        devices=config.devices or "auto",
+        num_nodes=config.nodes,
+        strategy=_strategy(config),
+        precision=config.precision,
+        max_epochs=config.epochs,
+        max_steps=-1 if config.max_steps is None else config.max_steps,
+        accumulate_grad_batches=config.accumulate,
+        gradient_clip_val=config.clip or None,
+        val_check_interval=max(1, round(batches * config.val_every)) if has_validation else None,
+        num_sanity_val_steps=0,
+        limit_val_batches=1.0 if has_validation else 0,
+        use_distributed_sampler=False,  # ours knows the devices
+        callbacks=hooks,
+        logger=chosen or False,
+        log_every_n_steps=1 if batches < 200 else 10,
+        enable_progress_bar=config.progress,
+        enable_model_summary=False,
+        default_root_dir=run,
+    )
+
+
+def _strategy(config: TrainConfig) -> Any:
+    several = config.devices != 1 or config.nodes > 1
+    if config.strategy == "ddp" or (config.strategy == "auto" and several):
+        # Frozen buffers are alike everywhere: they need not be sent.
+        return strategies.DDPStrategy(broadcast_buffers=False, gradient_as_bucket_view=True)
+    if config.strategy == "fsdp":
+        return strategies.ModelParallelStrategy(data_parallel_size="auto", tensor_parallel_size=1)
+    if config.strategy.startswith("deepspeed"):
+        require("deepspeed", "deepspeed")
+    return config.strategy
+
+
+def _loggers(config: TrainConfig, run: Path) -> list[Any]:
+    names = config.logger_names()
+    made: list[Any] = []
+    if "csv" in names:
+        made.append(loggers.CSVLogger(run, name="log", version=""))
+    if "tensorboard" in names:
+        require("tensorboard", "train")
+        made.append(loggers.TensorBoardLogger(str(run), name="tensorboard"))
+    if "wandb" in names:
+        require("wandb", "train")
+        made.append(loggers.WandbLogger(project="selfdoubt", save_dir=run))
+    return made

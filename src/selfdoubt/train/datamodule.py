@@ -1,0 +1,73 @@
+"""Training and validation batches for any number of devices, that go on where an interrupted run ended."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning
+from torch.utils.data import DataLoader
+
+from selfdoubt.errors import DataError
+from selfdoubt.train.batches import Batch, InOrder, Steps, loader
+from selfdoubt.train.config import TrainConfig
+from selfdoubt.train.encode import Splits
+
+
+class InstructionData(lightning.LightningDataModule):
+    """The encoded examples of a run.
+
+    Args:
+        splits: What ``encode.splits`` gave.
+        config: Sizes and seed.
+        members: Groups that a training batch is split into: the voters, if each sees its own share.
+    """
+
+    def __init__(self, splits: Splits, config: TrainConfig, members: int = 1) -> None:
+        super().__init__()
+        self.splits, self.config, self.members = splits, config, members
+        self._resume: dict[str, int] | None = None
+
+    def steps(self) -> Steps:
+        """The order of this device's training batches."""
+        rank, world = self._place()
+        train = self.splits.train.with_format("torch")
+        return Steps(train["length"][:], train["counted"][:], self.config, members=self.members, rank=rank, world=world)
+
+    def train_dataloader(self) -> DataLoader[Batch]:
+        """Training batches; after an interruption those that are left of its epoch come first."""
+        sampler = self.steps()
+        if self._resume is not None:
+            sampler.start = self._resume["batches"] % sampler.batches
+            self._resume = None
+        return loader(self.splits.train, sampler, self.config.workers)
+
+    def val_dataloader(self) -> DataLoader[Batch] | list[Any]:
+        """Validation batches: every example once.
+
+        Raises:
+            DataError: If there are fewer examples than devices.
+        """
+        if not len(self.splits.val):
+            return []
+        rank, world = self._place()
+        if len(self.splits.val) < world:
+            raise DataError(f"{len(self.splits.val)} validation examples on {world} devices; raise val_share")
+        lengths = self.splits.val.with_format("torch")["length"][:]
+        return loader(
+            self.splits.val, InOrder(lengths, self.config.batch_size, rank=rank, world=world), self.config.workers
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """How far the epoch is."""
+        assert self.trainer is not None
+        progress = self.trainer.fit_loop.epoch_loop.batch_progress.current
+        return {"batches": progress.ready}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from there."""
+        self._resume = state_dict
+
+    def _place(self) -> tuple[int, int]:
+        if self.trainer is None:
+            return 0, 1
+        return self.trainer.global_rank, self.trainer.world_size

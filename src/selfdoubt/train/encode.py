@@ -1,0 +1,146 @@
+"""From chats to token ids and the ones that count, kept in Arrow files on disk that all processes share."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from selfdoubt.errors import ConfigError, DataError, require
+from selfdoubt.lm.prompt import encode_turns
+from selfdoubt.train import records
+from selfdoubt.train.config import TrainConfig
+from selfdoubt.train.records import INPUT, Chat
+
+#: The Alpaca prompt as a chat template: with an input it has another first sentence and a place for it.
+ALPACA = (
+    "{%- if bos_token %}{{ bos_token }}{% endif -%}"
+    "{%- set with_input = messages | selectattr('role', 'equalto', 'input') | list | length > 0 -%}"
+    "Below is an instruction that describes a task"
+    "{%- if with_input %}, paired with an input that provides further context{% endif -%}"
+    ". Write a response that appropriately completes the request."
+    "{%- for message in messages -%}"
+    "{%- if message['role'] == 'user' %}{{ '\\n\\n### Instruction:\\n' + message['content'] }}"
+    "{%- elif message['role'] == 'input' %}{{ '\\n\\n### Input:\\n' + message['content'] }}"
+    "{%- elif message['role'] == 'assistant' %}{{ '\\n\\n### Response:\\n' + message['content'] + eos_token }}"
+    "{%- endif -%}"
+    "{%- endfor -%}"
+    "{%- if add_generation_prompt %}{{ '\\n\\n### Response:\\n' }}{% endif -%}"
+)
+
+
+class Example(NamedTuple):
+    """Ids of one chat; ``counts`` says which of them the loss predicts."""
+
+    ids: list[int]
+    counts: list[bool]
+
+
+def prepare_tokenizer(tokenizer: Any, prompt: str) -> None:
+    """Give a tokenizer the template that the config asks for.
+
+    Raises:
+        ConfigError: If a chat template is asked for and there is none, or no token ends a text.
+    """
+    if tokenizer.eos_token is None:
+        raise ConfigError("the tokenizer has no end-of-text token, so a model cannot learn to end an answer")
+    if prompt == "chat" and tokenizer.chat_template is None:
+        raise ConfigError("the tokenizer has no chat template; use prompt='alpaca', or 'auto'")
+    if prompt == "alpaca" or tokenizer.chat_template is None:
+        tokenizer.chat_template = ALPACA
+
+
+def encode(tokenizer: Any, chat: Chat, *, loss_on: str, max_length: int) -> Example:
+    """Ids of a chat; the loss predicts the assistant's words and what ends each of them, or everything.
+
+    Raises:
+        PromptError: If the chat template refuses the chat.
+    """
+    if tokenizer.chat_template != ALPACA:
+        chat = _with_input_inside(chat)
+    ids, turn = encode_turns(tokenizer, chat)
+    answers = [i for i, message in enumerate(chat) if message["role"] == "assistant"]
+    special = set(tokenizer.all_special_ids)
+    counts = [t in answers for t in turn]
+    for here in range(1, len(ids)):
+        # An answer's end is the control token right after its words; nothing after that is the model's to say.
+        counts[here] |= turn[here] == -1 and turn[here - 1] in answers and ids[here] in special
+    if turn[-1] in answers:
+        ids, counts = [*ids, tokenizer.eos_token_id], [*counts, True]
+    counts[0] = False  # nothing predicts the first token
+    if loss_on == "all":
+        counts = [False] + [True] * (len(ids) - 1)
+    elif chat[-1]["role"] == "assistant":  # what the template adds after the last answer teaches nothing
+        end = max((i for i, counted in enumerate(counts) if counted), default=len(ids) - 1) + 1
+        ids, counts = ids[:end], counts[:end]
+    return Example(ids[:max_length], counts[:max_length])
+
+
+def _with_input_inside(chat: Chat) -> Chat:
+    joined: Chat = []
+    for message in chat:
+        if message["role"] == INPUT:
+            joined[-1] = dict(joined[-1], content=f"{joined[-1]['content']}\n\n{message['content']}")
+        else:
+            joined.append(message)
+    return joined
+
+
+class Splits(NamedTuple):
+    """Arrow data sets with the columns ``ids``, ``counts``, ``length``, ``counted`` and ``chat`` (JSON)."""
+
+    train: Any
+    val: Any
+    empty: int  #: examples without a response, left out
+    cut: int  #: examples cut to the longest length
+
+
+def splits(config: TrainConfig, tokenizer: Any, folder: Path) -> Splits:
+    """Encode all data into Arrow files under ``folder``, and split off the validation share.
+
+    Raises:
+        DataError: If the data cannot be read, or too few examples are left.
+    """
+    datasets = require("datasets", "train")
+    datasets.disable_progress_bars()
+    left_out = {"empty": 0, "cut": 0}
+
+    def rows() -> Iterator[dict[str, Any]]:
+        for chat in records.read(config.data, limit=config.limit):
+            if not any(m["content"].strip() for m in chat if m["role"] == "assistant"):
+                left_out["empty"] += 1
+                continue
+            example = encode(tokenizer, chat, loss_on=config.loss_on, max_length=config.max_length + 1)
+            ids, counts = example.ids[: config.max_length], example.counts[: config.max_length]
+            if not any(counts):  # the question alone fills the length
+                left_out["empty"] += 1
+                continue
+            left_out["cut"] += len(example.ids) > config.max_length
+            yield {"ids": ids, "counts": counts, "length": len(ids), "counted": sum(counts), "chat": json.dumps(chat)}
+
+    features = datasets.Features({
+        "ids": datasets.List(datasets.Value("int32")), "counts": datasets.List(datasets.Value("bool")),
+        "length": datasets.Value("int32"), "counted": datasets.Value("int32"), "chat": datasets.Value("string"),
+    })  # fmt: skip
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "examples.arrow"
+    with datasets.arrow_writer.ArrowWriter(features=features, path=str(path)) as writer:
+        for row in rows():
+            writer.write(row)
+        writer.finalize()
+    everything = datasets.Dataset.from_file(str(path))
+    wanted = round(len(everything) * config.val_share)
+    if len(everything) < 2:
+        raise DataError(f"{config.data} has {len(everything)} examples with a response; give at least two")
+    if config.val_share and not wanted:
+        wanted = 1
+    order = _shuffled(len(everything), config.seed)
+    val, train = everything.select(sorted(order[:wanted])), everything.select(sorted(order[wanted:]))
+    return Splits(train, val, left_out["empty"], left_out["cut"])
+
+
+def _shuffled(n: int, seed: int) -> list[int]:
+    return [int(i) for i in torch.randperm(n, generator=torch.Generator().manual_seed(seed))]

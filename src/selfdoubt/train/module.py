@@ -1,0 +1,167 @@
+"""The training step as a LightningModule, to be driven by ``fit`` or by a Trainer of your own."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, cast
+
+import lightning
+import torch
+from torch import Tensor, nn
+from torchmetrics import MeanMetric
+
+from selfdoubt import sculpt, vote
+from selfdoubt.errors import ConfigError, NonFiniteError, require
+from selfdoubt.members import Wrapped
+from selfdoubt.rows import expand
+from selfdoubt.train.batches import Batch
+from selfdoubt.train.config import TrainConfig
+from selfdoubt.train.head import head_of, mixture_losses, run_trunk, sculpted_loss, summed_loss
+
+
+class RiskAwareModule(lightning.LightningModule):
+    """A wrapped (or plain) causal language model and how it learns.
+
+    Every token that counts weighs the same in a step. ``vote``: a batch is split over the voters, so that a step costs
+    one pass (``voters_see="own"``), or repeated for each (``"all"``). ``sample``: one pass with fresh noise.
+    ``sculpt``: the likelihood of random logits.
+
+    Args:
+        model: What a wrapper returned, or a plain model whose trainable parameters are LoRA's.
+        config: How it learns.
+
+    Raises:
+        ConfigError: If nothing of the model trains.
+    """
+
+    def __init__(self, model: nn.Module, config: TrainConfig) -> None:
+        super().__init__()
+        if not any(p.requires_grad for p in model.parameters()):
+            raise ConfigError("nothing of this model trains; wrap it with vote, or give it LoRA")
+        self.model = model
+        self.config = config
+        self.strict_loading = False  # checkpoints hold what trains, not the frozen base
+        self.val_loss, self.val_accuracy = MeanMetric(), MeanMetric()
+        self.train_losses: list[float] = []  #: one a step, for the record
+
+    @property
+    def members(self) -> int:
+        """Members at evaluation."""
+        return self.model.spec.members(training=False) if isinstance(self.model, Wrapped) else 1
+
+    def loss(self, batch: Batch) -> Tensor:
+        """Sum of the surprisals of the tokens that count, nats."""
+        rows, labels, training = batch, batch.labels, True
+        if self._spec_is(vote.Wrapper) and self.config.voters_see == "all":
+            rows, training = _for_all(batch, self.members), False
+            labels = rows.labels
+        keep = labels >= 0
+        seen = run_trunk(self.model, _inputs(rows), keep, training=training)
+        head, wanted = head_of(self.model), labels[keep]
+        if isinstance(head, sculpt.ScaledHead):
+            draws = self.config.draws if self.config.sculpt_loss == "draws" else None
+            distribution = cast(Wrapped, self.model).distribution
+            return sculpted_loss(seen, head, wanted, distribution=distribution, draws=draws)
+        return summed_loss(seen, head, wanted)
+
+    def training_step(self, batch: Batch, index: int) -> Tensor:  # noqa: ARG002
+        """Loss of one batch, scaled so that a step is the mean over all its tokens.
+
+        Raises:
+            NonFiniteError: If the loss is NaN or infinite.
+        """
+        members = self.members if self._spec_is(vote.Wrapper) and self.config.voters_see == "all" else 1
+        # Lightning divides by the accumulated batches, data parallelism by the devices.
+        shares = self.config.accumulate * self.trainer.world_size
+        loss = self.loss(batch) * (shares / (batch.step_tokens * members))
+        if not math.isfinite(loss.item()):
+            raise NonFiniteError(
+                f"the loss of step {self.global_step} is {loss.item()}; lower lr (now {self.config.lr}), or clip"
+            )
+        self._remember(loss.detach())
+        return loss
+
+    def validation_step(self, batch: Batch, index: int) -> None:  # noqa: ARG002
+        """Surprisal of each token that counts under the mean of all members, and how often it is the most probable."""
+        members = self.members
+        rows = _for_all(batch, members)
+        seen = run_trunk(self.model, _inputs(rows), rows.labels >= 0, training=False)
+        nll, right = mixture_losses(seen, head_of(self.model), batch.labels[batch.labels >= 0], members)
+        self.val_loss.update(nll.mean(), nll.numel())
+        self.val_accuracy.update(right.float().mean(), nll.numel())
+
+    def on_validation_epoch_end(self) -> None:
+        """Log what the whole validation share gave."""
+        self.log("val/loss", self.val_loss, prog_bar=True)
+        self.log("val/accuracy", self.val_accuracy, prog_bar=True)
+
+    def configure_optimizers(self) -> Any:
+        """AdamW on what trains, and the schedule."""
+        config = self.config
+        trained = [p for p in self.parameters() if p.requires_grad]
+        if config.optimizer == "adamw8bit":
+            optim = require("bitsandbytes.optim", "quant")
+            optimizer = optim.AdamW8bit(trained, lr=config.lr, weight_decay=config.weight_decay)
+        else:
+            optimizer = torch.optim.AdamW(trained, lr=config.lr, weight_decay=config.weight_decay)
+        steps = int(self.trainer.estimated_stepping_batches)
+
+        def share(step: int) -> float:
+            rising = min(1.0, (step + 1) / (config.warmup + 1))
+            falling = 0.5 * (1 + math.cos(math.pi * min(1.0, step / max(1, steps))))
+            return rising * (falling if config.schedule == "cosine" else 1.0)
+
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, share)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep what trains, and the state of the random numbers: noise goes on where it was."""
+        trained = {name for name, p in self.named_parameters() if p.requires_grad}
+        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
+        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+        checkpoint["random"] = {"cpu": torch.get_rng_state(), "cuda": cuda}
+        checkpoint["train_losses"] = list(self.train_losses)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take the losses so far; the random numbers wait until training starts."""
+        self.train_losses = list(checkpoint["train_losses"])
+        self._random = checkpoint["random"]
+
+    def on_train_start(self) -> None:
+        """Go on with the random numbers of the checkpoint."""
+        random = self.__dict__.pop("_random", None)
+        if random is not None:
+            torch.set_rng_state(random["cpu"])
+            if random["cuda"]:
+                torch.cuda.set_rng_state_all(random["cuda"])
+
+    def _remember(self, loss: Tensor) -> None:
+        """One loss a step: the sum over its batches, the mean over devices."""
+        self._step_loss = self.__dict__.get("_step_loss", 0.0) + float(loss) / self.config.accumulate
+        if (self.trainer.fit_loop.epoch_loop.batch_idx + 1) % self.config.accumulate == 0:
+            whole = torch.tensor(self._step_loss, device=self.device)
+            mean = float(self.trainer.strategy.reduce(whole, reduce_op="mean"))
+            self._step_loss = 0.0
+            self.train_losses.append(mean)
+            self.log("train/loss", mean, prog_bar=True)
+
+    def _spec_is(self, kind: type) -> bool:
+        return isinstance(self.model, Wrapped) and isinstance(self.model.spec, kind)
+
+
+def _for_all(batch: Batch, members: int) -> Batch:
+    """The batch repeated for every member."""
+    return batch._replace(
+        ids=expand(batch.ids, members), positions=expand(batch.positions, members),
+        segments=expand(batch.segments, members), labels=expand(batch.labels, members),
+    )  # fmt: skip
+
+
+def _inputs(batch: Batch) -> dict[str, Any]:
+    inputs: dict[str, Any] = {"input_ids": batch.ids, "use_cache": False}
+    mask = batch.mask()
+    if mask is not None:
+        inputs["attention_mask"] = mask
+    if batch.packed:
+        inputs["position_ids"] = batch.positions
+    return inputs

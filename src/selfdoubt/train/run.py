@@ -1,0 +1,118 @@
+"""One recipe from a config to an adapter folder."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+
+import lightning
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from selfdoubt.errors import ConfigError
+from selfdoubt.train.build import model_of, trainer_of
+from selfdoubt.train.config import TrainConfig, to_toml
+from selfdoubt.train.datamodule import InstructionData
+from selfdoubt.train.encode import splits
+from selfdoubt.train.module import RiskAwareModule
+from selfdoubt.train.publish import publish
+
+RUN = "run"  #: checkpoints, logs and encoded data, in a folder of the adapter's
+
+
+def fit(config: TrainConfig, trainer: lightning.Trainer | None = None) -> Path:
+    """Fine-tune a model as a config says, and write its adapter folder.
+
+    Args:
+        config: The settings.
+        trainer: A Trainer of your own; None makes one from the config. It must not have a distributed sampler, and must
+            accumulate as many batches as the config says.
+
+    Returns:
+        The adapter folder: ``RiskAwareLM.load(config.model, adapter=folder)``.
+
+    Raises:
+        ConfigError: If settings contradict each other or the model, or there is no checkpoint to resume from.
+        DataError: If the data cannot be read.
+        LoadError: If the model cannot be read.
+        NonFiniteError: If the loss becomes NaN or infinite.
+    """
+    out = Path(config.out)
+    run = out / RUN
+    last = run / "last.ckpt"
+    _check_folder(config, out, last)
+    lightning.seed_everything(config.seed, verbose=False)
+    model, tokenizer = model_of(config)
+    found = splits(config, tokenizer, run / "data")
+    members = config.n_voters if config.wrapper == "vote" and config.voters_see == "own" else 1
+    data = InstructionData(found, config, members)
+    with warnings.catch_warnings():
+        _silence_lightning()
+        batches = len(data.steps()) if trainer is None and config.devices == 1 else _batches(data, config)
+        module = RiskAwareModule(model, config)
+        driver = trainer or trainer_of(config, run, batches, has_validation=bool(len(found.val)))
+        if driver.is_global_zero:
+            run.mkdir(parents=True, exist_ok=True)
+            (run / "config.toml").write_text(to_toml(config), encoding="utf-8")
+            _say(_summary(config, module, found.train, found.val, found.empty, found.cut))
+        driver.fit(module, data, ckpt_path=str(last) if config.resume else None, weights_only=False)
+        best = _best_weights(driver, module, data) if len(found.val) else {}
+    if driver.is_global_zero:
+        history = {
+            "losses": module.train_losses, "val_loss": best.get("val/loss"), "val_accuracy": best.get("val/accuracy"),
+            "train": len(found.train), "val": len(found.val), "empty": found.empty, "cut": found.cut,
+        }  # fmt: skip
+        publish(config, module.model, tokenizer, out, history=history, val=found.val)
+        _say(f'wrote {out}; try: selfdoubt ask --model {config.model} --adapter {out} "..."')
+    driver.strategy.barrier()
+    return out
+
+
+def _check_folder(config: TrainConfig, out: Path, last: Path) -> None:
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"out={config.out!r} is a file; give a folder")
+    if config.resume and not last.is_file():
+        raise ConfigError(f"resume goes on from {last}, which is not there; train without --resume first")
+    if not config.resume and out.is_dir():
+        # What an earlier run left would be mixed with this one's.
+        shutil.rmtree(out / RUN, ignore_errors=True)
+
+
+def _batches(data: InstructionData, config: TrainConfig) -> int:
+    """Batches of an epoch on one of several devices, before they are known: close enough to space validations."""
+    world = max(1, config.devices) * config.nodes
+    return max(1, len(data.splits.train) // (config.batch_size * world))
+
+
+def _best_weights(driver: lightning.Trainer, module: RiskAwareModule, data: InstructionData) -> Mapping[str, float]:
+    """Leave the weights with the lowest validation loss in the module, and say how good they are."""
+    found = driver.validate(module, data, verbose=False, weights_only=False)[0]
+    saved = next((c for c in driver.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c.monitor), None)
+    if saved is None or saved.best_model_score is None or not float(saved.best_model_score) < found["val/loss"]:
+        return found
+    state = torch.load(saved.best_model_path, map_location="cpu", weights_only=False)["state_dict"]
+    module.load_state_dict(state, strict=False)
+    return driver.validate(module, data, verbose=False, weights_only=False)[0]
+
+
+def _summary(config: TrainConfig, module: RiskAwareModule, train: object, val: object, empty: int, cut: int) -> str:
+    trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
+    everything = sum(p.numel() for p in module.parameters())
+    notes = [f"{empty} without a response left out"] * bool(empty) + [f"{cut} cut to {config.max_length}"] * bool(cut)
+    return (
+        f"{config.wrapper} on {config.model}: {trained:,} of {everything:,} parameters train; "
+        f"{len(train):,} examples to learn from, {len(val):,} to validate" + (f" ({', '.join(notes)})" if notes else "")  # type: ignore[arg-type]
+    )
+
+
+def _silence_lightning() -> None:
+    """Advice that does not apply: what is done otherwise here, and why, is said in the code."""
+    for message in (".*does not have many workers.*", ".*does not have a `val_dataloader`.*", ".*is not a.*sampler.*"):
+        warnings.filterwarnings("ignore", message=message)
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
