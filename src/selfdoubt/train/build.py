@@ -14,9 +14,9 @@ from selfdoubt import sample, sculpt, vote
 from selfdoubt.errors import ConfigError, require
 from selfdoubt.lm.load import load_model
 from selfdoubt.lm.lora import add_lora
+from selfdoubt.members import innermost
 from selfdoubt.train.config import TrainConfig
 from selfdoubt.train.encode import prepare_tokenizer
-from selfdoubt.train.head import base_of
 
 
 def model_of(config: TrainConfig) -> tuple[nn.Module, Any]:
@@ -51,7 +51,7 @@ def model_of(config: TrainConfig) -> tuple[nn.Module, Any]:
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
     if config.checkpointing:
-        cast(Any, base_of(wrapped)).gradient_checkpointing_enable({"use_reentrant": False})
+        cast(Any, innermost(wrapped)).gradient_checkpointing_enable({"use_reentrant": False})
     return wrapped, tokenizer
 
 

@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from selfdoubt import risk, sculpt
 from selfdoubt.errors import WrapError
-from selfdoubt.members import Wrapped
+from selfdoubt.members import Wrapped, innermost
 from selfdoubt.rows import Replacement
 
 #: Logits of one piece are at most this many numbers (64 MiB in float32).
@@ -39,22 +39,15 @@ class Seen(NamedTuple):
     is_logits: bool
 
 
-def base_of(model: nn.Module) -> nn.Module:
-    """The model inside all wrappers."""
-    while isinstance(model, Wrapped):
-        model = model.module
-    return model
-
-
 def head_of(model: nn.Module) -> nn.Module:
     """The output layer of a causal language model, with whatever replaced it.
 
     Raises:
         WrapError: If the model names none.
     """
-    head = cast(Any, base_of(model)).get_output_embeddings()
+    head = cast(Any, innermost(model)).get_output_embeddings()
     if not isinstance(head, nn.Module):
-        raise WrapError(f"{type(base_of(model)).__name__} names no output layer, which training needs")
+        raise WrapError(f"{type(innermost(model)).__name__} names no output layer, which training needs")
     return head
 
 
@@ -65,7 +58,7 @@ def keeps_positions_apart(head: nn.Module) -> bool:
 
 def run_trunk(model: nn.Module, inputs: dict[str, Any], keep: Bool[Tensor, "rows t"], *, training: bool) -> Seen:
     """Run a model up to its head on the positions in ``keep``; rows are member-major already, or split in training."""
-    base, head = base_of(model), head_of(model)
+    base, head = innermost(model), head_of(model)
     changes = any(getattr(base.config, name, None) not in (None, 1.0) for name in _AFTER_THE_HEAD)
     if not keeps_positions_apart(head):
         return Seen(_forward(model, inputs, training=training)[keep], True)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import lightning
@@ -20,6 +22,10 @@ from selfdoubt.train.encode import splits
 from selfdoubt.train.module import RiskAwareModule
 from selfdoubt.train.publish import publish
 
+_ADVICE = (
+    ".*does not have many workers.*", ".*Checkpoint directory .* exists.*", ".*is deprecated, use .*TreeSpec.*",
+    ".*smaller than the logging interval.*",
+)  # fmt: skip
 RUN = "run"  #: checkpoints, logs and encoded data, in a folder of the adapter's
 
 
@@ -49,8 +55,7 @@ def fit(config: TrainConfig, trainer: lightning.Trainer | None = None) -> Path:
     found = splits(config, tokenizer, run / "data")
     members = config.n_voters if config.wrapper == "vote" and config.voters_see == "own" else 1
     data = InstructionData(found, config, members)
-    with warnings.catch_warnings():
-        _silence_lightning()
+    with _quietly():
         batches = len(data.steps()) if trainer is None and config.devices == 1 else _batches(data, config)
         module = RiskAwareModule(model, config)
         driver = trainer or trainer_of(config, run, batches, has_validation=bool(len(found.val)))
@@ -58,6 +63,7 @@ def fit(config: TrainConfig, trainer: lightning.Trainer | None = None) -> Path:
             run.mkdir(parents=True, exist_ok=True)
             (run / "config.toml").write_text(to_toml(config), encoding="utf-8")
             _say(_summary(config, module, found.train, found.val, found.empty, found.cut))
+        module.train()
         driver.fit(module, data, ckpt_path=str(last) if config.resume else None, weights_only=False)
         best = _best_weights(driver, module, data) if len(found.val) else {}
     if driver.is_global_zero:
@@ -108,10 +114,19 @@ def _summary(config: TrainConfig, module: RiskAwareModule, train: object, val: o
     )
 
 
-def _silence_lightning() -> None:
-    """Advice that does not apply: what is done otherwise here, and why, is said in the code."""
-    for message in (".*does not have many workers.*", ".*does not have a `val_dataloader`.*", ".*is not a.*sampler.*"):
-        warnings.filterwarnings("ignore", message=message)
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Without Lightning's advice, which does not apply: what is done otherwise here, and why, is said in the code."""
+    log = logging.getLogger("lightning.pytorch")
+    before = log.level
+    log.setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        for message in _ADVICE:
+            warnings.filterwarnings("ignore", message=message)
+        try:
+            yield
+        finally:
+            log.setLevel(before)
 
 
 def _say(text: str) -> None:
