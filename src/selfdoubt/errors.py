@@ -10,6 +10,7 @@ SelfdoubtError
 ├── PromptError          an empty or over-long prompt
 ├── LoadError            a model or adapter that cannot be read
 │   └── BaseMismatchError    an adapter made for another base model
+├── UploadError          a folder that the hub does not take
 └── MissingExtraError    an optional dependency that is not installed
 """
 
@@ -56,6 +57,10 @@ class LoadError(SelfdoubtError, OSError):
 
 class BaseMismatchError(LoadError):
     """An adapter was made for another base model."""
+
+
+class UploadError(SelfdoubtError, OSError):
+    """The hub does not take a folder, or cannot be reached."""
 
 
 class MissingExtraError(SelfdoubtError, ImportError):

@@ -16,6 +16,7 @@ else:
         sys.exit(f"selfdoubt: {missing}")
 
 from selfdoubt.cli.ask import ask
+from selfdoubt.cli.export import export
 from selfdoubt.cli.score import score
 
 app = typer.Typer(
@@ -25,7 +26,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (ask, score):
+for command in (ask, score, export):
     app.command()(command)
 
 
