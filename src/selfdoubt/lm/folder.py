@@ -13,7 +13,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from selfdoubt import __version__, storage
+from selfdoubt import storage
 from selfdoubt.errors import ConfigError, SelfdoubtError, UploadError, require
 
 #: Says that a folder was exported, so that exporting again may replace it.
@@ -41,7 +41,7 @@ def new_folder(
     try:
         new.mkdir(parents=True)
         yield new
-        text = json.dumps({**about, "versions": {"selfdoubt": __version__}}, indent=2) + "\n"
+        text = json.dumps(dict(about), indent=2) + "\n"
         storage.write(new / MARK, text.encode())
         if out.exists():
             out.rename(old)

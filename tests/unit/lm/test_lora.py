@@ -96,6 +96,15 @@ def test_targets_are_a_regex_over_parameter_names():
         add_lora(fresh(), targets="input_layernorm")
 
 
+def test_lora_trains_beneath_noise_and_nothing_else_does():
+    model = add_lora(fresh(), r=2)
+    wrapped = sample.Wrapper(n_samples=2)(model)
+    wrapped(input_ids=IDS, training=True).logits.square().mean().backward()
+    moved = {name for name, p in wrapped.named_parameters() if p.grad is not None}
+    assert moved == lora_names(wrapped)
+    assert len(moved) == len(lora_names(model)) == 28
+
+
 @pytest.mark.parametrize(
     ("options", "words"), [({"r": 0}, "rank must be at least 1, got 0"), ({"dropout": 1.0}, "below 1, got 1.0")]
 )
