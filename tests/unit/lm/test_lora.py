@@ -260,6 +260,13 @@ def test_a_card_that_says_lora_needs_its_files(tmp_path):
         load_adapter(fresh(), tmp_path)
 
 
+def test_a_card_beside_somebody_elses_lora(tmp_path):
+    save_lora(trained(), tmp_path)
+    selfdoubt.save(vote.Wrapper(n_voters=2, rank=2)(fresh()), tmp_path)
+    with pytest.raises(LoadError, match=r"knows of no LoRA, so one of them belongs elsewhere"):
+        load_adapter(fresh(), tmp_path)
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 @pytest.mark.parametrize("wrapper", ["none", "sample", "sculpt", "sample-sculpt"])
 def test_merging_changes_no_output(family, wrapper):
