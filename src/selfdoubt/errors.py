@@ -11,6 +11,7 @@ SelfdoubtError
 ├── DataError            a data file that cannot be read, or a broken record in it
 ├── LoadError            a model or adapter that cannot be read
 │   └── BaseMismatchError    an adapter made for another base model
+├── UploadError          a folder that the hub does not take
 └── MissingExtraError    an optional dependency that is not installed
 """
 
@@ -61,6 +62,10 @@ class LoadError(SelfdoubtError, OSError):
 
 class BaseMismatchError(LoadError):
     """An adapter was made for another base model."""
+
+
+class UploadError(SelfdoubtError, OSError):
+    """The hub does not take a folder, or cannot be reached."""
 
 
 class MissingExtraError(SelfdoubtError, ImportError):

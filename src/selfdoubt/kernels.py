@@ -136,6 +136,16 @@ def is_quantized(leaf: nn.Module) -> bool:
     return isinstance(leaf, nn.Linear) and type(leaf).__module__.startswith("bitsandbytes")
 
 
+def fans(leaf: nn.Module) -> tuple[int, int]:
+    """How many features a linear layer reads and gives, packed or not; entries and features of an embedding."""
+    if isinstance(leaf, nn.Embedding):
+        return leaf.num_embeddings, leaf.embedding_dim
+    if isinstance(leaf, nn.Linear):
+        return leaf.in_features, leaf.out_features
+    weight = leaf.get_parameter("weight")  # Hugging Face's Conv1D
+    return weight.shape[0], weight.shape[1]
+
+
 def loop(leaf: nn.Module, deviations: Deviations, alpha: float, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run the leaf once per member with its own parameters: slow, and right for any leaf with the batch first.
 

@@ -172,7 +172,7 @@ def _initial(leaf: Leaf, spec: Wrapper, generator: torch.Generator) -> dict[str,
         size = spec.weight_noise * _weight_std(base, parameter)
         dtype = _float_dtype(base, parameter)
         if spec.rank is not None and name == "weight" and kernel in (kernels.linear, kernels.embedding):
-            fan_in, fan_out = _fans(base)
+            fan_in, fan_out = kernels.fans(base)
             # (A^T B)_ij sums `rank` products, and its standard deviation shall be `size`. What A gives out is of the
             # size of what it reads: a row of inputs for a linear layer, one entry for an embedding.
             looks_up = kernel is kernels.embedding
@@ -192,15 +192,6 @@ def _normal(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     return torch.randn(shape, generator=generator)
 
 
-def _fans(base: nn.Module) -> tuple[int, int]:
-    if isinstance(base, nn.Embedding):
-        return base.num_embeddings, base.embedding_dim
-    if isinstance(base, nn.Linear):
-        return base.in_features, base.out_features
-    weight = base.get_parameter("weight")  # Hugging Face's Conv1D
-    return weight.shape[0], weight.shape[1]
-
-
 def _float_dtype(base: nn.Module, parameter: Tensor) -> torch.dtype:
     if parameter.is_floating_point() and not kernels.is_quantized(base):
         return parameter.dtype
@@ -213,7 +204,7 @@ def _weight_std(base: nn.Module, parameter: Tensor) -> float:
     if kernels.is_quantized(base):
         # Packed weights cannot be read without their library, but for x ~ N(0, 1) the mean of (W x)^2 is the
         # sum of squares of a row of W.
-        x = torch.randn((256, _fans(base)[0]), generator=torch.Generator().manual_seed(0))
+        x = torch.randn((256, kernels.fans(base)[0]), generator=torch.Generator().manual_seed(0))
         x = x.to(weight.device, _float_dtype(base, parameter))
         with torch.no_grad():
             y = base(x).float() - base(torch.zeros_like(x[:1])).float()

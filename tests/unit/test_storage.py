@@ -12,7 +12,7 @@ from torch import nn
 
 import selfdoubt
 from selfdoubt import sample, sculpt, storage, vote
-from selfdoubt.errors import BaseMismatchError, LoadError
+from selfdoubt.errors import BaseMismatchError, LoadError, WrapError
 from tests.plain import run
 from tests.zoo import causal, cnn, mlp, prompts
 
@@ -83,6 +83,34 @@ def test_saving_again_replaces_the_old_one(tmp_path):
     selfdoubt.save(second, tmp_path)
     x = INPUTS["mlp"]
     assert torch.equal(selfdoubt.load(tmp_path, base)(x), second(x))
+
+
+def test_what_lies_elsewhere_is_left_out_and_told_by_nothing(tmp_path):
+    wrapped = sculpt.Wrapper()(mlp())
+    elsewhere = {n for n, _ in wrapped.named_parameters() if n.endswith("bias") and ".branch." not in n}
+    folder = selfdoubt.save(wrapped, tmp_path, elsewhere=elsewhere)
+    card = storage.read_card(folder)
+    assert not elsewhere & {*load_file(folder / "added.safetensors"), *card["base"]["fingerprint"]}
+    for name in elsewhere:
+        wrapped.get_parameter(name).data += 1
+    storage._check_fits(folder, wrapped, load_file(folder / "added.safetensors"), card["base"])
+
+
+def test_nothing_to_save(tmp_path):
+    with pytest.raises(WrapError, match=r"^Sequential is not wrapped, so there is nothing to save: wrap it first"):
+        selfdoubt.save(mlp(), tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_no_wrapper_is_only_for_lora(tmp_path, saved):
+    folder, base = saved
+    card = json.loads((folder / "selfdoubt.json").read_text())
+    (folder / "selfdoubt.json").write_text(json.dumps(card | {"wrappers": []}))
+    with pytest.raises(LoadError, match=r"selfdoubt\.json is broken"):
+        selfdoubt.load(folder, base)
+    (folder / "selfdoubt.json").write_text(json.dumps(card | {"wrappers": [], "lora": True}))
+    with pytest.raises(LoadError, match=r"has LoRA beneath its wrapper, and the model has none yet"):
+        selfdoubt.load(folder, base)
 
 
 def one_line(error):

@@ -16,6 +16,7 @@ else:
         sys.exit(f"selfdoubt: {missing}")
 
 from selfdoubt.cli.ask import ask
+from selfdoubt.cli.export import export
 from selfdoubt.cli.score import score
 from selfdoubt.cli.train import train
 
@@ -26,7 +27,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (ask, score, train):
+for command in (ask, score, train, export):
     app.command()(command)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -42,8 +43,7 @@ def load_lm(
     remote: bool,
 ) -> RiskAwareLM:
     """The model that the flags name."""
-    require("transformers", "lm").utils.logging.set_verbosity_error()
-    require("huggingface_hub", "lm").utils.logging.set_verbosity_error()
+    quiet()
     from selfdoubt.lm.answer import DEFAULT_RISK
     from selfdoubt.lm.model import RiskAwareLM
 
@@ -56,6 +56,15 @@ def load_lm(
         trust_remote_code=remote,
         risk=risk or DEFAULT_RISK,
     )
+
+
+def quiet() -> None:
+    """Only errors of the libraries reach the terminal, and no progress bars."""
+    transformers = require("transformers", "lm")
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    require("huggingface_hub", "lm").utils.logging.set_verbosity_error()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # peft imports it, and it tells of kernels it can miss
 
 
 def parse_wrapper(text: str) -> Any:

@@ -18,7 +18,7 @@ from typing import Any
 from torch import nn
 
 from selfdoubt import storage
-from selfdoubt.errors import ConfigError
+from selfdoubt.errors import ConfigError, LoadError
 from selfdoubt.lm import lora
 from selfdoubt.members import Spec
 
@@ -98,4 +98,9 @@ def read_adapter(folder: str | os.PathLike[str], wrapper: Spec | None = None) ->
         raise ConfigError("an adapter brings its own wrapper: give either adapter=... or wrapper=...")
     if card.get("lora"):
         lora.read_config(folder)
+    elif lora.has_lora(folder):
+        raise LoadError(
+            f"{folder} has {lora.CONFIG}, and its {storage.CARD} knows of no LoRA, so one of them belongs elsewhere; "
+            "save both with save_adapter, or remove one"
+        )
     return card

@@ -71,6 +71,30 @@ def load_model(
     return model.eval().requires_grad_(False), tokenizer
 
 
+def load_skeleton(
+    name: str | os.PathLike[str], *, revision: str | None = None, trust_remote_code: bool = False
+) -> nn.Module:
+    """The layers of a Hugging Face causal language model without their weights: only its config is read.
+
+    Raises:
+        LoadError: If the model is missing, gated, or cannot be built.
+        MissingExtraError: If transformers is not installed.
+    """
+    transformers = require("transformers", "lm")
+    source = resolve(name)
+    common = {"trust_remote_code": trust_remote_code}
+    try:
+        config = transformers.AutoConfig.from_pretrained(
+            source, revision=revision, token=os.environ.get("HF_TOKEN"), local_files_only=Path(source).is_dir(),
+            **common,
+        )  # fmt: skip
+        with torch.device("meta"):
+            model: nn.Module = transformers.AutoModelForCausalLM.from_config(config, **common)
+    except Exception as error:
+        raise LoadError(_why(str(name), error)) from error
+    return model
+
+
 def resolve(name: str | os.PathLike[str]) -> str:
     """The folder or hub name to load.
 

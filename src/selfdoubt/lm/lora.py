@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -56,7 +56,7 @@ def add_lora(
     names = _layers(model, targets)
     config = peft.LoraConfig(
         r=r, lora_alpha=int(alpha) if alpha == int(alpha) else alpha, lora_dropout=dropout,
-        target_modules=short_names(model, names), task_type="CAUSAL_LM",
+        target_modules=short_names(names, [name for name, _ in model.named_modules()]), task_type="CAUSAL_LM",
         fan_in_fan_out=any(kernels.is_transposed(model.get_submodule(name)) for name in names),
     )  # fmt: skip
     _inject(model, config)
@@ -212,11 +212,11 @@ def remove_lora(folder: Path) -> None:
     (folder / WEIGHTS).unlink(missing_ok=True)
 
 
-def short_names(model: nn.Module, names: list[str]) -> list[str]:
-    """The last parts of modules' names where these say the same, as PEFT's files usually do; else full names."""
-    short = sorted({name.rpartition(".")[2] for name in names})
-    everywhere = {name for name, _ in model.named_modules() if name.rpartition(".")[2] in short}
-    return short if everywhere == set(names) else sorted(names)
+def short_names(names: Collection[str], among: Iterable[str]) -> list[str]:
+    """The last parts of layers' names where these say the same, as PEFT's files usually do; else the names."""
+    short = {name.rpartition(".")[2] for name in names}
+    everywhere = {name for name in among if name.rpartition(".")[2] in short}
+    return sorted(short if everywhere == set(names) else names)
 
 
 def _layers(model: nn.Module, regex: str | None) -> list[str]:

@@ -96,6 +96,15 @@ def test_targets_are_a_regex_over_parameter_names():
         add_lora(fresh(), targets="input_layernorm")
 
 
+def test_lora_trains_beneath_noise_and_nothing_else_does():
+    model = add_lora(fresh(), r=2)
+    wrapped = sample.Wrapper(n_samples=2)(model)
+    wrapped(input_ids=IDS, training=True).logits.square().mean().backward()
+    moved = {name for name, p in wrapped.named_parameters() if p.grad is not None}
+    assert moved == lora_names(wrapped)
+    assert len(moved) == len(lora_names(model)) == 28
+
+
 @pytest.mark.parametrize(
     ("options", "words"), [({"r": 0}, "rank must be at least 1, got 0"), ({"dropout": 1.0}, "below 1, got 1.0")]
 )
@@ -248,6 +257,13 @@ def test_a_card_that_says_lora_needs_its_files(tmp_path):
     save_adapter(trained(), tmp_path)
     (tmp_path / "adapter_config.json").unlink()
     with pytest.raises(LoadError, match=r"holds no LoRA: it has no adapter_config\.json"):
+        load_adapter(fresh(), tmp_path)
+
+
+def test_a_card_beside_somebody_elses_lora(tmp_path):
+    save_lora(trained(), tmp_path)
+    selfdoubt.save(vote.Wrapper(n_voters=2, rank=2)(fresh()), tmp_path)
+    with pytest.raises(LoadError, match=r"knows of no LoRA, so one of them belongs elsewhere"):
         load_adapter(fresh(), tmp_path)
 
 

@@ -1,0 +1,108 @@
+"""New folders that are there as a whole or not at all, and the way to the hub."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from selfdoubt import storage
+from selfdoubt.errors import ConfigError, SelfdoubtError, UploadError, require
+
+#: Says that a folder was exported, so that exporting again may replace it.
+MARK = "selfdoubt-export.json"
+
+
+@contextmanager
+def new_folder(
+    out: str | os.PathLike[str], about: Mapping[str, Any], sources: tuple[str | os.PathLike[str], ...] = ()
+) -> Iterator[Path]:
+    """A folder beside ``out`` that takes its place when all went well, and else goes.
+
+    Args:
+        out: Missing, empty, or exported before.
+        about: What ``selfdoubt-export.json`` says of it.
+        sources: Names or folders that are read meanwhile: they must not lie in ``out``.
+
+    Raises:
+        ConfigError: If ``out`` holds something else, or cannot be written.
+    """
+    out = Path(out).expanduser().resolve()
+    _check(out, sources)
+    new = out.with_name(f".{out.name}.{os.getpid()}.part")
+    old = out.with_name(f".{out.name}.{os.getpid()}.old")
+    try:
+        new.mkdir(parents=True)
+        yield new
+        text = json.dumps(dict(about), indent=2) + "\n"
+        storage.write(new / MARK, text.encode())
+        if out.exists():
+            out.rename(old)
+        new.rename(out)
+    except SelfdoubtError:
+        raise
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(
+            f"{out} cannot be written ({getattr(error, 'strerror', None) or error}); give a folder on a disk with room"
+        ) from error
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _check(out: Path, sources: tuple[str | os.PathLike[str], ...]) -> None:
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"{out} is a file, and a folder is to be written there; give another name")
+    if out.is_dir() and any(out.iterdir()) and not (out / MARK).is_file():
+        raise ConfigError(
+            f"{out} is not empty, and nothing exported it: it has no {MARK}; give a new folder, or empty this one"
+        )
+    for source in sources:
+        path = Path(source).expanduser()
+        if path.is_dir() and out in (path.resolve(), *path.resolve().parents):
+            raise ConfigError(f"{out} holds {source}, which is read to write it; give another folder")
+
+
+def check_upload(name: str) -> None:
+    """Say at once what would keep a folder from the hub at the end of long work.
+
+    Raises:
+        ConfigError: If the name is none of the hub, or there is no token.
+    """
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
+        raise ConfigError(f"a name on the hub looks like user/name, got {name!r}")
+    if require("huggingface_hub", "lm").get_token() is None:
+        raise ConfigError(
+            "uploading needs a token: set HF_TOKEN to one that may write, from huggingface.co/settings/tokens"
+        )
+
+
+def upload(folder: str | os.PathLike[str], name: str) -> str:
+    """Upload a folder to the hub, into a repository that is made if missing.
+
+    Returns:
+        Its address.
+
+    Raises:
+        ConfigError: If the name is none of the hub, or there is no token.
+        UploadError: If the hub cannot be reached or refuses.
+    """
+    check_upload(name)
+    hub = require("huggingface_hub", "lm")
+    try:
+        api = hub.HfApi()
+        address = str(api.create_repo(name, exist_ok=True))
+        api.upload_folder(repo_id=name, folder_path=os.fspath(folder))
+    except Exception as error:
+        why = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise UploadError(
+            f"{folder} is written, and uploading it to {name} failed ({why}); check the network, the name and HF_TOKEN"
+        ) from error
+    return address
