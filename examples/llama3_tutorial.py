@@ -8,7 +8,8 @@ own trains it. (`selfdoubt train` does all of this in one command; this file is 
     python examples/llama3_tutorial.py --wrapper sculpt --steps 20
     HF_TOKEN=... python examples/llama3_tutorial.py --model meta-llama/Llama-3.2-3B --data yahma/alpaca-cleaned
 
-Llama 3 is gated: accept its licence on its page, and give a token of your account in HF_TOKEN.
+Llama 3 is gated: accept its licence on its page, and give a token of your account in HF_TOKEN. The pocket model, the
+default, has never met this prompt, and 200 steps are few: its answers show doubt rather than knowledge.
 """
 
 from __future__ import annotations
@@ -27,7 +28,6 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
-from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchmetrics.classification import MulticlassAccuracy
@@ -155,6 +155,8 @@ def prepare(name: str, wrapper: str, *, in_4_bits: bool) -> tuple[Any, nn.Module
         quantize(model)
     if wrapper != "vote":
         # Voters bring weights of their own that train; the others learn by LoRA.
+        from peft import LoraConfig, get_peft_model  # slow, and not quiet: after what can go wrong
+
         layers = {n.rpartition(".")[2] for n, m in model.model.named_modules() if isinstance(m, nn.Linear)}
         config = LoraConfig(r=64, lora_alpha=64, lora_dropout=0.0, target_modules=sorted(layers))
         model = get_peft_model(model, config)
@@ -322,7 +324,7 @@ def main() -> None:
     device = embedding.weight.device
     train(module, data, options)
     adapter = options.out / "adapter"
-    if isinstance(wrapped, PeftModel):
+    if wrapper is None:
         wrapped.save_pretrained(adapter, save_embedding_layers=False)  # plain LoRA, in PEFT's own format
     else:
         selfdoubt.save(wrapped, adapter, base=options.model)  # put it back with selfdoubt.load(adapter, model)

@@ -140,3 +140,10 @@ def test_bad_input_gets_one_line_and_exit_code_2(
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert wanted in error
+
+
+def test_as_a_process_too_bad_input_gets_one_line_and_exit_code_2() -> None:
+    done = run("--data", "no/such/alpaca_data.json")
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert done.stderr.startswith("llama3_tutorial: there is no file no/such/alpaca_data.json")
