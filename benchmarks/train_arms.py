@@ -7,11 +7,8 @@ which costs the same: logits are computed for all of it.
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import logging
 import queue
-import re
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,6 +22,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from benchmarks import memory
 from benchmarks.decode import SHAPES
 from selfdoubt import vote
 
@@ -191,8 +189,8 @@ class Arm:
         self._thread = threading.Thread(target=self._run, args=(module,), daemon=True)
         self._thread.start()
         self._result()  # the Trainer has set everything up and asks for its first batch
-        _forget_peak()
-        self._before = _memory()
+        memory.forget_peak()
+        self._before = memory.now()
 
     def step(self, records: Sequence[Record]) -> tuple[float, int]:
         """Take one step; returns its loss and how many tokens of the batch were no padding."""
@@ -203,7 +201,7 @@ class Arm:
 
     def peak(self) -> int:
         """Most memory that the steps so far have used beyond the loaded model, bytes."""
-        return _peak() - self._before
+        return memory.peak() - self._before
 
     def _result(self) -> float | None:
         found = self._done.get()
@@ -279,31 +277,3 @@ def _load_code(model: Any) -> None:
     loss.backward()
     nn.utils.clip_grad_norm_([trained], 1.0)
     optimizer.step()
-
-
-def _memory() -> int:
-    if torch.cuda.is_available():
-        return torch.cuda.memory_allocated()
-    return _status("VmRSS")
-
-
-def _peak() -> int:
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    return _status("VmHWM")  # as ru_maxrss, which cannot be set back
-
-
-def _forget_peak() -> None:
-    """Give back what loading has freed, and forget how much it took at most: steps count from here."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-        return
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
-
-
-def _status(name: str) -> int:
-    found = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert found, f"/proc/self/status has no {name}"
-    return int(found[1]) * 1024
