@@ -1,0 +1,40 @@
+"""Memory in use, and the most of it: of torch on a GPU, of the process (Linux) on a CPU."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import re
+from pathlib import Path
+
+import torch
+
+
+def now() -> int:
+    """Bytes in use: on a GPU by tensors, on a CPU by the process."""
+    if torch.cuda.is_available():
+        return torch.cuda.memory_allocated()
+    return _status("VmRSS")
+
+
+def peak() -> int:
+    """Most bytes in use since ``forget_peak``."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return _status("VmHWM")  # as ru_maxrss, which cannot be set back
+
+
+def forget_peak() -> None:
+    """Give back what loading has freed, and forget how much it took at most: steps count from here."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        return
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def _status(name: str) -> int:
+    found = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found, f"/proc/self/status has no {name}"
+    return int(found[1]) * 1024
