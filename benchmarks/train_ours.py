@@ -8,22 +8,38 @@ from typing import Any
 from torch import nn
 
 from benchmarks.train_arms import Collate, Options, Record
+from selfdoubt.train.batches import Batch, collate
+from selfdoubt.train.build import wrap
+from selfdoubt.train.config import TrainConfig
+from selfdoubt.train.encode import encode, prepare_tokenizer
+from selfdoubt.train.module import RiskAwareModule
 
 
 def ours(kind: str, model: nn.Module, tokenizer: Any, options: Options) -> tuple[Any, Collate]:
-    """The LightningModule of ``selfdoubt train`` for a wrapper (``lora`` is none), and its way to batches."""
-    from selfdoubt.train.data import collate, encode
-    from selfdoubt.train.module import RiskAwareModule
+    """The LightningModule of ``selfdoubt train`` for a wrapper (``lora`` is none), and its way to batches.
 
-    from selfdoubt.train.config import TrainConfig
-
+    Every token counts, as in the other arms: by default only those of the response would.
+    """
     config = TrainConfig(
-        data="", out="", wrapper="none" if kind == "lora" else kind, batch_size=options.batch,
-        max_length=options.length, prompt="alpaca", loss_on="all",
+        data="", out="", wrapper="none" if kind == "lora" else kind,  # type: ignore[arg-type]
+        batch_size=options.batch, max_length=options.length, prompt="alpaca", loss_on="all",
     )  # fmt: skip
+    prepare_tokenizer(tokenizer, config.prompt)
+    wrapped = wrap(model, config)
+    for parameter in wrapped.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
 
-    def batch(records: Sequence[Record]) -> tuple[Any, int]:
-        made = collate([encode(tokenizer, record, config) for record in records], tokenizer)
-        return made, int(made["attention_mask"].sum())
+    def batch(records: Sequence[Record]) -> tuple[Batch, int]:
+        examples = [encode(tokenizer, chat(r), loss_on=config.loss_on, max_length=config.max_length) for r in records]
+        made = collate([[e._asdict()] for e in examples], sum(sum(e.counts) for e in examples))
+        return made, made.tokens
 
-    return RiskAwareModule(model, tokenizer, config), batch
+    return RiskAwareModule(wrapped, config), batch
+
+
+def chat(record: Record) -> list[dict[str, str]]:
+    """A record as the chat that training reads."""
+    words = [{"role": "input", "content": record["input"]}] if record["input"] else []
+    question = {"role": "user", "content": record["instruction"]}
+    return [question, *words, {"role": "assistant", "content": record["output"]}]

@@ -104,3 +104,8 @@ def read_adapter(folder: str | os.PathLike[str], wrapper: Spec | None = None) ->
             "save both with save_adapter, or remove one"
         )
     return card
+
+
+def own_tokenizer(folder: str | os.PathLike[str]) -> Path | None:
+    """The folder, if it holds a tokenizer: training may have given it another chat template than the base has."""
+    return Path(folder) if (Path(folder) / "tokenizer_config.json").is_file() else None

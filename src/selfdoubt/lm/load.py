@@ -18,6 +18,7 @@ Quantization = Literal["nf4"]
 def load_model(
     name: str | os.PathLike[str],
     *,
+    words: str | os.PathLike[str] | None = None,
     dtype: torch.dtype | str = "auto",
     device: torch.device | str | None = None,
     quantize: Quantization | None = None,
@@ -31,6 +32,7 @@ def load_model(
 
     Args:
         name: A folder, a name on the hub, or "pocket" for the small model inside this package.
+        words: A folder with another tokenizer than the model's own.
         dtype: "auto" takes the checkpoint's own, but bfloat16 for float16 on a CPU.
         device: None takes a GPU where there is one.
         quantize: "nf4" loads 4-bit weights by bitsandbytes (double quantisation, bfloat16 compute).
@@ -57,10 +59,16 @@ def load_model(
         options |= _quantized(transformers, quantize, device)
     transformers.utils.logging.disable_progress_bar()
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source, **common)
+        own = common if words is None else {"local_files_only": True}
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source if words is None else words, **own)
         model = transformers.AutoModelForCausalLM.from_pretrained(source, **options)
     except Exception as error:
         raise LoadError(_why(str(name), error)) from error
+    for module in model.modules():
+        # On some CPUs a pass without gradients repacks 4-bit weights for good: what follows differs by 1e-2 from what
+        # was before, and no gradient comes through the layer any more.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
     if quantize is None:
         model = model.to(device)
         if model.dtype == torch.float16 and device.type == "cpu":

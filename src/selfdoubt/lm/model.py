@@ -13,7 +13,7 @@ from torch import nn
 
 from selfdoubt.errors import ConfigError, PromptError
 from selfdoubt.lm import answer as answers
-from selfdoubt.lm.adapter import load_adapter, read_adapter
+from selfdoubt.lm.adapter import load_adapter, own_tokenizer, read_adapter
 from selfdoubt.lm.answer import Alternative, Answer, Token, answer_scores, pick_risk
 from selfdoubt.lm.decode import Sampling, ScoredId, decode, read
 from selfdoubt.lm.load import POCKET, Quantization, load_model
@@ -114,8 +114,8 @@ class RiskAwareLM:
         if adapter is not None:
             read_adapter(adapter, given)  # a wrong folder is said before a large model loads
         model, tokenizer = load_model(
-            name, dtype=dtype, device=device, quantize=quantize, revision=revision,
-            trust_remote_code=trust_remote_code, token=token,
+            name, words=None if adapter is None else own_tokenizer(adapter), dtype=dtype, device=device,
+            quantize=quantize, revision=revision, trust_remote_code=trust_remote_code, token=token,
         )  # fmt: skip
         if adapter is None and wrapper == "auto" and os.fspath(name) == POCKET:
             from selfdoubt import pocket

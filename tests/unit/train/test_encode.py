@@ -72,8 +72,8 @@ def test_the_alpaca_prompt_with_and_without_input():
     ]  # fmt: skip
     text = words.decode(encode(words, with_input, loss_on="response", max_length=900).ids)
     assert text == (
-        "<|bos|>Below is an instruction that describes a task, paired with an input that provides further context. Write "
-        "a response that appropriately completes the request.\n\n### Instruction:\nAdd\n\n### Input:\n1 2\n\n"
+        "<|bos|>Below is an instruction that describes a task, paired with an input that provides further context. "
+        "Write a response that appropriately completes the request.\n\n### Instruction:\nAdd\n\n### Input:\n1 2\n\n"
         "### Response:\n3<|end|>"
     )
     example = encode(words, chat("Add", "3"), loss_on="response", max_length=900)
