@@ -6,7 +6,7 @@ import json
 import math
 import tomllib
 from collections.abc import Mapping
-from dataclasses import MISSING, Field, asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from functools import cache
 from pathlib import Path
 from types import NoneType, UnionType
@@ -102,7 +102,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for setting in fields(self):
-            _check_type(setting, _types()[setting.name], getattr(self, setting.name))
+            _check_type(setting.name, getattr(self, setting.name))
         at_least = {
             "n_voters": 1, "n_samples": 1, "n_layers": 1, "draws": 1, "lora_r": 1, "epochs": 1, "batch_size": 1,
             "accumulate": 1, "nodes": 1, "max_length": 8, "checkpoint_every": 1,
@@ -164,6 +164,8 @@ def read(path: str | Path | None, flags: Mapping[str, Any]) -> TrainConfig:
     missing = [name for name, f in known.items() if f.default is MISSING and name not in values]
     if missing:
         raise ConfigError(f"training needs {' and '.join(missing)}: give --{missing[0]}, or put it into --config")
+    for name, value in values.items():
+        _check_type(name, value)
     return TrainConfig(**values)
 
 
@@ -186,8 +188,9 @@ def _types() -> dict[str, Any]:
     return get_type_hints(TrainConfig)
 
 
-def _check_type(setting: Field[Any], kind: Any, value: Any) -> None:
+def _check_type(name: str, value: Any) -> None:
     """A config file may hold anything: a wrong type or choice is said before it is used."""
+    kind = _types()[name]
     options = get_args(kind) if get_origin(kind) in (UnionType, Union) else (kind,)
     for option in options:
         if get_origin(option) is Literal and value in get_args(option):
@@ -202,4 +205,4 @@ def _check_type(setting: Field[Any], kind: Any, value: Any) -> None:
         ", ".join(map(repr, get_args(o))) if get_origin(o) is Literal else "nothing" if o is NoneType else o.__name__
         for o in options
     )
-    raise ConfigError(f"{setting.name} must be {wanted}, got {value!r}")
+    raise ConfigError(f"{name} must be {wanted}, got {value!r}")

@@ -43,6 +43,8 @@ class RiskAwareModule(lightning.LightningModule):
         self.strict_loading = False  # checkpoints hold what trains, not the frozen base
         self.val_loss, self.val_accuracy = MeanMetric(), MeanMetric()
         self.train_losses: list[float] = []  #: one a step, for the record
+        self._step_loss = 0.0
+        self._random: dict[str, Any] | None = None
 
     @property
     def members(self) -> int:
@@ -129,15 +131,15 @@ class RiskAwareModule(lightning.LightningModule):
 
     def on_train_start(self) -> None:
         """Go on with the random numbers of the checkpoint."""
-        random = self.__dict__.pop("_random", None)
-        if random is not None:
-            torch.set_rng_state(random["cpu"])
-            if random["cuda"]:
-                torch.cuda.set_rng_state_all(random["cuda"])
+        if self._random is not None:
+            torch.set_rng_state(self._random["cpu"])
+            if self._random["cuda"]:
+                torch.cuda.set_rng_state_all(self._random["cuda"])
+            self._random = None
 
     def _remember(self, loss: Tensor) -> None:
         """One loss a step: the sum over its batches, the mean over devices."""
-        self._step_loss = self.__dict__.get("_step_loss", 0.0) + float(loss) / self.config.accumulate
+        self._step_loss += float(loss) / self.config.accumulate
         if (self.trainer.fit_loop.epoch_loop.batch_idx + 1) % self.config.accumulate == 0:
             whole = torch.tensor(self._step_loss, device=self.device)
             mean = float(self.trainer.strategy.reduce(whole, reduce_op="mean"))

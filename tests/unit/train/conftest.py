@@ -1,0 +1,33 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.zoo import talker, tokenizer
+
+TEXT = "what is the capital of France which currency do they use in Japan São Paulo Zürich yen Paris"
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory) -> str:
+    """A tiny random language model with its tokenizer, in float32 on disk."""
+    path = tmp_path_factory.mktemp("model")
+    talker().float().save_pretrained(path)
+    talker().double()
+    tokenizer().save_pretrained(path)
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def data_file(tmp_path_factory) -> str:
+    """Sixty questions with answers of different lengths."""
+    path = tmp_path_factory.mktemp("data") / "data.jsonl"
+    words = TEXT.split()
+    rows = [
+        {"question": " ".join(words[i % 7 : i % 7 + 2 + i % 5]) + "?", "answer": " ".join(words[i % 11 :][: 1 + i % 4])}
+        for i in range(60)
+    ]
+    Path(path).write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
+    return str(path)
