@@ -29,6 +29,12 @@ def export(
         bool,
         typer.Option("--merge", help="The model with LoRA merged into it; OUT/adapter is the rest of the adapter."),
     ] = False,
+    checkpoint: Annotated[
+        bool,
+        typer.Option(
+            "--checkpoint", help="ADAPTER is a checkpoint of a run, sharded or not: the adapter it would leave."
+        ),
+    ] = False,
     model: Annotated[
         str | None,
         typer.Option(help="The base model. [default: the one that the adapter names]", show_default=False),
@@ -41,18 +47,27 @@ def export(
     trust_remote_code: flags.RemoteCode = False,
 ) -> int:
     """Write an adapter in the form that other tools load."""
-    if peft == merge:
-        raise ConfigError("give --peft (adapters for PEFT and vLLM) or --merge (a whole model), one of them")
+    if peft + merge + checkpoint != 1:
+        raise ConfigError(
+            "give --peft (adapters for PEFT and vLLM), --merge (a whole model) or --checkpoint (from a run), one of them"
+        )
     flags.quiet()
     from selfdoubt.lm import export as exports
-    from selfdoubt.lm.folder import check_upload, upload
+    from selfdoubt.lm.folder import check_upload, new_folder, upload
 
     if push is not None:
         check_upload(push)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("ignore")
         warnings.filterwarnings("always", message="full deviations become LoRA")
-        if peft:
+        if checkpoint:
+            require("lightning", "train")
+            from selfdoubt.train.checkpoint import export_checkpoint
+
+            with new_folder(out, {"kind": "checkpoint"}, (adapter,)) as new:
+                export_checkpoint(adapter, new)
+            written = [out]
+        elif peft:
             written = exports.export_peft(adapter, out, base=model, trust_remote_code=trust_remote_code)
         else:
             written = [

@@ -38,7 +38,9 @@ def model_of(config: TrainConfig) -> tuple[nn.Module, Any]:
     settings = cast(Any, base).config.get_text_config()
     context = getattr(settings, "max_position_embeddings", None)
     if isinstance(context, int) and config.max_length > context:
-        raise ConfigError(f"max_length={config.max_length}, and {config.model} reads at most {context} tokens")
+        raise ConfigError(
+            f"max_length={config.max_length}, and {config.model} reads at most {context} tokens; use max_length={context}"
+        )
     window = getattr(settings, "sliding_window", None)
     if config.pack and isinstance(window, int) and config.max_length > window:
         raise ConfigError(

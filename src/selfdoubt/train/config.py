@@ -83,8 +83,10 @@ class TrainConfig:
     dtype: str = _setting("auto", "Type of the base's weights; auto takes the checkpoint's own.")
     quantize: Literal["nf4"] | None = _setting(None, "nf4 keeps the frozen base in 4 bits.")
     checkpointing: bool = _setting(False, "Compute activations again in the backward pass: slower and smaller.")
-    strategy: str = _setting("auto", "auto, ddp, ddp_notebook, fsdp, deepspeed_stage_2 or deepspeed_stage_3.")
-    accelerator: str = _setting("auto", "auto, cpu or gpu.")
+    strategy: Literal["auto", "ddp", "ddp_notebook", "fsdp", "deepspeed_stage_2", "deepspeed_stage_3"] = _setting(
+        "auto", "How several devices share the work; auto takes ddp."
+    )
+    accelerator: Literal["auto", "cpu", "gpu"] = _setting("auto", "What to train on.")
     devices: int = _setting(1, "Devices, or processes on a CPU; 0 takes all.")
     nodes: int = _setting(1, "Machines.")
 
@@ -135,6 +137,8 @@ class TrainConfig:
             raise ConfigError(
                 "LoRA cannot be merged into 4-bit weights; train without quantize, or merge later: selfdoubt export"
             )
+        if self.quantize and self.strategy in ("fsdp", "deepspeed_stage_3"):
+            raise ConfigError(f"4-bit weights cannot be sharded by {self.strategy}; use strategy='ddp'")
         unknown = set(self.logger_names()) - {"csv", "tensorboard", "wandb"}
         if unknown:
             raise ConfigError(f"loggers must be csv, tensorboard, wandb or none, got {', '.join(sorted(unknown))}")

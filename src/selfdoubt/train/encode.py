@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from selfdoubt.errors import ConfigError, DataError, require
+from selfdoubt.errors import ConfigError, DataError, LoadError, require
 from selfdoubt.lm.prompt import encode_turns
 from selfdoubt.train import records
 from selfdoubt.train.config import TrainConfig
@@ -30,6 +30,9 @@ ALPACA = (
     "{%- endfor -%}"
     "{%- if add_generation_prompt %}{{ '\\n\\n### Response:\\n' }}{% endif -%}"
 )
+
+
+EXAMPLES, LEFT_OUT = "examples.arrow", "left_out.json"
 
 
 class Example(NamedTuple):
@@ -126,20 +129,32 @@ def splits(config: TrainConfig, tokenizer: Any, folder: Path) -> Splits:
         "length": datasets.Value("int32"), "counted": datasets.Value("int32"), "chat": datasets.Value("string"),
     })  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "examples.arrow"
-    with datasets.arrow_writer.ArrowWriter(features=features, path=str(path)) as writer:
+    (folder / LEFT_OUT).unlink(missing_ok=True)
+    with datasets.arrow_writer.ArrowWriter(features=features, path=str(folder / EXAMPLES)) as writer:
         for row in rows():
             writer.write(row)
         writer.finalize()
-    everything = datasets.Dataset.from_file(str(path))
-    wanted = round(len(everything) * config.val_share)
+    (folder / LEFT_OUT).write_text(json.dumps(left_out))  # last: it says that the file beside it is whole
+    return stored(config, folder)
+
+
+def stored(config: TrainConfig, folder: Path) -> Splits:
+    """The encoded data that ``splits`` wrote into a folder.
+
+    Raises:
+        LoadError: If they are not there, or not whole.
+        DataError: If there are too few examples.
+    """
+    datasets = require("datasets", "train")
+    if not (folder / LEFT_OUT).is_file():
+        raise LoadError(f"{folder} holds no encoded data of a run; train again")
+    everything = datasets.Dataset.from_file(str(folder / EXAMPLES))
     if len(everything) < 2:
         raise DataError(f"{config.data} has {len(everything)} examples with a response; give at least two")
-    if config.val_share and not wanted:
-        wanted = 1
+    wanted = max(round(len(everything) * config.val_share), 1 if config.val_share else 0)
     order = _shuffled(len(everything), config.seed)
     val, train = everything.select(sorted(order[:wanted])), everything.select(sorted(order[wanted:]))
-    return Splits(train, val, left_out["empty"], left_out["cut"])
+    return Splits(train, val, **json.loads((folder / LEFT_OUT).read_text()))
 
 
 def _shuffled(n: int, seed: int) -> list[int]:

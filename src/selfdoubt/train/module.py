@@ -8,11 +8,12 @@ from typing import Any, cast
 import lightning
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 from torchmetrics import MeanMetric
 
 from selfdoubt import sculpt, vote
 from selfdoubt.errors import ConfigError, NonFiniteError, require
-from selfdoubt.members import Wrapped
+from selfdoubt.members import Wrapped, innermost
 from selfdoubt.rows import expand
 from selfdoubt.train.batches import Batch
 from selfdoubt.train.config import TrainConfig
@@ -50,6 +51,16 @@ class RiskAwareModule(lightning.LightningModule):
     def members(self) -> int:
         """Members at evaluation."""
         return self.model.spec.members(training=False) if isinstance(self.model, Wrapped) else 1
+
+    def configure_model(self) -> None:
+        """Under FSDP2, shard the decoder blocks and then the rest; the strategy brings the mesh of devices."""
+        mesh = getattr(self, "device_mesh", None)
+        if mesh is None:
+            return
+        base = innermost(self.model)
+        blocks = max((m for m in base.modules() if isinstance(m, nn.ModuleList)), key=len, default=nn.ModuleList())
+        for module in (*blocks, base):
+            fully_shard(module, mesh=mesh["data_parallel"])
 
     def loss(self, batch: Batch) -> Tensor:
         """Sum of the surprisals of the tokens that count, nats."""

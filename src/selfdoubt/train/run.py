@@ -9,13 +9,16 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import cast
 
 import lightning
-import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import nn
+from torch.distributed.tensor import DTensor
 
 from selfdoubt.errors import ConfigError
 from selfdoubt.train.build import model_of, trainer_of
+from selfdoubt.train.checkpoint import SETTINGS, put
 from selfdoubt.train.config import TrainConfig, to_toml
 from selfdoubt.train.datamodule import InstructionData
 from selfdoubt.train.encode import splits
@@ -61,17 +64,18 @@ def fit(config: TrainConfig, trainer: lightning.Trainer | None = None) -> Path:
         driver = trainer or trainer_of(config, run, batches, has_validation=bool(len(found.val)))
         if driver.is_global_zero:
             run.mkdir(parents=True, exist_ok=True)
-            (run / "config.toml").write_text(to_toml(config), encoding="utf-8")
+            (run / SETTINGS).write_text(to_toml(config), encoding="utf-8")
             _say(_summary(config, module, found.train, found.val, found.empty, found.cut))
         module.train()
         driver.fit(module, data, ckpt_path=str(last) if config.resume else None, weights_only=False)
         best = _best_weights(driver, module, data) if len(found.val) else {}
+        model = _whole(config, module)
     if driver.is_global_zero:
         history = {
             "losses": module.train_losses, "val_loss": best.get("val/loss"), "val_accuracy": best.get("val/accuracy"),
             "train": len(found.train), "val": len(found.val), "empty": found.empty, "cut": found.cut,
         }  # fmt: skip
-        publish(config, module.model, tokenizer, out, history=history, val=found.val)
+        publish(config, model, tokenizer, out, history=history, val=found.val)
         _say(f'wrote {out}; try: selfdoubt ask --model {config.model} --adapter {out} "..."')
     driver.strategy.barrier()
     return out
@@ -80,7 +84,7 @@ def fit(config: TrainConfig, trainer: lightning.Trainer | None = None) -> Path:
 def _check_folder(config: TrainConfig, out: Path, last: Path) -> None:
     if out.exists() and not out.is_dir():
         raise ConfigError(f"out={config.out!r} is a file; give a folder")
-    if config.resume and not last.is_file():
+    if config.resume and not last.exists():
         raise ConfigError(f"resume goes on from {last}, which is not there; train without --resume first")
     if not config.resume and out.is_dir():
         # What an earlier run left would be mixed with this one's.
@@ -99,9 +103,18 @@ def _best_weights(driver: lightning.Trainer, module: RiskAwareModule, data: Inst
     saved = next((c for c in driver.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c.monitor), None)
     if saved is None or saved.best_model_score is None or not float(saved.best_model_score) < found["val/loss"]:
         return found
-    state = torch.load(saved.best_model_path, map_location="cpu", weights_only=False)["state_dict"]
-    module.load_state_dict(state, strict=False)
-    return driver.validate(module, data, verbose=False, weights_only=False)[0]
+    return driver.validate(module, data, ckpt_path=saved.best_model_path, verbose=False, weights_only=False)[0]
+
+
+def _whole(config: TrainConfig, module: RiskAwareModule) -> nn.Module:
+    """The trained model on this device alone: where it was sharded, a fresh one with what was learnt."""
+    trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    if not any(isinstance(p, DTensor) for p in trained.values()):
+        return module.model
+    state = {name: cast(DTensor, p).full_tensor().detach().cpu() for name, p in trained.items()}
+    model, _ = model_of(config)
+    put(model, state, Path(config.out))
+    return model
 
 
 def _summary(config: TrainConfig, module: RiskAwareModule, train: object, val: object, empty: int, cut: int) -> str:
