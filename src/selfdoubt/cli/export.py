@@ -49,7 +49,7 @@ def export(
     """Write an adapter in the form that other tools load."""
     if peft + merge + checkpoint != 1:
         raise ConfigError(
-            "give --peft (adapters for PEFT and vLLM), --merge (a whole model) or --checkpoint (from a run), one of them"
+            "give --peft (adapters for PEFT and vLLM), --merge (a whole model) or --checkpoint (of a run), one of them"
         )
     flags.quiet()
     from selfdoubt.lm import export as exports

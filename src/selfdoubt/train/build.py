@@ -39,7 +39,7 @@ def model_of(config: TrainConfig) -> tuple[nn.Module, Any]:
     context = getattr(settings, "max_position_embeddings", None)
     if isinstance(context, int) and config.max_length > context:
         raise ConfigError(
-            f"max_length={config.max_length}, and {config.model} reads at most {context} tokens; use max_length={context}"
+            f"max_length={config.max_length}, and {config.model} reads at most {context} tokens; use {context}"
         )
     window = getattr(settings, "sliding_window", None)
     if config.pack and isinstance(window, int) and config.max_length > window:

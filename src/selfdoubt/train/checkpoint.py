@@ -22,7 +22,8 @@ def export_checkpoint(checkpoint: Path, out: Path) -> Path:
     """Write the adapter that a run would have left, had it ended at a checkpoint.
 
     Args:
-        checkpoint: ``run/last.ckpt`` or ``run/best.ckpt`` of an adapter folder: a file, or a folder of FSDP2 or DeepSpeed.
+        checkpoint: ``run/last.ckpt`` or ``run/best.ckpt`` of an adapter folder: a file, or a folder of FSDP2 or
+            DeepSpeed.
         out: The adapter folder to write.
 
     Raises:
@@ -32,9 +33,9 @@ def export_checkpoint(checkpoint: Path, out: Path) -> Path:
     settings = checkpoint.parent / SETTINGS
     if not checkpoint.exists() or not settings.is_file():
         raise LoadError(
-            f"{checkpoint} is no checkpoint of a run with its {SETTINGS} beside it; give run/last.ckpt of an adapter folder"
+            f"{checkpoint} is no checkpoint of a run with its {SETTINGS} beside it; give run/last.ckpt of an adapter"
         )
-    config = read(settings, {"out": str(out)})
+    config = read(settings, {})
     content = load(checkpoint)
     model, tokenizer = model_of(config)
     put(model, content["state_dict"], checkpoint)
