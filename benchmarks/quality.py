@@ -1,9 +1,9 @@
 """What a risk is worth: how well each score finds wrong answers, unseen facts and ambiguous names.
 
-The pocket base is fine-tuned four ways on the same rows in the same order (plain LoRA, vote, sample, sculpt), then
-asked the committed evaluation questions, all in held-out phrasings. Every score should be higher where the answer is
-wrong. AUROC with a 95 % bootstrap interval; PRR is the prediction-rejection ratio: 1 for a perfect ranking, 0 for a
-random one.
+The pocket base is fine-tuned on the same rows in the same order (plain LoRA, vote, sample, sculpt by its closed
+likelihood and by draws), then asked the committed evaluation questions, all in held-out phrasings. Every score should
+be higher where the answer is wrong. AUROC with a 95 % bootstrap interval; PRR is the prediction-rejection ratio: 1 for
+a perfect ranking, 0 for a random one.
 
     python -m benchmarks.quality --atlas FOLDER [--steps 300] [--seeds 0]
 """
@@ -11,24 +11,34 @@ random one.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 
 from benchmarks import results
-from selfdoubt import pocket, sample, sculpt
+from selfdoubt import pocket, sample, sculpt, targets
 from selfdoubt.lm.answer import ANSWER_SCORES, Answer
+from selfdoubt.lm.lora import add_lora
 from selfdoubt.lm.model import RiskAwareLM
 from selfdoubt.pocket import evaluation, voters
 from selfdoubt.pocket.encode import Rows
+from selfdoubt.train.head import head_of, run_trunk, sculpted_loss
 
-ARMS = ("plain", "vote", "sample", "sculpt")
-LORA = {"r": 16, "lora_alpha": 16, "lora_dropout": 0.0, "target_modules": ["q_proj", "v_proj"]}
+ARMS = {
+    "plain": "LoRA alone",
+    "vote": "three voters",
+    "sample": "LoRA, five samples",
+    "sculpt": "LoRA and a scale branch, closed likelihood",
+    "sculpt-draw": "the same, one draw a token",
+    "sculpt-draws": "the same, four draws a token",
+}
 TASKS = {
     "wrong": "the answer is wrong (all questions)",
     "unseen": "the fact was never seen (unseen and invented, against known and rare)",
@@ -38,30 +48,33 @@ TASKS = {
 
 def tuned(arm: str, atlas: Path, steps: int, seed: int) -> RiskAwareLM:
     """The pocket base after equal training."""
-    from peft import LoraConfig, get_peft_model
-
     torch.manual_seed(seed)
     lm = RiskAwareLM.load("pocket", wrapper=None, dtype="float32", device="cpu")
     stream = voters.rows_of(atlas, lm.tokenizer, seed)
     if arm == "vote":
         model: nn.Module = voters.VOTERS(lm.model)
     else:
-        adapted = get_peft_model(lm.model, LoraConfig(**LORA)).base_model.model  # type: ignore[arg-type]
-        wrappers = {"sample": sample.Wrapper(n_samples=5), "sculpt": sculpt.Wrapper()}
-        model = wrappers[arm](adapted) if arm in wrappers else adapted
-    logits = _sampled_logits if arm == "sculpt" else voters.logits_of
-    voters.fine_tune(model, stream, steps=steps, logits=logits)
+        add_lora(lm.model, r=16, alpha=16, targets=targets.DECODER_FILTER)
+        wrappers = {"plain": None, "sample": sample.Wrapper(n_samples=5)}
+        wrapper: Any = wrappers.get(arm, sculpt.Wrapper())
+        model = lm.model if wrapper is None else wrapper(lm.model)
+    draws = {"sculpt": None, "sculpt-draw": 1, "sculpt-draws": 4}
+    loss = sculpted(draws[arm]) if arm in draws else voters.loss_of
+    voters.fine_tune(model, stream, steps=steps, loss=loss)
     return RiskAwareLM(model.eval(), lm.tokenizer)
 
 
-def _sampled_logits(model: nn.Module, rows: Rows) -> Tensor:
-    """Logits drawn from the predicted distribution: the task loss teaches the scale."""
-    y, risk = model(
-        input_ids=rows.ids, position_ids=rows.positions, attention_mask=rows.mask(), use_cache=False,
-        return_risk=True, training=True,
-    )  # fmt: skip
-    drawn: Tensor = sculpt.Normal.sample((y, risk)).logits
-    return drawn
+def sculpted(draws: int | None) -> Callable[[nn.Module, Rows], Tensor]:
+    """The loss of random logits: their closed likelihood, or that of so many draws."""
+
+    def loss(model: nn.Module, rows: Rows) -> Tensor:
+        labels = F.pad(rows.targets(), (0, 1), value=-100)
+        keep = labels >= 0
+        seen = run_trunk(model, voters.inputs_of(rows), keep, training=True)
+        total = sculpted_loss(seen, head_of(model), labels[keep], distribution=sculpt.Normal, draws=draws)
+        return total / keep.sum()
+
+    return loss
 
 
 def prr(score: NDArray[Any], wrong: NDArray[Any]) -> float:

@@ -39,16 +39,20 @@ def rows_of(atlas_folder: Path, tokenizer: Any, seed: int) -> Iterator[Rows]:
     return packed(tokenizer.backend_tokenizer, pair_stream(facts, random.Random(f"{seed}:voters")), ROWS, LENGTH)
 
 
-def logits_of(model: nn.Module, rows: Rows) -> Tensor:
-    """One training pass: each voter reads its own rows."""
-    inputs = {
+def inputs_of(rows: Rows) -> dict[str, Any]:
+    """What a model is called with to read packed rows."""
+    return {
         "input_ids": rows.ids,
         "position_ids": rows.positions,
         "attention_mask": rows.mask(),
         "use_cache": False,
     }
-    logits: Tensor = model(**inputs).logits
-    return logits
+
+
+def loss_of(model: nn.Module, rows: Rows) -> Tensor:
+    """Mean surprisal of one training pass, questions and answers alike: each voter reads its own rows."""
+    logits: Tensor = model(**inputs_of(rows)).logits
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), rows.targets().flatten())
 
 
 def fine_tune(
@@ -57,7 +61,7 @@ def fine_tune(
     *,
     steps: int = STEPS,
     rate: float = RATE,
-    logits: Callable[[nn.Module, Rows], Tensor] = logits_of,
+    loss: Callable[[nn.Module, Rows], Tensor] = loss_of,
 ) -> float:
     """Train what trains of a model, in place; returns the mean loss of the last tenth of the steps."""
     model.train()
@@ -68,15 +72,13 @@ def fine_tune(
     )
     losses = []
     for _ in track(range(steps), description="fine-tuning"):
-        rows = next(stream)
-        targets = rows.targets()
-        loss = F.cross_entropy(logits(model, rows)[:, :-1].flatten(0, 1).float(), targets.flatten())
+        found = loss(model, next(stream))
         learner.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        found.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         learner.step()
         schedule.step()
-        losses.append(loss.item())
+        losses.append(found.item())
     model.eval()
     last = losses[-max(1, steps // 10) :]
     return sum(last) / len(last)
