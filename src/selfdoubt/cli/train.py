@@ -7,6 +7,7 @@ from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
+from selfdoubt.cli import flags
 from selfdoubt.errors import require
 from selfdoubt.train.config import TrainConfig, read
 
@@ -16,11 +17,11 @@ else:
     typer = require("typer", "lm")
 
 
-def train(config: Path | None = None, **flags: Any) -> int:
+def train(config: Path | None = None, **settings: Any) -> int:
     """Fine-tune a language model that knows its risk, and write its adapter folder."""
-    chosen = read(config, {name: value for name, value in flags.items() if value is not None})
+    chosen = read(config, {name: value for name, value in settings.items() if value is not None})
     require("lightning", "train")
-    require("transformers", "lm").utils.logging.set_verbosity_error()
+    flags.quiet()
     from selfdoubt.train import fit
 
     fit(chosen)

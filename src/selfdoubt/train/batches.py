@@ -101,6 +101,7 @@ class Steps(Sampler[Rows]):
     def __iter__(self) -> Iterator[Rows]:
         micro = self.config.batch_size // self.members
         width = self.config.max_length if self.config.pack else None
+        start, self.start = self.start, 0
         number = 0
         for step in self._steps(self.epoch)[: self.batches // self.config.accumulate]:
             total = int(sum(self.counted[row].sum() for row in step))
@@ -109,11 +110,10 @@ class Steps(Sampler[Rows]):
                 step[m * len(step) // self.members : (m + 1) * len(step) // self.members] for m in range(self.members)
             ]
             for k in range(self.config.accumulate):
-                if number >= self.start:
+                if number >= start:
                     first = (k * self.world + self.rank) * micro
                     yield Rows([row for group in groups for row in group[first : first + micro]], total, width)
                 number += 1
-        self.start = 0
 
     def _steps(self, epoch: int) -> list[list[list[int]]]:
         """Rows of each whole step; what does not fill a step is left to another epoch's order."""

@@ -53,7 +53,9 @@ def model_of(config: TrainConfig) -> tuple[nn.Module, Any]:
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
     if config.checkpointing:
-        cast(Any, innermost(wrapped)).gradient_checkpointing_enable({"use_reentrant": False})
+        inner: Any = innermost(wrapped)
+        enable = getattr(inner, "activation_checkpointing_enable", None) or inner.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
     return wrapped, tokenizer
 
 

@@ -28,6 +28,7 @@ from selfdoubt.train.publish import publish
 _ADVICE = (
     ".*does not have many workers.*", ".*Checkpoint directory .* exists.*", ".*is deprecated, use .*TreeSpec.*",
     ".*smaller than the logging interval.*",
+    ".*your dataloader is not resumable.*",  # the data module is
 )  # fmt: skip
 RUN = "run"  #: checkpoints, logs and encoded data, in a folder of the adapter's
 
@@ -68,11 +69,12 @@ def fit(config: TrainConfig, trainer: lightning.Trainer | None = None) -> Path:
             _say(_summary(config, module, found.train, found.val, found.empty, found.cut))
         module.train()
         driver.fit(module, data, ckpt_path=str(last) if config.resume else None, weights_only=False)
+        losses = list(module.train_losses)  # a checkpoint brings those up to it
         best = _best_weights(driver, module, data) if len(found.val) else {}
         model = _whole(config, module)
     if driver.is_global_zero:
         history = {
-            "losses": module.train_losses, "val_loss": best.get("val/loss"), "val_accuracy": best.get("val/accuracy"),
+            "losses": losses, "val_loss": best.get("val/loss"), "val_accuracy": best.get("val/accuracy"),
             "train": len(found.train), "val": len(found.val), "empty": found.empty, "cut": found.cut,
         }  # fmt: skip
         publish(config, model, tokenizer, out, history=history, val=found.val)
