@@ -90,7 +90,8 @@ def test_a_process_killed_in_the_middle_goes_on_as_if_nothing_had_happened(geogr
     ("wrapper", "strategy"), [("vote", "ddp"), ("sculpt", "ddp"), ("vote", "fsdp"), ("none", "fsdp")]
 )
 def test_two_processes_give_the_losses_of_one(geography, tmp_path, wrapper, strategy):
-    settings = ("--wrapper", wrapper, "--max-steps", "5", "--lr", "1e-3", "--val-share", "0.1")
+    # Less than an epoch: the last weights are the ones that are kept.
+    settings = ("--wrapper", wrapper, "--max-steps", "5", "--lr", "1e-3", "--val-share", "0.1", "--val-every", "1")
     alone = train(geography, tmp_path / "one", *settings, "--batch-size", "12")
     together = train(
         geography, tmp_path / "two", *settings, "--batch-size", "6", "--devices", "2", "--strategy", strategy,

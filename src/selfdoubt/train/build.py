@@ -138,7 +138,8 @@ def _strategy(config: TrainConfig) -> Any:
         # Frozen buffers are alike everywhere: they need not be sent.
         return strategies.DDPStrategy(broadcast_buffers=False, gradient_as_bucket_view=True)
     if config.strategy == "fsdp":
-        return strategies.ModelParallelStrategy(data_parallel_size="auto", tensor_parallel_size=1)
+        world = (config.devices or max(1, torch.cuda.device_count())) * config.nodes
+        return strategies.ModelParallelStrategy(data_parallel_size=world, tensor_parallel_size=1)
     if config.strategy.startswith("deepspeed"):
         require("deepspeed", "deepspeed")
     return config.strategy

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,9 +32,6 @@ ALPACA = (
     "{%- endfor -%}"
     "{%- if add_generation_prompt %}{{ '\\n\\n### Response:\\n' }}{% endif -%}"
 )
-
-
-EXAMPLES, LEFT_OUT = "examples.arrow", "left_out.json"
 
 
 class Example(NamedTuple):
@@ -102,13 +101,19 @@ class Splits(NamedTuple):
 
 
 def splits(config: TrainConfig, tokenizer: Any, folder: Path) -> Splits:
-    """Encode all data into Arrow files under ``folder``, and split off the validation share.
+    """Encode all data into an Arrow file in ``folder``, and split off the validation share.
+
+    The file's name says what is in it, and it appears as a whole: processes that train together may all call this, and
+    a run that is resumed finds its data done.
 
     Raises:
         DataError: If the data cannot be read, or too few examples are left.
     """
     datasets = require("datasets", "train")
     datasets.disable_progress_bars()
+    key = _key(config, tokenizer)
+    if (folder / f"{key}.json").is_file():
+        return stored(config, folder, key)
     left_out = {"empty": 0, "cut": 0}
 
     def rows() -> Iterator[dict[str, Any]]:
@@ -129,32 +134,50 @@ def splits(config: TrainConfig, tokenizer: Any, folder: Path) -> Splits:
         "length": datasets.Value("int32"), "counted": datasets.Value("int32"), "chat": datasets.Value("string"),
     })  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / LEFT_OUT).unlink(missing_ok=True)
-    with datasets.arrow_writer.ArrowWriter(features=features, path=str(folder / EXAMPLES)) as writer:
-        for row in rows():
-            writer.write(row)
-        writer.finalize()
-    (folder / LEFT_OUT).write_text(json.dumps(left_out))  # last: it says that the file beside it is whole
-    return stored(config, folder)
+    with tempfile.TemporaryDirectory(dir=folder) as work:
+        part = Path(work) / "part.arrow"
+        with datasets.arrow_writer.ArrowWriter(features=features, path=str(part)) as writer:
+            for row in rows():
+                writer.write(row)
+            writer.finalize()
+        part.replace(folder / f"{key}.arrow")
+        (Path(work) / "part.json").write_text(json.dumps(left_out))
+        (Path(work) / "part.json").replace(folder / f"{key}.json")
+    for old in folder.glob("*.*"):
+        if old.stem != key:
+            old.unlink(missing_ok=True)
+    return stored(config, folder, key)
 
 
-def stored(config: TrainConfig, folder: Path) -> Splits:
-    """The encoded data that ``splits`` wrote into a folder.
+def stored(config: TrainConfig, folder: Path, key: str | None = None) -> Splits:
+    """The encoded data that ``splits`` wrote into a folder, whatever its key if None.
 
     Raises:
-        LoadError: If they are not there, or not whole.
+        LoadError: If they are not there.
         DataError: If there are too few examples.
     """
     datasets = require("datasets", "train")
-    if not (folder / LEFT_OUT).is_file():
+    key = key or next((file.stem for file in folder.glob("*.json")), "")
+    if not (folder / f"{key}.arrow").is_file():
         raise LoadError(f"{folder} holds no encoded data of a run; train again")
-    everything = datasets.Dataset.from_file(str(folder / EXAMPLES))
+    everything = datasets.Dataset.from_file(str(folder / f"{key}.arrow"))
     if len(everything) < 2:
         raise DataError(f"{config.data} has {len(everything)} examples with a response; give at least two")
     wanted = max(round(len(everything) * config.val_share), 1 if config.val_share else 0)
     order = _shuffled(len(everything), config.seed)
     val, train = everything.select(sorted(order[:wanted])), everything.select(sorted(order[wanted:]))
-    return Splits(train, val, **json.loads((folder / LEFT_OUT).read_text()))
+    return Splits(train, val, **json.loads((folder / f"{key}.json").read_text()))
+
+
+def _key(config: TrainConfig, tokenizer: Any) -> str:
+    """Names what decides the encoded data: the source as it is now, the tokenizer, and how it is used."""
+    file = Path(config.data).expanduser()
+    state = (file.stat().st_size, file.stat().st_mtime_ns) if file.is_file() else None
+    parts = (
+        config.data, state, config.limit, config.loss_on, config.max_length, config.model, config.revision,
+        tokenizer.chat_template, len(tokenizer),
+    )  # fmt: skip
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
 def _shuffled(n: int, seed: int) -> list[int]:

@@ -8,7 +8,8 @@ from typing import Any, cast
 import lightning
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
 from torchmetrics import MeanMetric
 
 from selfdoubt import sculpt, vote
@@ -55,9 +56,9 @@ class RiskAwareModule(lightning.LightningModule):
     def configure_model(self) -> None:
         """Under FSDP2, shard the decoder blocks and then the rest; the strategy brings the mesh of devices."""
         mesh = getattr(self, "device_mesh", None)
-        if mesh is None:
-            return
         base = innermost(self.model)
+        if mesh is None or isinstance(base, FSDPModule):  # one device, or sharded before
+            return
         blocks = max((m for m in base.modules() if isinstance(m, nn.ModuleList)), key=len, default=nn.ModuleList())
         for module in (*blocks, base):
             fully_shard(module, mesh=mesh["data_parallel"])
@@ -129,8 +130,10 @@ class RiskAwareModule(lightning.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what trains, and the state of the random numbers: noise goes on where it was."""
-        trained = {name for name, p in self.named_parameters() if p.requires_grad}
-        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
+        state = checkpoint["state_dict"]
+        if not any(isinstance(value, DTensor) for value in state.values()):  # of shards, all must be there to load
+            trained = {name for name, p in self.named_parameters() if p.requires_grad}
+            checkpoint["state_dict"] = {name: value for name, value in state.items() if name in trained}
         cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
         checkpoint["random"] = {"cpu": torch.get_rng_state(), "cuda": cuda}
         checkpoint["train_losses"] = list(self.train_losses)

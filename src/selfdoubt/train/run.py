@@ -13,6 +13,7 @@ from typing import cast
 
 import lightning
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import nn
 from torch.distributed.tensor import DTensor
 
@@ -29,8 +30,11 @@ _ADVICE = (
     ".*does not have many workers.*", ".*Checkpoint directory .* exists.*", ".*is deprecated, use .*TreeSpec.*",
     ".*smaller than the logging interval.*",
     ".*your dataloader is not resumable.*",  # the data module is
+    ".*FSDP2-wrapped module .* returned a view tensor.*",  # nothing changes it in place
+    ".*Detected an existing checkpoint.*", ".*Please use DTensor instead.*",
 )  # fmt: skip
 RUN = "run"  #: checkpoints, logs and encoded data, in a folder of the adapter's
+DATA = "data"
 
 
 def fit(config: TrainConfig, trainer: lightning.Trainer | None = None) -> Path:
@@ -56,7 +60,7 @@ def fit(config: TrainConfig, trainer: lightning.Trainer | None = None) -> Path:
     _check_folder(config, out, last)
     lightning.seed_everything(config.seed, verbose=False)
     model, tokenizer = model_of(config)
-    found = splits(config, tokenizer, run / "data")
+    found = splits(config, tokenizer, run / DATA)
     members = config.n_voters if config.wrapper == "vote" and config.voters_see == "own" else 1
     data = InstructionData(found, config, members)
     with _quietly():
@@ -88,9 +92,13 @@ def _check_folder(config: TrainConfig, out: Path, last: Path) -> None:
         raise ConfigError(f"out={config.out!r} is a file; give a folder")
     if config.resume and not last.exists():
         raise ConfigError(f"resume goes on from {last}, which is not there; train without --resume first")
-    if not config.resume and out.is_dir():
-        # What an earlier run left would be mixed with this one's.
-        shutil.rmtree(out / RUN, ignore_errors=True)
+    if not config.resume and rank_zero_only.rank == 0:
+        # What an earlier run left would be mixed with this one's; encoded data are named by what they are.
+        for old in (out / RUN).glob("*"):
+            if old.is_dir() and old.name != DATA:
+                shutil.rmtree(old)
+            elif old.is_file():
+                old.unlink()
 
 
 def _batches(data: InstructionData, config: TrainConfig) -> int:

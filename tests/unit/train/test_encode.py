@@ -129,7 +129,7 @@ def test_a_validation_share_is_split_off_the_same_way_each_time(tmp_path):
 def test_texts_lie_in_a_mapped_file(tmp_path):
     found = splits(TrainConfig(data=records(tmp_path, 9), out=""), tokenizer(), tmp_path / "data")
     assert found.train.cache_files
-    assert found.train.cache_files[0]["filename"].endswith("examples.arrow")
+    assert found.train.cache_files[0]["filename"].endswith(".arrow")
 
 
 def test_what_is_left_out_or_cut_is_counted(tmp_path):
@@ -144,3 +144,16 @@ def test_what_is_left_out_or_cut_is_counted(tmp_path):
 def test_too_few_examples_are_an_error(tmp_path):
     with pytest.raises(DataError, match="has 1 examples with a response"):
         splits(TrainConfig(data=records(tmp_path, 1), out=""), tokenizer(), tmp_path / "data")
+
+
+def test_encoded_data_are_found_again_unless_something_changed(tmp_path):
+    config = TrainConfig(data=records(tmp_path, 9), out="")
+    splits(config, tokenizer(), tmp_path / "data")
+    (file,) = (tmp_path / "data").glob("*.arrow")
+    written = file.stat().st_mtime_ns
+    splits(config, tokenizer(), tmp_path / "data")
+    assert file.stat().st_mtime_ns == written
+    records(tmp_path, 10)
+    assert len(splits(config, tokenizer(), tmp_path / "data").train) == 9
+    assert [f.suffix for f in sorted((tmp_path / "data").iterdir())] == [".arrow", ".json"]
+    assert not file.exists()
