@@ -71,13 +71,54 @@ def test_a_model_of_135_million_parameters_learns_from_alpaca(tmp_path, wrapper)
     )  # fmt: skip
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path / "model")
     words.save_pretrained(tmp_path / "model")
-    done = run(
-        "train", "--model", str(tmp_path / "model"), "--data", str(data), "--out", str(tmp_path / "adapter"), "--wrapper",
-        wrapper, "--limit", "400", "--max-steps", "20", "--batch-size", "6", "--max-length", "128", "--accelerator",
-        "cpu", "--lr", "2e-3", "--loggers", "none", "--no-progress", "--reference", "2", "--reference-tokens", "4",
-        "--loss-on", "all",
-    )  # fmt: skip
+    settings = {
+        "model": tmp_path / "model", "data": data, "out": tmp_path / "adapter", "wrapper": wrapper, "limit": 400,
+        "max-steps": 20, "batch-size": 6, "max-length": 128, "accelerator": "cpu", "lr": 2e-3, "loggers": "none",
+        "reference": 2, "reference-tokens": 4, "loss-on": "all",
+    }  # fmt: skip
+    done = run("train", "--no-progress", *(text for k, v in settings.items() for text in (f"--{k}", str(v))))
     assert done.returncode == 0, done.stderr
     losses = json.loads((tmp_path / "adapter" / "selfdoubt.json").read_text())["training"]["losses"]
     print(f"{wrapper}: loss {losses[0]:.3f} -> {losses[-1]:.3f}")
     assert sum(losses[-5:]) / 5 < losses[0] - 0.3
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_memory_does_not_grow_with_workers_over_an_epoch_of_alpaca(tmp_path, workers):
+    """Each worker's own memory (USS) after the first batches and after all 52,002 examples: texts stay in mapped files.
+
+    A Python list of the same texts would be copied page by page as its reference counts change: tens of MB a worker.
+    """
+    import copy
+    import os
+
+    from selfdoubt.lm.load import load_model
+    from selfdoubt.train import InstructionData, TrainConfig
+    from selfdoubt.train.encode import splits
+
+    data = need(SHARED / "alpaca" / "alpaca_data.json")
+    _, words = load_model("pocket")
+    config = TrainConfig(data=str(data), out="", batch_size=12, workers=workers, val_share=0)
+    found = splits(config, copy.deepcopy(words), tmp_path)
+    assert len(found.train) + found.empty == 52_002
+    assert 28 <= found.empty < 60  # 28 without a response, and some whose question fills the length
+
+    def own_memory() -> int:
+        pids = [w.pid for w in iterator._workers]
+        return max(
+            sum(int(line.split()[1]) for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+                if line.startswith(("Private_Clean", "Private_Dirty")))
+            for pid in pids if os.path.exists(f"/proc/{pid}")
+        )  # fmt: skip
+
+    iterator = iter(InstructionData(found, config).train_dataloader())
+    seen, early = 0, 0
+    for number, batch in enumerate(iterator):
+        seen += len(batch.ids)
+        if number == 300:
+            early = own_memory()
+        if number == 4200:
+            late = own_memory()
+    print(f"{workers} workers: {early / 1024:.1f} MB each after 300 batches, {late / 1024:.1f} MB after 4,200")
+    assert seen >= len(found.train) - 12
+    assert late < early + 12 * 1024  # kB

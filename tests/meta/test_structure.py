@@ -97,11 +97,23 @@ def test_optional_packages_are_imported_where_they_are_used():
     optional = {"transformers", "bitsandbytes", "peft", "tokenizers", "typer", "rich", "sklearn", "scipy", "lightning"}
     only_for_them = {"terminal": {"rich"}}  # and files that are imported where they are used may import at their top
     for name, path in FILES.items():
-        if name.startswith("pocket"):
+        if name.startswith("pocket") or (name.startswith("train.") and name not in LIGHT):
             continue
         found = {m.partition(".")[0] for m, _ in imports(path, everywhere=False)} & optional
         assert found <= only_for_them.get(name, set()), f"{name} imports {found} when it is imported"
         assert not own(path, everywhere=False) & set(only_for_them), f"{name} imports too early"
+
+
+LIGHT = {"train.__init__", "train.config", "train.records"}  # what the command line reads before it runs anything
+
+
+@pytest.mark.parametrize("name", [n for n in FILES if n.startswith("train.")])
+def test_training_imports_the_engine_and_itself(name):
+    found = {n for n in own(FILES[name]) if n.partition(".")[0] not in ("train", "lm")}
+    assert found <= CORE | WRAPPERS | {"storage", "__init__"}
+    if name in LIGHT:
+        top = {m.partition(".")[0] for m, _ in imports(FILES[name], everywhere=False)}
+        assert top <= set(__import__("sys").stdlib_module_names) | {"selfdoubt"}
 
 
 def test_only_the_loader_names_bitsandbytes_in_an_import():

@@ -84,8 +84,13 @@ def check_upload(name: str) -> None:
         )
 
 
-def upload(folder: str | os.PathLike[str], name: str) -> str:
+def upload(folder: str | os.PathLike[str], name: str, *, without: str | None = None) -> str:
     """Upload a folder to the hub, into a repository that is made if missing.
+
+    Args:
+        folder: What to upload.
+        name: ``user/name``.
+        without: A folder in it that stays here.
 
     Returns:
         Its address.
@@ -99,7 +104,8 @@ def upload(folder: str | os.PathLike[str], name: str) -> str:
     try:
         api = hub.HfApi()
         address = str(api.create_repo(name, exist_ok=True))
-        api.upload_folder(repo_id=name, folder_path=os.fspath(folder))
+        left = None if without is None else [f"{without}/*"]
+        api.upload_folder(repo_id=name, folder_path=os.fspath(folder), ignore_patterns=left)
     except Exception as error:
         why = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise UploadError(

@@ -79,6 +79,16 @@ def load_model(
     return model.eval().requires_grad_(False), tokenizer
 
 
+def eight_bit_adamw() -> type:
+    """AdamW with its state in 8 bits, by bitsandbytes.
+
+    Raises:
+        MissingExtraError: If bitsandbytes is not installed.
+    """
+    found: type = require("bitsandbytes", "quant").optim.AdamW8bit
+    return found
+
+
 def load_skeleton(
     name: str | os.PathLike[str], *, revision: str | None = None, trust_remote_code: bool = False
 ) -> nn.Module:

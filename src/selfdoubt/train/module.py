@@ -13,7 +13,8 @@ from torch.distributed.tensor import DTensor
 from torchmetrics import MeanMetric
 
 from selfdoubt import sculpt, vote
-from selfdoubt.errors import ConfigError, NonFiniteError, require
+from selfdoubt.errors import ConfigError, NonFiniteError
+from selfdoubt.lm.load import eight_bit_adamw
 from selfdoubt.members import Wrapped, innermost
 from selfdoubt.rows import expand
 from selfdoubt.train.batches import Batch
@@ -114,8 +115,8 @@ class RiskAwareModule(lightning.LightningModule):
         config = self.config
         trained = [p for p in self.parameters() if p.requires_grad]
         if config.optimizer == "adamw8bit":
-            optim = require("bitsandbytes.optim", "quant")
-            optimizer = optim.AdamW8bit(trained, lr=config.lr, weight_decay=config.weight_decay)
+            make: Any = eight_bit_adamw()
+            optimizer = make(trained, lr=config.lr, weight_decay=config.weight_decay)
         else:
             optimizer = torch.optim.AdamW(trained, lr=config.lr, weight_decay=config.weight_decay)
         steps = int(self.trainer.estimated_stepping_batches)

@@ -102,7 +102,9 @@ def card(config: TrainConfig, history: dict[str, Any], answered: int) -> str:
     losses = history["losses"]
     tail = losses[-max(1, len(losses) // 10) :]
     left_out = [
-        f"{history[k]} {why}" for k, why in (("empty", "without a response left out"), ("cut", "cut")) if history[k]
+        f"{history[k]} {why}"
+        for k, why in (("empty", "left out, having no response within the length"), ("cut", "cut"))
+        if history[k]
     ]
     return _TEXT.format(
         model=config.model, wrapper=config.wrapper, out=config.out, data=config.data, version=__version__,

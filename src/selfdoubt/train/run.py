@@ -13,11 +13,13 @@ from typing import cast
 
 import lightning
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from lightning_utilities.core.rank_zero import rank_zero_only
 from torch import nn
 from torch.distributed.tensor import DTensor
 
 from selfdoubt.errors import ConfigError
+from selfdoubt.lm.export import export_merged
+from selfdoubt.lm.folder import check_upload, upload
 from selfdoubt.train.build import model_of, trainer_of
 from selfdoubt.train.checkpoint import SETTINGS, put
 from selfdoubt.train.config import TrainConfig, to_toml
@@ -35,6 +37,7 @@ _ADVICE = (
 )  # fmt: skip
 RUN = "run"  #: checkpoints, logs and encoded data, in a folder of the adapter's
 DATA = "data"
+MERGED = "merged"  #: the base with LoRA merged into it, in a folder of the adapter's
 
 
 def fit(config: TrainConfig, trainer: lightning.Trainer | None = None) -> Path:
@@ -58,6 +61,8 @@ def fit(config: TrainConfig, trainer: lightning.Trainer | None = None) -> Path:
     run = out / RUN
     last = run / "last.ckpt"
     _check_folder(config, out, last)
+    if config.push is not None:
+        check_upload(config.push)
     lightning.seed_everything(config.seed, verbose=False)
     model, tokenizer = model_of(config)
     found = splits(config, tokenizer, run / DATA)
@@ -82,6 +87,10 @@ def fit(config: TrainConfig, trainer: lightning.Trainer | None = None) -> Path:
             "train": len(found.train), "val": len(found.val), "empty": found.empty, "cut": found.cut,
         }  # fmt: skip
         publish(config, model, tokenizer, out, history=history, val=found.val)
+        if config.merge:
+            export_merged(out, out / MERGED, base=config.model, revision=config.revision)
+        if config.push is not None:
+            _say(f"uploaded to {upload(out, config.push, without=RUN)}")
         _say(f'wrote {out}; try: selfdoubt ask --model {config.model} --adapter {out} "..."')
     driver.strategy.barrier()
     return out
@@ -92,7 +101,7 @@ def _check_folder(config: TrainConfig, out: Path, last: Path) -> None:
         raise ConfigError(f"out={config.out!r} is a file; give a folder")
     if config.resume and not last.exists():
         raise ConfigError(f"resume goes on from {last}, which is not there; train without --resume first")
-    if not config.resume and rank_zero_only.rank == 0:
+    if not config.resume and getattr(rank_zero_only, "rank", 0) == 0:
         # What an earlier run left would be mixed with this one's; encoded data are named by what they are.
         for old in (out / RUN).glob("*"):
             if old.is_dir() and old.name != DATA:
@@ -130,7 +139,9 @@ def _whole(config: TrainConfig, module: RiskAwareModule) -> nn.Module:
 def _summary(config: TrainConfig, module: RiskAwareModule, train: object, val: object, empty: int, cut: int) -> str:
     trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
     everything = sum(p.numel() for p in module.parameters())
-    notes = [f"{empty} without a response left out"] * bool(empty) + [f"{cut} cut to {config.max_length}"] * bool(cut)
+    notes = [f"{empty} left out, having no response within the length"] * bool(empty) + [
+        f"{cut} cut to {config.max_length}"
+    ] * bool(cut)
     return (
         f"{config.wrapper} on {config.model}: {trained:,} of {everything:,} parameters train; "
         f"{len(train):,} examples to learn from, {len(val):,} to validate" + (f" ({', '.join(notes)})" if notes else "")  # type: ignore[arg-type]

@@ -351,8 +351,9 @@ def test_uploading_makes_the_repository_and_fills_it(tmp_path, monkeypatch):
             calls.append((name, exist_ok))
             return f"https://hub/{name}"
 
-        def upload_folder(self, repo_id, folder_path):
+        def upload_folder(self, repo_id, folder_path, ignore_patterns):
             calls.append((repo_id, folder_path))
+            assert ignore_patterns is None
 
     monkeypatch.setenv("HF_TOKEN", "hf_x")
     monkeypatch.setattr("huggingface_hub.HfApi", Hub)

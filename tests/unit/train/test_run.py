@@ -258,3 +258,36 @@ def test_four_bit_weights_train_beside_what_is_added(config, wrapper):
     assert sum(found[-3:]) < sum(found[:3])
     answer = RiskAwareLM.load(config.model, adapter=folder, quantize="nf4").generate("What?", max_tokens=3)
     assert answer.risk >= 0
+
+
+def test_an_optimizer_with_a_state_of_8_bits(config):
+    pytest.importorskip("bitsandbytes")
+    found = losses(fit(replace(config, optimizer="adamw8bit")))
+    assert found[-1] < found[0]
+
+
+@pytest.mark.parametrize("wrapper", ["sample", "none"])
+def test_lora_is_merged_on_request(config, wrapper):
+    folder = fit(replace(config, wrapper=wrapper, merge=True, max_steps=3))
+    adapter = folder / "merged" / "adapter" if wrapper == "sample" else None
+    merged = RiskAwareLM.load(folder / "merged", adapter=adapter, wrapper="auto" if adapter else None)
+    whole = RiskAwareLM.load(config.model, adapter=folder)
+    ours, theirs = (lm.score("In France.", "Where is Paris?") for lm in (whole, merged))
+    assert ours.scores == pytest.approx(theirs.scores, rel=1e-3, abs=1e-5)
+
+
+def test_pushing_is_refused_before_the_work_begins(config, monkeypatch):
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    with pytest.raises(ConfigError, match=r"looks like user/name|needs a token"):
+        fit(replace(config, push="nobody"))
+    assert not Path(config.out).exists()
+
+
+def test_pushing_leaves_checkpoints_and_logs_here(config, monkeypatch):
+    from selfdoubt.train import run
+
+    sent = []
+    monkeypatch.setattr(run, "check_upload", lambda name: None)
+    monkeypatch.setattr(run, "upload", lambda folder, name, without: sent.append((folder, name, without)) or "there")
+    folder = fit(replace(config, push="user/name", max_steps=2, reference=0))
+    assert sent == [(folder, "user/name", "run")]
