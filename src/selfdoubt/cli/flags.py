@@ -17,7 +17,14 @@ if TYPE_CHECKING:
 else:
     typer = require("typer", "lm")
 
-Model = Annotated[str, typer.Option(help="A model folder, a hub name, or 'pocket' for the one inside this package.")]
+Model = Annotated[
+    str | None,
+    typer.Option(
+        help="A model folder, a hub name, or 'pocket' for the one inside this package. [default: the adapter's base, "
+        "or pocket]",
+        show_default=False,
+    ),
+]
 Adapter = Annotated[Path | None, typer.Option(help="An adapter folder, or LoRA that PEFT wrote.")]
 WrapperText = Annotated[
     str,
@@ -34,7 +41,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="One JSON object a token, t
 
 
 def load_lm(
-    model: str,
+    model: str | None,
     adapter: Path | None,
     wrapper: str,
     dtype: str,

@@ -19,7 +19,7 @@ else:
 def score(
     file: Annotated[str, typer.Argument(help="A text file, or - for standard input.")] = "-",
     question: Annotated[str | None, typer.Option(help="What the text answers.")] = None,
-    model: flags.Model = "pocket",
+    model: flags.Model = None,
     adapter: flags.Adapter = None,
     wrapper: flags.WrapperText = "auto",
     dtype: flags.Dtype = "auto",

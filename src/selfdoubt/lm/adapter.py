@@ -106,6 +106,24 @@ def read_adapter(folder: str | os.PathLike[str], wrapper: Spec | None = None) ->
     return card
 
 
+def base_of(
+    folder: str | os.PathLike[str], base: str | None = None, revision: str | None = None
+) -> tuple[str, str | None]:
+    """Name and revision of an adapter's base model: those given, else those that the folder names.
+
+    Raises:
+        LoadError: If it is not an adapter folder.
+        ConfigError: If there is no name.
+    """
+    if base is not None:
+        return base, revision
+    card = read_adapter(folder)
+    named = {"name": lora.read_config(Path(folder)).get("base_model_name_or_path")} if card is None else card["base"]
+    if not named["name"]:
+        raise ConfigError(f"{folder} does not say which model it was made for; name it, e.g. --model FOLDER")
+    return named["name"], revision or named.get("revision")
+
+
 def own_tokenizer(folder: str | os.PathLike[str]) -> Path | None:
     """The folder, if it holds a tokenizer: training may have given it another chat template than the base has."""
     return Path(folder) if (Path(folder) / "tokenizer_config.json").is_file() else None

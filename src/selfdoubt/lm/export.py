@@ -13,7 +13,7 @@ from torch import nn
 from selfdoubt import storage
 from selfdoubt.errors import ConfigError, WrapError
 from selfdoubt.lm import lora, voters
-from selfdoubt.lm.adapter import load_adapter, own_tokenizer, read_adapter, save_adapter
+from selfdoubt.lm.adapter import base_of, load_adapter, own_tokenizer, read_adapter, save_adapter
 from selfdoubt.lm.folder import new_folder
 from selfdoubt.lm.load import load_model
 from selfdoubt.members import Wrapped
@@ -107,8 +107,8 @@ def export_merged(
     card = read_adapter(folder)
     if card is not None and not card.get("lora"):
         raise WrapError(f"{folder} has no LoRA to merge; voters become PEFT adapters instead: selfdoubt export --peft")
-    known = card or {"base": {"name": lora.read_config(folder).get("base_model_name_or_path")}, "wrappers": []}
-    base, revision = voters.base_of(folder, known, base, revision)
+    known = card or {"wrappers": []}
+    base, revision = base_of(folder, base, revision)
     with new_folder(out, {"kind": "merged", "base": base}, (folder, base)) as new:
         model, tokenizer = load_model(
             base, words=own_tokenizer(folder), dtype=dtype, revision=revision, trust_remote_code=trust_remote_code

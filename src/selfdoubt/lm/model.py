@@ -13,7 +13,7 @@ from torch import nn
 
 from selfdoubt.errors import ConfigError, PromptError
 from selfdoubt.lm import answer as answers
-from selfdoubt.lm.adapter import load_adapter, own_tokenizer, read_adapter
+from selfdoubt.lm.adapter import base_of, load_adapter, own_tokenizer, read_adapter
 from selfdoubt.lm.answer import Alternative, Answer, Token, answer_scores, pick_risk
 from selfdoubt.lm.decode import Sampling, ScoredId, decode, read
 from selfdoubt.lm.load import POCKET, Quantization, load_model
@@ -78,7 +78,7 @@ class RiskAwareLM:
     @classmethod
     def load(
         cls,
-        name: str | os.PathLike[str] = POCKET,
+        name: str | os.PathLike[str] | None = None,
         *,
         wrapper: Spec | Literal["auto"] | None = "auto",
         adapter: str | os.PathLike[str] | None = None,
@@ -93,7 +93,7 @@ class RiskAwareLM:
         """Load a model and make it aware of its risk.
 
         Args:
-            name: A folder, a name on the hub, or "pocket".
+            name: A folder, a name on the hub, or "pocket"; None takes the adapter's base, or "pocket".
             wrapper: A ``vote``, ``sample`` or ``sculpt`` wrapper; None leaves the model plain. "auto" takes the voters
                 that come with the pocket model, and three fresh low-rank voters for any other.
             adapter: An adapter folder, which brings its own wrapper; or LoRA of plain PEFT, which goes with any.
@@ -113,6 +113,9 @@ class RiskAwareLM:
         given = None if wrapper == "auto" else wrapper
         if adapter is not None:
             read_adapter(adapter, given)  # a wrong folder is said before a large model loads
+            if name is None:
+                name, revision = base_of(adapter, None, revision)
+        name = POCKET if name is None else name
         model, tokenizer = load_model(
             name, words=None if adapter is None else own_tokenizer(adapter), dtype=dtype, device=device,
             quantize=quantize, revision=revision, trust_remote_code=trust_remote_code, token=token,

@@ -10,14 +10,13 @@ import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from selfdoubt import kernels, storage, targets
-from selfdoubt.errors import BaseMismatchError, ConfigError, WrapError, require
-from selfdoubt.lm.adapter import read_adapter
+from selfdoubt.errors import BaseMismatchError, WrapError, require
+from selfdoubt.lm.adapter import base_of, read_adapter
 from selfdoubt.lm.load import load_skeleton
 from selfdoubt.lm.lora import lora_names, short_names, write_peft
 from selfdoubt.members import Wrapped, base_name, innermost
@@ -128,7 +127,7 @@ def voters_in(
         raise WrapError(f"only voters become PEFT adapters, and {folder} holds {spec!r}; train with wrapper='vote'")
     if card.get("lora"):
         raise _on_lora(str(folder))
-    name, revision = base_of(folder, card, base, revision)
+    name, revision = base_of(folder, base, revision)
     model = load_skeleton(name, revision=revision, trust_remote_code=trust_remote_code)
     modules = dict(model.named_modules())
     found: dict[str, tuple[nn.Module, dict[str, Tensor]]] = {}
@@ -146,19 +145,6 @@ def voters_in(
     for path, (layer, deviations) in found.items():
         _check_fits(folder, name, path, layer, deviations, spec)
     return Voters(spec, found, modules, _is_causal(model), name)
-
-
-def base_of(folder: Path, card: Mapping[str, Any], base: str | None, revision: str | None) -> tuple[str, str | None]:
-    """Name and revision of an adapter's base model: those given, else those its card names.
-
-    Raises:
-        ConfigError: If there is no name.
-    """
-    if base is not None:
-        return base, revision
-    if not card["base"]["name"]:
-        raise ConfigError(f"{folder} does not say which model it was made for; name it, e.g. --model FOLDER")
-    return card["base"]["name"], revision or card["base"].get("revision")
 
 
 def _rank(layer: nn.Module, deviations: Mapping[str, Tensor]) -> int:

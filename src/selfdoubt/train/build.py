@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any, cast
 
@@ -29,7 +30,7 @@ def model_of(config: TrainConfig) -> tuple[nn.Module, Any]:
     base, tokenizer = load_model(
         config.model,
         dtype=config.dtype,
-        device=None if config.quantize and config.accelerator != "cpu" else "cpu",
+        device=_device_of_packed(config) if config.quantize else "cpu",
         quantize=config.quantize,
         revision=config.revision,
         trust_remote_code=config.trust_remote_code,
@@ -82,6 +83,11 @@ def wrap(base: nn.Module, config: TrainConfig) -> nn.Module:
     return model
 
 
+def world_size(config: TrainConfig) -> int:
+    """Devices that train together."""
+    return (config.devices or max(1, torch.cuda.device_count())) * config.nodes
+
+
 def trainer_of(config: TrainConfig, run: Path, batches: int, *, has_validation: bool) -> lightning.Trainer:
     """A Trainer for a config: checkpoints, loggers, strategy and limits.
 
@@ -132,14 +138,18 @@ def trainer_of(config: TrainConfig, run: Path, batches: int, *, has_validation: 
     )
 
 
+def _device_of_packed(config: TrainConfig) -> str:
+    """Packed weights are made where they stay; all else is moved there by Lightning."""
+    on_gpu = config.accelerator != "cpu" and torch.cuda.is_available()
+    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if on_gpu else "cpu"
+
+
 def _strategy(config: TrainConfig) -> Any:
-    several = config.devices != 1 or config.nodes > 1
-    if config.strategy == "ddp" or (config.strategy == "auto" and several):
+    if config.strategy == "ddp" or (config.strategy == "auto" and world_size(config) > 1):
         # Frozen buffers are alike everywhere: they need not be sent.
         return strategies.DDPStrategy(broadcast_buffers=False, gradient_as_bucket_view=True)
     if config.strategy == "fsdp":
-        world = (config.devices or max(1, torch.cuda.device_count())) * config.nodes
-        return strategies.ModelParallelStrategy(data_parallel_size=world, tensor_parallel_size=1)
+        return strategies.ModelParallelStrategy(data_parallel_size=world_size(config), tensor_parallel_size=1)
     if config.strategy.startswith("deepspeed"):
         require("deepspeed", "deepspeed")
     return config.strategy

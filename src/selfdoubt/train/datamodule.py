@@ -27,9 +27,9 @@ class InstructionData(lightning.LightningDataModule):
         self.splits, self.config, self.members = splits, config, members
         self._resume: dict[str, int] | None = None
 
-    def steps(self) -> Steps:
-        """The order of this device's training batches."""
-        rank, world = self._place()
+    def steps(self, world: int | None = None) -> Steps:
+        """The order of this device's training batches; with ``world`` that of the first of so many devices."""
+        rank, world = self._place() if world is None else (0, world)
         train = self.splits.train.with_format("torch")
         return Steps(train["length"][:], train["counted"][:], self.config, members=self.members, rank=rank, world=world)
 

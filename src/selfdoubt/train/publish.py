@@ -32,13 +32,13 @@ tags: [selfdoubt, {wrapper}]
 An adapter of selfdoubt {version}: with it, every token and every answer of the base model comes with a risk.
 
 ```sh
-selfdoubt ask --model {model} --adapter {out} "..."
+selfdoubt ask --adapter {out} "..."
 ```
 
 ```python
 from selfdoubt import RiskAwareLM
 
-lm = RiskAwareLM.load({model!r}, adapter={out!r})
+lm = RiskAwareLM.load(adapter={out!r})
 answer = lm.generate("...")
 print(answer.text, answer.risk, answer.percentile)
 ```

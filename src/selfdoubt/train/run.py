@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from selfdoubt.errors import ConfigError
 from selfdoubt.lm.export import export_merged
 from selfdoubt.lm.folder import check_upload, upload
-from selfdoubt.train.build import model_of, trainer_of
+from selfdoubt.train.build import model_of, trainer_of, world_size
 from selfdoubt.train.checkpoint import SETTINGS, put
 from selfdoubt.train.config import TrainConfig, to_toml
 from selfdoubt.train.datamodule import InstructionData
@@ -69,7 +69,7 @@ def fit(config: TrainConfig, trainer: lightning.Trainer | None = None) -> Path:
     members = config.n_voters if config.wrapper == "vote" and config.voters_see == "own" else 1
     data = InstructionData(found, config, members)
     with _quietly():
-        batches = len(data.steps()) if trainer is None and config.devices == 1 else _batches(data, config)
+        batches = len(data.steps(world_size(config)))
         module = RiskAwareModule(model, config)
         driver = trainer or trainer_of(config, run, batches, has_validation=bool(len(found.val)))
         if driver.is_global_zero:
@@ -80,7 +80,7 @@ def fit(config: TrainConfig, trainer: lightning.Trainer | None = None) -> Path:
         driver.fit(module, data, ckpt_path=str(last) if config.resume else None, weights_only=False)
         losses = list(module.train_losses)  # a checkpoint brings those up to it
         best = _best_weights(driver, module, data) if len(found.val) else {}
-        model = _whole(config, module)
+        model = _whole(config, module).to(driver.strategy.root_device)  # Lightning has moved it to the CPU
     if driver.is_global_zero:
         history = {
             "losses": losses, "val_loss": best.get("val/loss"), "val_accuracy": best.get("val/accuracy"),
@@ -91,7 +91,7 @@ def fit(config: TrainConfig, trainer: lightning.Trainer | None = None) -> Path:
             export_merged(out, out / MERGED, base=config.model, revision=config.revision)
         if config.push is not None:
             _say(f"uploaded to {upload(out, config.push, without=RUN)}")
-        _say(f'wrote {out}; try: selfdoubt ask --model {config.model} --adapter {out} "..."')
+        _say(f'wrote {out}; try: selfdoubt ask --adapter {out} "..."')
     driver.strategy.barrier()
     return out
 
@@ -108,12 +108,6 @@ def _check_folder(config: TrainConfig, out: Path, last: Path) -> None:
                 shutil.rmtree(old)
             elif old.is_file():
                 old.unlink()
-
-
-def _batches(data: InstructionData, config: TrainConfig) -> int:
-    """Batches of an epoch on one of several devices, before they are known: close enough to space validations."""
-    world = max(1, config.devices) * config.nodes
-    return max(1, len(data.splits.train) // (config.batch_size * world))
 
 
 def _best_weights(driver: lightning.Trainer, module: RiskAwareModule, data: InstructionData) -> Mapping[str, float]:
