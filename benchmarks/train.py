@@ -4,7 +4,7 @@ Same records in the same order for all, same run: each arm is a process of its o
 step. Tokens that are padding do not count. The memory is what a step needs beyond the loaded model: on a CPU the
 process's, on a GPU what torch has allocated.
 
-    python -m benchmarks.train [--data FILE] [--vocabularies 49152 128256] [--batch 6] [--rounds 7]
+    python -m benchmarks.train [--data FILE] [--vocabularies 49152 128256] [--batch 3] [--rounds 5]
 """
 
 from __future__ import annotations
@@ -49,7 +49,10 @@ class Worker:
 
     def step(self, records: list[dict[str, str]]) -> dict[str, float]:
         """Seconds, loss and tokens of a step, and the peak of memory so far."""
-        self._pipe.send(records)
+        try:
+            self._pipe.send(records)
+        except BrokenPipeError:
+            pass  # it has ended: asking for its answer says so
         return self._answer()
 
     def end(self) -> None:
@@ -59,7 +62,7 @@ class Worker:
     def _answer(self) -> Any:
         try:
             found = self._pipe.recv()
-        except EOFError:
+        except (EOFError, ConnectionResetError):
             self._process.join()
             raise SystemExit(f"{self.arm} ended with code {self._process.exitcode}: out of memory?") from None
         if isinstance(found, str):
@@ -159,8 +162,8 @@ def main() -> None:
     parser.add_argument("--shape", default="135m", choices=SHAPES, help="tiny is for trying out: it writes no results")
     parser.add_argument("--vocabularies", nargs="+", type=int, default=[49152, 128256])
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
-    parser.add_argument("--batch", type=int, default=6, help="examples in a step, a multiple of the 3 voters")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--batch", type=int, default=3, help="examples in a step, a multiple of the 3 voters")
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--length", type=int, default=400, help="longest example in tokens")
     parser.add_argument("--nf4", action="store_true", help="4-bit weights")
     chosen = parser.parse_args()

@@ -130,7 +130,15 @@ def test_a_closed_pipe_is_no_traceback() -> None:
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("command", [["--help"], ["ask", "--help"], ["score", "--help"]])
+def test_score_marks_the_word_that_is_wrong():
+    done = run("score", "-", "--question", QUESTION, "--json", stdin="The capital of France is Lima.")
+    tokens = [item for line in done.stdout.splitlines() if (item := json.loads(line)).get("part") == "answer"]
+    assert max(tokens, key=lambda token: token["risk"])["text"].strip() == "Lima"
+
+
+@pytest.mark.parametrize(
+    "command", [["--help"], ["ask", "--help"], ["score", "--help"], ["train", "--help"], ["export", "--help"]]
+)
 def test_help_imports_neither_torch_nor_transformers(command: list[str]) -> None:
     code = (
         f"import sys; sys.argv[1:] = {command!r}\n"

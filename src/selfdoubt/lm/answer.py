@@ -10,9 +10,11 @@ from typing import Any, Literal
 
 from selfdoubt.errors import ConfigError
 
-#: The score that stands for an answer's doubt, and the one that colours a token; chosen by ``benchmarks/quality.py``.
+#: The score that stands for an answer's doubt, and the one that colours a token: surprisal, and its sum. By
+#: ``benchmarks/quality.py`` entropy ranks a model's own answers a hair better, but of text that somebody else wrote it
+#: only says how sure the model was of something else.
 DEFAULT_RISK = "sum_nll"
-TOKEN_RISK = "total"
+TOKEN_RISK = "nll"
 
 
 @dataclass(frozen=True)

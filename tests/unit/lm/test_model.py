@@ -102,7 +102,7 @@ def test_tokens_hold_together():
     for t in (*answer.tokens, *answer.question):
         assert t.total == pytest.approx(t.aleatoric + t.epistemic, abs=1e-6)
         assert 0 <= t.epistemic <= math.log(3)
-        assert t.risk == t.total
+        assert t.risk == t.nll
         assert t.nll == -t.logprob >= 0
         assert len(t.alternatives) in (0, 5)
         shares = [a.probability for a in t.alternatives]
