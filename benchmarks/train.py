@@ -1,10 +1,11 @@
 """What training costs: real tokens per second and peak memory of a step, beside the usual way and the tutorial's.
 
-Same records in the same order for all, same run: each arm is a process of its own, and the arms take turns, step by
-step. Tokens that are padding do not count. The memory is what a step needs beyond the loaded model: on a CPU the
-process's, on a GPU what torch has allocated.
+Same records for all, same run: each arm is a process of its own, and the arms take turns, step by step. `selfdoubt
+train` groups records by length, as it always does, the other arms take them as they come; so speeds and their ratios
+are those of all steps together. Tokens that are padding do not count. The memory is what a step needs beyond the loaded
+model: on a CPU the process's, on a GPU what torch has allocated.
 
-    python -m benchmarks.train [--data FILE] [--vocabularies 49152 128256] [--batch 3] [--rounds 5]
+    python -m benchmarks.train [--data FILE] [--vocabularies 49152 128256] [--batch 3] [--rounds 8]
 """
 
 from __future__ import annotations
@@ -12,9 +13,11 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import random
 import tempfile
 import time
 import traceback
+from contextlib import suppress
 from importlib.metadata import version
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -49,10 +52,8 @@ class Worker:
 
     def step(self, records: list[dict[str, str]]) -> dict[str, float]:
         """Seconds, loss and tokens of a step, and the peak of memory so far."""
-        try:
+        with suppress(BrokenPipeError):  # it has ended: asking for its answer says so
             self._pipe.send(records)
-        except BrokenPipeError:
-            pass  # it has ended: asking for its answer says so
         return self._answer()
 
     def end(self) -> None:
@@ -92,13 +93,17 @@ def _work(pipe: Connection, arm: str, options: dict[str, Any]) -> None:
 def measure(arms: list[str], records: list[dict[str, str]], options: dict[str, Any]) -> list[results.Row]:
     """Rows of one model."""
     size, name = options["batch"], f"{options['shape']}, vocabulary {options['vocabulary']:,}"
+    warm, records = records[:size], records[size:]
+    grouped = by_length(records, size)
     workers = [Worker(arm, options) for arm in arms]
     found: dict[str, list[dict[str, float]]] = {arm: [] for arm in arms}
-    for turn in range(options["steps"]):
-        batch = records[turn * size : (turn + 1) * size]
+    for worker in workers:
+        worker.step(warm)
+    for turn in range(options["steps"] - 1):
         first = turn % len(workers)
         for worker in workers[first:] + workers[:first]:
-            found[worker.arm].append(worker.step(batch))
+            order = grouped if worker.arm.startswith("ours-") else records
+            found[worker.arm].append(worker.step(order[turn * size : (turn + 1) * size]))
         last = {arm: steps[-1] for arm, steps in found.items()}
         print(name, turn, {arm: f"{s['seconds']:.2f} s, loss {s['loss']:.2f}" for arm, s in last.items()}, flush=True)
     for worker in workers:
@@ -106,26 +111,32 @@ def measure(arms: list[str], records: list[dict[str, str]], options: dict[str, A
     return [_row(name, arm, found) for arm in arms]
 
 
+def by_length(records: list[dict[str, str]], size: int) -> list[dict[str, str]]:
+    """Batches of records of about the same length, the batches in a fixed random order."""
+    ordered = sorted(records, key=lambda record: sum(map(len, record.values())))
+    batches = [ordered[i : i + size] for i in range(0, len(ordered), size)]
+    random.Random(0).shuffle(batches)
+    return [record for batch in batches for record in batch]
+
+
 def _row(name: str, arm: str, found: dict[str, list[dict[str, float]]]) -> results.Row:
-    steps = found[arm][1:]  # the first one warms up; its memory counts
+    steps = found[arm]
     speeds = [s["tokens"] / s["seconds"] for s in steps]
     low, _, high = quantiles(speeds, n=4)
+
+    def speed(of: str) -> float:
+        return sum(s["tokens"] for s in found[of]) / sum(s["seconds"] for s in found[of])
+
     peak = found[arm][-1]["peak"]
-    row: results.Row = {
-        "model": name, "arm": arm, "median": median(speeds), "spread": [low, high], "unit": "tokens per second",
-        "seconds": median(s["seconds"] for s in steps), "tokens": sum(s["tokens"] for s in steps), "peak": peak,
-        "ratio": None, "speed_to_tutorial": None, "memory_to_tutorial": None,
-    }  # fmt: skip
-    # Ratios of one round share the batch and the machine's mood: their median is steadier than a ratio of medians.
-    if "peft" in found:
-        pairs = zip(steps, found["peft"][1:], strict=True)
-        row["ratio"] = median(a["seconds"] / b["seconds"] for a, b in pairs)
     tutorial = "tutorial-vote" if arm.endswith("-vote") else "tutorial-lora"
-    if tutorial in found:
-        pairs = zip(steps, found[tutorial][1:], strict=True)
-        row["speed_to_tutorial"] = median(a["tokens"] / a["seconds"] / b["tokens"] * b["seconds"] for a, b in pairs)
-        row["memory_to_tutorial"] = peak / found[tutorial][-1]["peak"]
-    return row
+    return {
+        "model": name, "arm": arm, "speed": speed(arm), "median": median(speeds), "spread": [low, high],
+        "unit": "tokens per second", "seconds": median(s["seconds"] for s in steps),
+        "tokens": sum(s["tokens"] for s in steps), "peak": peak,
+        "ratio": speed(arm) / speed("peft") if "peft" in found else None,
+        "speed_to_tutorial": speed(arm) / speed(tutorial) if tutorial in found else None,
+        "memory_to_tutorial": peak / found[tutorial][-1]["peak"] if tutorial in found else None,
+    }  # fmt: skip
 
 
 def table(record: dict[str, Any]) -> str:
@@ -138,12 +149,12 @@ def table(record: dict[str, Any]) -> str:
     for row in record["rows"]:
         low, high = row["spread"]
         lines.append([
-            f"{row['model']}: {ARMS[row['arm']]}", f"{row['median']:,.0f}", f"{low:,.0f}-{high:,.0f}",
+            f"{row['model']}: {ARMS[row['arm']]}", f"{row['speed']:,.0f}", f"{low:,.0f}-{high:,.0f}",
             times(row["ratio"]), times(row["speed_to_tutorial"]), f"{row['peak'] / 1e6:,.0f}",
             times(row["memory_to_tutorial"]),
         ])  # fmt: skip
     head = [
-        "model: arm", "tokens per second, median", "quartiles", "time of a step to PEFT", "speed to the tutorial's way",
+        "model: arm", "tokens per second", "quartiles of steps", "speed to PEFT", "speed to the tutorial's way",
         "peak memory, MB", "memory to the tutorial's way",
     ]  # fmt: skip
     settings = record["settings"]
@@ -163,7 +174,7 @@ def main() -> None:
     parser.add_argument("--vocabularies", nargs="+", type=int, default=[49152, 128256])
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
     parser.add_argument("--batch", type=int, default=3, help="examples in a step, a multiple of the 3 voters")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--length", type=int, default=400, help="longest example in tokens")
     parser.add_argument("--nf4", action="store_true", help="4-bit weights")
     chosen = parser.parse_args()
@@ -173,7 +184,7 @@ def main() -> None:
         parser.error(f"there is no file {chosen.data}: give Alpaca's alpaca_data.json with --data")
     from benchmarks.train_arms import write_tokenizer
 
-    steps = chosen.rounds + 1
+    steps = chosen.rounds + 1  # one to warm up
     records = json.loads(chosen.data.read_text(encoding="utf-8"))
     rows = []
     with tempfile.TemporaryDirectory() as folder:

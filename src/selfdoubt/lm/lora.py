@@ -154,6 +154,15 @@ def lora_names(model: nn.Module) -> set[str]:
     return {name for name in inside if ".base_layer." not in name}
 
 
+def leave_casts_to_autocast(model: nn.Module, *, active: bool) -> None:
+    """Whether LoRA takes its input as it comes, for autocast to cast, instead of in its own weights' type.
+
+    Without this a float32 copy of every layer's input is made, and kept for the backward pass.
+    """
+    for _, layer in _lora_layers(model):
+        layer.cast_input_dtype_enabled = not active
+
+
 def merge_lora(model: nn.Module) -> nn.Module:
     """Fold LoRA into the weights beneath it and take it away, in place; a wrapped model shares those weights.
 

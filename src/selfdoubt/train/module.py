@@ -15,6 +15,7 @@ from torchmetrics import MeanMetric
 from selfdoubt import sculpt, vote
 from selfdoubt.errors import ConfigError, NonFiniteError
 from selfdoubt.lm.load import eight_bit_adamw
+from selfdoubt.lm.lora import leave_casts_to_autocast
 from selfdoubt.members import Wrapped, innermost
 from selfdoubt.rows import expand
 from selfdoubt.train.batches import Batch
@@ -53,6 +54,14 @@ class RiskAwareModule(lightning.LightningModule):
     def members(self) -> int:
         """Members at evaluation."""
         return self.model.spec.members(training=False) if isinstance(self.model, Wrapped) else 1
+
+    def setup(self, stage: str) -> None:  # noqa: ARG002
+        """Under autocast, LoRA need not cast."""
+        leave_casts_to_autocast(self.model, active="mixed" in str(self.trainer.precision))
+
+    def teardown(self, stage: str) -> None:  # noqa: ARG002
+        """Without a Trainer there is no autocast."""
+        leave_casts_to_autocast(self.model, active=False)
 
     def configure_model(self) -> None:
         """Under FSDP2, shard the decoder blocks and then the rest; the strategy brings the mesh of devices."""
