@@ -108,10 +108,11 @@ def token_scores(logits: Float[Tensor, "members *batch classes"], chosen: Int[Te
     h_members = -(probs * logp).sum(-1)
     index = chosen.unsqueeze(-1)
     member_probs = probs.gather(-1, index.expand(probs.shape[0], *index.shape)).squeeze(-1)
+    member_logp = logp.gather(-1, index.expand(logp.shape[0], *index.shape)).squeeze(-1)
     h_aleatoric = h_members.mean(0)
     scores = TokenScores(
-        logprob=logp.gather(-1, index.expand(logp.shape[0], *index.shape)).squeeze(-1).logsumexp(0)
-        - math.log(logits.shape[0]),
+        # Rounding may bring the mean of near certainties above 1.
+        logprob=(member_logp.logsumexp(0) - math.log(logits.shape[0])).clamp_max(0),
         total=h_total,
         aleatoric=h_aleatoric,
         epistemic=(h_total - h_aleatoric).clamp_min(0) if logits.shape[0] > 1 else torch.zeros_like(h_total),

@@ -48,7 +48,7 @@ class Token:
     @property
     def nll(self) -> float:
         """Surprisal: minus the log-probability, nats."""
-        return -self.logprob
+        return 0.0 - self.logprob  # never -0.0, which prints with its sign
 
 
 @dataclass(frozen=True)

@@ -284,7 +284,7 @@ class RiskAwareLM:
             Alternative(self.tokenizer.decode([i]), i, float(torch.tensor(p).exp()))
             for i, p in plain.pop("alternatives")
         )
-        value = -scored.logprob if self.token_risk == "nll" else getattr(scored, self.token_risk)
+        value = 0.0 - scored.logprob if self.token_risk == "nll" else getattr(scored, self.token_risk)
         return Token(text=text, **plain, risk=value, alternatives=options)
 
     def _generate(
