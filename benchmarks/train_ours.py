@@ -9,7 +9,7 @@ from torch import nn
 
 from benchmarks.train_arms import Collate, Options, Record
 from selfdoubt.train.batches import Batch, collate
-from selfdoubt.train.build import wrap
+from selfdoubt.train.build import train_in_float32, wrap
 from selfdoubt.train.config import TrainConfig
 from selfdoubt.train.encode import encode, prepare_tokenizer
 from selfdoubt.train.module import RiskAwareModule
@@ -26,9 +26,7 @@ def ours(kind: str, model: nn.Module, tokenizer: Any, options: Options) -> tuple
     )  # fmt: skip
     prepare_tokenizer(tokenizer, config.prompt)
     wrapped = wrap(model, config)
-    for parameter in wrapped.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
+    train_in_float32(wrapped)
 
     def batch(records: Sequence[Record]) -> tuple[Batch, int]:
         examples = [encode(tokenizer, chat(r), loss_on=config.loss_on, max_length=config.max_length) for r in records]

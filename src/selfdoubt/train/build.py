@@ -50,14 +50,19 @@ def model_of(config: TrainConfig) -> tuple[nn.Module, Any]:
         )
     wrapped = wrap(base, config)
     if config.precision != "bf16-true" and config.strategy != "fsdp":  # FSDP shards groups of one dtype
-        for parameter in wrapped.parameters():
-            if parameter.requires_grad:
-                parameter.data = parameter.data.float()
+        train_in_float32(wrapped)
     if config.checkpointing:
         inner: Any = innermost(wrapped)
         enable = getattr(inner, "activation_checkpointing_enable", None) or inner.gradient_checkpointing_enable
         enable({"use_reentrant": False})
     return wrapped, tokenizer
+
+
+def train_in_float32(model: nn.Module) -> None:
+    """Keep what trains in float32, in place: small steps would be lost in shorter types."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
 
 
 def wrap(base: nn.Module, config: TrainConfig) -> nn.Module:
