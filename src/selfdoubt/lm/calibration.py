@@ -1,0 +1,134 @@
+"""p_correct: the calibrated probability that an answer is right, and the threshold below which it is withheld.
+
+Learnt by ``selfdoubt calibrate``, stored in an adapter's ``selfdoubt.json``, applied here with nothing but torch.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from selfdoubt.errors import LoadError
+
+Position = Literal["question", "first", "mean"]
+#: Where hidden states are taken: at the question's last own token; where the answer's first token is chosen; and the
+#: mean over all places where a token of the answer is chosen. Each is the mean over members.
+POSITIONS: tuple[Position, ...] = ("question", "first", "mean")
+
+
+class States(NamedTuple):
+    """Hidden states after some decoder layers, one row a layer, float32 on the host."""
+
+    layers: tuple[int, ...]  #: 0 is the first decoder layer
+    question: Float[Tensor, "layers width"]
+    first: Float[Tensor, "layers width"]
+    mean: Float[Tensor, "layers width"]
+
+
+@dataclass(frozen=True)
+class StateHead:
+    """A linear function of one hidden state."""
+
+    layer: int
+    position: Position
+    weights: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """A small head: isotonic on one score, or logistic on several and on one hidden state.
+
+    ``logistic``: p = sigmoid(bias + sum_i weight_i * log(max(score_i, 0) + 1e-4) + state.weights @ hidden), each score
+    first clipped to its range among the calibration answers, so that a stranger cannot drive p beyond what was seen.
+    ``isotonic``: p is linear between ``knots`` (score, p), and constant outside them.
+    """
+
+    kind: Literal["isotonic", "logistic"]
+    features: tuple[str, ...]  #: names of answer scores
+    weights: tuple[float, ...] = ()
+    bias: float = 0.0
+    ranges: tuple[tuple[float, float], ...] = ()  #: of each feature among the calibration answers
+    knots: tuple[tuple[float, float], ...] = ()
+    state: StateHead | None = None
+    threshold: float | None = None  #: least p_correct of an answer that is given; None: nothing is withheld
+    promise: Mapping[str, Any] | None = None  #: target_accuracy, confidence, coverage, answers: what holds above it
+    about: Mapping[str, Any] = field(default_factory=dict)  #: how it was learnt, for people
+
+    def p_correct(self, scores: Mapping[str, float], states: States | None = None) -> float | None:
+        """The probability that the answer is right, in [0, 1]; None where a score or the state is missing.
+
+        Args:
+            scores: Of an answer, by name.
+            states: Of the same answer, with the layer that the head reads.
+        """
+        if any(name not in scores for name in self.features):
+            return None
+        if self.kind == "isotonic":
+            return _between(self.knots, scores[self.features[0]])
+        value = self.bias
+        for name, weight, (low, high) in zip(self.features, self.weights, self.ranges, strict=True):
+            value += weight * transformed(min(max(scores[name], low), high))
+        if self.state is not None:
+            if states is None or self.state.layer not in states.layers:
+                return None
+            hidden = getattr(states, self.state.position)[states.layers.index(self.state.layer)]
+            value += float(hidden.double() @ torch.tensor(self.state.weights, dtype=torch.float64))
+        return 1 / (1 + math.exp(-value)) if value > -700 else 0.0
+
+    def abstains(self, p_correct: float | None) -> bool | None:
+        """Whether an answer with this probability is withheld; None without a threshold."""
+        return None if self.threshold is None else p_correct is None or p_correct < self.threshold
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data for ``selfdoubt.json``."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, entry: Mapping[str, Any]) -> Calibration:
+        """The calibration that ``to_json`` described.
+
+        Raises:
+            LoadError: If an entry is missing, unknown or of a wrong kind.
+        """
+        try:
+            own = dict(entry)
+            state = own.pop("state", None)
+            pairs = {name: tuple((float(a), float(b)) for a, b in own.pop(name, ())) for name in ("ranges", "knots")}
+            own["features"] = tuple(str(name) for name in own["features"])
+            own["weights"] = tuple(float(w) for w in own.get("weights", ()))
+            if state is not None:
+                state = StateHead(int(state["layer"]), state["position"], tuple(float(w) for w in state["weights"]))
+            found = cls(**own, **pairs, state=state)
+            numbers = [found.bias, *found.weights, *(v for pair in (*found.ranges, *found.knots) for v in pair)]
+            fits = (
+                len(found.features) == 1 and len(found.knots) > 0
+                if found.kind == "isotonic"
+                else len(found.features) == len(found.weights) == len(found.ranges)
+            )
+            if not fits or not all(map(math.isfinite, numbers)) or (state and state.position not in POSITIONS):
+                raise ValueError("its parts do not fit together")
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise LoadError(
+                f"the calibration cannot be read ({type(error).__name__}: {error}); run `selfdoubt calibrate` again"
+            ) from None
+        return found
+
+
+def transformed(score: float) -> float:
+    """A score as the logistic head sees it: on a logarithmic scale, where sums over few and many tokens compare."""
+    return math.log(max(score, 0.0) + 1e-4)
+
+
+def _between(knots: tuple[tuple[float, float], ...], x: float) -> float:
+    place = bisect_right([k[0] for k in knots], x)
+    if place == 0 or place == len(knots):
+        return knots[0][1] if place == 0 else knots[-1][1]
+    (x0, y0), (x1, y1) = knots[place - 1], knots[place]
+    return y0 + (y1 - y0) * (x - x0) / (x1 - x0)

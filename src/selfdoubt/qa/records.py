@@ -1,0 +1,169 @@
+"""What a question file and an answer file hold, one JSON object a line. Needs no library: other tools read it too."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from selfdoubt.errors import DataError
+from selfdoubt.storage import write
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question and what is known of its answers.
+
+    A question without ``answers`` and without ``choices`` has no right answer but to decline, as in SQuAD 2.
+    """
+
+    id: str  #: unique in its file
+    text: str
+    context: str | None = None  #: a passage to read first
+    answers: tuple[str, ...] = ()  #: accepted answers
+    wrong_answers: tuple[str, ...] = ()  #: answers known to be wrong (TruthfulQA)
+    choices: tuple[str, ...] = ()  #: multiple choice, in the order in which they are shown
+    right: tuple[int, ...] = ()  #: which choices are right; several in TruthfulQA's MC2
+    topic: str | None = None  #: category, relation or data set: what "another domain" means
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One of several answers drawn for the same question."""
+
+    text: str
+    risk: float
+    percentile: float | None = None
+    correct: bool | None = None  #: None: unjudged
+
+
+@dataclass(frozen=True)
+class Record:
+    """A question with one system's answer, its scores and its judgement."""
+
+    question: Question
+    answer: str | None  #: None: there is none, and ``note`` says why
+    scores: Mapping[str, float] = field(default_factory=dict)  #: each grows with doubt
+    tokens: tuple[tuple[str, float], ...] = ()  #: the answer's pieces of text, each with its risk
+    question_tokens: tuple[tuple[str, float], ...] = ()  #: the same of the question's own words
+    samples: tuple[Sample, ...] = ()
+    finish: str | None = None  #: "stop", "length" or "given"
+    percentile: float | None = None
+    p_correct: float | None = None
+    abstain: bool | None = None
+    correct: bool | None = None  #: None: unjudged, and ``note`` says why
+    grade: float | None = None  #: the judge's number where it has one: F1, ROUGE difference, MC2's share
+    note: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data, flat; what is unknown or empty is left out, but for ``answer`` and ``correct``."""
+        own = self.question
+        found: dict[str, Any] = {"id": own.id, "question": own.text}
+        found |= {f.name: _plain(getattr(own, f.name)) for f in fields(own)[2:] if _told(getattr(own, f.name))}
+        for f in fields(self)[1:]:
+            value = getattr(self, f.name)
+            if f.name in ("answer", "correct") or _told(value):
+                found[f.name] = [_sample(s) for s in value] if f.name == "samples" else _plain(value)
+        return found
+
+    @classmethod
+    def from_json(cls, row: Mapping[str, Any]) -> Record:
+        """The record that ``to_json`` described.
+
+        Raises:
+            DataError: If an entry is missing, unknown to be of its kind, or not a finite number.
+        """
+        try:
+            own = {f.name: _frozen(row[f.name]) for f in fields(Question)[2:] if row.get(f.name) is not None}
+            rest = {f.name: _frozen(row[f.name]) for f in fields(cls)[1:] if row.get(f.name) is not None}
+            question = Question(str(row["id"]), str(row["question"]), **own)
+            rest["samples"] = tuple(Sample(**s) for s in rest.get("samples", ()))
+            rest["scores"] = {str(k): float(v) for k, v in rest.get("scores", {}).items()}
+            record = cls(question, **{"answer": None, **rest})
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise DataError(f"a record of answers is broken ({type(error).__name__}: {error})") from None
+        bad = [name for name, value in record.scores.items() if not math.isfinite(value)]
+        if bad:
+            raise DataError(f"the score {bad[0]} of question {question.id} is {record.scores[bad[0]]}, not a number")
+        return record
+
+
+def read(path: str | os.PathLike[str]) -> list[Record]:
+    """All records of a file.
+
+    Raises:
+        DataError: If it cannot be read, a line is broken, or an id comes twice.
+    """
+    found: dict[str, Record] = {}
+    for place, row in rows(path):
+        try:
+            record = Record.from_json(row)
+        except DataError as error:
+            raise DataError(f"{place}: {error}; write the file again with `selfdoubt evaluate`") from None
+        if record.question.id in found:
+            raise DataError(f"{place}: the id {record.question.id!r} comes twice; give every question its own")
+        found[record.question.id] = record
+    return list(found.values())
+
+
+def rows(path: str | os.PathLike[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The objects of a JSONL file, each with its place in words.
+
+    Raises:
+        DataError: If the file cannot be read, or a line is not a JSON object.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror}); give a JSONL file") from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 text (byte {error.start}); convert it, e.g. with iconv") from None
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise DataError(f"{path}, line {number} is not JSON ({error}); write one object a line") from None
+        if not isinstance(row, dict):
+            raise DataError(f"{path}, line {number} is {type(row).__name__}, not an object with keys")
+        yield f"{path}, line {number}", row
+
+
+def save(path: str | os.PathLike[str], records: Iterable[Record]) -> None:
+    """Write a file of records, whole or not at all."""
+    write(Path(path), "".join(line(r) for r in records).encode())
+
+
+def line(record: Record) -> str:
+    """One line of a file of records."""
+    return json.dumps(record.to_json(), ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def with_scores(record: Record, scores: Mapping[str, float]) -> Record:
+    """The record with more scores."""
+    return replace(record, scores={**record.scores, **scores})
+
+
+def _told(value: Any) -> bool:
+    return value is not None and value not in ((), {})
+
+
+def _plain(value: Any) -> Any:
+    return [_plain(v) for v in value] if isinstance(value, tuple) else dict(value) if _is_map(value) else value
+
+
+def _is_map(value: Any) -> bool:
+    return isinstance(value, Mapping)
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(_frozen(v) for v in value) if isinstance(value, list) else value
+
+
+def _sample(sample: Sample) -> dict[str, Any]:
+    return {f.name: v for f in fields(sample) if (v := getattr(sample, f.name)) is not None}
