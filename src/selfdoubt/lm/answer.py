@@ -6,9 +6,12 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean, quantiles
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from selfdoubt.errors import ConfigError
+
+if TYPE_CHECKING:
+    from selfdoubt.lm.calibration import States
 
 #: The score that stands for an answer's doubt, and the one that colours a token: surprisal, and its sum. By
 #: ``benchmarks/quality.py`` entropy ranks a model's own answers a hair better, but of text that somebody else wrote it
@@ -66,6 +69,9 @@ class Answer:
     risk_name: str
     percentile: float | None  #: share of reference answers with a lower risk, in [0, 1]; None without reference answers
     finish: Literal["stop", "length", "given"]
+    p_correct: float | None = None  #: calibrated probability that the answer is right; None without a calibration
+    abstain: bool | None = None  #: p_correct is below the calibrated threshold; None without a threshold
+    states: States | None = field(default=None, repr=False, compare=False)  #: of the layers that were asked for
 
     @property
     def most_doubtful(self) -> Token | None:
@@ -79,6 +85,8 @@ class Answer:
             "risk": self.risk,
             "risk_name": self.risk_name,
             "percentile": self.percentile,
+            "p_correct": self.p_correct,
+            "abstain": self.abstain,
             "finish": self.finish,
             "scores": dict(self.scores),
         }
