@@ -13,6 +13,8 @@ from selfdoubt.errors import ConfigError
 if TYPE_CHECKING:
     from selfdoubt.lm.calibration import States
 
+#: What is shown in place of an answer that is withheld.
+UNSURE = "I'm not sure."
 #: The score that stands for an answer's doubt, and the one that colours a token: surprisal, and its sum. By
 #: ``benchmarks/quality.py`` entropy ranks a model's own answers a hair better, but of text that somebody else wrote it
 #: only says how sure the model was of something else.
@@ -77,6 +79,16 @@ class Answer:
     def most_doubtful(self) -> Token | None:
         """The token of the answer with the highest risk."""
         return max(self.tokens, key=lambda token: token.risk, default=None)
+
+    @property
+    def withheld(self) -> bool:
+        """Whether the model abstains from its own answer; text that it was given to score is never withheld."""
+        return bool(self.abstain) and self.finish != "given"
+
+    @property
+    def shown(self) -> str:
+        """What a person should see: the text, or that the model is not sure."""
+        return UNSURE if self.withheld else self.text
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON, without the tokens."""

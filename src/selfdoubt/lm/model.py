@@ -137,17 +137,30 @@ class RiskAwareLM:
         )
 
     @overload
-    def generate(self, prompt: str, *, batch_size: int = ..., **options: Unpack[Options]) -> Answer: ...
+    def generate(self, prompt: str, **options: Unpack[Options]) -> Answer: ...
     @overload
-    def generate(self, prompt: Sequence[Any], *, batch_size: int = ..., **options: Unpack[Options]) -> Any: ...
     def generate(
-        self, prompt: Question | Sequence[Question], *, batch_size: int = 32, **options: Unpack[Options]
+        self,
+        prompt: Sequence[Any],
+        *,
+        batch_size: int = ...,
+        seeds: Sequence[int] | None = ...,
+        **options: Unpack[Options],
+    ) -> Any: ...
+    def generate(
+        self,
+        prompt: Question | Sequence[Question],
+        *,
+        batch_size: int = 32,
+        seeds: Sequence[int] | None = None,
+        **options: Unpack[Options],
     ) -> Answer | list[Answer]:
         """Answer a question or a chat, or a list of either.
 
         Args:
             prompt: A question, messages with ``role`` and ``content``, or a list of questions or chats.
             batch_size: How many prompts of a list run side by side.
+            seeds: One for each prompt of a list; None takes the option ``seed`` for all.
             **options: See ``Options``.
 
         Returns:
@@ -161,7 +174,10 @@ class RiskAwareLM:
         seed = options.get("seed", 0)
         if isinstance(prompt, str) or (prompt and isinstance(prompt[0], Mapping)):
             return self._generate([cast("Question", prompt)], 1, [seed], options)[0]
-        return self._generate(cast("Sequence[Question]", prompt), batch_size, [seed] * len(prompt), options)
+        seeds = [seed] * len(prompt) if seeds is None else seeds
+        if len(seeds) != len(prompt):
+            raise ConfigError(f"there must be one seed for each prompt, got {len(seeds)} for {len(prompt)}")
+        return self._generate(cast("Sequence[Question]", prompt), batch_size, seeds, options)
 
     def candidates(self, prompt: Question, n: int, *, batch_size: int = 32, **options: Unpack[Options]) -> list[Answer]:
         """Draw ``n`` answers to one question with the seeds ``seed``, ``seed + 1``, ...; the least risky comes first.
