@@ -31,7 +31,7 @@ def test_records_come_back_as_they_were_written(tmp_path):
     bare = Record(Question("b", "Why?"), None, note="the call failed")
     records.save(tmp_path / "r.jsonl", [FULL, bare])
     assert records.read(tmp_path / "r.jsonl") == [FULL, bare]
-    plain = json.loads((tmp_path / "r.jsonl").read_text(encoding="utf-8").splitlines()[1])
+    plain = json.loads((tmp_path / "r.jsonl").read_text(encoding="utf-8").split("\n")[1])
     assert plain == {"id": "b", "question": "Why?", "answer": None, "correct": None, "note": "the call failed"}
 
 
