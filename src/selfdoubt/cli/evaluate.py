@@ -34,7 +34,8 @@ def evaluate(
     limit: Annotated[int | None, typer.Option(help="Ask a random subset of this size.", show_default=False)] = None,
     seed: Annotated[int, typer.Option(help="Of the subset, the order of choices, shots and samples.")] = 0,
     style: Annotated[
-        str, typer.Option(help="chat: the model's template; qa: plain 'Q: ... A:'; auto: chat where there is a template.")
+        str,
+        typer.Option(help="chat: the model's template; qa: plain 'Q: ... A:'; auto: chat where there is a template."),
     ] = "auto",
     instruction: Annotated[
         str | None, typer.Option(help="What to tell the model before each question.", show_default=False)
@@ -149,5 +150,3 @@ def _layers(lm: RiskAwareLM, text: str) -> tuple[int, ...]:
         except ValueError:
             raise ConfigError(f"--states must be auto, none, all or numbers like 3,7, got {text!r}") from None
     return tuple(sorted({*lm.layers, *wanted}))
-
-

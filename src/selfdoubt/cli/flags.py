@@ -33,7 +33,12 @@ WrapperText = Annotated[
         "auto takes what comes with the model or the adapter, else three fresh voters."
     ),
 ]
-Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's own), float32, bfloat16, float16 or float64.")]
+Dtype = Annotated[
+    str,
+    typer.Option(
+        help="auto (the checkpoint's own, where the machine computes in it), float32, bfloat16, float16 or float64."
+    ),
+]
 Quantize = Annotated[str | None, typer.Option(help="nf4 for 4-bit weights.")]
 RiskName = Annotated[str | None, typer.Option("--risk", help="Name of the answer score that is the risk.")]
 RemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")]

@@ -19,7 +19,7 @@ from selfdoubt.lm.answer import Alternative, Answer, Token, answer_scores, pick_
 from selfdoubt.lm.calibration import Calibration, States, stored
 from selfdoubt.lm.decode import ScoredId
 from selfdoubt.lm.given import score_given
-from selfdoubt.lm.load import POCKET, Quantization, load_model
+from selfdoubt.lm.load import POCKET, Quantization, load_model, quick_dtype
 from selfdoubt.lm.options import Options, sampling_of, stop_texts
 from selfdoubt.lm.prompt import Detokenizer, Message, Prompt, encode
 from selfdoubt.lm.stream import Stream, answering
@@ -97,7 +97,7 @@ class RiskAwareLM:
             wrapper: A ``vote``, ``sample`` or ``sculpt`` wrapper; None leaves the model plain. "auto" takes the voters
                 that come with the pocket model, and three fresh low-rank voters for any other.
             adapter: An adapter folder, which brings its own wrapper; or LoRA of plain PEFT, which goes with any.
-            dtype: "auto" takes the checkpoint's own.
+            dtype: "auto" takes the checkpoint's own, or float32 on a CPU that only emulates bfloat16.
             device: None takes a GPU where there is one.
             quantize: "nf4" for 4-bit weights.
             revision: A branch, tag or commit on the hub.
@@ -121,6 +121,8 @@ class RiskAwareLM:
             name, words=None if adapter is None else own_tokenizer(adapter), dtype=dtype, device=device,
             quantize=quantize, revision=revision, trust_remote_code=trust_remote_code, token=token,
         )  # fmt: skip
+        if dtype == "auto" and quantize is None:
+            model = model.to(quick_dtype(model))
         if adapter is None and wrapper == "auto" and os.fspath(name) == POCKET:
             from selfdoubt import pocket
 
