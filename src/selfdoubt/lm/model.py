@@ -15,7 +15,7 @@ from torch import nn
 from selfdoubt.errors import ConfigError
 from selfdoubt.lm import answer as answers
 from selfdoubt.lm.adapter import base_of, load_adapter, own_tokenizer, read_adapter
-from selfdoubt.lm.answer import Alternative, Answer, Token, answer_scores, pick_risk
+from selfdoubt.lm.answer import Alternative, Answer, Token, answer_scores, check_score, pick_risk, rank_scores, stand_in
 from selfdoubt.lm.calibration import Calibration, States, stored
 from selfdoubt.lm.decode import ScoredId
 from selfdoubt.lm.given import score_given
@@ -62,8 +62,7 @@ class RiskAwareLM:
             token_risk: Name of the token score that is a token's risk.
             layers: Decoder layers whose hidden states come with an answer (``Answer.states``); 0 is the first.
         """
-        if risk not in answers.ANSWER_SCORES:
-            raise ConfigError(f"no answer score is called {risk!r}; choose one of {sorted(answers.ANSWER_SCORES)}")
+        check_score(risk)
         self.model = model
         self.tokenizer = tokenizer
         self.reference = dict(reference or {})
@@ -216,7 +215,7 @@ class RiskAwareLM:
             raise ConfigError(f"the percentile must be between 0 and 1, got {percentile}")
         if max_tries < 1:
             raise ConfigError(f"max_tries must be at least 1, got {max_tries}")
-        if self.risk not in self.reference:
+        if not {self.risk, stand_in(self.risk)} & set(self.reference):
             raise ConfigError(
                 f"a percentile of {self.risk} needs reference answers, and this model has none; "
                 "use an adapter that has them (the pocket model does)"
@@ -283,6 +282,7 @@ class RiskAwareLM:
     ) -> Answer:
         """Put tokens together and score the whole."""
         scores = answer_scores(tokens, question)
+        scores |= rank_scores(scores, self.reference)
         value, name = pick_risk(scores, self.risk)
         reference = self.reference.get(name)
         rank = None if reference is None else percentile(value, reference)

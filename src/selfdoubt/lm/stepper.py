@@ -123,7 +123,7 @@ class HFStepper:
         longest = int(((before if self._mask is None else self._mask[: len(texts)].sum(1)) + lengths).max())
         if self.context is not None and longest > self.context:
             raise PromptError(
-                f"the prompt and its text have {longest} tokens, and the model reads at most {self.context}; shorten them"
+                f"prompt and text have {longest} tokens, and the model reads at most {self.context}; shorten them"
             )
         rows = expand(padded, self.members)
         if min(len(t) for t in texts) < width or self._mask is not None:

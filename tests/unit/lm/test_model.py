@@ -11,7 +11,6 @@ import torch
 import selfdoubt
 from selfdoubt import RiskAwareLM, sample, sculpt, vote
 from selfdoubt.errors import ConfigError, LoadError, NonFiniteError, PromptError
-from selfdoubt.lm.answer import DEFAULT_RISK
 from selfdoubt.lm.decode import read
 from selfdoubt.lm.prompt import encode
 from selfdoubt.lm.stepper import HFStepper
@@ -232,7 +231,7 @@ def test_loading_wraps_with_fresh_voters_unless_told(folder):
 
 def test_an_adapter_brings_its_wrapper_and_its_reference(folder, tmp_path):
     model = WRAPPERS["vote"](talker())
-    selfdoubt.save(model, tmp_path, extra={"reference": {DEFAULT_RISK: [0.0, 1000.0]}})
+    selfdoubt.save(model, tmp_path, extra={"reference": {"sum_nll": [0.0, 1000.0]}})
     lm = RiskAwareLM.load(folder, adapter=tmp_path)
     answer = lm.generate("Hi there", max_tokens=5)
     assert answer.percentile == 0.5
