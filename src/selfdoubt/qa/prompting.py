@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
 
 from selfdoubt.errors import ConfigError
 from selfdoubt.qa.records import Question
 
-Style = Literal["chat", "qa"]
-STYLES: tuple[Style, ...] = get_args(Style)
+STYLES = ("chat", "qa")
 Message = dict[str, str]
 
 #: An answer in the style "qa" ends where the line ends.
@@ -27,7 +25,7 @@ BY_LETTER = "Answer with the letter of the right option."
 class Prompting:
     """How to ask."""
 
-    style: Style = "chat"
+    style: str = "chat"  #: one of ``STYLES``
     instruction: str | None = (
         None  #: a line before everything; None takes the usual one of the kind of question, "" none
     )

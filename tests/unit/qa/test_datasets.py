@@ -300,3 +300,72 @@ def test_opentriviaqa_has_its_count_and_loses_only_empty_and_repeated_choices(re
     # 23 rows repeat choices, one of them two; 4 have an empty one.
     assert sizes == {4: 42_538 - 27, 3: 26, 2: 6_665 + 1}
     assert all(len(q.right) == 1 and len(set(q.choices)) == len(q.choices) for q in questions)
+
+
+@pytest.mark.parametrize(
+    ("name", "asked", "row", "expected"),
+    [
+        (
+            "nq_open",
+            ("google-research-datasets/nq_open", None, "validation"),
+            {"question": "who?", "answer": ["a", "b"]},
+            Question("", "who?", answers=("a", "b")),
+        ),
+        (
+            "webquestions",
+            ("stanfordnlp/web_questions", None, "test"),
+            {"url": "u", "question": "who?", "answers": ["a"]},
+            Question("", "who?", answers=("a",)),
+        ),
+        (
+            "triviaqa",
+            ("mandarjoshi/trivia_qa", "rc.nocontext", "validation"),
+            {"question": "who?", "question_id": "tc_1", "answer": {"value": "a", "aliases": ["b", "a"], "type": "x"}},
+            Question("tc_1", "who?", answers=("a", "b")),
+        ),
+        (
+            "squad2",
+            ("rajpurkar/squad_v2", None, "validation"),
+            {"id": "5", "title": "T", "context": "c", "question": "who?", "answers": {"text": [], "answer_start": []}},
+            Question("5", "who?", "c", topic="T"),
+        ),
+        (
+            "squad2",
+            ("rajpurkar/squad_v2", None, "validation"),
+            {"id": "5", "title": "T", "context": "c", "question": "who?", "answers": {"text": ["a", "a"]}},
+            Question("5", "who?", "c", ("a",), topic="T"),
+        ),
+    ],
+)
+def test_known_names_are_read_from_their_public_home(monkeypatch, name, asked, row, expected):
+    datasets = pytest.importorskip("datasets")
+
+    def load_dataset(name, config, *, split, revision):
+        assert (name, config, split, revision) == (*asked, "abc")
+        return [row]
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    (found,) = load(name, revision="abc")
+    assert replace(found, id=expected.id or found.id) == replace(expected, id=found.id)
+
+
+def test_any_set_of_the_hub_is_read_from_the_usual_split(monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    splits = {"train": [{"question": "t?", "answer": "x"}], "test": [{"question": "e?", "answer": "x"}]}
+
+    def load_dataset(name, config, *, split, revision):
+        assert (name, config) == ("owner/name", "part")
+        return splits if split is None else splits[split]
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert [q.text for q in load("owner/name", config="part")] == ["e?"]
+    assert [q.text for q in load("owner/name", config="part", split="train")] == ["t?"]
+    splits["test"] = [{"question": "", "answer": "x"}]
+    with pytest.raises(DataError, match="owner/name, test, row 1: question is empty"):
+        load("owner/name", config="part")
+
+
+def test_a_name_of_a_known_set_is_not_a_folder_of_that_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / POCKET).mkdir()
+    assert len(load(POCKET, limit=3)) == 3
