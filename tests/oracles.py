@@ -1,7 +1,7 @@
 """Other people's implementations, to compare with.
 
-``make .venv/.dev`` installs what ``tests/oracles.txt`` pins into a folder of its own, without the versions those packages
-ask for: their pins contradict each other and ours. The folder comes last on the path, so nothing installed is hidden.
+``make .venv/.dev`` installs what ``tests/oracles.txt`` pins into a folder of its own, without the versions those
+packages ask for: their pins contradict each other and ours. The folder comes last on the path: it hides nothing.
 """
 
 from __future__ import annotations
