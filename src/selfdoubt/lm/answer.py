@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 #: What is shown in place of an answer that is withheld.
 UNSURE = "I'm not sure."
 #: The score that stands for an answer's doubt, and the one that colours a token. Without reference answers, or without
-#: a question, ``sum_nll`` stands in for the first. By ``benchmarks/quality.py`` no other score that needs no labels ranks
-#: wrong answers better: "am I sure of my answer?" and "have I met this subject?" err on different questions.
+#: a question, ``sum_nll`` stands in for the first. By ``benchmarks/quality.py`` no other score that needs no labels
+#: ranks wrong answers better: "am I sure of my answer?" and "have I met this subject?" err on different questions.
 DEFAULT_RISK = "rank_nll"
 TOKEN_RISK = "nll"
 

@@ -81,6 +81,7 @@ class HFStepper:
         self._takes_positions = "position_ids" in inspect.signature(base.forward).parameters
         self._cache: Any = None
         self._mask: Tensor | None = None
+        self._rows = 0
 
     @property
     def context(self) -> int | None:

@@ -165,7 +165,11 @@ def sample_seed(seed: int, question: str, number: int) -> int:
 def _choose(
     lm: RiskAwareLM, questions: Sequence[Question], prompts: Sequence[Prompt], plan: Plan, found: Asked
 ) -> list[Answer]:
-    """The most probable choice of each question, by the sum of its tokens' log-probabilities."""
+    """The most probable choice of each question, by the sum of its tokens' log-probabilities.
+
+    A record is correct where that choice is right (the mean over questions is TruthfulQA's MC1), and its grade is the
+    share of probability on right choices (the mean is MC2).
+    """
     places = [(row, i) for row, q in enumerate(questions) for i in range(len(q.choices))]
     pairs = [(prompts[row], _said(questions[row], i, plan)) for row, i in places]
     scored: list[Answer] = []
@@ -178,12 +182,11 @@ def _choose(
         own = [answer for answer, (r, _) in zip(scored, places, strict=True) if r == row]
         logprobs = [-answer.scores["sum_nll"] for answer in own]
         best = max(range(len(own)), key=lambda i: logprobs[i])
-        verdict = judge_mc1(question, logprobs) if len(question.right) == 1 else judge_mc2(question, logprobs)
         record = replace(
             with_scores(_record(question, own[best], plan), _choice_scores(logprobs, best)),
             answer=question.choices[best],
-            correct=verdict.correct,
-            grade=verdict.grade,
+            correct=judge_mc1(question, logprobs).correct,
+            grade=judge_mc2(question, logprobs).grade,
         )
         found.records.append(record)
         chosen.append(own[best])

@@ -26,6 +26,26 @@ if TYPE_CHECKING:
 ANSWERS, STATES, RUN = "answers.jsonl", "states.safetensors", "run.json"
 
 
+def finish(asked: Asked, judge: Judge, out: Path, run: Mapping[str, Any], *, draws: int = 1000) -> list[str]:
+    """Judge, keep, measure and report.
+
+    Args:
+        asked: All answers.
+        judge: Who says what is right.
+        out: The run's folder.
+        run: Its settings, for people and for ``selfdoubt calibrate``.
+        draws: Bootstrap draws of each interval.
+
+    Returns:
+        What to tell on a terminal.
+    """
+    found = judged(asked.records, judge)
+    whole = {**run, "costs": asked.costs}
+    keep(asked, found, whole, out)
+    paths = write_report(found, whole, out, draws=draws)
+    return [*summary(out), *(str(path) for path in paths)]
+
+
 def judged(records: Sequence[Record], judge: Judge) -> list[Record]:
     """Records with a verdict on each answer, and on each sample.
 

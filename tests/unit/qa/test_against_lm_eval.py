@@ -6,6 +6,7 @@ import copy
 import json
 import re
 import warnings
+from pathlib import Path
 
 import pytest
 import transformers
@@ -68,18 +69,20 @@ def task_files(tmp_path):
 
 def harness(task_files, model, words, kind):
     """What the harness says of each question, and what it asked."""
-    tasks, huggingface = oracles.load("lm_eval.tasks"), oracles.load("lm_eval.models.huggingface")
-    evaluator = oracles.load("lm_eval.evaluator")
-    overridden = {
-        "task": f"truthfulqa_{kind}", "dataset_path": "json", "dataset_name": None,
+    huggingface, evaluator = oracles.load("lm_eval.models.huggingface"), oracles.load("lm_eval.evaluator")
+    tasks = Path(oracles.load("lm_eval.tasks").__file__).parent
+    config = oracles.load("lm_eval.tasks._yaml_loader").load_yaml(tasks / "truthfulqa" / f"truthfulqa_{kind}.yaml")
+    config |= {
+        "dataset_path": "json",
+        "dataset_name": None,
         "dataset_kwargs": {"data_files": {"validation": str(task_files / "hub.json")}},
-    }  # fmt: skip
+    }
+    config.pop("tag", None)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         lm = huggingface.HFLM(pretrained=model, tokenizer=words, batch_size=2, max_length=1024)
-        found = evaluator.simple_evaluate(
-            lm, tasks=[overridden], task_manager=tasks.TaskManager(), bootstrap_iters=0, log_samples=True
-        )
+        task = oracles.load("lm_eval.api.task").ConfigurableTask(config=config)
+        found = evaluator.simple_evaluate(lm, tasks=[task], bootstrap_iters=0, log_samples=True)
     samples = sorted(found["samples"][f"truthfulqa_{kind}"], key=lambda s: s["doc_id"])
     return [s["acc"] for s in samples], [s["arguments"][0][0] for s in samples]
 
@@ -96,4 +99,5 @@ def test_multiple_choice_against_lm_evaluation_harness(task_files, model, words,
     found = ask(RiskAwareLM(model, words), questions, plan, same("exact")).records
     assert len(set(expected)) > 1  # or it would prove little
     for record, theirs in zip(found, expected, strict=True):
-        assert record.grade == pytest.approx(float(theirs), abs=1e-6)
+        ours = float(record.correct) if kind == "mc1" else record.grade
+        assert ours == pytest.approx(float(theirs), abs=1e-6)
