@@ -43,7 +43,7 @@ def save(
     """Write what wrapping added or left training; the base model itself is not written.
 
     Args:
-        wrapped: A wrapped model; with ``elsewhere`` also a plain one.
+        wrapped: A wrapped model; with ``elsewhere``, or with a calibration in ``extra``, also a plain one.
         folder: Made if missing; an adapter in it is replaced.
         base: Name or folder of the base model; taken from a Hugging Face config if None.
         revision: Revision of the base model.
@@ -56,7 +56,7 @@ def save(
     Raises:
         WrapError: If nothing was added to the model.
     """
-    if not isinstance(wrapped, Wrapped) and not elsewhere:
+    if not isinstance(wrapped, Wrapped) and not elsewhere and "calibration" not in (extra or {}):
         raise WrapError(
             f"{type(wrapped).__name__} is not wrapped, so there is nothing to save: wrap it first, e.g. "
             "vote.Wrapper()(model)"
@@ -106,7 +106,7 @@ def load(folder: str | os.PathLike[str], model: nn.Module) -> Wrapped:
     wrapped = restore(folder, model)
     if not isinstance(wrapped, Wrapped):
         raise LoadError(
-            f"{folder} is LoRA without a wrapper: load it with RiskAwareLM.load(..., adapter={str(folder)!r})"
+            f"{folder} brings no wrapper (but LoRA or a calibration): load it with RiskAwareLM.load(..., adapter={str(folder)!r})"
         )
     return wrapped
 
@@ -178,7 +178,8 @@ def read_card(folder: Path) -> dict[str, Any]:
     try:
         card = json.loads(path.read_text(encoding="utf-8"))
         version, entries = card["format"], card["wrappers"]
-        _ = [entry["method"] for entry in (entries if card.get("lora") else [entries[0], *entries])]
+        bare = card.get("lora") or card.get("calibration")  # these need no wrapper
+        _ = [entry["method"] for entry in (entries if bare else [entries[0], *entries])]
         _, _ = card["base"]["name"], [abs(s) + n for s, n in card["base"]["fingerprint"].values()]
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise _broken(path, error) from None

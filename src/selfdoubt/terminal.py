@@ -71,18 +71,31 @@ class Screen:
                 Text(line + (f"; instead: {options}" if options else ""), style="dim" if self.coloured else "")
             )
 
-    def comparison(self, questions: Sequence[str], answers: Sequence[Answer]) -> None:
+    def unsure(self, answer: Answer, *, told: bool) -> None:
+        """In place of an answer that is withheld; ``told``: it follows all the same."""
+        line = Text(answer.shown, style="bold" if self.coloured else "")
+        chance = "" if answer.p_correct is None else f"  {_chance(answer.p_correct)}, too little to answer"
+        self.console.print(line.append(chance, style="not bold dim" if self.coloured else ""))
+        if told:
+            self.console.print(Text("It would have said: ", style="dim" if self.coloured else ""), end="")
+
+    def comparison(self, questions: Sequence[str], answers: Sequence[Answer], *, show_withheld: bool = False) -> None:
         """Several answers side by side."""
+        calibrated = any(a.p_correct is not None for a in answers)
         table = Table(box=None, padding=(0, 2, 0, 0), show_edge=False)
         for name in ("question", "answer"):
             table.add_column(name, overflow="fold")
-        for name in ("risk", "percentile"):
+        for name in ("risk", "percentile", *(["right"] if calibrated else [])):
             table.add_column(name, justify="right", no_wrap=True)
         for question, answer in zip(questions, answers, strict=True):
             text = Text()
-            for token in answer.tokens:
-                text.append(token.text, STYLES[level(token.risk)] if self.coloured else "")
-            table.add_row(question, text, f"{answer.risk:.3f}", _percent(answer))
+            if answer.withheld and not show_withheld:
+                text.append(answer.shown)
+            else:
+                for token in answer.tokens:
+                    text.append(token.text, STYLES[level(token.risk)] if self.coloured else "")
+            right = [] if not calibrated else ["-" if answer.p_correct is None else f"{answer.p_correct:.0%}"]
+            table.add_row(question, text, f"{answer.risk:.3f}", _percent(answer), *right)
         self.console.print()
         self.console.print(table)
 
@@ -92,8 +105,14 @@ def summary(answer: Answer) -> str:
     line = f"risk {answer.risk:.3f} ({answer.risk_name})"
     if answer.percentile is not None:
         line += f", riskier than {_percent(answer)} of the reference answers"
+    if answer.p_correct is not None:
+        line += f"; {_chance(answer.p_correct)}" + (", too little to answer" if answer.abstain else "")
     return line + (", cut at max tokens" if answer.finish == "length" else "")
 
 
 def _percent(answer: Answer) -> str:
     return "-" if answer.percentile is None else f"{answer.percentile:.0%}"
+
+
+def _chance(p_correct: float) -> str:
+    return f"right with probability {p_correct:.0%}"

@@ -282,3 +282,17 @@ def test_extras_must_be_numbers_that_json_knows(tmp_path):
     with pytest.raises(ValueError, match=r"JSON"):
         selfdoubt.save(vote.Wrapper()(mlp()), tmp_path, extra={"reference": [float("nan")]})
     assert not (tmp_path / "selfdoubt.json").exists()
+
+
+def test_a_plain_model_is_saved_for_its_calibration_alone(tmp_path):
+    model = MODELS["llama"]()
+    storage.save(model, tmp_path, extra={"calibration": {"kind": "isotonic"}})
+    assert not (tmp_path / storage.WEIGHTS).exists()
+    assert storage.restore(tmp_path, model) is model
+    with pytest.raises(LoadError, match="brings no wrapper"):
+        storage.load(tmp_path, model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.5)
+    with pytest.raises(BaseMismatchError, match="was made for another base model"):
+        storage.restore(tmp_path, model)

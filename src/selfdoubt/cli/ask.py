@@ -41,6 +41,9 @@ def ask(
         ),
     ] = None,
     max_tries: Annotated[int, typer.Option(help="Most tries of --until-percentile.", metavar="K")] = 10,
+    show_withheld: Annotated[
+        bool, typer.Option("--show-withheld", help="Where the model is not sure, also show what it would have said.")
+    ] = False,
 ) -> int:
     """Ask questions; the answers stream, each token in the colour of its risk."""
     if candidates is not None and until_percentile is not None:
@@ -49,7 +52,7 @@ def ask(
     options: dict[str, Any] = {"max_tokens": max_tokens, "top_p": top_p, "seed": seed, "raw": raw}
     if temperature is not None:
         options["temperature"] = temperature
-    output = printer(as_json=as_json)
+    output = printer(as_json=as_json, show_withheld=show_withheld)
     if candidates is not None:
         for question in questions:
             for i, answer in enumerate(lm.candidates(question, candidates, **options)):
@@ -63,7 +66,11 @@ def ask(
             output.verdict(tried.tries, until_percentile, confident=tried.confident)
             confident &= tried.confident
         return 0 if confident else 1
+    withholds = lm.calibration is not None and lm.calibration.threshold is not None
     for question in questions:
+        if withholds and not show_withheld:  # an answer that may be withheld cannot be shown while it grows
+            output.whole(question, lm.generate(question, **options))
+            continue
         stream = lm.stream(question, **options)
         output.begin(question, stream.question)
         for token in stream:

@@ -10,17 +10,18 @@ if TYPE_CHECKING:
     from selfdoubt.lm.answer import Answer, Token
 
 
-def printer(*, as_json: bool) -> Lines | JsonLines:
-    """The printer for people or for programs."""
-    return JsonLines() if as_json else Lines()
+def printer(*, as_json: bool, show_withheld: bool = False) -> Lines | JsonLines:
+    """The printer for people or for programs; ``show_withheld`` also tells answers that the model is not sure of."""
+    return JsonLines(show_withheld) if as_json else Lines(show_withheld)
 
 
 class Lines:
     """Output for people."""
 
-    def __init__(self) -> None:
+    def __init__(self, show_withheld: bool) -> None:
         from selfdoubt.terminal import Screen
 
+        self.show_withheld = show_withheld
         self.screen = Screen()
         self.screen.legend()
         self.seen: list[tuple[str, Answer]] = []
@@ -42,14 +43,19 @@ class Lines:
         self.seen.append((self.asked, answer))
 
     def whole(self, question: str | None, answer: Answer) -> None:
-        """A question and its finished answer."""
+        """A question and its finished answer, or that the model is not sure."""
         if question is None:
             self.screen.console.print()
         else:
             self.begin(question, list(answer.question))
-        for token in answer.tokens:
+        if answer.withheld:
+            self.screen.unsure(answer, told=self.show_withheld)
+        for token in answer.tokens if self.show_withheld or not answer.withheld else ():
             self.token(token)
-        self.end(answer)
+        if self.show_withheld or not answer.withheld:
+            self.end(answer)
+        else:
+            self.seen.append((self.asked, answer))
 
     def verdict(self, tries: int, wanted: float, *, confident: bool) -> None:
         """Whether answering again led to a confident answer."""
@@ -59,11 +65,14 @@ class Lines:
     def compare(self) -> None:
         """All answers side by side, at the end."""
         if len(self.seen) > 1:
-            self.screen.comparison(*zip(*self.seen, strict=True))
+            self.screen.comparison(*zip(*self.seen, strict=True), show_withheld=self.show_withheld)
 
 
 class JsonLines:
     """Output for programs: one object a line."""
+
+    def __init__(self, show_withheld: bool) -> None:
+        self.show_withheld = show_withheld
 
     def begin(self, question: str, tokens: list[Token]) -> None:  # noqa: ARG002
         """A question, before its answer."""
@@ -75,13 +84,16 @@ class JsonLines:
         self._print({"type": "token", "part": "answer", **asdict(token)})
 
     def end(self, answer: Answer) -> None:
-        """The answer is complete."""
-        self._print({"type": "answer", **answer.to_dict()})
+        """The answer is complete; where it is withheld, its text says so."""
+        found = {"type": "answer", **answer.to_dict(), "text": answer.shown}
+        if answer.withheld and self.show_withheld:
+            found["withheld"] = answer.text
+        self._print(found)
 
     def whole(self, question: str | None, answer: Answer) -> None:
         """A question and its finished answer."""
         self.begin(question or "", list(answer.question))
-        for token in answer.tokens:
+        for token in answer.tokens if self.show_withheld or not answer.withheld else ():
             self.token(token)
         self.end(answer)
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from selfdoubt.cli import flags
 from selfdoubt.cli.output import printer
-from selfdoubt.errors import LoadError, require
+from selfdoubt.errors import ConfigError, LoadError, require
 
 if TYPE_CHECKING:
     import typer
@@ -17,8 +17,16 @@ else:
 
 
 def score(
-    file: Annotated[str, typer.Argument(help="A text file, or - for standard input.")] = "-",
+    file: Annotated[
+        str, typer.Argument(help="A text file, or - for standard input; or answers as .jsonl, with --out.")
+    ] = "-",
     question: Annotated[str | None, typer.Option(help="What the text answers.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Score every line of FILE, a .jsonl of questions and answers, into this file.")
+    ] = None,
+    question_column: Annotated[str, typer.Option(help="--out: the key of the question.")] = "question",
+    answer_column: Annotated[str, typer.Option(help="--out: the key of the answer.")] = "answer",
+    batch_size: Annotated[int, typer.Option(help="--out: answers side by side.")] = 32,
     model: flags.Model = None,
     adapter: flags.Adapter = None,
     wrapper: flags.WrapperText = "auto",
@@ -28,7 +36,23 @@ def score(
     trust_remote_code: flags.RemoteCode = False,
     as_json: flags.AsJson = False,
 ) -> int:
-    """Colour text that exists by its risk."""
+    """Colour text that exists by its risk; or score answers of any other system, a line each."""
+    if out is None and file.endswith(".jsonl"):
+        raise ConfigError(f"{file} is a file of answers; say where the scored ones go, e.g. --out scored.jsonl")
+    if out is not None:
+        if question is not None or as_json:
+            raise ConfigError("--out scores a file of answers, which --question and --json do not go with")
+        from selfdoubt.qa.rescore import read_answers, rescore
+
+        rows = read_answers(file, out, question_column)
+        lm = flags.load_lm(model, adapter, wrapper, dtype, quantize, risk, trust_remote_code)
+        failed = rescore(
+            lm, rows, out, question_column=question_column, answer_column=answer_column, batch_size=batch_size
+        )
+        print(f"{out}: {len(rows) - failed} of {len(rows)} answers scored")
+        if failed:
+            print(f'selfdoubt: {failed} answers have no score; each says why under "note"', file=sys.stderr)
+        return 1 if failed else 0
     text = _read(file)
     lm = flags.load_lm(model, adapter, wrapper, dtype, quantize, risk, trust_remote_code)
     answer = lm.score(text, question)

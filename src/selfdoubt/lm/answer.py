@@ -6,10 +6,15 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean, quantiles
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from selfdoubt.errors import ConfigError
 
+if TYPE_CHECKING:
+    from selfdoubt.lm.calibration import States
+
+#: What is shown in place of an answer that is withheld.
+UNSURE = "I'm not sure."
 #: The score that stands for an answer's doubt, and the one that colours a token: surprisal, and its sum. By
 #: ``benchmarks/quality.py`` entropy ranks a model's own answers a hair better, but of text that somebody else wrote it
 #: only says how sure the model was of something else.
@@ -66,11 +71,24 @@ class Answer:
     risk_name: str
     percentile: float | None  #: share of reference answers with a lower risk, in [0, 1]; None without reference answers
     finish: Literal["stop", "length", "given"]
+    p_correct: float | None = None  #: calibrated probability that the answer is right; None without a calibration
+    abstain: bool | None = None  #: p_correct is below the calibrated threshold; None without a threshold
+    states: States | None = field(default=None, repr=False, compare=False)  #: of the layers that were asked for
 
     @property
     def most_doubtful(self) -> Token | None:
         """The token of the answer with the highest risk."""
         return max(self.tokens, key=lambda token: token.risk, default=None)
+
+    @property
+    def withheld(self) -> bool:
+        """Whether the model abstains from its own answer; text that it was given to score is never withheld."""
+        return bool(self.abstain) and self.finish != "given"
+
+    @property
+    def shown(self) -> str:
+        """What a person should see: the text, or that the model is not sure."""
+        return UNSURE if self.withheld else self.text
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON, without the tokens."""
@@ -79,6 +97,8 @@ class Answer:
             "risk": self.risk,
             "risk_name": self.risk_name,
             "percentile": self.percentile,
+            "p_correct": self.p_correct,
+            "abstain": self.abstain,
             "finish": self.finish,
             "scores": dict(self.scores),
         }

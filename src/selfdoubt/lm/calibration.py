@@ -121,6 +121,16 @@ class Calibration:
         return found
 
 
+def stored(card: Mapping[str, Any]) -> Calibration | None:
+    """The calibration in an adapter's card, if it has one.
+
+    Raises:
+        LoadError: If it is broken.
+    """
+    entry = card.get("calibration")
+    return None if entry is None else Calibration.from_json(entry)
+
+
 def transformed(score: float) -> float:
     """A score as the logistic head sees it: on a logarithmic scale, where sums over few and many tokens compare."""
     return math.log(max(score, 0.0) + 1e-4)

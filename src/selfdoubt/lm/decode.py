@@ -6,7 +6,7 @@ of the mean distribution.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from selfdoubt import risk
 from selfdoubt.errors import ConfigError
+from selfdoubt.lm.states import StatePool
 from selfdoubt.lm.stepper import Logits, Stepper
 
 Finish = Literal["stop", "length"]
@@ -73,12 +74,19 @@ class Event(NamedTuple):
     sequence: int
     token: ScoredId | None
     finish: Finish | None
+    states: Float[Tensor, "layers width"] | None = None  #: hidden states in which this was chosen
 
 
 def read(
-    stepper: Stepper, prompts: Sequence[Sequence[int]], alternatives: int = 0
+    stepper: Stepper, prompts: Sequence[Sequence[int]], alternatives: int = 0, pool: StatePool | None = None
 ) -> tuple[list[list[ScoredId | None]], Logits]:
     """Read prompts and score every token of them but the first, which nothing predicts (None).
+
+    Args:
+        stepper: Fresh, or done with what it read before.
+        prompts: Token ids.
+        alternatives: How many of the most probable tokens are told with each token.
+        pool: Takes the hidden states, where the stepper has them.
 
     Returns:
         The scored tokens of each prompt, and what comes next, ``(members, batch, classes)``.
@@ -93,17 +101,24 @@ def read(
         known = min(columns, width - 1 - first)
         if known > 0:
             chosen = ids[:, first + 1 : first + 1 + known].to(piece.logits.device)
-            now = Logits(*(None if x is None else x[:, :, :known] for x in piece))  # type: ignore[arg-type]
+            now = piece.at(slice(known))
             for sequence, tokens in enumerate(_scored(now, chosen, risk.mix(now.logits), alternatives)):
                 start = width - len(prompts[sequence])
                 scored[sequence] += [t for c, t in enumerate(tokens) if first + c >= start]
-        last = Logits(*(None if x is None else x[:, :, -1] for x in piece))  # type: ignore[arg-type]
+        if pool is not None and piece.states is not None:
+            pool.add(first, piece.states[0])
+        last = piece.at(-1)
     assert last is not None
     return scored, last
 
 
 def decode(
-    stepper: Stepper, following: Logits, lengths: Sequence[int], sampling: Sampling, seeds: Sequence[int]
+    stepper: Stepper,
+    following: Logits,
+    lengths: Sequence[int],
+    sampling: Sampling,
+    seeds: Sequence[int],
+    closed: Set[int] = frozenset(),
 ) -> Iterator[Event]:
     """Choose tokens until every sequence has ended.
 
@@ -113,6 +128,7 @@ def decode(
         lengths: Tokens in each prompt.
         sampling: How tokens are chosen.
         seeds: One for each sequence: its draws depend on its own seed only, not on the batch around it.
+        closed: Sequences that whoever reads the events wants no more of; looked at after each event.
     """
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     alive = list(range(len(lengths)))
@@ -123,17 +139,18 @@ def decode(
         mixed = risk.mix(following.logits)
         chosen = choose(mixed, sampling, torch.stack(draws))
         ids = chosen.tolist()
-        now = Logits(*(None if x is None else x[:, :, None] for x in following))  # type: ignore[arg-type]
+        now = following.at(None)
         tokens = _scored(now, chosen[:, None], mixed[:, None], sampling.alternatives)
         done += 1
         survivors = []
         for position, sequence in enumerate(alive):
+            states = None if following.states is None else following.states[0, position]
             if ids[position] in sampling.stop_ids:
-                yield Event(sequence, None, "stop")
+                yield Event(sequence, None, "stop", states)
                 continue
             ends = done >= room[sequence]
-            yield Event(sequence, tokens[position][0], "length" if ends else None)
-            if not ends:
+            yield Event(sequence, tokens[position][0], "length" if ends else None, states)
+            if not ends and sequence not in closed:
                 survivors.append(position)
         if not survivors:
             return

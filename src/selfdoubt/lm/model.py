@@ -4,38 +4,30 @@ from __future__ import annotations
 
 import math
 import os
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypedDict, Unpack, cast, overload
+from typing import Any, Literal, Unpack, cast, overload
 
 import torch
 from torch import nn
 
-from selfdoubt.errors import ConfigError, PromptError
+from selfdoubt.errors import ConfigError
 from selfdoubt.lm import answer as answers
 from selfdoubt.lm.adapter import base_of, load_adapter, own_tokenizer, read_adapter
 from selfdoubt.lm.answer import Alternative, Answer, Token, answer_scores, pick_risk
-from selfdoubt.lm.decode import Sampling, ScoredId, decode, read
+from selfdoubt.lm.calibration import Calibration, States, stored
+from selfdoubt.lm.decode import ScoredId
+from selfdoubt.lm.given import score_given
 from selfdoubt.lm.load import POCKET, Quantization, load_model
+from selfdoubt.lm.options import Options, sampling_of, stop_texts
 from selfdoubt.lm.prompt import Detokenizer, Message, Prompt, encode
-from selfdoubt.lm.stepper import HFStepper
-from selfdoubt.lm.stream import AnswerInProgress, Stream
-from selfdoubt.members import Spec, Wrapped
+from selfdoubt.lm.stream import Stream, answering
+from selfdoubt.members import Spec, innermost
 from selfdoubt.risk import percentile
 from selfdoubt.vote import Wrapper as Vote
 
 Question = str | Sequence[Message]
-
-
-class Options(TypedDict, total=False):
-    """How to answer. Everything may be left out."""
-
-    max_tokens: int  #: most tokens of an answer; 256
-    temperature: float  #: 0, the default, takes the most probable token each time
-    top_p: float  #: draw from the smallest set of tokens that holds this share of probability; 1
-    seed: int  #: same seed, same answer, alone or in a batch; 0
-    stop: Sequence[str | int]  #: tokens that end an answer: ids, or texts of one token each
-    raw: bool  #: continue the text as it is, without the chat template; False
 
 
 class RiskAwareLM:
@@ -54,8 +46,10 @@ class RiskAwareLM:
         tokenizer: Any,
         *,
         reference: Mapping[str, Sequence[float]] | None = None,
+        calibration: Calibration | None = None,
         risk: str = answers.DEFAULT_RISK,
         token_risk: str = answers.TOKEN_RISK,
+        layers: Sequence[int] = (),
     ) -> None:
         """Use ``load`` unless you have made the parts yourself.
 
@@ -63,14 +57,19 @@ class RiskAwareLM:
             model: A Hugging Face causal language model, wrapped or plain.
             tokenizer: Its tokenizer.
             reference: Ascending quantiles of answer scores, by name: they turn a risk into a percentile.
+            calibration: Turns scores into ``p_correct``, and says below which one to abstain.
             risk: Name of the answer score that is the risk.
             token_risk: Name of the token score that is a token's risk.
+            layers: Decoder layers whose hidden states come with an answer (``Answer.states``); 0 is the first.
         """
         if risk not in answers.ANSWER_SCORES:
             raise ConfigError(f"no answer score is called {risk!r}; choose one of {sorted(answers.ANSWER_SCORES)}")
         self.model = model
         self.tokenizer = tokenizer
         self.reference = dict(reference or {})
+        self.calibration = calibration
+        read = {calibration.state.layer} if calibration is not None and calibration.state is not None else set()
+        self.layers = tuple(sorted({*layers, *read}))
         self.risk = risk
         self.token_risk = token_risk
         self._stop_ids = _stop_ids(model, tokenizer)
@@ -89,6 +88,7 @@ class RiskAwareLM:
         trust_remote_code: bool = False,
         token: str | None = None,
         risk: str = answers.DEFAULT_RISK,
+        layers: Sequence[int] = (),
     ) -> RiskAwareLM:
         """Load a model and make it aware of its risk.
 
@@ -104,6 +104,7 @@ class RiskAwareLM:
             trust_remote_code: Run code that comes with the model.
             token: A hub token for gated models; None takes ``HF_TOKEN``.
             risk: Name of the answer score that is the risk.
+            layers: Decoder layers whose hidden states come with an answer.
 
         Raises:
             LoadError: If the model or the adapter cannot be read.
@@ -124,27 +125,42 @@ class RiskAwareLM:
             from selfdoubt import pocket
 
             adapter = pocket.voters_folder()
-        reference = None
+        card: dict[str, Any] = {}
         if adapter is not None:
-            reference = (read_adapter(adapter, given) or {}).get("reference")
+            card = read_adapter(adapter, given) or {}
             model = load_adapter(model, adapter, given)
         elif wrapper is not None:
             spec = given or Vote(n_voters=3, rank=16)
             model = spec(model)  # type: ignore[operator]
-        return cls(model.eval(), tokenizer, reference=reference, risk=risk)
+        return cls(
+            model.eval(), tokenizer, reference=card.get("reference"), calibration=stored(card), risk=risk, layers=layers
+        )
 
     @overload
-    def generate(self, prompt: str, *, batch_size: int = ..., **options: Unpack[Options]) -> Answer: ...
+    def generate(self, prompt: str, **options: Unpack[Options]) -> Answer: ...
     @overload
-    def generate(self, prompt: Sequence[Any], *, batch_size: int = ..., **options: Unpack[Options]) -> Any: ...
     def generate(
-        self, prompt: Question | Sequence[Question], *, batch_size: int = 32, **options: Unpack[Options]
+        self,
+        prompt: Sequence[Any],
+        *,
+        batch_size: int = ...,
+        seeds: Sequence[int] | None = ...,
+        **options: Unpack[Options],
+    ) -> Any: ...
+    def generate(
+        self,
+        prompt: Question | Sequence[Question],
+        *,
+        batch_size: int = 32,
+        seeds: Sequence[int] | None = None,
+        **options: Unpack[Options],
     ) -> Answer | list[Answer]:
         """Answer a question or a chat, or a list of either.
 
         Args:
             prompt: A question, messages with ``role`` and ``content``, or a list of questions or chats.
             batch_size: How many prompts of a list run side by side.
+            seeds: One for each prompt of a list; None takes the option ``seed`` for all.
             **options: See ``Options``.
 
         Returns:
@@ -158,7 +174,10 @@ class RiskAwareLM:
         seed = options.get("seed", 0)
         if isinstance(prompt, str) or (prompt and isinstance(prompt[0], Mapping)):
             return self._generate([cast("Question", prompt)], 1, [seed], options)[0]
-        return self._generate(cast("Sequence[Question]", prompt), batch_size, [seed] * len(prompt), options)
+        seeds = [seed] * len(prompt) if seeds is None else seeds
+        if len(seeds) != len(prompt):
+            raise ConfigError(f"there must be one seed for each prompt, got {len(seeds)} for {len(prompt)}")
+        return self._generate(cast("Sequence[Question]", prompt), batch_size, seeds, options)
 
     def candidates(self, prompt: Question, n: int, *, batch_size: int = 32, **options: Unpack[Options]) -> list[Answer]:
         """Draw ``n`` answers to one question with the seeds ``seed``, ``seed + 1``, ...; the least risky comes first.
@@ -221,7 +240,8 @@ class RiskAwareLM:
             As ``generate``.
         """
         encoded = encode(self.tokenizer, prompt, raw=options.get("raw", False))
-        return Stream(self, encoded, self._sampling(options), options.get("seed", 0))
+        sampling = sampling_of(options, self._stop_ids)
+        return Stream(self, encoded, sampling, options.get("seed", 0), stop_texts(options))
 
     def score(self, text: str, question: Question | None = None, *, raw: bool = False) -> Answer:
         """Risk of text that exists already, teacher-forced.
@@ -234,20 +254,22 @@ class RiskAwareLM:
         Raises:
             PromptError: If the text is empty or too long.
         """
-        if not text.strip():
-            raise PromptError("the text to score is empty")
-        if question is None:
-            prompt = Prompt([], [])
-            ids = encode(self.tokenizer, text, raw=True).ids
-            skip = 1 if ids[0] == self.tokenizer.bos_token_id else 0
-        else:
-            prompt = encode(self.tokenizer, question, raw=raw)
-            ids = prompt.ids + list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
-            skip = len(prompt.ids)
-        scored, _ = read(HFStepper(self.model), [ids], 5)
-        pieces = Detokenizer(self.tokenizer)
-        tokens = [self._token(t, pieces.add(t.id)) for t in scored[0][skip:] if t is not None]
-        return self.answer(tokens, self._own(scored[0], prompt), "given", text)
+        return self.score_batch([(question, text)], raw=raw)[0]
+
+    def score_batch(
+        self, pairs: Sequence[tuple[Question | None, str]], *, raw: bool = False, alternatives: int = 5
+    ) -> list[Answer]:
+        """Risk of several texts side by side, each the answer to its question or, with None, any text.
+
+        Args:
+            pairs: Questions and their answers.
+            raw: Do not put questions into the chat template; a text then follows its question without a space.
+            alternatives: How many of the most probable tokens are told with each token.
+
+        Raises:
+            PromptError: If a text is empty or too long.
+        """
+        return score_given(self, pairs, raw=raw, alternatives=alternatives)
 
     def answer(
         self,
@@ -255,22 +277,16 @@ class RiskAwareLM:
         question: Sequence[Token],
         finish: Literal["stop", "length", "given"],
         text: str,
+        states: States | None = None,
     ) -> Answer:
         """Put tokens together and score the whole."""
         scores = answer_scores(tokens, question)
         value, name = pick_risk(scores, self.risk)
         reference = self.reference.get(name)
         rank = None if reference is None else percentile(value, reference)
-        return Answer(text, tuple(tokens), tuple(question), scores, value, name, rank, finish)
-
-    def _run(self, prompts: list[Prompt], sampling: Sampling, seeds: Sequence[int]) -> list[AnswerInProgress]:
-        stepper = HFStepper(self.model)
-        ids = [p.ids for p in prompts]
-        scored, following = read(stepper, ids)
-        runs = [AnswerInProgress(self, self._own(s, p)) for s, p in zip(scored, prompts, strict=True)]
-        for event in decode(stepper, following, [len(i) for i in ids], sampling, seeds):
-            runs[event.sequence].add(event)
-        return runs
+        known = None if self.calibration is None else self.calibration.p_correct(scores, states)
+        abstain = None if self.calibration is None else self.calibration.abstains(known)
+        return Answer(text, tuple(tokens), tuple(question), scores, value, name, rank, finish, known, abstain, states)
 
     def _own(self, scored: list[ScoredId | None], prompt: Prompt) -> list[Token]:
         """Tokens of the question's own words."""
@@ -292,27 +308,15 @@ class RiskAwareLM:
     ) -> list[Answer]:
         if batch_size < 1:
             raise ConfigError(f"batch_size must be at least 1, got {batch_size}")
-        sampling = self._sampling(options)
+        sampling, stops = sampling_of(options, self._stop_ids), stop_texts(options)
         encoded = [encode(self.tokenizer, prompt, raw=options.get("raw", False)) for prompt in prompts]
         found: list[Answer] = []
         for first in range(0, len(encoded), batch_size):
             part = slice(first, first + batch_size)
-            found += [sequence.answer for sequence in self._run(encoded[part], sampling, seeds[part])]
+            sequences, steps = answering(self, encoded[part], sampling, seeds[part], stops)
+            deque(steps, maxlen=0)
+            found += [sequence.answer for sequence in sequences]
         return found
-
-    def _sampling(self, options: Options) -> Sampling:
-        stops = set(self._stop_ids)
-        for item in options.get("stop", ()):
-            ids = [item] if isinstance(item, int) else self.tokenizer(item, add_special_tokens=False)["input_ids"]
-            if len(ids) != 1:
-                raise ConfigError(f"stop must be one token each, and {item!r} is {len(ids)} tokens in this vocabulary")
-            stops.add(ids[0])
-        return Sampling(
-            temperature=options.get("temperature", 0.0),
-            top_p=options.get("top_p", 1.0),
-            max_tokens=options.get("max_tokens", 256),
-            stop_ids=frozenset(stops),
-        )
 
 
 @dataclass(frozen=True)
@@ -325,10 +329,7 @@ class Tries:
 
 
 def _stop_ids(model: nn.Module, tokenizer: Any) -> frozenset[int]:
-    base = model
-    while isinstance(base, Wrapped):
-        base = base.module
-    config = getattr(base, "generation_config", None)
+    config = getattr(innermost(model), "generation_config", None)
     found = getattr(config, "eos_token_id", None)
     ids = found if isinstance(found, list) else [found, tokenizer.eos_token_id]
     return frozenset(i for i in ids if i is not None)

@@ -15,7 +15,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from selfdoubt.errors import PromptError, WrapError
-from selfdoubt.members import Wrapped
+from selfdoubt.lm.states import decoder_layer, listening
+from selfdoubt.members import Wrapped, innermost
 from selfdoubt.rows import expand, unfold
 
 #: Logits of a piece of prompt are at most this many numbers, whatever the vocabulary (128 MiB in float32).
@@ -23,10 +24,15 @@ _CHUNK = 2**25
 
 
 class Logits(NamedTuple):
-    """What a model says next, and the standard deviation it predicts for each logit (None without a sculpt)."""
+    """What a model says next, the deviation it predicts for each logit, and the hidden states it was thinking in."""
 
     logits: Float[Tensor, "members batch *t classes"]
-    scale: Float[Tensor, "members batch *t classes"] | None
+    scale: Float[Tensor, "members batch *t classes"] | None  #: None without a sculpt
+    states: Float[Tensor, "1 batch *t layers width"] | None = None  #: mean over members; None unless asked for
+
+    def at(self, index: Any) -> Logits:
+        """The same at some places of the axis behind the batch."""
+        return Logits(*(None if x is None else x[:, :, index] for x in self))  # type: ignore[arg-type]
 
 
 @runtime_checkable
@@ -48,14 +54,21 @@ class Stepper(Protocol):
 
 
 class HFStepper:
-    """A wrapped (or plain) Hugging Face causal language model with a key-value cache over all members."""
+    """A wrapped (or plain) Hugging Face causal language model with a key-value cache over all members.
 
-    def __init__(self, model: nn.Module) -> None:
+    Args:
+        model: The model.
+        layers: Decoder layers whose hidden states come with the logits; 0 is the first.
+
+    Raises:
+        ConfigError: If the model has no such layer.
+    """
+
+    def __init__(self, model: nn.Module, layers: Sequence[int] = ()) -> None:
         self.members = model.spec.members(training=False) if isinstance(model, Wrapped) else 1
         self._model = model
-        base = model
-        while isinstance(base, Wrapped):
-            base = base.module
+        base = innermost(model)
+        self._blocks = [decoder_layer(base, layer) for layer in layers]
         self._config = base.config.get_text_config()  # type: ignore[union-attr, operator]
         self._device = next(base.parameters()).device
         self._takes_positions = "position_ids" in inspect.signature(base.forward).parameters
@@ -99,8 +112,7 @@ class HFStepper:
         first = self._cache.get_seq_length()
         if self._mask is not None:
             self._mask = torch.cat([self._mask, self._mask.new_ones(len(self._mask), 1)], dim=1)
-        logits, scale = self._forward(expand(ids[:, None], self.members), first)
-        return Logits(logits[:, :, -1], None if scale is None else scale[:, :, -1])
+        return self._forward(expand(ids[:, None], self.members), first).at(-1)
 
     @torch.inference_mode()
     def keep(self, sequences: Sequence[int]) -> None:
@@ -120,10 +132,11 @@ class HFStepper:
             inputs["attention_mask"] = mask
             if self._takes_positions:
                 inputs["position_ids"] = (mask.cumsum(1) - 1).clamp_min(0)[:, first:]
-        if isinstance(self._model, Wrapped):
-            output, scales = self._model.forward_rows(**inputs)
-        else:
-            output, scales = self._model(**inputs), None
+        with listening(self._blocks) as heard:
+            if isinstance(self._model, Wrapped):
+                output, scales = self._model.forward_rows(**inputs)
+            else:
+                output, scales = self._model(**inputs), None
         self._cache = getattr(output, "past_key_values", None)
         if self._cache is None:
             raise WrapError(f"{type(self._model).__name__} keeps no key-value cache, which decoding needs")
@@ -132,4 +145,7 @@ class HFStepper:
             assert isinstance(self._model, Wrapped)
             std = self._model.distribution.std((output.logits, scales.logits))
             scale = unfold(std, self.members)
-        return Logits(unfold(output.logits, self.members), scale)
+        states = None
+        if heard:
+            states = torch.stack([unfold(h, self.members).float().mean(0, keepdim=True) for h in heard], -2)
+        return Logits(unfold(output.logits, self.members), scale, states)

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
+
+from jaxtyping import Float
+from torch import Tensor
 
 from selfdoubt.errors import ConfigError
 from selfdoubt.lm.answer import Answer, Token
+from selfdoubt.lm.calibration import States
 from selfdoubt.lm.decode import Event, Sampling, decode, read
 from selfdoubt.lm.prompt import Detokenizer, Prompt
+from selfdoubt.lm.states import StatePool
 from selfdoubt.lm.stepper import HFStepper
 
 if TYPE_CHECKING:
@@ -16,40 +23,122 @@ if TYPE_CHECKING:
 
 
 class AnswerInProgress:
-    """One answer in the making."""
+    """One answer in the making.
 
-    def __init__(self, lm: RiskAwareLM, question: list[Token]) -> None:
+    Args:
+        lm: Whose answer it is.
+        question: The tokens of the question's own words.
+        stops: Texts that end the answer.
+        state: The hidden states at the question's end, where they are wanted.
+    """
+
+    def __init__(
+        self,
+        lm: RiskAwareLM,
+        question: list[Token],
+        stops: Sequence[str] = (),
+        state: Float[Tensor, "layers width"] | None = None,
+    ) -> None:
         self.lm = lm
         self.question = question
         self.tokens: list[Token] = []
         self.finish: Literal["stop", "length"] | None = None
+        self._stops = stops
         self._pieces = Detokenizer(lm.tokenizer)
+        self._held: list[tuple[Token, Tensor | None]] = []  # their text may be the beginning of a stop
+        self._cut = False
+        self._asked = state
+        self._first: Tensor | None = None
+        self._sum: Tensor | None = None
 
-    def add(self, event: Event) -> Token | None:
-        """Take the next step; returns its token, if it has one."""
-        token = None
+    def add(self, event: Event) -> list[Token]:
+        """Take the next step; returns the tokens that are certain now. After a stop text ``finish`` is set."""
+        if self._first is None:
+            self._first = event.states
         if event.token is not None:
-            token = self.lm._token(event.token, self._pieces.add(event.token.id))
-            self.tokens.append(token)
+            self._held.append((self.lm._token(event.token, self._pieces.add(event.token.id)), event.states))
         self.finish = event.finish
-        return token
+        text = "".join(token.text for token, _ in self._held)
+        cut = min((at for stop in self._stops if (at := text.find(stop)) >= 0), default=None)
+        if cut is not None:
+            self.finish, self._cut = "stop", True
+            return self._release(cut)
+        # Hold back an end that may become a stop with the next token.
+        ends = (n for stop in self._stops for n in range(len(stop) - 1, 0, -1) if text.endswith(stop[:n]))
+        return self._release(len(text) - (max(ends, default=0) if self.finish is None else 0))
+
+    def _release(self, length: int) -> list[Token]:
+        """Let go of the tokens within the first ``length`` characters; at a stop, cut the one that reaches beyond."""
+        found: list[Token] = []
+        start = 0
+        while self._held:
+            token, states = self._held[0]
+            end = start + len(token.text)
+            if end > length or (self._cut and start == length):
+                if not self._cut or start == length:
+                    break
+                token = replace(token, text=token.text[: length - start])
+            self._held.pop(0)
+            found.append(token)
+            if states is not None:
+                self._sum = states if self._sum is None else self._sum + states
+            start = end
+            if start > length:
+                break
+        self.tokens += found
+        return found
 
     @property
     def answer(self) -> Answer:
         """The answer, once it has ended."""
         assert self.finish is not None
-        text = "".join(t.text for t in self.tokens) + self._pieces.flush()
-        return self.lm.answer(self.tokens, self.question, self.finish, text)
+        text = "".join(t.text for t in self.tokens) + ("" if self._cut else self._pieces.flush())
+        return self.lm.answer(self.tokens, self.question, self.finish, text, self._states())
+
+    def _states(self) -> States | None:
+        if self._asked is None or self._first is None:
+            return None
+        mean = self._first if self._sum is None else self._sum / max(1, len(self.tokens))
+        return States(self.lm.layers, self._asked.cpu(), self._first.cpu(), mean.cpu())
+
+
+def answering(
+    lm: RiskAwareLM, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[int], stops: Sequence[str]
+) -> tuple[list[AnswerInProgress], Iterator[list[Token]]]:
+    """Read prompts; answers in the making, and the steps that make them, each with the tokens that it made certain."""
+    stepper = HFStepper(lm.model, lm.layers)
+    ids = [p.ids for p in prompts]
+    pool = StatePool([[own_end(p)] for p in prompts], [len(i) for i in ids]) if lm.layers else None
+    scored, following = read(stepper, ids, pool=pool)
+    asked = [None] * len(ids) if pool is None or pool.means is None else [means[0] for means in pool.means]
+    answers = [
+        AnswerInProgress(lm, lm._own(s, p), stops, state) for s, p, state in zip(scored, prompts, asked, strict=True)
+    ]
+
+    def steps() -> Iterator[list[Token]]:
+        closed: set[int] = set()
+        for event in decode(stepper, following, [len(i) for i in ids], sampling, seeds, closed):
+            yield answers[event.sequence].add(event)
+            if answers[event.sequence].finish is not None:
+                closed.add(event.sequence)
+
+    return answers, steps()
+
+
+def own_end(prompt: Prompt) -> tuple[int, int]:
+    """The place of the question's last own token, or of the prompt's last."""
+    last = max((i for i, own in enumerate(prompt.own) if own), default=len(prompt.ids) - 1)
+    return last, last + 1
 
 
 class Stream(Iterator[Token]):
     """Tokens as they are chosen. ``question`` is there from the start, ``answer`` when the tokens have ended."""
 
-    def __init__(self, lm: RiskAwareLM, prompt: Prompt, sampling: Sampling, seed: int) -> None:
-        stepper = HFStepper(lm.model)
-        scored, following = read(stepper, [prompt.ids])
-        self._sequence = AnswerInProgress(lm, lm._own(scored[0], prompt))
-        self._events = decode(stepper, following, [len(prompt.ids)], sampling, [seed])
+    def __init__(
+        self, lm: RiskAwareLM, prompt: Prompt, sampling: Sampling, seed: int, stops: Sequence[str] = ()
+    ) -> None:
+        (self._sequence,), self._steps = answering(lm, [prompt], sampling, [seed], stops)
+        self._ready: deque[Token] = deque()
 
     @property
     def question(self) -> list[Token]:
@@ -63,13 +152,11 @@ class Stream(Iterator[Token]):
         Raises:
             ConfigError: If the tokens have not ended yet.
         """
-        if self._sequence.finish is None:
+        if self._sequence.finish is None or self._ready:
             raise ConfigError("the answer is not finished; read the stream to its end first")
         return self._sequence.answer
 
     def __next__(self) -> Token:
-        for event in self._events:
-            token = self._sequence.add(event)
-            if token is not None:
-                return token
-        raise StopIteration
+        while not self._ready:
+            self._ready.extend(next(self._steps))
+        return self._ready.popleft()

@@ -117,7 +117,7 @@ def rows(path: str | os.PathLike[str]) -> Iterator[tuple[str, dict[str, Any]]]:
         DataError: If the file cannot be read, or a line is not a JSON object.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")  # splitlines also cuts inside of texts
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror}); give a JSONL file") from None
     except UnicodeDecodeError as error:

@@ -8,6 +8,7 @@ question and answer (``question``, ``answer``), and chats (``messages``, a list 
 from __future__ import annotations
 
 import csv
+import io
 import json
 from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
@@ -109,7 +110,7 @@ def _from_jsonl(path: Path) -> Iterator[tuple[str, Record]]:
 
 
 def _from_csv(path: Path) -> Iterator[tuple[str, Record]]:
-    reader = csv.DictReader(_text(path).splitlines(keepends=True), restkey="", strict=True)
+    reader = csv.DictReader(io.StringIO(_text(path), newline=""), restkey="", strict=True)
     try:
         for record in reader:
             if "" in record:

@@ -199,7 +199,7 @@ def test_the_core_says_where_lora_is_loaded(tmp_path):
     ):
         selfdoubt.load(tmp_path / "a", fresh())
     save_adapter(model := trained(), tmp_path / "b")
-    with pytest.raises(LoadError, match=r"is LoRA without a wrapper: load it with RiskAwareLM\.load"):
+    with pytest.raises(LoadError, match=r"brings no wrapper .*: load it with RiskAwareLM\.load"):
         selfdoubt.load(tmp_path / "b", model)
 
 

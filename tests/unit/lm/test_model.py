@@ -129,9 +129,36 @@ def test_stop_tokens_by_text_and_by_id():
     ended = lm.generate(QUESTIONS[0], max_tokens=12, stop=[stop.id])
     assert ended.finish == "stop"
     assert [t.id for t in ended.tokens] == [t.id for t in free.tokens][: free.tokens.index(stop)]
-    assert lm.generate(QUESTIONS[0], max_tokens=12, stop=["a"]).finish in ("stop", "length")
-    with pytest.raises(ConfigError, match=r"^stop must be one token each, and 'a b c d' is \d+ tokens"):
-        lm.generate(QUESTIONS[0], stop=["a b c d"])
+
+
+@pytest.mark.parametrize("stop", [slice(4, 5), slice(2, 6), slice(5, 20)])
+def test_a_stop_text_ends_an_answer_where_it_begins_though_tokens_are_cut_elsewhere(stop):
+    lm = talking()
+    free = lm.generate(QUESTIONS[0], max_tokens=12)
+    text = free.text[stop]
+    ended = lm.generate(QUESTIONS[0], max_tokens=12, stop=["never said", text])
+    assert ended.finish == "stop"
+    assert ended.text == free.text[: free.text.index(text)] == "".join(t.text for t in ended.tokens)
+    stream = lm.stream(QUESTIONS[0], max_tokens=12, stop=[text])
+    assert "".join(t.text for t in stream) == ended.text == stream.answer.text
+    beside = lm.generate([QUESTIONS[1], QUESTIONS[0]], max_tokens=12, stop=[text])[1]
+    assert_same(beside, ended)
+
+
+def test_an_end_that_only_begins_a_stop_text_is_given():
+    lm = talking()
+    free = lm.generate(QUESTIONS[0], max_tokens=12)
+    half = free.text[-2:] + "and what never comes"
+    assert_same(lm.generate(QUESTIONS[0], max_tokens=12, stop=[half]), free)
+    assert "".join(t.text for t in lm.stream(QUESTIONS[0], max_tokens=12, stop=[half])) == free.text
+
+
+def test_a_stop_is_a_list_of_texts_that_say_something():
+    lm = talking()
+    with pytest.raises(ConfigError, match=r"^stop is a list of texts or token ids, got the text 'end'"):
+        lm.generate(QUESTIONS[0], stop="end")
+    with pytest.raises(ConfigError, match=r"^a stop text must not be empty"):
+        lm.generate(QUESTIONS[0], stop=[""])
 
 
 def test_candidates_come_least_risky_first():

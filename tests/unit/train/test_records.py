@@ -71,6 +71,11 @@ def test_a_chat_in_a_cell_is_json(tmp_path):
     assert list(read(write(tmp_path / "data.csv", [{"messages": json.dumps(chat)}]))) == [chat]
 
 
+def test_a_line_separator_within_a_cell_of_csv_is_text(tmp_path):
+    (tmp_path / "data.csv").write_text("question,answer\nWhere?,here\u2028and\x85there\n", encoding="utf-8")
+    assert next(read(str(tmp_path / "data.csv")))[-1]["content"] == "here\u2028and\x85there"
+
+
 def test_a_limit_reads_no_further(tmp_path):
     file = tmp_path / "data.jsonl"
     file.write_text(json.dumps(INSTRUCTIONS[0]) + "\n{broken")

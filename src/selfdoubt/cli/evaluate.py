@@ -1,0 +1,153 @@
+"""``selfdoubt evaluate``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from selfdoubt.cli import flags
+from selfdoubt.errors import ConfigError, require
+
+if TYPE_CHECKING:
+    import typer
+
+    from selfdoubt.lm.model import RiskAwareLM
+else:
+    typer = require("typer", "lm")
+
+
+def evaluate(
+    data: flags.Data,
+    out: Annotated[Path, typer.Option(help="The folder to write; a run that was cut off in it goes on.")],
+    model: flags.Model = None,
+    adapter: flags.Adapter = None,
+    wrapper: flags.WrapperText = "auto",
+    dtype: flags.Dtype = "auto",
+    quantize: flags.Quantize = None,
+    risk: flags.RiskName = None,
+    trust_remote_code: flags.RemoteCode = False,
+    task: flags.Task = None,
+    question_column: flags.QuestionColumn = None,
+    answer_column: flags.AnswerColumn = None,
+    answer_separator: flags.AnswerSeparator = None,
+    topic_column: flags.TopicColumn = None,
+    limit: Annotated[int | None, typer.Option(help="Ask a random subset of this size.", show_default=False)] = None,
+    seed: Annotated[int, typer.Option(help="Of the subset, the order of choices, shots and samples.")] = 0,
+    style: Annotated[
+        str, typer.Option(help="chat: the model's template; qa: plain 'Q: ... A:'; auto: chat where there is a template.")
+    ] = "auto",
+    instruction: Annotated[
+        str | None, typer.Option(help="What to tell the model before each question.", show_default=False)
+    ] = None,
+    shots: Annotated[int, typer.Option(help="Solved examples before each question.", metavar="N")] = 0,
+    shots_from: Annotated[
+        Path | None, typer.Option(help="A file of questions to take them from; else other questions of the data.")
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(help="Most tokens of an answer.")] = 64,
+    batch_size: Annotated[int, typer.Option(help="Questions side by side.")] = 32,
+    candidates: Annotated[
+        int,
+        typer.Option(
+            "--candidates",
+            "--samples",
+            help="Further answers to draw for each question: for self-consistency and semantic entropy, and to pick "
+            "the least risky of.",
+            metavar="N",
+        ),
+    ] = 0,
+    temperature: Annotated[float, typer.Option(help="Of the further answers.")] = 1.0,
+    clusters: Annotated[
+        str, typer.Option(help="When two of them mean the same: exact, f1:SHARE, or nli:MODEL.")
+    ] = "exact",
+    p_true: Annotated[bool, typer.Option("--p-true", help="Also ask the model whether its answer is true.")] = False,
+    states: Annotated[
+        str, typer.Option(help="Decoder layers whose hidden states are kept to calibrate with: auto, none, all, 3,7.")
+    ] = "auto",
+    judge: flags.Judge = None,
+    judge_url: flags.JudgeUrl = None,
+    judge_model: flags.JudgeModel = None,
+    draws: Annotated[int, typer.Option(help="Bootstrap draws of the confidence intervals.")] = 1000,
+) -> int:
+    """Ask a set of questions, judge the answers, and report which score tells the wrong ones."""
+    require("sklearn", "qa")
+    from selfdoubt.qa import datasets, judging
+    from selfdoubt.qa.ask import Plan
+
+    columns = datasets.Columns(
+        question=question_column, answers=answer_column, topic=topic_column, answer_separator=answer_separator
+    )
+    questions = datasets.load(data, task=task, limit=limit, seed=seed, columns=columns)
+    picked = judging.pick(judge, questions, url=judge_url, model=judge_model, cache=out / "judge.jsonl")
+    examples = _shots(shots, shots_from, questions, seed, columns)
+    flags.check_folder(out)
+    lm = flags.load_lm(model, adapter, wrapper, dtype, quantize, risk, trust_remote_code)
+    if style == "auto":
+        style = "qa" if lm.tokenizer.chat_template is None else "chat"
+    plan = Plan(
+        style=style,  # type: ignore[arg-type]
+        instruction=instruction,
+        shots=tuple(examples),
+        max_tokens=max_tokens,
+        batch_size=batch_size,
+        samples=candidates,
+        temperature=temperature,
+        clusters=clusters,
+        p_true=p_true,
+        seed=seed,
+    )
+    lm.layers = _layers(lm, states)
+    about = {
+        "model": model or ("pocket" if adapter is None else None),
+        "adapter": None if adapter is None else str(adapter),
+        "wrapper": wrapper,
+        "dtype": dtype,
+        "quantize": quantize,
+        "risk": lm.risk,
+        "data": data,
+        "task": task,
+    }
+    from selfdoubt.qa.evaluate import evaluate as ask_all
+
+    asked = ask_all(lm, questions, plan, out, about)
+    if asked is None:
+        return 0
+    from selfdoubt.qa.finish import finish
+
+    for line in finish(asked, picked, out, {**about, "seed": seed}, draws=draws):
+        print(line)
+    return 0
+
+
+def _shots(n: int, file: Path | None, questions: list[Any], seed: int, columns: Any) -> list[Any]:
+    from selfdoubt.qa import datasets
+
+    if n < 0:
+        raise ConfigError(f"--shots must not be negative, got {n}")
+    if n == 0:
+        if file is not None:
+            raise ConfigError("--shots-from says where shots come from, and not how many: add e.g. --shots 5")
+        return []
+    source = questions if file is None else datasets.load(str(file), columns=columns)
+    return datasets.few_shot(source, n, seed=seed, asked=questions if file is not None else ())
+
+
+def _layers(lm: RiskAwareLM, text: str) -> tuple[int, ...]:
+    """Decoder layers by name, together with the one that a calibration reads."""
+    from selfdoubt.lm.states import decoder_layers
+    from selfdoubt.members import innermost
+    from selfdoubt.qa.evaluate import quarters
+
+    if text == "auto":
+        wanted = quarters(lm)
+    elif text == "none":
+        wanted = ()
+    elif text == "all":
+        wanted = tuple(range(len(decoder_layers(innermost(lm.model)))))
+    else:
+        try:
+            wanted = tuple(int(part) for part in text.split(","))
+        except ValueError:
+            raise ConfigError(f"--states must be auto, none, all or numbers like 3,7, got {text!r}") from None
+    return tuple(sorted({*lm.layers, *wanted}))
+
+

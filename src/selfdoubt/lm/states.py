@@ -1,0 +1,79 @@
+"""Hidden states of some decoder layers: overheard while a model runs, and averaged over chosen places."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from selfdoubt.errors import ConfigError
+
+
+def decoder_layers(base: nn.Module) -> nn.ModuleList:
+    """The stack of a Hugging Face decoder: its longest list of modules of one class.
+
+    Raises:
+        ConfigError: If it has none.
+    """
+    lists = [m for m in base.modules() if isinstance(m, nn.ModuleList) and len({type(child) for child in m}) == 1]
+    if not lists:
+        raise ConfigError(f"{type(base).__name__} has no stack of decoder layers to take hidden states from")
+    return max(lists, key=len)
+
+
+def decoder_layer(base: nn.Module, layer: int) -> nn.Module:
+    """One layer of the stack; 0 is the first.
+
+    Raises:
+        ConfigError: If there is no such layer.
+    """
+    stack = decoder_layers(base)
+    if not 0 <= layer < len(stack):
+        raise ConfigError(f"{type(base).__name__} has the decoder layers 0 to {len(stack) - 1}, and not {layer}")
+    return stack[layer]
+
+
+@contextmanager
+def listening(layers: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
+    """What each of these modules puts out while the block runs, in the order of ``layers``."""
+    heard: list[Any] = [None] * len(layers)
+
+    def hook(place: int) -> Any:
+        def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            heard[place] = output[0] if isinstance(output, tuple) else output
+
+        return keep
+
+    handles = [layer.register_forward_hook(hook(place)) for place, layer in enumerate(layers)]
+    try:
+        yield heard
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class StatePool:
+    """Weighted sums of hidden states over the columns of left-padded prompts, taken while they are read in pieces.
+
+    Args:
+        spans: For each prompt, places ``(first, end)`` to average over, counted from its own first token.
+        lengths: Tokens in each prompt.
+    """
+
+    def __init__(self, spans: Sequence[Sequence[tuple[int, int]]], lengths: Sequence[int]) -> None:
+        self._weights = torch.zeros(len(spans), len(spans[0]), max(lengths))
+        for row, (places, length) in enumerate(zip(spans, lengths, strict=True)):
+            pad = max(lengths) - length
+            for span, (first, end) in enumerate(places):
+                self._weights[row, span, pad + first : pad + end] = 1 / max(1, end - first)
+        self.means: Float[Tensor, "batch spans layers width"] | None = None  #: None until a piece was read
+
+    def add(self, first: int, states: Float[Tensor, "batch t layers width"]) -> None:
+        """Take the columns from ``first`` on."""
+        weights = self._weights[:, :, first : first + states.shape[1]].to(states.device)
+        part = torch.einsum("bst,btlw->bslw", weights, states.float())
+        self.means = part if self.means is None else self.means + part

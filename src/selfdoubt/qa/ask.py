@@ -1,0 +1,203 @@
+"""Asks a batch of questions in every way that a plan wants: answers, choices, samples, "is this true?"."""
+
+from __future__ import annotations
+
+import math
+import time
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from selfdoubt.errors import ConfigError
+from selfdoubt.lm.calibration import POSITIONS
+from selfdoubt.qa.agreement import agreement_scores
+from selfdoubt.qa.p_true import p_true
+from selfdoubt.qa.prompting import Style, stops_of, to_prompt
+from selfdoubt.qa.records import Question, Record, Sample, with_scores
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from selfdoubt.lm.answer import Answer
+    from selfdoubt.lm.model import RiskAwareLM
+    from selfdoubt.qa.agreement import Clusters
+
+Prompt = str | list[dict[str, str]]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything about asking that changes what comes back.
+
+    Raises:
+        ConfigError: If a setting is out of range.
+    """
+
+    style: Style = "chat"
+    instruction: str | None = None  #: None: what the questions need (SQuAD 2), else nothing
+    shots: tuple[Question, ...] = ()  #: solved examples before each question
+    max_tokens: int = 64
+    batch_size: int = 32
+    samples: int = 0  #: further answers drawn for each question
+    temperature: float = 1.0  #: of the samples
+    clusters: str = "exact"  #: when two samples mean the same: exact, f1:SHARE or nli:MODEL
+    p_true: bool = False  #: ask the model whether its answer is true
+    seed: int = 0
+    keep_tokens: bool = True  #: write each token with its risk
+
+    def __post_init__(self) -> None:
+        for name, least in (("max_tokens", 1), ("batch_size", 1), ("samples", 0)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        if self.samples == 1:
+            raise ConfigError("one sample agrees with nothing; draw at least 2, or 0 for none")
+        if self.samples and not self.temperature > 0:
+            raise ConfigError(f"the temperature of samples must be above 0, got {self.temperature}")
+
+
+@dataclass
+class Asked:
+    """What a batch of questions came to."""
+
+    records: list[Record] = field(default_factory=list)
+    states: dict[str, Tensor] = field(default_factory=dict)  #: "position.layer" -> (questions, width), float32
+    costs: dict[str, dict[str, float]] = field(default_factory=dict)  #: "answer" -> {"passes", "seconds"}, ...
+
+    @contextmanager
+    def timed(self, name: str, passes: float) -> Iterator[None]:
+        """Book the seconds of the block; ``passes`` are model runs a question."""
+        start = time.perf_counter()
+        yield
+        self.costs[name] = {"passes": passes, "seconds": time.perf_counter() - start}
+
+
+def ask(lm: RiskAwareLM, questions: Sequence[Question], plan: Plan, clusters: Clusters) -> Asked:
+    """Ask questions side by side.
+
+    Args:
+        lm: The model.
+        questions: With choices all, or none.
+        plan: How to ask.
+        clusters: What ``plan.clusters`` names.
+
+    Returns:
+        One record a question, in their order, unjudged but for multiple choice.
+    """
+    found = Asked()
+    prompts = [to_prompt(q, plan.shots, style=plan.style, instruction=plan.instruction) for q in questions]
+    if questions[0].choices:
+        answers = _choose(lm, questions, prompts, plan, found)
+    else:
+        with found.timed("answer", 1):
+            answers = lm.generate(prompts, batch_size=plan.batch_size, **_options(plan))
+        found.records = [_record(q, a, plan) for q, a in zip(questions, answers, strict=True)]
+    if plan.samples and not questions[0].choices:
+        _draw(lm, prompts, plan, clusters, found)
+    if plan.p_true:
+        with found.timed("p_true", 1):
+            doubts = p_true(lm, [(r.question, r.answer or "") for r in found.records], plan)
+        found.records = [with_scores(r, {"p_false": 1 - p}) for r, p in zip(found.records, doubts, strict=True)]
+    if answers[0].states is not None:
+        found.states = _stack([a.states for a in answers])
+    return found
+
+
+def _options(plan: Plan) -> dict[str, Any]:
+    return {"max_tokens": plan.max_tokens, "raw": plan.style == "qa", "stop": stops_of(plan.style)}
+
+
+def _record(question: Question, answer: Answer, plan: Plan) -> Record:
+    return Record(
+        question,
+        answer.text.strip(),
+        scores={name: _short(value) for name, value in answer.scores.items()},
+        tokens=_pairs(answer.tokens) if plan.keep_tokens else (),
+        question_tokens=_pairs(answer.question) if plan.keep_tokens else (),
+        finish=answer.finish,
+        percentile=answer.percentile,
+        p_correct=None if answer.p_correct is None else _short(answer.p_correct),
+        abstain=answer.abstain,
+    )
+
+
+def _pairs(tokens: Sequence[Any]) -> tuple[tuple[str, float], ...]:
+    return tuple((t.text, float(f"{t.risk:.4g}")) for t in tokens)
+
+
+def _short(value: float) -> float:
+    """Enough digits for any ranking; the rest is rounding noise of the machine."""
+    return float(f"{value:.7g}")
+
+
+def _draw(lm: RiskAwareLM, prompts: Sequence[Prompt], plan: Plan, clusters: Clusters, found: Asked) -> None:
+    """Further answers to each question, and the scores of how much they agree."""
+    n = plan.samples
+    seeds = [sample_seed(plan.seed, r.question.id, i) for r in found.records for i in range(n)]
+    with found.timed("samples", n):
+        many = [prompt for prompt in prompts for _ in range(n)]
+        drawn = lm.generate(
+            many, batch_size=plan.batch_size, seeds=seeds, temperature=plan.temperature, **_options(plan)
+        )
+    with found.timed("agreement", 0):
+        for i, record in enumerate(found.records):
+            own = drawn[i * n : (i + 1) * n]
+            texts = [a.text.strip() for a in own]
+            nlls = [a.scores["sum_nll"] if a.tokens else 0.0 for a in own]
+            scores = agreement_scores(record.answer or "", texts, nlls, clusters, question=record.question.text)
+            samples = tuple(Sample(t, _short(a.risk), a.percentile) for t, a in zip(texts, own, strict=True))
+            found.records[i] = replace(with_scores(record, scores), samples=samples)
+
+
+def sample_seed(seed: int, question: str, number: int) -> int:
+    """A seed that depends on nothing but the question: neither its place in the file nor the batch around it."""
+    return zlib.crc32(f"{seed}:{question}:{number}".encode())
+
+
+def _choose(
+    lm: RiskAwareLM, questions: Sequence[Question], prompts: Sequence[Prompt], plan: Plan, found: Asked
+) -> list[Answer]:
+    """The most probable choice of each question, by the sum of its tokens' log-probabilities."""
+    pairs: list[tuple[Any, str]] = []
+    for question, prompt in zip(questions, prompts, strict=True):
+        # In the plain format a choice follows "A:", with a space.
+        pairs += [(prompt, f" {c}" if plan.style == "qa" else c) for c in question.choices]
+    order = sorted(range(len(pairs)), key=lambda i: len(pairs[i][1]))
+    scored: dict[int, Answer] = {}
+    with found.timed("answer", sum(len(q.choices) for q in questions) / len(questions)):
+        for first in range(0, len(order), plan.batch_size):
+            part = order[first : first + plan.batch_size]
+            answers = lm.score_batch([pairs[i] for i in part], raw=plan.style == "qa", alternatives=0)
+            scored |= dict(zip(part, answers, strict=True))
+    chosen, at = [], 0
+    for question in questions:
+        own = [scored[at + i] for i in range(len(question.choices))]
+        at += len(own)
+        best = min(range(len(own)), key=lambda i: own[i].scores["sum_nll"])
+        shares = _shares([-a.scores["sum_nll"] for a in own])
+        scores = {
+            "choice_nll": _short(0.0 - math.log(shares[best])),
+            "choice_entropy": _short(0.0 - math.fsum(p * math.log(p) for p in shares if p > 0)),
+        }
+        record = with_scores(_record(question, own[best], plan), scores)
+        grade = math.fsum(p for i, p in enumerate(shares) if i in question.right)
+        found.records.append(replace(record, correct=best in question.right, grade=grade))
+        chosen.append(own[best])
+    return chosen
+
+
+def _shares(logs: Sequence[float]) -> list[float]:
+    top = max(logs)
+    parts = [math.exp(v - top) for v in logs]
+    return [p / math.fsum(parts) for p in parts]
+
+
+def _stack(states: Sequence[Any]) -> dict[str, Tensor]:
+    import torch
+
+    return {
+        f"{position}.{layer}": torch.stack([getattr(s, position)[i] for s in states])
+        for i, layer in enumerate(states[0].layers)
+        for position in POSITIONS
+    }
