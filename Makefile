@@ -24,8 +24,15 @@ TORCH := torch==$(shell sed -n 's/^torch==//p' constraints.txt)
 	$(PIP) --editable ".[lm]"
 	@touch $@
 
-.venv/.dev: .venv/.ask
+.venv/.dev: .venv/.ask .venv/.oracles
 	$(PIP) --editable ".[all,dev]"
+	@touch $@
+
+# What tests compare with. It lies apart and comes without the versions it asks for: nothing else can see it or is
+# changed by it. tests/oracles.py finds it.
+.venv/.oracles: tests/oracles.txt | $(BIN)/python
+	rm -rf .venv/oracles
+	$(PIP) --no-deps --target .venv/oracles --requirement tests/oracles.txt
 	@touch $@
 
 ask: .venv/.ask

@@ -9,6 +9,7 @@ SelfdoubtError
 ├── NonFiniteError       NaN or infinity where a risk is computed
 ├── PromptError          an empty or over-long prompt
 ├── DataError            a data file that cannot be read, or a broken record in it
+├── MetricError          answers on which a metric is not defined
 ├── LoadError            a model or adapter that cannot be read
 │   └── BaseMismatchError    an adapter made for another base model
 ├── UploadError          a folder that the hub does not take
@@ -54,6 +55,10 @@ class PromptError(SelfdoubtError, ValueError):
 
 class DataError(SelfdoubtError, ValueError):
     """A data file cannot be read, or a record in it is broken."""
+
+
+class MetricError(SelfdoubtError, ValueError):
+    """A metric is not defined on these answers: it never becomes a number."""
 
 
 class LoadError(SelfdoubtError, OSError):

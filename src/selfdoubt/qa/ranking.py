@@ -1,0 +1,250 @@
+"""Answers sorted by doubt, ties together, in one or in many resamples: the arithmetic below every metric.
+
+A metric of ``curves`` is a function of two small tables: how many answers share each value of the score, and how many
+of them are right. A resample of the questions changes these counts and nothing else, so the answers are sorted once and
+the metric of a thousand resamples is a few operations on ``(draws, groups)``. A metric that is not defined on a draw is
+NaN **here only**: ``curves`` raises, ``intervals`` counts.
+
+Ties share their mean accuracy: each of them counts as if every order within the group were taken and averaged. The
+accuracy of the ``k`` surest is then ``(right_before + (k - before) * mean) / k`` within a group, and sums of it over
+``k`` are differences of harmonic numbers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Float, Int, Shaped
+
+from selfdoubt.errors import MetricError
+
+PerDraw = Float[np.ndarray, "draws"]
+Table = Int[np.ndarray, "draws groups"]
+#: Shares of whole numbers are compared with this much room for rounding, of one answer.
+ROUNDING = 1e-9
+
+
+@dataclass(frozen=True, eq=False)
+class Ranked:
+    """Counts per group of equal scores, from the lowest score to the highest."""
+
+    score: Float[np.ndarray, "groups"]  #: what the group shares, ascending
+    answers: Table  #: in the group
+    right: Table  #: of these
+
+    @cached_property
+    def end(self) -> Table:
+        """Answers up to the end of the group."""
+        return self.answers.cumsum(1)
+
+    @cached_property
+    def right_end(self) -> Table:
+        """Of these, the right ones."""
+        return self.right.cumsum(1)
+
+    @cached_property
+    def start(self) -> Table:
+        """Answers before the group."""
+        return self.end - self.answers
+
+    @cached_property
+    def right_start(self) -> Table:
+        """Of these, the right ones."""
+        return self.right_end - self.right
+
+    @cached_property
+    def wrong(self) -> Table:
+        """Wrong answers of the group."""
+        return self.answers - self.right
+
+    @cached_property
+    def mean(self) -> Float[np.ndarray, "draws groups"]:
+        """Share of right answers in the group; 0 where a draw has none of it."""
+        return self.right / np.maximum(self.answers, 1)
+
+    @cached_property
+    def lead(self) -> Float[np.ndarray, "draws groups"]:
+        """By how many right answers those before the group beat as many of the group's own mean."""
+        return self.right_start - self.mean * self.start
+
+    @cached_property
+    def harmonic(self) -> Float[np.ndarray, "terms"]:
+        """1 + 1/2 + .. + 1/k for k = 0 .. the greatest n."""
+        return np.concatenate([[0.0], np.cumsum(1 / np.arange(1, self.n.max() + 1))])
+
+    @cached_property
+    def harmonic_end(self) -> Float[np.ndarray, "draws groups"]:
+        """That of the end of each group."""
+        return self.harmonic[self.end]
+
+    @property
+    def n(self) -> Int[np.ndarray, "draws"]:
+        """Answers of each draw."""
+        return self.end[:, -1]
+
+    @property
+    def n_right(self) -> Int[np.ndarray, "draws"]:
+        """Right answers of each draw."""
+        return self.right_end[:, -1]
+
+    def within(self, k: Int[np.ndarray, "draws"]) -> Int[np.ndarray, "draws 1"]:
+        """The group in which each draw's ``k``-th answer lies."""
+        return np.count_nonzero(self.end < k[:, None], axis=1)[:, None].clip(max=self.end.shape[1] - 1)
+
+
+class Order(NamedTuple):
+    """The sorting of one list of scores, done once for all draws."""
+
+    score: Float[np.ndarray, "groups"]
+    order: Int[np.ndarray, "answers"]
+    starts: Int[np.ndarray, "groups"]
+    right: Bool[np.ndarray, "answers"]  #: in that order
+
+    @classmethod
+    def of(cls, score: Float[np.ndarray, "answers"], correct: Bool[np.ndarray, "answers"]) -> Order:
+        """Sort scores, and remember which are equal."""
+        order = np.argsort(score, kind="stable")
+        values = score[order]
+        starts = np.flatnonzero(np.concatenate([[True], values[1:] != values[:-1]]))
+        return cls(values[starts], order, starts, correct[order])
+
+    def ranked(self, counts: Int[np.ndarray, "draws answers"]) -> Ranked:
+        """The groups of each draw.
+
+        Args:
+            counts: How often each draw holds each answer.
+        """
+        answers = counts[:, self.order]
+        right = answers * self.right
+        if len(self.starts) < len(self.order):
+            answers, right = (np.add.reduceat(x, self.starts, axis=1) for x in (answers, right))
+        return Ranked(self.score, answers, right)
+
+
+def checked(
+    score: Shaped[np.ndarray, "answers"], correct: Shaped[np.ndarray, "answers"], name: str = "risk"
+) -> tuple[Float[np.ndarray, "answers"], Bool[np.ndarray, "answers"]]:
+    """Scores in float64 and judgements, if any metric can be computed of them.
+
+    Raises:
+        MetricError: If they are not two lists of one length of at least 2, a score is not finite, or a judgement is
+            not a boolean.
+    """
+    score, correct = np.asarray(score), np.asarray(correct)
+    if score.ndim != 1 or score.shape != correct.shape:
+        raise MetricError(
+            f"{name} and correct must be two lists of one length, got shapes {score.shape} and {correct.shape}; "
+            "give one judgement for each answer"
+        )
+    if correct.dtype != np.bool_:
+        raise MetricError(
+            f"correct must hold booleans, got {correct.dtype}; take unjudged answers out with judged({name}, correct)"
+        )
+    if score.dtype.kind not in "fiu":
+        raise MetricError(f"{name} must hold numbers, got {score.dtype}; give one float for each answer")
+    bad = np.flatnonzero(~np.isfinite(score))
+    if len(bad):
+        raise MetricError(
+            f"{name}[{bad[0]}] is {score[bad[0]]}, and {len(bad)} of {len(score)} are not finite; "
+            "leave these answers out, or find out why they have no score"
+        )
+    if len(score) < 2:
+        raise MetricError(f"a metric needs at least 2 judged answers, got {len(score)}; judge more")
+    return score.astype(np.float64), correct
+
+
+def accuracy_at(r: Ranked, coverage: float) -> PerDraw:
+    """Mean accuracy of the ``ceil(coverage * n)`` surest."""
+    k = np.maximum(np.ceil(coverage * r.n - ROUNDING), 1).astype(np.int64)
+    group = r.within(k)
+    lead, mean = (np.take_along_axis(x, group, 1)[:, 0] for x in (r.lead, r.mean))
+    return lead / k + mean
+
+
+def coverage_at(r: Ranked, accuracy: float) -> PerDraw:
+    """Largest share of answers up to the end of a group whose accuracy is at least this."""
+    reached = r.right_end >= accuracy * r.end - ROUNDING
+    return np.where(reached, r.end, 0).max(1) / r.n
+
+
+def auarc(r: Ranked) -> PerDraw:
+    """Mean over k = 1 .. n of the accuracy of the k surest."""
+    return _accuracies(r, np.zeros_like(r.n)) / r.n
+
+
+def auarc_trapezoid(r: Ranked) -> PerDraw:
+    """Area under the accuracy between coverage 1/n and 1 by trapezoids, divided by 1 - 1/n."""
+    first = np.take_along_axis(r.mean, r.within(np.ones_like(r.n)), 1)[:, 0]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return (auarc(r) * r.n - (first + r.n_right / r.n) / 2) / (r.n - 1)
+
+
+def aurc(r: Ranked) -> PerDraw:
+    """Mean over k of the error of the k surest."""
+    return 1 - auarc(r)
+
+
+def aurc_trapezoid(r: Ranked) -> PerDraw:
+    """The same area by trapezoids."""
+    return 1 - auarc_trapezoid(r)
+
+
+def excess_aurc(r: Ranked) -> PerDraw:
+    """AURC less that of the best order."""
+    return _with_both(r, _best(r, np.zeros_like(r.n)) / r.n - auarc(r))
+
+
+def augrc(r: Ranked) -> PerDraw:
+    """Area under the share of answers that are given and wrong, over coverage from 0 to 1."""
+    return _dot(r.answers, r.start - r.right_start + r.wrong / 2) / np.square(r.n, dtype=np.float64)
+
+
+def prr(r: Ranked, max_rejection: float = 1.0) -> PerDraw:
+    """How much of the way from a random order to the best one the accuracy goes, over the first rejections."""
+    rejected = np.floor(max_rejection * r.n + ROUNDING).astype(np.int64)
+    kept = r.n - rejected
+    random = rejected * r.n_right / r.n
+    with np.errstate(divide="ignore", invalid="ignore"):
+        found = (_accuracies(r, kept) - random) / (_best(r, kept) - random)
+    return np.where(rejected >= 2, _with_both(r, found), np.nan)
+
+
+def auroc(r: Ranked) -> PerDraw:
+    """How often a wrong answer has the higher risk, of all pairs of a wrong and a right one; ties count half."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return _dot(r.wrong, r.right_start + r.right / 2) / ((r.n - r.n_right) * r.n_right)
+
+
+def auprc(r: Ranked) -> PerDraw:
+    """Average precision of finding wrong answers from the riskiest down."""
+    n_wrong = r.n - r.n_right
+    found = n_wrong[:, None] - (r.start - r.right_start)  # wrong answers of this risk or more
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return _with_both(r, _dot(r.wrong, found / np.maximum(r.n[:, None] - r.start, 1)) / n_wrong)
+
+
+def _with_both(r: Ranked, found: PerDraw) -> PerDraw:
+    return np.where((r.n_right > 0) & (r.n_right < r.n), found, np.nan)
+
+
+def _accuracies(r: Ranked, low: Int[np.ndarray, "draws"]) -> PerDraw:
+    """Sum of the accuracy of the k surest over k = low + 1 .. n."""
+    if not low.any():
+        return r.n_right + _dot(r.lead, np.diff(r.harmonic_end, axis=1, prepend=0))
+    first = low[:, None]
+    answers = np.diff(np.maximum(r.end, first), axis=1, prepend=first)
+    inverses = np.diff(np.maximum(r.harmonic_end, r.harmonic[first]), axis=1, prepend=r.harmonic[first])
+    return _dot(r.mean, answers) + _dot(r.lead, inverses)
+
+
+def _best(r: Ranked, low: Int[np.ndarray, "draws"]) -> PerDraw:
+    """The same sum if all right answers came first: of min(1, right / k)."""
+    right = r.n_right
+    return np.maximum(right - low, 0) + right * (r.harmonic[r.n] - r.harmonic[np.maximum(right, low)])
+
+
+def _dot(a: Shaped[np.ndarray, "draws groups"], b: Shaped[np.ndarray, "draws groups"]) -> PerDraw:
+    return np.asarray(np.einsum("ij,ij->i", a, b), np.float64)
