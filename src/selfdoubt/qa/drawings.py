@@ -77,8 +77,9 @@ def reliability(report: Mapping[str, Any]) -> str:
         '<table><thead><tr><td></td><th scope="col">ECE</th><th scope="col">Brier</th>'
         f'<th scope="col">log loss</th></tr></thead><tbody>{rows}</tbody></table>',
     )
-    bins = next(iter(found.values()))
+    own = next(iter(found.values()))
+    caption = f"Each dot stands for equally many answers. ECE over {own['bins']} bins {own['binning']}."
     return (
-        f"<section><h2>Reliability</h2><figure>{drawing}{legend([*reversed(lines), ideal])}<figcaption>Each dot "
-        f"stands for equally many answers. ECE over {bins['bins']} bins {bins['binning']}.</figcaption></figure>{table}</section>"
+        f"<section><h2>Reliability</h2><figure>{drawing}{legend([*reversed(lines), ideal])}"
+        f"<figcaption>{caption}</figcaption></figure>{table}</section>"
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -117,6 +117,47 @@ def picked(
     except MetricError as error:
         return {"why": str(error)}
     return {"score": best, "judged": len(other), "prr": entries[best]["against"]["prr"]}
+
+
+def paired(
+    metric: str, a: Sequence[tuple[float, bool]], b: Sequence[tuple[float, bool]], draw: Draws
+) -> tuple[tuple[float | None, float | None], Entry]:
+    """A metric of two runs on the same questions, in the same order, and the difference ``b`` minus ``a``.
+
+    Each run has its own judgements: unlike ``of_scores``, where two scores share them.
+
+    Args:
+        metric: A name in ``METRICS``.
+        a: Risk and judgement of each question.
+        b: The same of the other run.
+        draw: The bootstrap over questions, the same for both.
+    """
+    own = METRICS[metric]
+    arrays = [(np.array([r for r, _ in side], np.float64), np.array([c for _, c in side], bool)) for side in (a, b)]
+    values = [_defined(own.function, x, right) for x, right in arrays]
+    numbers = tuple(v if isinstance(v, float) else None for v in values)
+    why = [v for v in values if isinstance(v, str)]
+    if why:
+        return (numbers[0], numbers[1]), nothing(why[0])
+    orders = [Order.of(*checked(x, right)) for x, right in arrays]
+    drawn = [
+        own.over_draws(orders[1].ranked(counts)) - own.over_draws(orders[0].ranked(counts))
+        for counts in resamples(len(a), draw.draws, draw.seed, None)
+    ]
+    steps = np.concatenate(drawn)
+    defined = steps[~np.isnan(steps)]
+    if 2 * len(defined) < len(steps):
+        return (numbers[0], numbers[1]), nothing(f"{metric} is not defined on most resamples; judge more answers")
+    low, high = np.quantile(defined, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    value = float(values[1]) - float(values[0])
+    return (numbers[0], numbers[1]), {"value": value, "low": float(low), "high": float(high)}
+
+
+def _defined(function: Callable[..., float], x: Any, right: Any) -> float | str:
+    try:
+        return float(function(x, right))
+    except MetricError as error:
+        return str(error)
 
 
 def of_probabilities(p: Sequence[float], correct: Sequence[bool], draw: Draws) -> dict[str, Any]:

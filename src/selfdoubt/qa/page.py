@@ -58,7 +58,8 @@ def page(records: Sequence[Record], report: Mapping[str, Any]) -> str:
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         '<meta name="color-scheme" content="light dark">'
         f"<title>{escape(name)}</title><style>{style}</style></head>\n<body><main>{''.join(body)}</main>\n"
-        f'<script type="application/json" id="data">{embedded(data)}</script>\n<script>{script}</script></body></html>\n'
+        f'<script type="application/json" id="data">{embedded(data)}</script>\n'
+        f"<script>{script}</script>\n</body></html>\n"
     )
 
 
@@ -97,7 +98,7 @@ def _verdict(report: Mapping[str, Any]) -> str:
     if "why" not in report["abstention"]:
         numbers.append((f"{counts['abstained']}", "withheld"))
     tiles = "".join(f"<li><b>{value}</b>{escape(text)}</li>" for value, text in numbers)
-    said = "".join(f"<p>{escape(s)}</p>" for s in report["verdict"]["sentences"])
+    said = "".join(f"<p>{escape(s)}</p>" for s in report["verdict"]["sentences"]).replace(" %", "&nbsp;%")
     reasons = "".join(f"<li>{n}: {escape(why)}</li>" for why, n in counts["unjudged_because"].items())
     why = f'<details><summary>Why unjudged</summary><ul class="plain">{reasons}</ul></details>' if reasons else ""
     return f'<section class="verdict" aria-label="Result">{said}</section><ul class="numbers">{tiles}</ul>{why}'
@@ -111,8 +112,8 @@ def _plots(report: Mapping[str, Any]) -> str:
 def _reading(report: Mapping[str, Any]) -> str:
     base = LABELS.get(report["baseline"], report["baseline"])
     return (
-        f"PRR is 1 for the best possible order of the answers and 0 for a random one; AUROC 1 and 0.5. Under each number "
-        f"its 95 % interval. A difference to {escape(base)} counts where its interval leaves out zero. "
+        f"PRR is 1 for the best possible order of the answers and 0 for a random one; AUROC 1 and 0.5. Under each "
+        f"number its 95 % interval. A difference to {escape(base)} counts where its interval leaves out zero. "
         "A click on a title sorts."
     )
 
@@ -223,9 +224,9 @@ def _method(report: Mapping[str, Any]) -> str:
         for name, c in report["run"].get("costs", {}).items()
     ]
     return (
-        "<h2>How it was measured</h2><p>Scores grow with doubt; p_correct ranks by 1 - p_correct. Equal scores share their "
-        "mean accuracy, so the order of the file does not matter. Wrong is the positive class of AUROC and AUPRC. Unjudged "
-        f"answers are not counted. Intervals: bootstrap over questions, {report['draws']} draws, seed {report['seed']}, "
-        "the same draws for every score; shares of answers: Wilson.</p>"
+        "<h2>How it was measured</h2><p>Scores grow with doubt; p_correct ranks by 1 - p_correct. Equal scores share "
+        "their mean accuracy, so the order of the file does not matter. Wrong is the positive class of AUROC and "
+        "AUPRC. Unjudged answers are not counted. Intervals: bootstrap over questions, "
+        f"{report['draws']} draws, seed {report['seed']}, the same draws for every score; shares: Wilson.</p>"
         f"{tables.settings([*run.items(), *costs])}"
     )

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from html import escape
 
 WIDTH, HEIGHT = 520, 350
-LEFT, RIGHT, TOP, BOTTOM = 56, 12, 12, 50
+LEFT, RIGHT, TOP, BOTTOM = 78, 14, 12, 52
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ def plot(lines: Sequence[Line], *, title: str, description: str, x_label: str, y
         *(_grid(step / 5) for step in range(6)),
         f'<text class="label" x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 8}" text-anchor="middle">'
         f"{escape(x_label)}</text>",
-        f'<text class="label" transform="translate(15 {(TOP + HEIGHT - BOTTOM) / 2}) rotate(-90)" '
+        f'<text class="label" transform="translate(16 {(TOP + HEIGHT - BOTTOM) / 2}) rotate(-90)" '
         f'text-anchor="middle">{escape(y_label)}</text>',
         *(_band(line) for line in lines if line.low),
         *(_line(line) for line in lines),

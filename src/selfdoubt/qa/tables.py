@@ -176,11 +176,8 @@ def samples(report: Mapping[str, Any]) -> str:
     """What further answers are worth; empty where none were drawn."""
     found = report["samples"]
     if "why" in found:
-        return (
-            ""
-            if found["why"].startswith("no samples")
-            else f"<section><h2>Several answers</h2><p>{escape(found['why'])}.</p>"
-        )
+        why = f"<section><h2>Several answers</h2><p>{escape(found['why'])}.</p></section>"
+        return why if found["drawn"] else ""
     names = {
         "one_answer": "the one answer that was not drawn",
         "least_risky": "the least risky of them",
@@ -203,10 +200,8 @@ def samples(report: Mapping[str, Any]) -> str:
         else f"{percent(right['value'])} of those are right ({100 * right['low']:.0f} to {100 * right['high']:.0f} %)."
     )
     left = f", {found['unjudged']} more have an unjudged one" if found["unjudged"] else ""
-    return (
-        f"<section><h2>Several answers</h2><p>For {found['questions']} questions up to {found['samples']} answers were drawn{left}."
-        f"</p>{_small_table('Right', rows)}<p>{until}</p></section>"
-    )
+    drawn = f"For {found['questions']} questions up to {found['samples']} answers were drawn{left}."
+    return f"<section><h2>Several answers</h2><p>{drawn}</p>{_small_table('Right', rows)}<p>{until}</p></section>"
 
 
 def abstention(report: Mapping[str, Any]) -> str:
@@ -224,16 +219,13 @@ def abstention(report: Mapping[str, Any]) -> str:
         promise = (
             f" It promised {percent(own['target_accuracy'])} right{sure}, on questions like those it was set with."
         )
-    return (
-        f"<h2>Abstention</h2><p>The threshold{at} answers {found['answered']} of {found['decided']} questions.{promise}</p>"
-        f"{_small_table('Share', rows)}"
-    )
+    said = f"The threshold{at} answers {found['answered']} of {found['decided']} questions.{promise}"
+    return f"<section><h2>Abstention</h2><p>{said}</p>{_small_table('Share', rows)}</section>"
 
 
 def _small_table(title: str, rows: str) -> str:
-    return (
-        f'<table><thead><tr><th scope="col"></th><th scope="col">{title}</th></tr></thead><tbody>{rows}</tbody></table>'
-    )
+    head = f'<tr><td></td><th scope="col">{title}</th></tr>'
+    return f"<table><thead>{head}</thead><tbody>{rows}</tbody></table>"
 
 
 def settings(pairs: Sequence[tuple[str, Any]]) -> str:

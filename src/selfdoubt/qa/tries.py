@@ -24,14 +24,16 @@ def tries(records: Sequence[Record], run: Mapping[str, Any], draw: Draws) -> dic
         draw: The bootstrap, over questions.
 
     Returns:
-        ``questions``, ``samples`` (the greatest number a question), ``unjudged`` (questions left out), accuracy of
-        ``one_answer`` (the answer that was not drawn), ``least_risky``, ``most_risky``, ``random`` and ``majority``
-        (entries; ties count with their mean), and ``until_sure``; or ``why`` there is nothing.
+        ``drawn`` (questions with samples), ``questions`` (of these, measured), ``samples`` (the greatest number a
+        question), ``unjudged`` (questions left out); accuracy of ``one_answer`` (the one that was not drawn),
+        ``least_risky``, ``most_risky``, ``random`` and ``majority`` (entries; ties count with their mean); and
+        ``until_sure``. Or ``drawn`` and ``why`` there is nothing.
     """
     drawn = [r for r in records if r.samples]
     whole = [r for r in drawn if all(s.correct is not None for s in r.samples)]
     if not whole:
-        return {"why": "no samples were drawn" if not drawn else "no question has all of its samples judged"}
+        why = "no question has all of its samples judged" if drawn else "no samples were drawn"
+        return {"drawn": len(drawn), "why": why}
     ways: dict[str, Callable[[Sequence[Sample]], float]] = {
         "least_risky": lambda own: _at(own, min(s.risk for s in own)),
         "most_risky": lambda own: _at(own, max(s.risk for s in own)),
@@ -40,6 +42,7 @@ def tries(records: Sequence[Record], run: Mapping[str, Any], draw: Draws) -> dic
     }
     first = [r.correct for r in whole if r.correct is not None]
     return {
+        "drawn": len(drawn),
         "questions": len(whole),
         "samples": max(len(r.samples) for r in whole),
         "unjudged": len(drawn) - len(whole),

@@ -71,7 +71,7 @@ def verdict(report: Mapping[str, Any]) -> dict[str, Any]:
     score = "p_correct" if known else best
     right = _side(scores[score]["metrics"]["auroc"], 0.5)
     beats, comparison = _against(report, score, best)
-    sentences = [_first(report, score, right), *_named(report, score, best), comparison]
+    sentences = [_first(report, score, right), comparison, *_named(report, score, best)]
     if counts["unjudged"]:
         sentences.append(f"{counts['unjudged']} of {counts['asked']} answers are unjudged and not counted.")
     return {
@@ -121,34 +121,34 @@ def _named(report: Mapping[str, Any], score: str, best: str) -> list[str]:
     several = len(report["scores"])
     if several == 1:
         return [f"The only score is {numbers(score)}."]
-    if score == best:
-        return [f"The best of {several} scores is {numbers(best)}."]
-    return [f"This is by {numbers(score)}.", f"Of all {several} scores {numbers(best)} is the best on these answers."]
+    first = [] if score == best else [f"These are the numbers of {numbers(score)}."]
+    return [*first, f"The best of {several} scores on these answers is {numbers(best)}."]
 
 
 def _against(report: Mapping[str, Any], score: str, best: str) -> tuple[Held | None, str]:
     """How the score compares with the baseline, and the same in words."""
     baseline, found = report["baseline"], report["picked"]
     own = f"the model's own sequence probability ({baseline})"
-    if score == "p_correct":
-        difference, which = report["scores"][score]["against"].get("prr"), "It"
-    elif best == baseline:
-        return "no", "No other score ranks these answers better than the model's own sequence probability does."
-    else:
+    which = label(score)
+    difference = report["scores"][score]["against"].get("prr")
+    if score != "p_correct":
+        if best == baseline:
+            return "no", f"No other score ranks these answers better than {own} does."
         difference = found.get("prr")
-        which = f"Picked on one half of the answers, {label(found['score'])}" if "score" in found else "It"
+        which = f"picked on one half of the answers, {label(found.get('score', best))}"
         own += f" on the {found.get('judged')} of the other half"
         if found.get("score") == baseline:
-            return "open", f"That it beats {own} is not shown: picked on one half, the baseline itself is the best."
+            return "open", f"That any score beats {own} is not shown: picked on one half, it is itself the best."
     if difference is None or difference["value"] is None:
-        return None, f"It cannot be compared with the model's own sequence probability ({baseline})."
+        return None, f"No score can be compared with the model's own sequence probability ({baseline})."
     beats = _side(difference, 0)
     by = f"the difference in PRR is {signed(difference)}"
-    return beats, {
+    words = {
         "yes": f"{which} beats {own}: {by}, an interval above zero.",
         "no": f"{which} does worse than {own}: {by}.",
         "open": f"{which} is not shown to beat {own}: {by}, an interval with zero in it.",
-    }[beats]
+    }
+    return beats, words[beats][0].upper() + words[beats][1:]
 
 
 def percent(value: float | None) -> str:
