@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
@@ -33,3 +34,15 @@ def trees(draw: st.DrawFn) -> object:
             max_leaves=8,
         )
     )
+
+
+@st.composite
+def judged_answers(draw: st.DrawFn, both: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """Risks with many or no ties, and which answers are right; with ``both`` some are and some are not."""
+    n = draw(st.integers(2, 40))
+    random = np.random.default_rng(draw(seeds))
+    values = random.integers(draw(st.sampled_from([1, 3, 10, 10_000])), size=n)
+    correct = random.random(n) < draw(st.sampled_from([0.0, 0.2, 0.5, 0.9, 1.0]))
+    if both:
+        correct[:2] = [True, False]
+    return values / 7.0, correct

@@ -11,24 +11,13 @@ from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
+from selfdoubt.lm.colours import BOUNDS, COLOURS, level
+
 if TYPE_CHECKING:
     from selfdoubt.lm.answer import Answer, Token
 
-#: Upper bounds in nats of the levels but the last, and a colour for each level: from blue to vermilion in steps that
-#: colour-blind eyes tell apart too (after Okabe & Ito, 2008); the last is also underlined.
-BOUNDS = (0.05, 0.25, 0.75, 1.5)
-STYLES = (
-    Style(color="#56b4e9"),
-    Style(color="#9fc6a0"),
-    Style(color="#f0e442"),
-    Style(color="#e69f00"),
-    Style(color="#ff6a3d", bold=True, underline=True),
-)
-
-
-def level(risk: float) -> int:
-    """0 for the surest of the five levels, 4 for the most doubtful."""
-    return sum(risk > bound for bound in BOUNDS)
+#: The last level is also bold and underlined.
+STYLES = (*(Style(color=c) for c in COLOURS[:-1]), Style(color=COLOURS[-1], bold=True, underline=True))
 
 
 class Screen:

@@ -215,7 +215,7 @@ def _drawn(
     found = {(s, m): np.empty(draws) for s in scores for m in metrics}
     orders = {name: Order.of(*checked(score, correct)) for name, score in scores.items()}
     done = 0
-    for counts in _resamples(len(correct), draws, seed, clusters):
+    for counts in resamples(len(correct), draws, seed, clusters):
         block = slice(done, done := done + len(counts))
         for score, order in orders.items():
             ranked = order.ranked(counts)
@@ -235,7 +235,7 @@ def _slowly(metric: Callable[..., float], score: np.ndarray, correct: np.ndarray
         return math.nan
 
 
-def _resamples(
+def resamples(
     n: int, draws: int, seed: int, clusters: Sequence[Hashable] | None
 ) -> Iterator[Int[np.ndarray, "block answers"]]:
     """How often each draw holds each answer, some draws at a time; the draws do not depend on how many."""

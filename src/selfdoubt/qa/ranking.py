@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int, Shaped
@@ -104,7 +104,7 @@ class Order(NamedTuple):
     right: Bool[np.ndarray, "answers"]  #: in that order
 
     @classmethod
-    def of(cls, score: Float[np.ndarray, "answers"], correct: Bool[np.ndarray, "answers"]) -> Self:
+    def of(cls, score: Float[np.ndarray, "answers"], correct: Bool[np.ndarray, "answers"]) -> Order:
         """Sort scores, and remember which are equal."""
         order = np.argsort(score, kind="stable")
         values = score[order]
