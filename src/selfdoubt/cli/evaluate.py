@@ -104,7 +104,7 @@ def evaluate(
         style = "qa" if lm.tokenizer.chat_template is None else "chat"
     lm.layers = _layers(lm, states)
     plan = Plan(
-        how=Prompting(style, instruction, _takes_system(lm, style), show_choices),  # type: ignore[arg-type]
+        how=Prompting(style, instruction, _takes_system(lm, style), show_choices),
         shots=tuple(examples),
         max_tokens=max_tokens,
         batch_size=batch_size,

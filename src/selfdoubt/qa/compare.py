@@ -11,9 +11,9 @@ from typing import Any
 
 from selfdoubt.errors import DataError
 from selfdoubt.qa.figures import Draws, Entry, mean, nothing, paired
+from selfdoubt.qa.headline import label, percent, signed
 from selfdoubt.qa.measure import BASELINE, risk_of
 from selfdoubt.qa.records import Record, read
-from selfdoubt.qa.headline import label, percent, signed
 
 METRICS = ("auroc", "prr")
 FEW = 8  #: scores on a terminal
@@ -70,7 +70,7 @@ def compare(
 
 
 def as_text(found: Mapping[str, Any]) -> list[str]:
-    """What ``compare`` found, as lines for a terminal: p_correct, the sequence probability, and the best of the others."""
+    """What ``compare`` found, as lines for a terminal: p_correct, the sequence probability, the best of the others."""
     only, accuracy, right = found["only"], found["accuracy"], found["right"]
     lines = [
         f"A: {found['a']['folder']}",

@@ -15,6 +15,7 @@ from selfdoubt.errors import DataError
 from selfdoubt.qa import records as files
 from selfdoubt.qa.llm_judge import LLMJudge
 from selfdoubt.qa.records import Question, Record
+from selfdoubt.qa.report import write_report
 from selfdoubt.qa.verdict import Judge, Verdict
 from selfdoubt.storage import write
 
@@ -42,8 +43,14 @@ def finish(asked: Asked, judge: Judge, out: Path, run: Mapping[str, Any], *, dra
     found = judged(asked.records, judge)
     whole = {**run, "costs": asked.costs}
     keep(asked, found, whole, out)
-    paths = write_report(found, whole, out, draws=draws)
-    return [*summary(out), *(str(path) for path in paths)]
+    return report(found, whole, out, draws=draws)
+
+
+def report(records: Sequence[Record], run: Mapping[str, Any], out: Path, *, draws: int) -> list[str]:
+    """Measure and report what is judged; returns what to tell on a terminal."""
+    paths = write_report(records, run, out, draws=draws)
+    said = json.loads(paths["report.json"].read_text(encoding="utf-8"))["verdict"]["sentences"]
+    return [*said, *(str(path) for path in paths.values())]
 
 
 def judged(records: Sequence[Record], judge: Judge) -> list[Record]:
@@ -80,17 +87,33 @@ def read_run(folder: Path) -> tuple[list[Record], dict[str, Tensor], dict[str, A
     Raises:
         DataError: If it is none, or a file is broken.
     """
-    if not (folder / ANSWERS).is_file():
-        raise DataError(f"{folder} holds no {ANSWERS}; make it with `selfdoubt evaluate --out {folder} ...`")
-    found = files.read(folder / ANSWERS)
+    found, run = read_answers(folder)
     states = load_file(folder / STATES) if (folder / STATES).is_file() else {}
     if any(len(tensor) != len(found) for tensor in states.values()):
         raise DataError(f"{folder / STATES} does not belong to {ANSWERS} beside it; evaluate again")
-    try:
-        run = json.loads((folder / RUN).read_text(encoding="utf-8")) if (folder / RUN).is_file() else {}
-    except ValueError as error:
-        raise DataError(f"{folder / RUN} is broken ({error}); evaluate again") from None
     return found, states, run
+
+
+def read_answers(path: Path) -> tuple[list[Record], dict[str, Any]]:
+    """Records and settings of an evaluated folder, or of a file of answers.
+
+    Raises:
+        DataError: If it is none, or a file is broken.
+    """
+    file = file_of(path)
+    if not file.is_file():
+        raise DataError(f"there is no {file}; make it with `selfdoubt evaluate --out {file.parent} ...`")
+    about = file.parent / RUN
+    try:
+        run = json.loads(about.read_text(encoding="utf-8")) if about.is_file() and path.is_dir() else {}
+    except ValueError as error:
+        raise DataError(f"{about} is broken ({error}); evaluate again") from None
+    return files.read(file), dict(run)
+
+
+def file_of(path: Path) -> Path:
+    """The file of answers in a folder, or the file itself."""
+    return path / ANSWERS if path.is_dir() else path
 
 
 def _texts(record: Record) -> list[str | None]:

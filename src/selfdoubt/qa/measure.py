@@ -31,9 +31,9 @@ from typing import Any
 
 from selfdoubt.errors import DataError
 from selfdoubt.qa.figures import LEVEL, Draws, Entry, curve, nothing, of_probabilities, of_scores, picked, proportion
+from selfdoubt.qa.headline import best_of, common, verdict
 from selfdoubt.qa.records import Record
 from selfdoubt.qa.tries import tries
-from selfdoubt.qa.headline import best_of, common, verdict
 
 FORMAT = 1
 #: Minus the log of the sequence's probability: what a model says of its own answer without any of this.
