@@ -7,7 +7,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean, quantiles
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from selfdoubt.errors import ConfigError
 
@@ -200,7 +200,15 @@ def pick_risk(scores: Mapping[str, float], name: str) -> tuple[float, str]:
     raise ConfigError(f"the score {name!r} needs at least one token, got an empty answer and question")
 
 
-def reference_quantiles(answers: Sequence[Answer], n: int = 100) -> dict[str, list[float]]:
+class Scored(Protocol):
+    """Something with answer scores."""
+
+    @property
+    def scores(self) -> Mapping[str, float]:
+        """By name."""
+
+
+def reference_quantiles(answers: Sequence[Scored], n: int = 100) -> dict[str, list[float]]:
     """Ascending quantiles of each score over reference answers, from the least to the greatest: ``n + 1`` numbers.
 
     Raises:
@@ -208,7 +216,7 @@ def reference_quantiles(answers: Sequence[Answer], n: int = 100) -> dict[str, li
     """
     if not answers:
         raise ConfigError("reference quantiles need at least one answer, got none")
-    own = [{name: v for name, v in answer.scores.items() if name not in RANK_SCORES} for answer in answers]
+    own = [{name: v for name, v in answer.scores.items() if name in ANSWER_SCORES} for answer in answers]
     found = _quantiles(own, n)
     return found | _quantiles([rank_scores(scores, found) for scores in own], n)
 

@@ -132,7 +132,9 @@ class RiskAwareLM:
             model = load_adapter(model, adapter, given)
         elif wrapper is not None:
             spec = given or Vote(n_voters=3, rank=16)
-            model = spec(model)  # type: ignore[operator]
+            with torch.random.fork_rng():  # what is fresh is the same each time: a run can go on, an answer come again
+                torch.manual_seed(0)
+                model = spec(model)  # type: ignore[operator]
         return cls(
             model.eval(), tokenizer, reference=card.get("reference"), calibration=stored(card), risk=risk, layers=layers
         )
