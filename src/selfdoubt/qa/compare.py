@@ -70,7 +70,7 @@ def compare(
 
 
 def as_text(found: Mapping[str, Any]) -> list[str]:
-    """What ``compare`` found, as lines for a terminal: p_correct, the sequence probability, and the best of the others."""
+    """What ``compare`` found, as lines for a terminal: p_correct, the sequence probability, the best of the others."""
     only, accuracy, right = found["only"], found["accuracy"], found["right"]
     lines = [
         f"A: {found['a']['folder']}",
