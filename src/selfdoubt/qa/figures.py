@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
+from statistics import NormalDist
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from selfdoubt.errors import MetricError, require
-from selfdoubt.qa import ranking
-from selfdoubt.qa.curves import METRICS
+from selfdoubt.errors import MetricError
+from selfdoubt.qa.curves import METRICS, accuracy_at
 from selfdoubt.qa.intervals import Compared, compare, resamples
 from selfdoubt.qa.ranking import Order, checked
 from selfdoubt.qa.reliability import reliability
@@ -42,12 +43,26 @@ def nothing(why: str) -> Entry:
     return {"value": None, "low": None, "high": None, "why": why}
 
 
+def wilson(share: float, n: int) -> tuple[float, float]:
+    """Wilson's interval (1927) of a share of ``n``: neither empty nor outside [0, 1] where all or none hit.
+
+    Example:
+        >>> low, high = wilson(1.0, 10)
+        >>> round(low, 3), round(high, 3)
+        (0.722, 1.0)
+    """
+    z = NormalDist().inv_cdf((1 + LEVEL) / 2)
+    middle, half = share + z * z / (2 * n), z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    return max(0.0, (middle - half) / (1 + z * z / n)), min(1.0, (middle + half) / (1 + z * z / n))
+
+
 def proportion(hits: Sequence[bool]) -> Entry:
-    """A share with Wilson's interval (1927), which is neither empty nor outside [0, 1] where all or none hit."""
+    """A share with Wilson's interval."""
     if not hits:
         return nothing("there is nothing to count")
-    found = require("scipy.stats", "qa").binomtest(sum(hits), len(hits)).proportion_ci(LEVEL, method="wilson")
-    return {"value": sum(hits) / len(hits), "low": float(found.low), "high": float(found.high)}
+    share = sum(hits) / len(hits)
+    low, high = wilson(share, len(hits))
+    return {"value": share, "low": low, "high": high}
 
 
 def mean(values: Sequence[float], draw: Draws) -> Entry:
@@ -82,7 +97,9 @@ def of_scores(
     found = _compared(scores, correct, metrics, baseline, draw)
     return {
         name: {
-            "metrics": _mirrored({metric: _entry(found[name, metric]) for metric in metrics}),
+            "metrics": _mirrored(
+                {metric: _accuracy(metric, _entry(found[name, metric]), len(correct)) for metric in metrics}
+            ),
             "against": {
                 metric: _difference(found[name, metric])
                 for metric in PAIRED
@@ -177,8 +194,8 @@ def of_probabilities(p: Sequence[float], correct: Sequence[bool], draw: Draws) -
     }
 
 
-def curve(score: Sequence[float], correct: Sequence[bool], draw: Draws) -> dict[str, list[float] | float]:
-    """Accuracy of the answers at or above each percentile of confidence, with a pointwise band.
+def curve(score: Sequence[float], correct: Sequence[bool]) -> dict[str, list[float] | float]:
+    """Accuracy of the answers at or above each percentile of confidence, with a pointwise band (Wilson's).
 
     Returns:
         ``percentile`` 0 .. 99, ``accuracy`` of the surest 100 - percentile in a hundred, ``low`` and ``high``; and
@@ -189,22 +206,20 @@ def curve(score: Sequence[float], correct: Sequence[bool], draw: Draws) -> dict[
     """
     x, right = checked(np.asarray(score, np.float64), np.asarray(correct, bool))
     percentiles = list(range(100))
-    order = Order.of(x, right)
-
-    def points(counts: Any) -> Any:
-        ranked = order.ranked(counts)
-        return np.stack([ranking.accuracy_at(ranked, (100 - p) / 100) for p in percentiles])
-
-    once = np.ones((1, len(x)), np.int64)
-    drawn = np.concatenate([points(c) for c in resamples(len(x), draw.draws, draw.seed, None)], axis=1)
-    low, high = np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=1)
+    shares = [accuracy_at(x, right, coverage=(100 - p) / 100) for p in percentiles]
+    bands = [wilson(share, _surest(len(x), 100 - p)) for share, p in zip(shares, percentiles, strict=True)]
     return {
         "percentile": [float(p) for p in percentiles],
-        "accuracy": points(once)[:, 0].tolist(),
-        "low": low.tolist(),
-        "high": high.tolist(),
-        "riskiest_tenth": float(ranking.accuracy_at(Order.of(-x, right).ranked(once), 0.1)[0]),
+        "accuracy": shares,
+        "low": [low for low, _ in bands],
+        "high": [high for _, high in bands],
+        "riskiest_tenth": accuracy_at(-x, right, coverage=0.1),
     }
+
+
+def _surest(n: int, percent: int) -> int:
+    """How many answers the surest so many percent of ``n`` are."""
+    return max(1, -(-n * percent // 100))
 
 
 def _compared(
@@ -232,6 +247,14 @@ def _entry(found: Compared | str) -> Entry:
     if isinstance(found, str):
         return nothing(found)
     return {"value": found.interval.value, "low": found.interval.low, "high": found.interval.high}
+
+
+def _accuracy(metric: str, entry: Entry, n: int) -> Entry:
+    """An accuracy at a coverage with Wilson's interval: where all of few answers are right, so are all resamples."""
+    if not metric.startswith("accuracy_at_") or entry["value"] is None:
+        return entry
+    low, high = wilson(entry["value"], _surest(n, int(metric.removeprefix("accuracy_at_"))))
+    return {**entry, "low": low, "high": high}
 
 
 def _mirrored(entries: dict[str, Entry]) -> dict[str, Entry]:

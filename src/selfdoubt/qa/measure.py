@@ -90,7 +90,7 @@ def measure(records: Sequence[Record], run: Mapping[str, Any], *, draws: int = 1
         "scores": scores,
         "left_out": left_out,
         "picked": _picked(judged, scores, draw),
-        "curves": {name: curve(*_pairs(judged, name), draw) for name in shown if len(judged) > 1},
+        "curves": {name: curve(*_pairs(judged, name)) for name in shown if len(judged) > 1},
         "probabilities": _probabilities(judged, draw),
         "topics": _topics(judged, shown, draw),
         "samples": tries(records, run, draw),

@@ -227,6 +227,6 @@ def _method(report: Mapping[str, Any]) -> str:
         "<h2>How it was measured</h2><p>Scores grow with doubt; p_correct ranks by 1 - p_correct. Equal scores share "
         "their mean accuracy, so the order of the file does not matter. Wrong is the positive class of AUROC and "
         "AUPRC. Unjudged answers are not counted. Intervals: bootstrap over questions, "
-        f"{report['draws']} draws, seed {report['seed']}, the same draws for every score; shares: Wilson.</p>"
+        f"{report['draws']} draws, seed {report['seed']}, the same draws for every score; accuracies: Wilson.</p>"
         f"{tables.settings([*run.items(), *costs])}"
     )

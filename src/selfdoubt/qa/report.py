@@ -38,7 +38,7 @@ def write_report(
 
     Raises:
         DataError: If there are no records.
-        MissingExtraError: Without scipy and matplotlib.
+        MissingExtraError: Without matplotlib.
     """
     report = measure(records, run, draws=draws, seed=seed)
     text = json.dumps(report, ensure_ascii=False, allow_nan=False, indent=1)

@@ -108,8 +108,8 @@ def _score(name: str, own: Mapping[str, Any], report: Mapping[str, Any], *, hidd
 
 
 def broken(name: str) -> str:
-    """A name that may be broken after its underscores."""
-    return escape(name).replace("_", "_<wbr>")
+    """A name that may be broken after its underscores, if it has no spaces."""
+    return escape(name) if " " in name else escape(name).replace("_", "_<wbr>")
 
 
 def _left_out(report: Mapping[str, Any]) -> str:
