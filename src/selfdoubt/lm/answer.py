@@ -7,7 +7,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean, quantiles
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 from selfdoubt.errors import ConfigError
 
@@ -200,6 +200,7 @@ def pick_risk(scores: Mapping[str, float], name: str) -> tuple[float, str]:
     raise ConfigError(f"the score {name!r} needs at least one token, got an empty answer and question")
 
 
+@runtime_checkable
 class Scored(Protocol):
     """Something with answer scores."""
 

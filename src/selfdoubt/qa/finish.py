@@ -102,7 +102,7 @@ def read_answers(path: Path) -> tuple[list[Record], dict[str, Any]]:
     """
     file = file_of(path)
     if not file.is_file():
-        raise DataError(f"there is no {file}; make it with `selfdoubt evaluate --out {file.parent} ...`")
+        raise DataError(f"{path} holds no answers; give a folder that `selfdoubt evaluate` wrote, or a file of answers")
     about = file.parent / RUN
     try:
         run = json.loads(about.read_text(encoding="utf-8")) if about.is_file() and path.is_dir() else {}

@@ -13,8 +13,8 @@ import transformers
 
 from selfdoubt import RiskAwareLM
 from selfdoubt.qa import datasets
-from selfdoubt.qa.ask import Plan, ask
 from selfdoubt.qa.agreement import same
+from selfdoubt.qa.ask import Plan, ask
 from selfdoubt.qa.prompting import Prompting
 from selfdoubt.qa.records import Question
 from tests import oracles
