@@ -106,7 +106,8 @@ def load(folder: str | os.PathLike[str], model: nn.Module) -> Wrapped:
     wrapped = restore(folder, model)
     if not isinstance(wrapped, Wrapped):
         raise LoadError(
-            f"{folder} brings no wrapper (but LoRA or a calibration): load it with RiskAwareLM.load(..., adapter={str(folder)!r})"
+            f"{folder} brings no wrapper (but LoRA or a calibration): load it with "
+            f"RiskAwareLM.load(..., adapter={str(folder)!r})"
         )
     return wrapped
 

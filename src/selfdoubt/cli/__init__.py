@@ -16,7 +16,11 @@ else:
         sys.exit(f"selfdoubt: {missing}")
 
 from selfdoubt.cli.ask import ask
+from selfdoubt.cli.calibrate import calibrate
+from selfdoubt.cli.compare import compare
+from selfdoubt.cli.evaluate import evaluate
 from selfdoubt.cli.export import export
+from selfdoubt.cli.report import report
 from selfdoubt.cli.score import score
 from selfdoubt.cli.train import train
 
@@ -27,7 +31,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (ask, score, train, export):
+for command in (ask, score, train, evaluate, calibrate, report, compare, export):
     app.command()(command)
 
 

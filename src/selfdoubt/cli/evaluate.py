@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from selfdoubt.cli import flags
-from selfdoubt.errors import ConfigError, require
+from selfdoubt.errors import ConfigError, PromptError, require
 
 if TYPE_CHECKING:
     import typer
 
     from selfdoubt.lm.model import RiskAwareLM
+    from selfdoubt.qa.records import Question
 else:
     typer = require("typer", "lm")
 
@@ -31,14 +32,21 @@ def evaluate(
     answer_column: flags.AnswerColumn = None,
     answer_separator: flags.AnswerSeparator = None,
     topic_column: flags.TopicColumn = None,
+    context_column: flags.ContextColumn = None,
+    choice_column: flags.ChoiceColumn = None,
+    split: flags.Split = None,
     limit: Annotated[int | None, typer.Option(help="Ask a random subset of this size.", show_default=False)] = None,
     seed: Annotated[int, typer.Option(help="Of the subset, the order of choices, shots and samples.")] = 0,
     style: Annotated[
-        str, typer.Option(help="chat: the model's template; qa: plain 'Q: ... A:'; auto: chat where there is a template.")
+        str,
+        typer.Option(help="chat: the model's template; qa: plain 'Q: ... A:'; auto: chat where there is a template."),
     ] = "auto",
     instruction: Annotated[
         str | None, typer.Option(help="What to tell the model before each question.", show_default=False)
     ] = None,
+    show_choices: Annotated[
+        bool, typer.Option("--show-choices", help="Multiple choice: show the choices, and answer by letter.")
+    ] = False,
     shots: Annotated[int, typer.Option(help="Solved examples before each question.", metavar="N")] = 0,
     shots_from: Annotated[
         Path | None, typer.Option(help="A file of questions to take them from; else other questions of the data.")
@@ -70,22 +78,33 @@ def evaluate(
 ) -> int:
     """Ask a set of questions, judge the answers, and report which score tells the wrong ones."""
     require("sklearn", "qa")
-    from selfdoubt.qa import datasets, judging
+    from selfdoubt.qa import datasets
     from selfdoubt.qa.ask import Plan
+    from selfdoubt.qa.layouts import Columns
+    from selfdoubt.qa.prompting import Prompting
 
-    columns = datasets.Columns(
-        question=question_column, answers=answer_column, topic=topic_column, answer_separator=answer_separator
+    columns = Columns(
+        question=question_column,
+        answers=answer_column,
+        topic=topic_column,
+        context=context_column,
+        choices=choice_column,
     )
-    questions = datasets.load(data, task=task, limit=limit, seed=seed, columns=columns)
-    picked = judging.pick(judge, questions, url=judge_url, model=judge_model, cache=out / "judge.jsonl")
-    examples = _shots(shots, shots_from, questions, seed, columns)
-    flags.check_folder(out)
+    reading: dict[str, Any] = {
+        "task": task, "seed": seed, "columns": columns, "separator": answer_separator, "split": split
+    }  # fmt: skip
+    questions = datasets.load(data, limit=limit, **reading)
+    picked = flags.pick_judge(
+        judge, questions, judge_url, judge_model, out, lambda name: datasets.column(data, name, **reading)
+    )
+    examples = _shots(shots, shots_from, questions, data, reading)
+    flags.new_run(out)
     lm = flags.load_lm(model, adapter, wrapper, dtype, quantize, risk, trust_remote_code)
     if style == "auto":
         style = "qa" if lm.tokenizer.chat_template is None else "chat"
+    lm.layers = _layers(lm, states)
     plan = Plan(
-        style=style,  # type: ignore[arg-type]
-        instruction=instruction,
+        how=Prompting(style, instruction, _takes_system(lm, style), show_choices),
         shots=tuple(examples),
         max_tokens=max_tokens,
         batch_size=batch_size,
@@ -95,8 +114,7 @@ def evaluate(
         p_true=p_true,
         seed=seed,
     )
-    lm.layers = _layers(lm, states)
-    about = {
+    run = {
         "model": model or ("pocket" if adapter is None else None),
         "adapter": None if adapter is None else str(adapter),
         "wrapper": wrapper,
@@ -107,28 +125,36 @@ def evaluate(
         "task": task,
     }
     from selfdoubt.qa.evaluate import evaluate as ask_all
-
-    asked = ask_all(lm, questions, plan, out, about)
-    if asked is None:
-        return 0
     from selfdoubt.qa.finish import finish
 
-    for line in finish(asked, picked, out, {**about, "seed": seed}, draws=draws):
-        print(line)
+    asked = ask_all(lm, questions, plan, out, run)
+    if asked is not None:
+        for line in finish(asked, picked, out, {**run, "seed": seed}, draws=draws):
+            print(line)
     return 0
 
 
-def _shots(n: int, file: Path | None, questions: list[Any], seed: int, columns: Any) -> list[Any]:
+def _shots(n: int, file: Path | None, questions: list[Question], data: str, reading: dict[str, Any]) -> list[Question]:
     from selfdoubt.qa import datasets
 
-    if n < 0:
-        raise ConfigError(f"--shots must not be negative, got {n}")
     if n == 0:
         if file is not None:
             raise ConfigError("--shots-from says where shots come from, and not how many: add e.g. --shots 5")
         return []
-    source = questions if file is None else datasets.load(str(file), columns=columns)
-    return datasets.few_shot(source, n, seed=seed, asked=questions if file is not None else ())
+    return datasets.few_shot(datasets.load(file or data, **reading), n, asked=questions, seed=reading["seed"])
+
+
+def _takes_system(lm: RiskAwareLM, style: str) -> bool:
+    """Whether the chat template has a place for the system's words; else they go before the first question's."""
+    from selfdoubt.lm.prompt import encode
+
+    if style != "chat" or lm.tokenizer.chat_template is None:
+        return False
+    try:
+        said = encode(lm.tokenizer, [{"role": "system", "content": "~"}, {"role": "user", "content": "?"}]).ids
+    except PromptError:
+        return False
+    return said != encode(lm.tokenizer, "?").ids
 
 
 def _layers(lm: RiskAwareLM, text: str) -> tuple[int, ...]:
@@ -149,5 +175,3 @@ def _layers(lm: RiskAwareLM, text: str) -> tuple[int, ...]:
         except ValueError:
             raise ConfigError(f"--states must be auto, none, all or numbers like 3,7, got {text!r}") from None
     return tuple(sorted({*lm.layers, *wanted}))
-
-

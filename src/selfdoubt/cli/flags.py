@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     import typer
 
     from selfdoubt.lm.model import RiskAwareLM
+    from selfdoubt.qa.records import Question
 else:
     typer = require("typer", "lm")
 
@@ -33,11 +34,84 @@ WrapperText = Annotated[
         "auto takes what comes with the model or the adapter, else three fresh voters."
     ),
 ]
-Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's own), float32, bfloat16, float16 or float64.")]
+Dtype = Annotated[
+    str,
+    typer.Option(
+        help="auto (the checkpoint's own, where the machine computes in it), float32, bfloat16, float16 or float64."
+    ),
+]
 Quantize = Annotated[str | None, typer.Option(help="nf4 for 4-bit weights.")]
 RiskName = Annotated[str | None, typer.Option("--risk", help="Name of the answer score that is the risk.")]
 RemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object a token, then one for the answer.")]
+
+Data = Annotated[
+    str,
+    typer.Option(
+        help="truthfulqa, nq_open, webquestions, triviaqa, squad2 or pocket; or a file: JSONL, JSON, CSV or TSV with "
+        "questions and answers; or a name on the hub.",
+        show_default=False,
+    ),
+]
+Task = Annotated[str | None, typer.Option(help="TruthfulQA: gen, mc1 or mc2.", show_default=False)]
+QuestionColumn = Annotated[str | None, typer.Option(help="Column of the question, where its name does not say it.")]
+AnswerColumn = Annotated[str | None, typer.Option(help="Column of the accepted answers.")]
+AnswerSeparator = Annotated[str | None, typer.Option(help="What parts several answers in one cell, e.g. ';'.")]
+TopicColumn = Annotated[str | None, typer.Option(help="Column of the topic.")]
+ContextColumn = Annotated[str | None, typer.Option(help="Column of a passage to read first.")]
+ChoiceColumn = Annotated[str | None, typer.Option(help="Column of the choices.")]
+Split = Annotated[str | None, typer.Option(help="Split of a set on the hub.", show_default=False)]
+Judge = Annotated[
+    str | None,
+    typer.Option(
+        help="Who says what is right: exact, f1:0.5, contains, rouge, bleu, choice, regex:PATTERN, column:NAME or llm. "
+        "[default: choice for choices, rouge where wrong answers are known, else contains]",
+        show_default=False,
+    ),
+]
+JudgeUrl = Annotated[
+    str | None,
+    typer.Option(help="llm: an OpenAI-compatible URL, e.g. http://localhost:8000/v1; its key is in OPENAI_API_KEY."),
+]
+JudgeModel = Annotated[str | None, typer.Option(help="llm: the judging model's name.")]
+
+
+def pick_judge(
+    spec: str | None,
+    questions: Sequence[Question],
+    url: str | None,
+    model: str | None,
+    out: Path,
+    column: Callable[[str], dict[str, Any]],
+) -> Any:
+    """The judge that the flags name; ``column`` reads one more column of the questions' file."""
+    from selfdoubt.qa import judge as judges
+    from selfdoubt.qa.llm_judge import LLMJudge
+
+    if (spec == "llm") != (model is not None):
+        raise ConfigError("--judge llm and --judge-model NAME go together: give both, or neither")
+    if model is None:
+        if url is not None:
+            raise ConfigError("--judge-url is for --judge llm; add it, and --judge-model NAME")
+        spec = judges.default_judge(questions) if spec is None else spec
+        kind, _, name = spec.partition(":")
+        return judges.judge(spec, column=column(name) if kind == "column" and name else None)
+    found = LLMJudge(model, base_url=url, cache=str(out / "judge.jsonl"))
+    out.mkdir(parents=True, exist_ok=True)
+    found.probe()
+    return found
+
+
+def new_run(out: Path) -> None:
+    """Refuse a folder that holds something else than a run."""
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"--out {out} is a file; give a folder")
+    if (
+        out.is_dir()
+        and any(out.iterdir())
+        and not any((out / n).exists() for n in ("parts", "run.json", "judge.jsonl"))
+    ):
+        raise ConfigError(f"--out {out} holds other things than a run; give a new or empty folder")
 
 
 def load_lm(

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean, quantiles
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from selfdoubt.errors import ConfigError
 
@@ -15,10 +16,10 @@ if TYPE_CHECKING:
 
 #: What is shown in place of an answer that is withheld.
 UNSURE = "I'm not sure."
-#: The score that stands for an answer's doubt, and the one that colours a token: surprisal, and its sum. By
-#: ``benchmarks/quality.py`` entropy ranks a model's own answers a hair better, but of text that somebody else wrote it
-#: only says how sure the model was of something else.
-DEFAULT_RISK = "sum_nll"
+#: The score that stands for an answer's doubt, and the one that colours a token. Without reference answers, or without
+#: a question, ``sum_nll`` stands in for the first. By ``benchmarks/quality.py`` no other score that needs no labels
+#: ranks wrong answers better: "am I sure of my answer?" and "have I met this subject?" err on different questions.
+DEFAULT_RISK = "rank_nll"
 TOKEN_RISK = "nll"
 
 
@@ -130,6 +131,30 @@ ANSWER_SCORES: dict[str, tuple[str, Pool, TokenScore]] = {
 }
 
 
+#: Scores that weigh others by their rank among reference answers, in [0, 1]; ranks compare what sums cannot.
+RANK_SCORES: dict[str, tuple[tuple[str, float], ...]] = {
+    "rank_nll": (("sum_nll", 2 / 3), ("question_mean_nll", 1 / 3)),
+}
+
+
+def rank_scores(scores: Mapping[str, float], reference: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """The ``RANK_SCORES`` that these scores and reference quantiles allow."""
+    return {
+        name: math.fsum(weight * _rank(scores[part], reference[part]) for part, weight in parts)
+        for name, parts in RANK_SCORES.items()
+        if all(part in scores and part in reference for part, _ in parts)
+    }
+
+
+def _rank(value: float, quantiles: Sequence[float]) -> float:
+    """Share of reference answers below, in [0, 1], linear between quantiles."""
+    place = bisect_left(quantiles, value)
+    if place == 0 or place == len(quantiles):
+        return float(place > 0)
+    low, high = quantiles[place - 1], quantiles[place]
+    return (place - 1 + (value - low) / (high - low)) / (len(quantiles) - 1)
+
+
 def answer_scores(answer: Sequence[Token], question: Sequence[Token]) -> dict[str, float]:
     """All scores that these tokens allow: without a question, or without a sculpt, some are absent."""
     parts = {
@@ -145,22 +170,45 @@ def answer_scores(answer: Sequence[Token], question: Sequence[Token]) -> dict[st
     return scores
 
 
+def check_score(name: str) -> None:
+    """Refuse what is no answer score.
+
+    Raises:
+        ConfigError: If there is no such score.
+    """
+    known = {*ANSWER_SCORES, *RANK_SCORES}
+    if name not in known:
+        raise ConfigError(f"no answer score is called {name!r}; choose one of {', '.join(sorted(known))}")
+
+
+def stand_in(name: str) -> str:
+    """The score that takes this one's place where it cannot be had."""
+    return "sum_nll" if name in RANK_SCORES else "mean_nll"
+
+
 def pick_risk(scores: Mapping[str, float], name: str) -> tuple[float, str]:
     """The risk of this name; without a question (or an answer), the same score of what there is.
 
     Raises:
         ConfigError: If there is no such score.
     """
-    if name not in ANSWER_SCORES:
-        raise ConfigError(f"no answer score is called {name!r}; choose one of {', '.join(sorted(ANSWER_SCORES))}")
+    check_score(name)
     bare = name.removeprefix("question_").removeprefix("both_")
-    for candidate in (name, bare, f"question_{bare}", "mean_nll", "question_mean_nll"):
+    for candidate in (name, bare, f"question_{bare}", stand_in(name), f"question_{stand_in(name)}"):
         if candidate in scores:
             return scores[candidate], candidate
     raise ConfigError(f"the score {name!r} needs at least one token, got an empty answer and question")
 
 
-def reference_quantiles(answers: Sequence[Answer], n: int = 100) -> dict[str, list[float]]:
+class Scored(Protocol):
+    """Something with answer scores."""
+
+    @property
+    def scores(self) -> Mapping[str, float]:
+        """By name."""
+
+
+def reference_quantiles(answers: Sequence[Scored], n: int = 100) -> dict[str, list[float]]:
     """Ascending quantiles of each score over reference answers, from the least to the greatest: ``n + 1`` numbers.
 
     Raises:
@@ -168,9 +216,15 @@ def reference_quantiles(answers: Sequence[Answer], n: int = 100) -> dict[str, li
     """
     if not answers:
         raise ConfigError("reference quantiles need at least one answer, got none")
+    own = [{name: v for name, v in answer.scores.items() if name in ANSWER_SCORES} for answer in answers]
+    found = _quantiles(own, n)
+    return found | _quantiles([rank_scores(scores, found) for scores in own], n)
+
+
+def _quantiles(rows: Sequence[Mapping[str, float]], n: int) -> dict[str, list[float]]:
     found = {}
-    for name in sorted({name for answer in answers for name in answer.scores}):
-        values = sorted(answer.scores[name] for answer in answers if name in answer.scores)
+    for name in sorted({name for row in rows for name in row}):
+        values = sorted(row[name] for row in rows if name in row)
         inner = quantiles(values, n=n, method="inclusive") if len(values) > 1 else values * (n - 1)
         found[name] = [float(f"{v:.5g}") for v in (values[0], *inner, values[-1])]
     return found

@@ -112,6 +112,35 @@ def read(
     return scored, last
 
 
+def follow(
+    stepper: Stepper,
+    following: Logits,
+    texts: Sequence[Sequence[int]],
+    alternatives: int = 0,
+    pool: StatePool | None = None,
+) -> list[list[ScoredId]]:
+    """Score a text after each prompt that was read. No token can be chosen afterwards.
+
+    Args:
+        stepper: Has read the prompts.
+        following: What comes next after the prompts.
+        texts: Token ids, at least one for each prompt.
+        alternatives: How many of the most probable tokens are told with each token.
+        pool: Takes the hidden states in which the texts' tokens but the first are predicted, right-padded.
+    """
+    width = max(len(t) for t in texts)
+    ids = torch.tensor([list(t) + [0] * (width - len(t)) for t in texts]).to(following.logits.device)
+    found = _scored(following.at(None), ids[:, :1], risk.mix(following.logits)[:, None], alternatives)
+    # The last token predicts nothing that is asked for.
+    for first, piece in stepper.extend([t[:-1] for t in texts]) if width > 1 else ():
+        if pool is not None and piece.states is not None:
+            pool.add(first, piece.states[0])
+        chosen = ids[:, first + 1 : first + 1 + piece.logits.shape[2]]
+        for tokens, more in zip(found, _scored(piece, chosen, risk.mix(piece.logits), alternatives), strict=True):
+            tokens += more
+    return [tokens[: len(text)] for tokens, text in zip(found, texts, strict=True)]
+
+
 def decode(
     stepper: Stepper,
     following: Logits,

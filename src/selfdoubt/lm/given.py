@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from selfdoubt.errors import PromptError
-from selfdoubt.lm.answer import Answer
+from selfdoubt.lm.answer import Answer, Token
 from selfdoubt.lm.calibration import States
-from selfdoubt.lm.decode import read
+from selfdoubt.lm.decode import ScoredId, follow, read
 from selfdoubt.lm.prompt import Detokenizer, Prompt, encode
 from selfdoubt.lm.states import StatePool
 from selfdoubt.lm.stepper import HFStepper
@@ -17,50 +17,83 @@ from selfdoubt.lm.stream import own_end
 if TYPE_CHECKING:
     from selfdoubt.lm.model import RiskAwareLM
 
+Question = str | Sequence[Mapping[str, str]]
+
 
 def score_given(
-    lm: RiskAwareLM,
-    pairs: Sequence[tuple[str | Sequence[Mapping[str, str]] | None, str]],
-    *,
-    raw: bool,
-    alternatives: int,
+    lm: RiskAwareLM, pairs: Sequence[tuple[Question | None, str]], *, raw: bool, alternatives: int
 ) -> list[Answer]:
-    """See ``RiskAwareLM.score_batch``."""
-    prompts, ids = zip(*(_encode(lm.tokenizer, question, text, raw=raw) for question, text in pairs), strict=True)
-    pool = None
-    if lm.layers:
-        pool = StatePool([_spans(p, len(i)) for p, i in zip(prompts, ids, strict=True)], [len(i) for i in ids])
+    """See ``RiskAwareLM.score_batch``. A question that comes several times is read once."""
+    found: dict[int, Answer] = {}
+    bare = [i for i, (question, _) in enumerate(pairs) if question is None]
+    if bare:
+        found |= zip(bare, _score_texts(lm, [pairs[i][1] for i in bare], alternatives), strict=True)
+    asked = [i for i, (question, _) in enumerate(pairs) if question is not None]
+    if asked:
+        own = [(question, text) for question, text in pairs if question is not None]
+        found |= zip(asked, _score_answers(lm, own, raw=raw, alternatives=alternatives), strict=True)
+    return [found[i] for i in range(len(pairs))]
+
+
+def _score_texts(lm: RiskAwareLM, texts: Sequence[str], alternatives: int) -> list[Answer]:
+    ids = [encode(lm.tokenizer, _checked(text), raw=True).ids for text in texts]
+    lengths = [len(i) for i in ids]
+    pool = StatePool([[(n - 1, n)] for n in lengths], lengths) if lm.layers else None
     scored, _ = read(HFStepper(lm.model, lm.layers), ids, alternatives, pool)
     found = []
-    for row, (_, text) in enumerate(pairs):
-        pieces = Detokenizer(lm.tokenizer)
-        own = scored[row][len(prompts[row].ids) :]
-        tokens = [lm._token(token, pieces.add(token.id)) for token in own if token is not None]
-        states = None if pool is None or pool.means is None else States(lm.layers, *pool.means[row].cpu())
-        found.append(lm.answer(tokens, lm._own(scored[row], prompts[row]), "given", text, states))
+    for row, text in enumerate(texts):
+        end = None if pool is None or pool.means is None else pool.means[row, 0].cpu()
+        states = None if end is None else States(lm.layers, end, end, end)  # without a question, but its end
+        found.append(lm.answer(_tokens(lm, scored[row]), [], "given", text, states))
     return found
 
 
-def _encode(
-    tokenizer: Any, question: str | Sequence[Mapping[str, str]] | None, text: str, *, raw: bool
-) -> tuple[Prompt, list[int]]:
-    """A prompt, and its ids with those of the text that follows it."""
+def _score_answers(
+    lm: RiskAwareLM, pairs: Sequence[tuple[Question, str]], *, raw: bool, alternatives: int
+) -> list[Answer]:
+    encoded = [_encode(lm.tokenizer, question, _checked(text), raw=raw) for question, text in pairs]
+    prompts = {tuple(prompt.ids): prompt for prompt, _ in encoded}
+    place = {ids: row for row, ids in enumerate(prompts)}
+    rows = [place[tuple(prompt.ids)] for prompt, _ in encoded]
+    lengths = [len(ids) for ids in prompts]
+    texts = [ids for _, ids in encoded]
+    asked = StatePool([[own_end(p)] for p in prompts.values()], lengths) if lm.layers else None
+    rest = StatePool([[(0, len(t) - 1)] for t in texts], [len(t) - 1 for t in texts], "right") if lm.layers else None
+    stepper = HFStepper(lm.model, lm.layers)
+    read_once, following = read(stepper, [list(ids) for ids in prompts], alternatives, asked)
+    questions = [lm._own(scored, prompt) for scored, prompt in zip(read_once, prompts.values(), strict=True)]
+    stepper.keep(rows)
+    following = following.of(rows)
+    scored = follow(stepper, following, texts, alternatives, rest)
+    found = []
+    for i, (_, text) in enumerate(pairs):
+        states = None
+        if asked is not None and asked.means is not None and following.states is not None:
+            first, n = following.states[0, i], len(texts[i])
+            others = 0.0 if rest is None or rest.means is None else rest.means[i, 0]
+            mean = (first + (n - 1) * others) / n
+            states = States(lm.layers, asked.means[rows[i], 0].cpu(), first.cpu(), mean.cpu())
+        found.append(lm.answer(_tokens(lm, scored[i]), questions[rows[i]], "given", text, states))
+    return found
+
+
+def _tokens(lm: RiskAwareLM, scored: Sequence[ScoredId | None]) -> list[Token]:
+    pieces = Detokenizer(lm.tokenizer)
+    return [lm._token(token, pieces.add(token.id)) for token in scored if token is not None]
+
+
+def _checked(text: str) -> str:
     if not text.strip():
         raise PromptError("the text to score is empty")
-    if question is None:
-        return Prompt([], []), encode(tokenizer, text, raw=True).ids
+    return text
+
+
+def _encode(tokenizer: Any, question: Question, text: str, *, raw: bool) -> tuple[Prompt, list[int]]:
+    """A prompt, and the ids of the text that follows it."""
     prompt = encode(tokenizer, question, raw=raw)
     if raw and isinstance(question, str):
-        # As one text: where a tokenizer joins words by their neighbours, this is what it has learnt from.
+        # As one text: where a tokenizer joins words by their neighbours, this is what the model has learnt from.
         rest = encode(tokenizer, question + text, raw=True).ids[len(prompt.ids) :]
         if rest:
-            return prompt, prompt.ids + rest
-    return prompt, prompt.ids + list(tokenizer(text, add_special_tokens=False)["input_ids"])
-
-
-def _spans(prompt: Prompt, length: int) -> list[tuple[int, int]]:
-    """Where ``States`` are taken, in their order; a text without a question has but its end."""
-    if not prompt.ids:
-        return [(length - 1, length)] * 3
-    first = len(prompt.ids) - 1
-    return [own_end(prompt), (first, first + 1), (first, length - 1)]
+            return prompt, rest
+    return prompt, list(tokenizer(text, add_special_tokens=False)["input_ids"])

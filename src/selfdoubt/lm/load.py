@@ -79,6 +79,20 @@ def load_model(
     return model.eval().requires_grad_(False), tokenizer
 
 
+def quick_dtype(model: nn.Module) -> torch.dtype:
+    """What a model computes in most quickly where it is: its own type, but float32 on a CPU that emulates bfloat16.
+
+    Emulated products are ten times slower than float32's. A model that would fill more than half of the memory in
+    float32 keeps its type: slow is better than none.
+    """
+    first = next(model.parameters())
+    own: torch.dtype = first.dtype
+    if first.device.type != "cpu" or own != torch.bfloat16 or torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return own
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
+    return torch.float32 if 4 * sum(p.numel() for p in model.parameters()) <= memory / 2 else own
+
+
 def eight_bit_adamw() -> type:
     """AdamW with its state in 8 bits, by bitsandbytes.
 

@@ -15,11 +15,11 @@ from torch import nn
 from selfdoubt.errors import ConfigError
 from selfdoubt.lm import answer as answers
 from selfdoubt.lm.adapter import base_of, load_adapter, own_tokenizer, read_adapter
-from selfdoubt.lm.answer import Alternative, Answer, Token, answer_scores, pick_risk
+from selfdoubt.lm.answer import Alternative, Answer, Token, answer_scores, check_score, pick_risk, rank_scores, stand_in
 from selfdoubt.lm.calibration import Calibration, States, stored
 from selfdoubt.lm.decode import ScoredId
 from selfdoubt.lm.given import score_given
-from selfdoubt.lm.load import POCKET, Quantization, load_model
+from selfdoubt.lm.load import POCKET, Quantization, load_model, quick_dtype
 from selfdoubt.lm.options import Options, sampling_of, stop_texts
 from selfdoubt.lm.prompt import Detokenizer, Message, Prompt, encode
 from selfdoubt.lm.stream import Stream, answering
@@ -62,8 +62,7 @@ class RiskAwareLM:
             token_risk: Name of the token score that is a token's risk.
             layers: Decoder layers whose hidden states come with an answer (``Answer.states``); 0 is the first.
         """
-        if risk not in answers.ANSWER_SCORES:
-            raise ConfigError(f"no answer score is called {risk!r}; choose one of {sorted(answers.ANSWER_SCORES)}")
+        check_score(risk)
         self.model = model
         self.tokenizer = tokenizer
         self.reference = dict(reference or {})
@@ -97,7 +96,7 @@ class RiskAwareLM:
             wrapper: A ``vote``, ``sample`` or ``sculpt`` wrapper; None leaves the model plain. "auto" takes the voters
                 that come with the pocket model, and three fresh low-rank voters for any other.
             adapter: An adapter folder, which brings its own wrapper; or LoRA of plain PEFT, which goes with any.
-            dtype: "auto" takes the checkpoint's own.
+            dtype: "auto" takes the checkpoint's own, or float32 on a CPU that only emulates bfloat16.
             device: None takes a GPU where there is one.
             quantize: "nf4" for 4-bit weights.
             revision: A branch, tag or commit on the hub.
@@ -121,6 +120,8 @@ class RiskAwareLM:
             name, words=None if adapter is None else own_tokenizer(adapter), dtype=dtype, device=device,
             quantize=quantize, revision=revision, trust_remote_code=trust_remote_code, token=token,
         )  # fmt: skip
+        if dtype == "auto" and quantize is None:
+            model = model.to(quick_dtype(model))
         if adapter is None and wrapper == "auto" and os.fspath(name) == POCKET:
             from selfdoubt import pocket
 
@@ -131,7 +132,9 @@ class RiskAwareLM:
             model = load_adapter(model, adapter, given)
         elif wrapper is not None:
             spec = given or Vote(n_voters=3, rank=16)
-            model = spec(model)  # type: ignore[operator]
+            with torch.random.fork_rng():  # what is fresh is the same each time: a run can go on, an answer come again
+                torch.manual_seed(0)
+                model = spec(model)  # type: ignore[operator]
         return cls(
             model.eval(), tokenizer, reference=card.get("reference"), calibration=stored(card), risk=risk, layers=layers
         )
@@ -214,7 +217,7 @@ class RiskAwareLM:
             raise ConfigError(f"the percentile must be between 0 and 1, got {percentile}")
         if max_tries < 1:
             raise ConfigError(f"max_tries must be at least 1, got {max_tries}")
-        if self.risk not in self.reference:
+        if not {self.risk, stand_in(self.risk)} & set(self.reference):
             raise ConfigError(
                 f"a percentile of {self.risk} needs reference answers, and this model has none; "
                 "use an adapter that has them (the pocket model does)"
@@ -281,6 +284,7 @@ class RiskAwareLM:
     ) -> Answer:
         """Put tokens together and score the whole."""
         scores = answer_scores(tokens, question)
+        scores |= rank_scores(scores, self.reference)
         value, name = pick_risk(scores, self.risk)
         reference = self.reference.get(name)
         rank = None if reference is None else percentile(value, reference)

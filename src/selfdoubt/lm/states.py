@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -57,17 +57,23 @@ def listening(layers: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
 
 
 class StatePool:
-    """Weighted sums of hidden states over the columns of left-padded prompts, taken while they are read in pieces.
+    """Means of hidden states over chosen columns of a padded batch, taken while it is read in pieces.
 
     Args:
-        spans: For each prompt, places ``(first, end)`` to average over, counted from its own first token.
-        lengths: Tokens in each prompt.
+        spans: For each sequence, places ``(first, end)`` to average over, counted from its own first token.
+        lengths: Tokens in each sequence.
+        padded: On which side.
     """
 
-    def __init__(self, spans: Sequence[Sequence[tuple[int, int]]], lengths: Sequence[int]) -> None:
+    def __init__(
+        self,
+        spans: Sequence[Sequence[tuple[int, int]]],
+        lengths: Sequence[int],
+        padded: Literal["left", "right"] = "left",
+    ) -> None:
         self._weights = torch.zeros(len(spans), len(spans[0]), max(lengths))
         for row, (places, length) in enumerate(zip(spans, lengths, strict=True)):
-            pad = max(lengths) - length
+            pad = max(lengths) - length if padded == "left" else 0
             for span, (first, end) in enumerate(places):
                 self._weights[row, span, pad + first : pad + end] = 1 / max(1, end - first)
         self.means: Float[Tensor, "batch spans layers width"] | None = None  #: None until a piece was read
@@ -75,5 +81,7 @@ class StatePool:
     def add(self, first: int, states: Float[Tensor, "batch t layers width"]) -> None:
         """Take the columns from ``first`` on."""
         weights = self._weights[:, :, first : first + states.shape[1]].to(states.device)
-        part = torch.einsum("bst,btlw->bslw", weights, states.float())
+        # What stands on padding may be anything, also infinite: it must not even be multiplied by zero.
+        used = (weights > 0).any(1)[:, :, None, None]
+        part = torch.einsum("bst,btlw->bslw", weights, states.float().masked_fill(~used, 0.0))
         self.means = part if self.means is None else self.means + part

@@ -34,6 +34,10 @@ class Logits(NamedTuple):
         """The same at some places of the axis behind the batch."""
         return Logits(*(None if x is None else x[:, :, index] for x in self))  # type: ignore[arg-type]
 
+    def of(self, sequences: Sequence[int]) -> Logits:
+        """The same of some sequences."""
+        return Logits(*(None if x is None else x[:, list(sequences)] for x in self))  # type: ignore[arg-type]
+
 
 @runtime_checkable
 class Stepper(Protocol):
@@ -49,8 +53,11 @@ class Stepper(Protocol):
     def step(self, ids: Int[Tensor, " batch"]) -> Logits:
         """Append one token to every sequence."""
 
+    def extend(self, texts: Sequence[Sequence[int]]) -> Iterator[tuple[int, Logits]]:
+        """Append a text to every sequence, right-padded, in pieces as ``start``; no step can follow."""
+
     def keep(self, sequences: Sequence[int]) -> None:
-        """Go on with these sequences of the batch only."""
+        """Go on with these sequences of the batch only; one that is named twice goes on twice."""
 
 
 class HFStepper:
@@ -74,6 +81,7 @@ class HFStepper:
         self._takes_positions = "position_ids" in inspect.signature(base.forward).parameters
         self._cache: Any = None
         self._mask: Tensor | None = None
+        self._rows = 0
 
     @property
     def context(self) -> int | None:
@@ -101,10 +109,35 @@ class HFStepper:
         # Without padding, models run faster (and just as right) when they are given no mask at all.
         self._mask = expand(mask, self.members) if min(len(p) for p in prompts) < width else None
         self._cache = None
+        yield from self._pieces(expand(padded, self.members), 0)
+
+    @torch.inference_mode()
+    def extend(self, texts: Sequence[Sequence[int]]) -> Iterator[tuple[int, Logits]]:
+        """Append a text to every sequence, right-padded, in pieces; yields (first column, logits). No step can follow.
+
+        Raises:
+            PromptError: If a sequence does not fit the context.
+        """
+        before, width = self._cache.get_seq_length(), max(len(t) for t in texts)
+        padded = torch.tensor([list(t) + [0] * (width - len(t)) for t in texts], device=self._device)
+        lengths = torch.tensor([len(t) for t in texts], device=self._device)
+        longest = int(((before if self._mask is None else self._mask[: len(texts)].sum(1)) + lengths).max())
+        if self.context is not None and longest > self.context:
+            raise PromptError(
+                f"prompt and text have {longest} tokens, and the model reads at most {self.context}; shorten them"
+            )
         rows = expand(padded, self.members)
+        if min(len(t) for t in texts) < width or self._mask is not None:
+            own = expand((torch.arange(width, device=self._device) < lengths[:, None]).long(), self.members)
+            old = own.new_ones(len(own), before) if self._mask is None else self._mask
+            self._mask = torch.cat([old, own], dim=1)
+        yield from self._pieces(rows, before)
+
+    def _pieces(self, rows: Int[Tensor, "rows t"], before: int) -> Iterator[tuple[int, Logits]]:
+        """Read columns so many at a time that their logits fit; ``before`` columns are read already."""
         columns = max(1, _CHUNK // (len(rows) * self._config.vocab_size))
-        for first in range(0, width, columns):
-            yield first, self._forward(rows[:, first : first + columns], first)
+        for first in range(0, rows.shape[1], columns):
+            yield first, self._forward(rows[:, first : first + columns], before + first)
 
     @torch.inference_mode()
     def step(self, ids: Int[Tensor, " batch"]) -> Logits:
@@ -116,11 +149,12 @@ class HFStepper:
 
     @torch.inference_mode()
     def keep(self, sequences: Sequence[int]) -> None:
-        """Go on with these sequences of the batch only."""
+        """Go on with these sequences of the batch only; one that is named twice goes on twice."""
         batch = self._rows // self.members
         index = torch.tensor(sequences, device=self._device)
         rows = (torch.arange(self.members, device=self._device)[:, None] * batch + index).flatten()
         self._cache.batch_select_indices(rows)
+        self._rows = len(rows)
         if self._mask is not None:
             self._mask = self._mask[rows]
 

@@ -105,19 +105,26 @@ class AnswerInProgress:
 def answering(
     lm: RiskAwareLM, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[int], stops: Sequence[str]
 ) -> tuple[list[AnswerInProgress], Iterator[list[Token]]]:
-    """Read prompts; answers in the making, and the steps that make them, each with the tokens that it made certain."""
+    """Read prompts; answers in the making, and the steps that make them, each with the tokens that it made certain.
+
+    A prompt that comes several times is read once.
+    """
+    different = {tuple(p.ids): p for p in prompts}
+    place = {ids: row for row, ids in enumerate(different)}
+    rows = [place[tuple(p.ids)] for p in prompts]
     stepper = HFStepper(lm.model, lm.layers)
-    ids = [p.ids for p in prompts]
-    pool = StatePool([[own_end(p)] for p in prompts], [len(i) for i in ids]) if lm.layers else None
-    scored, following = read(stepper, ids, pool=pool)
-    asked = [None] * len(ids) if pool is None or pool.means is None else [means[0] for means in pool.means]
-    answers = [
-        AnswerInProgress(lm, lm._own(s, p), stops, state) for s, p, state in zip(scored, prompts, asked, strict=True)
-    ]
+    pool = StatePool([[own_end(p)] for p in different.values()], [len(i) for i in different]) if lm.layers else None
+    scored, following = read(stepper, [list(ids) for ids in different], pool=pool)
+    questions = [lm._own(s, p) for s, p in zip(scored, different.values(), strict=True)]
+    asked = [None] * len(different) if pool is None or pool.means is None else [means[0] for means in pool.means]
+    answers = [AnswerInProgress(lm, questions[row], stops, asked[row]) for row in rows]
+    if len(different) < len(prompts):
+        stepper.keep(rows)
+        following = following.of(rows)
 
     def steps() -> Iterator[list[Token]]:
         closed: set[int] = set()
-        for event in decode(stepper, following, [len(i) for i in ids], sampling, seeds, closed):
+        for event in decode(stepper, following, [len(p.ids) for p in prompts], sampling, seeds, closed):
             yield answers[event.sequence].add(event)
             if answers[event.sequence].finish is not None:
                 closed.add(event.sequence)

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from selfdoubt.errors import ConfigError
 from selfdoubt.lm.calibration import POSITIONS
-from selfdoubt.qa.agreement import agreement_scores
+from selfdoubt.qa.agreement import Same, agreement_scores
+from selfdoubt.qa.choices import judge_mc1, judge_mc2
 from selfdoubt.qa.p_true import p_true
-from selfdoubt.qa.prompting import Style, stops_of, to_prompt
+from selfdoubt.qa.prompting import CHAT, STOP, Message, Prompting, answer_text, letter, prompt
 from selfdoubt.qa.records import Question, Record, Sample, with_scores
 
 if TYPE_CHECKING:
@@ -22,9 +23,8 @@ if TYPE_CHECKING:
 
     from selfdoubt.lm.answer import Answer
     from selfdoubt.lm.model import RiskAwareLM
-    from selfdoubt.qa.agreement import Clusters
 
-Prompt = str | list[dict[str, str]]
+Prompt = str | list[Message]
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,7 @@ class Plan:
         ConfigError: If a setting is out of range.
     """
 
-    style: Style = "chat"
-    instruction: str | None = None  #: None: what the questions need (SQuAD 2), else nothing
+    how: Prompting = CHAT
     shots: tuple[Question, ...] = ()  #: solved examples before each question
     max_tokens: int = 64
     batch_size: int = 32
@@ -45,7 +44,6 @@ class Plan:
     clusters: str = "exact"  #: when two samples mean the same: exact, f1:SHARE or nli:MODEL
     p_true: bool = False  #: ask the model whether its answer is true
     seed: int = 0
-    keep_tokens: bool = True  #: write each token with its risk
 
     def __post_init__(self) -> None:
         for name, least in (("max_tokens", 1), ("batch_size", 1), ("samples", 0)):
@@ -55,6 +53,15 @@ class Plan:
             raise ConfigError("one sample agrees with nothing; draw at least 2, or 0 for none")
         if self.samples and not self.temperature > 0:
             raise ConfigError(f"the temperature of samples must be above 0, got {self.temperature}")
+
+    @property
+    def raw(self) -> bool:
+        """Whether prompts are plain text, and not a chat."""
+        return self.how.style == "qa"
+
+    def prompt(self, question: Question) -> Prompt:
+        """What the model is asked."""
+        return prompt(question, self.shots, self.how)
 
 
 @dataclass
@@ -73,20 +80,20 @@ class Asked:
         self.costs[name] = {"passes": passes, "seconds": time.perf_counter() - start}
 
 
-def ask(lm: RiskAwareLM, questions: Sequence[Question], plan: Plan, clusters: Clusters) -> Asked:
+def ask(lm: RiskAwareLM, questions: Sequence[Question], plan: Plan, alike: Same) -> Asked:
     """Ask questions side by side.
 
     Args:
         lm: The model.
         questions: With choices all, or none.
         plan: How to ask.
-        clusters: What ``plan.clusters`` names.
+        alike: What ``plan.clusters`` names.
 
     Returns:
         One record a question, in their order, unjudged but for multiple choice.
     """
     found = Asked()
-    prompts = [to_prompt(q, plan.shots, style=plan.style, instruction=plan.instruction) for q in questions]
+    prompts = [plan.prompt(q) for q in questions]
     if questions[0].choices:
         answers = _choose(lm, questions, prompts, plan, found)
     else:
@@ -94,7 +101,7 @@ def ask(lm: RiskAwareLM, questions: Sequence[Question], plan: Plan, clusters: Cl
             answers = lm.generate(prompts, batch_size=plan.batch_size, **_options(plan))
         found.records = [_record(q, a, plan) for q, a in zip(questions, answers, strict=True)]
     if plan.samples and not questions[0].choices:
-        _draw(lm, prompts, plan, clusters, found)
+        _draw(lm, prompts, plan, alike, found)
     if plan.p_true:
         with found.timed("p_true", 1):
             doubts = p_true(lm, [(r.question, r.answer or "") for r in found.records], plan)
@@ -105,16 +112,16 @@ def ask(lm: RiskAwareLM, questions: Sequence[Question], plan: Plan, clusters: Cl
 
 
 def _options(plan: Plan) -> dict[str, Any]:
-    return {"max_tokens": plan.max_tokens, "raw": plan.style == "qa", "stop": stops_of(plan.style)}
+    return {"max_tokens": plan.max_tokens, "raw": plan.raw, "stop": [STOP] if plan.raw else []}
 
 
 def _record(question: Question, answer: Answer, plan: Plan) -> Record:
     return Record(
         question,
-        answer.text.strip(),
+        answer_text(answer.text, plan.how),
         scores={name: _short(value) for name, value in answer.scores.items()},
-        tokens=_pairs(answer.tokens) if plan.keep_tokens else (),
-        question_tokens=_pairs(answer.question) if plan.keep_tokens else (),
+        tokens=_pairs(answer.tokens),
+        question_tokens=() if plan.raw else _pairs(answer.question),  # there its words are those of the examples, too
         finish=answer.finish,
         percentile=answer.percentile,
         p_correct=None if answer.p_correct is None else _short(answer.p_correct),
@@ -131,21 +138,21 @@ def _short(value: float) -> float:
     return float(f"{value:.7g}")
 
 
-def _draw(lm: RiskAwareLM, prompts: Sequence[Prompt], plan: Plan, clusters: Clusters, found: Asked) -> None:
+def _draw(lm: RiskAwareLM, prompts: Sequence[Prompt], plan: Plan, alike: Same, found: Asked) -> None:
     """Further answers to each question, and the scores of how much they agree."""
     n = plan.samples
     seeds = [sample_seed(plan.seed, r.question.id, i) for r in found.records for i in range(n)]
     with found.timed("samples", n):
-        many = [prompt for prompt in prompts for _ in range(n)]
+        many = [own for own in prompts for _ in range(n)]
         drawn = lm.generate(
             many, batch_size=plan.batch_size, seeds=seeds, temperature=plan.temperature, **_options(plan)
         )
     with found.timed("agreement", 0):
         for i, record in enumerate(found.records):
             own = drawn[i * n : (i + 1) * n]
-            texts = [a.text.strip() for a in own]
-            nlls = [a.scores["sum_nll"] if a.tokens else 0.0 for a in own]
-            scores = agreement_scores(record.answer or "", texts, nlls, clusters, question=record.question.text)
+            texts = [answer_text(a.text, plan.how) for a in own]
+            nlls = [a.scores.get("sum_nll", 0.0) for a in own]  # an empty answer has no tokens
+            scores = agreement_scores(record.answer or "", texts, nlls, alike, record.question.text)
             samples = tuple(Sample(t, _short(a.risk), a.percentile) for t, a in zip(texts, own, strict=True))
             found.records[i] = replace(with_scores(record, scores), samples=samples)
 
@@ -158,39 +165,49 @@ def sample_seed(seed: int, question: str, number: int) -> int:
 def _choose(
     lm: RiskAwareLM, questions: Sequence[Question], prompts: Sequence[Prompt], plan: Plan, found: Asked
 ) -> list[Answer]:
-    """The most probable choice of each question, by the sum of its tokens' log-probabilities."""
-    pairs: list[tuple[Any, str]] = []
-    for question, prompt in zip(questions, prompts, strict=True):
-        # In the plain format a choice follows "A:", with a space.
-        pairs += [(prompt, f" {c}" if plan.style == "qa" else c) for c in question.choices]
-    order = sorted(range(len(pairs)), key=lambda i: len(pairs[i][1]))
-    scored: dict[int, Answer] = {}
-    with found.timed("answer", sum(len(q.choices) for q in questions) / len(questions)):
-        for first in range(0, len(order), plan.batch_size):
-            part = order[first : first + plan.batch_size]
-            answers = lm.score_batch([pairs[i] for i in part], raw=plan.style == "qa", alternatives=0)
-            scored |= dict(zip(part, answers, strict=True))
-    chosen, at = [], 0
-    for question in questions:
-        own = [scored[at + i] for i in range(len(question.choices))]
-        at += len(own)
-        best = min(range(len(own)), key=lambda i: own[i].scores["sum_nll"])
-        shares = _shares([-a.scores["sum_nll"] for a in own])
-        scores = {
-            "choice_nll": _short(0.0 - math.log(shares[best])),
-            "choice_entropy": _short(0.0 - math.fsum(p * math.log(p) for p in shares if p > 0)),
-        }
-        record = with_scores(_record(question, own[best], plan), scores)
-        grade = math.fsum(p for i, p in enumerate(shares) if i in question.right)
-        found.records.append(replace(record, correct=best in question.right, grade=grade))
+    """The most probable choice of each question, by the sum of its tokens' log-probabilities.
+
+    A record is correct where that choice is right (the mean over questions is TruthfulQA's MC1), and its grade is the
+    share of probability on right choices (the mean is MC2).
+    """
+    places = [(row, i) for row, q in enumerate(questions) for i in range(len(q.choices))]
+    pairs = [(prompts[row], _said(questions[row], i, plan)) for row, i in places]
+    scored: list[Answer] = []
+    with found.timed("answer", len(pairs) / len(questions)):
+        for first in range(0, len(pairs), plan.batch_size):
+            part = pairs[first : first + plan.batch_size]
+            scored += lm.score_batch(part, raw=plan.raw, alternatives=0)
+    chosen = []
+    for row, question in enumerate(questions):
+        own = [answer for answer, (r, _) in zip(scored, places, strict=True) if r == row]
+        logprobs = [-answer.scores["sum_nll"] for answer in own]
+        best = max(range(len(own)), key=lambda i: logprobs[i])
+        record = replace(
+            with_scores(_record(question, own[best], plan), _choice_scores(logprobs, best)),
+            answer=question.choices[best],
+            correct=judge_mc1(question, logprobs).correct,
+            grade=judge_mc2(question, logprobs).grade,
+        )
+        found.records.append(record)
         chosen.append(own[best])
     return chosen
 
 
-def _shares(logs: Sequence[float]) -> list[float]:
-    top = max(logs)
-    parts = [math.exp(v - top) for v in logs]
-    return [p / math.fsum(parts) for p in parts]
+def _said(question: Question, choice: int, plan: Plan) -> str:
+    """What the model would say to take this choice; plain text goes on after "A:", with a space."""
+    text = letter(choice) if plan.how.options else question.choices[choice]
+    return f" {text}" if plan.raw else text
+
+
+def _choice_scores(logprobs: Sequence[float], best: int) -> dict[str, float]:
+    """Doubt among the choices, as if nothing else could be said: surprisal of the chosen one, and the entropy."""
+    top = max(logprobs)
+    mass = [math.exp(v - top) for v in logprobs]
+    shares = [m / math.fsum(mass) for m in mass]
+    return {
+        "choice_nll": _short(0.0 - math.log(shares[best])),
+        "choice_entropy": _short(0.0 - math.fsum(p * math.log(p) for p in shares if p > 0)),
+    }
 
 
 def _stack(states: Sequence[Any]) -> dict[str, Tensor]:

@@ -11,9 +11,9 @@ from typing import Any
 
 from selfdoubt.errors import DataError
 from selfdoubt.qa.figures import Draws, Entry, mean, nothing, paired
+from selfdoubt.qa.headline import label, percent, signed
 from selfdoubt.qa.measure import BASELINE, risk_of
 from selfdoubt.qa.records import Record, read
-from selfdoubt.qa.verdict import label, percent, signed
 
 METRICS = ("auroc", "prr")
 FEW = 8  #: scores on a terminal

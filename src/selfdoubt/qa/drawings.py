@@ -7,8 +7,8 @@ from html import escape
 from typing import Any
 
 from selfdoubt.qa import tables
+from selfdoubt.qa.headline import LABELS, percent
 from selfdoubt.qa.svg import Line, legend, plot
-from selfdoubt.qa.verdict import LABELS, percent
 
 
 def curves(report: Mapping[str, Any]) -> str:

@@ -19,10 +19,9 @@ from selfdoubt.errors import DataError
 from selfdoubt.lm.prompt import encode
 from selfdoubt.lm.states import decoder_layers
 from selfdoubt.members import innermost
-from selfdoubt.qa.agreement import clusters_of
+from selfdoubt.qa.agreement import same
 from selfdoubt.qa.ask import Asked, Plan, ask
 from selfdoubt.qa.parts import Parts
-from selfdoubt.qa.prompting import to_prompt
 from selfdoubt.qa.records import Question
 
 if TYPE_CHECKING:
@@ -65,13 +64,13 @@ def evaluate(
     if rank > 0:
         parts = Parts(out, whole)
     own = range(rank, len(batches), world)
-    clusters = clusters_of(plan.clusters)
+    alike = same(plan.clusters)
     with _progress(quiet=rank > 0) as progress:
         done = sum(len(batches[b]) for b in own if parts.has(b))
         task = progress.add_task("asking", total=sum(len(batches[b]) for b in own), completed=done)
         for b in own:
             if not parts.has(b):
-                parts.put(b, ask(lm, [questions[i] for i in batches[b]], plan, clusters))
+                parts.put(b, ask(lm, [questions[i] for i in batches[b]], plan, alike))
                 progress.advance(task, len(batches[b]))
     found = {b: parts.get(b) for b in own}
     if world > 1:
@@ -105,8 +104,7 @@ def _check(questions: Sequence[Question]) -> None:
 
 def _by_length(lm: RiskAwareLM, questions: Sequence[Question], plan: Plan) -> list[int]:
     """Places of the questions, the longest prompt first: what does not fit the memory is known at once."""
-    prompts = [to_prompt(q, plan.shots, style=plan.style, instruction=plan.instruction) for q in questions]
-    lengths = [len(encode(lm.tokenizer, p, raw=plan.style == "qa").ids) for p in prompts]
+    lengths = [len(encode(lm.tokenizer, plan.prompt(q), raw=plan.raw).ids) for q in questions]
     return sorted(range(len(questions)), key=lambda i: (-lengths[i], i))
 
 

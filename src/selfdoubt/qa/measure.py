@@ -19,7 +19,7 @@ A number is an entry ``{"value", "low", "high"}`` with its 95 % interval; where 
     topics                  list: topic, judged, accuracy, prr {score: entry}, coverage_at_90, answered, answered_right
     samples                 see ``tries``; or why there are none
     abstention              threshold, coverage, accuracy, accuracy_withheld; or why there is none
-    verdict                 see ``verdict``
+    verdict                 see ``headline``
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from typing import Any
 
 from selfdoubt.errors import DataError
 from selfdoubt.qa.figures import LEVEL, Draws, Entry, curve, nothing, of_probabilities, of_scores, picked, proportion
+from selfdoubt.qa.headline import best_of, common, verdict
 from selfdoubt.qa.records import Record
 from selfdoubt.qa.tries import tries
-from selfdoubt.qa.verdict import best_of, common, verdict
 
 FORMAT = 1
 #: Minus the log of the sequence's probability: what a model says of its own answer without any of this.

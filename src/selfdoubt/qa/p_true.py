@@ -33,8 +33,8 @@ def p_true(lm: RiskAwareLM, pairs: Sequence[tuple[Question, str]], plan: Plan) -
     Raises:
         ConfigError: If the vocabulary does not tell the two words apart by their first token.
     """
-    raw = plan.style == "qa"
-    prompts = [encode(lm.tokenizer, _prompt(q, a) + ("\nVerdict:" if raw else ""), raw=raw).ids for q, a in pairs]
+    end = "\nVerdict:" if plan.raw else ""
+    prompts = [encode(lm.tokenizer, _prompt(q, a) + end, raw=plan.raw).ids for q, a in pairs]
     true, false = (_first_ids(lm.tokenizer, forms) for forms in _FORMS.values())
     both = true & false  # such as a token of one space
     if not true - both or not false - both:

@@ -17,9 +17,9 @@ from typing import Any
 
 from selfdoubt.lm.colours import BOUNDS, COLOURS, level
 from selfdoubt.qa import drawings, tables
+from selfdoubt.qa.headline import LABELS, percent
 from selfdoubt.qa.measure import risk_of
 from selfdoubt.qa.records import Record
-from selfdoubt.qa.verdict import LABELS, percent
 
 #: Answers in each of the two lists of surprises.
 SURPRISES = 10

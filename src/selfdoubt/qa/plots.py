@@ -7,7 +7,7 @@ from io import BytesIO
 from typing import Any
 
 from selfdoubt.errors import require
-from selfdoubt.qa.verdict import LABELS
+from selfdoubt.qa.headline import LABELS
 
 DPI = 200
 #: After Okabe & Ito (2008); each line also has its own dashes, for prints without colour.

@@ -49,8 +49,8 @@ def ece(
         ConfigError: ``bins`` below 1 or an unknown ``spacing``.
 
     Example:
-        >>> ece(np.array([0.8, 0.8, 0.8, 0.8]), np.array([True, True, True, False]))
-        0.05
+        >>> ece(np.array([0.5, 0.5, 0.5, 0.5]), np.array([True, True, True, False]))
+        0.25
     """
     _check_bins(bins, spacing)
     kernel = ece_mass_over_draws if spacing == "mass" else ece_over_draws

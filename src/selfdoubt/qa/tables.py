@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from selfdoubt.qa.verdict import LABELS, percent
+from selfdoubt.qa.headline import LABELS, percent
 
 Entry = Mapping[str, Any]
 #: How many rows of scores are seen before a click.

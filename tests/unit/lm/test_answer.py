@@ -8,7 +8,15 @@ import numpy as np
 import pytest
 
 from selfdoubt.errors import ConfigError
-from selfdoubt.lm.answer import ANSWER_SCORES, Answer, Token, answer_scores, pick_risk
+from selfdoubt.lm.answer import (
+    ANSWER_SCORES,
+    Answer,
+    Token,
+    answer_scores,
+    pick_risk,
+    rank_scores,
+    reference_quantiles,
+)
 
 
 def token(i, scale=None):
@@ -53,6 +61,26 @@ def test_a_risk_that_cannot_be_falls_back_to_the_answers_own():
     assert pick_risk(both, "question_mean_nll") == (both["question_mean_nll"], "question_mean_nll")
     assert pick_risk(bare, "question_mean_nll") == (bare["mean_nll"], "mean_nll")
     assert pick_risk(bare, "mean_scale") == (bare["mean_nll"], "mean_nll")
+
+
+def test_the_rank_score_weighs_ranks_among_reference_answers():
+    reference = {"sum_nll": [0.0, 1.0, 3.0], "question_mean_nll": [2.0, 4.0, 5.0]}
+    found = rank_scores({"sum_nll": 2.0, "question_mean_nll": 3.0}, reference)
+    assert found == {"rank_nll": pytest.approx(2 / 3 * 0.75 + 1 / 3 * 0.25)}
+    assert rank_scores({"sum_nll": -1.0, "question_mean_nll": 9.0}, reference)["rank_nll"] == pytest.approx(1 / 3)
+    assert rank_scores({"sum_nll": 2.0}, reference) == rank_scores({"sum_nll": 2.0}, {}) == {}
+    assert pick_risk({"sum_nll": 2.0}, "rank_nll") == (2.0, "sum_nll")
+    assert pick_risk({"question_sum_nll": 2.0}, "rank_nll") == (2.0, "question_sum_nll")
+
+
+def test_reference_quantiles_hold_those_of_the_rank_score():
+    def answer(x, y):
+        return Answer("", (), (), {"sum_nll": x, "question_mean_nll": y}, 0.0, "sum_nll", None, "stop")
+
+    found = reference_quantiles([answer(float(i), float((7 * i) % 11)) for i in range(11)], n=10)
+    assert found["sum_nll"] == [float(i) for i in range(11)]
+    expected = sorted((2 * i + (7 * i) % 11) / 30 for i in range(11))
+    assert found["rank_nll"] == pytest.approx(expected, abs=1e-4)
 
 
 def test_an_unknown_risk():

@@ -10,7 +10,7 @@ from scipy import stats
 from torch.testing import assert_close
 
 from selfdoubt.errors import ConfigError, NonFiniteError
-from selfdoubt.lm.decode import Sampling, choose, decode, read
+from selfdoubt.lm.decode import Sampling, choose, decode, follow, read
 from selfdoubt.lm.stepper import Logits, Stepper
 
 CLASSES, FALSE_ALARM = 11, 1e-10
@@ -41,6 +41,13 @@ class Mock:
         self.steps += 1
         self.last = torch.stack([self.last[:, 1], ids], 1)
         return self._logits(*self.last.T)
+
+    def extend(self, texts):
+        width = max(map(len, texts))
+        ids = torch.cat([self.last, torch.tensor([list(t) + [0] * (width - len(t)) for t in texts])], 1)
+        for first in range(0, width, self.columns):
+            part = ids[:, first + 1 : first + self.columns + 2]
+            yield first, self._logits(part[:, :-1], part[:, 1:])
 
     def keep(self, sequences):
         self.kept.append(list(sequences))
@@ -114,6 +121,20 @@ def test_scores_of_a_prompt_against_their_definitions():
     top = mean.topk(3)
     assert [i for i, _ in found.alternatives] == top.indices.tolist()
     assert [math.exp(p) for _, p in found.alternatives] == pytest.approx(top.values.tolist())
+
+
+@pytest.mark.parametrize("columns", [1, 3, 100])
+def test_a_text_that_follows_is_scored_as_if_it_were_read_with_its_prompt(columns):
+    prompts, texts = [[1, 2, 3], [4]], [[5, 1, 2, 2, 3], [6]]
+    stepper = Mock(columns)
+    _, following = read(stepper, prompts)
+    found = follow(stepper, following, texts, alternatives=2)
+    whole, _ = read(Mock(), [p + t for p, t in zip(prompts, texts, strict=True)], alternatives=2)
+    assert [len(f) for f in found] == [5, 1]
+    for own, prompt, expected in zip(found, prompts, whole, strict=True):
+        for a, b in zip(own, expected[len(prompt) :], strict=True):
+            assert a.id == b.id
+            assert a[1:-1] == pytest.approx(b[1:-1], abs=1e-9)
 
 
 def test_a_stop_token_ends_a_sequence_and_is_no_part_of_it():

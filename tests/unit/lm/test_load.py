@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 
 import pytest
@@ -12,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from selfdoubt import vote
 from selfdoubt.errors import ConfigError, LoadError, MissingExtraError, WrapError, require
-from selfdoubt.lm.load import load_model, resolve
+from selfdoubt.lm.load import load_model, quick_dtype, resolve
 from tests.zoo import talker, tokenizer
 
 
@@ -50,6 +51,15 @@ def test_a_folder_comes_back_frozen_and_in_evaluation_mode(folder):
 def test_the_float_type_may_be_chosen(folder, dtype):
     wanted = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     assert load_model(folder, dtype=dtype)[0].dtype == wanted
+
+
+@pytest.mark.parametrize(("native", "expected"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_a_cpu_that_emulates_bfloat16_computes_in_float32(monkeypatch, native, expected):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: native)
+    assert quick_dtype(torch.nn.Linear(2, 2).to(torch.bfloat16)) == expected
+    assert quick_dtype(torch.nn.Linear(2, 2).double()) == torch.float64
+    monkeypatch.setattr(os, "sysconf", lambda name: 1)  # a machine of one byte
+    assert quick_dtype(torch.nn.Linear(2, 2).to(torch.bfloat16)) == torch.bfloat16
 
 
 def test_half_precision_becomes_bfloat16_on_a_cpu(folder):

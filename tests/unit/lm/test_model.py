@@ -11,7 +11,6 @@ import torch
 import selfdoubt
 from selfdoubt import RiskAwareLM, sample, sculpt, vote
 from selfdoubt.errors import ConfigError, LoadError, NonFiniteError, PromptError
-from selfdoubt.lm.answer import DEFAULT_RISK
 from selfdoubt.lm.decode import read
 from selfdoubt.lm.prompt import encode
 from selfdoubt.lm.stepper import HFStepper
@@ -232,7 +231,7 @@ def test_loading_wraps_with_fresh_voters_unless_told(folder):
 
 def test_an_adapter_brings_its_wrapper_and_its_reference(folder, tmp_path):
     model = WRAPPERS["vote"](talker())
-    selfdoubt.save(model, tmp_path, extra={"reference": {DEFAULT_RISK: [0.0, 1000.0]}})
+    selfdoubt.save(model, tmp_path, extra={"reference": {"sum_nll": [0.0, 1000.0]}})
     lm = RiskAwareLM.load(folder, adapter=tmp_path)
     answer = lm.generate("Hi there", max_tokens=5)
     assert answer.percentile == 0.5
@@ -274,3 +273,35 @@ def test_familiar_text_surprises_a_trained_model_less(stories):
     story = lm.score("Once upon a time, there was a little girl named Lily.")
     noise = lm.score("Girl upon named a a Lily, time little. Once there was")
     assert story.scores["mean_nll"] + 1 < noise.scores["mean_nll"]
+
+
+@pytest.mark.parametrize("name", [*WRAPPERS, None])
+def test_texts_scored_side_by_side_are_what_each_is_alone(name):
+    lm = talking(name)
+    texts = ["It is Paris.", "No", "I do not know 😀, really"]
+    pairs = [(q, t) for q in QUESTIONS for t in texts] + [(None, t) for t in texts]
+    for (question, text), together in zip(pairs, lm.score_batch(pairs), strict=True):
+        assert_same(together, lm.score(text, question))
+
+
+@pytest.mark.parametrize("name", [*WRAPPERS, None])
+def test_a_given_answer_is_scored_as_one_text_with_its_prompt(name):
+    lm, text = talking(name), "It is Paris, I think."
+    for question in QUESTIONS:
+        ids = encode(lm.tokenizer, question).ids
+        more = lm.tokenizer(text, add_special_tokens=False)["input_ids"]
+        (scored,), _ = read(HFStepper(lm.model), [ids + more])
+        found = lm.score(text, question)
+        assert [t.id for t in found.tokens] == more
+        expected = torch.tensor([t.logprob for t in scored[len(ids) :]])
+        torch.testing.assert_close(torch.tensor([t.logprob for t in found.tokens]), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_each_prompt_of_a_list_may_have_its_own_seed():
+    lm = talking()
+    options = {"max_tokens": 8, "temperature": 1.5}
+    found = lm.generate([QUESTIONS[0]] * 3 + QUESTIONS[:1], seeds=[5, 6, 5, 7], **options)
+    for answer, seed in zip(found, (5, 6, 5, 7), strict=True):
+        assert_same(answer, lm.generate(QUESTIONS[0], seed=seed, **options))
+    with pytest.raises(ConfigError, match=r"^there must be one seed for each prompt, got 1 for 3$"):
+        lm.generate(QUESTIONS, seeds=[1])

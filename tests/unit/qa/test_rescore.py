@@ -42,7 +42,7 @@ def test_every_row_keeps_its_place_and_a_row_that_fails_says_why(tmp_path, batch
     assert [row["id"] for row in found] == ["1", "2", "third", "4", "5", "6", "7"]
     assert found[0]["mine"] == {"kept": [1, None]}
     assert [row.get("note", "")[:26] for row in found] == [
-        "", "not scored: answer is empt", "", "not scored: the prompt has", "not scored: question is mi", "",
+        "", "not scored: answer is empt", "", "not scored: prompt and tex", "not scored: question is mi", "",
         "not scored: answer is miss",
     ]  # fmt: skip
     for i in (0, 2, 5):

@@ -1,0 +1,72 @@
+"""``selfdoubt calibrate``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from selfdoubt.cli import flags
+from selfdoubt.errors import require
+
+if TYPE_CHECKING:
+    import typer
+else:
+    typer = require("typer", "lm")
+
+
+def calibrate(
+    runs: Annotated[
+        list[Path],
+        typer.Argument(help="Folders that `selfdoubt evaluate` wrote, all with one model.", show_default=False),
+    ],
+    out: Annotated[
+        Path | None, typer.Option(help="A new adapter folder. [default: the run's adapter itself]", show_default=False)
+    ] = None,
+    target_accuracy: Annotated[
+        float | None,
+        typer.Option(
+            help="Also find the threshold above which answers are right at least this often.", show_default=False
+        ),
+    ] = None,
+    confidence: Annotated[float, typer.Option(help="Of keeping the target accuracy.")] = 0.95,
+    heads: Annotated[
+        str | None,
+        typer.Option(
+            help="Which to choose from: score, answer, question, members, state. [default: all that there is]",
+            show_default=False,
+        ),
+    ] = None,
+    folds: Annotated[int, typer.Option(help="Parts of the cross-validation.")] = 5,
+    seed: Annotated[int, typer.Option(help="Of its parts, and of the answers that test the threshold.")] = 0,
+    draws: Annotated[int, typer.Option(help="Bootstrap draws of the report's intervals; 0 leaves it as it is.")] = 1000,
+    trust_remote_code: flags.RemoteCode = False,
+) -> int:
+    """Learn from judged answers how probable it is that an answer is right, and below which it is withheld.
+
+    Each run's report is written anew with the probabilities of heads that had not seen the answer.
+    """
+    require("sklearn", "qa")
+    flags.quiet()
+    from selfdoubt.qa.calibrated import calibrate_runs
+
+    for line in calibrate_runs(
+        runs,
+        out,
+        lambda run: flags.load_lm(
+            run.get("model"),
+            run.get("adapter"),
+            run["wrapper"],
+            run["dtype"],
+            run.get("quantize"),
+            None,
+            trust_remote_code,
+        ),
+        target_accuracy=target_accuracy,
+        confidence=confidence,
+        candidates=None if heads is None else [name.strip() for name in heads.split(",")],
+        folds=folds,
+        seed=seed,
+        draws=draws,
+    ):
+        print(line)
+    return 0

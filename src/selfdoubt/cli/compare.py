@@ -1,0 +1,33 @@
+"""``selfdoubt compare``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from selfdoubt.errors import require
+
+if TYPE_CHECKING:
+    import typer
+else:
+    typer = require("typer", "lm")
+
+
+def compare(
+    a: Annotated[Path, typer.Argument(help="A folder that `selfdoubt evaluate` wrote.", show_default=False)],
+    b: Annotated[Path, typer.Argument(help="Another, which was asked some of the same questions.", show_default=False)],
+    draws: Annotated[int, typer.Option(help="Bootstrap draws of the confidence intervals.")] = 1000,
+    as_json: Annotated[bool, typer.Option("--json", help="Everything that was compared, as JSON.")] = False,
+) -> int:
+    """Put two runs side by side, on the questions that both were asked."""
+    require("scipy", "qa")
+    from selfdoubt.qa.compare import as_text
+    from selfdoubt.qa.compare import compare as side_by_side
+
+    found = side_by_side(a, b, draws=draws)
+    if as_json:
+        print(json.dumps(found, ensure_ascii=False, allow_nan=False))
+    else:
+        print("\n".join(as_text(found)))
+    return 0

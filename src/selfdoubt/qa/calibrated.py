@@ -1,0 +1,120 @@
+"""From evaluated folders to an adapter that knows how probable its answers are."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from selfdoubt import storage
+from selfdoubt.errors import ConfigError
+from selfdoubt.lm.adapter import save_adapter
+from selfdoubt.lm.answer import reference_quantiles
+from selfdoubt.lm.folder import new_folder
+from selfdoubt.qa import finish
+from selfdoubt.qa import records as files
+from selfdoubt.qa.calibrate import calibrate, store
+from selfdoubt.qa.records import Record
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from selfdoubt.lm.calibration import Calibration
+    from selfdoubt.lm.model import RiskAwareLM
+
+#: What says which model answered.
+MODEL = ("model", "adapter", "wrapper", "quantize")
+
+
+def calibrate_runs(
+    folders: Sequence[Path],
+    out: Path | None,
+    load: Callable[[Mapping[str, Any]], RiskAwareLM],
+    *,
+    draws: int = 1000,
+    **options: Any,
+) -> list[str]:
+    """Calibrate on one evaluated folder or several, and store the head in the adapter.
+
+    With several folders, each is a topic of its own: "another domain" is then another set of questions.
+
+    Args:
+        folders: Evaluated with the same model.
+        out: A new adapter folder; None puts the calibration into the adapter that answered.
+        load: The model that a run's settings describe; only called for a new adapter of a model that had none.
+        draws: Bootstrap draws of the renewed reports; 0 renews none.
+        **options: As for ``calibrate``.
+
+    Returns:
+        What to tell on a terminal.
+
+    Raises:
+        ConfigError: If the runs are of different models, or there is no adapter to put the calibration into.
+        DataError: If a folder is no run, or holds too few judged answers.
+    """
+    runs = [finish.read_run(folder) for folder in folders]
+    about = runs[0][2]
+    for folder, (_, _, other) in zip(folders, runs, strict=True):
+        differs = [name for name in MODEL if other.get(name) != about.get(name)]
+        if differs:
+            raise ConfigError(f"{folder} was answered by another {differs[0]} than {folders[0]}; calibrate each alone")
+    target = _check_target(about, out, folders)
+    records = [_named(r, folder, len(runs)) for folder, (own, _, _) in zip(folders, runs, strict=True) for r in own]
+    head, report = calibrate(records, _shared_states([states for _, states, _ in runs]), **options)
+    place = store(head, target) if out is None else _write(head, about, records, target, load)
+    lines = [*report.lines(), f"stored in {place}"]
+    held_out = iter(report.out_of_fold)
+    for folder, (own, _, run) in zip(folders, runs, strict=True):
+        found = [replace(r, p_correct=next(held_out), abstain=None) for r in own]
+        if draws:
+            files.save(folder / finish.ANSWERS, found)
+            lines += [f"{folder}:", *finish.report(found, run, folder, draws=draws)]
+    return lines
+
+
+def _named(record: Record, folder: Path, runs: int) -> Record:
+    if runs == 1:
+        return record
+    own = record.question
+    return replace(record, question=replace(own, id=f"{folder}:{own.id}", topic=str(folder)))
+
+
+def _shared_states(states: Sequence[Mapping[str, Tensor]]) -> dict[str, Any]:
+    """Those that all runs kept."""
+    names = [name for name in states[0] if all(name in other for other in states)]
+    return {name: [row for own in states for row in own[name].tolist()] for name in names}
+
+
+def _check_target(about: Mapping[str, Any], out: Path | None, folders: Sequence[Path]) -> Path:
+    adapter = about.get("adapter")
+    if out is None and adapter is None:
+        raise ConfigError(
+            f"{folders[0]} was answered without an adapter of yours; say where to write one, e.g. --out adapter"
+        )
+    if out is None:
+        storage.read_card(Path(str(adapter)))  # refuses LoRA of plain PEFT, which has no card to write into
+        return Path(str(adapter))
+    return out
+
+
+def _write(
+    head: Calibration,
+    about: Mapping[str, Any],
+    records: Sequence[Record],
+    target: Path,
+    load: Callable[[Mapping[str, Any]], RiskAwareLM],
+) -> Path:
+    """A copy of the adapter that answered, or a new one of the model as it answered."""
+    source = None if about.get("adapter") is None else Path(str(about["adapter"]))
+    with new_folder(target, {"kind": "calibrated"}, () if source is None else (source,)) as folder:
+        if source is not None and (source / storage.CARD).is_file():
+            shutil.copytree(source, folder, dirs_exist_ok=True)
+            store(head, folder)
+        else:
+            lm = load(about)
+            reference = lm.reference or reference_quantiles(records)
+            extra = {"calibration": head.to_json(), "reference": reference}
+            save_adapter(lm.model, folder, base=about.get("model"), extra=extra)
+    return target / storage.CARD
