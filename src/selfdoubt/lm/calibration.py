@@ -9,18 +9,23 @@ import math
 from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from selfdoubt.errors import LoadError
+from selfdoubt.errors import LoadError, NonFiniteError
 
+Kind = Literal["isotonic", "logistic"]
 Position = Literal["question", "first", "mean"]
 #: Where hidden states are taken: at the question's last own token; where the answer's first token is chosen; and the
 #: mean over all places where a token of the answer is chosen. Each is the mean over members.
 POSITIONS: tuple[Position, ...] = ("question", "first", "mean")
+#: Added to a score before its logarithm, in nats (or shares): doubts far below it all count as none. Of 1e-6 to 1e-2,
+#: the square root and no transform, 1e-2 had the least log loss in the domain and outside with members' scores, whose
+#: smallest values are noise.
+FLOOR = 1e-2
 
 
 class States(NamedTuple):
@@ -40,17 +45,34 @@ class StateHead:
     position: Position
     weights: tuple[float, ...]
 
+    def value(self, hidden: Float[Tensor, " width"]) -> float:
+        """Its share of the logit.
+
+        Raises:
+            NonFiniteError: If the state is not finite.
+            LoadError: If it has another width.
+        """
+        if len(hidden) != len(self.weights):
+            raise LoadError(
+                f"the calibration reads hidden states of width {len(self.weights)}, and this model's are "
+                f"{len(hidden)} wide; run `selfdoubt calibrate` with this model"
+            )
+        found = float(hidden.double() @ torch.tensor(self.weights, dtype=torch.float64))
+        if not math.isfinite(found):
+            raise NonFiniteError(f"the hidden state of layer {self.layer} is not finite: p_correct needs numbers")
+        return found
+
 
 @dataclass(frozen=True)
 class Calibration:
     """A small head: isotonic on one score, or logistic on several and on one hidden state.
 
-    ``logistic``: p = sigmoid(bias + sum_i weight_i * log(max(score_i, 0) + 1e-4) + state.weights @ hidden), each score
-    first clipped to its range among the calibration answers, so that a stranger cannot drive p beyond what was seen.
+    ``logistic``: p = sigmoid(bias + sum_i weight_i * transformed(score_i) + state.weights @ hidden), each score first
+    clipped to its range among the calibration answers, so that a stranger cannot drive p beyond what was seen.
     ``isotonic``: p is linear between ``knots`` (score, p), and constant outside them.
     """
 
-    kind: Literal["isotonic", "logistic"]
+    kind: Kind
     features: tuple[str, ...]  #: names of answer scores
     weights: tuple[float, ...] = ()
     bias: float = 0.0
@@ -67,9 +89,16 @@ class Calibration:
         Args:
             scores: Of an answer, by name.
             states: Of the same answer, with the layer that the head reads.
+
+        Raises:
+            NonFiniteError: If a score or the state is not a finite number.
+            LoadError: If the state has another width than this was learnt for.
         """
         if any(name not in scores for name in self.features):
             return None
+        bad = [name for name in self.features if not math.isfinite(scores[name])]
+        if bad:
+            raise NonFiniteError(f"the score {bad[0]} is {scores[bad[0]]}: p_correct needs a number")
         if self.kind == "isotonic":
             return _between(self.knots, scores[self.features[0]])
         value = self.bias
@@ -78,8 +107,7 @@ class Calibration:
         if self.state is not None:
             if states is None or self.state.layer not in states.layers:
                 return None
-            hidden = getattr(states, self.state.position)[states.layers.index(self.state.layer)]
-            value += float(hidden.double() @ torch.tensor(self.state.weights, dtype=torch.float64))
+            value += self.state.value(getattr(states, self.state.position)[states.layers.index(self.state.layer)])
         return 1 / (1 + math.exp(-value)) if value > -700 else 0.0
 
     def abstains(self, p_correct: float | None) -> bool | None:
@@ -100,7 +128,9 @@ class Calibration:
         try:
             own = dict(entry)
             state = own.pop("state", None)
-            pairs = {name: tuple((float(a), float(b)) for a, b in own.pop(name, ())) for name in ("ranges", "knots")}
+            pairs: dict[str, Any] = {
+                name: tuple((float(a), float(b)) for a, b in own.pop(name, ())) for name in ("ranges", "knots")
+            }
             own["features"] = tuple(str(name) for name in own["features"])
             own["weights"] = tuple(float(w) for w in own.get("weights", ()))
             if state is not None:
@@ -112,7 +142,13 @@ class Calibration:
                 if found.kind == "isotonic"
                 else len(found.features) == len(found.weights) == len(found.ranges)
             )
-            if not fits or not all(map(math.isfinite, numbers)) or (state and state.position not in POSITIONS):
+            if state is not None:
+                fits &= state.position in POSITIONS and found.kind == "logistic"
+                numbers += state.weights
+            places = [x for x, _ in found.knots]
+            fits &= found.kind in get_args(Kind) and places == sorted(places)
+            fits &= found.threshold is None or 0 <= float(found.threshold) <= 1
+            if not fits or not all(map(math.isfinite, numbers)):
                 raise ValueError("its parts do not fit together")
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise LoadError(
@@ -133,7 +169,7 @@ def stored(card: Mapping[str, Any]) -> Calibration | None:
 
 def transformed(score: float) -> float:
     """A score as the logistic head sees it: on a logarithmic scale, where sums over few and many tokens compare."""
-    return math.log(max(score, 0.0) + 1e-4)
+    return math.log(max(score, 0.0) + FLOOR)
 
 
 def _between(knots: tuple[tuple[float, float], ...], x: float) -> float:
