@@ -15,11 +15,11 @@ from sklearn.metrics import average_precision_score, brier_score_loss, log_loss,
 from selfdoubt.errors import DataError
 from selfdoubt.qa import curves
 from selfdoubt.qa.figures import Draws, paired, wilson
+from selfdoubt.qa.headline import percent
 from selfdoubt.qa.intervals import paired_difference
 from selfdoubt.qa.measure import BASELINE, measure, needs
 from selfdoubt.qa.records import with_scores
 from selfdoubt.qa.tries import majority
-from selfdoubt.qa.verdict import percent
 from tests.unit.qa.made import COSTS, judged, record, sample
 
 FEW = {"draws": 20}
