@@ -33,10 +33,10 @@ VOTERS = vote.Wrapper(n_voters=3, rank=16, weight_noise=0.5)
 STEPS, ROWS, LENGTH, RATE = 300, 48, 64, 2e-3
 
 
-def rows_of(atlas_folder: Path, tokenizer: Any, seed: int) -> Iterator[Rows]:
+def rows_of(atlas_folder: Path, tokenizer: Any, seed: int, rows: int = ROWS) -> Iterator[Rows]:
     """Packed training pairs without end; ``ROWS`` divides by two, three and four voters."""
     facts = all_facts(atlas_files.read(atlas_folder))
-    return packed(tokenizer.backend_tokenizer, pair_stream(facts, random.Random(f"{seed}:voters")), ROWS, LENGTH)
+    return packed(tokenizer.backend_tokenizer, pair_stream(facts, random.Random(f"{seed}:voters")), rows, LENGTH)
 
 
 def inputs_of(rows: Rows) -> dict[str, Any]:
