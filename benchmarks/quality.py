@@ -1,197 +1,287 @@
-"""What a risk is worth: how well each score finds wrong answers, unseen facts and ambiguous names.
+"""What a risk is worth: how well each score finds wrong answers, at what cost, in the domain and outside.
 
-The pocket base is fine-tuned on the same rows in the same order (plain LoRA, vote, sample, sculpt by its closed
-likelihood and by draws), then asked the committed evaluation questions, all in held-out phrasings. Every score should
-be higher where the answer is wrong. AUROC with a 95 % bootstrap interval; PRR is the prediction-rejection ratio: 1 for
-a perfect ranking, 0 for a random one.
+The pocket base is fine-tuned on the same rows in the same order (plain LoRA, three voters, five samples, a scale branch),
+with three seeds, then asked the same random part of the committed evaluation questions, all in held-out phrasings. Some
+of them are also answered ten more times, for semantic entropy. Seeds are pooled; intervals are 95 % bootstrap intervals
+over questions, and differences are paired.
 
-    python -m benchmarks.quality --atlas FOLDER [--steps 300] [--seeds 0]
+    python -m benchmarks.quality [--atlas FOLDER] [--runs runs/quality]
+
+What is trained or answered lies in the folder of runs and is not done again.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
-from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 
-from benchmarks import results
+from benchmarks import quality_tables, results
 from selfdoubt import pocket, sample, sculpt, targets
-from selfdoubt.lm.answer import ANSWER_SCORES, Answer
+from selfdoubt.lm.adapter import save_adapter
+from selfdoubt.lm.answer import reference_quantiles
 from selfdoubt.lm.lora import add_lora
 from selfdoubt.lm.model import RiskAwareLM
 from selfdoubt.pocket import evaluation, voters
 from selfdoubt.pocket.encode import Rows
+from selfdoubt.qa import datasets
+from selfdoubt.qa.ask import Asked, Plan
+from selfdoubt.qa.calibrate import calibrate
+from selfdoubt.qa.evaluate import evaluate
+from selfdoubt.qa.finish import judged
+from selfdoubt.qa.intervals import compare
+from selfdoubt.qa.records import Question, Record
+from selfdoubt.qa.verdict import Judge, Verdict
 from selfdoubt.train.head import head_of, run_trunk, sculpted_loss
 
-ARMS = {
-    "plain": "LoRA alone",
-    "vote": "three voters",
-    "sample": "LoRA, five samples",
-    "sculpt": "LoRA and a scale branch, closed likelihood",
-    "sculpt-draw": "the same, one draw a token",
-    "sculpt-draws": "the same, four draws a token",
-}
-TASKS = {
-    "wrong": "the answer is wrong (all questions)",
-    "unseen": "the fact was never seen (unseen and invented, against known and rare)",
-    "ambiguous": "the name is ambiguous (against known and rare)",
-}
+ARMS = ("plain", "vote", "sample", "sculpt")
+#: Arms that are also asked again and again, and about their own answers.
+PEERS = ("plain", "vote")
+HEADS = ("score", "answer", "question", "members", "state")
+BASELINE = "sum_nll"
+METRICS = ("auroc", "prr")
+#: Accuracy of the surest 1, 8, 9 and 35 %, and of all.
+SUREST = ("accuracy_at_1", "accuracy_at_8", "accuracy_at_9", "accuracy_at_35", "accuracy")
 
 
-def tuned(arm: str, atlas: Path, steps: int, seed: int) -> RiskAwareLM:
-    """The pocket base after equal training."""
-    torch.manual_seed(seed)
-    lm = RiskAwareLM.load("pocket", wrapper=None, dtype="float32", device="cpu")
-    stream = voters.rows_of(atlas, lm.tokenizer, seed)
-    if arm == "vote":
-        model: nn.Module = voters.VOTERS(lm.model)
-    else:
-        add_lora(lm.model, r=16, alpha=16, targets=targets.DECODER_FILTER)
-        wrappers = {"plain": None, "sample": sample.Wrapper(n_samples=5)}
-        wrapper: Any = wrappers.get(arm, sculpt.Wrapper())
-        model = lm.model if wrapper is None else wrapper(lm.model)
-    draws = {"sculpt": None, "sculpt-draw": 1, "sculpt-draws": 4}
-    loss = sculpted(draws[arm]) if arm in draws else voters.loss_of
-    voters.fine_tune(model, stream, steps=steps, loss=loss)
-    return RiskAwareLM(model.eval(), lm.tokenizer)
+@dataclass(frozen=True)
+class Found:
+    """An arm's answers of all seeds."""
 
-
-def sculpted(draws: int | None) -> Callable[[nn.Module, Rows], Tensor]:
-    """The loss of random logits: their closed likelihood, or that of so many draws."""
-
-    def loss(model: nn.Module, rows: Rows) -> Tensor:
-        labels = F.pad(rows.targets(), (0, 1), value=-100)
-        keep = labels >= 0
-        seen = run_trunk(model, voters.inputs_of(rows), keep, training=True)
-        total = sculpted_loss(seen, head_of(model), labels[keep], distribution=sculpt.Normal, draws=draws)
-        return total / keep.sum()
-
-    return loss
-
-
-def prr(score: NDArray[Any], wrong: NDArray[Any]) -> float:
-    """Prediction-rejection ratio over all coverages; ties share their mean, so file order cannot matter."""
-
-    def area(order_by: NDArray[Any]) -> float:
-        values, group = np.unique(order_by, return_inverse=True)
-        mean = np.bincount(group, wrong, len(values)) / np.bincount(group, minlength=len(values))
-        kept = mean[group][np.argsort(order_by, kind="stable")]
-        return float(np.mean(np.cumsum(kept) / np.arange(1, len(kept) + 1)))
-
-    chance = float(wrong.mean())
-    return (chance - area(score)) / (chance - area(wrong.astype(float)))
-
-
-def evaluate(questions: list[evaluation.Question], answers: list[Answer], draws: int = 500) -> list[results.Row]:
-    """One row a score."""
-    wrong = np.array([not evaluation.is_right(q, a.text) for q, a in zip(questions, answers, strict=True)])
-    category = np.array([q.category for q in questions])
-    familiar = np.isin(category, ["known", "rare"])
-    labels = {
-        "wrong": (wrong, np.ones(len(wrong), bool)),
-        "unseen": (np.isin(category, ["unseen", "invented"]), category != "ambiguous"),
-        "ambiguous": (category == "ambiguous", familiar | (category == "ambiguous")),
-    }
-    rng = np.random.default_rng(0)
-    rows: list[results.Row] = []
-    for name in ANSWER_SCORES:
-        values = np.array([a.scores.get(name, np.nan) for a in answers])
-        if np.isnan(values).any() or np.ptp(values) == 0:
-            continue  # a plain model has no disagreement: there is nothing to rank by
-        row: results.Row = {"score": name, "prr": round(prr(values, wrong), 3)}
-        for task, (label, use) in labels.items():
-            row[task] = round(float(roc_auc_score(label[use], values[use])), 3)
-        found = []
-        for _ in range(draws):
-            pick = rng.integers(0, len(wrong), len(wrong))
-            found.append(roc_auc_score(wrong[pick], values[pick]))
-        row["wrong_interval"] = [round(float(v), 3) for v in np.quantile(found, [0.025, 0.975])]
-        rows.append(row)
-    return rows
-
-
-def accuracies(questions: list[evaluation.Question], answers: list[Answer]) -> dict[str, float]:
-    """Share of right answers by category; in ``invented`` there is no right answer."""
-    right: dict[str, list[bool]] = {}
-    for q, a in zip(questions, answers, strict=True):
-        right.setdefault(q.category, []).append(evaluation.is_right(q, a.text))
-    return {name: round(float(np.mean(found)), 3) for name, found in right.items()}
-
-
-def table(record: dict[str, Any]) -> str:
-    """Accuracy of each arm, then its best scores beside the well-known ones."""
-    known = (
-        "sum_nll",
-        "mean_nll",
-        "mean_total",
-        "max_total",
-        "question_mean_nll",
-        "question_mean_epistemic",
-        "mean_epistemic",
-    )
-    settings = record["settings"]
-    accuracy = [
-        [arm, *(f"{values.get(c, 0):.3f}" for c in evaluation.CATEGORIES if c != "invented")]
-        for arm, values in settings["accuracy"].items()
-    ]
-    head = ["right answers", *(c for c in evaluation.CATEGORIES if c != "invented")]
-    parts = [results.markdown(head, accuracy)]
-    lines = []
-    for arm in ARMS:
-        rows = [r for r in record["rows"] if r["arm"] == arm]
-        best = {max(rows, key=lambda r, t=task: r[t])["score"] for task in (*TASKS, "prr")} if rows else set()
-        for r in rows:
-            if r["score"] in known or r["score"] in best:
-                low, high = r["wrong_interval"]
-                lines.append([
-                    f"{arm}: `{r['score']}`", f"{r['wrong']:.3f} ({low:.3f}-{high:.3f})", f"{r['prr']:.3f}",
-                    f"{r['unseen']:.3f}", f"{r['ambiguous']:.3f}",
-                ])  # fmt: skip
-    parts.append(
-        results.markdown(["arm: score", "AUROC wrong (95 %)", "PRR wrong", "AUROC unseen", "AUROC ambiguous"], lines)
-    )
-    parts.append(
-        f"{settings['questions']} questions in held-out phrasings, {settings['steps']} steps of fine-tuning each, seed "
-        f"{settings['seed']}; commit {record['commit']}. Shown: well-known scores, and the best of each arm in any column; "  # noqa: E501
-        "all are in the JSON."
-    )
-    return "\n\n".join(parts)
+    records: list[Record]
+    category: list[str]
+    seed: list[int]
+    states: list[dict[str, Tensor]]  #: a seed each
+    seconds: float  #: one answer, mean
+    passes: dict[str, float]  #: seconds of each kind of pass, as times one answer
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--atlas", type=Path, default=Path("../shared/data/atlas"))
-    parser.add_argument("--steps", type=int, default=voters.STEPS)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--runs", type=Path, default=Path("runs/quality"))
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--rows", type=int, default=24, help="rows of a training step")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--questions", type=int, default=1000)
+    parser.add_argument("--sampled", type=int, default=300, help="questions answered ten more times")
+    parser.add_argument("--draws", type=int, default=1000)
     chosen = parser.parse_args()
-    questions = evaluation.read(pocket.evaluation_file())
     rows: list[results.Row] = []
-    accuracy = {}
+    accuracy: dict[str, Any] = {}
     for arm in ARMS:
-        lm = tuned(arm, chosen.atlas, chosen.steps, chosen.seed)
-        answers = lm.generate([q.question for q in questions], max_tokens=48, batch_size=64)
-        accuracy[arm] = accuracies(questions, answers)
-        found = evaluate(questions, answers)
-        rows += [{"model": "pocket", "arm": arm, **row} for row in found]
-        best = sorted(found, key=lambda r: -r["prr"])[:5]
-        print(
-            arm,
-            accuracy[arm],
-            *(f"{r['score']}: {r['wrong']} PRR {r['prr']}" for r in best),
-            sep="\n  ",
-            flush=True,
-        )
-    settings = {"steps": chosen.steps, "seed": chosen.seed, "questions": len(questions), "accuracy": accuracy}
-    print(results.write("quality", rows, **settings))
+        found = gather(arm, chosen, chosen.questions)
+        accuracy[arm] = accuracies(found)
+        rows += label_free(arm, found, chosen.draws)
+        if arm in PEERS:
+            again = gather(arm, chosen, chosen.sampled, peers=True)
+            rows += label_free(arm, again, chosen.draws, only=(BASELINE, "mean_nll", *quality_tables.PEERS))
+            rows += heads(arm, found, again, chosen.draws)
+        print(arm, accuracy[arm], flush=True)
+    settings = {name: value for name, value in vars(chosen).items() if name not in ("atlas", "runs")}
+    print(results.write("quality", rows, **settings, accuracy=accuracy))
 
+
+def tuned(arm: str, atlas: Path, steps: int, rows: int, seed: int) -> nn.Module:
+    """The pocket base after equal training."""
+    torch.manual_seed(seed)
+    lm = RiskAwareLM.load("pocket", wrapper=None, dtype="float32", device="cpu")
+    stream = voters.rows_of(atlas, lm.tokenizer, seed, rows)
+    if arm == "vote":
+        model: nn.Module = voters.VOTERS(lm.model)
+    else:
+        add_lora(lm.model, r=16, alpha=16, targets=targets.DECODER_FILTER)
+        wrappers: dict[str, Any] = {"sample": sample.Wrapper(n_samples=5), "sculpt": sculpt.Wrapper()}
+        model = wrappers[arm](lm.model) if arm in wrappers else lm.model
+    voters.fine_tune(model, stream, steps=steps, loss=sculpted if arm == "sculpt" else voters.loss_of)
+    return model.eval()
+
+
+def sculpted(model: nn.Module, rows: Rows) -> Tensor:
+    """The closed likelihood of random logits."""
+    labels = F.pad(rows.targets(), (0, 1), value=-100)
+    keep = labels >= 0
+    seen = run_trunk(model, voters.inputs_of(rows), keep, training=True)
+    total = sculpted_loss(seen, head_of(model), labels[keep], distribution=sculpt.Normal, draws=None)
+    return total / keep.sum()
+
+
+def gather(arm: str, chosen: argparse.Namespace, limit: int, *, peers: bool = False) -> Found:
+    """An arm's answers with all seeds; trained and asked where that has not been done."""
+    questions = datasets.load("pocket", limit=limit)
+    judge = strict()
+    plan = Plan(max_tokens=48, batch_size=50, samples=10 if peers else 0, p_true=peers)
+    category = {q.id: q.category for q in evaluation.read(pocket.evaluation_file())}
+    parts: list[Asked] = []
+    for seed in chosen.seeds:
+        out = chosen.runs / f"{arm}-{seed}"
+        if not (out / "adapter" / "selfdoubt.json").is_file():
+            save_adapter(tuned(arm, chosen.atlas, chosen.steps, chosen.rows, seed), out / "adapter", base="pocket")
+        lm = RiskAwareLM.load("pocket", adapter=out / "adapter", dtype="float32", device="cpu")
+        lm.layers = () if peers else (1, 2, 3, 4)
+        if not lm.reference:
+            reference = [q.question for q in evaluation.read(pocket.reference_file())][::2]
+            answers = lm.generate(reference, max_tokens=48, batch_size=64)
+            save_adapter(lm.model, out / "adapter", base="pocket", extra={"reference": reference_quantiles(answers)})
+            lm.reference = reference_quantiles(answers)
+        asked = evaluate(lm, questions, plan, out / ("peers" if peers else "answers"))
+        assert asked is not None  # one process asks
+        parts.append(Asked(judged(asked.records, judge), asked.states, asked.costs))
+    records = [r for part in parts for r in part.records]
+    seconds = sum(part.costs["answer"]["seconds"] for part in parts)
+    passes = {
+        name: sum(part.costs[name]["seconds"] for part in parts) / seconds
+        for name in parts[0].costs
+        if name != "answer"
+    }
+    return Found(
+        records,
+        [category[r.question.id] for r in records],
+        [seed for seed, part in zip(chosen.seeds, parts, strict=True) for _ in part.records],
+        [part.states for part in parts],
+        seconds / len(records),
+        passes,
+    )
+
+
+def strict() -> Judge:
+    """The pocket's own judge: the whole sentence must be right, not only the name in it."""
+    known = {q.id: q for q in evaluation.read(pocket.evaluation_file())}
+
+    def judge(question: Question, answer: str | None) -> Verdict:
+        return Verdict(evaluation.is_right(known[question.id], answer or ""))
+
+    return judge
+
+
+def accuracies(found: Found) -> dict[str, float]:
+    """Share of right answers by category; in ``invented`` there is no right answer."""
+    right: dict[str, list[bool]] = {}
+    for category, record in zip(found.category, found.records, strict=True):
+        right.setdefault(category, []).append(bool(record.correct))
+    whole = {name: round(float(np.mean(own)), 3) for name, own in sorted(right.items())}
+    return whole | {"all": round(float(np.mean([bool(r.correct) for r in found.records])), 3)}
+
+
+def domains(found: Found) -> dict[str, np.ndarray]:
+    """Which answers are looked at: all, each relation with enough mistakes, and subjects that nobody taught."""
+    topic = np.array([r.question.topic for r in found.records])
+    category = np.array(found.category)
+    return {
+        "all": np.ones(len(topic), bool),
+        "country": topic == "country",
+        "time zone": topic == "time zone",
+        "never seen": np.isin(category, ["unseen", "invented"]),
+    }
+
+
+def label_free(arm: str, found: Found, draws: int, only: Sequence[str] | None = None) -> list[results.Row]:
+    """A row for each score and domain: AUROC and PRR, and their paired difference to sequence probability."""
+    rows: list[results.Row] = []
+    for domain, use in domains(found).items():
+        own = [r for r, u in zip(found.records, use, strict=True) if u]
+        scores = {name: np.array([r.scores[name] for r in own]) for name in only or sorted(own[0].scores)}
+        scores = {name: values for name, values in scores.items() if np.ptp(values) > 0}
+        rows += _rows(arm, domain, "questions" if only is None else "sampled", scores, own, draws)
+    return rows
+
+
+def heads(arm: str, found: Found, again: Found, draws: int) -> list[results.Row]:
+    """The calibrated heads, in the domain (out of fold) and outside (one relation left out), and the accuracy of the
+    surest shares of the mix."""
+    inside: dict[str, np.ndarray] = {}
+    outside: dict[str, np.ndarray] = {}
+    seeds = np.array(found.seed)
+    for head in HEADS:
+        if head == "members" and arm == "plain":
+            continue  # one member
+        inside[head], outside[head] = np.full(len(seeds), np.nan), np.full(len(seeds), np.nan)
+        for number, seed in enumerate(dict.fromkeys(found.seed)):
+            own = [r for r, s in zip(found.records, found.seed, strict=True) if s == seed]
+            _, report = calibrate(own, found.states[number] if head == "state" else None, candidates=[head])
+            inside[head][seeds == seed] = report.out_of_fold
+            outside[head][seeds == seed] = report.out_of_topic
+    rows: list[results.Row] = []
+    base = np.array([r.scores[BASELINE] for r in found.records])
+    perplexity = np.array([r.scores["mean_nll"] for r in found.records])
+    mix = mixed(found)
+    for domain, p in (("in domain", inside), ("other relations", outside)):
+        doubt = {f"p_correct: {head}": 1 - values for head, values in p.items()}
+        rows += _rows(arm, domain, "questions", {BASELINE: base, "mean_nll": perplexity, **doubt}, found.records, draws)
+        if "p_correct: members" in doubt:  # do the members add to the same head without them?
+            more = {name: p[name] for name in ("question", "members")}
+            more = {name: 1 - values for name, values in more.items()}
+            rows += _rows(arm, f"{domain}, members", "questions", more, found.records, draws, baseline="question")
+        place = {(r.question.id, s): i for i, (r, s) in enumerate(zip(found.records, found.seed, strict=True))}
+        at = [place[r.question.id, s] for r, s in zip(again.records, again.seed, strict=True)]
+        for peer in quality_tables.PEERS:
+            values = np.array([r.scores[peer] for r in again.records])
+            against = {peer: values, **{name: own[at] for name, own in doubt.items()}}
+            rows += _rows(arm, f"{domain}, against {peer}", "sampled", against, again.records, draws, baseline=peer)
+        surest = {BASELINE: base[mix], "rank_nll": _scores(found, "rank_nll")[mix]}
+        surest |= {name: own[mix] for name, own in doubt.items()}
+        own_mix = [r for r, u in zip(found.records, mix, strict=True) if u]
+        rows += _rows(arm, f"mix, {domain}", "questions", surest, own_mix, draws, metrics=SUREST)
+    rows.append({
+        "model": "pocket", "arm": arm, "domain": "cost", "score": "one answer", "metric": "seconds",
+        "value": round(found.seconds, 5), **{f"times {name}": round(v, 2) for name, v in again.passes.items()},
+    })  # fmt: skip
+    return rows
+
+
+def mixed(found: Found) -> np.ndarray:
+    """All unseen and invented subjects, and a fixed part of the others, so that about half of the answers are right."""
+    room = {"known": 75, "rare": 75, "ambiguous": 50}
+    kept: dict[tuple[int, str], int] = {}
+    use = []
+    for category, seed in zip(found.category, found.seed, strict=True):
+        kept[seed, category] = kept.get((seed, category), 0) + 1
+        use.append(kept[seed, category] <= room.get(category, 10**9))
+    return np.array(use)
+
+
+def _rows(
+    arm: str,
+    domain: str,
+    part: str,
+    scores: Mapping[str, np.ndarray],
+    records: Sequence[Record],
+    draws: int,
+    baseline: str = BASELINE,
+    metrics: Sequence[str] = METRICS,
+) -> list[results.Row]:
+    right = np.array([bool(r.correct) for r in records])
+    defined = ~np.any([np.isnan(v) for v in scores.values()], axis=0)
+    ids = [r.question.id for r, d in zip(records, defined, strict=True) if d]
+    used = {name: values[defined] for name, values in scores.items()}
+    found = compare(used, right[defined], metrics, baseline=baseline, draws=draws, clusters=ids)
+    rows = []
+    for (name, metric), own in found.items():
+        row: results.Row = {
+            "model": "pocket", "arm": arm, "domain": domain, "part": part, "score": name, "metric": metric,
+            "value": round(own.interval.value, 4),
+            "interval": [round(own.interval.low, 4), round(own.interval.high, 4)], "answers": int(defined.sum()),
+        }  # fmt: skip
+        if own.difference is not None:
+            row["against"] = baseline
+            row["gain"] = round(own.difference.value, 4)
+            row["gain_interval"] = [round(own.difference.low, 4), round(own.difference.high, 4)]
+        rows.append(row)
+    return rows
+
+
+def _scores(found: Found, name: str) -> np.ndarray:
+    return np.array([r.scores[name] for r in found.records])
+
+
+table: Callable[[dict[str, Any]], str] = quality_tables.table
 
 if __name__ == "__main__":
     main()
