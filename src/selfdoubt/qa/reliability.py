@@ -136,7 +136,6 @@ def ece_mass_over_draws(r: Ranked, bins: int = 15) -> PerDraw:
         group = r.within(k)
         beyond = np.take_along_axis(r.end, group, 1)[:, 0] - k
         here = (np.take_along_axis(gap, group, 1) - np.take_along_axis(each, group, 1) * beyond[:, None])[:, 0]
-        here = np.where(k > 0, here, 0.0)
         total += np.abs(here - before)
         before = here
     return total / r.n

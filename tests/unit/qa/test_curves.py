@@ -32,7 +32,8 @@ def answers(n=300, *, tied=False, seed=0):
 def probabilities(n=300, *, tied=False, seed=0):
     random = np.random.default_rng(seed)
     p = random.random(n)
-    return (np.round(p * 8) / 8 if tied else p), random.random(n) < p**2
+    right = random.random(n) < np.clip(p + 0.3 * np.sin(9 * p), 0, 1)  # too sure here, not sure enough there
+    return (np.round(p * 20) / 20 if tied else p), right
 
 
 @pytest.fixture
@@ -170,7 +171,7 @@ def test_unjudged_answers_are_left_out_and_counted():
 
 @pytest.mark.parametrize("spacing", ["width", "mass"])
 @pytest.mark.parametrize("tied", TIED)
-@pytest.mark.parametrize("bins", [1, 7, 15, 1000])
+@pytest.mark.parametrize("bins", [1, 4, 7, 15, 1000])
 def test_the_reliability_table_is_what_calibration_error_sums(spacing, tied, bins):
     p, correct = probabilities(tied=tied)
     table = reliability(p, correct, bins=bins, spacing=spacing)
