@@ -206,8 +206,8 @@ def heads(arm: str, found: Found, again: Found, draws: int) -> list[results.Row]
         for number, seed in enumerate(dict.fromkeys(found.seed)):
             own = [r for r, s in zip(found.records, found.seed, strict=True) if s == seed]
             _, report = calibrate(own, found.states[number] if head == "state" else None, candidates=[head])
-            inside[head][seeds == seed] = report.out_of_fold
-            outside[head][seeds == seed] = report.out_of_topic
+            inside[head][seeds == seed] = np.array(report.out_of_fold, float)
+            outside[head][seeds == seed] = np.array(report.out_of_topic, float)
     rows: list[results.Row] = []
     base = np.array([r.scores[BASELINE] for r in found.records])
     perplexity = np.array([r.scores["mean_nll"] for r in found.records])

@@ -67,14 +67,16 @@ class StateHead:
 class Calibration:
     """A small head: isotonic on one score, or logistic on several and on one hidden state.
 
-    ``logistic``: p = sigmoid(bias + sum_i weight_i * transformed(score_i) + state.weights @ hidden), each score first
-    clipped to its range among the calibration answers, so that a stranger cannot drive p beyond what was seen.
+    ``logistic``: p = sigmoid(bias + sum_i (linear_i * score_i + weight_i * log(max(score_i, 0) + FLOOR)) + state.weights
+    @ hidden), each score first clipped to its range among the calibration answers, so that a stranger cannot drive p
+    beyond what was seen. Each score enters twice: its logarithm tells sure from very sure, itself doubtful from lost.
     ``isotonic``: p is linear between ``knots`` (score, p), and constant outside them.
     """
 
     kind: Kind
     features: tuple[str, ...]  #: names of answer scores
-    weights: tuple[float, ...] = ()
+    weights: tuple[float, ...] = ()  #: of their logarithms
+    linear: tuple[float, ...] = ()  #: of themselves
     bias: float = 0.0
     ranges: tuple[tuple[float, float], ...] = ()  #: of each feature among the calibration answers
     knots: tuple[tuple[float, float], ...] = ()
@@ -102,8 +104,9 @@ class Calibration:
         if self.kind == "isotonic":
             return _between(self.knots, scores[self.features[0]])
         value = self.bias
-        for name, weight, (low, high) in zip(self.features, self.weights, self.ranges, strict=True):
-            value += weight * transformed(min(max(scores[name], low), high))
+        for i, (name, (low, high)) in enumerate(zip(self.features, self.ranges, strict=True)):
+            score = min(max(scores[name], low), high)
+            value += self.weights[i] * transformed(score) + self.linear[i] * score
         if self.state is not None:
             if states is None or self.state.layer not in states.layers:
                 return None
@@ -132,15 +135,20 @@ class Calibration:
                 name: tuple((float(a), float(b)) for a, b in own.pop(name, ())) for name in ("ranges", "knots")
             }
             own["features"] = tuple(str(name) for name in own["features"])
-            own["weights"] = tuple(float(w) for w in own.get("weights", ()))
+            own |= {name: tuple(float(w) for w in own.get(name, ())) for name in ("weights", "linear")}
             if state is not None:
                 state = StateHead(int(state["layer"]), state["position"], tuple(float(w) for w in state["weights"]))
             found = cls(**own, **pairs, state=state)
-            numbers = [found.bias, *found.weights, *(v for pair in (*found.ranges, *found.knots) for v in pair)]
+            numbers = [
+                found.bias,
+                *found.weights,
+                *found.linear,
+                *(v for pair in (*found.ranges, *found.knots) for v in pair),
+            ]
             fits = (
                 len(found.features) == 1 and len(found.knots) > 0
                 if found.kind == "isotonic"
-                else len(found.features) == len(found.weights) == len(found.ranges)
+                else len(found.features) == len(found.weights) == len(found.linear) == len(found.ranges)
             )
             if state is not None:
                 fits &= state.position in POSITIONS and found.kind == "logistic"
@@ -168,7 +176,7 @@ def stored(card: Mapping[str, Any]) -> Calibration | None:
 
 
 def transformed(score: float) -> float:
-    """A score as the logistic head sees it: on a logarithmic scale, where sums over few and many tokens compare."""
+    """A score on a logarithmic scale, where sums over few and many tokens compare."""
     return math.log(max(score, 0.0) + FLOOR)
 
 

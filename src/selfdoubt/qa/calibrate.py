@@ -18,6 +18,7 @@ from jaxtyping import Bool, Float, Int
 
 from selfdoubt import storage
 from selfdoubt.errors import ConfigError, DataError
+from selfdoubt.lm.answer import ANSWER_SCORES
 from selfdoubt.lm.calibration import Calibration, States
 from selfdoubt.qa import heads
 from selfdoubt.qa.calibration_report import CalibrationReport, CandidateReport, quality
@@ -30,6 +31,10 @@ from selfdoubt.qa.threshold import Grid, Promise, find_threshold, grid_from, sho
 CANDIDATES = ("score", "answer", "question", "members", "state")
 #: Scores that only members (or a sculpt) have.
 OF_MEMBERS = ("epistemic", "aleatoric", "disagreement", "spread", "scale")
+#: Those of them that a head reads. All together add noise: on the pocket (see experiments/LOG.md) what members say while
+#: they read the question adds to the other scores, what they say of the answer is there already.
+MEMBER_SCORES = ("question_mean_epistemic", "sum_scale")
+WITHOUT_QUESTION = ("sum_epistemic",)
 #: Least number of answers a head learns from, and of right and of wrong ones among them.
 LEAST, LEAST_OF_CLASS = 20, 5
 #: Most topics that are left out in turn; more are merged to so many groups.
@@ -127,7 +132,8 @@ def calibrate(
         warnings=_warnings(chosen, outside, own.correct),
         promise=promise,
         refusal=refusal,
-        out_of_fold=tuple(None if math.isnan(p) else float(p) for p in found),
+        out_of_fold=_told(found),
+        out_of_topic=_told(_at(np.array(kept)[learning], outside.get(chosen), len(records))),
     )
     head = replace(
         head,
@@ -136,6 +142,17 @@ def calibrate(
         about=report.about(),
     )
     return head, report
+
+
+def _at(rows: Int[np.ndarray, " rows"], p: Float[np.ndarray, " rows"] | None, n: int) -> Float[np.ndarray, " records"]:
+    found = np.full(n, np.nan)
+    if p is not None:
+        found[rows] = p
+    return found
+
+
+def _told(p: Float[np.ndarray, " records"]) -> tuple[float | None, ...]:
+    return tuple(None if math.isnan(value) else float(value) for value in p)
 
 
 def store(calibration: Calibration, adapter_folder: str | os.PathLike[str]) -> Path:
@@ -189,7 +206,8 @@ def _usable(records: Sequence[Record]) -> tuple[list[int], dict[str, int]]:
 
 def _answers(records: Sequence[Record], kept: Sequence[int], states: Mapping[str, Any]) -> Answers:
     own = [records[i] for i in kept]
-    names = sorted(set.intersection(*(set(r.scores) for r in own)))
+    # Only what comes with one answer: samples and P(True) are not asked for when p_correct is.
+    names = sorted(set(ANSWER_SCORES).intersection(*(set(r.scores) for r in own)))
     table = np.array([[r.scores[name] for name in names] for r in own], np.float64)
     if not np.isfinite(table).all():
         row, column = np.argwhere(~np.isfinite(table))[0]
@@ -231,7 +249,8 @@ def _options(answers: Answers, wanted: Sequence[str] | None) -> dict[str, Fit]:
     plain = [name for name in answers.names if name not in members]
     own = [name for name in plain if not name.startswith(("question_", "both_"))]
     asked = [name for name in plain if name.startswith("question_")]
-    new = [name for name in members if not _is_another(answers, name, plain)]
+    new = [name for name in MEMBER_SCORES if name in members] or [n for n in WITHOUT_QUESTION if n in members]
+    new = [name for name in new if not _is_another(answers, name, plain)]
     single = tuple(name for name in heads.SINGLE if name in answers.names)
     found: dict[str, Fit] = {"score": partial(fit_one_score, names=single), "answer": partial(fit_logistic, names=own)}
     read = own

@@ -52,6 +52,8 @@ class CalibrationReport:
     #: p_correct of each record in its order, by a head that was fitted without it: out of fold for those the head
     #: learnt from, by the head itself for the others. None where a score is missing.
     out_of_fold: tuple[float | None, ...]
+    #: By a head that was fitted without the record's topic; None for all where there are too few topics.
+    out_of_topic: tuple[float | None, ...]
 
     def about(self) -> dict[str, Any]:
         """For ``Calibration.about``: enough to know later what a stored head is worth."""
@@ -70,9 +72,9 @@ class CalibrationReport:
         return next(c for c in self.candidates if c.name == self.chosen)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data, without ``out_of_fold``, which belongs to the records."""
+        """Plain data, without the single probabilities, which belong to the records."""
         found = asdict(self)
-        del found["out_of_fold"]
+        del found["out_of_fold"], found["out_of_topic"]
         return found
 
     def rows(self) -> tuple[list[str], list[list[str]]]:

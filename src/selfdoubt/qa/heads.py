@@ -116,7 +116,7 @@ def predict(head: Calibration, answers: Answers) -> Probabilities:
         x, y = np.array(head.knots).T
         return np.asarray(np.interp(scores[:, 0], x, y))
     low, high = np.array(head.ranges).reshape(-1, 2).T
-    logit = head.bias + _transformed(np.clip(scores, low, high)) @ np.array(head.weights)
+    logit = head.bias + _twice(np.clip(scores, low, high)) @ np.array([*head.weights, *head.linear])
     if head.state is not None:
         hidden = answers.states[f"{head.state.position}.{head.state.layer}"]
         logit = logit + hidden.astype(np.float64) @ np.array(head.state.weights)
@@ -163,7 +163,7 @@ def fit_logistic(answers: Answers, seed: int, names: Sequence[str], keys: Sequen
     Standardisation and principal components, which look at no judgement, are made once for all inner folds.
     """
     raw = answers.columns(names)
-    scores = _Standard(_transformed(raw))
+    scores = _Standard(_twice(raw))
     enough = min(answers.classes) >= 2
     parts = folds(answers, INNER_FOLDS, seed) if enough else []
 
@@ -204,7 +204,8 @@ def fit_logistic(answers: Answers, seed: int, names: Sequence[str], keys: Sequen
         position, layer = split_key(key)
         head = StateHead(layer, position, weights[1])
     ranges = tuple(zip(raw.min(0).tolist(), raw.max(0).tolist(), strict=True))
-    return Calibration("logistic", tuple(names), weights[0], bias, ranges, state=head)
+    logs, linear = weights[0][: len(names)], weights[0][len(names) :]
+    return Calibration("logistic", tuple(names), logs, linear, bias, ranges, state=head)
 
 
 def _preferred(loss: Mapping[str, Probabilities]) -> str:
@@ -263,5 +264,6 @@ def split_key(key: str) -> tuple[Position, int]:
     return position, int(layer)
 
 
-def _transformed(scores: Float[np.ndarray, "answers some"]) -> Float[np.ndarray, "answers some"]:
-    return np.asarray(np.log(np.maximum(scores, 0) + FLOOR))
+def _twice(scores: Float[np.ndarray, "answers some"]) -> Float[np.ndarray, "answers twice"]:
+    """The logarithms of scores, as ``calibration.transformed``, and the scores themselves."""
+    return np.hstack([np.log(np.maximum(scores, 0) + FLOOR), scores])
