@@ -67,9 +67,10 @@ class StateHead:
 class Calibration:
     """A small head: isotonic on one score, or logistic on several and on one hidden state.
 
-    ``logistic``: p = sigmoid(bias + sum_i (linear_i * score_i + weight_i * log(max(score_i, 0) + FLOOR)) + state.weights
-    @ hidden), each score first clipped to its range among the calibration answers, so that a stranger cannot drive p
-    beyond what was seen. Each score enters twice: its logarithm tells sure from very sure, itself doubtful from lost.
+    ``logistic``: p = sigmoid(bias + sum_i (linear_i * score_i + weight_i * log(max(score_i, 0) + FLOOR))
+    + state.weights @ hidden), each score first clipped to its range among the calibration answers, so that a stranger
+    cannot drive p beyond what was seen. Each score enters twice: its logarithm tells sure from very sure, itself
+    doubtful from lost.
     ``isotonic``: p is linear between ``knots`` (score, p), and constant outside them.
     """
 

@@ -1,7 +1,8 @@
 """Makes the pocket model's voters: ``python -m selfdoubt.pocket.voters --atlas FOLDER --out FOLDER``.
 
 Three low-rank voters learn beside the frozen base model, each from its own share of every batch. Then the reference
-questions are answered, and the quantiles of every answer score go into the adapter, so that a risk has a percentile.
+questions are answered: the quantiles of every answer score go into the adapter, so that a risk has a percentile, and a
+head that turns scores into the probability of being right.
 """
 
 from __future__ import annotations
@@ -28,9 +29,13 @@ from selfdoubt.pocket import evaluation
 from selfdoubt.pocket.encode import Rows, packed
 from selfdoubt.pocket.facts import all_facts
 from selfdoubt.pocket.questions import pair_stream
+from selfdoubt.qa.calibrate import calibrate
+from selfdoubt.qa.records import Question, Record
 
 VOTERS = vote.Wrapper(n_voters=3, rank=16, weight_noise=0.5)
 STEPS, ROWS, LENGTH, RATE = 300, 48, 64, 2e-3
+#: Of the answers that are given, so many are right, with 95 % confidence.
+TARGET = 0.9
 
 
 def rows_of(atlas_folder: Path, tokenizer: Any, seed: int, rows: int = ROWS) -> Iterator[Rows]:
@@ -86,34 +91,57 @@ def fine_tune(
 
 def make(atlas_folder: Path, out: Path, *, base: Path, steps: int = STEPS, seed: int = 0) -> None:
     """Train the voters and write the adapter folder."""
-    say = Console()
     torch.manual_seed(seed)
     plain = RiskAwareLM.load(base, wrapper=None, dtype="float32", device="cpu")
     wrapped = VOTERS(plain.model)
     loss = fine_tune(wrapped, rows_of(atlas_folder, plain.tokenizer, seed), steps=steps)
-    # Percentiles are those of the model as it is shipped, in bfloat16.
-    lm = RiskAwareLM(wrapped.to(torch.bfloat16), plain.tokenizer)
+    Console().print(f"loss {loss:.4f}")
+    refer(RiskAwareLM(wrapped, plain.tokenizer), out)
+
+
+def refer(lm: RiskAwareLM, out: Path) -> None:
+    """Answer the reference questions, and write the adapter with their quantiles and what is learnt from them.
+
+    Half of them teach the head behind p_correct, half test the threshold below which an answer is withheld.
+    """
     questions = evaluation.read(pocket.reference_file())
     answers = lm.generate([q.question for q in questions], max_tokens=48, batch_size=64)
-    right = sum(map(evaluation.is_right, questions, (a.text for a in answers)))
-    say.print(f"loss {loss:.4f}; {right / len(answers):.3f} of {len(answers)} reference questions right")
-    storage.save(wrapped, out, base="pocket", extra={"reference": reference_quantiles(answers)})
+    records = [
+        Record(
+            Question(q.id, q.question, answers=tuple(q.answers), topic=q.relation),
+            answer.text,
+            answer.scores,
+            correct=evaluation.is_right(q, answer.text),
+        )
+        for q, answer in zip(questions, answers, strict=True)
+    ]
+    calibration, report = calibrate(records, target_accuracy=TARGET)
+    extra = {"reference": reference_quantiles(answers), "calibration": calibration.to_json()}
+    storage.save(lm.model.to(torch.bfloat16), out, base="pocket", extra=extra)
     size = sum(f.stat().st_size for f in out.iterdir())
-    say.print(f"wrote {out} ({size / 1e6:.2f} MB)")
+    Console().print("\n".join([*report.lines(), f"wrote {out} ({size / 1e6:.2f} MB)"]), highlight=False, markup=False)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m selfdoubt.pocket.voters", description=__doc__.splitlines()[0])
-    parser.add_argument("--atlas", type=Path, required=True, help="folder with the four public files")
+    parser.add_argument("--atlas", type=Path, help="folder with the four public files")
     parser.add_argument("--out", type=Path, required=True, help="the adapter folder to write")
+    parser.add_argument(
+        "--keep", action="store_true", help="keep the voters in OUT, and only answer the reference questions again"
+    )
     parser.add_argument("--base", type=Path, default=pocket.folder(), help="folder of the base model")
     parser.add_argument("--steps", type=int, default=STEPS, help=f"training steps (default {STEPS})")
     parser.add_argument("--seed", type=int, default=0)
     chosen = parser.parse_args(arguments)
     if chosen.steps < 1:
         parser.error(f"--steps: wanted at least 1, found {chosen.steps}; leave it out for the default")
+    if chosen.atlas is None and not chosen.keep:
+        parser.error("--atlas: wanted the folder with the four public files, found nothing; --keep needs none")
     try:
+        if chosen.keep:
+            refer(RiskAwareLM.load(chosen.base, adapter=chosen.out, dtype="float32", device="cpu"), chosen.out)
+            return 0
         make(chosen.atlas, chosen.out, base=chosen.base, steps=chosen.steps, seed=chosen.seed)
     except SelfdoubtError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -31,8 +31,8 @@ from selfdoubt.qa.threshold import Grid, Promise, find_threshold, grid_from, sho
 CANDIDATES = ("score", "answer", "question", "members", "state")
 #: Scores that only members (or a sculpt) have.
 OF_MEMBERS = ("epistemic", "aleatoric", "disagreement", "spread", "scale")
-#: Those of them that a head reads. All together add noise: on the pocket (see experiments/LOG.md) what members say while
-#: they read the question adds to the other scores, what they say of the answer is there already.
+#: Those of them that a head reads. All together add noise: on the pocket (see experiments/LOG.md) what members say
+#: while they read the question adds to the other scores, what they say of the answer is there already.
 MEMBER_SCORES = ("question_mean_epistemic", "sum_scale")
 WITHOUT_QUESTION = ("sum_epistemic",)
 #: Least number of answers a head learns from, and of right and of wrong ones among them.
