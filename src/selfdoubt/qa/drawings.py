@@ -35,7 +35,7 @@ def curves(report: Mapping[str, Any]) -> str:
     )  # fmt: skip
     numbers = "".join(
         f'<tr><th scope="row">{p} %</th>'
-        + "".join(f"<td>{percent(found[n]['accuracy'][p])}</td>" for n in kinds if n in found)
+        + "".join(f"<td>{tables.as_percent(found[n]['accuracy'][p])}</td>" for n in kinds if n in found)
         + "</tr>"
         for p in (0, 10, 20, 30, 40, 50, 60, 70, 80, 90, 91, 92, 95, 99)
     )

@@ -13,13 +13,17 @@ A number is an entry ``{"value", "low", "high"}`` with its 95 % interval; where 
     left_out                {score: why}
     picked                  the best score of one half, compared with the baseline on the other: see ``figures.picked``
     curves                  {score: percentile, accuracy, low, high}: accuracy of the answers whose confidence is at
-                            or above a percentile, so 90 stands for the surest tenth
+                            or above a percentile, so 90 stands for the surest tenth; and riskiest_tenth
     probabilities           by name: judged, bins, ece, brier, nll (entries) and reliability,
                             a list of bins of equally many answers
     topics                  list: topic, judged, accuracy, prr {score: entry}, coverage_at_90, answered, answered_right
     samples                 see ``tries``; or why there are none
-    abstention              threshold, coverage, accuracy, accuracy_withheld; or why there is none
+    abstention              threshold, promise, decided, answered (counts), coverage, accuracy, accuracy_withheld
+                            (entries); or why there is none
     verdict                 see ``headline``
+
+Intervals are of the bootstrap over questions; those of accuracies, at a coverage too, are Wilson's, because where all
+of few answers are right all resamples say the same.
 """
 
 from __future__ import annotations
@@ -61,7 +65,9 @@ def measure(records: Sequence[Record], run: Mapping[str, Any], *, draws: int = 1
 
     Args:
         records: All answers of a run, judged or not.
-        run: Settings, for people; and ``costs``: {"answer": {"passes", "seconds"}, "samples": ..., "p_true": ...}.
+        run: Settings, for people; ``costs``: {"answer": {"passes", "seconds"}, "samples": ..., "p_true": ...},
+            passes of one question and seconds of all; ``risk``: the score that is a sample's risk; ``threshold`` and
+            ``promise`` of the calibration.
         draws: Bootstrap draws behind each interval.
         seed: Of these draws.
 

@@ -41,7 +41,10 @@
 
   // The list of answers.
   const VERDICTS = { 1: ["right", "✓ right"], 0: ["wrong", "✗ wrong"] };
-  const percent = (x) => `${Math.round(100 * x)} %`;
+  const percent = (x) => {
+    const whole = Math.round(100 * x);
+    return whole === 100 && x < 1 ? ">99 %" : whole === 0 && x > 0 ? "<1 %" : `${whole} %`;
+  };
   const level = (risk) => data.bounds.filter((bound) => risk > bound).length;
   const spoken = (answer, tokens) => {
     const said = make("p", "say");

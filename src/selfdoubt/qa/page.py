@@ -17,7 +17,7 @@ from typing import Any
 
 from selfdoubt.lm.colours import BOUNDS, COLOURS, level
 from selfdoubt.qa import drawings, tables
-from selfdoubt.qa.headline import LABELS, percent
+from selfdoubt.qa.headline import LABELS
 from selfdoubt.qa.measure import risk_of
 from selfdoubt.qa.records import Record
 
@@ -93,7 +93,9 @@ def _verdict(report: Mapping[str, Any]) -> str:
     numbers = [(f"{counts['asked']}", "asked")]
     if accuracy["value"] is not None:
         ends = f"right, {100 * accuracy['low']:.0f} to {100 * accuracy['high']:.0f} %"
-        numbers.append((percent(accuracy["value"]), ends if not counts["unjudged"] else f"{ends}, of the judged"))
+        numbers.append(
+            (tables.as_percent(accuracy["value"]), ends if not counts["unjudged"] else f"{ends}, of the judged")
+        )
     numbers.append((f"{counts['unjudged']}", "unjudged"))
     if "why" not in report["abstention"]:
         numbers.append((f"{counts['abstained']}", "withheld"))
@@ -187,8 +189,12 @@ def _answer(record: Record, rank: float) -> str:
         else "<em>no answer</em>" if record.answer is None else escape(record.answer)
     )  # fmt: skip
     verdict = '<span class="right">✓ right</span>' if record.correct else '<span class="wrong">✗ wrong</span>'
-    facts = [verdict, f"<span>riskier than {percent(round(rank, 3))} of these answers</span>"]
-    facts += [f"<span>p_correct {percent(round(record.p_correct, 2))}</span>"] if record.p_correct is not None else []
+    facts = [verdict, f"<span>riskier than {tables.as_percent(round(rank, 3))} of these answers</span>"]
+    facts += (
+        [f"<span>p_correct {tables.as_percent(round(record.p_correct, 2))}</span>"]
+        if record.p_correct is not None
+        else []
+    )
     facts += (
         [f"<span>accepted: {escape(' · '.join(record.question.answers[:4]))}</span>"] if record.question.answers else []
     )
@@ -220,7 +226,7 @@ def _list(records: Sequence[Record]) -> str:
 def _method(report: Mapping[str, Any]) -> str:
     run = {k: v for k, v in report["run"].items() if k not in ("costs", "promise") and v is not None}
     costs = [
-        (f"cost of {name}", f"{c['passes']:g} passes a question, {c['seconds']:.1f} s in all")
+        (f"cost of {name}", f"{c['seconds']:.1f} s in all; passes a question: {c['passes']:.3g}")
         for name, c in report["run"].get("costs", {}).items()
     ]
     return (

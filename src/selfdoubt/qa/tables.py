@@ -126,11 +126,16 @@ def cell(entry: Entry, *, share: bool = False, signed: bool = False) -> str:
     if value is None:
         return f'<td title="{escape(entry["why"])}">-</td>'
     if share:
-        text, ends = percent(value), f"{100 * low:.0f} to {100 * high:.0f}"
+        text, ends = as_percent(value), f"{100 * low:.0f} to {100 * high:.0f}"
     else:
         sign = "+" if signed else ""
         text, ends = f"{value:{sign}.3f}", f"{low:{sign}.3f} to {high:{sign}.3f}"
     return f'<td data-v="{value:.6g}">{text}<small>{ends}</small></td>'
+
+
+def as_percent(share: float | None) -> str:
+    """A share in percent, fit for HTML."""
+    return escape(percent(share)).replace(" ", "&nbsp;")
 
 
 def _number(value: float | None, text: str) -> str:
@@ -164,8 +169,8 @@ def topics(report: Mapping[str, Any]) -> str:
         cells += [cell(topic["coverage_at_90"][name], share=True) for name in shown]
         if answered:
             given, right = topic["answered"] or 0, topic["answered_right"]
-            cells += [_number(given / topic["judged"], percent(given / topic["judged"]))]
-            cells += [_number(right / given, percent(right / given)) if given else _number(None, "-")]
+            cells += [_number(given / topic["judged"], as_percent(given / topic["judged"]))]
+            cells += [_number(right / given, as_percent(right / given)) if given else _number(None, "-")]
         name = escape(topic["topic"])
         rows.append(f'<tr><th scope="row" data-v="{name}" dir="auto">{name}</th>{"".join(cells)}</tr>')
     table = f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
@@ -191,13 +196,14 @@ def samples(report: Mapping[str, Any]) -> str:
     cost = "" if ratio is None else f", {ratio:.1f} times the seconds of one answer"
     until = (
         f"Drawing until an answer is in the 99 % confidence percentile of {escape(sure['reference'])} gets there for "
-        f"{percent(sure['reached']['value'])} of the questions in {sure['tries']['value']:.1f} tries a question{cost}; "
+        f"{as_percent(sure['reached']['value'])} of the questions, in {sure['tries']['value']:.1f} tries each{cost}; "
     )
     right = sure["accuracy"]
     until += (
         "none is that sure, so its accuracy is undefined."
         if right["value"] is None
-        else f"{percent(right['value'])} of those are right ({100 * right['low']:.0f} to {100 * right['high']:.0f} %)."
+        else f"{as_percent(right['value'])} of those are right "
+        f"({100 * right['low']:.0f} to {100 * right['high']:.0f} %)."
     )
     left = f", {found['unjudged']} more have an unjudged one" if found["unjudged"] else ""
     drawn = f"For {found['questions']} questions up to {found['samples']} answers were drawn{left}."
@@ -215,9 +221,9 @@ def abstention(report: Mapping[str, Any]) -> str:
     promise = ""
     if found["promise"] and "target_accuracy" in found["promise"]:
         own = found["promise"]
-        sure = f", with confidence {percent(own['confidence'])}" if "confidence" in own else ""
+        sure = f", with confidence {as_percent(own['confidence'])}" if "confidence" in own else ""
         promise = (
-            f" It promised {percent(own['target_accuracy'])} right{sure}, on questions like those it was set with."
+            f" It promised {as_percent(own['target_accuracy'])} right{sure}, on questions like those it was set with."
         )
     said = f"The threshold{at} answers {found['answered']} of {found['decided']} questions.{promise}"
     return f"<section><h2>Abstention</h2><p>{said}</p>{_small_table('Share', rows)}</section>"
