@@ -49,9 +49,9 @@ def calibrate(
 ) -> tuple[Calibration, CalibrationReport]:
     """Learn p_correct from judged answers, and with a target the threshold that keeps it.
 
-    All candidates are fitted in ``folds`` folds (equal questions in one); of those within one standard error of the
-    best held-out log loss the simplest is taken and fitted on all. With at least two topics of enough right and wrong
-    answers, each topic is also left out in turn: how well a head does on a subject that it was not calibrated on.
+    All candidates are fitted in ``folds`` folds (equal questions in one); the one of least held-out log loss is fitted
+    on all. With at least two topics of enough right and wrong answers, each topic is also left out in turn: how well a
+    head does on a subject that it was not calibrated on.
 
     With a target, questions are split at random: on one part the head is chosen and fitted; on the other, which it
     never sees, the threshold is tested (``qa.threshold`` says what is promised and why). The stored head is the one
@@ -215,9 +215,12 @@ def _is_another(answers: Answers, name: str, names: Sequence[str]) -> bool:
 
 
 def _choose(loss: Mapping[str, Float[np.ndarray, " n"]]) -> str:
-    """The simplest within one standard error of the best."""
-    best = min(loss, key=lambda name: loss[name].mean())
-    return next(name for name in loss if within_one_error(loss[name], loss[best]))
+    """The best; of equals the simplest.
+
+    The simplest within one standard error of the best was no better: of the pocket's questions, by heads from 100, 250
+    and 600 of them (12, 10 and 5 draws), log loss on the others was .425, .386 and .347, and .422, .376 and .343 so.
+    """
+    return min(loss, key=lambda name: float(loss[name].mean()))
 
 
 def _warnings(

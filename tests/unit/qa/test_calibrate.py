@@ -151,12 +151,16 @@ def test_the_head_that_the_truth_needs_is_chosen(tells, chosen):
     assert ("question_mean_epistemic" in head.features) == (chosen != "question")
 
 
-def test_where_one_score_says_all_the_simplest_head_does():
+def test_where_one_score_says_all_in_steps_a_curve_on_it_does():
     rng = np.random.default_rng(0)
-    records = [replace(r, correct=bool(rng.random() < 0.9 - 0.12 * min(r.scores["sum_nll"], 6))) for r in world(500)[0]]
+
+    def truth(x):
+        return bool(rng.random() < (0.95 if x < 1.5 else 0.9 if x < 3 else 0.05))
+
+    records = [replace(r, correct=truth(r.scores["sum_nll"])) for r in world(500)[0]]
     head, report = calibrate(records)
     assert report.chosen == "score"
-    assert head.kind == "isotonic"
+    assert (head.kind, head.features) == ("isotonic", ("sum_nll",))
 
 
 def test_what_is_reported_is_never_seen_while_fitting():
