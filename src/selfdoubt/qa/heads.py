@@ -47,7 +47,7 @@ COMPONENTS = 128
 INNER_FOLDS = 3
 
 Fit = Callable[["Answers", int], Calibration]
-Rows = Int[np.ndarray, " rows"]
+Rows = Int[np.ndarray, "_"]  #: places of some answers
 Probabilities = Float[np.ndarray, " answers"]
 
 
@@ -64,7 +64,7 @@ class Answers:
     def __len__(self) -> int:
         return len(self.correct)
 
-    def at(self, rows: Int[np.ndarray, " rows"] | Bool[np.ndarray, " answers"]) -> Answers:
+    def at(self, rows: Rows | Bool[np.ndarray, " answers"]) -> Answers:
         """Some of them."""
         states = {key: values[rows] for key, values in self.states.items()}
         return Answers(self.names, self.scores[rows], states, self.correct[rows], self.questions[rows])
@@ -79,7 +79,7 @@ class Answers:
         return len(set(self.questions[~self.correct])), len(set(self.questions[self.correct]))
 
 
-def folds(answers: Answers, n: int, seed: int) -> list[Int[np.ndarray, " answers"]]:
+def folds(answers: Answers, n: int, seed: int) -> list[Rows]:
     """Rows of up to ``n`` folds; equal questions lie in one, right and wrong answers are spread evenly over all.
 
     Questions are dealt in turn: first those with wrong answers only, then the mixed, then those with right ones only.
@@ -95,13 +95,13 @@ def folds(answers: Answers, n: int, seed: int) -> list[Int[np.ndarray, " answers
     return [np.flatnonzero(fold[place] == i) for i in range(n)]
 
 
-def rests(answers: Answers, parts: Sequence[Int[np.ndarray, " rows"]]) -> Iterator[tuple[Answers, Any]]:
+def rests(answers: Answers, parts: Sequence[Rows]) -> Iterator[tuple[Answers, Rows]]:
     """For each part the answers to questions that are not in it, and its rows."""
     for rows in parts:
         yield answers.at(~np.isin(answers.questions, answers.questions[rows])), rows
 
 
-def held_out(answers: Answers, parts: Sequence[Int[np.ndarray, " rows"]], fit: Fit, seed: int) -> Probabilities:
+def held_out(answers: Answers, parts: Sequence[Rows], fit: Fit, seed: int) -> Probabilities:
     """p_correct of each answer by a head that was fitted without its part; NaN where it is in none."""
     found = np.full(len(answers), np.nan)
     for rest, rows in rests(answers, parts):

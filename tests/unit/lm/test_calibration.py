@@ -20,6 +20,7 @@ LOGISTIC = Calibration(
     "logistic",
     ("sum_nll", "mean_total"),
     weights=(-1.5, -0.5),
+    linear=(-0.25, 0.125),
     bias=0.75,
     ranges=((0.0, 4.0), (0.1, 2.0)),
     state=StateHead(3, "first", (0.5, -1.0, 0.25)),
@@ -37,7 +38,9 @@ def states(hidden, layers=(1, 3)):
 
 
 def test_a_logistic_head_by_hand():
-    logit = 0.75 - 1.5 * math.log(1.26) - 0.5 * math.log(0.51) + 0.5 * 2 - 1.0 * 1 + 0.25 * 4
+    logit = (
+        0.75 - 1.5 * math.log(1.26) - 0.5 * math.log(0.51) - 0.25 * 1.25 + 0.125 * 0.5 + 0.5 * 2 - 1.0 * 1 + 0.25 * 4
+    )
     found = LOGISTIC.p_correct(SCORES, states([2.0, 1.0, 4.0]))
     assert found == pytest.approx(1 / (1 + math.exp(-logit)), rel=1e-12)
 
@@ -108,6 +111,7 @@ BROKEN = [
     {"kind": "magic"},
     {"features": ["sum_nll"]},
     {"weights": [1.0, math.nan]},
+    {"linear": [1.0]},
     {"bias": "much"},
     {"ranges": [[0.0, 1.0]]},
     {"state": {"layer": 3, "position": "last", "weights": [1.0]}},
