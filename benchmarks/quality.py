@@ -1,9 +1,9 @@
 """What a risk is worth: how well each score finds wrong answers, at what cost, in the domain and outside.
 
-The pocket base is fine-tuned on the same rows in the same order (plain LoRA, three voters, five samples, a scale branch),
-with three seeds, then asked the same random part of the committed evaluation questions, all in held-out phrasings. Some
-of them are also answered ten more times, for semantic entropy. Seeds are pooled; intervals are 95 % bootstrap intervals
-over questions, and differences are paired.
+The pocket base is fine-tuned on the same rows in the same order (plain LoRA, three voters, five samples, a scale
+branch), with three seeds, then asked the same random part of the committed evaluation questions, all in held-out
+phrasings. Some of them are also answered ten more times, for semantic entropy. Seeds are pooled; intervals are 95 %
+bootstrap intervals over questions, and differences are paired.
 
     python -m benchmarks.quality [--atlas FOLDER] [--runs runs/quality]
 

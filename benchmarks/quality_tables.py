@@ -21,8 +21,8 @@ def table(record: Mapping[str, Any]) -> str:
     rows, settings = record["rows"], record["settings"]
     said = (
         f"{settings['questions']} questions in held-out phrasings, {len(settings['seeds'])} seeds, {settings['steps']} "
-        f"steps of {settings['rows']} rows of fine-tuning each; commit {record['commit']}. Intervals are 95 % bootstrap "
-        "intervals over questions."
+        f"steps of {settings['rows']} rows of fine-tuning each; commit {record['commit']}. Intervals are 95 % bootstrap"
+        " intervals over questions."
     )
     return "\n\n".join(
         [_accuracy(settings["accuracy"]), _label_free(rows), _peers(rows), _heads(rows), _mix(rows), said]
@@ -76,8 +76,10 @@ def _heads(rows: list[dict[str, Any]]) -> str:
                 prr = _pick(own, score=score, metric="prr")
                 auroc = _pick(own, score=score, metric="auroc")
                 lines.append([f"{domain}, {arm}: {score}", _value(auroc), _value(prr, gain=True)])
-        for row in _by(rows, domain=f"{domain}, members", score="members", metric="prr"):
-            lines.append([f"{domain}, {row['arm']}: members' scores, to the head without", "", _value(row, gain=True)])
+        lines += [
+            [f"{domain}, {row['arm']}: members' scores, to the head without", "", _value(row, gain=True)]
+            for row in _by(rows, domain=f"{domain}, members", score="members", metric="prr")
+        ]
         for peer in PEERS:
             found = _by(rows, domain=f"{domain}, against {peer}", score="p_correct: question", metric="prr")
             lines += [

@@ -79,8 +79,8 @@ class Screen:
         if told:
             self.console.print(Text("It would have said: ", style="dim" if self.coloured else ""), end="")
 
-    def comparison(self, questions: Sequence[str], answers: Sequence[Answer], *, show_withheld: bool = False) -> None:
-        """Several answers side by side."""
+    def comparison(self, questions: Sequence[str], answers: Sequence[Answer], *, hide: bool = False) -> None:
+        """Several answers side by side; ``hide``: without those that are withheld."""
         calibrated = any(a.p_correct is not None for a in answers)
         table = Table(box=None, padding=(0, 2, 0, 0), show_edge=False)
         for name in ("question", "answer"):
@@ -89,7 +89,7 @@ class Screen:
             table.add_column(name, justify="right", no_wrap=True)
         for question, answer in zip(questions, answers, strict=True):
             text = Text()
-            if answer.withheld and not show_withheld:
+            if answer.withheld and hide:
                 text.append(answer.shown)
             else:
                 for token in answer.tokens:

@@ -52,7 +52,8 @@ def ask(
     options: dict[str, Any] = {"max_tokens": max_tokens, "top_p": top_p, "seed": seed, "raw": raw}
     if temperature is not None:
         options["temperature"] = temperature
-    output = printer(as_json=as_json, show_withheld=show_withheld)
+    several = candidates is not None or until_percentile is not None  # who asks for several answers gets to see them
+    output = printer(as_json=as_json, unsure="as any" if several else "told" if show_withheld else "hidden")
     if candidates is not None:
         for question in questions:
             for i, answer in enumerate(lm.candidates(question, candidates, **options)):

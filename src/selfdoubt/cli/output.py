@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from selfdoubt.lm.answer import Answer, Token
 
 
-def printer(*, as_json: bool, show_withheld: bool = False) -> Lines | JsonLines:
-    """The printer for people or for programs; ``show_withheld`` also tells answers that the model is not sure of."""
-    return JsonLines(show_withheld) if as_json else Lines(show_withheld)
+#: What becomes of an answer that the model is not sure of: it is hidden, told after saying so, or told like any other.
+Unsure = Literal["hidden", "told", "as any"]
+
+
+def printer(*, as_json: bool, unsure: Unsure = "hidden") -> Lines | JsonLines:
+    """The printer for people or for programs."""
+    return JsonLines(unsure) if as_json else Lines(unsure)
 
 
 class Lines:
     """Output for people."""
 
-    def __init__(self, show_withheld: bool) -> None:
+    def __init__(self, unsure: Unsure) -> None:
         from selfdoubt.terminal import Screen
 
-        self.show_withheld = show_withheld
+        self.unsure = unsure
         self.screen = Screen()
         self.screen.legend()
         self.seen: list[tuple[str, Answer]] = []
@@ -48,14 +52,15 @@ class Lines:
             self.screen.console.print()
         else:
             self.begin(question, list(answer.question))
-        if answer.withheld:
-            self.screen.unsure(answer, told=self.show_withheld)
-        for token in answer.tokens if self.show_withheld or not answer.withheld else ():
-            self.token(token)
-        if self.show_withheld or not answer.withheld:
-            self.end(answer)
-        else:
+        withheld = answer.withheld and self.unsure != "as any"
+        if withheld:
+            self.screen.unsure(answer, told=self.unsure == "told")
+        if withheld and self.unsure == "hidden":
             self.seen.append((self.asked, answer))
+            return
+        for token in answer.tokens:
+            self.token(token)
+        self.end(answer)
 
     def verdict(self, tries: int, wanted: float, *, confident: bool) -> None:
         """Whether answering again led to a confident answer."""
@@ -65,14 +70,14 @@ class Lines:
     def compare(self) -> None:
         """All answers side by side, at the end."""
         if len(self.seen) > 1:
-            self.screen.comparison(*zip(*self.seen, strict=True), show_withheld=self.show_withheld)
+            self.screen.comparison(*zip(*self.seen, strict=True), hide=self.unsure == "hidden")
 
 
 class JsonLines:
     """Output for programs: one object a line."""
 
-    def __init__(self, show_withheld: bool) -> None:
-        self.show_withheld = show_withheld
+    def __init__(self, unsure: Unsure) -> None:
+        self.unsure = unsure
 
     def begin(self, question: str, tokens: list[Token]) -> None:  # noqa: ARG002
         """A question, before its answer."""
@@ -85,17 +90,20 @@ class JsonLines:
 
     def end(self, answer: Answer) -> None:
         """The answer is complete; where it is withheld, its text says so."""
-        found = {"type": "answer", **answer.to_dict(), "text": answer.shown}
-        if answer.withheld and self.show_withheld:
-            found["withheld"] = answer.text
+        found = {"type": "answer", **answer.to_dict()}
+        if self._withholds(answer):
+            found |= {"text": answer.shown, **({"withheld": answer.text} if self.unsure == "told" else {})}
         self._print(found)
 
     def whole(self, question: str | None, answer: Answer) -> None:
         """A question and its finished answer."""
         self.begin(question or "", list(answer.question))
-        for token in answer.tokens if self.show_withheld or not answer.withheld else ():
+        for token in () if self._withholds(answer) and self.unsure == "hidden" else answer.tokens:
             self.token(token)
         self.end(answer)
+
+    def _withholds(self, answer: Answer) -> bool:
+        return answer.withheld and self.unsure != "as any"
 
     def verdict(self, tries: int, wanted: float, *, confident: bool) -> None:
         """Whether answering again led to a confident answer."""

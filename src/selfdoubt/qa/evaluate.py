@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, distributed
 
 from selfdoubt.errors import DataError
@@ -25,6 +23,8 @@ from selfdoubt.qa.parts import Parts
 from selfdoubt.qa.records import Question
 
 if TYPE_CHECKING:
+    from rich.progress import Progress
+
     from selfdoubt.lm.model import RiskAwareLM
 
 
@@ -114,10 +114,15 @@ def _digest(questions: Sequence[Question]) -> str:
 
 
 def _progress(*, quiet: bool) -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-               TextColumn("left"), TimeRemainingColumn())  # fmt: skip
+    from rich import progress
+    from rich.console import Console
+
+    columns = (
+        progress.TextColumn("{task.description}"), progress.BarColumn(), progress.MofNCompleteColumn(),
+        progress.TimeElapsedColumn(), progress.TextColumn("left"), progress.TimeRemainingColumn(),
+    )  # fmt: skip
     console = Console(stderr=True)
-    return Progress(*columns, console=console, disable=quiet or not console.is_terminal)
+    return progress.Progress(*columns, console=console, disable=quiet or not console.is_terminal)
 
 
 def _join(questions: Sequence[Question], batches: Sequence[Sequence[int]], parts: Sequence[Asked]) -> Asked:
