@@ -116,6 +116,19 @@ def test_training_imports_the_engine_and_itself(name):
         assert top <= set(__import__("sys").stdlib_module_names) | {"selfdoubt"}
 
 
+@pytest.mark.parametrize("name", [n for n in FILES if n.startswith("qa.")])
+def test_question_answering_imports_the_engine_and_itself(name):
+    found = {n for n in own(FILES[name]) if n.partition(".")[0] not in ("qa", "lm")}
+    assert found <= CORE | WRAPPERS | {"storage", "__init__"}
+
+
+@pytest.mark.parametrize("name", ["qa.curves", "qa.ranking", "qa.reliability", "qa.intervals"])
+def test_metrics_are_pure(name):
+    top = {m.partition(".")[0] for m, _ in imports(FILES[name])}
+    assert top - set(__import__("sys").stdlib_module_names) <= {"selfdoubt", "numpy", "jaxtyping"}
+    assert own(FILES[name]) <= {"errors", "qa.curves", "qa.ranking", "qa.reliability"}
+
+
 def test_only_the_loader_names_bitsandbytes_in_an_import():
     for name, path in FILES.items():
         assert "bitsandbytes" not in {m.partition(".")[0] for m, _ in imports(path)}, name
