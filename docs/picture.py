@@ -23,12 +23,14 @@ def main() -> None:
     screen.legend()
     lm = RiskAwareLM.load("pocket")
     for question in QUESTIONS:
-        stream = lm.stream(question)
+        answer = lm.generate(question)
         console.print()
-        screen.question(question, stream.question)
-        for token in stream:
+        screen.question(question, answer.question)
+        if answer.withheld:
+            screen.unsure(answer, told=True)
+        for token in answer.tokens:
             screen.token(token)
-        screen.answer(stream.answer)
+        screen.answer(answer)
     svg = console.export_svg(title="selfdoubt ask", theme=MONOKAI)
     # The picture must not load fonts from elsewhere.
     head, _, rest = svg.partition("@font-face")
