@@ -68,7 +68,7 @@ def main() -> None:
     parser.add_argument("--atlas", type=Path, default=Path("../shared/data/atlas"))
     parser.add_argument("--runs", type=Path, default=Path("runs/quality"))
     parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--rows", type=int, default=24, help="rows of a training step")
+    parser.add_argument("--step-rows", type=int, default=24, help="rows of a training step")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--questions", type=int, default=1000)
     parser.add_argument("--sampled", type=int, default=300, help="questions answered ten more times")
@@ -123,7 +123,7 @@ def gather(arm: str, chosen: argparse.Namespace, limit: int, *, peers: bool = Fa
     for seed in chosen.seeds:
         out = chosen.runs / f"{arm}-{seed}"
         if not (out / "adapter" / "selfdoubt.json").is_file():
-            save_adapter(tuned(arm, chosen.atlas, chosen.steps, chosen.rows, seed), out / "adapter", base="pocket")
+            save_adapter(tuned(arm, chosen.atlas, chosen.steps, chosen.step_rows, seed), out / "adapter", base="pocket")
         lm = RiskAwareLM.load("pocket", adapter=out / "adapter", dtype="float32", device="cpu")
         lm.layers = () if peers else (1, 2, 3, 4)
         if not lm.reference:
