@@ -21,8 +21,8 @@ def table(record: Mapping[str, Any]) -> str:
     rows, settings = record["rows"], record["settings"]
     said = (
         f"{settings['questions']} questions in held-out phrasings, {len(settings['seeds'])} seeds, {settings['steps']} "
-        f"steps of {settings['step_rows']} rows of fine-tuning each; commit {record['commit']}. Intervals are 95 % bootstrap"
-        " intervals over questions."
+        f"steps of {settings['step_rows']} rows of fine-tuning each; commit {record['commit']}. Intervals are 95 % "
+        "bootstrap intervals over questions."
     )
     return "\n\n".join(
         [_accuracy(settings["accuracy"]), _label_free(rows), _peers(rows), _heads(rows), _mix(rows), said]
