@@ -94,11 +94,11 @@ def evaluate(
         "task": task, "seed": seed, "columns": columns, "separator": answer_separator, "split": split
     }  # fmt: skip
     questions = datasets.load(data, limit=limit, **reading)
+    flags.new_run(out)
     picked = flags.pick_judge(
         judge, questions, judge_url, judge_model, out, lambda name: datasets.column(data, name, **reading)
     )
     examples = _shots(shots, shots_from, questions, data, reading)
-    flags.new_run(out)
     lm = flags.load_lm(model, adapter, wrapper, dtype, quantize, risk, trust_remote_code)
     if style == "auto":
         style = "qa" if lm.tokenizer.chat_template is None else "chat"

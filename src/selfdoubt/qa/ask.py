@@ -8,12 +8,13 @@ import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from selfdoubt.errors import ConfigError
 from selfdoubt.lm.calibration import POSITIONS
 from selfdoubt.qa.agreement import Same, agreement_scores
-from selfdoubt.qa.choices import judge_mc1, judge_mc2
+from selfdoubt.qa.choices import judge_mc1, judge_mc2, shares
 from selfdoubt.qa.p_true import p_true
 from selfdoubt.qa.prompting import CHAT, STOP, Message, Prompting, answer_text, letter, prompt
 from selfdoubt.qa.records import Question, Record, Sample, with_scores
@@ -170,16 +171,15 @@ def _choose(
     A record is correct where that choice is right (the mean over questions is TruthfulQA's MC1), and its grade is the
     share of probability on right choices (the mean is MC2).
     """
-    places = [(row, i) for row, q in enumerate(questions) for i in range(len(q.choices))]
-    pairs = [(prompts[row], _said(questions[row], i, plan)) for row, i in places]
+    pairs = [(p, _said(q, i, plan)) for q, p in zip(questions, prompts, strict=True) for i in range(len(q.choices))]
     scored: list[Answer] = []
     with found.timed("answer", len(pairs) / len(questions)):
         for first in range(0, len(pairs), plan.batch_size):
             part = pairs[first : first + plan.batch_size]
             scored += lm.score_batch(part, raw=plan.raw, alternatives=0)
-    chosen = []
-    for row, question in enumerate(questions):
-        own = [answer for answer, (r, _) in zip(scored, places, strict=True) if r == row]
+    chosen, rest = [], iter(scored)
+    for question in questions:
+        own = list(islice(rest, len(question.choices)))
         logprobs = [-answer.scores["sum_nll"] for answer in own]
         best = max(range(len(own)), key=lambda i: logprobs[i])
         record = replace(
@@ -201,12 +201,10 @@ def _said(question: Question, choice: int, plan: Plan) -> str:
 
 def _choice_scores(logprobs: Sequence[float], best: int) -> dict[str, float]:
     """Doubt among the choices, as if nothing else could be said: surprisal of the chosen one, and the entropy."""
-    top = max(logprobs)
-    mass = [math.exp(v - top) for v in logprobs]
-    shares = [m / math.fsum(mass) for m in mass]
+    own = shares(logprobs)
     return {
-        "choice_nll": _short(0.0 - math.log(shares[best])),
-        "choice_entropy": _short(0.0 - math.fsum(p * math.log(p) for p in shares if p > 0)),
+        "choice_nll": _short(0.0 - math.log(own[best])),
+        "choice_entropy": _short(0.0 - math.fsum(p * math.log(p) for p in own if p > 0)),
     }
 
 

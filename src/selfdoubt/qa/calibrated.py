@@ -8,6 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from selfdoubt import storage
 from selfdoubt.errors import ConfigError
 from selfdoubt.lm.adapter import save_adapter
@@ -84,7 +86,7 @@ def _named(record: Record, folder: Path, runs: int) -> Record:
 def _shared_states(states: Sequence[Mapping[str, Tensor]]) -> dict[str, Any]:
     """Those that all runs kept."""
     names = [name for name in states[0] if all(name in other for other in states)]
-    return {name: [row for own in states for row in own[name].tolist()] for name in names}
+    return {name: torch.cat([own[name] for own in states]) for name in names}
 
 
 def _check_target(about: Mapping[str, Any], out: Path | None, folders: Sequence[Path]) -> Path:

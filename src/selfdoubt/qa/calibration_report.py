@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float
 
-from selfdoubt.errors import require
+from selfdoubt.qa.curves import auroc
 from selfdoubt.qa.heads import losses
+from selfdoubt.qa.reliability import brier, ece
 from selfdoubt.qa.threshold import Promise
 
 
@@ -119,12 +120,10 @@ def quality(p: Float[np.ndarray, " n"], correct: Bool[np.ndarray, " n"]) -> Qual
     """Of those probabilities that are there (not NaN); right and wrong answers must be among them."""
     seen = ~np.isnan(p)
     p, correct = p[seen], correct[seen]
-    place = np.minimum((p * 15).astype(int), 14)
-    gaps = np.bincount(place, p - correct, 15)
     return Quality(
         answers=len(p),
         log_loss=float(losses(p, correct).mean()),
-        brier=float(np.square(p - correct).mean()),
-        auroc=float(require("sklearn.metrics", "qa").roc_auc_score(correct, p)),
-        ece=float(np.abs(gaps).sum() / len(p)),
+        brier=brier(p, correct),
+        auroc=auroc(1 - p, correct),
+        ece=ece(p, correct),
     )

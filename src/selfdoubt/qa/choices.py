@@ -56,11 +56,16 @@ def judge_mc2(question: Question, logprobs: Sequence[float]) -> Verdict:
     Raises:
         As ``judge_mc1``.
     """
-    right, wrong = _parted(question, logprobs)
-    top = max(logprobs)
-    mass = math.fsum(math.exp(v - top) for v in right)
-    share = mass / (mass + math.fsum(math.exp(v - top) for v in wrong))
+    _parted(question, logprobs)
+    share = math.fsum(p for i, p in enumerate(shares(logprobs)) if i in question.right)
     return Verdict(share > 0.5, share)
+
+
+def shares(logprobs: Sequence[float]) -> list[float]:
+    """Probabilities among the choices, as if nothing else could be said."""
+    top = max(logprobs)
+    mass = [math.exp(v - top) for v in logprobs]
+    return [m / math.fsum(mass) for m in mass]
 
 
 def _parted(question: Question, logprobs: Sequence[float]) -> tuple[list[float], list[float]]:
