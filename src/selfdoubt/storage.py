@@ -28,6 +28,8 @@ from selfdoubt.rows import added_names
 
 FORMAT = 1
 WEIGHTS, CARD = "added.safetensors", "selfdoubt.json"
+#: Entries of the card that are worth a folder without any weights.
+LEARNT = frozenset({"reference", "calibration"})
 METHODS = ("vote", "sample", "sculpt")
 
 
@@ -43,7 +45,7 @@ def save(
     """Write what wrapping added or left training; the base model itself is not written.
 
     Args:
-        wrapped: A wrapped model; with ``elsewhere``, or with a calibration in ``extra``, also a plain one.
+        wrapped: A wrapped model; with ``elsewhere``, or with ``LEARNT`` entries in ``extra``, also a plain one.
         folder: Made if missing; an adapter in it is replaced.
         base: Name or folder of the base model; taken from a Hugging Face config if None.
         revision: Revision of the base model.
@@ -56,7 +58,7 @@ def save(
     Raises:
         WrapError: If nothing was added to the model.
     """
-    if not isinstance(wrapped, Wrapped) and not elsewhere and "calibration" not in (extra or {}):
+    if not isinstance(wrapped, Wrapped) and not elsewhere and not LEARNT & set(extra or {}):
         raise WrapError(
             f"{type(wrapped).__name__} is not wrapped, so there is nothing to save: wrap it first, e.g. "
             "vote.Wrapper()(model)"
@@ -106,7 +108,7 @@ def load(folder: str | os.PathLike[str], model: nn.Module) -> Wrapped:
     wrapped = restore(folder, model)
     if not isinstance(wrapped, Wrapped):
         raise LoadError(
-            f"{folder} brings no wrapper (but LoRA or a calibration): load it with "
+            f"{folder} brings no wrapper (but LoRA, reference answers or a calibration): load it with "
             f"RiskAwareLM.load(..., adapter={str(folder)!r})"
         )
     return wrapped
@@ -179,7 +181,7 @@ def read_card(folder: Path) -> dict[str, Any]:
     try:
         card = json.loads(path.read_text(encoding="utf-8"))
         version, entries = card["format"], card["wrappers"]
-        bare = card.get("lora") or card.get("calibration")  # these need no wrapper
+        bare = card.get("lora") or any(card.get(name) for name in LEARNT)  # these need no wrapper
         _ = [entry["method"] for entry in (entries if bare else [entries[0], *entries])]
         _, _ = card["base"]["name"], [abs(s) + n for s, n in card["base"]["fingerprint"].values()]
     except (ValueError, LookupError, TypeError, AttributeError) as error:

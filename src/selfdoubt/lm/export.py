@@ -83,7 +83,7 @@ def export_merged(
 ) -> Path:
     """Write a whole model folder with an adapter's LoRA merged into it, and its tokenizer.
 
-    Where the adapter has a wrapper, ``out / "adapter"`` is the adapter of the merged model:
+    Where the adapter has a wrapper or knows reference answers, ``out / "adapter"`` is the adapter of the merged model:
     ``RiskAwareLM.load(out, adapter=out / "adapter")`` answers as before, but for rounding.
 
     Args:
@@ -116,9 +116,9 @@ def export_merged(
         merged = _merged(load_adapter(model, folder), model, folder, known)
         model.save_pretrained(new)  # type: ignore[operator]
         tokenizer.save_pretrained(new)
-        if isinstance(merged, Wrapped):
-            own = {"format", "wrappers", "base", "versions", "lora"}
-            extra = {key: value for key, value in known.items() if key not in own}
+        own = {"format", "wrappers", "base", "versions", "lora"}
+        extra = {key: value for key, value in known.items() if key not in own}
+        if isinstance(merged, Wrapped) or storage.LEARNT & set(extra):
             save_adapter(merged, new / ADAPTER, base=name or str(out), extra=extra)
     return out
 

@@ -240,19 +240,22 @@ def test_a_merged_model_answers_as_before(tmp_path, folder, name):
     )  # fmt: skip
     out = export_merged(adapter, tmp_path / "out")
     before = RiskAwareLM.load(folder, adapter=adapter)
-    after = RiskAwareLM.load(
-        out, adapter=None if name == "none" else out / "adapter", wrapper="auto" if name != "none" else None
-    )
+    after = RiskAwareLM.load(out, adapter=out / "adapter")
     assert not [n for n in after.model.state_dict() if "lora_" in n]
     a, b = (lm.generate("What is the capital?", max_tokens=8, temperature=1.0) for lm in (before, after))
     assert a.text == b.text
     assert dict(a.scores) == pytest.approx(dict(b.scores), rel=1e-6, abs=1e-9)
-    assert (out / "adapter").exists() == (name != "none")
-    if name != "none":
-        card = storage.read_card(out / "adapter")
-        assert "lora" not in card
-        assert card["reference"] == {"sum_nll": [0.0, 9.0]}
-        assert card["base"]["name"] == str(out)
+    card = storage.read_card(out / "adapter")
+    assert "lora" not in card
+    assert card["reference"] == {"sum_nll": [0.0, 9.0]}
+    assert card["base"]["name"] == str(out)
+
+
+def test_without_wrapper_and_reference_a_merged_model_stands_alone(tmp_path, folder):
+    adapter = save_adapter(shaken(trained()), tmp_path / "adapter", base=str(folder))
+    out = export_merged(adapter, tmp_path / "out")
+    assert not (out / "adapter").exists()
+    assert RiskAwareLM.load(out, wrapper=None).generate("Why?", max_tokens=2).risk >= 0
 
 
 def test_voters_on_lora_become_peft_adapters_of_the_merged_model(tmp_path, folder):

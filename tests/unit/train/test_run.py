@@ -269,8 +269,7 @@ def test_an_optimizer_with_a_state_of_8_bits(config):
 @pytest.mark.parametrize("wrapper", ["sample", "none"])
 def test_lora_is_merged_on_request(config, wrapper):
     folder = fit(replace(config, wrapper=wrapper, merge=True, max_steps=3))
-    adapter = folder / "merged" / "adapter" if wrapper == "sample" else None
-    merged = RiskAwareLM.load(folder / "merged", adapter=adapter, wrapper="auto" if adapter else None)
+    merged = RiskAwareLM.load(folder / "merged", adapter=folder / "merged" / "adapter")
     whole = RiskAwareLM.load(config.model, adapter=folder)
     ours, theirs = (lm.score("In France.", "Where is Paris?") for lm in (whole, merged))
     assert ours.scores == pytest.approx(theirs.scores, rel=1e-3, abs=1e-5)
