@@ -13,6 +13,10 @@ SelfdoubtError
 ├── LoadError            a model or adapter that cannot be read
 │   └── BaseMismatchError    an adapter made for another base model
 ├── UploadError          a folder that the hub does not take
+├── ServingError         a request that the engine does not answer
+│   ├── BusyError            too many are waiting already
+│   ├── DeadlineError        its time is over
+│   └── EngineError          the engine has failed or is closing
 └── MissingExtraError    an optional dependency that is not installed
 """
 
@@ -71,6 +75,26 @@ class BaseMismatchError(LoadError):
 
 class UploadError(SelfdoubtError, OSError):
     """The hub does not take a folder, or cannot be reached."""
+
+
+class ServingError(SelfdoubtError, RuntimeError):
+    """The engine does not answer a request."""
+
+
+class BusyError(ServingError):
+    """Too many requests are waiting already; ``retry_after`` is a guess in seconds of when there is room again."""
+
+    def __init__(self, message: str, retry_after: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class DeadlineError(ServingError):
+    """The time that a request was given is over."""
+
+
+class EngineError(ServingError):
+    """The engine has failed or is closing."""
 
 
 class MissingExtraError(SelfdoubtError, ImportError):

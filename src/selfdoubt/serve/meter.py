@@ -1,0 +1,41 @@
+"""What the engine tells whoever measures it."""
+
+from __future__ import annotations
+
+from typing import Literal, Protocol
+
+from selfdoubt.lm.answer import Answer
+
+Outcome = Literal["stop", "length", "cancelled", "deadline", "error"]
+
+
+class Meter(Protocol):
+    """Called from the engine's thread; must be quick and must not raise."""
+
+    def waiting(self, requests: int) -> None:
+        """So many requests wait now."""
+
+    def stepped(self, sequences: int, seconds: float) -> None:
+        """One token for each of so many sequences took so long."""
+
+    def first_token(self, seconds: float) -> None:
+        """From a request's arrival to its first token."""
+
+    def ended(self, outcome: Outcome, answer: Answer | None) -> None:
+        """One answer is complete, or will not be (None)."""
+
+
+class Silent:
+    """Nobody measures."""
+
+    def waiting(self, requests: int) -> None:
+        """See ``Meter``."""
+
+    def stepped(self, sequences: int, seconds: float) -> None:
+        """See ``Meter``."""
+
+    def first_token(self, seconds: float) -> None:
+        """See ``Meter``."""
+
+    def ended(self, outcome: Outcome, answer: Answer | None) -> None:
+        """See ``Meter``."""
