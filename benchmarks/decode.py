@@ -19,7 +19,9 @@ from torch import Tensor, nn
 
 from benchmarks import results
 from selfdoubt import sample, sculpt, vote
-from selfdoubt.lm.decode import Sampling, decode, read
+from selfdoubt.lm.decode import decode
+from selfdoubt.lm.reading import read
+from selfdoubt.lm.sampling import Sampling
 from selfdoubt.lm.stepper import HFStepper, Logits
 
 SHAPES: dict[str, dict[str, int]] = {
@@ -83,6 +85,12 @@ class Separate:
     def keep(self, sequences: Sequence[int]) -> None:
         for p in self.passes:
             p.keep(sequences)
+
+    def extend(self, texts: Sequence[Sequence[int]]) -> Iterator[tuple[int, Logits]]:
+        raise NotImplementedError("only decoding is timed")
+
+    def join(self, other: Any) -> None:
+        raise NotImplementedError("only one batch is timed")
 
     @staticmethod
     def _join(pieces: list[Logits]) -> Logits:

@@ -8,7 +8,9 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 
 from selfdoubt import sample, sculpt, vote
-from selfdoubt.lm.decode import Sampling, decode, read
+from selfdoubt.lm.decode import decode
+from selfdoubt.lm.reading import read
+from selfdoubt.lm.sampling import Sampling
 from selfdoubt.lm.stepper import HFStepper
 from tests.ladder.rungs import looped, noisy, stepped, voter, whole
 from tests.zoo import FAMILIES, causal, prompts

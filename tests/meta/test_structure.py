@@ -88,9 +88,9 @@ def test_the_core_needs_only_torch(name):
 
 
 def test_the_token_loop_knows_no_text_and_no_model_library():
-    for name in ("lm.decode", "lm.stepper"):
+    for name in ("lm.decode", "lm.reading", "lm.sampling", "lm.stepper"):
         assert not {m.partition(".")[0] for m, _ in imports(FILES[name])} & {"transformers", "tokenizers"}
-    assert not own(FILES["lm.decode"]) & {"lm.prompt", "lm.model", "lm.load"}
+        assert not own(FILES[name]) & {"lm.prompt", "lm.model", "lm.load"}
 
 
 def test_optional_packages_are_imported_where_they_are_used():

@@ -1,13 +1,12 @@
 """The token loop, on ids alone: no text, no model library.
 
-``read`` scores a prompt while it is read; ``decode`` chooses the next tokens. All members follow the same tokens, those
-of the mean distribution.
+All members follow the same tokens, those of the mean distribution.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence, Set
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Sequence, Set
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 import torch
@@ -15,57 +14,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from selfdoubt import risk
-from selfdoubt.errors import ConfigError
-from selfdoubt.lm.states import StatePool
+from selfdoubt.lm.reading import ScoredId, scored_ids
+from selfdoubt.lm.sampling import Sampling, choose
 from selfdoubt.lm.stepper import Logits, Stepper
 
 Finish = Literal["stop", "length"]
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How tokens are chosen.
-
-    Args:
-        temperature: 0 takes the most probable token; above 0 sharpens or flattens the mean distribution.
-        top_p: Draw from the smallest set of tokens that holds this share of probability, in (0, 1].
-        max_tokens: Most tokens of an answer, at least 1.
-        stop_ids: Tokens that end an answer; they are not part of it.
-        alternatives: How many of the most probable tokens are told with each token.
-
-    Raises:
-        ConfigError: If a setting is out of range.
-    """
-
-    temperature: float = 0.0
-    top_p: float = 1.0
-    max_tokens: int = 256
-    stop_ids: frozenset[int] = frozenset()
-    alternatives: int = 5
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.temperature < float("inf"):
-            raise ConfigError(f"temperature must be finite and at least 0, got {self.temperature}")
-        if not 0 < self.top_p <= 1:
-            raise ConfigError(f"top_p must be above 0 and at most 1, got {self.top_p}")
-        if self.max_tokens < 1:
-            raise ConfigError(f"max_tokens must be at least 1, got {self.max_tokens}")
-        if self.alternatives < 0:
-            raise ConfigError(f"alternatives must not be negative, got {self.alternatives}")
-
-
-class ScoredId(NamedTuple):
-    """A token id with its scores (see ``risk.TokenScores``) and the most probable ids in its place."""
-
-    id: int
-    logprob: float
-    total: float
-    aleatoric: float
-    epistemic: float
-    disagreement: float
-    spread: float
-    scale: float | None
-    alternatives: tuple[tuple[int, float], ...]  #: (id, log-probability), the most probable first
 
 
 class Event(NamedTuple):
@@ -77,68 +30,119 @@ class Event(NamedTuple):
     states: Float[Tensor, "layers width"] | None = None  #: hidden states in which this was chosen
 
 
-def read(
-    stepper: Stepper, prompts: Sequence[Sequence[int]], alternatives: int = 0, pool: StatePool | None = None
-) -> tuple[list[list[ScoredId | None]], Logits]:
-    """Read prompts and score every token of them but the first, which nothing predicts (None).
+@dataclass(eq=False)
+class Line:
+    """One sequence of a batch.
 
     Args:
-        stepper: Fresh, or done with what it read before.
-        prompts: Token ids.
-        alternatives: How many of the most probable tokens are told with each token.
-        pool: Takes the hidden states, where the stepper has them.
-
-    Returns:
-        The scored tokens of each prompt, and what comes next, ``(members, batch, classes)``.
+        name: What its events call it.
+        sampling: How its tokens are chosen.
+        seed: Its draws depend on this alone, not on the batch around it.
+        room: Most tokens that its context leaves for the answer.
     """
-    width = max(len(p) for p in prompts)
-    scored: list[list[ScoredId | None]] = [[None] for _ in prompts]
-    ids = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts])
-    last: Logits | None = None
-    for first, piece in stepper.start(prompts):
-        columns = piece.logits.shape[2]
-        # Column c predicts the token at c + 1; the last column of all predicts the first new token.
-        known = min(columns, width - 1 - first)
-        if known > 0:
-            chosen = ids[:, first + 1 : first + 1 + known].to(piece.logits.device)
-            now = piece.at(slice(known))
-            for sequence, tokens in enumerate(_scored(now, chosen, risk.mix(now.logits), alternatives)):
-                start = width - len(prompts[sequence])
-                scored[sequence] += [t for c, t in enumerate(tokens) if first + c >= start]
-        if pool is not None and piece.states is not None:
-            pool.add(first, piece.states[0])
-        last = piece.at(-1)
-    assert last is not None
-    return scored, last
+
+    name: int
+    sampling: Sampling
+    seed: int
+    room: int
+    chosen: list[int] = field(default_factory=list)  #: without the token that ended it
+    _generator: torch.Generator = field(init=False, repr=False)
+    _draw: Float[Tensor, ""] | None = None
+
+    def __post_init__(self) -> None:
+        self._generator = torch.Generator().manual_seed(self.seed)
+        self.room = min(self.room, self.sampling.max_tokens)
+
+    def draw(self) -> Float[Tensor, ""]:
+        """A number in [0, 1) for the next token: the same one until that token is taken."""
+        if self._draw is None:
+            self._draw = torch.rand((), generator=self._generator, dtype=torch.float64)
+        return self._draw
+
+    def take(self, token: ScoredId, states: Float[Tensor, "layers width"] | None) -> Event:
+        """What happens when this token is the next."""
+        self._draw = None
+        if token.id in self.sampling.stop_ids:
+            return Event(self.name, None, "stop", states)
+        self.chosen.append(token.id)
+        few = token._replace(alternatives=token.alternatives[: self.sampling.alternatives])
+        return Event(self.name, few, "length" if len(self.chosen) >= self.room else None, states)
 
 
-def follow(
-    stepper: Stepper,
-    following: Logits,
-    texts: Sequence[Sequence[int]],
-    alternatives: int = 0,
-    pool: StatePool | None = None,
-) -> list[list[ScoredId]]:
-    """Score a text after each prompt that was read. No token can be chosen afterwards.
+class Batch:
+    """Sequences that are decoded side by side, and may come and go between tokens.
+
+    ``choose`` and ``step`` take turns; ``drop`` and ``join`` are for the time before ``choose``.
 
     Args:
         stepper: Has read the prompts.
-        following: What comes next after the prompts.
-        texts: Token ids, at least one for each prompt.
-        alternatives: How many of the most probable tokens are told with each token.
-        pool: Takes the hidden states in which the texts' tokens but the first are predicted, right-padded.
+        following: What comes next after them.
+        lines: The sequences, in the order of the prompts.
     """
-    width = max(len(t) for t in texts)
-    ids = torch.tensor([list(t) + [0] * (width - len(t)) for t in texts]).to(following.logits.device)
-    found = _scored(following.at(None), ids[:, :1], risk.mix(following.logits)[:, None], alternatives)
-    # The last token predicts nothing that is asked for.
-    for first, piece in stepper.extend([t[:-1] for t in texts]) if width > 1 else ():
-        if pool is not None and piece.states is not None:
-            pool.add(first, piece.states[0])
-        chosen = ids[:, first + 1 : first + 1 + piece.logits.shape[2]]
-        for tokens, more in zip(found, _scored(piece, chosen, risk.mix(piece.logits), alternatives), strict=True):
-            tokens += more
-    return [tokens[: len(text)] for tokens, text in zip(found, texts, strict=True)]
+
+    def __init__(self, stepper: Stepper, following: Logits, lines: Sequence[Line]) -> None:
+        self.lines = list(lines)
+        self._stepper = stepper
+        self._following = following
+        self._chosen: Int[Tensor, " batch"] | None = None
+        self._ended: set[int] = set()
+
+    def choose(self) -> list[Event]:
+        """The next token of every sequence, or its end.
+
+        Raises:
+            NonFiniteError: If a sequence's logits are; nothing is chosen then. ``broken`` tells which.
+        """
+        following = self._following
+        samplings = [line.sampling for line in self.lines]
+        mixed = risk.mix(following.logits)
+        chosen = choose(mixed, samplings, torch.stack([line.draw() for line in self.lines]))
+        most = max(sampling.alternatives for sampling in samplings)
+        tokens = scored_ids(following.at(None), chosen[:, None], mixed[:, None], most)
+        self._chosen = chosen
+        events = []
+        for row, (line, (token,)) in enumerate(zip(self.lines, tokens, strict=True)):
+            events.append(line.take(token, None if following.states is None else following.states[0, row]))
+        self._ended = {event.sequence for event in events if event.finish is not None}
+        return events
+
+    def step(self, gone: Set[int] = frozenset()) -> None:
+        """Go on with the sequences that have not ended, less those that nobody wants more of."""
+        kept = self._leave(self._ended | gone)
+        if self.lines:
+            assert self._chosen is not None
+            self._following = self._stepper.step(self._chosen if kept is None else self._chosen[kept])
+
+    def drop(self, gone: Set[int]) -> None:
+        """Let sequences go before their next token is chosen."""
+        kept = self._leave(gone)
+        if self.lines and kept is not None:
+            self._following = self._following.of(kept)
+
+    def _leave(self, gone: Set[int]) -> list[int] | None:
+        """Free the rows of these sequences; the places of those that stay, None where all do."""
+        kept = [row for row, line in enumerate(self.lines) if line.name not in gone]
+        if len(kept) == len(self.lines):
+            return None
+        self.lines = [self.lines[row] for row in kept]
+        if kept:
+            self._stepper.keep(kept)
+        return kept
+
+    def join(self, other: Batch) -> None:
+        """Take in the sequences of another batch of the same model, behind one's own.
+
+        Raises:
+            WrapError: If the model's cache cannot be joined.
+        """
+        self._stepper.join(other._stepper)
+        self._following = self._following.beside(other._following)
+        self.lines += other.lines
+
+    def broken(self) -> set[int]:
+        """The sequences whose next logits are NaN or infinite."""
+        fine = self._following.logits.isfinite().all(-1).all(0).tolist()
+        return {line.name for line, is_fine in zip(self.lines, fine, strict=True) if not is_fine}
 
 
 def decode(
@@ -147,7 +151,7 @@ def decode(
     lengths: Sequence[int],
     sampling: Sampling,
     seeds: Sequence[int],
-    closed: Set[int] = frozenset(),
+    closed: Collection[int] = frozenset(),
 ) -> Iterator[Event]:
     """Choose tokens until every sequence has ended.
 
@@ -156,80 +160,16 @@ def decode(
         following: What comes next after the prompts.
         lengths: Tokens in each prompt.
         sampling: How tokens are chosen.
-        seeds: One for each sequence: its draws depend on its own seed only, not on the batch around it.
-        closed: Sequences that whoever reads the events wants no more of; looked at after each event.
+        seeds: One for each sequence.
+        closed: Sequences that whoever reads the events wants no more of; looked at after each token.
     """
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    alive = list(range(len(lengths)))
-    room = [min(sampling.max_tokens, (stepper.context or 2**62) - n) for n in lengths]
-    done = 0
-    while True:
-        draws = [torch.rand((), generator=generators[s], dtype=torch.float64) for s in alive]
-        mixed = risk.mix(following.logits)
-        chosen = choose(mixed, sampling, torch.stack(draws))
-        ids = chosen.tolist()
-        now = following.at(None)
-        tokens = _scored(now, chosen[:, None], mixed[:, None], sampling.alternatives)
-        done += 1
-        survivors = []
-        for position, sequence in enumerate(alive):
-            states = None if following.states is None else following.states[0, position]
-            if ids[position] in sampling.stop_ids:
-                yield Event(sequence, None, "stop", states)
-                continue
-            ends = done >= room[sequence]
-            yield Event(sequence, tokens[position][0], "length" if ends else None, states)
-            if not ends and sequence not in closed:
-                survivors.append(position)
-        if not survivors:
-            return
-        if len(survivors) < len(alive):
-            stepper.keep(survivors)
-            alive = [alive[p] for p in survivors]
-            chosen = chosen[survivors]
-        following = stepper.step(chosen)
+    room = [(stepper.context or 2**62) - length for length in lengths]
+    lines = [Line(i, sampling, seed, room[i]) for i, seed in enumerate(seeds)]
+    yield from run(Batch(stepper, following, lines), closed)
 
 
-def choose(
-    logits: Float[Tensor, "batch classes"], sampling: Sampling, uniform: Float[Tensor, " batch"]
-) -> Int[Tensor, " batch"]:
-    """The next token of each sequence: the most probable, or by inverting the distribution function at ``uniform``."""
-    if sampling.temperature == 0:
-        return logits.argmax(-1)
-    # Less the largest first: then the coldest temperature gives infinity in the right direction only.
-    probs = ((logits - logits.amax(-1, keepdim=True)).double() / sampling.temperature).softmax(-1)
-    ordered, order = probs.sort(stable=True, dim=-1, descending=True)
-    below = ordered.cumsum(-1) - ordered
-    ordered = ordered.masked_fill(below >= sampling.top_p, 0)
-    cumulative = ordered.cumsum(-1)
-    target = uniform.to(cumulative.device)[:, None] * cumulative[:, -1:]
-    index = torch.searchsorted(cumulative, target, right=True).clamp_max(logits.shape[-1] - 1)
-    drawn: Tensor = order.gather(-1, index).squeeze(-1)
-    return drawn
-
-
-def _scored(
-    following: Logits, chosen: Int[Tensor, "batch t"], mixed: Float[Tensor, "batch t classes"], alternatives: int
-) -> list[list[ScoredId]]:
-    """Scores of chosen tokens, moved to the host in one go."""
-    scores = risk.token_scores(following.logits, chosen)
-    columns = [s.double() for s in scores]
-    if following.scale is not None:
-        index = chosen[None, ..., None].expand(len(following.scale), -1, -1, 1)
-        columns.append(following.scale.gather(-1, index).squeeze(-1).double().square().mean(0).sqrt())
-    if alternatives:
-        top = mixed.topk(min(alternatives, mixed.shape[-1]), -1)
-        # The log-normaliser without a second pass over the classes: the chosen token's logit less its log-probability.
-        normaliser = mixed.gather(-1, chosen[..., None]).double() - scores.logprob[..., None].double()
-        columns += [*top.indices.double().unbind(-1), *(top.values.double() - normaliser).unbind(-1)]
-    table = torch.stack([*columns, chosen.double()], -1).tolist()
-    has_scale = following.scale is not None
-
-    def token(row: list[float]) -> ScoredId:
-        named = dict(zip(risk.TokenScores._fields, row, strict=False))
-        rest = row[len(named) + has_scale : -1]
-        half = len(rest) // 2
-        options = tuple((int(i), p) for i, p in zip(rest[:half], rest[half:], strict=True))
-        return ScoredId(id=int(row[-1]), **named, scale=row[len(named)] if has_scale else None, alternatives=options)
-
-    return [[token(row) for row in rows] for rows in table]
+def run(batch: Batch, closed: Collection[int] = frozenset()) -> Iterator[Event]:
+    """Choose tokens until every sequence of a batch has ended; see ``decode``."""
+    while batch.lines:
+        yield from batch.choose()
+        batch.step(frozenset(closed))

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 from selfdoubt.errors import PromptError
 from selfdoubt.lm.answer import Answer, Token
 from selfdoubt.lm.calibration import States
-from selfdoubt.lm.decode import ScoredId, follow, read
 from selfdoubt.lm.prompt import Detokenizer, Prompt, encode
+from selfdoubt.lm.reading import ScoredId, follow, read
 from selfdoubt.lm.states import StatePool
 from selfdoubt.lm.stepper import HFStepper
 from selfdoubt.lm.stream import own_end

@@ -17,11 +17,11 @@ from selfdoubt.lm import answer as answers
 from selfdoubt.lm.adapter import base_of, load_adapter, own_tokenizer, read_adapter
 from selfdoubt.lm.answer import Alternative, Answer, Token, answer_scores, check_score, pick_risk, rank_scores, stand_in
 from selfdoubt.lm.calibration import Calibration, States, stored
-from selfdoubt.lm.decode import ScoredId
 from selfdoubt.lm.given import score_given
 from selfdoubt.lm.load import POCKET, Quantization, load_model, quick_dtype
 from selfdoubt.lm.options import Options, sampling_of, stop_texts
 from selfdoubt.lm.prompt import Detokenizer, Message, Prompt, encode
+from selfdoubt.lm.reading import ScoredId
 from selfdoubt.lm.stream import Stream, answering
 from selfdoubt.members import Spec, innermost
 from selfdoubt.risk import percentile
@@ -71,7 +71,8 @@ class RiskAwareLM:
         self.layers = tuple(sorted({*layers, *read}))
         self.risk = risk
         self.token_risk = token_risk
-        self._stop_ids = _stop_ids(model, tokenizer)
+        self.stop_ids = _stop_ids(model, tokenizer)
+        self._texts: dict[int, str] = {}
 
     @classmethod
     def load(
@@ -243,7 +244,7 @@ class RiskAwareLM:
             As ``generate``.
         """
         encoded = encode(self.tokenizer, prompt, raw=options.get("raw", False))
-        sampling = sampling_of(options, self._stop_ids)
+        sampling = sampling_of(options, self.stop_ids)
         return Stream(self, encoded, sampling, options.get("seed", 0), stop_texts(options))
 
     def score(self, text: str, question: Question | None = None, *, raw: bool = False) -> Answer:
@@ -300,19 +301,22 @@ class RiskAwareLM:
 
     def _token(self, scored: ScoredId, text: str) -> Token:
         plain = scored._asdict()
-        options = tuple(
-            Alternative(self.tokenizer.decode([i]), i, float(torch.tensor(p).exp()))
-            for i, p in plain.pop("alternatives")
-        )
+        options = tuple(Alternative(self._text(i), i, math.exp(p)) for i, p in plain.pop("alternatives"))
         value = 0.0 - scored.logprob if self.token_risk == "nll" else getattr(scored, self.token_risk)
         return Token(text=text, **plain, risk=value, alternatives=options)
+
+    def _text(self, token: int) -> str:
+        """A token's text by itself; the same few tokens are asked for again and again."""
+        if token not in self._texts:
+            self._texts[token] = self.tokenizer.decode([token])
+        return self._texts[token]
 
     def _generate(
         self, prompts: Sequence[Question], batch_size: int, seeds: Sequence[int], options: Options
     ) -> list[Answer]:
         if batch_size < 1:
             raise ConfigError(f"batch_size must be at least 1, got {batch_size}")
-        sampling, stops = sampling_of(options, self._stop_ids), stop_texts(options)
+        sampling, stops = sampling_of(options, self.stop_ids), stop_texts(options)
         encoded = [encode(self.tokenizer, prompt, raw=options.get("raw", False)) for prompt in prompts]
         found: list[Answer] = []
         for first in range(0, len(encoded), batch_size):

@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 from typing import TypedDict
 
 from selfdoubt.errors import ConfigError
-from selfdoubt.lm.decode import Sampling
+from selfdoubt.lm.sampling import Sampling
 
 
 class Options(TypedDict, total=False):

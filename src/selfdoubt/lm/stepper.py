@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from selfdoubt.errors import PromptError, WrapError
+from selfdoubt.lm import cache
 from selfdoubt.lm.states import decoder_layer, listening
 from selfdoubt.members import Wrapped, innermost
 from selfdoubt.rows import expand, unfold
@@ -38,6 +39,11 @@ class Logits(NamedTuple):
         """The same of some sequences."""
         return Logits(*(None if x is None else x[:, list(sequences)] for x in self))  # type: ignore[arg-type]
 
+    def beside(self, other: Logits) -> Logits:
+        """Those of both batches, in this order."""
+        pairs = zip(self, other, strict=True)
+        return Logits(*(None if a is None or b is None else torch.cat([a, b], 1) for a, b in pairs))  # type: ignore[arg-type]
+
 
 @runtime_checkable
 class Stepper(Protocol):
@@ -58,6 +64,9 @@ class Stepper(Protocol):
 
     def keep(self, sequences: Sequence[int]) -> None:
         """Go on with these sequences of the batch only; one that is named twice goes on twice."""
+
+    def join(self, other: Any) -> None:
+        """Go on with the sequences of another stepper of the same kind and model, too, behind one's own."""
 
 
 class HFStepper:
@@ -157,6 +166,39 @@ class HFStepper:
         self._rows = len(rows)
         if self._mask is not None:
             self._mask = self._mask[rows]
+            self._trim()
+
+    @torch.inference_mode()
+    def join(self, other: HFStepper) -> None:
+        """Go on with the sequences of another stepper of the same model, too, behind one's own.
+
+        Raises:
+            WrapError: If the model's cache is of a kind that cannot be joined.
+        """
+        mine, theirs = self._lengths(), other._lengths()
+        self._cache = cache.joined(self._cache, other._cache, self.members)
+        self._rows += other._rows
+        width = self._cache.get_seq_length()
+        used = torch.cat([mine, theirs])[:, None] > torch.arange(width - 1, -1, -1, device=self._device)
+        self._mask = expand(used.long(), self.members)
+        self._trim()
+
+    def _lengths(self) -> Int[Tensor, " batch"]:
+        """Tokens that each sequence has in the cache."""
+        batch = self._rows // self.members
+        if self._mask is None:
+            return torch.full((batch,), self._cache.get_seq_length(), device=self._device)
+        return self._mask[:batch].sum(1)
+
+    def _trim(self) -> None:
+        """Forget the columns in which all sequences have padding, and the mask where none has any."""
+        assert self._mask is not None
+        unused = int(self._mask.argmax(1).min())
+        if unused:
+            cache.trim(self._cache, unused)
+            self._mask = self._mask[:, unused:]
+        if self._mask.all():
+            self._mask = None
 
     def _forward(self, rows: Int[Tensor, "rows t"], first: int) -> Logits:
         self._rows = len(rows)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Literal
+from itertools import repeat
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from jaxtyping import Float
 from torch import Tensor
@@ -13,8 +14,10 @@ from torch import Tensor
 from selfdoubt.errors import ConfigError
 from selfdoubt.lm.answer import Answer, Token
 from selfdoubt.lm.calibration import States
-from selfdoubt.lm.decode import Event, Sampling, decode, read
+from selfdoubt.lm.decode import Batch, Event, Line, run
 from selfdoubt.lm.prompt import Detokenizer, Prompt
+from selfdoubt.lm.reading import reading, whole
+from selfdoubt.lm.sampling import Sampling
 from selfdoubt.lm.states import StatePool
 from selfdoubt.lm.stepper import HFStepper
 
@@ -102,29 +105,47 @@ class AnswerInProgress:
         return States(self.lm.layers, self._asked.cpu(), self._first.cpu(), mean.cpu())
 
 
-def answering(
-    lm: RiskAwareLM, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[int], stops: Sequence[str]
-) -> tuple[list[AnswerInProgress], Iterator[list[Token]]]:
-    """Read prompts; answers in the making, and the steps that make them, each with the tokens that it made certain.
+class Wanted(NamedTuple):
+    """One answer that is wanted."""
+
+    name: int  #: what the batch calls it
+    prompt: Prompt
+    sampling: Sampling
+    seed: int
+    stops: Sequence[str] = ()
+
+
+def opening(lm: RiskAwareLM, wanted: Sequence[Wanted]) -> Generator[None, None, tuple[list[AnswerInProgress], Batch]]:
+    """Read prompts piece by piece; in the end there are answers in the making, and the batch that makes them.
 
     A prompt that comes several times is read once.
     """
-    different = {tuple(p.ids): p for p in prompts}
+    different = {tuple(want.prompt.ids): want.prompt for want in wanted}
     place = {ids: row for row, ids in enumerate(different)}
-    rows = [place[tuple(p.ids)] for p in prompts]
+    rows = [place[tuple(want.prompt.ids)] for want in wanted]
     stepper = HFStepper(lm.model, lm.layers)
     pool = StatePool([[own_end(p)] for p in different.values()], [len(i) for i in different]) if lm.layers else None
-    scored, following = read(stepper, [list(ids) for ids in different], pool=pool)
+    scored, following = yield from reading(stepper, [list(ids) for ids in different], pool=pool)
     questions = [lm._own(s, p) for s, p in zip(scored, different.values(), strict=True)]
     asked = [None] * len(different) if pool is None or pool.means is None else [means[0] for means in pool.means]
-    answers = [AnswerInProgress(lm, questions[row], stops, asked[row]) for row in rows]
-    if len(different) < len(prompts):
+    answers = [AnswerInProgress(lm, questions[row], w.stops, asked[row]) for row, w in zip(rows, wanted, strict=True)]
+    if len(different) < len(wanted):
         stepper.keep(rows)
         following = following.of(rows)
+    lines = [Line(w.name, w.sampling, w.seed, (stepper.context or 2**62) - len(w.prompt.ids)) for w in wanted]
+    return answers, Batch(stepper, following, lines)
+
+
+def answering(
+    lm: RiskAwareLM, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[int], stops: Sequence[str]
+) -> tuple[list[AnswerInProgress], Iterator[list[Token]]]:
+    """Read prompts; answers in the making, and the steps that make them, each with the tokens that it made certain."""
+    wanted = [Wanted(i, *each, stops) for i, each in enumerate(zip(prompts, repeat(sampling), seeds, strict=False))]
+    answers, batch = whole(opening(lm, wanted))
 
     def steps() -> Iterator[list[Token]]:
         closed: set[int] = set()
-        for event in decode(stepper, following, [len(p.ids) for p in prompts], sampling, seeds, closed):
+        for event in run(batch, closed):
             yield answers[event.sequence].add(event)
             if answers[event.sequence].finish is not None:
                 closed.add(event.sequence)

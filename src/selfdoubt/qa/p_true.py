@@ -10,8 +10,8 @@ import torch
 
 from selfdoubt import risk
 from selfdoubt.errors import ConfigError
-from selfdoubt.lm.decode import read
 from selfdoubt.lm.prompt import encode
+from selfdoubt.lm.reading import read
 from selfdoubt.lm.stepper import HFStepper
 from selfdoubt.qa.records import Question
 

@@ -71,7 +71,7 @@ class Engine:
             if isinstance(question, Prompt)
             else encode(self.lm.tokenizer, question, raw=options.get("raw", False))
         )
-        sampling = replace(sampling_of(options, self.lm._stop_ids), alternatives=alternatives)
+        sampling = replace(sampling_of(options, self.lm.stop_ids), alternatives=alternatives)
         if not 1 <= n <= self.limits.choices:
             raise ConfigError(f"n must be between 1 and {self.limits.choices}, got {n}")
         first = options.get("seed", 0)

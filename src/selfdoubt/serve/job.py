@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from selfdoubt.lm.answer import Answer, Token
-from selfdoubt.lm.decode import Sampling
 from selfdoubt.lm.prompt import Prompt
+from selfdoubt.lm.sampling import Sampling
 
 
 @dataclass(frozen=True)

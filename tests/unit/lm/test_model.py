@@ -11,8 +11,8 @@ import torch
 import selfdoubt
 from selfdoubt import RiskAwareLM, sample, sculpt, vote
 from selfdoubt.errors import ConfigError, LoadError, NonFiniteError, PromptError
-from selfdoubt.lm.decode import read
 from selfdoubt.lm.prompt import encode
+from selfdoubt.lm.reading import read
 from selfdoubt.lm.stepper import HFStepper
 from tests.zoo import talker, tokenizer
 

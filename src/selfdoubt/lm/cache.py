@@ -1,0 +1,56 @@
+"""Key-value caches of Hugging Face models whose sequences, right-aligned, come together or lose their padding."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from selfdoubt.errors import WrapError, require
+from selfdoubt.rows import unfold
+
+
+def joined(mine: Any, theirs: Any, members: int) -> Any:
+    """``mine``, with the sequences of ``theirs`` behind its own, member by member; the shorter is padded on the left.
+
+    What stands on padding is zero and must be masked. ``theirs`` is used up.
+
+    Raises:
+        WrapError: If a layer keeps something else than keys and values (a recurrent state, say).
+    """
+    kinds = require("transformers.cache_utils", "lm")
+    known = (kinds.DynamicLayer, kinds.DynamicSlidingWindowLayer)
+    strange = [layer for layer in (*mine.layers, *theirs.layers) if type(layer) not in known]
+    if strange:
+        raise WrapError(f"caches with a {type(strange[0]).__name__} cannot be joined: their sequences run one by one")
+    length = max(mine.get_seq_length(), theirs.get_seq_length())
+    for a, b in zip(mine.layers, theirs.layers, strict=True):
+        if not a.is_initialized:
+            continue  # it shares another layer's keys and values
+        width = length if not a.is_sliding else min(length, a.sliding_window - 1)
+        a.keys = _beside(a.keys, b.keys, width, members)
+        a.values = _beside(a.values, b.values, width, members)
+        if a.is_sliding:
+            a.cumulative_length = length
+    return mine
+
+
+def trim(cache: Any, columns: int) -> None:
+    """Forget so many columns on the left, on which every sequence has padding."""
+    length = cache.get_seq_length() - columns
+    for layer in cache.layers:
+        if layer.is_initialized:
+            unused = max(0, layer.keys.shape[-2] - length)
+            layer.keys, layer.values = layer.keys[:, :, unused:], layer.values[:, :, unused:]
+            if layer.is_sliding:
+                layer.cumulative_length = length
+
+
+def _beside(
+    a: Float[Tensor, "rows heads t width"], b: Float[Tensor, "rows2 heads t2 width"], columns: int, members: int
+) -> Float[Tensor, "rows3 heads columns width"]:
+    by_member = [unfold(F.pad(x, (0, 0, columns - x.shape[-2], 0)), members) for x in (a, b)]
+    return torch.cat(by_member, 1).flatten(0, 1)

@@ -1,0 +1,78 @@
+"""How the next tokens are chosen: greedily, or drawn from the most probable."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from selfdoubt.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen.
+
+    Args:
+        temperature: 0 takes the most probable token; above 0 sharpens or flattens the mean distribution.
+        top_p: Draw from the smallest set of tokens that holds this share of probability, in (0, 1].
+        max_tokens: Most tokens of an answer, at least 1.
+        stop_ids: Tokens that end an answer; they are not part of it.
+        alternatives: How many of the most probable tokens are told with each token.
+
+    Raises:
+        ConfigError: If a setting is out of range.
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    max_tokens: int = 256
+    stop_ids: frozenset[int] = frozenset()
+    alternatives: int = 5
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < float("inf"):
+            raise ConfigError(f"temperature must be finite and at least 0, got {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            raise ConfigError(f"top_p must be above 0 and at most 1, got {self.top_p}")
+        if self.max_tokens < 1:
+            raise ConfigError(f"max_tokens must be at least 1, got {self.max_tokens}")
+        if self.alternatives < 0:
+            raise ConfigError(f"alternatives must not be negative, got {self.alternatives}")
+
+
+def choose(
+    logits: Float[Tensor, "batch classes"], samplings: Sequence[Sampling], uniform: Float[Tensor, " batch"]
+) -> Int[Tensor, " batch"]:
+    """The next token of each sequence: the most probable, or by inverting the distribution function at ``uniform``.
+
+    Args:
+        logits: Of the mean distribution.
+        samplings: One for each sequence.
+        uniform: Draws in [0, 1), float64; not looked at where the temperature is 0.
+    """
+    chosen = logits.argmax(-1)
+    drawn = [row for row, sampling in enumerate(samplings) if sampling.temperature > 0]
+    if drawn:
+        chosen[drawn] = _drawn(logits[drawn], [samplings[row] for row in drawn], uniform[drawn].to(logits.device))
+    return chosen
+
+
+def _drawn(
+    logits: Float[Tensor, "batch classes"], samplings: Sequence[Sampling], uniform: Float[Tensor, " batch"]
+) -> Int[Tensor, " batch"]:
+    settings = uniform.new_tensor([[s.temperature, s.top_p] for s in samplings])
+    temperature, top_p = settings[:, :1], settings[:, 1:]
+    # Less the largest first: then the coldest temperature gives infinity in the right direction only.
+    probs = ((logits - logits.amax(-1, keepdim=True)).double() / temperature).softmax(-1)
+    ordered, order = probs.sort(stable=True, dim=-1, descending=True)
+    below = ordered.cumsum(-1) - ordered
+    ordered = ordered.masked_fill(below >= top_p, 0)
+    cumulative = ordered.cumsum(-1)
+    target = uniform[:, None] * cumulative[:, -1:]
+    index = torch.searchsorted(cumulative, target, right=True).clamp_max(logits.shape[-1] - 1)
+    found: Tensor = order.gather(-1, index).squeeze(-1)
+    return found
