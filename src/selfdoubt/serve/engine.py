@@ -1,31 +1,40 @@
-"""One thread owns the model; requests come in from any other and get their answers through ``Job``."""
+"""Continuous batching: one thread owns the model, and requests join and leave its batch between two tokens.
+
+Requests come in from any thread and get their answers through ``Job``. Each turn of the engine reads one piece of the
+newcomers' prompts and chooses one token for every running sequence, so that a long prompt holds nobody up. What goes
+wrong with one request ends that request: a batch that failed is taken apart, and its sequences are read again one by
+one.
+"""
 
 from __future__ import annotations
 
-import queue
 import threading
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import replace
-from typing import Any, TypeVar, Unpack
+from typing import TypeVar, Unpack
 
 from selfdoubt.errors import BusyError, ConfigError, EngineError, PromptError
 from selfdoubt.lm.model import Question, RiskAwareLM
 from selfdoubt.lm.options import Options, sampling_of, stop_texts
 from selfdoubt.lm.prompt import Prompt, encode
-from selfdoubt.lm.stream import Stream
-from selfdoubt.serve.job import Ask, Began, Ended, Grew, Job
+from selfdoubt.serve.inflight import InFlight
+from selfdoubt.serve.job import Ask, Job
 from selfdoubt.serve.limits import Limits
 from selfdoubt.serve.meter import Meter, Silent
+from selfdoubt.serve.waiting import Waiting
 
 T = TypeVar("T")
+#: After so many requests in a row that failed in the model, the engine looks whether the model itself still works.
+LAST_STRAW = 5
 
 
 class Engine:
     """A model that many ask at once.
 
     Args:
-        lm: The model.
+        lm: The model. Nobody else may use it while the engine runs.
         limits: How much it takes on.
         meter: Who measures it.
     """
@@ -34,19 +43,44 @@ class Engine:
         self.lm = lm
         self.limits = limits or Limits()
         self.meter: Meter = meter or Silent()
-        self._todo: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
-        self._closing = False
-        self.failure: BaseException | None = None
+        self.failure: BaseException | None = None  #: what ended the engine
+        self._inflight = InFlight(lm, self.limits, self.meter)
+        self._waiting = Waiting()
+        self._errands: deque[Callable[[], None]] = deque()
+        self._news = threading.Condition()  # guards the three above and the flags below
+        self._warm = self._closing = self._aborting = False
+        self._thread = threading.Thread(target=self._run, name="selfdoubt-engine", daemon=True)
 
-    def start(self) -> None:
-        """Begin to answer."""
+    def start(self, *, wait: bool = False) -> None:
+        """Begin to answer; the model takes its first steps before the engine is ``ready``.
+
+        Args:
+            wait: Until that is so.
+
+        Raises:
+            EngineError: With ``wait``, if the model cannot take them.
+        """
         self._thread.start()
+        if wait:
+            with self._news:
+                self._news.wait_for(lambda: self._warm or self.failure is not None)
+            if self.failure is not None:
+                raise self._error()
 
     @property
     def ready(self) -> bool:
-        """Whether a request would be taken."""
-        return self._thread.is_alive() and not self._closing and self.failure is None
+        """Whether a request would be taken, but for a full queue."""
+        return self._warm and not self._closing and self.failure is None and self._thread.is_alive()
+
+    @property
+    def running(self) -> int:
+        """Sequences that are being read or decoded now."""
+        return self._inflight.size
+
+    @property
+    def waiting(self) -> int:
+        """Requests that wait now."""
+        return len(self._waiting)
 
     def ask(
         self,
@@ -58,7 +92,15 @@ class Engine:
         timeout: float | None = None,
         **options: Unpack[Options],
     ) -> Job:
-        """Ask for ``n`` answers to a question, a chat or ready-made ids; they come back through the job.
+        """Ask for ``n`` answers; they come back through the job.
+
+        Args:
+            question: A question, a chat, or ready-made token ids.
+            n: How many answers, with the seeds ``seed``, ``seed + 1``, ...
+            alternatives: How many of the most probable tokens are told with each token.
+            client: Who asks; clients take turns.
+            timeout: Seconds that it may take, waiting included; at most the limit's.
+            **options: See ``Options``.
 
         Raises:
             PromptError: If the prompt is empty or too long.
@@ -66,64 +108,142 @@ class Engine:
             BusyError: If too many wait already.
             EngineError: If the engine has failed or is closing.
         """
-        prompt = (
-            question
-            if isinstance(question, Prompt)
-            else encode(self.lm.tokenizer, question, raw=options.get("raw", False))
-        )
+        if not isinstance(question, Prompt):
+            question = encode(self.lm.tokenizer, question, raw=options.get("raw", False))
         sampling = replace(sampling_of(options, self.lm.stop_ids), alternatives=alternatives)
-        if not 1 <= n <= self.limits.choices:
-            raise ConfigError(f"n must be between 1 and {self.limits.choices}, got {n}")
-        first = options.get("seed", 0)
-        seeds = tuple(first + i for i in range(n))
-        return self.submit(Ask(prompt, sampling, seeds, stop_texts(options), client, timeout))
+        seeds = tuple(options.get("seed", 0) + i for i in range(n))
+        return self.submit(Ask(question, sampling, seeds, stop_texts(options), client, timeout))
 
     def submit(self, ask: Ask) -> Job:
         """See ``ask``."""
-        if not self.ready:
-            raise EngineError(f"the engine does not run: {self.failure or 'it is closing'}")
-        if self._todo.qsize() >= self.limits.queue:
-            raise BusyError(f"{self.limits.queue} requests are waiting already; try again in a moment")
-        if len(ask.prompt.ids) > (self.limits.prompt_tokens or 2**62):
-            raise PromptError(f"the prompt has {len(ask.prompt.ids)} tokens, more than {self.limits.prompt_tokens}")
-        job = Job(ask)
-        self._todo.put(job)
+        self._check(ask)
+        job = Job(replace(ask, timeout=min(ask.timeout or self.limits.timeout, self.limits.timeout)))
+        with self._news:
+            self._check_open()
+            if len(self._waiting) >= self.limits.queue:
+                raise BusyError(
+                    f"{self.limits.queue} requests are waiting already, which is this server's limit; try again later",
+                    retry_after=min(60.0, max(1.0, self._inflight.pace * len(self._waiting))),
+                )
+            self._waiting.add(job)
+            self.meter.waiting(len(self._waiting))
+            self._news.notify_all()
         return job
 
     def call(self, work: Callable[[RiskAwareLM], T]) -> Future[T]:
-        """Let the engine's thread do something else with the model, between two tokens."""
+        """Let the engine's thread do something else with the model, between two tokens.
+
+        Raises:
+            BusyError: If too many wait already.
+            EngineError: If the engine has failed or is closing.
+        """
         future: Future[T] = Future()
-        self._todo.put((work, future))
-        return future
 
-    def close(self, patience: float = 30.0) -> None:
-        """Take no more requests, give those that were taken so many seconds to finish, and end."""
-        self._closing = True
-        self._todo.put(None)
-        self._thread.join(patience)
-
-    def _run(self) -> None:
-        while (item := self._todo.get()) is not None:
-            if isinstance(item, Job):
-                try:
-                    self._answer(item)
-                    item.end()
-                except Exception as error:
-                    item.end(error)
+        def errand() -> None:
+            if not future.set_running_or_notify_cancel():
+                return
+            if self._aborting:
+                future.set_exception(self._error())
             else:
-                work, future = item
                 try:
                     future.set_result(work(self.lm))
                 except Exception as error:
                     future.set_exception(error)
 
-    def _answer(self, job: Job) -> None:
-        for choice, seed in enumerate(job.ask.seeds):
-            stream = Stream(self.lm, job.ask.prompt, job.ask.sampling, seed, job.ask.stops)
-            if choice == 0:
-                job.put(Began(stream.question))
-            for token in stream:
-                if job.cancelled:
-                    return
-                job.put(Grew(choice, [token]))
-            job.put(Ended(choice, stream.answer))
+        with self._news:
+            self._check_open()
+            if len(self._errands) >= self.limits.queue:
+                raise BusyError(f"{self.limits.queue} texts are waiting to be scored already; try again later")
+            self._errands.append(errand)
+            self._news.notify_all()
+        return future
+
+    def close(self, patience: float = 30.0) -> None:
+        """Take no more requests, give those that were taken so many seconds to finish, and end.
+
+        What has not finished by then ends with ``EngineError``.
+        """
+        with self._news:
+            self._closing = True
+            self._news.notify_all()
+        if self._thread.is_alive():
+            self._thread.join(patience)
+        self._aborting = True
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def _check(self, ask: Ask) -> None:
+        limits, n = self.limits, len(ask.seeds)
+        most = min(limits.choices, limits.batch)
+        if not 1 <= n <= most:
+            raise ConfigError(f"n must be between 1 and {most}, got {n}")
+        length, answer = len(ask.prompt.ids), ask.sampling.max_tokens
+        strange = [i for i in ask.prompt.ids if not 0 <= i < self._inflight.vocabulary]
+        if strange:
+            raise PromptError(f"token ids go from 0 to {self._inflight.vocabulary - 1}, got {strange[0]}")
+        longest = min(limits.prompt_tokens or length, (self._inflight.context or 2**62) - 1)
+        if not 0 < length <= longest:
+            raise PromptError(f"a prompt must have between 1 and {longest} tokens, got {length}; shorten it")
+        if answer > limits.answer_tokens:
+            raise ConfigError(f"max_tokens must be at most {limits.answer_tokens} here, got {answer}")
+        if n * self._inflight.length(ask) > limits.batch_tokens:
+            raise ConfigError(
+                f"{n} answers of up to {answer} tokens to {length} tokens are more than the {limits.batch_tokens} "
+                "tokens that this server keeps; ask for fewer or shorter ones"
+            )
+
+    def _check_open(self) -> None:
+        if self._closing or self.failure is not None or not self._thread.is_alive():
+            raise self._error()
+
+    def _error(self) -> EngineError:
+        if self.failure is not None:
+            return EngineError(f"the engine has failed ({type(self.failure).__name__}: {self.failure}); start it again")
+        return EngineError("the engine is closing" if self._closing else "the engine does not run; start it")
+
+    def _run(self) -> None:
+        """The engine's thread."""
+        try:
+            self._inflight.rehearse()
+            with self._news:
+                self._warm = True
+                self._news.notify_all()
+            while self._turn():
+                if self._inflight.misfortunes >= LAST_STRAW:
+                    self._inflight.rehearse()
+        except BaseException as error:
+            self.failure = error
+        self._end_all()
+
+    def _turn(self) -> bool:
+        """One piece of prompts, one token each, one errand; False when all is done and the engine closes."""
+        with self._news:
+            while not (self._waiting or self._errands or self._inflight.size or self._closing):
+                self._news.wait()
+            if self._aborting or (self._closing and not (self._waiting or self._errands or self._inflight.size)):
+                return False
+            dropped = self._waiting.remove(self._inflight.is_over)
+            newcomers = self._inflight.admit(self._waiting)
+            if newcomers or dropped:
+                self.meter.waiting(len(self._waiting))
+            errand = self._errands.popleft() if self._errands else None
+        for job in dropped:
+            self._inflight.end(job)
+        if errand is not None:
+            errand()
+        self._inflight.work(newcomers)
+        return True
+
+    def _end_all(self) -> None:
+        with self._news:
+            self._closing = True
+            left = self._waiting.remove(lambda _: True)
+            errands, self._aborting = list(self._errands), True
+            self._errands.clear()
+            self._news.notify_all()
+        error = self._error()
+        self._inflight.end_all(error)
+        for job in left:
+            job.end(error)
+        for errand in errands:
+            errand()

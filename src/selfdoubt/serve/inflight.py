@@ -1,0 +1,286 @@
+"""What the engine's thread works on: prompts that are being read, and the batch of sequences that are decoded.
+
+The answers in ``_choices`` are the truth: whatever is in the batch and not among them leaves it before the next token.
+"""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import time
+from collections import deque
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from selfdoubt.errors import DeadlineError, NonFiniteError, SelfdoubtError, WrapError
+from selfdoubt.lm.decode import Batch, Event, Line
+from selfdoubt.lm.model import RiskAwareLM
+from selfdoubt.lm.reading import read
+from selfdoubt.lm.sampling import Sampling
+from selfdoubt.lm.stepper import HFStepper
+from selfdoubt.lm.stream import AnswerInProgress, Wanted, opening
+from selfdoubt.members import innermost
+from selfdoubt.serve.job import Ask, Began, Ended, Grew, Job
+from selfdoubt.serve.limits import Limits
+from selfdoubt.serve.meter import Meter
+from selfdoubt.serve.waiting import Waiting
+
+
+@dataclass(eq=False)
+class _Choice:
+    """One answer on its way; there is no progress before its prompt was read."""
+
+    job: Job
+    number: int
+    progress: AnswerInProgress | None = None
+
+
+class InFlight:
+    """Requests that were let in. All but ``size``, ``pace`` and the constants is for the engine's thread alone."""
+
+    def __init__(self, lm: RiskAwareLM, limits: Limits, meter: Meter) -> None:
+        self.context = HFStepper(lm.model).context
+        self.vocabulary: int = innermost(lm.model).get_input_embeddings().num_embeddings  # type: ignore[operator]
+        self.pace = 1.0  #: seconds between two requests that end, lately
+        self.misfortunes = 0  #: requests in a row that failed in the model
+        self._lm, self._limits, self._meter = lm, limits, meter
+        self._choices: dict[int, _Choice] = {}
+        self._groups: deque[list[Job]] = deque()  # let in, and not read yet; each is read side by side
+        self._reading: Generator[None, None, tuple[list[AnswerInProgress], Batch]] | None = None
+        self._group: list[Job] = []  # whose prompts are being read
+        self._batch: Batch | None = None
+        self._parked: deque[Batch] = deque()  # sequences that cannot join the batch, because no cache can
+        self._joins = True
+        self._failed_steps = 0
+        self._names = itertools.count()
+        self._last_end = time.monotonic()
+
+    @property
+    def size(self) -> int:
+        """Answers on their way."""
+        return len(self._choices)
+
+    def rehearse(self) -> None:
+        """Take a few steps with nobody's prompt, and find out whether this model's batches can be joined."""
+        self.misfortunes = 0
+
+        def one(name: int) -> Batch:
+            stepper = HFStepper(self._lm.model, self._lm.layers)
+            _, following = read(stepper, [[1] * (2 + name)])
+            return Batch(stepper, following, [Line(name, Sampling(max_tokens=2), 0, 2)])
+
+        batch = one(0)
+        try:
+            batch.join(one(1))
+        except WrapError:
+            self._joins, batch = False, one(0)
+        batch.choose()
+        batch.step()
+
+    def length(self, ask: Ask) -> int:
+        """Tokens that the cache may have to hold for one answer."""
+        return min(len(ask.prompt.ids) + ask.sampling.max_tokens, self.context or 2**62)
+
+    @staticmethod
+    def is_over(job: Job) -> bool:
+        """Whether nobody waits for this any more, or not in time."""
+        return job.cancelled or time.monotonic() > job.deadline
+
+    def admit(self, waiting: Waiting) -> list[Job]:
+        """Let in as many as there is room for, and as are read well side by side; the rest keeps its order."""
+        if self._reading is not None or self._groups or (self._choices and not self._joins):
+            return []
+        found: list[Job] = []
+        while (job := waiting.next()) is not None and self._fits(found, job):
+            found.append(waiting.take())
+        for job in found:
+            for number in range(len(job.ask.seeds)):
+                self._choices[next(self._names)] = _Choice(job, number)
+        return found
+
+    def _fits(self, others: Sequence[Job], job: Job) -> bool:
+        lengths = [len(other.ask.prompt.ids) for other in (*others, job)]
+        if max(lengths) > 2 * min(lengths) + 32:  # beside a long prompt, a short one is mostly padding
+            return False
+        answers = self.size + sum(len(other.ask.seeds) for other in (*others, job))
+        running = (choice.job for choice in self._choices.values())
+        longest = max(self.length(other.ask) for other in (*running, *others, job))
+        return answers <= self._limits.batch and answers * longest <= self._limits.batch_tokens
+
+    def work(self, newcomers: list[Job]) -> None:
+        """Read one piece of prompts, and choose one token for every sequence."""
+        if newcomers:
+            self._groups.append(newcomers)
+        for job in {choice.job for choice in self._choices.values() if self.is_over(choice.job)}:
+            self.end(job)
+        self._read()
+        if self._batch is None and self._parked:
+            self._batch = self._parked.popleft()
+        if self._batch is not None:
+            self._advance(self._batch)
+            if not (self._batch and self._batch.lines):
+                self._batch = None
+
+    def end(self, job: Job, error: BaseException | None = None) -> None:
+        """End a request because of an error, its deadline, or because nobody waits for it; its rows are freed."""
+        if error is None and not job.cancelled:
+            error = DeadlineError(
+                f"the answer was not finished within {job.ask.timeout:g} seconds; ask for a shorter one, or try later"
+            )
+        outcome = "cancelled" if error is None else "deadline" if isinstance(error, DeadlineError) else "error"
+        if error is not None and not isinstance(error, SelfdoubtError):
+            self.misfortunes += 1
+        unfinished = [name for name, choice in self._choices.items() if choice.job is job]
+        for name in unfinished:
+            del self._choices[name]
+        for _ in unfinished or (None,):
+            self._meter.ended(outcome, None)  # type: ignore[arg-type]
+        self._finish(job, error)
+
+    def end_all(self, error: BaseException) -> None:
+        """End everything."""
+        for job in {choice.job for choice in self._choices.values()}:
+            self.end(job, error)
+        self._reading = self._batch = None
+        self._groups.clear()
+        self._parked.clear()
+
+    def _finish(self, job: Job, error: BaseException | None = None) -> None:
+        now = time.monotonic()
+        self.pace += 0.1 * (now - self._last_end - self.pace)
+        self._last_end = now
+        job.end(error)
+
+    def _read(self) -> None:
+        """One piece of the prompts of one group."""
+        if self._reading is None:
+            if not self._groups:
+                return
+            self._group = self._groups.popleft()
+            wanted = [
+                Wanted(name, c.job.ask.prompt, c.job.ask.sampling, c.job.ask.seeds[c.number], c.job.ask.stops)
+                for name, c in self._choices.items()
+                if c.job in self._group
+            ]
+            if not wanted:
+                return
+            self._reading = opening(self._lm, wanted)
+        try:
+            next(self._reading)
+        except StopIteration as end:
+            self._reading = None
+            self._welcome(*end.value)
+        except Exception as error:
+            self._reading = None
+            if len(self._group) == 1:
+                self.end(self._group[0], error)
+            else:  # one of them it was: apart, the others do not suffer for it
+                self._groups.extendleft([job] for job in reversed(self._group))
+
+    def _welcome(self, answers: list[AnswerInProgress], batch: Batch) -> None:
+        """Prompts were read: tell so, and let their sequences join the batch."""
+        begun: set[Job] = set()
+        for line, progress in zip(batch.lines, answers, strict=True):
+            choice = self._choices.get(line.name)
+            if choice is None:
+                continue
+            choice.progress = progress
+            if choice.job not in begun:
+                choice.job.put(Began(progress.question))
+                begun.add(choice.job)
+        batch.drop({line.name for line in batch.lines} - self._choices.keys())
+        if batch.lines:
+            self._take_in(batch)
+
+    def _take_in(self, batch: Batch) -> None:
+        if self._batch is None:
+            self._batch = batch
+        elif not self._joins:
+            self._parked.append(batch)
+        else:
+            lines = [*self._batch.lines, *batch.lines]
+            try:
+                self._batch.join(batch)
+            except Exception as error:
+                self._start_over(lines, error)
+
+    def _advance(self, batch: Batch) -> None:
+        """One token for every sequence."""
+        started = time.monotonic()
+        batch.drop({line.name for line in batch.lines} - self._choices.keys())
+        size = len(batch.lines)
+        if not size:
+            return
+        try:
+            events = batch.choose()
+        except NonFiniteError as error:
+            broken = batch.broken()
+            if not broken:
+                self._start_over(batch.lines, error)
+            for job in {self._choices[name].job for name in broken}:
+                self.end(job, error)
+            return
+        except Exception as error:
+            self._start_over(batch.lines, error)
+            return
+        for event in events:
+            self._tell(event)
+        try:
+            batch.step({line.name for line in batch.lines} - self._choices.keys())
+        except Exception as error:
+            self._start_over(batch.lines, error)
+            return
+        self._failed_steps = 0
+        self._meter.stepped(size, time.monotonic() - started)
+
+    def _tell(self, event: Event) -> None:
+        choice = self._choices.get(event.sequence)
+        if choice is None or choice.progress is None:
+            return  # another answer of the same request has just failed
+        job, progress = choice.job, choice.progress
+        try:
+            is_first = not progress.tokens
+            tokens = progress.add(event)
+            answer = None if progress.finish is None else progress.answer
+        except Exception as error:
+            self.end(job, error)
+            return
+        if tokens:
+            job.put(Grew(choice.number, tokens))
+            if is_first:
+                self._meter.first_token(time.monotonic() - job.born)
+        if answer is not None:
+            self.misfortunes = 0
+            del self._choices[event.sequence]
+            job.put(Ended(choice.number, answer))
+            self._meter.ended("length" if answer.finish == "length" else "stop", answer)
+            if not any(other.job is job for other in self._choices.values()):
+                self._finish(job)
+
+    def _start_over(self, lines: Sequence[Line], error: Exception) -> None:
+        """A step failed and left the cache in an unknown state: read each sequence again, by itself.
+
+        Whoever fails again was the cause. If the next step fails too, nobody can be told apart, and all end.
+        """
+        self._batch = None
+        self._failed_steps += 1
+        error.__traceback__ = None  # it holds the failed step's tensors
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        for line in lines:
+            choice = self._choices.get(line.name)
+            if choice is None:
+                continue
+            if self._failed_steps > 1:
+                self.end(choice.job, error)
+                continue
+            try:
+                stepper = HFStepper(self._lm.model, self._lm.layers)
+                _, following = read(stepper, [[*choice.job.ask.prompt.ids, *line.chosen]])
+            except Exception as own:
+                self.end(choice.job, own)
+            else:
+                self._take_in(Batch(stepper, following, [line]))
