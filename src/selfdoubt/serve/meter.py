@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 from selfdoubt.lm.answer import Answer
 
 Outcome = Literal["stop", "length", "cancelled", "deadline", "error"]
 
 
+@runtime_checkable
 class Meter(Protocol):
     """Called from the engine's thread; must be quick and must not raise."""
 
