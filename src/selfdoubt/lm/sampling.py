@@ -56,23 +56,31 @@ def choose(
     """
     chosen = logits.argmax(-1)
     drawn = [row for row, sampling in enumerate(samplings) if sampling.temperature > 0]
-    if drawn:
-        chosen[drawn] = _drawn(logits[drawn], [samplings[row] for row in drawn], uniform[drawn].to(logits.device))
+    # Sorting the classes costs most, and only a top_p needs it. A row's draw must not depend on the rows around it.
+    for sorts in (False, True):
+        rows = [row for row in drawn if (samplings[row].top_p < 1) == sorts]
+        if rows:
+            chosen[rows] = _drawn(logits[rows], [samplings[row] for row in rows], uniform[rows].to(logits.device))
     return chosen
 
 
 def _drawn(
     logits: Float[Tensor, "batch classes"], samplings: Sequence[Sampling], uniform: Float[Tensor, " batch"]
 ) -> Int[Tensor, " batch"]:
+    """Draws of rows that all have a ``top_p`` below 1, or all have none."""
     settings = uniform.new_tensor([[s.temperature, s.top_p] for s in samplings])
     temperature, top_p = settings[:, :1], settings[:, 1:]
     # Less the largest first: then the coldest temperature gives infinity in the right direction only.
     probs = ((logits - logits.amax(-1, keepdim=True)).double() / temperature).softmax(-1)
-    ordered, order = probs.sort(stable=True, dim=-1, descending=True)
-    below = ordered.cumsum(-1) - ordered
-    ordered = ordered.masked_fill(below >= top_p, 0)
-    cumulative = ordered.cumsum(-1)
-    target = uniform[:, None] * cumulative[:, -1:]
-    index = torch.searchsorted(cumulative, target, right=True).clamp_max(logits.shape[-1] - 1)
-    found: Tensor = order.gather(-1, index).squeeze(-1)
+    order = None
+    if samplings[0].top_p < 1:
+        probs, order = probs.sort(stable=True, dim=-1, descending=True)
+        below = probs.cumsum(-1) - probs
+        probs = probs.masked_fill(below >= top_p, 0)
+    cumulative = probs.cumsum(-1)
+    whole = cumulative[:, -1:]
+    # Strictly below the whole, whatever the rounding: then the place that is found has a probability.
+    target = torch.minimum(uniform[:, None] * whole, whole.nextafter(torch.zeros_like(whole)))
+    index = torch.searchsorted(cumulative, target, right=True)
+    found: Tensor = (index if order is None else order.gather(-1, index)).squeeze(-1)
     return found
