@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from selfdoubt.errors import ConfigError, LoadError, require
+from selfdoubt.members import innermost
 
 POCKET = "pocket"
 Quantization = Literal["nf4"]
@@ -91,6 +92,14 @@ def quick_dtype(model: nn.Module) -> torch.dtype:
         return own
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
     return torch.float32 if 4 * sum(p.numel() for p in model.parameters()) <= memory / 2 else own
+
+
+def stop_ids(model: nn.Module, tokenizer: Any) -> frozenset[int]:
+    """Token ids that end an answer: what the model says of itself, and the tokenizer's."""
+    config = getattr(innermost(model), "generation_config", None)
+    found = getattr(config, "eos_token_id", None)
+    ids = found if isinstance(found, list) else [found, tokenizer.eos_token_id]
+    return frozenset(i for i in ids if i is not None)
 
 
 def eight_bit_adamw() -> type:

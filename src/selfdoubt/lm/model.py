@@ -6,6 +6,7 @@ import math
 import os
 from collections import deque
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from typing import Any, Literal, Unpack, cast, overload
 
@@ -18,10 +19,11 @@ from selfdoubt.lm.adapter import base_of, load_adapter, own_tokenizer, read_adap
 from selfdoubt.lm.answer import Alternative, Answer, Token, answer_scores, check_score, pick_risk, rank_scores, stand_in
 from selfdoubt.lm.calibration import Calibration, States, stored
 from selfdoubt.lm.given import score_given
-from selfdoubt.lm.load import POCKET, Quantization, load_model, quick_dtype
+from selfdoubt.lm.load import POCKET, Quantization, load_model, quick_dtype, stop_ids
 from selfdoubt.lm.options import Options, sampling_of, stop_texts
 from selfdoubt.lm.prompt import Detokenizer, Message, Prompt, encode
 from selfdoubt.lm.reading import ScoredId
+from selfdoubt.lm.stepper import HFStepper
 from selfdoubt.lm.stream import Stream, answering
 from selfdoubt.members import Spec, innermost
 from selfdoubt.risk import percentile
@@ -71,7 +73,9 @@ class RiskAwareLM:
         self.layers = tuple(sorted({*layers, *read}))
         self.risk = risk
         self.token_risk = token_risk
-        self.stop_ids = _stop_ids(model, tokenizer)
+        self.stop_ids = stop_ids(model, tokenizer)
+        self.context = HFStepper(model).context  #: most tokens of prompt and answer together, or None
+        self.vocabulary: int = innermost(model).get_input_embeddings().num_embeddings  # type: ignore[operator]
         self._texts: dict[int, str] = {}
 
     @classmethod
@@ -293,6 +297,12 @@ class RiskAwareLM:
         abstain = None if self.calibration is None else self.calibration.abstains(known)
         return Answer(text, tuple(tokens), tuple(question), scores, value, name, rank, finish, known, abstain, states)
 
+    def without_weights(self) -> RiskAwareLM:
+        """What knows all about this model, and cannot run it: small enough to send to whoever speaks for it."""
+        paper = copy(self)
+        paper.model = nn.Identity()
+        return paper
+
     def _own(self, scored: list[ScoredId | None], prompt: Prompt) -> list[Token]:
         """Tokens of the question's own words."""
         pieces = Detokenizer(self.tokenizer)
@@ -334,10 +344,3 @@ class Tries:
     answer: Answer
     tries: int
     confident: bool
-
-
-def _stop_ids(model: nn.Module, tokenizer: Any) -> frozenset[int]:
-    config = getattr(innermost(model), "generation_config", None)
-    found = getattr(config, "eos_token_id", None)
-    ids = found if isinstance(found, list) else [found, tokenizer.eos_token_id]
-    return frozenset(i for i in ids if i is not None)

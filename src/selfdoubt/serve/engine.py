@@ -12,15 +12,14 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import replace
 from typing import TypeVar, Unpack
 
-from selfdoubt.errors import BusyError, ConfigError, EngineError, PromptError
+from selfdoubt.errors import BusyError, EngineError
 from selfdoubt.lm.model import Question, RiskAwareLM
-from selfdoubt.lm.options import Options, sampling_of, stop_texts
-from selfdoubt.lm.prompt import Prompt, encode
+from selfdoubt.lm.options import Options
+from selfdoubt.lm.prompt import Prompt
 from selfdoubt.serve.inflight import InFlight
-from selfdoubt.serve.job import Ask, Job
+from selfdoubt.serve.job import Ask, Job, to_ask
 from selfdoubt.serve.limits import Limits
 from selfdoubt.serve.meter import Meter, Silent
 from selfdoubt.serve.waiting import Waiting
@@ -108,16 +107,11 @@ class Engine:
             BusyError: If too many wait already.
             EngineError: If the engine has failed or is closing.
         """
-        if not isinstance(question, Prompt):
-            question = encode(self.lm.tokenizer, question, raw=options.get("raw", False))
-        sampling = replace(sampling_of(options, self.lm.stop_ids), alternatives=alternatives)
-        seeds = tuple(options.get("seed", 0) + i for i in range(n))
-        return self.submit(Ask(question, sampling, seeds, stop_texts(options), client, timeout))
+        return self.submit(to_ask(self.lm, question, n, alternatives, client, timeout, options))
 
     def submit(self, ask: Ask) -> Job:
         """See ``ask``."""
-        self._check(ask)
-        job = Job(replace(ask, timeout=min(ask.timeout or self.limits.timeout, self.limits.timeout)))
+        job = Job(self.limits.checked(ask, self.lm.context, self.lm.vocabulary))
         with self._news:
             self._check_open()
             if len(self._waiting) >= self.limits.queue:
@@ -171,26 +165,6 @@ class Engine:
         self._aborting = True
         if self._thread.is_alive():
             self._thread.join()
-
-    def _check(self, ask: Ask) -> None:
-        limits, n = self.limits, len(ask.seeds)
-        most = min(limits.choices, limits.batch)
-        if not 1 <= n <= most:
-            raise ConfigError(f"n must be between 1 and {most}, got {n}")
-        length, answer = len(ask.prompt.ids), ask.sampling.max_tokens
-        strange = [i for i in ask.prompt.ids if not 0 <= i < self._inflight.vocabulary]
-        if strange:
-            raise PromptError(f"token ids go from 0 to {self._inflight.vocabulary - 1}, got {strange[0]}")
-        longest = min(limits.prompt_tokens or length, (self._inflight.context or 2**62) - 1)
-        if not 0 < length <= longest:
-            raise PromptError(f"a prompt must have between 1 and {longest} tokens, got {length}; shorten it")
-        if answer > limits.answer_tokens:
-            raise ConfigError(f"max_tokens must be at most {limits.answer_tokens} here, got {answer}")
-        if n * self._inflight.length(ask) > limits.batch_tokens:
-            raise ConfigError(
-                f"{n} answers of up to {answer} tokens to {length} tokens are more than the {limits.batch_tokens} "
-                "tokens that this server keeps; ask for fewer or shorter ones"
-            )
 
     def _check_open(self) -> None:
         if self._closing or self.failure is not None or not self._thread.is_alive():

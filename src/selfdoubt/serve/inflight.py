@@ -21,8 +21,7 @@ from selfdoubt.lm.reading import read
 from selfdoubt.lm.sampling import Sampling
 from selfdoubt.lm.stepper import HFStepper
 from selfdoubt.lm.stream import AnswerInProgress, Wanted, opening
-from selfdoubt.members import innermost
-from selfdoubt.serve.job import Ask, Began, Ended, Grew, Job
+from selfdoubt.serve.job import Began, Ended, Grew, Job
 from selfdoubt.serve.limits import Limits
 from selfdoubt.serve.meter import Meter
 from selfdoubt.serve.waiting import Waiting
@@ -38,11 +37,9 @@ class _Choice:
 
 
 class InFlight:
-    """Requests that were let in. All but ``size``, ``pace`` and the constants is for the engine's thread alone."""
+    """Requests that were let in. But for ``size`` and ``pace``, it is for the engine's thread alone."""
 
     def __init__(self, lm: RiskAwareLM, limits: Limits, meter: Meter) -> None:
-        self.context = HFStepper(lm.model).context
-        self.vocabulary: int = innermost(lm.model).get_input_embeddings().num_embeddings  # type: ignore[operator]
         self.pace = 1.0  #: seconds between two requests that end, lately
         self.misfortunes = 0  #: requests in a row that failed in the model
         self._lm, self._limits, self._meter = lm, limits, meter
@@ -79,10 +76,6 @@ class InFlight:
         batch.choose()
         batch.step()
 
-    def length(self, ask: Ask) -> int:
-        """Tokens that the cache may have to hold for one answer."""
-        return min(len(ask.prompt.ids) + ask.sampling.max_tokens, self.context or 2**62)
-
     @staticmethod
     def is_over(job: Job) -> bool:
         """Whether nobody waits for this any more, or not in time."""
@@ -106,7 +99,7 @@ class InFlight:
             return False
         answers = self.size + sum(len(other.ask.seeds) for other in (*others, job))
         running = (choice.job for choice in self._choices.values())
-        longest = max(self.length(other.ask) for other in (*running, *others, job))
+        longest = max(other.ask.length(self._lm.context) for other in (*running, *others, job))
         return answers <= self._limits.batch and answers * longest <= self._limits.batch_tokens
 
     def work(self, newcomers: list[Job]) -> None:

@@ -7,12 +7,16 @@ import threading
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, NamedTuple
 
 from selfdoubt.lm.answer import Answer, Token
-from selfdoubt.lm.prompt import Prompt
+from selfdoubt.lm.options import Options, sampling_of, stop_texts
+from selfdoubt.lm.prompt import Prompt, encode
 from selfdoubt.lm.sampling import Sampling
+
+if TYPE_CHECKING:
+    from selfdoubt.lm.model import Question, RiskAwareLM
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,32 @@ class Ask:
     stops: tuple[str, ...] = ()
     client: str = ""
     timeout: float | None = None
+
+    def length(self, context: int | None) -> int:
+        """Tokens that a cache may have to hold for one answer."""
+        return min(len(self.prompt.ids) + self.sampling.max_tokens, context or 2**62)
+
+
+def to_ask(
+    lm: RiskAwareLM,
+    question: Question | Prompt,
+    n: int,
+    alternatives: int,
+    client: str,
+    timeout: float | None,
+    options: Options,
+) -> Ask:
+    """What ``Engine.ask`` is asked, as data.
+
+    Raises:
+        PromptError: If the prompt is empty or the chat template refuses it.
+        ConfigError: If an option is out of range.
+    """
+    if not isinstance(question, Prompt):
+        question = encode(lm.tokenizer, question, raw=options.get("raw", False))
+    sampling = replace(sampling_of(options, lm.stop_ids), alternatives=alternatives)
+    seeds = tuple(options.get("seed", 0) + i for i in range(n))
+    return Ask(question, sampling, seeds, stop_texts(options), client, timeout)
 
 
 class Began(NamedTuple):
@@ -74,6 +104,7 @@ class Job:
     _items: deque[Update | BaseException | None] = field(default_factory=deque)
     _news: threading.Condition = field(default_factory=threading.Condition)
     _wake: Callable[[], object] | None = None
+    _on_cancel: Callable[[], object] | None = None
 
     @property
     def deadline(self) -> float:
@@ -83,6 +114,14 @@ class Job:
     def cancel(self) -> None:
         """Nobody reads the answers any more; their rows leave the batch before its next token."""
         self.cancelled = True
+        if self._on_cancel is not None:
+            self._on_cancel()
+
+    def on_cancel(self, act: Callable[[], object]) -> None:
+        """For whoever answers elsewhere: do this when the reader goes away."""
+        self._on_cancel = act
+        if self.cancelled:
+            act()
 
     def put(self, update: Update) -> None:
         """For the engine: tell the reader."""
@@ -109,16 +148,27 @@ class Job:
 
     async def stream(self) -> AsyncIterator[Update]:
         """What happens, as it happens, for a coroutine."""
+        async for burst in self.bursts():
+            for update in burst:
+                yield update
+
+    async def bursts(self) -> AsyncIterator[list[Update]]:
+        """The same, with what has piled up meanwhile in one go."""
         loop, news = asyncio.get_running_loop(), asyncio.Event()
         self._wake = lambda: loop.call_soon_threadsafe(news.set)
         while True:
+            burst: list[Update] = []
             while self._items:
                 item = self._items.popleft()
-                if item is None:
-                    return
-                if isinstance(item, BaseException):
+                if item is None or isinstance(item, BaseException):
+                    if burst:
+                        yield burst
+                    if item is None:
+                        return
                     raise item
-                yield item
+                burst.append(item)
+            if burst:
+                yield burst
             news.clear()
             if not self._items:
                 await news.wait()

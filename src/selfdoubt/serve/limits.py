@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from selfdoubt.errors import ConfigError
+from selfdoubt.errors import ConfigError, PromptError
+from selfdoubt.serve.job import Ask
 
 
 @dataclass(frozen=True)
@@ -40,3 +41,29 @@ class Limits:
                 raise ConfigError(f"{name} must be at least 1, got {value}")
         if not (self.timeout > 0 and math.isfinite(self.timeout)):
             raise ConfigError(f"timeout must be a number of seconds above 0, got {self.timeout}")
+
+    def checked(self, ask: Ask, context: int | None, vocabulary: int) -> Ask:
+        """The request with its timeout, if it is within these limits and the model's.
+
+        Raises:
+            PromptError: If the prompt is empty or too long, or an id is not the vocabulary's.
+            ConfigError: If it wants too many or too long answers.
+        """
+        length, answer, n = len(ask.prompt.ids), ask.sampling.max_tokens, len(ask.seeds)
+        most = min(self.choices, self.batch)
+        if not 1 <= n <= most:
+            raise ConfigError(f"n must be between 1 and {most}, got {n}")
+        longest = min(self.prompt_tokens or 2**62, (context or 2**62) - 1)
+        if not 0 < length <= longest:
+            raise PromptError(f"a prompt must have between 1 and {longest} tokens, got {length}; shorten it")
+        strange = [i for i in ask.prompt.ids if not 0 <= i < vocabulary]
+        if strange:
+            raise PromptError(f"token ids go from 0 to {vocabulary - 1}, got {strange[0]}")
+        if answer > self.answer_tokens:
+            raise ConfigError(f"max_tokens must be at most {self.answer_tokens} here, got {answer}")
+        if n * ask.length(context) > self.batch_tokens:
+            raise ConfigError(
+                f"{n} answers of up to {answer} tokens to {length} tokens are more than the {self.batch_tokens} "
+                "tokens that this server keeps; ask for fewer or shorter ones"
+            )
+        return replace(ask, timeout=min(ask.timeout or self.timeout, self.timeout))
