@@ -95,15 +95,24 @@ def test_the_token_loop_knows_no_text_and_no_model_library():
 
 def test_optional_packages_are_imported_where_they_are_used():
     optional = {"transformers", "bitsandbytes", "peft", "tokenizers", "typer", "rich", "sklearn", "scipy", "lightning"}
-    only_for_them = {"terminal": {"rich"}}  # and files that are imported where they are used may import at their top
+    optional |= {"fastapi", "starlette", "uvicorn", "pydantic", "gradio", "prometheus_client", "ray"}
+    # Files that are imported where they are used may import at their top.
+    only_for_them = {"terminal": {"rich"}, **dict.fromkeys(sorted(WEB), optional)}
     for name, path in FILES.items():
         if name.startswith("pocket") or (name.startswith("train.") and name not in LIGHT):
+            continue
+        if name in WEB:  # one of them may import another
+            assert not own(path, everywhere=False) & {"terminal"}
             continue
         found = {m.partition(".")[0] for m, _ in imports(path, everywhere=False)} & optional
         assert found <= only_for_them.get(name, set()), f"{name} imports {found} when it is imported"
         assert not own(path, everywhere=False) & set(only_for_them), f"{name} imports too early"
 
 
+#: What is imported when a server starts.
+WEB = {
+    f"serve.{name}" for name in ("wire", "shapes", "plan", "replies", "answering", "scoring", "app", "metrics", "run")
+}
 LIGHT = {"train.__init__", "train.config", "train.records"}  # what the command line reads before it runs anything
 
 
@@ -120,6 +129,12 @@ def test_training_imports_the_engine_and_itself(name):
 def test_question_answering_imports_the_engine_and_itself(name):
     found = {n for n in own(FILES[name]) if n.partition(".")[0] not in ("qa", "lm")}
     assert found <= CORE | WRAPPERS | {"storage", "__init__"}
+
+
+@pytest.mark.parametrize("name", [n for n in FILES if n.startswith("serve.")])
+def test_serving_imports_the_engine_and_itself(name):
+    found = {n for n in own(FILES[name]) if n.partition(".")[0] not in ("serve", "lm")}
+    assert found <= CORE | {"storage", "__init__"}
 
 
 @pytest.mark.parametrize("name", ["qa.curves", "qa.ranking", "qa.reliability", "qa.intervals"])

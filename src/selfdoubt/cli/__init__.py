@@ -22,6 +22,7 @@ from selfdoubt.cli.evaluate import evaluate
 from selfdoubt.cli.export import export
 from selfdoubt.cli.report import report
 from selfdoubt.cli.score import score
+from selfdoubt.cli.serve import serve
 from selfdoubt.cli.train import train
 
 app = typer.Typer(
@@ -31,7 +32,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (ask, score, train, evaluate, calibrate, report, compare, export):
+for command in (ask, score, serve, train, evaluate, calibrate, report, compare, export):
     app.command()(command)
 
 

@@ -1,0 +1,103 @@
+"""``selfdoubt serve``."""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import TYPE_CHECKING, Annotated
+
+from selfdoubt.cli import flags
+from selfdoubt.errors import ConfigError, require
+from selfdoubt.serve.limits import Limits
+from selfdoubt.serve.settings import Settings, read_keys
+
+if TYPE_CHECKING:
+    import typer
+else:
+    typer = require("typer", "lm")
+
+_LIMITS, _SETTINGS = Limits(), Settings()
+
+
+def serve(
+    model: flags.Model = None,
+    adapter: flags.Adapter = None,
+    wrapper: flags.WrapperText = "auto",
+    dtype: flags.Dtype = "auto",
+    quantize: flags.Quantize = None,
+    risk: flags.RiskName = None,
+    trust_remote_code: flags.RemoteCode = False,
+    host: Annotated[str, typer.Option(help="Address to listen on; others than this machine's own need a key.")] = (
+        "127.0.0.1"
+    ),
+    port: Annotated[int, typer.Option(help="Port to listen on; 0 takes a free one.", min=0, max=65535)] = 8000,
+    name: Annotated[
+        str | None, typer.Option(help="What requests call the model. [default: its name]", show_default=False)
+    ] = None,
+    api_key: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A key that requests must bring, or better a file with one a line; SELFDOUBT_API_KEY is read, too.",
+            show_default=False,
+        ),
+    ] = None,
+    temperature: Annotated[
+        float, typer.Option(help="Of requests that name none; 0 takes the most probable token.")
+    ] = _SETTINGS.temperature,
+    no_risk: Annotated[bool, typer.Option("--no-risk", help="Tell no risks: OpenAI's fields and no others.")] = False,
+    withhold: Annotated[
+        bool, typer.Option("--withhold", help="Say 'I'm not sure.' in place of answers that the model is not sure of.")
+    ] = False,
+    ui: Annotated[bool, typer.Option("--ui", help="Serve the chat page under /, too.")] = False,
+    batch: Annotated[int, typer.Option(help="Most sequences decoded side by side.")] = _LIMITS.batch,
+    batch_tokens: Annotated[int, typer.Option(help="Most tokens in the cache for them.")] = _LIMITS.batch_tokens,
+    queue: Annotated[int, typer.Option(help="Most requests that wait; more are sent away with 429.")] = _LIMITS.queue,
+    prompt_tokens: Annotated[
+        int | None, typer.Option(help="Longest prompt. [default: the model's context]", show_default=False)
+    ] = None,
+    answer_tokens: Annotated[int, typer.Option(help="Longest answer that may be asked for.")] = _LIMITS.answer_tokens,
+    choices: Annotated[int, typer.Option(help="Most answers to one request.")] = _LIMITS.choices,
+    timeout: Annotated[float, typer.Option(help="Seconds for a request, waiting included.")] = _LIMITS.timeout,
+    body_bytes: Annotated[int, typer.Option(help="Longest body of a request.")] = _SETTINGS.body_bytes,
+    drain: Annotated[float, typer.Option(help="Seconds that running requests get after SIGTERM.", min=0)] = 30.0,
+    cors: Annotated[
+        list[str] | None, typer.Option(help="A web page's origin that may ask from a browser, or *.", metavar="ORIGIN")
+    ] = None,
+    allow_host: Annotated[
+        list[str] | None,
+        typer.Option(help="A further name of this server in requests, while no key is needed.", metavar="NAME"),
+    ] = None,
+    log_requests: Annotated[bool, typer.Option("--log-requests", help="One line a request, without its text.")] = False,
+    log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Log what is asked, too.")] = False,
+) -> int:
+    """Serve a model to many at once, as OpenAI's API does, with a risk beside every token."""
+    limits = Limits(batch, batch_tokens, queue, prompt_tokens, answer_tokens, choices, timeout)
+    keys = read_keys([*(api_key or []), *filter(None, [os.environ.get("SELFDOUBT_API_KEY")])])
+    settings = Settings(
+        name or str(model or adapter or "pocket"), keys, temperature, not no_risk, withhold, tuple(cors or ()),
+        tuple(allow_host or ()), body_bytes, log_requests=log_requests, log_prompts=log_prompts,
+    )  # fmt: skip
+    for package in ("fastapi", "uvicorn", "prometheus_client", *(["gradio"] if ui else [])):
+        require(package, "serve")
+    from selfdoubt.serve.run import bind, run, url_of
+
+    own = bind(host, port, keys=bool(keys))
+    lm = flags.load_lm(model, adapter, wrapper, dtype, quantize, risk, trust_remote_code)
+    from selfdoubt.serve.app import create_app
+    from selfdoubt.serve.engine import Engine
+    from selfdoubt.serve.metrics import Metrics
+
+    engine = Engine(lm, limits, Metrics())
+    app = create_app(engine, settings)
+    if ui:
+        app = require("selfdoubt.serve.chat", "serve").mount(app, engine, title=settings.name)
+    if log_requests or log_prompts:
+        logging.basicConfig(format="%(asctime)s %(message)s", level=logging.WARNING)
+        logging.getLogger("selfdoubt.serve").setLevel(logging.INFO)
+    engine.start()
+    access = "needs a key" if keys else "needs no key: only this machine can connect"
+    page = f"; the page is at {url_of(own)}/" if ui else ""
+    line = f"selfdoubt serves {settings.name} at {url_of(own)}/v1 ({access}){page}"
+    if drain < 0 or drain != drain or drain == float("inf"):
+        raise ConfigError(f"--drain must be a number of seconds, got {drain}")
+    return 0 if run(app, own, engine, drain=drain, started=lambda: print(line, flush=True)) else 1

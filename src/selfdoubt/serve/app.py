@@ -1,0 +1,273 @@
+"""The web application: OpenAI's endpoints over an engine, and what operators look at."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import logging
+import secrets
+import time
+from collections.abc import AsyncIterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from fastapi import APIRouter, FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.openapi.utils import get_openapi
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+
+import selfdoubt
+from selfdoubt.errors import ConfigError, SelfdoubtError
+from selfdoubt.serve import shapes
+from selfdoubt.serve.access import Access
+from selfdoubt.serve.answering import EventStream, gather, prompt_tokens, told, unless_gone, updates
+from selfdoubt.serve.engine import Engine
+from selfdoubt.serve.faults import SERVER, GoneError, RequestError, fault_of
+from selfdoubt.serve.job import Job
+from selfdoubt.serve.metrics import Metrics
+from selfdoubt.serve.plan import Plan, check_model, plan, withholds
+from selfdoubt.serve.replies import Teller
+from selfdoubt.serve.scoring import Scorer
+from selfdoubt.serve.settings import Settings
+from selfdoubt.serve.wire import ChatRequest, CompletionRequest, ScoreRequest, complaint
+
+log = logging.getLogger("selfdoubt.serve")
+router = APIRouter()
+
+
+@dataclass
+class House:
+    """What the endpoints share."""
+
+    engine: Engine
+    settings: Settings
+    metrics: Metrics
+    scorer: Scorer
+    created: int = field(default_factory=lambda: int(time.time()))
+    #: One thread encodes texts, so that a long one holds up no stream.
+    encoder: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "encode"))
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes with the code and the model."""
+        parts = f"{selfdoubt.__version__} {self.settings.name} {self.engine.lm.model}"
+        return "fp_" + hashlib.sha256(parts.encode()).hexdigest()[:10]
+
+
+def create_app(engine: Engine, settings: Settings | None = None) -> FastAPI:
+    """The application that ``selfdoubt serve`` runs.
+
+    Args:
+        engine: Has been started. What its meter counts is told at ``/metrics`` where the meter is a ``Metrics``.
+        settings: How it behaves.
+
+    Raises:
+        ConfigError: If answers are to be withheld and the model has no threshold to do so.
+    """
+    settings = settings or Settings()
+    if settings.withhold and not withholds(engine.lm):
+        raise ConfigError(
+            "--withhold needs a model whose calibration has a threshold; run `selfdoubt calibrate` on its adapter first"
+        )
+    metrics = engine.meter if isinstance(engine.meter, Metrics) else Metrics()
+    metrics.watch(engine)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        yield
+        app.state.house.encoder.shutdown(wait=False)
+
+    app = FastAPI(
+        title="selfdoubt", version=selfdoubt.__version__, docs_url=None, redoc_url=None, lifespan=lifespan,
+        description="OpenAI's chat and text completions, with a risk beside every token.",
+    )  # fmt: skip
+    app.state.house = House(engine, settings, metrics, Scorer(engine))
+    app.state.fingerprint = app.state.house.fingerprint
+    app.include_router(router)
+    app.add_exception_handler(RequestValidationError, _refused)
+    app.add_exception_handler(HTTPException, _http)
+    app.add_exception_handler(GoneError, _gone)
+    for kind in (RequestError, SelfdoubtError, Exception):
+        app.add_exception_handler(kind, _failed)
+    app.add_middleware(Access, settings=settings, metrics=metrics)
+    if settings.origins:  # outermost, so that a browser may read refusals
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["authorization", "content-type"],
+        )
+    app.openapi = partial(_schema, app, settings)  # type: ignore[method-assign]
+    return app
+
+
+_ERRORS: dict[int | str, dict[str, Any]] = {
+    status: {"model": shapes.Error} for status in (400, 401, 403, 404, 408, 413, 429, 500, 503, 504)
+}
+
+
+def _responses(model: type, *, streams: bool = False) -> dict[int | str, dict[str, Any]]:
+    content = {"text/event-stream": {"schema": {"type": "string"}}} if streams else {}
+    return {**_ERRORS, 200: {"model": model, "content": content}}
+
+
+@router.post("/v1/chat/completions", responses=_responses(shapes.ChatCompletion, streams=True))
+async def chat_completions(body: ChatRequest, request: Request) -> Response:
+    """Answer a chat."""
+    return await _answer(body, request)
+
+
+@router.post("/v1/completions", responses=_responses(shapes.Completion, streams=True))
+async def completions(body: CompletionRequest, request: Request) -> Response:
+    """Continue texts."""
+    return await _answer(body, request)
+
+
+async def _answer(body: ChatRequest | CompletionRequest, request: Request) -> Response:
+    house: House = request.app.state.house
+    engine, settings = house.engine, house.settings
+    wanted = plan(body, settings, engine.limits, engine.lm)
+    if settings.log_prompts:
+        log.info("prompt %s", json.dumps(wanted.questions, ensure_ascii=False))
+    chat = isinstance(body, ChatRequest)
+    head = {
+        "id": f"{'chatcmpl' if chat else 'cmpl'}-{secrets.token_hex(12)}",
+        "created": int(time.time()),
+        "model": settings.name,
+        "system_fingerprint": request.app.state.fingerprint,
+    }
+    teller = Teller(engine.lm, wanted, chat, head)
+    jobs: list[Job] = []
+    try:
+        await unless_gone(request.receive, _ask(house, wanted, request.scope.get("client_id", ""), jobs))
+        if wanted.stream:
+            rest = updates(jobs)
+            first = await unless_gone(request.receive, anext(rest))  # what ends it before then has a status of its own
+            events = told(teller, jobs, first, rest)
+            stream, jobs = EventStream(events, jobs, wanted.timeout + 30), []
+            return stream
+        answers = await unless_gone(request.receive, gather(jobs, wanted.n))
+        return JSONResponse(teller.whole(answers, prompt_tokens(jobs)))
+    finally:
+        for job in jobs:
+            job.cancel()
+
+
+async def _ask(house: House, wanted: Plan, client: str, jobs: list[Job]) -> None:
+    loop, engine = asyncio.get_running_loop(), house.engine
+    for question in wanted.questions:
+        ask = partial(
+            engine.ask, question, n=wanted.n, alternatives=wanted.alternatives, client=client, timeout=wanted.timeout,
+            **wanted.options,
+        )  # fmt: skip
+        jobs.append(await loop.run_in_executor(house.encoder, ask))
+
+
+@router.post("/v1/score", responses=_responses(shapes.Scores))
+async def score(body: ScoreRequest, request: Request) -> Response:
+    """The risk of one text or several, each the answer to a question or to nothing."""
+    house: House = request.app.state.house
+    check_model(body.model, house.settings)
+    items = body.input if isinstance(body.input, list) else [body.input]
+    limits = house.engine.limits
+    work = house.scorer.score(items, raw=bool(body.raw), timeout=min(body.timeout or limits.timeout, limits.timeout))
+    found = await unless_gone(request.receive, work)
+    return JSONResponse({"object": "list", "model": house.settings.name, "data": found})
+
+
+@router.get("/v1/models", responses=_responses(shapes.Models))
+async def models(request: Request) -> Response:
+    """The models that can be asked: one."""
+    return JSONResponse({"object": "list", "data": [_model(request.app.state.house)]})
+
+
+@router.get("/v1/models/{name:path}", responses=_responses(shapes.Model))
+async def model(name: str, request: Request) -> Response:
+    """One model."""
+    check_model(name, request.app.state.house.settings)
+    return JSONResponse(_model(request.app.state.house))
+
+
+def _model(house: House) -> dict[str, Any]:
+    lm = house.engine.lm
+    plain = {"id": house.settings.name, "object": "model", "created": house.created, "owned_by": "selfdoubt"}
+    if not house.settings.risk:
+        return plain
+    threshold = None if lm.calibration is None else lm.calibration.threshold
+    return {**plain, "risk": {"name": lm.risk, "token_risk": lm.token_risk, "calibrated": lm.calibration is not None,
+                              "threshold": threshold}}  # fmt: skip
+
+
+@router.get("/healthz", responses={200: {"model": shapes.Status}, 503: {"model": shapes.Error}})
+async def healthz(request: Request) -> Response:
+    """Whether the process is of use; 503 where it has to be started again."""
+    failure = request.app.state.house.engine.failure
+    if failure is not None:
+        raise RequestError(503, f"the engine has failed ({type(failure).__name__}); start the server again", SERVER)
+    return JSONResponse({"status": "ok"})
+
+
+@router.get("/readyz", responses={200: {"model": shapes.Status}, 503: {"model": shapes.Error}})
+async def readyz(request: Request) -> Response:
+    """Whether a request would be taken now."""
+    engine: Engine = request.app.state.house.engine
+    if engine.ready:
+        return JSONResponse({"status": "ready"})
+    why = "is starting or closing" if engine.failure is None else f"has failed ({type(engine.failure).__name__})"
+    raise RequestError(503, f"the engine {why}", SERVER, code="engine_unavailable")
+
+
+@router.get("/metrics", response_class=PlainTextResponse, responses={401: {"model": shapes.Error}})
+async def metrics(request: Request) -> Response:
+    """For Prometheus."""
+    found: Metrics = request.app.state.house.metrics
+    return Response(found.text(), media_type=found.media_type)
+
+
+def _reply(fault: RequestError) -> JSONResponse:
+    return JSONResponse(fault.body, fault.status, fault.headers)
+
+
+async def _refused(_: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    message, param = complaint(error.errors())
+    return _reply(RequestError(400, message, param=param))
+
+
+async def _http(_: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    headers: Mapping[str, str] = error.headers or {}
+    return _reply(RequestError(error.status_code, str(error.detail), headers=headers))
+
+
+async def _gone(_request: Request, _error: Exception) -> Response:
+    return Response(status_code=499)  # nobody reads it
+
+
+async def _failed(_: Request, error: Exception) -> Response:
+    return _reply(fault_of(error))
+
+
+def _schema(app: FastAPI, settings: Settings) -> dict[str, Any]:
+    """What is true of this server: wrong input is 400, and with keys one is needed."""
+    if app.openapi_schema is None:
+        found = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
+        for path in found["paths"].values():
+            for operation in path.values():
+                operation["responses"].pop("422", None)
+        parts = found["components"]
+        for unused in ("HTTPValidationError", "ValidationError"):
+            parts["schemas"].pop(unused, None)
+        if settings.keys:
+            parts["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+            for name, path in found["paths"].items():
+                for operation in path.values() if name not in ("/healthz", "/readyz") else ():
+                    operation["security"] = [{"key": []}]
+        app.openapi_schema = found
+    return app.openapi_schema

@@ -1,0 +1,70 @@
+"""What a request's body must be before anything else looks at it: JSON in UTF-8, of numbers and of bounded depth."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any, NoReturn
+
+
+def check(body: bytes, depth: int) -> None:
+    """Refuse a body that is no JSON as the standard defines it.
+
+    Args:
+        body: All of it.
+        depth: Deepest nesting.
+
+    Raises:
+        ValueError: With one line that says what is wrong.
+    """
+    try:
+        text = body.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"the body is not UTF-8: byte {body[error.start]:#04x} at position {error.start}") from None
+    if not text.strip():
+        raise ValueError("the body is empty; send a JSON object")
+    try:
+        data = json.loads(text, parse_constant=_constant, parse_float=_float)
+    except RecursionError:
+        raise ValueError(f"the body is nested deeper than {depth} levels") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"the body is not JSON: {error.msg} at line {error.lineno}, column {error.colno}") from None
+    _walk(data, depth, pairs="\\u" in text)
+
+
+def _walk(data: Any, depth: int, *, pairs: bool) -> None:
+    """Level by level. Half a surrogate pair, which only an escape can write, is no text that can be sent back."""
+    level = [data]
+    while level:
+        if depth < 0:
+            raise ValueError("the body is nested too deeply")
+        below: list[Any] = []
+        for item in level:
+            if isinstance(item, dict):
+                below += item.values()
+                if pairs:
+                    below += item
+            elif isinstance(item, list):
+                below += item
+            elif pairs and isinstance(item, str) and not _whole(item):
+                raise ValueError("the body holds half a surrogate pair, which is no character")
+        level, depth = below, depth - 1
+
+
+def _whole(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _constant(name: str) -> NoReturn:
+    raise ValueError(f"the body is not JSON: {name} is no JSON number")
+
+
+def _float(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"the body is not JSON that can be read: {text[:20]} is too large a number")
+    return value

@@ -1,0 +1,68 @@
+"""What went wrong, in OpenAI's shape: a status, and ``{"error": {"message", "type", "param", "code"}}``."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from selfdoubt.errors import BusyError, ConfigError, DeadlineError, EngineError, NonFiniteError, PromptError
+
+INVALID, SERVER = "invalid_request_error", "server_error"
+
+
+class RequestError(Exception):
+    """A request that ends with an error.
+
+    Args:
+        status: HTTP status.
+        message: One line for a person.
+        kind: OpenAI's ``type``.
+        param: The part of the request that is wrong.
+        code: A word for programs.
+        headers: To be sent along.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        kind: str = INVALID,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.message, self.kind = status, " ".join(message.split()), kind
+        self.param, self.code, self.headers = param, code, dict(headers or {})
+
+    @property
+    def body(self) -> dict[str, Any]:
+        """What is sent."""
+        return {"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}}
+
+
+class GoneError(Exception):
+    """The client has hung up; nobody reads what is sent."""
+
+
+def fault_of(error: BaseException) -> RequestError:
+    """The fault that an error is to a client; what was not foreseen tells nothing of the inside."""
+    match error:
+        case RequestError():
+            return error
+        case BusyError():
+            wait = str(max(1, math.ceil(error.retry_after)))
+            return RequestError(429, str(error), "rate_limit_error", code="queue_full", headers={"Retry-After": wait})
+        case DeadlineError():
+            return RequestError(504, str(error), "timeout_error", code="deadline_exceeded")
+        case EngineError():
+            return RequestError(503, str(error), SERVER, code="engine_unavailable")
+        case PromptError():
+            return RequestError(400, str(error), code="invalid_prompt")
+        case ConfigError():
+            return RequestError(400, str(error), code="invalid_value")
+        case NonFiniteError():
+            return RequestError(500, str(error), SERVER, code="non_finite")
+    return RequestError(500, "something went wrong inside the server; its log says what", SERVER, code="internal_error")

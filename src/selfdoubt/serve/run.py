@@ -1,0 +1,139 @@
+"""A server process: it binds, serves, and on SIGTERM finishes what it has begun."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import ipaddress
+import socket
+import threading
+import time
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+import uvicorn
+
+from selfdoubt.errors import ConfigError
+from selfdoubt.serve.engine import Engine
+from selfdoubt.serve.metrics import Metrics
+
+#: Seconds that connections get after all answers are given: pages keep theirs open for ever.
+_LAST = 1
+
+
+def bind(host: str, port: int, *, keys: bool) -> socket.socket:
+    """Take a port, before a large model loads.
+
+    Args:
+        host: A name or an address of this machine.
+        port: 0 takes a free one.
+        keys: Whether requests need a key; without, only this machine may connect.
+
+    Raises:
+        ConfigError: If there is no key and others could connect, or the port cannot be had.
+    """
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except (OSError, OverflowError, UnicodeError) as error:
+        raise ConfigError(f"{host!r}, port {port}, is no address of this machine: {error}") from None
+    family, kind, protocol, _, address = found[0]
+    if not keys and not all(_loopback(str(entry[4][0])) for entry in found):
+        raise ConfigError(
+            f"without a key anybody who reaches {host} could ask; give one with --api-key (or SELFDOUBT_API_KEY), "
+            "or bind to this machine only with --host 127.0.0.1"
+        )
+    own = socket.socket(family, kind, protocol)
+    own.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        own.bind(address)
+    except OSError as error:
+        own.close()
+        if error.errno == errno.EADDRINUSE:
+            message = f"port {port} of {host} is in use; choose another with --port, or 0 for any free one"
+        else:
+            message = f"port {port} of {host} cannot be had ({error.strerror}); choose another with --host or --port"
+        raise ConfigError(message) from None
+    own.setblocking(False)
+    return own
+
+
+def _loopback(address: str) -> bool:
+    return ipaddress.ip_address(address.partition("%")[0]).is_loopback
+
+
+def url_of(own: socket.socket) -> str:
+    """Where a bound socket is reached."""
+    host, port = own.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+class Server(uvicorn.Server):
+    """Drains at the first signal, and ends at once at the second.
+
+    Args:
+        config: For uvicorn.
+        engine: Is closed: it finishes what it has taken.
+        metrics: Knows which requests are under way.
+        drain: Seconds for that.
+        started: Called when requests are taken.
+    """
+
+    def __init__(
+        self, config: uvicorn.Config, engine: Engine, metrics: Metrics, drain: float, started: Callable[[], object]
+    ) -> None:
+        super().__init__(config)
+        self._engine, self._metrics, self._drain, self._begun = engine, metrics, drain, started
+        self._signals = 0
+        self._draining: asyncio.Task[None] | None = None
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Begin, and say so."""
+        try:
+            await super().startup(sockets)
+        except OSError as error:  # somebody else was quicker while the model was loading
+            message = f"nobody can listen on this port ({error.strerror}); choose another with --port"
+            raise ConfigError(message) from None
+        self._begun()
+
+    def handle_exit(self, _sig: int, _frame: FrameType | None) -> None:
+        """SIGTERM or SIGINT."""
+        self._signals += 1
+        if self._signals > 1:
+            self.should_exit = self.force_exit = True
+
+    async def on_tick(self, counter: int) -> bool:
+        """Looked at ten times a second."""
+        if self._signals and self._draining is None:
+            self._draining = asyncio.create_task(self._finish())
+        drained = self._draining is not None and self._draining.done()
+        return await super().on_tick(counter) or drained
+
+    async def _finish(self) -> None:
+        until = time.monotonic() + self._drain
+        closing = threading.Thread(target=self._engine.close, args=(self._drain,), name="close", daemon=True)
+        closing.start()
+        while closing.is_alive() and time.monotonic() < until + 1:
+            await asyncio.sleep(0.02)
+        while self._metrics.active and time.monotonic() < until:  # what is answered still has to be sent
+            await asyncio.sleep(0.02)
+
+
+def run(app: Any, own: socket.socket, engine: Engine, *, drain: float, started: Callable[[], object]) -> bool:
+    """Serve until a signal comes; whether it could end in peace.
+
+    Args:
+        app: From ``create_app``.
+        own: From ``bind``.
+        engine: Has been started.
+        drain: Seconds that running requests get at the end.
+        started: Called when requests are taken.
+    """
+    config = uvicorn.Config(
+        app, log_config=None, log_level="critical", access_log=False, server_header=False, ws="none", lifespan="on",
+        timeout_graceful_shutdown=_LAST,
+    )  # fmt: skip
+    server = Server(config, engine, app.state.house.metrics, drain, started)
+    server.run(sockets=[own])
+    engine.close(0)
+    return not server.force_exit

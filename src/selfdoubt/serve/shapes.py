@@ -1,0 +1,197 @@
+"""What is answered, for the OpenAPI schema: replies are plain data of these shapes, made in ``replies``."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+
+class Shape(BaseModel):
+    """An object with these fields and no others."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class Problem(Shape):
+    """What went wrong."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class Error(Shape):
+    """OpenAI's shape of an error."""
+
+    error: Problem
+
+
+class TokenRisk(Shape):
+    """The doubt about one token, entropies in nats."""
+
+    text: str
+    risk: float
+    total: float
+    epistemic: float
+    aleatoric: float
+    percentile: float | None
+
+
+class QuestionRisk(Shape):
+    """The doubt about the question's own words."""
+
+    risk: float
+    risk_name: str
+    percentile: float | None
+
+
+class AnswerRisk(Shape):
+    """The doubt about an answer."""
+
+    risk: float
+    risk_name: str
+    percentile: float | None
+    p_correct: float | None
+    abstain: bool | None
+    withheld: bool
+    question: QuestionRisk | None
+    tokens: list[TokenRisk]
+
+
+class Usage(Shape):
+    """How many tokens."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+class Alternative(Shape):
+    """A token and its log-probability."""
+
+    token: str
+    logprob: float
+    bytes: list[int] | None
+
+
+class TokenLogprob(Alternative):
+    """A chosen token and what could have stood in its place."""
+
+    top_logprobs: list[Alternative]
+
+
+class ChatLogprobs(Shape):
+    """Of a chat."""
+
+    content: list[TokenLogprob]
+    refusal: None
+
+
+class TextLogprobs(Shape):
+    """Of a completion."""
+
+    tokens: list[str]
+    token_logprobs: list[float]
+    top_logprobs: list[dict[str, float]] | None
+    text_offset: list[int]
+
+
+class ChatMessage(Shape):
+    """The answer."""
+
+    role: Literal["assistant"]
+    content: str
+    refusal: None
+
+
+class ChatChoice(Shape):
+    """One of the answers. Without ``risk`` where it is not wanted."""
+
+    index: int
+    message: ChatMessage
+    logprobs: ChatLogprobs | None
+    finish_reason: Literal["stop", "length"]
+    risk: AnswerRisk = None  # type: ignore[assignment]
+
+
+class ChatCompletion(Shape):
+    """A chat's answers."""
+
+    id: str
+    object: Literal["chat.completion"]
+    created: int
+    model: str
+    system_fingerprint: str
+    choices: list[ChatChoice]
+    usage: Usage
+
+
+class TextChoice(Shape):
+    """One of the answers. Without ``risk`` where it is not wanted."""
+
+    index: int
+    text: str
+    logprobs: TextLogprobs | None
+    finish_reason: Literal["stop", "length"]
+    risk: AnswerRisk = None  # type: ignore[assignment]
+
+
+class Completion(Shape):
+    """Continued texts."""
+
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    system_fingerprint: str
+    choices: list[TextChoice]
+    usage: Usage
+
+
+class Score(Shape):
+    """The doubt about a text that was given."""
+
+    object: Literal["score"]
+    index: int
+    risk: float
+    risk_name: str
+    percentile: float | None
+    p_correct: float | None
+    abstain: bool | None
+    scores: dict[str, float]
+    tokens: list[TokenRisk]
+    question: QuestionRisk | None
+    question_tokens: list[TokenRisk]
+
+
+class Scores(Shape):
+    """One score a text, in their order."""
+
+    object: Literal["list"]
+    model: str
+    data: list[Score]
+
+
+class Model(BaseModel):
+    """A model that can be asked."""
+
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+    risk: dict[str, Any] = None  # type: ignore[assignment]
+
+
+class Models(Shape):
+    """The models that can be asked: one."""
+
+    object: Literal["list"]
+    data: list[Model]
+
+
+class Status(Shape):
+    """Whether the server works."""
+
+    status: Literal["ok", "ready"]

@@ -1,0 +1,197 @@
+"""What may be asked, as OpenAI defines it. What cannot be honoured is refused by its schema, never ignored.
+
+Read by pydantic: this file is imported where a server starts.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Count = Annotated[int, Field(ge=1)]
+Nothing = Annotated[list[Any], Field(max_length=0)]
+Zero = Annotated[float, Field(ge=0, le=0)]
+Ids = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+Stop = Annotated[str, Field(min_length=1)]
+
+
+class Wire(BaseModel):
+    """An object that refuses what it does not know."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class TextPart(Wire):
+    """A part of a message; only text is read."""
+
+    type: Literal["text"]
+    text: str
+
+
+class Message(Wire):
+    """A turn of a chat. Parts of a content are lines of one text; ``developer`` is another word for ``system``."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | Annotated[list[TextPart], Field(min_length=1)]
+    # What OpenAI's own answers carry, so that they can be sent back.
+    name: None = None
+    refusal: None = None
+    audio: None = None
+    function_call: None = None
+    tool_calls: Nothing | None = None
+    annotations: Nothing | None = None
+
+    @property
+    def text(self) -> str:
+        """The content as one text."""
+        return self.content if isinstance(self.content, str) else "\n".join(part.text for part in self.content)
+
+
+class StreamOptions(Wire):
+    """How to stream."""
+
+    include_usage: bool | None = None
+    include_obfuscation: bool | None = None
+
+
+class TextFormat(Wire):
+    """The one response format there is."""
+
+    type: Literal["text"]
+
+
+class Common(Wire):
+    """What chats and completions share."""
+
+    model: str | None = None
+    n: Annotated[int, Field(ge=1, le=128)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=4)] | None = None
+    max_tokens: Count | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    # Ours.
+    risk: Annotated[bool | None, Field(description="False leaves out the risk, for clients that refuse it.")] = None
+    withhold: Annotated[
+        bool | None, Field(description="Say that the model is not sure where its calibration abstains.")
+    ] = None
+    timeout: Annotated[float, Field(gt=0, description="Seconds, waiting included.")] | None = None
+    # Without an effect on the answer.
+    user: str | None = None
+    metadata: dict[str, Any] | None = None
+    store: bool | None = None
+    service_tier: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    prompt_cache_retention: str | None = None
+    # What this server cannot do.
+    frequency_penalty: Zero | None = None
+    presence_penalty: Zero | None = None
+    logit_bias: Annotated[dict[str, Any], Field(max_length=0)] | None = None
+
+
+class ChatRequest(Common):
+    """``POST /v1/chat/completions``."""
+
+    messages: Annotated[list[Message], Field(min_length=1)]
+    max_completion_tokens: Count | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    parallel_tool_calls: bool | None = None
+    tools: Nothing | None = None
+    tool_choice: Literal["none", "auto"] | None = None
+    functions: Nothing | None = None
+    function_call: Literal["none", "auto"] | None = None
+    response_format: TextFormat | None = None
+    modalities: Annotated[list[Literal["text"]], Field(max_length=1)] | None = None
+    reasoning_effort: Literal["none"] | None = None
+    verbosity: Literal["medium"] | None = None
+    audio: None = None
+    prediction: None = None
+    web_search_options: None = None
+
+
+class CompletionRequest(Common):
+    """``POST /v1/completions``: continues texts as they are, without the chat template."""
+
+    prompt: (
+        str
+        | Annotated[list[str], Field(min_length=1)]
+        | Ids
+        | Annotated[list[Ids], Field(min_length=1)]
+    )  # fmt: skip
+    logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
+    best_of: Count | None = None
+    echo: Literal[False] | None = None
+    suffix: None = None
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        """One item a prompt."""
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        if isinstance(self.prompt[0], int):
+            return [self.prompt]  # type: ignore[list-item]
+        return [*self.prompt]
+
+
+class ScoreItem(Wire):
+    """A text, and what it answers: a question, a chat, or nothing."""
+
+    text: str
+    question: str | None = None
+    messages: Annotated[list[Message], Field(min_length=1)] | None = None
+
+
+class ScoreRequest(Wire):
+    """``POST /v1/score``: the risk of texts that exist already."""
+
+    model: str | None = None
+    input: ScoreItem | Annotated[list[ScoreItem], Field(min_length=1)]
+    raw: bool | None = None
+    timeout: Annotated[float, Field(gt=0)] | None = None
+
+
+#: What to say of fields whose schema says it badly.
+ADVICE = {
+    "prompt": "prompt must be a text, a list of texts, a list of token ids, or a list of such lists; none empty",
+    "stop": "stop must be a text or up to 4 texts, none empty",
+    "content": "the content of a message must be a text or a list of parts {'type': 'text', 'text': ...}",
+    "name": "names of participants are not supported; write them into the content",
+    "tools": "tools are not supported; leave tools out",
+    "functions": "functions are not supported; leave functions out",
+    "tool_choice": "tools are not supported; leave tool_choice out",
+    "function_call": "functions are not supported; leave function_call out",
+    "tool_calls": "tools are not supported; leave tool_calls out",
+    "response_format": 'only response_format {"type": "text"} is supported',
+    "frequency_penalty": "frequency_penalty is not supported other than 0",
+    "presence_penalty": "presence_penalty is not supported other than 0",
+    "logit_bias": "logit_bias is not supported; leave it out",
+    "modalities": 'only the modality "text" is supported',
+    "reasoning_effort": "reasoning_effort is not supported; leave it out",
+    "verbosity": "verbosity is not supported; leave it out",
+    "audio": "audio is not supported; leave it out",
+    "prediction": "prediction is not supported; leave it out",
+    "web_search_options": "web_search_options is not supported; leave it out",
+    "echo": "echo is not supported; use /v1/score for the risk of a text that exists already",
+    "suffix": "suffix is not supported; leave it out",
+}
+
+
+def complaint(errors: Any) -> tuple[str, str | None]:
+    """One line for a person, and the name of the field that is wrong, of what pydantic found."""
+    found = errors[0]
+    place = [part for part in found["loc"] if part != "body"]
+    path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place).lstrip(".")
+    field = str(place[0]) if place else None
+    if found["type"] == "extra_forbidden":
+        return f"Unrecognized request argument supplied: {path}", field
+    if found["type"] == "missing":
+        return f"you must provide {path or 'a body'}", field
+    for part in reversed(place):
+        if part in ADVICE:
+            return ADVICE[str(part)], field
+    return f"{path or 'the body'}: {found['msg']}", field
