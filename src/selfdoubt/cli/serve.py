@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
 from selfdoubt.cli import flags
@@ -58,6 +59,15 @@ def serve(
     answer_tokens: Annotated[int, typer.Option(help="Longest answer that may be asked for.")] = _LIMITS.answer_tokens,
     choices: Annotated[int, typer.Option(help="Most answers to one request.")] = _LIMITS.choices,
     timeout: Annotated[float, typer.Option(help="Seconds for a request, waiting included.")] = _LIMITS.timeout,
+    replicas: Annotated[
+        int | None,
+        typer.Option(help="So many engines, each with the model, on Ray (extra [ray]).", min=1, show_default=False),
+    ] = None,
+    ray_address: Annotated[
+        str | None,
+        typer.Option(help="Ray cluster to run on; auto for this machine's. [default: a new one]", show_default=False),
+    ] = None,
+    replica_gpus: Annotated[float, typer.Option(help="GPUs that each replica needs.", min=0)] = 0.0,
     body_bytes: Annotated[int, typer.Option(help="Longest body of a request.")] = _SETTINGS.body_bytes,
     drain: Annotated[float, typer.Option(help="Seconds that running requests get after SIGTERM.", min=0)] = 30.0,
     cors: Annotated[
@@ -81,7 +91,26 @@ def serve(
         require(package, "serve")
     from selfdoubt.serve.run import bind, run, url_of
 
+    if drain < 0 or drain != drain or drain == float("inf"):
+        raise ConfigError(f"--drain must be a number of seconds, got {drain}")
     own = bind(host, port, keys=bool(keys))
+    access = "needs a key" if keys else "needs no key: only this machine can connect"
+    page = f"; the page is at {url_of(own)}/" if ui else ""
+    line = f"selfdoubt serves {settings.name} at {url_of(own)}/v1 ({access}){page}"
+    if replicas is not None:
+        from selfdoubt.serve import cluster
+
+        where = cluster.Cluster(replicas, ray_address, replica_gpus)
+        address = own.getsockname()
+        own.close()  # Ray's proxies listen there
+        load = partial(flags.load_lm, model, adapter, wrapper, dtype, quantize, risk, trust_remote_code)
+        cluster.run(
+            cluster.application(load, limits, settings, where, drain, ui=ui), where, address[0], address[1],
+            started=lambda: print(f"{line}, {replicas} replicas", flush=True),
+        )  # fmt: skip
+        return 0
+    if ray_address is not None:
+        raise ConfigError("--ray-address is for --replicas N; add it")
     lm = flags.load_lm(model, adapter, wrapper, dtype, quantize, risk, trust_remote_code)
     from selfdoubt.serve.app import create_app
     from selfdoubt.serve.engine import Engine
@@ -95,9 +124,4 @@ def serve(
         logging.basicConfig(format="%(asctime)s %(message)s", level=logging.WARNING)
         logging.getLogger("selfdoubt.serve").setLevel(logging.INFO)
     engine.start()
-    access = "needs a key" if keys else "needs no key: only this machine can connect"
-    page = f"; the page is at {url_of(own)}/" if ui else ""
-    line = f"selfdoubt serves {settings.name} at {url_of(own)}/v1 ({access}){page}"
-    if drain < 0 or drain != drain or drain == float("inf"):
-        raise ConfigError(f"--drain must be a number of seconds, got {drain}")
     return 0 if run(app, own, engine, drain=drain, started=lambda: print(line, flush=True)) else 1

@@ -27,7 +27,7 @@ from selfdoubt.errors import ConfigError, SelfdoubtError
 from selfdoubt.serve import shapes
 from selfdoubt.serve.access import Access
 from selfdoubt.serve.answering import EventStream, gather, prompt_tokens, told, unless_gone, updates
-from selfdoubt.serve.engine import Engine
+from selfdoubt.serve.desk import Desk
 from selfdoubt.serve.faults import SERVER, GoneError, RequestError, fault_of
 from selfdoubt.serve.job import Job
 from selfdoubt.serve.metrics import Metrics
@@ -45,7 +45,7 @@ router = APIRouter()
 class House:
     """What the endpoints share."""
 
-    engine: Engine
+    engine: Desk
     settings: Settings
     metrics: Metrics
     scorer: Scorer
@@ -60,7 +60,7 @@ class House:
         return "fp_" + hashlib.sha256(parts.encode()).hexdigest()[:10]
 
 
-def create_app(engine: Engine, settings: Settings | None = None) -> FastAPI:
+def create_app(engine: Desk, settings: Settings | None = None) -> FastAPI:
     """The application that ``selfdoubt serve`` runs.
 
     Args:
@@ -216,7 +216,7 @@ async def healthz(request: Request) -> Response:
 @router.get("/readyz", responses={200: {"model": shapes.Status}, 503: {"model": shapes.Error}})
 async def readyz(request: Request) -> Response:
     """Whether a request would be taken now."""
-    engine: Engine = request.app.state.house.engine
+    engine: Desk = request.app.state.house.engine
     if engine.ready:
         return JSONResponse({"status": "ready"})
     why = "is starting or closing" if engine.failure is None else f"has failed ({type(engine.failure).__name__})"

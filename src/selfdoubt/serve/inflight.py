@@ -242,6 +242,7 @@ class InFlight:
             return
         if tokens:
             job.put(Grew(choice.number, tokens))
+            self._meter.grew(len(tokens))
             if is_first:
                 self._meter.first_token(time.monotonic() - job.born)
         if answer is not None:

@@ -100,6 +100,7 @@ class Job:
     ask: Ask
     born: float = field(default_factory=time.monotonic)
     cancelled: bool = False  #: looked at by the engine between tokens
+    begun: bool = False  #: the reader has been told something
     ended: bool = False  #: nothing more will come; set by the engine
     _items: deque[Update | BaseException | None] = field(default_factory=deque)
     _news: threading.Condition = field(default_factory=threading.Condition)
@@ -125,6 +126,7 @@ class Job:
 
     def put(self, update: Update) -> None:
         """For the engine: tell the reader."""
+        self.begun = True
         self._put(update)
 
     def end(self, error: BaseException | None = None) -> None:

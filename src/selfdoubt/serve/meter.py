@@ -19,6 +19,9 @@ class Meter(Protocol):
     def stepped(self, sequences: int, seconds: float) -> None:
         """One token for each of so many sequences took so long."""
 
+    def grew(self, tokens: int) -> None:
+        """So many tokens were told to a reader."""
+
     def first_token(self, seconds: float) -> None:
         """From a request's arrival to its first token."""
 
@@ -33,6 +36,9 @@ class Silent:
         """See ``Meter``."""
 
     def stepped(self, sequences: int, seconds: float) -> None:
+        """See ``Meter``."""
+
+    def grew(self, tokens: int) -> None:
         """See ``Meter``."""
 
     def first_token(self, seconds: float) -> None:

@@ -79,8 +79,11 @@ class Metrics:
     def stepped(self, sequences: int, seconds: float) -> None:
         """See ``Meter``."""
         self._batch.observe(sequences)
-        self._tokens.inc(sequences)
         self._step.observe(seconds)
+
+    def grew(self, tokens: int) -> None:
+        """See ``Meter``."""
+        self._tokens.inc(tokens)
 
     def first_token(self, seconds: float) -> None:
         """See ``Meter``."""

@@ -15,7 +15,7 @@ from typing import Any
 import uvicorn
 
 from selfdoubt.errors import ConfigError
-from selfdoubt.serve.engine import Engine
+from selfdoubt.serve.desk import Desk
 from selfdoubt.serve.metrics import Metrics
 
 #: Seconds that connections get after all answers are given: pages keep theirs open for ever.
@@ -80,7 +80,7 @@ class Server(uvicorn.Server):
     """
 
     def __init__(
-        self, config: uvicorn.Config, engine: Engine, metrics: Metrics, drain: float, started: Callable[[], object]
+        self, config: uvicorn.Config, engine: Desk, metrics: Metrics, drain: float, started: Callable[[], object]
     ) -> None:
         super().__init__(config)
         self._engine, self._metrics, self._drain, self._begun = engine, metrics, drain, started
@@ -119,7 +119,7 @@ class Server(uvicorn.Server):
             await asyncio.sleep(0.02)
 
 
-def run(app: Any, own: socket.socket, engine: Engine, *, drain: float, started: Callable[[], object]) -> bool:
+def run(app: Any, own: socket.socket, engine: Desk, *, drain: float, started: Callable[[], object]) -> bool:
     """Serve until a signal comes; whether it could end in peace.
 
     Args:

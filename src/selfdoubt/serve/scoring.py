@@ -10,7 +10,7 @@ from selfdoubt.errors import BusyError, ConfigError, DeadlineError, EngineError,
 from selfdoubt.lm.answer import Answer
 from selfdoubt.lm.model import Question, RiskAwareLM
 from selfdoubt.serve import risks
-from selfdoubt.serve.engine import Engine
+from selfdoubt.serve.desk import Desk
 from selfdoubt.serve.plan import chat_of
 from selfdoubt.serve.wire import ScoreItem
 
@@ -22,7 +22,7 @@ Pair = tuple[Question | None, str]
 class Scorer:
     """Scores for all who ask, one piece after the other; at most ``limits.queue`` requests wait."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Desk) -> None:
         self._engine = engine
         self._turn = asyncio.Lock()
         self._waiting = 0

@@ -391,13 +391,16 @@ class Notes:
     """Writes down what it is told."""
 
     def __init__(self):
-        self.steps, self.firsts, self.ends = [], [], []
+        self.steps, self.firsts, self.ends, self.tokens = [], [], [], 0
 
     def waiting(self, requests):
         pass
 
     def stepped(self, sequences, seconds):
         self.steps.append(sequences)
+
+    def grew(self, tokens):
+        self.tokens += tokens
 
     def first_token(self, seconds):
         self.firsts.append(seconds)
@@ -418,5 +421,6 @@ def test_a_meter_is_told_what_happens():
             late.answers()
     assert sorted(notes.ends) == ["cancelled", "deadline", "length"]
     assert max(notes.steps) <= 3
+    assert notes.tokens > 9
     assert len(notes.firsts) == 3
     assert all(0 < seconds < 5 for seconds in notes.firsts)
