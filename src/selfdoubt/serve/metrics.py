@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 from prometheus_client import generate_latest as generate
 
@@ -52,6 +54,8 @@ class Metrics:
             name("request_seconds"), "From a request to its last byte", ["path"], buckets=_SECONDS, registry=own
         )
         self._active.set_function(lambda: self.active)
+        for outcome in get_args(Outcome):
+            self._answers.labels(outcome)  # there from the start, as 0
 
     def watch(self, engine: object) -> None:
         """Tell how many sequences an engine decodes, where it knows."""

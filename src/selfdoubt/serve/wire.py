@@ -78,7 +78,7 @@ class Common(Wire):
     withhold: Annotated[
         bool | None, Field(description="Say that the model is not sure where its calibration abstains.")
     ] = None
-    timeout: Annotated[float, Field(gt=0, description="Seconds, waiting included.")] | None = None
+    timeout: Annotated[float, Field(ge=1, description="Seconds, waiting included.")] | None = None
     # Without an effect on the answer.
     user: str | None = None
     metadata: dict[str, Any] | None = None
@@ -154,7 +154,7 @@ class ScoreRequest(Wire):
     model: str | None = None
     input: ScoreItem | Annotated[list[ScoreItem], Field(min_length=1)]
     raw: bool | None = None
-    timeout: Annotated[float, Field(gt=0)] | None = None
+    timeout: Annotated[float, Field(ge=1)] | None = None
 
 
 #: What to say of fields whose schema says it badly.

@@ -380,18 +380,70 @@ def test_prompts_of_one_request_that_do_not_all_fit_leave_none_behind(serve, tal
             assert time.monotonic() < until
 
 
-def test_a_deadline_is_504_before_the_first_word_and_an_event_after_it(tiny):
-    with slow(tiny, 0.03):
-        error = fault(ask(tiny, max_tokens=60, temperature=0, timeout=0.3), 504)
+def test_a_deadline_is_504_before_the_first_word_and_an_event_after_it(serve, talker):
+    client = serve(talker, Limits(timeout=0.3, answer_tokens=64))
+    with slow(client, 0.02):
+        error = fault(ask(client, max_tokens=60, temperature=0), 504)
         assert error["code"] == "deadline_exceeded"
-        reply = ask(tiny, max_tokens=60, temperature=0, timeout=0.3, stream=True)
-        if reply.status_code == 200:
-            last = [line for line in reply.text.split("\n\n") if line][-1]
-            assert json.loads(last[6:])["error"]["code"] == "deadline_exceeded"
-        else:
-            fault(reply, 504)
-        fault(ask(tiny, "/v1/score", input=[{"text": "a b c"}] * 100, timeout=0.1), 504)
-    ok(tiny, max_tokens=1)
+        reply = ask(client, max_tokens=60, temperature=0, stream=True)
+        assert reply.status_code == 200  # its first words came in time
+        last = [line for line in reply.text.split("\n\n") if line][-1]
+        assert json.loads(last[6:])["error"]["code"] == "deadline_exceeded"
+        fault(ask(client, "/v1/score", input=[{"text": "a b c"}] * 100), 504)
+    client = serve(talker, Limits(batch=1, answer_tokens=64))
+    with slow(client, 0.05) as engine:
+        before = threading.Thread(target=lambda: ask(client, max_tokens=60, temperature=0))
+        before.start()
+        while not engine.running:
+            time.sleep(0.001)
+        fault(ask(client, max_tokens=60, temperature=0, stream=True, timeout=1), 504)
+    before.join()
+    ok(client, max_tokens=1)
+
+
+def test_who_hangs_up_while_the_question_is_read_leaves_no_job(tiny, monkeypatch):
+    """Reading goes on in its thread; what it then has asked for is cancelled."""
+    import asyncio
+
+    engine = tiny.app.state.house.engine
+    jobs, ask_engine, reading = [], engine.ask, threading.Event()
+
+    def slowly(*args, **options):
+        reading.set()
+        time.sleep(0.2)
+        jobs.append(ask_engine(*args, **options))
+        return jobs[-1]
+
+    monkeypatch.setattr(engine, "ask", slowly)
+    body = json.dumps({"messages": HELLO, "max_tokens": 60, "temperature": 0}).encode()
+    scope = {
+        "type": "http", "method": "POST", "path": CHAT, "raw_path": CHAT.encode(), "query_string": b"", "scheme": "http",
+        "client": ("127.0.0.1", 1), "server": ("127.0.0.1", 80), "http_version": "1.1", "root_path": "",
+        "headers": [(b"host", b"127.0.0.1"), (b"content-type", b"application/json"),
+                    (b"content-length", str(len(body)).encode())],
+    }  # fmt: skip
+    sent = []
+
+    async def hang_up():
+        messages = [{"type": "http.request", "body": body, "more_body": False}]
+
+        async def receive():
+            if messages:
+                return messages.pop()
+            while not reading.is_set():
+                await asyncio.sleep(0.001)
+            return {"type": "http.disconnect"}
+
+        async def send(message):
+            sent.append(message)
+
+        await tiny.app(scope, receive, send)
+        await asyncio.sleep(0.4)
+
+    asyncio.run(hang_up())
+    assert len(jobs) == 1
+    assert jobs[0].cancelled
+    assert sent[0]["status"] == 499  # nobody reads it
 
 
 def test_health_and_readiness_follow_the_engine(serve, talker):
