@@ -45,6 +45,9 @@ def serve(
     temperature: Annotated[
         float, typer.Option(help="Of requests that name none; 0 takes the most probable token.")
     ] = _SETTINGS.temperature,
+    max_tokens: Annotated[
+        int, typer.Option(help="Most tokens of an answer, of chats that name no number.")
+    ] = _SETTINGS.max_tokens,
     no_risk: Annotated[bool, typer.Option("--no-risk", help="Tell no risks: OpenAI's fields and no others.")] = False,
     withhold: Annotated[
         bool, typer.Option("--withhold", help="Say 'I'm not sure.' in place of answers that the model is not sure of.")
@@ -84,9 +87,18 @@ def serve(
     limits = Limits(batch, batch_tokens, queue, prompt_tokens, answer_tokens, choices, timeout)
     keys = read_keys([*(api_key or []), *filter(None, [os.environ.get("SELFDOUBT_API_KEY")])])
     settings = Settings(
-        name or str(model or adapter or "pocket"), keys, temperature, not no_risk, withhold, tuple(cors or ()),
-        tuple(allow_host or ()), body_bytes, log_requests=log_requests, log_prompts=log_prompts,
-    )  # fmt: skip
+        name=name or str(model or adapter or "pocket"),
+        keys=keys,
+        temperature=temperature,
+        max_tokens=max_tokens,
+        risk=not no_risk,
+        withhold=withhold,
+        origins=tuple(cors or ()),
+        hosts=tuple(allow_host or ()),
+        body_bytes=body_bytes,
+        log_requests=log_requests or log_prompts,
+        log_prompts=log_prompts,
+    )
     for package in ("fastapi", "uvicorn", "prometheus_client", *(["gradio"] if ui else [])):
         require(package, "serve")
     from selfdoubt.serve.run import bind, run, url_of
@@ -119,9 +131,9 @@ def serve(
     engine = Engine(lm, limits, Metrics())
     app = create_app(engine, settings)
     if ui:
-        app = require("selfdoubt.serve.chat", "serve").mount(app, engine, title=settings.name)
-    if log_requests or log_prompts:
+        app = require("selfdoubt.serve.chat", "serve").mount(app, engine, title=settings.name, model=settings.name)
+    if settings.log_requests:
         logging.basicConfig(format="%(asctime)s %(message)s", level=logging.WARNING)
         logging.getLogger("selfdoubt.serve").setLevel(logging.INFO)
-    engine.start()
+    engine.start(wait=True)
     return 0 if run(app, own, engine, drain=drain, started=lambda: print(line, flush=True)) else 1

@@ -12,10 +12,10 @@ import json
 import logging
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from selfdoubt.serve import bodies
-from selfdoubt.serve.faults import INVALID, RequestError
+from selfdoubt.serve.faults import INVALID, RequestError, fault_of
 from selfdoubt.serve.settings import Settings
 
 log = logging.getLogger("selfdoubt.serve")
@@ -34,10 +34,11 @@ BODY_SECONDS = 30.0
 LINGER = 16
 
 
+@runtime_checkable
 class Counts(Protocol):
     """Who counts requests."""
 
-    def arrived(self) -> None:
+    def arrived(self, path: str) -> None:
         """A request is here."""
 
     def answered(self, path: str, status: int, seconds: float) -> None:
@@ -66,16 +67,16 @@ class Access:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        began, status = time.monotonic(), 499
+        began, status, started = time.monotonic(), 499, False
 
         async def sending(message: Message) -> None:
-            nonlocal status
+            nonlocal status, started
             if message["type"] == "http.response.start":
-                status = message["status"]
+                status, started = message["status"], True
                 message["headers"] = [*message.get("headers", ()), (b"x-content-type-options", b"nosniff")]
             await send(message)
 
-        self.metrics.arrived()
+        self.metrics.arrived(scope["path"])
         try:
             try:
                 scope["client_id"] = self._client(scope)
@@ -86,9 +87,11 @@ class Access:
                 return
             else:
                 await self.app(scope, receive, sending)
-        except BaseException:
-            status = 499 if status == 200 else status
-            raise
+        except Exception as error:
+            log.exception("%s %r failed", scope["method"], scope["path"])
+            if started:
+                raise
+            await _refuse(sending, fault_of(error))
         finally:
             took = time.monotonic() - began
             self.metrics.answered(scope["path"], status, took)

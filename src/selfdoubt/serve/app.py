@@ -17,20 +17,20 @@ from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.openapi.utils import get_openapi
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 import selfdoubt
 from selfdoubt.errors import ConfigError, SelfdoubtError
-from selfdoubt.serve import shapes
+from selfdoubt.serve import openapi, shapes
 from selfdoubt.serve.access import Access
 from selfdoubt.serve.answering import EventStream, gather, prompt_tokens, told, unless_gone, updates
 from selfdoubt.serve.desk import Desk
 from selfdoubt.serve.faults import SERVER, GoneError, RequestError, fault_of
 from selfdoubt.serve.job import Job
 from selfdoubt.serve.metrics import Metrics
+from selfdoubt.serve.openapi import responses
 from selfdoubt.serve.plan import Plan, check_model, plan, withholds
 from selfdoubt.serve.replies import Teller
 from selfdoubt.serve.scoring import Scorer
@@ -103,27 +103,17 @@ def create_app(engine: Desk, settings: Settings | None = None) -> FastAPI:
             allow_methods=["GET", "POST"],
             allow_headers=["authorization", "content-type"],
         )
-    app.openapi = partial(_schema, app, settings)  # type: ignore[method-assign]
+    app.openapi = partial(openapi.schema, app, keys=bool(settings.keys))  # type: ignore[method-assign]
     return app
 
 
-_ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"model": shapes.Error} for status in (400, 401, 403, 404, 408, 413, 429, 500, 503, 504)
-}
-
-
-def _responses(model: type, *, streams: bool = False) -> dict[int | str, dict[str, Any]]:
-    content = {"text/event-stream": {"schema": {"type": "string"}}} if streams else {}
-    return {**_ERRORS, 200: {"model": model, "content": content}}
-
-
-@router.post("/v1/chat/completions", responses=_responses(shapes.ChatCompletion, streams=True))
+@router.post("/v1/chat/completions", responses=responses(shapes.ChatCompletion, shapes.ChatChunk))
 async def chat_completions(body: ChatRequest, request: Request) -> Response:
     """Answer a chat."""
     return await _answer(body, request)
 
 
-@router.post("/v1/completions", responses=_responses(shapes.Completion, streams=True))
+@router.post("/v1/completions", responses=responses(shapes.Completion, shapes.TextChunk))
 async def completions(body: CompletionRequest, request: Request) -> Response:
     """Continue texts."""
     return await _answer(body, request)
@@ -166,10 +156,15 @@ async def _ask(house: House, wanted: Plan, client: str, jobs: list[Job]) -> None
             engine.ask, question, n=wanted.n, alternatives=wanted.alternatives, client=client, timeout=wanted.timeout,
             **wanted.options,
         )  # fmt: skip
-        jobs.append(await loop.run_in_executor(house.encoder, ask))
+        asked = loop.run_in_executor(house.encoder, ask)
+        try:
+            jobs.append(await asyncio.shield(asked))
+        except asyncio.CancelledError:  # the thread goes on: what it has asked for by then is wanted by nobody
+            asked.add_done_callback(lambda done: done.exception() or done.result().cancel())
+            raise
 
 
-@router.post("/v1/score", responses=_responses(shapes.Scores))
+@router.post("/v1/score", responses=responses(shapes.Scores))
 async def score(body: ScoreRequest, request: Request) -> Response:
     """The risk of one text or several, each the answer to a question or to nothing."""
     house: House = request.app.state.house
@@ -181,13 +176,13 @@ async def score(body: ScoreRequest, request: Request) -> Response:
     return JSONResponse({"object": "list", "model": house.settings.name, "data": found})
 
 
-@router.get("/v1/models", responses=_responses(shapes.Models))
+@router.get("/v1/models", responses=responses(shapes.Models))
 async def models(request: Request) -> Response:
     """The models that can be asked: one."""
     return JSONResponse({"object": "list", "data": [_model(request.app.state.house)]})
 
 
-@router.get("/v1/models/{name:path}", responses=_responses(shapes.Model))
+@router.get("/v1/models/{name:path}", responses=responses(shapes.Model))
 async def model(name: str, request: Request) -> Response:
     """One model."""
     check_model(name, request.app.state.house.settings)
@@ -252,22 +247,3 @@ async def _gone(_request: Request, _error: Exception) -> Response:
 
 async def _failed(_: Request, error: Exception) -> Response:
     return _reply(fault_of(error))
-
-
-def _schema(app: FastAPI, settings: Settings) -> dict[str, Any]:
-    """What is true of this server: wrong input is 400, and with keys one is needed."""
-    if app.openapi_schema is None:
-        found = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
-        for path in found["paths"].values():
-            for operation in path.values():
-                operation["responses"].pop("422", None)
-        parts = found["components"]
-        for unused in ("HTTPValidationError", "ValidationError"):
-            parts["schemas"].pop(unused, None)
-        if settings.keys:
-            parts["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
-            for name, path in found["paths"].items():
-                for operation in path.values() if name not in ("/healthz", "/readyz") else ():
-                    operation["security"] = [{"key": []}]
-        app.openapi_schema = found
-    return app.openapi_schema

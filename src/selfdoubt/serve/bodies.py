@@ -34,21 +34,19 @@ def check(body: bytes, depth: int) -> None:
 
 def _walk(data: Any, depth: int, *, pairs: bool) -> None:
     """Level by level. Half a surrogate pair, which only an escape can write, is no text that can be sent back."""
-    level = [data]
+    level, left = [data], depth
     while level:
-        if depth < 0:
-            raise ValueError("the body is nested too deeply")
         below: list[Any] = []
         for item in level:
-            if isinstance(item, dict):
-                below += item.values()
-                if pairs:
+            if isinstance(item, dict | list):
+                if left == 0:
+                    raise ValueError(f"the body is nested deeper than {depth} levels")
+                below += item.values() if isinstance(item, dict) else item
+                if pairs and isinstance(item, dict):
                     below += item
-            elif isinstance(item, list):
-                below += item
             elif pairs and isinstance(item, str) and not _whole(item):
                 raise ValueError("the body holds half a surrogate pair, which is no character")
-        level, depth = below, depth - 1
+        level, left = below, left - 1
 
 
 def _whole(text: str) -> bool:

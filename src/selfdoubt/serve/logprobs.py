@@ -55,12 +55,11 @@ def token_bytes(tokenizer: Any, token: int) -> bytes | None:
 
 
 def _entry(tokenizer: Any, token: int, text: str | None, logprob: float) -> dict[str, Any]:
-    """A token; ``text`` is what it adds where it was chosen, which counts unless it is more or less than the token."""
+    """A token; ``text`` is what it adds where it was chosen, with remains of others before it."""
     raw = token_bytes(tokenizer, token)
     whole = None if raw is None else _text(raw)
-    if text and whole is not None:
-        whole = text.lstrip("\ufffd") or text  # as it stands in the answer: with its space, or cut at a stop
-        raw = whole.encode()
+    if text and whole is not None and (text.strip() == whole.strip() or whole.startswith(text)):
+        whole, raw = text, text.encode()  # as it stands in the answer: with its space, or cut at a stop
     if whole is None:
         whole = "\ufffd" if raw is None else "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
     return {"token": whole, "logprob": max(logprob, IMPOSSIBLE), "bytes": None if raw is None else list(raw)}

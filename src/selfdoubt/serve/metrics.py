@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import get_args
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 from prometheus_client import generate_latest as generate
@@ -18,14 +18,6 @@ _RISKS = (0.01, 0.03, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1, 3, 10, 30,
 _PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/score", "/v1/models", "/healthz", "/readyz", "/metrics")
 
 
-class Busy(Protocol):
-    """Something that has sequences under way."""
-
-    @property
-    def running(self) -> int:
-        """How many."""
-
-
 class Metrics:
     """Counts what an engine does (it is a ``Meter``) and which requests came; one registry each."""
 
@@ -34,13 +26,13 @@ class Metrics:
     def __init__(self) -> None:
         self.registry = own = CollectorRegistry()
         ProcessCollector(registry=own)
-        self.active = 0  #: requests that are not answered to their last byte
+        self.active = 0  #: requests to /v1 that are not answered to their last byte
 
         def name(what: str) -> str:
             return f"selfdoubt_{what}"
 
         self._waiting = Gauge(name("requests_waiting"), "Requests that wait for a place in the batch", registry=own)
-        self._active = Gauge(name("requests_active"), "HTTP requests not yet answered to the end", registry=own)
+        self._active = Gauge(name("requests_active"), "Requests to /v1 that are not answered to the end", registry=own)
         self._running = Gauge(name("sequences_running"), "Sequences in the batch", registry=own)
         self._batch = Histogram(name("batch_size"), "Sequences of a step", buckets=_SIZES, registry=own)
         self._tokens = Counter(name("tokens"), "Tokens made; its rate is tokens per second", registry=own)
@@ -62,6 +54,8 @@ class Metrics:
             name("request_seconds"), "From a request to its last byte", ["path"], buckets=_SECONDS, registry=own
         )
         self._active.set_function(lambda: self.active)
+        for outcome in get_args(Outcome):
+            self._answers.labels(outcome)  # there from the start, as 0
 
     def watch(self, engine: object) -> None:
         """Tell how many sequences an engine decodes, where it knows."""
@@ -102,13 +96,13 @@ class Metrics:
         if answer.abstain:
             self._abstained.inc()
 
-    def arrived(self) -> None:
+    def arrived(self, path: str) -> None:
         """A request is here."""
-        self.active += 1
+        self.active += path.startswith("/v1/")
 
     def answered(self, path: str, status: int, seconds: float) -> None:
         """A request has been answered."""
-        self.active -= 1
+        self.active -= path.startswith("/v1/")
         known = next((p for p in _PATHS if path == p or (p == "/v1/models" and path.startswith(p + "/"))), "other")
         self._requests.labels(known, str(status)).inc()
         self._took.labels(known).observe(seconds)

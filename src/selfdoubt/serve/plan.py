@@ -16,7 +16,7 @@ from selfdoubt.serve.limits import Limits
 from selfdoubt.serve.settings import Settings
 from selfdoubt.serve.wire import ChatRequest, Common, CompletionRequest, Message
 
-#: Most tokens of a completion that names no number, by OpenAI's definition; a chat takes what there is.
+#: Most tokens of a completion that names no number, by OpenAI's definition.
 COMPLETION_TOKENS = 16
 #: What stands for top_p 0, which OpenAI allows: the most probable token alone.
 _SMALLEST = 1e-12
@@ -77,7 +77,7 @@ def plan(request: ChatRequest | CompletionRequest, settings: Settings, limits: L
     options: Options = {
         "temperature": settings.temperature if request.temperature is None else request.temperature,
         "top_p": 1.0 if request.top_p is None else request.top_p or _SMALLEST,
-        "max_tokens": _most_tokens(request, limits),
+        "max_tokens": _most_tokens(request, settings, limits),
         "seed": secrets.randbelow(2**31) if request.seed is None else request.seed,
         "stop": [request.stop] if isinstance(request.stop, str) else request.stop or [],
         "raw": not chat,
@@ -112,16 +112,13 @@ def check_model(name: str | None, settings: Settings) -> None:
         raise RequestError(404, message, param="model", code="model_not_found")
 
 
-def _most_tokens(request: Common, limits: Limits) -> int:
+def _most_tokens(request: Common, settings: Settings, limits: Limits) -> int:
     names = ("max_completion_tokens", "max_tokens")
-    given = {name: value for name in names if (value := getattr(request, name, None)) is not None}
+    given: dict[str, int] = {name: value for name in names if (value := getattr(request, name, None)) is not None}
     if len({*given.values()}) > 1:
         raise ConfigError("max_tokens and max_completion_tokens contradict each other; give one of them")
-    for name, value in given.items():
-        if value > limits.answer_tokens:
-            raise ConfigError(f"{name} is {value}, more than the {limits.answer_tokens} that this server allows")
-        return int(value)
-    return limits.answer_tokens if isinstance(request, ChatRequest) else min(COMPLETION_TOKENS, limits.answer_tokens)
+    default = settings.max_tokens if isinstance(request, ChatRequest) else COMPLETION_TOKENS
+    return next(iter(given.values()), min(default, limits.answer_tokens))
 
 
 def _risk(request: Common, settings: Settings) -> bool:
@@ -146,8 +143,5 @@ def withholds(lm: RiskAwareLM) -> bool:
 
 
 def _prompt_of(lm: RiskAwareLM, ids: list[int]) -> Prompt:
-    size = len(lm.tokenizer)
-    if max(ids) >= size:
-        raise ConfigError(f"token {max(ids)} is not among the model's {size}")
     special = set(lm.tokenizer.all_special_ids)
     return Prompt(ids, [i not in special for i in ids])

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from selfdoubt.errors import BusyError, ConfigError, DeadlineError, EngineError, PromptError
+from selfdoubt.errors import BusyError, ConfigError, DeadlineError, PromptError
 from selfdoubt.lm.answer import Answer
 from selfdoubt.lm.model import Question, RiskAwareLM
 from selfdoubt.serve import risks
@@ -63,8 +63,6 @@ class Scorer:
             return lm.score_batch(piece, raw=raw, alternatives=0)
 
         async with self._turn:  # in turns: nobody's long list holds up the others' short ones
-            if not self._engine.ready:
-                raise EngineError(f"the engine does not run: {self._engine.failure or 'it is closing'}")
             return await asyncio.wrap_future(self._engine.call(work))
 
 

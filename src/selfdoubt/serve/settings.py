@@ -18,6 +18,7 @@ class Settings:
         name: The model's name, by which requests ask for it.
         keys: Who may ask; empty lets anybody, which is for this machine only.
         temperature: Of requests that name none; 1 is what OpenAI defines.
+        max_tokens: Of chats that name none, so that each does not reserve room for the longest answer allowed.
         risk: Whether answers come with risks, where a request does not say no.
         withhold: Whether answers that the calibration abstains from are replaced, where a request does not say.
         origins: Web pages (``https://host:port``) that may ask from a browser; "*" for all.
@@ -34,6 +35,7 @@ class Settings:
     name: str = "pocket"
     keys: tuple[str, ...] = field(default=(), repr=False)
     temperature: float = 1.0
+    max_tokens: int = 1024
     risk: bool = True
     withhold: bool = False
     origins: tuple[str, ...] = ()
@@ -48,7 +50,7 @@ class Settings:
             raise ConfigError(f"the model's name must be printable text, got {self.name!r}; give one with --name")
         if not 0 <= self.temperature <= 2:
             raise ConfigError(f"the temperature must be between 0 and 2, got {self.temperature}")
-        for name in ("body_bytes", "depth"):
+        for name in ("max_tokens", "body_bytes", "depth"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
         for number, key in enumerate(self.keys, 1):

@@ -47,8 +47,14 @@ class QuestionRisk(Shape):
     percentile: float | None
 
 
-class AnswerRisk(Shape):
-    """The doubt about an answer."""
+class BeginRisk(Shape):
+    """What is known before an answer begins."""
+
+    question: QuestionRisk | None
+
+
+class EndRisk(BeginRisk):
+    """The doubt about an answer whose tokens were told already."""
 
     risk: float
     risk_name: str
@@ -56,7 +62,11 @@ class AnswerRisk(Shape):
     p_correct: float | None
     abstain: bool | None
     withheld: bool
-    question: QuestionRisk | None
+
+
+class AnswerRisk(EndRisk):
+    """The doubt about an answer."""
+
     tokens: list[TokenRisk]
 
 
@@ -128,6 +138,36 @@ class ChatCompletion(Shape):
     usage: Usage
 
 
+class Delta(Shape):
+    """A piece of an answer; the last is empty."""
+
+    role: Literal["assistant"] = None  # type: ignore[assignment]
+    content: str = None  # type: ignore[assignment]
+    refusal: None = None
+
+
+class ChatChunkChoice(Shape):
+    """A piece of one of the answers."""
+
+    index: int
+    delta: Delta
+    logprobs: ChatLogprobs | None
+    finish_reason: Literal["stop", "length"] | None
+    risk: BeginRisk | TokenRisk | EndRisk = None  # type: ignore[assignment]
+
+
+class ChatChunk(Shape):
+    """An event of a chat's stream: one token, but for the first and the last."""
+
+    id: str
+    object: Literal["chat.completion.chunk"]
+    created: int
+    model: str
+    system_fingerprint: str
+    choices: list[ChatChunkChoice]
+    usage: Usage | None = None
+
+
 class TextChoice(Shape):
     """One of the answers. Without ``risk`` where it is not wanted."""
 
@@ -148,6 +188,28 @@ class Completion(Shape):
     system_fingerprint: str
     choices: list[TextChoice]
     usage: Usage
+
+
+class TextChunkChoice(Shape):
+    """A piece of one of the answers."""
+
+    index: int
+    text: str
+    logprobs: TextLogprobs | None
+    finish_reason: Literal["stop", "length"] | None
+    risk: BeginRisk | TokenRisk | EndRisk = None  # type: ignore[assignment]
+
+
+class TextChunk(Shape):
+    """An event of a completion's stream."""
+
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    system_fingerprint: str
+    choices: list[TextChunkChoice]
+    usage: Usage | None = None
 
 
 class Score(Shape):

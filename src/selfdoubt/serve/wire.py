@@ -78,7 +78,7 @@ class Common(Wire):
     withhold: Annotated[
         bool | None, Field(description="Say that the model is not sure where its calibration abstains.")
     ] = None
-    timeout: Annotated[float, Field(gt=0, description="Seconds, waiting included.")] | None = None
+    timeout: Annotated[float, Field(ge=1, description="Seconds, waiting included.")] | None = None
     # Without an effect on the answer.
     user: str | None = None
     metadata: dict[str, Any] | None = None
@@ -87,6 +87,7 @@ class Common(Wire):
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
     prompt_cache_retention: str | None = None
+    prompt_cache_options: dict[str, Any] | None = None
     # What this server cannot do.
     frequency_penalty: Zero | None = None
     presence_penalty: Zero | None = None
@@ -111,6 +112,7 @@ class ChatRequest(Common):
     verbosity: Literal["medium"] | None = None
     audio: None = None
     prediction: None = None
+    moderation: None = None
     web_search_options: None = None
 
 
@@ -152,7 +154,7 @@ class ScoreRequest(Wire):
     model: str | None = None
     input: ScoreItem | Annotated[list[ScoreItem], Field(min_length=1)]
     raw: bool | None = None
-    timeout: Annotated[float, Field(gt=0)] | None = None
+    timeout: Annotated[float, Field(ge=1)] | None = None
 
 
 #: What to say of fields whose schema says it badly.
@@ -170,10 +172,11 @@ ADVICE = {
     "frequency_penalty": "frequency_penalty is not supported other than 0",
     "presence_penalty": "presence_penalty is not supported other than 0",
     "logit_bias": "logit_bias is not supported; leave it out",
-    "modalities": 'only the modality "text" is supported',
+    "modalities": 'modalities other than ["text"] are not supported',
     "reasoning_effort": "reasoning_effort is not supported; leave it out",
     "verbosity": "verbosity is not supported; leave it out",
     "audio": "audio is not supported; leave it out",
+    "moderation": "moderation is not supported; leave it out",
     "prediction": "prediction is not supported; leave it out",
     "web_search_options": "web_search_options is not supported; leave it out",
     "echo": "echo is not supported; use /v1/score for the risk of a text that exists already",
