@@ -212,6 +212,8 @@ class Scored(Protocol):
 def reference_quantiles(answers: Sequence[Scored], n: int = 100) -> dict[str, list[float]]:
     """Ascending quantiles of each score over reference answers, from the least to the greatest: ``n + 1`` numbers.
 
+    Where the answers have their tokens, the tokens' own scores are ranked too, as ``token_nll``, ``token_total``, ...
+
     Raises:
         ConfigError: If there are no answers.
     """
@@ -219,7 +221,10 @@ def reference_quantiles(answers: Sequence[Scored], n: int = 100) -> dict[str, li
         raise ConfigError("reference quantiles need at least one answer, got none")
     own = [{name: v for name, v in answer.scores.items() if name in ANSWER_SCORES} for answer in answers]
     found = _quantiles(own, n)
-    return found | _quantiles([rank_scores(scores, found) for scores in own], n)
+    tokens = [token for answer in answers if isinstance(answer, Answer) for token in answer.tokens]
+    own_scores = _TOKEN_SCORES.items()
+    rows = [{f"token_{name}": v for name, score in own_scores if (v := score(token)) is not None} for token in tokens]
+    return found | _quantiles([rank_scores(scores, found) for scores in own], n) | _quantiles(rows, n)
 
 
 def _quantiles(rows: Sequence[Mapping[str, float]], n: int) -> dict[str, list[float]]:

@@ -83,6 +83,14 @@ def test_reference_quantiles_hold_those_of_the_rank_score():
     assert found["rank_nll"] == pytest.approx(expected, abs=1e-4)
 
 
+def test_reference_quantiles_rank_tokens_too():
+    answers = [Answer("", tuple(token(i) for i in part), (), {}, 0.0, "", None, "stop") for part in ([1, 2], [3], [])]
+    found = reference_quantiles(answers, n=2)
+    assert found["token_nll"] == [0.5, 1.0, 1.5]
+    assert found["token_epistemic"] == pytest.approx([0.1, 0.2, 0.3])
+    assert "token_scale" not in found
+
+
 def test_an_unknown_risk():
     with pytest.raises(ConfigError, match=r"^no answer score is called 'doubt'; choose one of .*max_aleatoric, .*$"):
         pick_risk({"mean_nll": 1.0}, "doubt")
