@@ -3,47 +3,31 @@
 from __future__ import annotations
 
 import os
-import threading
-import time
 from collections import Counter
 from collections.abc import Iterator
 
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 
-from selfdoubt import RiskAwareLM, vote
 from tests import oracles, zoo
+from tests.served import Served
 
 SECONDS = 20
 
 
 @pytest.fixture(scope="module")
-def url() -> Iterator[str]:
-    """A tiny model behind real sockets."""
-    import uvicorn
-
-    from selfdoubt.serve.app import create_app
-    from selfdoubt.serve.engine import Engine
-    from selfdoubt.serve.limits import Limits
-    from selfdoubt.serve.metrics import Metrics
-    from selfdoubt.serve.run import bind, url_of
-    from selfdoubt.serve.settings import Settings
-
-    lm = RiskAwareLM(vote.Wrapper(n_voters=2, rank=2)(zoo.talker()).eval(), zoo.tokenizer())
-    engine = Engine(lm, Limits(answer_tokens=4, choices=4), Metrics())
-    engine.start(wait=True)
-    own = bind("127.0.0.1", 0, keys=False)
-    server = uvicorn.Server(uvicorn.Config(create_app(engine, Settings("tiny")), log_config=None, ws="none"))
-    thread = threading.Thread(target=server.run, args=([own],))
-    thread.start()
-    until = time.monotonic() + SECONDS
-    while not server.started:
-        assert time.monotonic() < until
-        time.sleep(0.01)
-    yield url_of(own)
-    server.should_exit = True
-    thread.join(SECONDS)
-    engine.close(SECONDS)
+def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A tiny model in a process of its own, whose answers are short."""
+    folder = tmp_path_factory.mktemp("tiny")
+    zoo.talker().save_pretrained(folder)
+    zoo.tokenizer().save_pretrained(folder)
+    arguments = ["--model", str(folder), "--wrapper", "vote:n_voters=2,rank=2", "--dtype", "float32", "--name", "tiny",
+                 "--answer-tokens", "4", "--choices", "4"]  # fmt: skip
+    server = Served(*arguments)
+    yield server.url
+    code, errors = server.stop()
+    assert code == 0
+    assert errors == ""
 
 
 def run(url: str, cases: int) -> Counter[int]:
@@ -97,7 +81,7 @@ def test_generated_requests_get_what_the_schema_says(url: str) -> None:
     assert not [status for status in statuses if status >= 500]
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # a minute
 def test_a_thousand_generated_requests_get_what_the_schema_says(url: str) -> None:
     statuses = run(url, int(os.environ.get("SCHEMATHESIS_CASES", "1000")))
     print(statuses)

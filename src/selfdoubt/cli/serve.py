@@ -72,7 +72,7 @@ def serve(
     ] = None,
     replica_gpus: Annotated[float, typer.Option(help="GPUs that each replica needs.", min=0)] = 0.0,
     body_bytes: Annotated[int, typer.Option(help="Longest body of a request.")] = _SETTINGS.body_bytes,
-    drain: Annotated[float, typer.Option(help="Seconds that running requests get after SIGTERM.", min=0)] = 30.0,
+    drain: Annotated[float, typer.Option(help="Seconds that running requests get after SIGTERM.")] = 30.0,
     cors: Annotated[
         list[str] | None, typer.Option(help="A web page's origin that may ask from a browser, or *.", metavar="ORIGIN")
     ] = None,
@@ -99,12 +99,12 @@ def serve(
         log_requests=log_requests or log_prompts,
         log_prompts=log_prompts,
     )
+    if not 0 <= drain < float("inf"):
+        raise ConfigError(f"--drain must be a number of seconds, got {drain}")
     for package in ("fastapi", "uvicorn", "prometheus_client", *(["gradio"] if ui else [])):
         require(package, "serve")
     from selfdoubt.serve.run import bind, run, url_of
 
-    if drain < 0 or drain != drain or drain == float("inf"):
-        raise ConfigError(f"--drain must be a number of seconds, got {drain}")
     own = bind(host, port, keys=bool(keys))
     access = "needs a key" if keys else "needs no key: only this machine can connect"
     page = f"; the page is at {url_of(own)}/" if ui else ""

@@ -160,8 +160,13 @@ async def _ask(house: House, wanted: Plan, client: str, jobs: list[Job]) -> None
         try:
             jobs.append(await asyncio.shield(asked))
         except asyncio.CancelledError:  # the thread goes on: what it has asked for by then is wanted by nobody
-            asked.add_done_callback(lambda done: done.exception() or done.result().cancel())
+            asked.add_done_callback(_discard)
             raise
+
+
+def _discard(asked: asyncio.Future[Job]) -> None:
+    if not asked.cancelled() and asked.exception() is None:
+        asked.result().cancel()
 
 
 @router.post("/v1/score", responses=responses(shapes.Scores))

@@ -417,8 +417,9 @@ def test_who_hangs_up_while_the_question_is_read_leaves_no_job(tiny, monkeypatch
     monkeypatch.setattr(engine, "ask", slowly)
     body = json.dumps({"messages": HELLO, "max_tokens": 60, "temperature": 0}).encode()
     scope = {
-        "type": "http", "method": "POST", "path": CHAT, "raw_path": CHAT.encode(), "query_string": b"", "scheme": "http",
-        "client": ("127.0.0.1", 1), "server": ("127.0.0.1", 80), "http_version": "1.1", "root_path": "",
+        "type": "http", "method": "POST", "path": CHAT, "raw_path": CHAT.encode(), "query_string": b"",
+        "scheme": "http", "client": ("127.0.0.1", 1), "server": ("127.0.0.1", 80), "root_path": "",
+        "http_version": "1.1",
         "headers": [(b"host", b"127.0.0.1"), (b"content-type", b"application/json"),
                     (b"content-length", str(len(body)).encode())],
     }  # fmt: skip
