@@ -42,4 +42,5 @@ def mount(
     require("gradio", "serve")
     from selfdoubt.serve.chat.page import mount_page
 
-    return mount_page(app, engine, title=title, model=model, max_tokens=max_tokens, auth=auth)
+    mount_page(app, engine, title=title, model=model, max_tokens=max_tokens, auth=auth)
+    return app

@@ -3,7 +3,7 @@
 // here: Python has escaped what is HTML, and everything else is put in as text.
 const turns = element.querySelector(".turns"), notice = element.querySelector(".notice");
 const voice = element.querySelector("[aria-live]"), known = new Map();
-const root = document.documentElement;
+const root = document.documentElement, hint = element.querySelector(".hint");
 
 // ---- What Python shows ------------------------------------------------------------------------------------------
 
@@ -19,6 +19,8 @@ function show() {
   });
   element.classList.toggle("begun", order.length > 0);
   element.classList.toggle("busy", Boolean(value.busy));
+  for (const [id, turn] of known) turn.node.classList.toggle("editing", id === value.editing);
+  hint.textContent = value.editing ? "Ask puts the new question in the place of the old one. Escape leaves the old one as it is." : "";
   if (notice.textContent !== (value.notice || "")) notice.textContent = value.notice || "";
   if (value.file) save(value.file);
   if (follow && order.length) window.scrollTo(0, root.scrollHeight);
@@ -72,6 +74,7 @@ card.id = "sd-card";
 card.setAttribute("role", "tooltip");
 card.hidden = true;
 document.body.append(card);
+const nats = v => v.toFixed(3).replace(/^-(0\.0+)$/, "$1");
 let pointed = null, closing = 0;
 
 function make(tag, name, text) {
@@ -91,20 +94,17 @@ function open(token) {
   close();
   const [logprob, total, epistemic, aleatoric, disagreement, risk, rank, others] = JSON.parse(token.dataset.d);
   const head = make("p", "head");
-  head.append(make("b", `t t${rank}`, visible(token.textContent)), make("span", "", percent(Math.exp(logprob))));
+  const chance = make("span", "", percent(Math.exp(logprob)));
+  chance.dataset.name = "probability";
+  chance.prepend(make("small", "", "probability "));
+  head.append(make("b", `t t${rank}`, visible(token.textContent)), chance);
   const list = make("dl");
-  const row = (name, value, name2) => {
-    const [dt, dd] = [make("dt", "", name), make("dd", "", value)];
-    dd.dataset.name = name2 || name;
-    list.append(dt, dd);
-  };
-  row("probability", percent(Math.exp(logprob)));
-  row("logprob", logprob.toFixed(3));
-  row("total", total.toFixed(3));
-  row("epistemic", epistemic.toFixed(3));
-  row("aleatoric", aleatoric.toFixed(3));
-  row("disagreement", percent(disagreement));
-  row("risk", risk.toFixed(3));
+  const rows = { logprob, risk, total, epistemic, aleatoric };
+  for (const [name, value] of [...Object.entries(rows).map(([k, v]) => [k, nats(v)]), ["disagreement", percent(disagreement)]]) {
+    const dd = make("dd", "", value);
+    dd.dataset.name = name;
+    list.append(make("dt", "", name), dd);
+  }
   card.replaceChildren(head, list);
   if (others.length) {
     const table = make("ul");
@@ -177,6 +177,7 @@ element.addEventListener("keydown", e => {
 document.addEventListener("keydown", e => {
   if (e.key !== "Escape") return;
   if (!card.hidden) close();
+  else if (hint.textContent) { trigger("act", { do: "edit", turn: 0 }); type(""); }
   else if (document.body.classList.contains("sd-open")) drawer(false);
 });
 
@@ -254,8 +255,18 @@ document.addEventListener("click", e => {
   else if (what.do === "copy") copy(button);
   else if (what.do === "edit") { trigger("act", { do: "edit", turn }); type(what.text); }
   else if (what.do === "drawer") drawer(!document.body.classList.contains("sd-open"));
-  else if (what.do === "theme") document.body.classList.toggle("dark");
+  else if (what.do === "theme") theme(!document.body.classList.contains("dark"));
 });
+
+function theme(dark) { // from here on this page's own choice
+  document.body.classList.toggle("dark", dark);
+  try { sessionStorage.setItem("sd-dark", dark ? "1" : ""); } catch { /* a browser that keeps nothing */ }
+}
+try {
+  const dark = sessionStorage.getItem("sd-dark");
+  if (dark !== null) document.body.classList.toggle("dark", dark === "1");
+} catch { /* a browser that keeps nothing */ }
+if (matchMedia("(hover: hover)").matches) document.querySelector("#sd-typed textarea, #sd-typed input")?.focus();
 
 watch("value", show);
 show();

@@ -173,6 +173,7 @@ class Conversation:
         self.job: Job | None = None
         self.halted = asyncio.Event()
         self._next = 1
+        self._replaced: list[Turn] = []
 
     @property
     def busy(self) -> bool:
@@ -203,6 +204,7 @@ class Conversation:
         self.notice = ""
         self.halted.clear()
         place = next((i for i, t in enumerate(self.turns) if t.id == instead), len(self.turns))
+        self._replaced = self.turns[place:]
         del self.turns[place:]
         before = history(self.turns) if settings.memory else ()
         turn = Turn(self._next, question, way, settings, before, settings.at_least or threshold or SURE_ENOUGH)
@@ -221,8 +223,9 @@ class Conversation:
         return self.begin(old.question, settings, way, threshold, instead=old.id)
 
     def drop(self, turn: Turn) -> None:
-        """Forget a turn that came to nothing."""
-        self.turns = [t for t in self.turns if t is not turn]
+        """Forget the last turn, which came to nothing; what stood in its place comes back."""
+        self.turns = [t for t in self.turns if t is not turn] + self._replaced
+        self._replaced = []
 
     def stop(self) -> None:
         """End what runs, now."""

@@ -1,4 +1,4 @@
-"""Serves an app to this machine only, until somebody ends it. Imports uvicorn at its top: import it where it is used."""
+"""Serves an app to this machine only, until somebody ends it. Imports uvicorn at its top: import it lazily."""
 
 from __future__ import annotations
 

@@ -8,6 +8,7 @@ away what a keyboard needs, and draw everything again for each token.
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections import OrderedDict
 from collections.abc import AsyncGenerator
@@ -42,15 +43,18 @@ HEADER = """<header class="bar">
 
 def mount_page(
     app: FastAPI, engine: Engine, *, title: str | None, model: str | None, max_tokens: int, auth: Any
-) -> Any:
+) -> None:
     """See ``selfdoubt.serve.chat.mount``."""
     page = Page(engine, model or name_of(engine.lm), max_tokens)
-    return gr.mount_gradio_app(
+    gr.mount_gradio_app(
         app,
         page.build(title or f"selfdoubt: {page.model}"),
         path="/",
         theme=gr.themes.Base(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
-        css=_file("chat.css") + ":root{" + "".join(f"--t{i}:{c};" for i, c in enumerate(COLOURS)) + "}",
+        css=_file("chat.css")
+        + ":root{"
+        + "".join(f"--t{i}:{c};" for i, c in enumerate(COLOURS))
+        + f"--recommended:{page.recommended or 0:g}}}",
         footer_links=[],
         run_history=False,
         show_error=False,
@@ -89,7 +93,7 @@ class Page:
         self.pocket = is_pocket(engine.lm)
         self.conversations: OrderedDict[str, Conversation] = OrderedDict()
 
-    def build(self, title: str) -> gr.Blocks:
+    def build(self, title: str) -> Any:
         """Lay it out and connect it."""
         legend = tokens_html.legend(words.bounds(self.engine.lm.token_risk))
         with gr.Blocks(title=title, analytics_enabled=False) as page:
@@ -99,7 +103,7 @@ class Page:
             with gr.Row(elem_id="sd-main"):
                 with gr.Column(elem_id="sd-talk", scale=3, min_width=0):
                     talk = gr.HTML(
-                        self._show(Conversation()),  # type: ignore[arg-type]
+                        self._show(Conversation()),
                         elem_id="sd-turns",
                         html_template=self._welcome(),
                         js_on_load=_file("chat.js"),
@@ -110,7 +114,7 @@ class Page:
                         with gr.Row(elem_id="sd-composer"):
                             typed = gr.Textbox(
                                 placeholder="Ask something", label="Your question", show_label=False, container=False,
-                                lines=1, max_lines=6, autofocus=True, elem_id="sd-typed", scale=1, min_width=0,
+                                lines=1, max_lines=6, elem_id="sd-typed", scale=1, min_width=0,
                             )  # fmt: skip
                             send = gr.Button("Ask", variant="primary", elem_id="sd-send", scale=0, min_width=0)
                             stop = gr.Button("Stop", visible=False, elem_id="sd-stop", scale=0, min_width=0)
@@ -130,12 +134,13 @@ class Page:
         return page
 
     def _welcome(self) -> str:
-        intro = "Every word comes in the colour of its doubt. Point at one, or move there with the arrow keys."
+        intro = "Every word comes in the colour of its doubt. Point at one, tap it, or move there with the arrow keys."
         which = examples.POCKET if self.pocket else examples.OTHERS
         return (
             '<div class="welcome"><p class="lead">Ask, and see how sure the model is.</p>'
             f'<p>{intro}</p><div class="examples">{examples.cards(which)}</div></div>'
-            '<div class="turns"></div><p class="notice" role="alert"></p><p class="sr" aria-live="polite"></p>'
+            '<div class="turns"></div><p class="hint"></p><p class="notice" role="alert"></p>'
+            '<p class="sr" aria-live="polite"></p>'
         )
 
     def _settings(self) -> list[Any]:
@@ -149,7 +154,7 @@ class Page:
             note += "Without a calibration this counts reference answers that are riskier."
         sure = gr.Slider(
             0, 100, 0, step=1, label="Answer only when at least … % sure", info=note, interactive=knows,
-            elem_id="sd-sure", buttons=[],
+            elem_id="sd-sure", buttons=[], elem_classes=[] if self.recommended is None else ["marked"],
         )  # fmt: skip
         if self.recommended is not None:
             use = gr.Button(
@@ -191,6 +196,7 @@ class Page:
         do = what.get("do")
         if do == "edit" and not talk.busy:
             talk.editing = None if old is None else old.id
+            yield self._outputs(talk)
         elif do == "reveal" and old is not None:
             old.revealed = True
             yield self._outputs(talk, View(old, self.calibration).draw())
@@ -213,10 +219,13 @@ class Page:
             async with aclosing(answer(self.engine, talk, turn, client=str(request.session_hash))) as news:
                 async for _ in news:
                     yield self._outputs(talk, view.draw())
-        except SelfdoubtError as error:
-            talk.notice = " ".join(str(error).split())
+        except Exception as error:
+            expected = isinstance(error, SelfdoubtError)
+            if not expected:
+                logging.getLogger(__name__).exception("an answer failed")
             talk.drop(turn)
-            yield self._outputs(talk, typed=turn.question if not typed or not keep else None)
+            talk.notice = " ".join(str(error).split()) if expected else "The model failed; the server's log says how."
+            yield self._outputs(talk, typed=typed if keep and typed else turn.question)
 
     def _outputs(self, talk: Conversation, turn: Shown | None = None, typed: str | None = None) -> tuple[Any, ...]:
         return (
@@ -227,7 +236,13 @@ class Page:
         )
 
     def _show(self, talk: Conversation, turn: Shown | None = None) -> dict[str, Any]:
-        return {"order": [t.id for t in talk.turns], "turn": turn, "notice": talk.notice, "busy": talk.busy}
+        return {
+            "order": [t.id for t in talk.turns],
+            "turn": turn,
+            "notice": talk.notice,
+            "busy": talk.busy,
+            "editing": talk.editing,
+        }
 
     async def stop(self, request: gr.Request) -> None:
         """The stop button."""

@@ -32,7 +32,8 @@ def plot(tokens: Sequence[Token], of: str = "") -> str:
     return (
         f'<figure class="plot" data-of="{of}" data-n="{n}">'
         f'<div class="area"><div class="ticks" aria-hidden="true">{ticks}</div>'
-        f'<div class="canvas"><svg viewBox="0 0 {max(n, 1)} 100" preserveAspectRatio="none" role="img" aria-label="{_said(tokens)}">'
+        f'<div class="canvas"><svg viewBox="0 0 {max(n, 1)} 100" preserveAspectRatio="none" role="img" '
+        f'aria-label="{_said(tokens)}">'
         f"{shapes}</svg></div></div>"
         f'<figcaption><span class="axis">nats, token 1 to {max(n, 1)}</span>'
         '<span><i class="key bar"></i>risk of the token</span><span><i class="key total"></i>total</span>'
@@ -51,7 +52,7 @@ def _height(value: float, top: float) -> float:
 def _bars(tokens: Sequence[Token], rank: int, top: float) -> str:
     gap = 0.0 if len(tokens) > CROWDED else 0.08
     return "".join(
-        f"M{i + gap:g} 100v-{max(_height(t.risk, top), 0.8):.1f}h{1 - 2 * gap:g}V100z"
+        f"M{i + gap:g} 100v-{max(_height(t.risk, top), 2.0):.1f}h{1 - 2 * gap:g}V100z"
         for i, t in enumerate(tokens)
         if level(t.risk) == rank
     )
