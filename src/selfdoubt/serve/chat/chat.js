@@ -12,7 +12,7 @@ function show() {
   const follow = window.innerHeight + window.scrollY >= root.scrollHeight - 120;
   const order = value.order || [];
   for (const [id, turn] of known) if (!order.includes(id)) { turn.node.remove(); known.delete(id); }
-  if (value.turn && order.includes(value.turn.id)) draw(value.turn);
+  for (const turn of value.turns || []) if (order.includes(turn.id)) draw(turn);
   order.forEach((id, i) => {
     const node = known.get(id)?.node;
     if (node && turns.children[i] !== node) turns.insertBefore(node, turns.children[i] || null);
@@ -266,7 +266,12 @@ try {
   const dark = sessionStorage.getItem("sd-dark");
   if (dark !== null) document.body.classList.toggle("dark", dark === "1");
 } catch { /* a browser that keeps nothing */ }
-if (matchMedia("(hover: hover)").matches) document.querySelector("#sd-typed textarea, #sd-typed input")?.focus();
+
+function begin(tries) { // the field may come later than this; on a phone the focus would bring up the keyboard
+  const box = document.querySelector("#sd-typed textarea, #sd-typed input");
+  if (box) box.focus(); else if (tries) setTimeout(begin, 50, tries - 1);
+}
+if (matchMedia("(hover: hover)").matches) begin(100);
 
 watch("value", show);
 show();

@@ -222,10 +222,11 @@ class Conversation:
             )
         return self.begin(old.question, settings, way, threshold, instead=old.id)
 
-    def drop(self, turn: Turn) -> None:
-        """Forget the last turn, which came to nothing; what stood in its place comes back."""
-        self.turns = [t for t in self.turns if t is not turn] + self._replaced
-        self._replaced = []
+    def drop(self, turn: Turn) -> list[Turn]:
+        """Forget the last turn, which came to nothing; what stood in its place comes back and is returned."""
+        back, self._replaced = self._replaced, []
+        self.turns = [t for t in self.turns if t is not turn] + back
+        return back
 
     def stop(self) -> None:
         """End what runs, now."""

@@ -11,7 +11,7 @@ import json
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from html import escape
 from pathlib import Path
@@ -51,10 +51,7 @@ def mount_page(
         page.build(title or f"selfdoubt: {page.model}"),
         path="/",
         theme=gr.themes.Base(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
-        css=_file("chat.css")
-        + ":root{"
-        + "".join(f"--t{i}:{c};" for i, c in enumerate(COLOURS))
-        + f"--recommended:{page.recommended or 0:g}}}",
+        head=f"<style>{_style(page.recommended)}</style>",  # Gradio would rewrite the selectors of css=
         footer_links=[],
         run_history=False,
         show_error=False,
@@ -183,10 +180,10 @@ class Page:
         question, editing = _asked(typed), talk.editing
         talk.editing = None
         if talk.busy or not question:
-            yield self._outputs(talk, typed=typed)
+            yield self._outputs(talk)
             return
         turn = talk.begin(question, _settings(values), "once", self.recommended, instead=editing)
-        async for update in self._run(talk, turn, request, typed):
+        async for update in self._run(talk, turn, request, box="", back=question):
             yield update
 
     async def act(self, event: gr.EventData, request: gr.Request, typed: str, *values: Any) -> AsyncGenerator[Any]:
@@ -197,48 +194,50 @@ class Page:
         if do == "edit" and not talk.busy:
             talk.editing = None if old is None else old.id
             yield self._outputs(talk)
-        elif do == "reveal" and old is not None:
+        elif do == "reveal" and old is not None and not talk.busy:
             old.revealed = True
-            yield self._outputs(talk, View(old, self.calibration).draw())
+            yield self._outputs(talk, [View(old, self.calibration).draw()])
         elif do == "ask" and not talk.busy:
             turn = talk.begin(_asked(str(what.get("text", ""))), _settings(values), "once", self.recommended)
-            async for update in self._run(talk, turn, request, typed, keep=True):
+            async for update in self._run(talk, turn, request, back=typed or turn.question):
                 yield update
         elif do in ("retry", "until", "candidates") and old is not None and not talk.busy:
             way: Way = "once" if do == "retry" else do
             turn = talk.again(old, _settings(values), way, self.recommended)
-            async for update in self._run(talk, turn, request, typed, keep=True):
+            async for update in self._run(talk, turn, request):
                 yield update
 
     async def _run(
-        self, talk: Conversation, turn: Turn, request: gr.Request, typed: str, *, keep: bool = False
+        self, talk: Conversation, turn: Turn, request: gr.Request, box: str | None = None, back: str | None = None
     ) -> AsyncGenerator[Any]:
+        """Show the turn while it grows; ``box`` goes into the field to type in, ``back`` when it came to nothing."""
         view = View(turn, self.calibration)
-        yield self._outputs(talk, view.draw(), typed=None if keep else "")
+        yield self._outputs(talk, [view.draw()], box)
         try:
             async with aclosing(answer(self.engine, talk, turn, client=str(request.session_hash))) as news:
                 async for _ in news:
-                    yield self._outputs(talk, view.draw())
+                    yield self._outputs(talk, [view.draw()])
         except Exception as error:
             expected = isinstance(error, SelfdoubtError)
             if not expected:
                 logging.getLogger(__name__).exception("an answer failed")
-            talk.drop(turn)
+            old = talk.drop(turn)
             talk.notice = " ".join(str(error).split()) if expected else "The model failed; the server's log says how."
-            yield self._outputs(talk, typed=typed if keep and typed else turn.question)
+            yield self._outputs(talk, [View(t, self.calibration).draw() for t in old], back)
 
-    def _outputs(self, talk: Conversation, turn: Shown | None = None, typed: str | None = None) -> tuple[Any, ...]:
+    def _outputs(self, talk: Conversation, turns: Sequence[Shown] = (), box: str | None = None) -> tuple[Any, ...]:
         return (
-            self._show(talk, turn),
-            gr.skip() if typed is None else typed,
+            self._show(talk, turns),
+            gr.skip() if box is None else box,
             gr.Button(visible=not talk.busy),
             gr.Button(visible=talk.busy),
         )
 
-    def _show(self, talk: Conversation, turn: Shown | None = None) -> dict[str, Any]:
+    def _show(self, talk: Conversation, turns: Sequence[Shown] = ()) -> dict[str, Any]:
+        """What the page gets: the turns that changed, and which there are."""
         return {
             "order": [t.id for t in talk.turns],
-            "turn": turn,
+            "turns": [*turns],
             "notice": talk.notice,
             "busy": talk.busy,
             "editing": talk.editing,
@@ -293,6 +292,11 @@ def _settings(values: tuple[Any, ...]) -> Settings:
         tries=int(tries),
         memory=bool(memory),
     )
+
+
+def _style(recommended: float | None) -> str:
+    own = {f"t{i}": colour for i, colour in enumerate(COLOURS)} | {"recommended": f"{recommended or 0:g}"}
+    return _file("chat.css") + ":root{" + "".join(f"--{name}:{value};" for name, value in own.items()) + "}"
 
 
 def _file(name: str) -> str:
