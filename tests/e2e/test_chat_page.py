@@ -19,7 +19,8 @@ pytestmark = pytest.mark.browser
 
 ROOT = Path(__file__).parents[2]
 EVIL = "<script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\"> **bold** &amp;"
-#: A model that sleeps before each step, and an address that tells what became of the requests.
+#: A model that sleeps before each step and, asked to go on, never stops; and an address that tells what became of the
+#: requests.
 SERVER = """
 import time
 from fastapi import FastAPI
@@ -33,8 +34,14 @@ lm.model.register_forward_pre_hook(lambda *_: time.sleep(0.05))
 engine, jobs, app = Engine(lm), [], FastAPI()
 ask = engine.ask
 
-def remembered(*args, **options):
-    jobs.append(ask(*args, **options))
+def remembered(messages, **options):
+    stops = lm._stop_ids
+    if messages[-1]["content"].startswith("Go on"):
+        lm._stop_ids = frozenset()
+    try:
+        jobs.append(ask(messages, **options))
+    finally:
+        lm._stop_ids = stops
     return jobs[-1]
 
 engine.ask = remembered
@@ -72,19 +79,33 @@ def browser():
         started.close()
 
 
+WINDOW = {"viewport": {"width": 1180, "height": 820}}
+
+
+@pytest.fixture(scope="module")
+def window(browser):
+    """One browser window for the tests that want nothing special: what it has loaded once it need not load again."""
+    context = browser.new_context(**WINDOW)
+    yield context
+    context.close()
+
+
 @pytest.fixture
-def page(browser, url, request):
+def page(browser, window, url, request):
     """A fresh tab; at the end nothing may have been said on the console, and no other host asked."""
-    context = browser.new_context(**{"viewport": {"width": 1180, "height": 820}, **getattr(request, "param", {})})
+    special = getattr(request, "param", None)
+    context = window if special is None else browser.new_context(**{**WINDOW, **special})
     context.set_default_timeout(10_000)
     opened = context.new_page()
     heard, asked = [], []
     opened.on("console", lambda message: heard.append(message.text))
     opened.on("pageerror", lambda error: heard.append(str(error)))
-    context.on("request", lambda call: asked.append(call.url))
+    opened.on("request", lambda call: asked.append(call.url))
     visit(opened, url)
     yield opened
-    context.close()
+    opened.close()
+    if special is not None:
+        context.close()
     assert heard == []
     assert [a for a in asked if not a.startswith((url, "blob:"))] == []
 
@@ -228,9 +249,7 @@ def test_an_answer_that_is_not_sure_enough_is_withheld_and_never_sent(page, url)
 
 
 def test_stop_ends_the_answer_at_once_and_keeps_what_there_is(page, url):
-    more_settings(page)
-    set_slider(page, "Temperature", 2)
-    type_and_ask(page, "Tell me everything.")
+    type_and_ask(page, "Go on.")
     page.locator(".say .t").nth(3).wait_for()
     page.get_by_role("button", name="Stop").click()
     turn = ended(page, state="stopped")
@@ -249,9 +268,7 @@ def test_closing_the_tab_cancels_its_request(page, browser, url):
     tab = context.new_page()
     visit(tab, url)
     before = len(jobs(url))
-    more_settings(tab)
-    set_slider(tab, "Temperature", 2)
-    type_and_ask(tab, "Tell me everything.")
+    type_and_ask(tab, "Go on.")
     tab.locator(".say .t").first.wait_for()
     context.close()
     until = time.monotonic() + 5
@@ -344,9 +361,11 @@ CONTRAST = """() => {
         return [where, (Math.max(a, b) + .05) / (Math.min(a, b) + .05)];
     });
 }"""
-WORDS = [".legend .t0", ".legend .t1", ".legend .t2", ".legend .t3", ".legend .t4", ".legend small", ".words", ".ask .t",
-         ".words strong", ".plot figcaption", ".plot .ticks span", ".tools button", ".bar .model", "#sd-send", "#sd-recommended",
-         "#sd-sure .info-text", "#sd-card dt", "#sd-card li small", "#sd-card .sub"]  # fmt: skip
+WORDS = [
+    *(f".legend .t{i}" for i in range(5)), ".legend small", ".words", ".words strong", ".ask .t", ".plot figcaption",
+    ".plot .ticks span", ".tools button", ".bar .model", "#sd-send", "#sd-recommended", "#sd-sure .info-text",
+    "#sd-card dt", "#sd-card li small", "#sd-card .sub",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("page", [{"color_scheme": "light"}, {"color_scheme": "dark"}], indirect=True)

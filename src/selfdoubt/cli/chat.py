@@ -34,13 +34,14 @@ def chat(
         raise ConfigError(f"--max-tokens must be at least 1, got {max_tokens}")
     for module in ("fastapi", "uvicorn"):
         require(module, "serve")
+    from selfdoubt.serve.chat.loopback import listen, serve
+
+    place = listen(host, port)  # a taken port is said before a large model loads
+    require("gradio", "serve")
     from fastapi import FastAPI
 
     from selfdoubt.serve.chat import mount
-    from selfdoubt.serve.chat.loopback import listen, serve
 
-    require("gradio", "serve")
-    place = listen(host, port)  # a taken port is said before a large model loads
     lm = flags.load_lm(model, adapter, wrapper, dtype, quantize, risk, trust_remote_code)
     from selfdoubt.serve.engine import Engine
 
@@ -49,12 +50,15 @@ def chat(
     engine.start()
     shown = f"[{host}]" if ":" in host else host
     url = f"http://{shown}:{place.getsockname()[1]}/"
-    print(f"Chat at {url}  (Ctrl-C ends it)", flush=True)
-    if not no_open and _has_display():
-        import webbrowser
 
-        threading.Thread(target=webbrowser.open, args=(url,), daemon=True).start()
-    serve(app, place)
+    def begun() -> None:
+        print(f"Chat at {url}  (Ctrl-C ends it)", flush=True)
+        if not no_open and _has_display():
+            import webbrowser
+
+            threading.Thread(target=webbrowser.open, args=(url,), daemon=True).start()
+
+    serve(app, place, begun=begun)
     engine.close(patience=5)
     return 0
 

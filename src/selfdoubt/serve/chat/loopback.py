@@ -53,8 +53,13 @@ def serve(app: Any, place: socket.socket, *, begun: Callable[[], object] = lambd
     server = uvicorn.Server(
         uvicorn.Config(app, log_level="critical", access_log=False, timeout_graceful_shutdown=1, lifespan="on")
     )
-    # uvicorn raises the signal again when it has ended, for whoever was there before it: here, nobody.
-    before = {s: signal.signal(s, lambda *_: None) for s in (signal.SIGINT, signal.SIGTERM)}
+
+    def end(*_: object) -> None:
+        server.should_exit = True
+
+    # While it runs, uvicorn listens to signals itself; when it has ended it raises them again, for whoever was there
+    # before it: that is ``end``, which changes nothing then.
+    before = {s: signal.signal(s, end) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
         begun()
         server.run(sockets=[place])

@@ -15,10 +15,9 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import gradio as gr
-from fastapi import FastAPI
 
 from selfdoubt import __version__
 from selfdoubt.errors import SelfdoubtError
@@ -31,6 +30,9 @@ from selfdoubt.serve.chat.asking import answer
 from selfdoubt.serve.chat.conversation import Conversation, Settings, Turn, Way, recommended
 from selfdoubt.serve.chat.turn_html import Shown, View
 from selfdoubt.serve.engine import Engine
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
 
 #: Most conversations that are kept; the one that was idle longest goes first.
 CONVERSATIONS = 1000

@@ -30,7 +30,7 @@ def plot(tokens: Sequence[Token], of: str = "") -> str:
     shapes += f'<path class="line epistemic" d="{_steps([t.epistemic for t in tokens], top)}"/>' if n else ""
     ticks = "".join(f'<span style="bottom:{share:.0%}">{share * top:g}</span>' for share in (0.0, 0.5, 1.0))
     return (
-        f'<figure class="plot" data-of="{of}" data-n="{n}">'
+        f'<figure class="plot{" crowded" if n > CROWDED else ""}" data-of="{of}" data-n="{n}">'
         f'<div class="area"><div class="ticks" aria-hidden="true">{ticks}</div>'
         f'<div class="canvas"><svg viewBox="0 0 {max(n, 1)} 100" preserveAspectRatio="none" role="img" '
         f'aria-label="{_said(tokens)}">'

@@ -43,10 +43,13 @@ def spans(tokens: Iterable[Token], *, asked: bool = False) -> str:
 
 def question(text: str, tokens: list[Token]) -> str:
     """A question in its colours: has the model met this subject? What has no number (yet) stands there plain."""
-    own, known = text.strip(), "".join(t.text for t in tokens).strip()
-    if not known or not own.endswith(known):
+    own, joined = text.strip(), "".join(t.text for t in tokens)
+    known = joined.strip()
+    plain = own.removesuffix(known)
+    gap = joined[: len(joined) - len(joined.lstrip())] if plain else ""
+    if not known or not own.endswith(known) or not plain.endswith(gap):
         return escape(own)
-    return escape(own[: len(own) - len(known)]) + spans(tokens, asked=True)
+    return escape(plain.removesuffix(gap)) + spans(tokens, asked=True)
 
 
 def legend(said: Iterable[tuple[str, str]]) -> str:

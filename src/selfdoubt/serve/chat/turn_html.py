@@ -51,6 +51,8 @@ class View:
             )
         elif turn.way == "until":
             parts["status"] = escape(words.tries(turn))
+        elif turn.way == "candidates" and turn.state == "done":
+            parts["status"] = escape(words.drawn(turn))
         elif turn.state == "stopped":
             parts["status"] = "Stopped"
         seen = self._seen()
@@ -88,10 +90,13 @@ class View:
     def _verdict(self, take: Take) -> str:
         answer = take.answer
         assert answer is not None
-        said = words.verdict(answer, self.calibration)
+        several = self.turn.way == "candidates"
+        said = words.verdict(answer, self.calibration, short=several)
         sure = sureness(answer)
         line = f"<strong>{escape(said[0])}</strong>" + "".join(f"<span>{escape(s)}</span>" for s in said[1:])
-        if self.turn.temperature:
+        if several:
+            line += f"<span>seed {take.seed}</span>"
+        elif self.turn.temperature:
             line += f"<span>drawn at temperature {self.turn.temperature:g}, seed {take.seed}</span>"
         if sure is None:
             return f'<p class="words">{line}</p>'

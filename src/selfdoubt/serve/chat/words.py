@@ -50,12 +50,12 @@ def chance(answer: Answer) -> str:
     return ""
 
 
-def verdict(answer: Answer, calibration: Calibration | None) -> list[str]:
-    """What is to be said of an answer, the most trustworthy first."""
+def verdict(answer: Answer, calibration: Calibration | None, *, short: bool = False) -> list[str]:
+    """What is to be said of an answer, the most trustworthy first; ``short``: without what a picture beside it says."""
     found = [chance(answer)] if chance(answer) else []
     if answer.p_correct is not None and answer.percentile is not None:
         found.append(f"riskier than {percent(answer.percentile)} of the reference answers")
-    if answer.abstain is not None and calibration is not None and calibration.threshold is not None:
+    if not short and answer.abstain is not None and calibration is not None and calibration.threshold is not None:
         does = "would withhold it" if answer.abstain else "lets it pass"
         found.append(f"the calibrated threshold of {percent(calibration.threshold)} {does}")
     if not found:
@@ -74,7 +74,8 @@ def withheld(turn: Turn) -> str:
     sure = sureness(best.answer)
     if sure is None:
         return f"Nothing says how sure it is, and {asked}."
-    who = "The best of them" if len(turn.takes) > 1 else "What it would say"
+    n = sum(take.answer is not None for take in turn.takes)
+    who = "What it would say" if n == 1 else f"The best of {n} answers"
     if best.answer.p_correct is not None:
         return f"{who} is right with {percent(sure)}, and {asked}."
     return f"{who} is riskier than {percent(1 - sure)} of the reference answers, and {asked} to be riskier."
@@ -88,6 +89,14 @@ def tries(turn: Turn) -> str:
         return f"Sure enough after {count}"
     how = "stopped" if turn.state == "stopped" else "not sure enough"
     return f"After {count} {how}" + (": this is the least doubtful" if n > 1 else "")
+
+
+def drawn(turn: Turn) -> str:
+    """What stands above several answers."""
+    n = sum(take.answer is not None for take in turn.takes)
+    hidden = sum(turn.hides(t) for t in turn.takes)
+    line = f"{n} answers, drawn at temperature {turn.temperature:g}, the least doubtful first"
+    return line + (f"; {hidden} more not sure enough to show" if hidden else "")
 
 
 def thinking(turn: Turn) -> str:
