@@ -84,7 +84,14 @@ function make(tag, name, text) {
   return made;
 }
 
-const visible = text => text.replace(/\n/g, "↵").replace(/^ | $/g, "␣") || "·";
+function visible(tag, name, text) { // spaces at the ends and ends of lines can be seen
+  const made = make(tag, name);
+  for (const piece of (text || "·").split(/(^ +| +$|\n)/)) {
+    const mark = /^ +$/.test(piece) ? piece.replace(/ /g, "␣") : piece === "\n" ? "↵" : "";
+    if (piece) made.append(mark ? make("span", "space", mark) : piece);
+  }
+  return made;
+}
 const percent = p => p >= .9995 ? "> 99.9 %" : p < .0005 ? "< 0.1 %" : `${(p * 100).toFixed(1)} %`;
 
 function open(token) {
@@ -97,7 +104,7 @@ function open(token) {
   const chance = make("span", "", percent(Math.exp(logprob)));
   chance.dataset.name = "probability";
   chance.prepend(make("small", "", "probability "));
-  head.append(make("b", `t t${rank}`, visible(token.textContent)), chance);
+  head.append(visible("b", `t t${rank}`, token.textContent), chance);
   const list = make("dl");
   const rows = { logprob, risk, total, epistemic, aleatoric };
   for (const [name, value] of [...Object.entries(rows).map(([k, v]) => [k, nats(v)]), ["disagreement", percent(disagreement)]]) {
@@ -111,7 +118,7 @@ function open(token) {
     for (const [text, p, chosen] of others) {
       const item = make("li", chosen ? "chosen" : ""), bar = make("i");
       bar.style.width = `${Math.max(1, p * 100)}%`;
-      item.append(bar, make("span", "", visible(text)), make("small", "", percent(p)));
+      item.append(bar, visible("span", "", text), make("small", "", percent(p)));
       table.append(item);
     }
     card.append(make("p", "sub", "It could have said"), table);

@@ -93,11 +93,11 @@ class View:
         several = self.turn.way == "candidates"
         said = words.verdict(answer, self.calibration, short=several)
         sure = sureness(answer)
-        line = f"<strong>{escape(said[0])}</strong>" + "".join(f"<span>{escape(s)}</span>" for s in said[1:])
+        line = f"<strong>{escape(said[0])}</strong>" + "".join(f" · {escape(s)}" for s in said[1:])
         if several:
-            line += f"<span>seed {take.seed}</span>"
+            line += f" · seed {take.seed}"
         elif self.turn.temperature:
-            line += f"<span>drawn at temperature {self.turn.temperature:g}, seed {take.seed}</span>"
+            line += f" · drawn at temperature {self.turn.temperature:g}, seed {take.seed}"
         if sure is None:
             return f'<p class="words">{line}</p>'
         threshold = None if self.calibration is None else self.calibration.threshold
