@@ -34,6 +34,11 @@ def talk():
     return Conversation()
 
 
+def settings(**given):
+    """The pocket model has only learnt single questions: it remembers nothing, unless a test says so."""
+    return Settings(**{"memory": False, **given})
+
+
 def run(engine, talk, turn, watch=lambda turn: None):
     async def all_of_it():
         async for _ in answer(engine, talk, turn, period=0.0):
@@ -44,7 +49,7 @@ def run(engine, talk, turn, watch=lambda turn: None):
 
 
 def test_a_question_gets_the_answer_that_the_model_gives(engine, talk, lm):
-    turn = run(engine, talk, talk.begin("What is the capital of France?", Settings()))
+    turn = run(engine, talk, talk.begin("What is the capital of France?", settings()))
     alone = lm.generate("What is the capital of France?")
     assert turn.state == "done"
     assert turn.shown == turn.said == alone.text
@@ -55,7 +60,7 @@ def test_a_question_gets_the_answer_that_the_model_gives(engine, talk, lm):
 
 def test_tokens_are_there_before_the_end(engine, talk):
     seen = []
-    turn = talk.begin("Where is Valencia?", Settings())
+    turn = talk.begin("Where is Valencia?", settings())
     run(engine, talk, turn, lambda t: seen.append((t.state, len(t.takes[0].tokens), t.shown)))
     assert len({count for _, count, _ in seen}) >= 3
     assert all(len(shown) for state, count, shown in seen if count)
@@ -63,15 +68,14 @@ def test_tokens_are_there_before_the_end(engine, talk):
 
 def test_an_unsure_answer_is_withheld_until_somebody_asks_to_see_it(engine, talk):
     seen = []
-    turn = talk.begin("In which country is Zorbelheim?", Settings(at_least=0.84))
+    turn = talk.begin("In which country is Zorbelheim?", settings(at_least=0.84))
     run(engine, talk, turn, lambda t: seen.append(t.shown))
     assert set(seen[:-1]) == {""}
     assert turn.withheld
     assert turn.shown == turn.said == UNSURE
     turn.revealed = True
     assert turn.shown == "The city of Zorbelheim is in Germany."
-    alone = Settings(at_least=0.84, memory=False)
-    sure = run(engine, talk, talk.begin("What is the capital of France?", alone))
+    sure = run(engine, talk, talk.begin("What is the capital of France?", settings(at_least=0.84)))
     assert sure.shown == "The capital of France is Paris."
 
 
@@ -89,15 +93,15 @@ def test_the_recommended_sureness_withholds_what_the_threshold_does(lm):
 
 
 def test_trying_again_ends_with_the_first_sure_answer(engine, talk):
-    turn = run(engine, talk, talk.begin("What is the capital of France?", Settings(), "until", 0.84))
+    turn = run(engine, talk, talk.begin("What is the capital of France?", settings(), "until", 0.84))
     assert turn.confident
     assert len(turn.takes) == 1
     assert turn.shown == turn.takes[-1].answer.text
 
 
 def test_trying_again_takes_new_seeds_and_ends_with_the_least_doubtful(engine, talk, lm):
-    settings = Settings(tries=3, seed=5)
-    turn = run(engine, talk, talk.begin("In which country is Issaquah?", settings, "until", 0.99))
+    three = settings(tries=3, seed=5)
+    turn = run(engine, talk, talk.begin("In which country is Issaquah?", three, "until", 0.99))
     alone = [lm.generate(turn.question, temperature=1.0, seed=5 + i) for i in range(3)]
     assert [t.answer.text for t in turn.takes] == [a.text for a in alone]
     assert not turn.confident
@@ -106,13 +110,13 @@ def test_trying_again_takes_new_seeds_and_ends_with_the_least_doubtful(engine, t
 
 def test_between_tries_nothing_is_seen(engine, talk):
     seen = []
-    turn = talk.begin("In which country is Issaquah?", Settings(tries=2), "until", 0.99)
+    turn = talk.begin("In which country is Issaquah?", settings(tries=2), "until", 0.99)
     run(engine, talk, turn, lambda t: seen.append(t.shown))
     assert set(seen[:-1]) == {""}
 
 
 def test_candidates_are_those_of_the_model_in_its_order(engine, talk, lm):
-    turn = run(engine, talk, talk.begin("Where is Valencia?", Settings(candidates=4), "candidates"))
+    turn = run(engine, talk, talk.begin("Where is Valencia?", settings(candidates=4), "candidates"))
     alone = lm.candidates("Where is Valencia?", 4)
     assert sorted(t.answer.text for t in turn.takes) == sorted(a.text for a in alone)
     sure = [sureness(t.answer) for t in turn.ranked]
@@ -122,7 +126,7 @@ def test_candidates_are_those_of_the_model_in_its_order(engine, talk, lm):
 
 
 def test_stopping_cancels_the_request_and_keeps_what_there_is(engine, talk):
-    turn = talk.begin("Where is Valencia?", Settings(temperature=1.0))
+    turn = talk.begin("Where is Valencia?", settings(temperature=1.0))
     jobs = []
 
     def stop(turn):
@@ -141,7 +145,7 @@ def test_stopping_cancels_the_request_and_keeps_what_there_is(engine, talk):
 
 def test_who_stops_listening_cancels_the_request(engine, talk):
     async def leave():
-        turn = talk.begin("Where is Valencia?", Settings())
+        turn = talk.begin("Where is Valencia?", settings())
         going = answer(engine, talk, turn, period=0.0)
         await anext(going)
         job = talk.job
@@ -155,30 +159,30 @@ def test_who_stops_listening_cancels_the_request(engine, talk):
 
 
 def test_what_was_shown_is_remembered_and_what_was_withheld_is_not(engine, talk):
-    run(engine, talk, talk.begin("In which country is Zorbelheim?", Settings(at_least=0.84)))
-    turn = talk.begin("And Tartu?", Settings())
+    run(engine, talk, talk.begin("In which country is Zorbelheim?", settings(at_least=0.84)))
+    turn = talk.begin("And Tartu?", settings(memory=True))
     assert turn.messages == [
         {"role": "user", "content": "In which country is Zorbelheim?"},
         {"role": "assistant", "content": UNSURE},
         {"role": "user", "content": "And Tartu?"},
     ]
     talk.drop(turn)
-    assert talk.begin("And Tartu?", Settings(memory=False)).messages == [{"role": "user", "content": "And Tartu?"}]
+    assert talk.begin("And Tartu?", settings()).messages == [{"role": "user", "content": "And Tartu?"}]
 
 
 def test_asking_again_takes_the_place_of_the_old_turn_and_what_came_after_it(engine, talk):
     for question in ("What is the capital of France?", "Where is Valencia?"):
-        run(engine, talk, talk.begin(question, Settings()))
+        run(engine, talk, talk.begin(question, settings()))
     first = talk.turns[0]
-    again = run(engine, talk, talk.again(first, Settings(), "once"))
+    again = run(engine, talk, talk.again(first, settings(), "once"))
     assert talk.turns == [again]
     assert again.before == ()
     assert (again.question, again.temperature, again.takes[0].seed) == (first.question, 1.0, 1)
 
 
 def test_a_turn_that_came_to_nothing_gives_its_place_back(engine, talk):
-    old = run(engine, talk, talk.begin("What is the capital of France?", Settings()))
-    new = talk.begin("why " * 1000, Settings(memory=False), instead=old.id)
+    old = run(engine, talk, talk.begin("What is the capital of France?", settings()))
+    new = talk.begin("why " * 1000, settings(), instead=old.id)
     with pytest.raises(PromptError, match="token"):
         run(engine, talk, new)
     assert talk.drop(new) == [old]
@@ -188,21 +192,21 @@ def test_a_turn_that_came_to_nothing_gives_its_place_back(engine, talk):
 
 def test_a_closed_engine_is_said(lm, talk):
     with pytest.raises(EngineError):
-        run(Engine(lm), talk, talk.begin("Where?", Settings()))
+        run(Engine(lm), talk, talk.begin("Where?", settings()))
     assert not talk.busy
 
 
 def test_history_leaves_out_what_runs_and_what_is_empty():
     talk = Conversation()
-    talk.begin("a", Settings())
+    talk.begin("a", settings())
     assert history(talk.turns) == ()
     talk.turns[0].state, talk.turns[0].takes = "stopped", [Take(0)]
     assert history(talk.turns) == ()
 
 
 def test_a_conversation_is_plain_data_with_every_token(engine, talk):
-    run(engine, talk, talk.begin("Where is Valencia?", Settings(at_least=0.84)))
-    run(engine, talk, talk.begin("What is the capital of France?", Settings(), "candidates"))
+    run(engine, talk, talk.begin("Where is Valencia?", settings(at_least=0.84)))
+    run(engine, talk, talk.begin("What is the capital of France?", settings(), "candidates"))
     found = json.loads(json.dumps(talk.to_json({"model": "pocket"}), allow_nan=False))
     withheld, drawn = found["turns"]
     assert found["model"] == "pocket"
@@ -217,7 +221,7 @@ def test_a_conversation_is_plain_data_with_every_token(engine, talk):
 
 def test_clearing_stops_what_runs(engine, talk):
     async def clear():
-        turn = talk.begin("Where is Valencia?", Settings())
+        turn = talk.begin("Where is Valencia?", settings())
         async for _ in answer(engine, talk, turn, period=0.0):
             talk.clear()
         return turn
@@ -230,7 +234,7 @@ def test_an_answer_needs_no_more_candidates_than_the_engine_gives(lm, talk):
     made = Engine(lm, Limits(choices=2))
     made.start()
     try:
-        turn = run(made, talk, talk.begin("Where is Valencia?", Settings(candidates=2), "candidates"))
+        turn = run(made, talk, talk.begin("Where is Valencia?", settings(candidates=2), "candidates"))
         assert len(turn.takes) == 2
     finally:
         made.close()

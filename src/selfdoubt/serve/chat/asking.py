@@ -24,6 +24,7 @@ async def answer(
     """
     width = turn.settings.candidates if turn.way == "candidates" else 1
     rounds = turn.settings.tries if turn.way == "until" else 1
+    halted = conversation.halted  # this turn's own: the next one gets another
     try:
         for i in range(rounds):
             first = turn.settings.seed + i
@@ -38,16 +39,17 @@ async def answer(
             conversation.job = job
             place = len(turn.takes)
             turn.takes += [Take(first + j) for j in range(width)]
-            async with aclosing(paced(job, conversation.halted, period)) as news:
+            async with aclosing(paced(job, halted, period)) as news:
                 async for updates in news:
                     for update in updates:
                         _take(turn, place, update)
                     yield
-            if conversation.halted.is_set() or turn.confident:
+            if halted.is_set() or turn.confident:
                 break
-        turn.state = "stopped" if conversation.halted.is_set() else "done"
+        turn.state = "stopped" if halted.is_set() else "done"
     finally:
-        conversation.job = None
+        if conversation.halted is halted:
+            conversation.job = None
         if turn.state == "running":
             turn.state = "stopped"
     yield

@@ -202,7 +202,7 @@ class Conversation:
             instead: The turn in whose place it comes; that one and what came after it are gone.
         """
         self.notice = ""
-        self.halted.clear()
+        self.halted = asyncio.Event()
         place = next((i for i, t in enumerate(self.turns) if t.id == instead), len(self.turns))
         self._replaced = self.turns[place:]
         del self.turns[place:]
