@@ -71,3 +71,27 @@ def test_without_gradio_one_line_says_what_to_install():
     line = complaint(before="sys.modules['gradio'] = None")
     assert line.endswith('install it with: pip install "selfdoubt[serve]"')
     assert "'gradio'" in line
+
+
+GUARDED = """
+from fastapi import FastAPI
+from fastapi.testclient import TestClient
+from selfdoubt.lm.model import RiskAwareLM
+from selfdoubt.serve.chat import mount
+from selfdoubt.serve.engine import Engine
+
+engine = Engine(RiskAwareLM.load("pocket"))
+page = TestClient(mount(FastAPI(), engine, title="Mine", auth=lambda name, word: word == "right"))
+print([page.get("/config").status_code])
+for word in ("wrong", "right"):
+    print([page.post("/login", data={"username": "me", "password": word}).status_code, page.get("/config").status_code])
+print(["Mine" in page.get("/").text])
+"""
+
+
+@pytest.mark.slow
+def test_a_page_with_a_password_lets_in_who_has_it():
+    done = subprocess.run(
+        [sys.executable, "-c", GUARDED], env=ENVIRONMENT, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.stdout.splitlines() == ["[401]", "[400, 401]", "[200, 200]", "[True]"], done.stderr

@@ -22,7 +22,13 @@ EVIL = "<script>document.title='owned'</script><img src=x onerror=\"document.tit
 #: A model that sleeps before each step and, asked to go on, never stops; and an address that tells what became of the
 #: requests.
 SERVER = """
+import sys
 import time
+
+calls = []
+events = ("socket.connect", "socket.getaddrinfo")
+sys.addaudithook(lambda event, args: calls.append(repr(args)) if event in events else None)
+
 from fastapi import FastAPI
 from selfdoubt.lm.model import RiskAwareLM
 from selfdoubt.serve.chat import mount
@@ -46,6 +52,7 @@ def remembered(messages, **options):
 
 engine.ask = remembered
 app.get("/jobs")(lambda: [{"cancelled": j.cancelled, "ended": j.ended} for j in jobs])
+app.get("/calls")(lambda: calls)
 mount(app, engine)
 engine.start()
 place = listen("127.0.0.1", 0)
@@ -287,6 +294,14 @@ def test_stop_ends_the_answer_at_once_and_keeps_what_there_is(page, url):
 def jobs(url):
     with urllib.request.urlopen(url + "jobs") as answer:
         return json.load(answer)
+
+
+def test_the_server_calls_nobody(page, url):
+    ask(page, "What is the capital of France?")
+    with urllib.request.urlopen(url + "calls") as answer:
+        calls = json.load(answer)
+    assert calls  # its own address was looked up, at least
+    assert [c for c in calls if "127.0.0.1" not in c] == []
 
 
 def test_closing_the_tab_cancels_its_request(page, browser, url):

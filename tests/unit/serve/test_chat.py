@@ -125,6 +125,12 @@ def test_words_of_a_question_without_a_number_stand_before_the_coloured_ones():
     assert [a["class"] for _, a in reader.elements] == ["t t3", "t t1"]  # surprisal counts a quarter
 
 
+def test_of_a_chat_without_a_template_only_the_last_words_are_the_question():
+    reader = read(tokens_html.question("Then she", [token("Hi."), token("\n"), token("Then"), token(" she")]))
+    assert reader.text == "Then she"
+    assert len(reader.elements) == 2
+
+
 @given(st.lists(raw, max_size=9), st.sampled_from([1, 20]))
 def test_a_plot_is_well_formed_and_within_its_frame(parts, times):
     found = made(parts) * times

@@ -43,13 +43,25 @@ def spans(tokens: Iterable[Token], *, asked: bool = False) -> str:
 
 def question(text: str, tokens: list[Token]) -> str:
     """A question in its colours: has the model met this subject? What has no number (yet) stands there plain."""
-    own, joined = text.strip(), "".join(t.text for t in tokens)
+    own = text.strip()
+    tokens = _last(tokens, own)
+    joined = "".join(t.text for t in tokens)
     known = joined.strip()
     plain = own.removesuffix(known)
     gap = joined[: len(joined) - len(joined.lstrip())] if plain else ""
     if not known or not own.endswith(known) or not plain.endswith(gap):
         return escape(own)
     return escape(plain.removesuffix(gap)) + spans(tokens, asked=True)
+
+
+def _last(tokens: list[Token], own: str) -> list[Token]:
+    """Without a chat template, what went before counts as the question's own words: leave it out."""
+    text = ""
+    for first in range(len(tokens) - 1, -1, -1):
+        text = tokens[first].text + text
+        if text.strip() == own:
+            return tokens[first:]
+    return tokens
 
 
 def legend(said: Iterable[tuple[str, str]]) -> str:

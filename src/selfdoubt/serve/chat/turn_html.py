@@ -36,13 +36,16 @@ class View:
         self.turn = turn
         self.calibration = calibration
         self._pieces: dict[int, list[str]] = {}
+        self._asked = ""
         self._plot = ""
         self._drawn = float("-inf")
 
     def draw(self) -> Shown:
         """As it is now."""
         turn = self.turn
-        parts = {"ask": tokens_html.question(turn.question, turn.asked)}
+        if turn.asked and not self._asked:
+            self._asked = tokens_html.question(turn.question, turn.asked)
+        parts = {"ask": self._asked or tokens_html.question(turn.question, [])}
         if turn.state == "running" and all(turn.hides(t) for t in turn.takes):
             parts["status"] = f'<span class="pulse" aria-hidden="true"></span>{escape(words.thinking(turn))}'
         elif turn.withheld and turn.takes:
