@@ -17,6 +17,7 @@ else:
 
 from selfdoubt.cli.ask import ask
 from selfdoubt.cli.calibrate import calibrate
+from selfdoubt.cli.chat import chat
 from selfdoubt.cli.compare import compare
 from selfdoubt.cli.evaluate import evaluate
 from selfdoubt.cli.export import export
@@ -32,7 +33,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (ask, score, serve, train, evaluate, calibrate, report, compare, export):
+for command in (ask, chat, serve, score, train, evaluate, calibrate, report, compare, export):
     app.command()(command)
 
 

@@ -1,0 +1,68 @@
+"""``selfdoubt chat``."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from typing import TYPE_CHECKING, Annotated
+
+from selfdoubt.cli import flags
+from selfdoubt.errors import ConfigError, require
+
+if TYPE_CHECKING:
+    import typer
+else:
+    typer = require("typer", "lm")
+
+
+def chat(
+    model: flags.Model = None,
+    adapter: flags.Adapter = None,
+    wrapper: flags.WrapperText = "auto",
+    dtype: flags.Dtype = "auto",
+    quantize: flags.Quantize = None,
+    risk: flags.RiskName = None,
+    trust_remote_code: flags.RemoteCode = False,
+    host: Annotated[str, typer.Option(help="An address of this machine that no other can reach.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0 takes a free one.")] = 7860,
+    max_tokens: Annotated[int, typer.Option(help="Most tokens of an answer, until the page says otherwise.")] = 256,
+    no_open: Annotated[bool, typer.Option("--no-open", help="Do not open a browser.")] = False,
+) -> int:
+    """Chat on a page of your own: every token in the colour of its risk. Nothing leaves this machine."""
+    if max_tokens < 1:
+        raise ConfigError(f"--max-tokens must be at least 1, got {max_tokens}")
+    for module in ("fastapi", "uvicorn"):
+        require(module, "serve")
+    from selfdoubt.serve.chat.loopback import listen, serve
+
+    place = listen(host, port)  # a taken port is said before a large model loads
+    require("gradio", "serve")
+    from fastapi import FastAPI
+
+    from selfdoubt.serve.chat import mount
+
+    lm = flags.load_lm(model, adapter, wrapper, dtype, quantize, risk, trust_remote_code)
+    from selfdoubt.serve.engine import Engine
+
+    engine = Engine(lm)
+    app = mount(FastAPI(openapi_url=None), engine, max_tokens=max_tokens)
+    engine.start()
+    shown = f"[{host}]" if ":" in host else host
+    url = f"http://{shown}:{place.getsockname()[1]}/"
+
+    def begun() -> None:
+        print(f"Chat at {url}  (Ctrl-C ends it)", flush=True)
+        if not no_open and _has_display():
+            import webbrowser
+
+            threading.Thread(target=webbrowser.open, args=(url,), daemon=True).start()
+
+    serve(app, place, begun=begun)
+    engine.close(patience=5)
+    return 0
+
+
+def _has_display() -> bool:
+    """Whether there is a screen to open a browser on."""
+    return sys.platform in ("darwin", "win32") or bool(os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))

@@ -1,0 +1,103 @@
+"""Asks the engine for what a turn wants, and says when there is something new to see."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+
+from selfdoubt.serve.chat.conversation import Conversation, Take, Turn
+from selfdoubt.serve.desk import Desk
+from selfdoubt.serve.job import Began, Grew, Job, Update
+
+#: Seconds between two looks at an answer that grows: quicker than an eye follows, slow enough for a page to keep up.
+PERIOD = 0.04
+
+
+async def answer(
+    engine: Desk, conversation: Conversation, turn: Turn, *, client: str = "", period: float = PERIOD
+) -> AsyncGenerator[None]:
+    """Fill the turn, the last of the conversation; yields whenever it has changed, and ends when it has ended.
+
+    Raises:
+        SelfdoubtError: What the engine says against it.
+    """
+    width = turn.settings.candidates if turn.way == "candidates" else 1
+    rounds = turn.settings.tries if turn.way == "until" else 1
+    halted = conversation.halted  # this turn's own: the next one gets another
+    try:
+        for i in range(rounds):
+            first = turn.settings.seed + i
+            job = engine.ask(
+                turn.messages,
+                n=width,
+                client=client,
+                temperature=turn.temperature,
+                max_tokens=turn.settings.max_tokens,
+                seed=first,
+            )
+            conversation.job = job
+            place = len(turn.takes)
+            turn.takes += [Take(first + j) for j in range(width)]
+            async with aclosing(paced(job, halted, period)) as news:
+                async for updates in news:
+                    for update in updates:
+                        _take(turn, place, update)
+                    yield
+            if halted.is_set() or turn.confident:
+                break
+        turn.state = "stopped" if halted.is_set() else "done"
+    finally:
+        if conversation.halted is halted:
+            conversation.job = None
+        if turn.state == "running":
+            turn.state = "stopped"
+    yield
+
+
+async def paced(job: Job, halted: asyncio.Event, period: float) -> AsyncGenerator[list[Update]]:
+    """What the job tells, gathered over ``period`` seconds; the job is cancelled as soon as nobody listens or
+    ``halted`` is set.
+    """
+    found: list[Update] = []
+    news = asyncio.Event()
+
+    async def gather() -> None:
+        try:
+            async for update in job.stream():
+                found.append(update)
+                news.set()
+        finally:
+            news.set()
+
+    reading = asyncio.create_task(gather())
+    halt = asyncio.create_task(halted.wait())
+    try:
+        while found or not reading.done():
+            waiting = asyncio.create_task(news.wait())
+            await asyncio.wait({waiting, halt}, return_when=asyncio.FIRST_COMPLETED)
+            waiting.cancel()
+            if halted.is_set():
+                return
+            news.clear()
+            if found:
+                batch, found[:] = found[:], []
+                yield batch
+            await asyncio.wait({reading, halt}, timeout=period, return_when=asyncio.FIRST_COMPLETED)
+        await reading  # raises what has ended the request
+    finally:
+        if not reading.cancel() and not reading.cancelled():
+            reading.exception()  # it was heard, or nobody wants to hear it any more
+        halt.cancel()
+        job.cancel()
+
+
+def _take(turn: Turn, place: int, update: Update) -> None:
+    if isinstance(update, Began):
+        turn.asked = turn.asked or update.question
+        return
+    take = turn.takes[place + update.choice]
+    if isinstance(update, Grew):
+        take.tokens += update.tokens
+    else:
+        take.answer = update.answer

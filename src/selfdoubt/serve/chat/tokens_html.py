@@ -1,0 +1,83 @@
+"""Tokens as HTML: each in its colour, with its numbers beside it. All text is escaped; nothing of it becomes markup."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable
+from html import escape
+
+from selfdoubt.lm.answer import Token
+from selfdoubt.lm.colours import level
+from selfdoubt.serve.chat.words import LEVELS, percent
+
+#: A person's words surprise a model more than its own: their surprisal counts a quarter, as it does on a terminal.
+OF_A_QUESTION = 1 / 4
+
+
+def span(token: Token, number: int, *, asked: bool = False) -> str:
+    """One token. Its numbers travel in ``data-d``, in the order that ``chat.js`` reads.
+
+    Args:
+        token: The token.
+        number: Its place, from 0; the first can be reached by the tab key, the others by arrows from there.
+        asked: It is part of the question.
+    """
+    rank = level(token.nll * OF_A_QUESTION if asked else token.risk)
+    numbers = [
+        token.logprob, token.total, token.epistemic, token.aleatoric, token.disagreement, token.risk, rank,
+        [[other.text, other.probability, other.id == token.id] for other in token.alternatives],
+    ]  # fmt: skip
+    name = f"{token.text.strip() or 'no letter'}: probability {percent(math.exp(token.logprob))}, {LEVELS[rank]}"
+    kind = f"t t{rank}" + ("" if token.text else " part")
+    return (
+        f'<span class="{kind}" role="button" tabindex="{0 if number == 0 else -1}" data-k="{number}" '
+        f'aria-label="{escape(name)}" data-d="{escape(_short(numbers))}">{escape(token.text)}</span>'
+    )
+
+
+def spans(tokens: Iterable[Token], *, asked: bool = False) -> str:
+    """Tokens in a row."""
+    return "".join(span(token, i, asked=asked) for i, token in enumerate(tokens))
+
+
+def question(text: str, tokens: list[Token]) -> str:
+    """A question in its colours: has the model met this subject? What has no number (yet) stands there plain."""
+    own = text.strip()
+    tokens = _last(tokens, own)
+    joined = "".join(t.text for t in tokens)
+    known = joined.strip()
+    plain = own.removesuffix(known)
+    gap = joined[: len(joined) - len(joined.lstrip())] if plain else ""
+    if not known or not own.endswith(known) or not plain.endswith(gap):
+        return escape(own)
+    return escape(plain.removesuffix(gap)) + spans(tokens, asked=True)
+
+
+def _last(tokens: list[Token], own: str) -> list[Token]:
+    """Without a chat template, what went before counts as the question's own words: leave it out."""
+    text = ""
+    for first in range(len(tokens) - 1, -1, -1):
+        text = tokens[first].text + text
+        if text.strip() == own:
+            return tokens[first:]
+    return tokens
+
+
+def legend(said: Iterable[tuple[str, str]]) -> str:
+    """What the colours mean: each level's name and bound, the surest first."""
+    items = "".join(
+        f'<li><span class="t t{i}">{escape(name)}</span> <small>{escape(bound)}</small></li>'
+        for i, (name, bound) in enumerate(said)
+    )
+    return f'<ul class="legend" aria-label="Colours: how probable each word was to the model">{items}</ul>'
+
+
+def _short(numbers: object) -> str:
+    return json.dumps(_rounded(numbers), ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+
+
+def _rounded(value: object) -> object:
+    if isinstance(value, float):
+        return float(f"{value:.4g}")
+    return [_rounded(v) for v in value] if isinstance(value, list) else value
