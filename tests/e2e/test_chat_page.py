@@ -15,7 +15,7 @@ import pytest
 
 from tests.browser import chromium
 
-pytestmark = pytest.mark.browser
+pytestmark = [pytest.mark.browser, pytest.mark.slow]
 
 ROOT = Path(__file__).parents[2]
 EVIL = "<script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\"> **bold** &amp;"

@@ -112,7 +112,20 @@ def test_optional_packages_are_imported_where_they_are_used():
 #: What is imported when a server starts.
 WEB = {
     f"serve.{name}"
-    for name in ("wire", "shapes", "plan", "replies", "answering", "scoring", "app", "metrics", "openapi", "run")
+    for name in (
+        "wire",
+        "shapes",
+        "plan",
+        "replies",
+        "answering",
+        "scoring",
+        "app",
+        "metrics",
+        "openapi",
+        "run",
+        "chat.loopback",
+        "chat.page",
+    )
 }
 LIGHT = {"train.__init__", "train.config", "train.records"}  # what the command line reads before it runs anything
 

@@ -97,7 +97,7 @@ def test_what_a_run_leaves_answers_as_the_model_did(config, wrapper):
 
 
 @pytest.mark.parametrize("wrapper", ["vote", "sample"])
-@pytest.mark.parametrize("killed_after", [1, 4, 6, 9])
+@pytest.mark.parametrize("killed_after", [1, *(pytest.param(n, marks=pytest.mark.slow) for n in (4, 9)), 6])
 def test_a_killed_run_goes_on_with_the_same_losses(config, tmp_path, wrapper, killed_after):
     """Nine batches an epoch, a checkpoint every other step: cut off within, at the end of, and after an epoch."""
     config = replace(config, wrapper=wrapper, checkpoint_every=1 if killed_after == 1 else 2, max_steps=14)
@@ -210,7 +210,7 @@ def test_early_stopping_and_schedules(config):
     assert len(losses(folder)) < 9 * 9
 
 
-@pytest.mark.parametrize("logger", ["csv", "tensorboard", "wandb"])
+@pytest.mark.parametrize("logger", ["csv", "tensorboard", pytest.param("wandb", marks=pytest.mark.slow)])
 def test_loggers_write_the_losses(config, logger, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
@@ -248,6 +248,7 @@ def test_fresh_voters_are_the_base_where_their_noise_is_nothing(config):
     assert_close(model.eval()(input_ids=ids).logits, base(input_ids=ids).logits, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 def test_four_bit_weights_train_beside_what_is_added(config, wrapper):
     pytest.importorskip("bitsandbytes")
