@@ -67,3 +67,5 @@ def test_one_of_two_replicas_is_killed_under_load():
         assert process.wait(60) == 0
     finally:
         process.kill()
+        process.stdout.close()
+        process.wait()
