@@ -32,8 +32,8 @@ sys.addaudithook(lambda event, args: calls.append(repr(args)) if event in events
 from fastapi import FastAPI
 from selfdoubt.lm.model import RiskAwareLM
 from selfdoubt.serve.chat import mount
-from selfdoubt.serve.chat.loopback import listen, serve
 from selfdoubt.serve.engine import Engine
+from selfdoubt.serve.run import bind, run, url_of
 
 lm = RiskAwareLM.load("pocket")
 lm.model.register_forward_pre_hook(lambda *_: time.sleep(0.03))
@@ -41,13 +41,13 @@ engine, jobs, app = Engine(lm), [], FastAPI()
 ask = engine.ask
 
 def remembered(messages, **options):
-    stops = lm._stop_ids
+    stops = lm.stop_ids
     if messages[-1]["content"].startswith("Go on"):
-        lm._stop_ids = frozenset()
+        lm.stop_ids = frozenset()
     try:
         jobs.append(ask(messages, **options))
     finally:
-        lm._stop_ids = stops
+        lm.stop_ids = stops
     return jobs[-1]
 
 engine.ask = remembered
@@ -55,9 +55,8 @@ app.get("/jobs")(lambda: [{"cancelled": j.cancelled, "ended": j.ended} for j in 
 app.get("/calls")(lambda: calls)
 mount(app, engine)
 engine.start()
-place = listen("127.0.0.1", 0)
-print(f"http://127.0.0.1:{place.getsockname()[1]}/", flush=True)
-serve(app, place)
+place = bind("127.0.0.1", 0, keys=False)
+run(app, place, engine, drain=5, started=lambda: print(f"{url_of(place)}/", flush=True))
 """
 
 
@@ -73,17 +72,6 @@ def url():
         finally:
             server.terminate()
             assert server.wait(30) == 0
-
-
-@pytest.fixture(scope="module")
-def browser():
-    path = chromium()
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as play:
-        started = play.chromium.launch(executable_path=path, args=["--no-sandbox"])
-        yield started
-        started.close()
 
 
 WINDOW = {"viewport": {"width": 1180, "height": 820}}

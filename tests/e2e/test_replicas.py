@@ -5,14 +5,14 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
 
 import httpx
 import pytest
+
+from tests.served import Served
 
 pytest.importorskip("ray", reason="the extra [ray] is not installed")
 pytestmark = pytest.mark.slow
@@ -30,26 +30,14 @@ def engines():
 
 
 def test_one_of_two_replicas_is_killed_under_load():
-    command = [
-        str(Path(sys.executable).parent / "selfdoubt"),
-        "serve",
-        "--replicas",
-        "2",
-        "--port",
-        "0",
-        "--drain",
-        "5",
-    ]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    served = Served("--replicas", "2", "--drain", "5")
     try:
-        line = process.stdout.readline()
-        assert "2 replicas" in line
-        url = line.split(" at ")[1].split("/v1")[0]
+        assert "2 replicas" in served.line
         outcomes = []
 
         def person():
             for _ in range(6):
-                reply = httpx.post(f"{url}/v1/chat/completions", json=ASK, timeout=60)
+                reply = httpx.post(f"{served.url}/v1/chat/completions", json=ASK, timeout=60)
                 whole = reply.status_code == 200 and reply.text.rstrip().endswith("data: [DONE]")
                 outcomes.append("answer" if whole else "error" if '"error"' in reply.text else reply.text)
 
@@ -63,9 +51,6 @@ def test_one_of_two_replicas_is_killed_under_load():
         assert len(outcomes) == 48
         assert set(outcomes) <= {"answer", "error"}
         assert outcomes.count("answer") > 24
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(60) == 0
+        assert served.stop()[0] == 0
     finally:
-        process.kill()
-        process.stdout.close()
-        process.wait()
+        served.process.kill()

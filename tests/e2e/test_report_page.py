@@ -8,7 +8,6 @@ import pytest
 
 from selfdoubt.qa.records import Question, Record
 from selfdoubt.qa.report import write_report
-from tests.browser import chromium
 from tests.unit.qa.made import COSTS, judged, sample
 
 pytestmark = pytest.mark.browser
@@ -41,17 +40,6 @@ def folder(tmp_path_factory):
     place = tmp_path_factory.mktemp("report")
     write_report(records(), {"model": EVIL, "data": "made up", "costs": COSTS}, place, draws=20)
     return place
-
-
-@pytest.fixture(scope="module")
-def browser():
-    path = chromium()
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as play:
-        started = play.chromium.launch(executable_path=path, args=["--no-sandbox"])
-        yield started
-        started.close()
 
 
 @pytest.fixture

@@ -123,7 +123,6 @@ WEB = {
         "metrics",
         "openapi",
         "run",
-        "chat.loopback",
         "chat.page",
     )
 }

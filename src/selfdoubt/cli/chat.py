@@ -34,9 +34,10 @@ def chat(
         raise ConfigError(f"--max-tokens must be at least 1, got {max_tokens}")
     for module in ("fastapi", "uvicorn"):
         require(module, "serve")
-    from selfdoubt.serve.chat.loopback import listen, serve
+    from selfdoubt.serve.run import bind, run, url_of
 
-    place = listen(host, port)  # a taken port is said before a large model loads
+    advice = "use 127.0.0.1, or `selfdoubt serve --ui --api-key KEY` to serve others"
+    place = bind(host, port, keys=False, advice=advice)  # a taken port is said before a large model loads
     require("gradio", "serve")
     from fastapi import FastAPI
 
@@ -48,8 +49,7 @@ def chat(
     engine = Engine(lm)
     app = mount(FastAPI(openapi_url=None), engine, max_tokens=max_tokens)
     engine.start()
-    shown = f"[{host}]" if ":" in host else host
-    url = f"http://{shown}:{place.getsockname()[1]}/"
+    url = f"{url_of(place)}/"
 
     def begun() -> None:
         print(f"Chat at {url}  (Ctrl-C ends it)", flush=True)
@@ -58,8 +58,7 @@ def chat(
 
             threading.Thread(target=webbrowser.open, args=(url,), daemon=True).start()
 
-    serve(app, place, begun=begun)
-    engine.close(patience=5)
+    run(app, place, engine, drain=5, started=begun)
     return 0
 
 

@@ -128,7 +128,8 @@ def serve(
     from selfdoubt.serve.engine import Engine
     from selfdoubt.serve.metrics import Metrics
 
-    engine = Engine(lm, limits, Metrics())
+    metrics = Metrics()
+    engine = Engine(lm, limits, metrics)
     app = create_app(engine, settings)
     if ui:
         app = require("selfdoubt.serve.chat", "serve").mount(app, engine, title=settings.name, model=settings.name)
@@ -136,4 +137,5 @@ def serve(
         logging.basicConfig(format="%(asctime)s %(message)s", level=logging.WARNING)
         logging.getLogger("selfdoubt.serve").setLevel(logging.INFO)
     engine.start(wait=True)
-    return 0 if run(app, own, engine, drain=drain, started=lambda: print(line, flush=True)) else 1
+    begun = partial(print, line, flush=True)
+    return 0 if run(app, own, engine, drain=drain, started=begun, active=lambda: metrics.active) else 1

@@ -5,7 +5,7 @@ All members follow the same tokens, those of the mean distribution.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence, Set
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
@@ -151,7 +151,7 @@ def decode(
     lengths: Sequence[int],
     sampling: Sampling,
     seeds: Sequence[int],
-    closed: Collection[int] = frozenset(),
+    closed: Set[int] = frozenset(),
 ) -> Iterator[Event]:
     """Choose tokens until every sequence has ended.
 
@@ -168,8 +168,8 @@ def decode(
     yield from run(Batch(stepper, following, lines), closed)
 
 
-def run(batch: Batch, closed: Collection[int] = frozenset()) -> Iterator[Event]:
+def run(batch: Batch, closed: Set[int] = frozenset()) -> Iterator[Event]:
     """Choose tokens until every sequence of a batch has ended; see ``decode``."""
     while batch.lines:
         yield from batch.choose()
-        batch.step(frozenset(closed))
+        batch.step(closed)

@@ -16,19 +16,21 @@ import uvicorn
 
 from selfdoubt.errors import ConfigError
 from selfdoubt.serve.desk import Desk
-from selfdoubt.serve.metrics import Metrics
 
+#: How a server that others may reach is started.
+_ADVICE = "give one with --api-key (or SELFDOUBT_API_KEY), or bind to this machine only with --host 127.0.0.1"
 #: Seconds that connections get after all answers are given: pages keep theirs open for ever.
 _LAST = 1
 
 
-def bind(host: str, port: int, *, keys: bool) -> socket.socket:
+def bind(host: str, port: int, *, keys: bool, advice: str = _ADVICE) -> socket.socket:
     """Take a port, before a large model loads.
 
     Args:
         host: A name or an address of this machine.
         port: 0 takes a free one.
         keys: Whether requests need a key; without, only this machine may connect.
+        advice: What to do where others could.
 
     Raises:
         ConfigError: If there is no key and others could connect, or the port cannot be had.
@@ -39,21 +41,17 @@ def bind(host: str, port: int, *, keys: bool) -> socket.socket:
         raise ConfigError(f"{host!r}, port {port}, is no address of this machine: {error}") from None
     family, kind, protocol, _, address = found[0]
     if not keys and not all(_loopback(str(entry[4][0])) for entry in found):
-        raise ConfigError(
-            f"without a key anybody who reaches {host} could ask; give one with --api-key (or SELFDOUBT_API_KEY), "
-            "or bind to this machine only with --host 127.0.0.1"
-        )
+        raise ConfigError(f"without a key anybody who reaches {host} could ask; {advice}")
     own = socket.socket(family, kind, protocol)
     own.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         own.bind(address)
     except OSError as error:
         own.close()
-        if error.errno == errno.EADDRINUSE:
-            message = f"port {port} of {host} is in use; choose another with --port, or 0 for any free one"
-        else:
-            message = f"port {port} of {host} cannot be had ({error.strerror}); choose another with --host or --port"
-        raise ConfigError(message) from None
+        why = "it is in use" if error.errno == errno.EADDRINUSE else f"{error.strerror}"
+        raise ConfigError(
+            f"port {port} on {host} cannot be had: {why}; choose another with --port, or 0 for any free one"
+        ) from None
     own.setblocking(False)
     return own
 
@@ -74,16 +72,21 @@ class Server(uvicorn.Server):
     Args:
         config: For uvicorn.
         engine: Is closed: it finishes what it has taken.
-        metrics: Knows which requests are under way.
+        active: How many requests are not answered to their last byte.
         drain: Seconds for that.
         started: Called when requests are taken.
     """
 
     def __init__(
-        self, config: uvicorn.Config, engine: Desk, metrics: Metrics, drain: float, started: Callable[[], object]
+        self,
+        config: uvicorn.Config,
+        engine: Desk,
+        active: Callable[[], int],
+        drain: float,
+        started: Callable[[], object],
     ) -> None:
         super().__init__(config)
-        self._engine, self._metrics, self._drain, self._begun = engine, metrics, drain, started
+        self._engine, self._active, self._drain, self._begun = engine, active, drain, started
         self._signals = 0
         self._draining: asyncio.Task[None] | None = None
 
@@ -115,25 +118,34 @@ class Server(uvicorn.Server):
         closing.start()
         while closing.is_alive() and time.monotonic() < until + 1:
             await asyncio.sleep(0.02)
-        while self._metrics.active and time.monotonic() < until:  # what is answered still has to be sent
+        while self._active() and time.monotonic() < until:  # what is answered still has to be sent
             await asyncio.sleep(0.02)
 
 
-def run(app: Any, own: socket.socket, engine: Desk, *, drain: float, started: Callable[[], object]) -> bool:
+def run(
+    app: Any,
+    own: socket.socket,
+    engine: Desk,
+    *,
+    drain: float,
+    started: Callable[[], object],
+    active: Callable[[], int] = lambda: 0,
+) -> bool:
     """Serve until a signal comes; whether it could end in peace.
 
     Args:
-        app: From ``create_app``.
+        app: An ASGI app.
         own: From ``bind``.
         engine: Has been started.
         drain: Seconds that running requests get at the end.
         started: Called when requests are taken.
+        active: How many requests are not answered to their last byte, as far as anybody counts.
     """
     config = uvicorn.Config(
         app, log_config=None, log_level="critical", access_log=False, server_header=False, ws="none", lifespan="on",
         timeout_graceful_shutdown=_LAST,
     )  # fmt: skip
-    server = Server(config, engine, app.state.house.metrics, drain, started)
+    server = Server(config, engine, active, drain, started)
     server.run(sockets=[own])
     engine.close(0)
     return not server.force_exit

@@ -108,6 +108,15 @@ class TextLogprobs(Shape):
     text_offset: list[int]
 
 
+class Reply(Shape):
+    """What all replies to a request for answers say of themselves."""
+
+    id: str
+    created: int
+    model: str
+    system_fingerprint: str
+
+
 class ChatMessage(Shape):
     """The answer."""
 
@@ -126,14 +135,10 @@ class ChatChoice(Shape):
     risk: AnswerRisk = None  # type: ignore[assignment]
 
 
-class ChatCompletion(Shape):
+class ChatCompletion(Reply):
     """A chat's answers."""
 
-    id: str
     object: Literal["chat.completion"]
-    created: int
-    model: str
-    system_fingerprint: str
     choices: list[ChatChoice]
     usage: Usage
 
@@ -156,14 +161,10 @@ class ChatChunkChoice(Shape):
     risk: BeginRisk | TokenRisk | EndRisk = None  # type: ignore[assignment]
 
 
-class ChatChunk(Shape):
+class ChatChunk(Reply):
     """An event of a chat's stream: one token, but for the first and the last."""
 
-    id: str
     object: Literal["chat.completion.chunk"]
-    created: int
-    model: str
-    system_fingerprint: str
     choices: list[ChatChunkChoice]
     usage: Usage | None = None
 
@@ -178,14 +179,10 @@ class TextChoice(Shape):
     risk: AnswerRisk = None  # type: ignore[assignment]
 
 
-class Completion(Shape):
+class Completion(Reply):
     """Continued texts."""
 
-    id: str
     object: Literal["text_completion"]
-    created: int
-    model: str
-    system_fingerprint: str
     choices: list[TextChoice]
     usage: Usage
 
@@ -200,14 +197,10 @@ class TextChunkChoice(Shape):
     risk: BeginRisk | TokenRisk | EndRisk = None  # type: ignore[assignment]
 
 
-class TextChunk(Shape):
+class TextChunk(Reply):
     """An event of a completion's stream."""
 
-    id: str
     object: Literal["text_completion"]
-    created: int
-    model: str
-    system_fingerprint: str
     choices: list[TextChunkChoice]
     usage: Usage | None = None
 

@@ -59,35 +59,23 @@ async def paced(job: Job, halted: asyncio.Event, period: float) -> AsyncGenerato
     """What the job tells, gathered over ``period`` seconds; the job is cancelled as soon as nobody listens or
     ``halted`` is set.
     """
-    found: list[Update] = []
-    news = asyncio.Event()
+    bursts = job.bursts()
 
-    async def gather() -> None:
-        try:
-            async for update in job.stream():
-                found.append(update)
-                news.set()
-        finally:
-            news.set()
+    async def following() -> list[Update] | None:
+        return await anext(bursts, None)
 
-    reading = asyncio.create_task(gather())
-    halt = asyncio.create_task(halted.wait())
+    coming, halt = asyncio.create_task(following()), asyncio.create_task(halted.wait())
     try:
-        while found or not reading.done():
-            waiting = asyncio.create_task(news.wait())
-            await asyncio.wait({waiting, halt}, return_when=asyncio.FIRST_COMPLETED)
-            waiting.cancel()
-            if halted.is_set():
+        while True:
+            await asyncio.wait({coming, halt}, return_when=asyncio.FIRST_COMPLETED)
+            if halted.is_set() or (burst := coming.result()) is None:  # the result raises what has ended the request
                 return
-            news.clear()
-            if found:
-                batch, found[:] = found[:], []
-                yield batch
-            await asyncio.wait({reading, halt}, timeout=period, return_when=asyncio.FIRST_COMPLETED)
-        await reading  # raises what has ended the request
+            yield burst
+            await asyncio.wait({halt}, timeout=0 if job.ended else period)
+            coming = asyncio.create_task(following())
     finally:
-        if not reading.cancel() and not reading.cancelled():
-            reading.exception()  # it was heard, or nobody wants to hear it any more
+        if not coming.cancel() and not coming.cancelled():
+            coming.exception()  # it was heard, or nobody wants to hear it any more
         halt.cancel()
         job.cancel()
 
