@@ -139,16 +139,17 @@ def test_score_marks_the_word_that_is_wrong():
     assert max(tokens, key=lambda token: token["risk"])["text"].strip() == "Lima"
 
 
-@pytest.mark.parametrize(
-    "command", [["--help"], ["ask", "--help"], ["score", "--help"], ["train", "--help"], ["export", "--help"]]
-)
+COMMANDS = ["ask", "calibrate", "chat", "compare", "evaluate", "export", "report", "score", "serve", "train"]
+
+
+@pytest.mark.parametrize("command", [["--help"], *([name, "--help"] for name in COMMANDS)])
 def test_help_imports_neither_torch_nor_transformers(command: list[str]) -> None:
     code = (
         f"import sys; sys.argv[1:] = {command!r}\n"
         "from selfdoubt.cli import main\n"
         "try: main()\n"
         "except SystemExit as end: assert not end.code\n"
-        "assert not {'torch', 'transformers'} & set(sys.modules)"
+        "assert not {'torch', 'transformers', 'peft', 'gradio', 'fastapi'} & set(sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
     assert done.returncode == 0, done.stderr

@@ -148,19 +148,3 @@ def test_an_upload_that_fails_keeps_what_was_written(tmp_path, monkeypatch, caps
     assert "uploading it to me/voters failed" in error
     assert error.count("\n") == 1
     assert (out / "voter-2" / "adapter_config.json").is_file()
-
-
-def test_help_imports_neither_torch_nor_transformers():
-    import subprocess
-    import sys
-
-    code = (
-        "import sys; sys.argv[1:] = ['export', '--help']\n"
-        "from selfdoubt.cli import main\n"
-        "try: main()\n"
-        "except SystemExit as end: assert not end.code\n"
-        "assert not {'torch', 'transformers', 'peft'} & set(sys.modules)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
-    assert done.returncode == 0, done.stderr
-    assert "--merge" in done.stdout

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from selfdoubt.errors import ConfigError, PromptError
-from selfdoubt.serve.job import Ask
+
+if TYPE_CHECKING:  # the command line reads these defaults before anything heavy is imported
+    from selfdoubt.serve.job import Ask
 
 
 @dataclass(frozen=True)
