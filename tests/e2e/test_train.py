@@ -87,7 +87,13 @@ def test_a_process_killed_in_the_middle_goes_on_as_if_nothing_had_happened(geogr
 
 
 @pytest.mark.parametrize(
-    ("wrapper", "strategy"), [("vote", "ddp"), ("sculpt", "ddp"), ("vote", "fsdp"), ("none", "fsdp")]
+    ("wrapper", "strategy"),
+    [
+        ("vote", "ddp"),
+        pytest.param("sculpt", "ddp", marks=pytest.mark.slow),
+        ("vote", "fsdp"),
+        pytest.param("none", "fsdp", marks=pytest.mark.slow),
+    ],
 )
 def test_two_processes_give_the_losses_of_one(geography, tmp_path, wrapper, strategy):
     # Less than an epoch: the last weights are the ones that are kept.

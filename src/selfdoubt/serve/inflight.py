@@ -51,6 +51,7 @@ class InFlight:
         self._parked: deque[Batch] = deque()  # sequences that cannot join the batch, because no cache can
         self._joins = True
         self._failed_steps = 0
+        self._chosen_at: float | None = None  # when the batch last got tokens; None while there is none
         self._names = itertools.count()
         self._last_end = time.monotonic()
 
@@ -114,7 +115,7 @@ class InFlight:
         if self._batch is not None:
             self._advance(self._batch)
             if not (self._batch and self._batch.lines):
-                self._batch = None
+                self._batch = self._chosen_at = None
 
     def end(self, job: Job, error: BaseException | None = None) -> None:
         """End a request because of an error, its deadline, or because nobody waits for it; its rows are freed."""
@@ -201,7 +202,6 @@ class InFlight:
 
     def _advance(self, batch: Batch) -> None:
         """One token for every sequence."""
-        started = time.monotonic()
         batch.drop({line.name for line in batch.lines} - self._choices.keys())
         size = len(batch.lines)
         if not size:
@@ -218,6 +218,9 @@ class InFlight:
         except Exception as error:
             self._start_over(batch.lines, error)
             return
+        now = time.monotonic()
+        self._meter.stepped(size, None if self._chosen_at is None else now - self._chosen_at)
+        self._chosen_at = now
         for event in events:
             self._tell(event)
         try:
@@ -226,7 +229,6 @@ class InFlight:
             self._start_over(batch.lines, error)
             return
         self._failed_steps = 0
-        self._meter.stepped(size, time.monotonic() - started)
 
     def _tell(self, event: Event) -> None:
         choice = self._choices.get(event.sequence)

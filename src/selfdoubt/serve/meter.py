@@ -16,8 +16,8 @@ class Meter(Protocol):
     def waiting(self, requests: int) -> None:
         """So many requests wait now."""
 
-    def stepped(self, sequences: int, seconds: float) -> None:
-        """One token for each of so many sequences took so long."""
+    def stepped(self, sequences: int, seconds: float | None) -> None:
+        """One token for each of so many sequences, so long after those before (None: the batch is new)."""
 
     def grew(self, tokens: int) -> None:
         """So many tokens were told to a reader."""
@@ -35,7 +35,7 @@ class Silent:
     def waiting(self, requests: int) -> None:
         """See ``Meter``."""
 
-    def stepped(self, sequences: int, seconds: float) -> None:
+    def stepped(self, sequences: int, seconds: float | None) -> None:
         """See ``Meter``."""
 
     def grew(self, tokens: int) -> None:

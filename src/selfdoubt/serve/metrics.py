@@ -70,10 +70,11 @@ class Metrics:
         """See ``Meter``."""
         self._waiting.set(requests)
 
-    def stepped(self, sequences: int, seconds: float) -> None:
+    def stepped(self, sequences: int, seconds: float | None) -> None:
         """See ``Meter``."""
         self._batch.observe(sequences)
-        self._step.observe(seconds)
+        if seconds is not None:
+            self._step.observe(seconds)
 
     def grew(self, tokens: int) -> None:
         """See ``Meter``."""
