@@ -45,7 +45,9 @@ def chat(
 
     lm = flags.load_lm(model, adapter, wrapper, dtype, quantize, risk, trust_remote_code)
     from selfdoubt.serve.engine import Engine
+    from selfdoubt.serve.threads import share
 
+    share(lm)
     engine = Engine(lm)
     app = mount(FastAPI(openapi_url=None), engine, max_tokens=max_tokens)
     engine.start()

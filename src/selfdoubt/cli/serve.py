@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from functools import partial
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from selfdoubt.cli import flags
 from selfdoubt.errors import ConfigError, require
@@ -14,6 +14,8 @@ from selfdoubt.serve.settings import Settings, read_keys
 
 if TYPE_CHECKING:
     import typer
+
+    from selfdoubt.lm.model import RiskAwareLM
 else:
     typer = require("typer", "lm")
 
@@ -53,6 +55,12 @@ def serve(
         bool, typer.Option("--withhold", help="Say 'I'm not sure.' in place of answers that the model is not sure of.")
     ] = False,
     ui: Annotated[bool, typer.Option("--ui", help="Serve the chat page under /, too.")] = False,
+    threads: Annotated[
+        int | None,
+        typer.Option(
+            help="Threads of a step on a CPU. [default: a core less than there are]", min=1, show_default=False
+        ),
+    ] = None,
     batch: Annotated[int, typer.Option(help="Most sequences decoded side by side.")] = _LIMITS.batch,
     batch_tokens: Annotated[int, typer.Option(help="Most tokens in the cache for them.")] = _LIMITS.batch_tokens,
     queue: Annotated[int, typer.Option(help="Most requests that wait; more are sent away with 429.")] = _LIMITS.queue,
@@ -109,13 +117,13 @@ def serve(
     access = "needs a key" if keys else "needs no key: only this machine can connect"
     page = f"; the page is at {url_of(own)}/" if ui else ""
     line = f"selfdoubt serves {settings.name} at {url_of(own)}/v1 ({access}){page}"
+    load = partial(_load, threads, model, adapter, wrapper, dtype, quantize, risk, trust_remote_code)
     if replicas is not None:
         from selfdoubt.serve import cluster
 
         where = cluster.Cluster(replicas, ray_address, replica_gpus)
         address = own.getsockname()
         own.close()  # Ray's proxies listen there
-        load = partial(flags.load_lm, model, adapter, wrapper, dtype, quantize, risk, trust_remote_code)
         cluster.run(
             cluster.application(load, limits, settings, where, drain, ui=ui), where, address[0], address[1],
             started=lambda: print(f"{line}, {replicas} replicas", flush=True),
@@ -123,7 +131,7 @@ def serve(
         return 0
     if ray_address is not None:
         raise ConfigError("--ray-address is for --replicas N; add it")
-    lm = flags.load_lm(model, adapter, wrapper, dtype, quantize, risk, trust_remote_code)
+    lm = load()
     from selfdoubt.serve.app import create_app
     from selfdoubt.serve.engine import Engine
     from selfdoubt.serve.metrics import Metrics
@@ -139,3 +147,12 @@ def serve(
     engine.start(wait=True)
     begun = partial(print, line, flush=True)
     return 0 if run(app, own, engine, drain=drain, started=begun, active=lambda: metrics.active) else 1
+
+
+def _load(threads: int | None, *model: Any) -> RiskAwareLM:
+    """For this process, or for that of a replica."""
+    from selfdoubt.serve.threads import share
+
+    lm = flags.load_lm(*model)
+    share(lm, threads)
+    return lm

@@ -1,0 +1,25 @@
+"""How many threads compute a step on a CPU."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from selfdoubt.lm.model import RiskAwareLM
+
+
+def share(lm: RiskAwareLM, threads: int | None = None) -> None:
+    """Leave a core to whoever answers requests; on another device nothing changes.
+
+    Threads of a step wait for each other many times a token. Where they take every core, each word that is sent pushes
+    one of them aside, and all wait for it: with a small model that halves the speed.
+
+    Args:
+        lm: The model.
+        threads: None is one less than torch would use, or what ``OMP_NUM_THREADS`` says.
+    """
+    is_on_cpu = next(lm.model.parameters()).device.type == "cpu"
+    if not is_on_cpu or (threads is None and "OMP_NUM_THREADS" in os.environ):
+        return
+    torch.set_num_threads(threads or max(1, torch.get_num_threads() - 1))
