@@ -265,6 +265,16 @@ def wrap(spec: Spec, model: Any) -> Any:
     return Wrapped(model, spec)
 
 
+def check_spec(wrapper: Any) -> None:
+    """Nothing, if this wraps models.
+
+    Raises:
+        ConfigError: If it does not.
+    """
+    if isinstance(wrapper, type) or not isinstance(wrapper, Spec):
+        raise ConfigError(f"wrapper must be one such as vote.Wrapper(n_voters=3), 'auto' or None, got {wrapper!r}")
+
+
 def innermost(model: nn.Module) -> nn.Module:
     """The model inside all wrappers, with its replaced leaves; a plain model itself."""
     return innermost(model.module) if isinstance(model, Wrapped) else model

@@ -15,7 +15,7 @@ import selfdoubt
 from selfdoubt import sample, sculpt, vote
 from selfdoubt.errors import ConfigError, ShapeError, WrapError
 from selfdoubt.forecast import Forecast
-from selfdoubt.members import base_name, innermost
+from selfdoubt.members import base_name, check_spec, innermost
 from selfdoubt.rows import expand, unfold
 from tests.ladder.rungs import voter
 from tests.zoo import Pair, Structured, causal, cnn, encoder, mlp, prompts
@@ -380,3 +380,10 @@ def test_one_member_gives_a_risk_of_zero():
 
 def test_public_names_are_the_ones_used_here():
     assert selfdoubt.Forecast is Forecast
+
+
+@pytest.mark.parametrize("wrong", ["none", 3, vote.Wrapper, nn.Linear(1, 1)])
+def test_what_is_no_wrapper_is_said(wrong):
+    with pytest.raises(ConfigError, match=r"wrapper must be one such as .*, got "):
+        check_spec(wrong)
+    check_spec(vote.Wrapper())

@@ -25,7 +25,7 @@ from selfdoubt.lm.prompt import Detokenizer, Message, Prompt, encode
 from selfdoubt.lm.reading import ScoredId
 from selfdoubt.lm.stepper import HFStepper
 from selfdoubt.lm.stream import Stream, answering
-from selfdoubt.members import Spec, innermost
+from selfdoubt.members import Spec, check_spec, innermost
 from selfdoubt.risk import percentile
 from selfdoubt.vote import Wrapper as Vote
 
@@ -116,6 +116,8 @@ class RiskAwareLM:
             ConfigError: If an option is out of range, or a wrapper is given to an adapter that brings its own.
         """
         given = None if wrapper == "auto" else wrapper
+        if given is not None:
+            check_spec(given)
         if adapter is not None:
             read_adapter(adapter, given)  # a wrong folder is said before a large model loads
             if name is None:

@@ -247,6 +247,11 @@ def published(stories):
     return text.partition("-t 0.0\n")[2].partition("\n```")[0]
 
 
+def test_a_wrapper_without_settings_is_said_before_anything_loads():
+    with pytest.raises(ConfigError, match="wrapper must be one such as"):
+        RiskAwareLM.load("pocket", wrapper=vote.Wrapper)
+
+
 def test_a_trained_model_tells_its_published_story_through_unchanged_voters(stories):
     lm = RiskAwareLM.load(stories, wrapper=vote.Wrapper(weight_noise=0.0, rank=4))
     # The first words are the greedy ones, too. Later the published sample takes the second of two close tokens.
