@@ -30,9 +30,10 @@ def engines():
 
 
 def test_one_of_two_replicas_is_killed_under_load():
-    served = Served("--replicas", "2", "--drain", "5")
+    served = Served("--replicas", "2", "--drain", "5", "--ui")
     try:
         assert "2 replicas" in served.line
+        assert "<gradio-app" in httpx.get(f"{served.url}/").text
         outcomes = []
 
         def person():

@@ -75,6 +75,8 @@ class RiskAwareLM:
         self.token_risk = token_risk
         self.stop_ids = stop_ids(model, tokenizer)
         self.context = HFStepper(model).context  #: most tokens of prompt and answer together, or None
+        #: a folder, or a name on the hub; empty where the model's config has none
+        self.name = str(getattr(getattr(innermost(model), "config", None), "_name_or_path", None) or "")
         self.vocabulary: int = innermost(model).get_input_embeddings().num_embeddings  # type: ignore[operator]
         self._texts: dict[int, str] = {}
 

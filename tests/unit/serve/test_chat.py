@@ -17,6 +17,7 @@ from selfdoubt.lm.calibration import Calibration
 from selfdoubt.lm.colours import BOUNDS, level
 from selfdoubt.serve.chat import examples, tokens_html, words
 from selfdoubt.serve.chat.conversation import Settings, Take, Turn
+from selfdoubt.serve.chat.page import is_pocket, name_of
 from selfdoubt.serve.chat.plot import plot
 from selfdoubt.serve.chat.turn_html import View
 
@@ -262,3 +263,11 @@ def test_examples_are_buttons_with_their_text_as_text():
     assert [tag for tag, _ in reader.elements] == ["button", "b", "span", "small"]
     assert reader.elements[0][1]["data-ask"] == EVIL
     assert reader.text == EVIL * 3
+
+
+def test_a_model_is_called_by_its_name_also_where_its_weights_are_elsewhere(pocket, talker):
+    for lm in (pocket, pocket.without_weights()):
+        assert is_pocket(lm)
+        assert name_of(lm) == "pocket"
+    assert not is_pocket(talker)
+    assert name_of(talker) == "a model"

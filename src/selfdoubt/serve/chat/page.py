@@ -24,7 +24,6 @@ from selfdoubt.errors import SelfdoubtError
 from selfdoubt.lm.colours import COLOURS
 from selfdoubt.lm.load import POCKET, resolve
 from selfdoubt.lm.model import RiskAwareLM
-from selfdoubt.members import innermost
 from selfdoubt.serve.chat import examples, tokens_html, words
 from selfdoubt.serve.chat.asking import answer
 from selfdoubt.serve.chat.conversation import Conversation, Settings, Turn, Way, recommended
@@ -65,17 +64,16 @@ def mount_page(app: FastAPI, engine: Desk, *, title: str | None, model: str | No
 
 
 def name_of(lm: RiskAwareLM) -> str:
-    """What to call a model: the name in its config, or the last part of its folder."""
-    name = str(getattr(getattr(innermost(lm.model), "config", None), "_name_or_path", "") or "a model")
+    """What to call a model: its name, or the last part of its folder."""
     if is_pocket(lm):
         return POCKET
+    name = lm.name or "a model"
     return Path(name).name if Path(name).is_dir() else name
 
 
 def is_pocket(lm: RiskAwareLM) -> bool:
     """Whether this is the small model inside this package."""
-    name = str(getattr(getattr(innermost(lm.model), "config", None), "_name_or_path", ""))
-    return name == resolve(POCKET)
+    return lm.name == resolve(POCKET)
 
 
 class Page:
