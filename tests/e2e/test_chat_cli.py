@@ -63,6 +63,10 @@ def test_other_machines_are_refused_and_the_way_to_serve_them_is_told(host):
     assert "selfdoubt serve --ui --api-key" in complaint("--host", host)
 
 
+def test_a_port_that_is_none_is_said_and_no_other_taken():
+    assert "65535" in complaint("--port", "70000")
+
+
 def test_a_host_that_is_none_is_said_in_one_line():
     assert "no.such.host.invalid" in complaint("--host", "no.such.host.invalid")
 

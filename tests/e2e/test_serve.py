@@ -372,3 +372,19 @@ def test_what_cannot_be_served_is_said_in_one_line(
     assert "temperature" in said("--temperature", "3")
     assert "batch" in said("--batch", "0")
     assert "--drain" in said("--drain", "nan")
+    assert "--threads" in said("--threads", "0")
+    assert "--replicas" in said("--replica-gpus", "1")
+    assert "--replicas" in said("--ray-address", "auto")
+    assert "65535" in said("--port", "70000")
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "nowhere", "auto"])
+def test_a_ray_cluster_that_is_not_there_is_said_in_one_line(address: str) -> None:
+    pytest.importorskip("ray", reason="the extra [ray] is not installed")
+    done = subprocess.run(
+        [sys.executable, "-m", "selfdoubt", "serve", "--port", "0", "--replicas", "1", "--ray-address", address],
+        capture_output=True, text=True, timeout=100, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert f"no Ray cluster at {address!r}" in done.stderr
+    assert done.stderr.count("\n") == 1

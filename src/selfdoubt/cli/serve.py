@@ -107,6 +107,8 @@ def serve(
         log_requests=log_requests or log_prompts,
         log_prompts=log_prompts,
     )
+    if replicas is None and (ray_address is not None or replica_gpus):
+        raise ConfigError("--ray-address and --replica-gpus are for --replicas N; add it")
     if not 0 <= drain < float("inf"):
         raise ConfigError(f"--drain must be a number of seconds, got {drain}")
     for package in ("fastapi", "uvicorn", "prometheus_client", *(["gradio"] if ui else [])):
@@ -129,8 +131,6 @@ def serve(
             started=lambda: print(f"{line}, {replicas} replicas", flush=True),
         )  # fmt: skip
         return 0
-    if ray_address is not None:
-        raise ConfigError("--ray-address is for --replicas N; add it")
     lm = load()
     from selfdoubt.serve.app import create_app
     from selfdoubt.serve.engine import Engine

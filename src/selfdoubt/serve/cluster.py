@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import socket
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -99,13 +100,16 @@ def run(application: Any, cluster: Cluster, host: str, port: int, *, started: Ca
     Raises:
         EngineError: If no cluster answers, or the replicas do not start.
     """
+    if cluster.address is not None and cluster.address != "auto":
+        _reach(cluster.address)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # On this machine the replicas that were asked for must fit, however few cores there are.
     own = {} if cluster.address else {"num_cpus": max(os.cpu_count() or 1, int(cluster.replicas * cluster.cpus + 1))}
     try:
         ray.init(address=cluster.address, include_dashboard=False, log_to_driver=False, logging_level="ERROR", **own)
     except (ConnectionError, ValueError, RuntimeError) as error:
-        raise EngineError(f"no Ray cluster at {cluster.address or 'this machine'}: {error}") from None
+        why = str(error).partition(". ")[0]
+        raise EngineError(f"no Ray cluster at {cluster.address or 'this machine'!r}: {why}") from None
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     up, done = False, threading.Event()
 
@@ -131,3 +135,14 @@ def run(application: Any, cluster: Cluster, host: str, port: int, *, started: Ca
             serve.shutdown()
     finally:
         ray.shutdown()
+
+
+def _reach(address: str) -> None:
+    """Nothing, if anybody listens at ``HOST:PORT``: Ray itself would try for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=10).close()
+    except (OSError, ValueError, OverflowError) as error:
+        raise EngineError(
+            f"no Ray cluster at {address!r} ({error}); it looks like HOST:6379, as `ray start --head` says at its end"
+        ) from None

@@ -35,6 +35,8 @@ def bind(host: str, port: int, *, keys: bool, advice: str = _ADVICE) -> socket.s
     Raises:
         ConfigError: If there is no key and others could connect, or the port cannot be had.
     """
+    if not 0 <= port <= 65535:  # the system would take what is left of it in 16 bits
+        raise ConfigError(f"a port is a number from 0 to 65535, got {port}")
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except (OSError, OverflowError, UnicodeError) as error:
