@@ -68,8 +68,8 @@ def answer(found=(), p_correct=0.87, percentile=0.93, abstain=False, finish="sto
 
 
 def turn(takes, state="done", **settings):
-    way = settings.pop("way", "once")
-    asked = Turn(1, settings.pop("question", "Where?"), way, Settings(**settings), need=0.5)
+    way, before = settings.pop("way", "once"), settings.pop("before", ())
+    asked = Turn(1, settings.pop("question", "Where?"), way, Settings(**settings), before, need=0.5)
     asked.takes, asked.state = [Take(i, list(a.tokens), a) for i, a in enumerate(takes)], state
     return asked
 
@@ -256,6 +256,18 @@ def test_candidates_stand_the_least_doubtful_first():
     places = [shown["frame"].index(f'"say{i}"') for i in (1, 2, 0)]
     assert places == sorted(places)
     assert "3 answers, drawn at temperature 1, the least doubtful first" in shown["parts"]["status"]
+
+
+def test_where_a_chance_promises_too_much_that_is_said():
+    sure = answer(p_correct=0.9)
+    assert words.tries(turn([sure], way="until")) == "Sure enough after 1 try"
+    several = turn([answer(p_correct=0.1), sure], way="until")
+    assert words.tries(several) == "Sure enough after 2 tries; the best of several promises too much"
+    assert words.caveat(several, sure) == ""
+    later = turn([sure], before=({"role": "user", "content": "Before"},))
+    assert "single questions" in View(later).draw()["parts"]["verdict0"]
+    assert "single questions" in words.spoken(later, None)
+    assert words.caveat(later, answer(p_correct=None, abstain=None, percentile=None)) == ""
 
 
 def test_examples_are_buttons_with_their_text_as_text():

@@ -101,6 +101,8 @@ class View:
             line += f" · seed {take.seed}"
         elif self.turn.temperature:
             line += f" · drawn at temperature {self.turn.temperature:g}, seed {take.seed}"
+        if caveat := words.caveat(self.turn, answer):
+            line += f" · {escape(caveat)}"
         if sure is None:
             return f'<p class="words">{line}</p>'
         threshold = None if self.calibration is None else self.calibration.threshold

@@ -11,6 +11,8 @@ from selfdoubt.serve.chat.conversation import Turn, sureness
 
 #: One for each level of ``lm.colours``.
 LEVELS = ("sure", "nearly sure", "wavering", "doubtful", "guessing")
+#: A number that was the best of several is too good: it was picked because it is high.
+PICKED = "the best of several promises too much"
 
 
 def percent(share: float) -> str:
@@ -86,7 +88,7 @@ def tries(turn: Turn) -> str:
     n = sum(take.answer is not None for take in turn.takes)
     count = f"{n} {'try' if n == 1 else 'tries'}"
     if turn.confident:
-        return f"Sure enough after {count}"
+        return f"Sure enough after {count}" + (f"; {PICKED}" if n > 1 else "")
     how = "stopped" if turn.state == "stopped" else "not sure enough"
     return f"After {count} {how}" + (": this is the least doubtful" if n > 1 else "")
 
@@ -95,8 +97,13 @@ def drawn(turn: Turn) -> str:
     """What stands above several answers."""
     n = sum(take.answer is not None for take in turn.takes)
     hidden = sum(turn.hides(t) for t in turn.takes)
-    line = f"{n} answers, drawn at temperature {turn.temperature:g}, the least doubtful first"
+    line = f"{n} answers, drawn at temperature {turn.temperature:g}, the least doubtful first; {PICKED}"
     return line + (f"; {hidden} more not sure enough to show" if hidden else "")
+
+
+def caveat(turn: Turn, answer: Answer) -> str:
+    """Why the chance that is told may not hold here; empty where nothing speaks against it."""
+    return "learnt from single questions, so only a rough guide here" if turn.before and chance(answer) else ""
 
 
 def thinking(turn: Turn) -> str:
@@ -120,5 +127,8 @@ def spoken(turn: Turn, calibration: Calibration | None) -> str:
     if turn.withheld:
         return f"{turn.shown} {withheld(turn)}" if turn.takes else "Stopped."
     best = turn.best
-    about = "" if best is None or best.answer is None else ". ".join(verdict(best.answer, calibration)) + "."
+    said: list[str] = []
+    if best is not None and best.answer is not None:
+        said = [*verdict(best.answer, calibration), caveat(turn, best.answer)]
+    about = "".join(f"{part}. " for part in said if part)
     return f"{'Stopped. ' if turn.state == 'stopped' else ''}{turn.shown} {about}".strip()
