@@ -18,7 +18,7 @@ HERE = Path(__file__).parent
 
 def main() -> None:
     """Start the chat, ask, and look."""
-    command = [sys.executable, "-m", "selfdoubt", "chat", "--port", "0", "--no-open"]
+    command = [sys.executable, "-m", "selfdoubt", "chat", "--port", "0", "--no-open", "--dtype", "float32"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server, sync_playwright() as play:
         try:
             assert server.stdout is not None

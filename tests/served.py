@@ -20,7 +20,8 @@ class Served:
 
     def __init__(self, *arguments: str, **environment: str) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "selfdoubt", "serve", "--port", "0", *arguments],
+            # The dtype is said: what is quickest here, and so the last digits, would depend on the machine.
+            [sys.executable, "-m", "selfdoubt", "serve", "--port", "0", "--dtype", "float32", *arguments],
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
             env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **environment},
         )  # fmt: skip

@@ -51,7 +51,9 @@ def client(served: Served) -> Iterator[openai.OpenAI]:
 def babbler(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model whose answers are long."""
     folder = tmp_path_factory.mktemp("babbler")
-    zoo.talker().save_pretrained(folder)
+    model = zoo.talker()
+    model.config.max_position_embeddings = 4096
+    model.save_pretrained(folder)
     zoo.tokenizer().save_pretrained(folder)
     return folder
 
@@ -62,7 +64,7 @@ def locked(babbler: Path) -> Iterator[Served]:
     keys = babbler / "keys.txt"
     keys.write_text(f"# for tests\n{KEY}\nanother-key\n")
     arguments = ["--model", str(babbler), "--name", "babbler", "--wrapper", "vote:n_voters=2,rank=2",
-                 "--dtype", "float32", "--log-requests", "--batch", "1", "--queue", "2"]  # fmt: skip
+                 "--log-requests", "--batch", "1", "--queue", "2"]  # fmt: skip
     server = Served(*arguments, "--api-key", str(keys))
     yield server
     if server.process.poll() is None:
@@ -329,7 +331,7 @@ def test_a_full_queue_says_when_to_come_back_and_the_openai_client_does(locked: 
 def test_sigterm_lets_answers_finish_takes_no_new_ones_and_ends_with_0(locked: Served) -> None:
     """The last test with this server."""
     client = locked.client(KEY)
-    stream = client.chat.completions.create(model="babbler", messages=CHAT, temperature=0, max_tokens=200, stream=True)
+    stream = client.chat.completions.create(model="babbler", messages=CHAT, temperature=0, max_tokens=1500, stream=True)
     chunks = [next(stream), next(stream)]
     locked.process.terminate()
     wait_for(lambda: httpx.get(f"{locked.url}/readyz").status_code == 503, 5)

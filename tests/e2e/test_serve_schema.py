@@ -21,7 +21,7 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     folder = tmp_path_factory.mktemp("tiny")
     zoo.talker().save_pretrained(folder)
     zoo.tokenizer().save_pretrained(folder)
-    arguments = ["--model", str(folder), "--wrapper", "vote:n_voters=2,rank=2", "--dtype", "float32", "--name", "tiny",
+    arguments = ["--model", str(folder), "--wrapper", "vote:n_voters=2,rank=2", "--name", "tiny",
                  "--answer-tokens", "4", "--choices", "4"]  # fmt: skip
     server = Served(*arguments)
     yield server.url

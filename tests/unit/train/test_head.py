@@ -75,7 +75,6 @@ def test_the_validation_loss_is_that_of_the_mixture(family, name, piece, monkeyp
     assert torch.equal(right, whole.argmax(-1) == batch.labels[keep])
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("piece", [2**24, 300])
 def test_the_closed_likelihood_of_random_logits_is_near_their_mean(piece, monkeypatch):
     """Against 4,000 draws, whose own error is below 0.01 nats a token; the approximation is within a tenth."""
@@ -88,7 +87,7 @@ def test_the_closed_likelihood_of_random_logits_is_near_their_mean(piece, monkey
     closed = sculpted_loss(seen, head_of(model), labels, distribution=sculpt.Normal, draws=None)
     monkeypatch.setattr(heads, "PIECE", 2**24)
     drawn = sculpted_loss(seen, head_of(model), labels, distribution=sculpt.Normal, draws=4000)
-    assert closed == pytest.approx(drawn, rel=0.1)
+    assert closed.item() == pytest.approx(drawn.item(), rel=0.1)
     (closed_grad,) = torch.autograd.grad(closed, trained(model)[-1])
     assert closed_grad.abs().sum() > 0
 
