@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
+import secrets
 import signal
+import socket
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -19,14 +24,21 @@ pytestmark = pytest.mark.slow
 ASK = {"messages": [{"role": "user", "content": "What is the capital of France?"}], "temperature": 0, "stream": True}
 
 
-def engines():
-    """Process ids of the replicas."""
+def engines(ancestor):
+    """Process ids of the replicas that this process, or one of its children, has started."""
     found = []
     for folder in Path("/proc").iterdir():
         with contextlib.suppress(OSError):
             if folder.name.isdigit() and b"ServeReplica:selfdoubt:engine" in (folder / "cmdline").read_bytes():
                 found.append(int(folder.name))
-    return found
+    return [pid for pid in found if descends(pid, ancestor)]
+
+
+def descends(pid, ancestor):
+    while pid not in (0, ancestor):
+        status = Path(f"/proc/{pid}/status").read_text()
+        pid = int(re.search(r"PPid:\s+(\d+)", status)[1])
+    return pid == ancestor
 
 
 def test_one_of_two_replicas_is_killed_under_load():
@@ -46,7 +58,7 @@ def test_one_of_two_replicas_is_killed_under_load():
         for thread in people:
             thread.start()
         time.sleep(1)
-        os.kill(engines()[0], signal.SIGKILL)
+        os.kill(engines(served.process.pid)[0], signal.SIGKILL)
         for thread in people:
             thread.join()
         assert len(outcomes) == 48
@@ -55,3 +67,49 @@ def test_one_of_two_replicas_is_killed_under_load():
         assert served.stop()[0] == 0
     finally:
         served.process.kill()
+
+
+@pytest.fixture
+def cluster(tmp_path):
+    """Two nodes that ask for a token, each with room for one replica: address, environment, process ids."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    (tmp_path / ".ray").mkdir()
+    (tmp_path / ".ray" / "auth_token").write_text(secrets.token_hex(32))
+    own = {"HOME": str(tmp_path), "RAY_USAGE_STATS_ENABLED": "0"}
+    ray = [str(Path(sys.executable).parent / "ray"), "start", "--block", "--num-cpus", "1"]
+    head = ["--head", "--port", address.rpartition(":")[2], "--include-dashboard", "false"]
+    nodes = []
+    for role in (head, ["--address", address]):
+        environment = {**os.environ, **own, "RAY_AUTH_MODE": "token"}
+        nodes.append(subprocess.Popen([*ray, *role], env=environment, stdout=subprocess.PIPE, text=True))
+        next(line for line in nodes[-1].stdout if "Ray runtime started" in line)
+    yield address, own, [node.pid for node in nodes]
+    for node in nodes:
+        node.terminate()
+    for node in nodes:
+        node.communicate(timeout=60)
+
+
+def test_a_cluster_of_two_nodes_runs_a_replica_each(cluster):
+    address, own, nodes = cluster
+    served = Served("--replicas", "2", "--drain", "5", "--ray-address", address, **own)
+    try:
+        for _ in range(4):
+            assert httpx.post(f"{served.url}/v1/chat/completions", json=ASK, timeout=60).text.endswith("[DONE]\n\n")
+        assert [len(engines(node)) for node in nodes] == [1, 1]
+        assert served.stop()[0] == 0
+        assert not any(engines(node) for node in nodes)
+    finally:
+        served.process.kill()
+
+
+def test_replicas_that_would_wait_for_ever_are_refused():
+    done = subprocess.run(
+        [sys.executable, "-m", "selfdoubt", "serve", "--port", "0", "--replicas", "2", "--replica-gpus", "500"],
+        capture_output=True, text=True, timeout=100, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr.startswith("selfdoubt: 2 replicas need 1000 GPUs and there are ")
+    assert done.stderr.count("\n") == 1

@@ -121,6 +121,10 @@ def serve(
     line = f"selfdoubt serves {settings.name} at {url_of(own)}/v1 ({access}){page}"
     load = partial(_load, threads, model, adapter, wrapper, dtype, quantize, risk, trust_remote_code)
     if replicas is not None:
+        from selfdoubt.serve.ray_token import offer_token
+
+        if ray_address is not None:
+            offer_token()
         from selfdoubt.serve import cluster
 
         where = cluster.Cluster(replicas, ray_address, replica_gpus)

@@ -9,6 +9,7 @@ import logging
 import os
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -106,11 +107,18 @@ def run(application: Any, cluster: Cluster, host: str, port: int, *, started: Ca
     # On this machine the replicas that were asked for must fit, however few cores there are.
     own = {} if cluster.address else {"num_cpus": max(os.cpu_count() or 1, int(cluster.replicas * cluster.cpus + 1))}
     try:
-        ray.init(address=cluster.address, include_dashboard=False, log_to_driver=False, logging_level="ERROR", **own)
+        ray.init(
+            address=cluster.address or "local",
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level="ERROR",
+            **own,
+        )
     except (ConnectionError, ValueError, RuntimeError) as error:
         why = str(error).partition(". ")[0]
         raise EngineError(f"no Ray cluster at {cluster.address or 'this machine'!r}: {why}") from None
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
+    _has_room(cluster)
     up, done = False, threading.Event()
 
     def stop(_number: int, _frame: object) -> None:
@@ -146,3 +154,21 @@ def _reach(address: str) -> None:
         raise EngineError(
             f"no Ray cluster at {address!r} ({error}); it looks like HOST:6379, as `ray start --head` says at its end"
         ) from None
+
+
+def _has_room(cluster: Cluster) -> None:
+    """Say where replicas would wait for ever; a cluster that grows may still have room later."""
+    has = ray.cluster_resources()
+    needs = {"CPU": cluster.replicas * cluster.cpus, "GPU": cluster.replicas * cluster.gpus}
+    lacks = [
+        f"{needs[kind]:g} {kind}s and there are {has.get(kind, 0):g}"
+        for kind in needs
+        if has.get(kind, 0) < needs[kind]
+    ]
+    if not lacks:
+        return
+    line = f"{cluster.replicas} replicas need {' and '.join(lacks)}"
+    if cluster.address is None:
+        ray.shutdown()
+        raise EngineError(f"{line}; ask for fewer, or for a smaller share of a GPU each (--replica-gpus 0.5)")
+    print(f"selfdoubt: {line}; waiting until the cluster has grown", file=sys.stderr, flush=True)
