@@ -108,8 +108,9 @@ def test_a_run_compared_with_itself_differs_in_nothing(whole):
 def test_calibrated_answers_are_withheld_where_the_model_is_not_sure(tmp_path):
     out, adapter = tmp_path / "run", tmp_path / "adapter"
     asked = run(
-        "evaluate", "--data", str(pocket.reference_file()), "--states", "none", "--draws", "50", "--out", str(out)
-    )
+        "evaluate", "--data", str(pocket.reference_file()), "--limit", "500", "--states", "none", "--draws", "50",
+        "--out", str(out),
+    )  # fmt: skip
     assert asked.returncode == 0, asked.stderr
     done = run("calibrate", str(out), "--out", str(adapter), "--target-accuracy", "0.9", "--draws", "50")
     assert done.returncode == 0, done.stderr

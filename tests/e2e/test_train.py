@@ -43,7 +43,10 @@ def losses(out: Path) -> list[float]:
     return json.loads((out / "selfdoubt.json").read_text())["training"]["losses"]
 
 
-@pytest.mark.parametrize("wrapper", ["vote", "sample", "sculpt", "none"])
+@pytest.mark.parametrize(
+    "wrapper",
+    ["vote", pytest.param("sample", marks=pytest.mark.slow), pytest.param("sculpt", marks=pytest.mark.slow), "none"],
+)
 def test_an_adapter_is_trained_and_asked(geography, tmp_path, wrapper):
     found = train(geography, tmp_path / "out", "--wrapper", wrapper, "--max-steps", "8", "--lr", "1e-3")
     assert len(found) == 8
@@ -91,7 +94,7 @@ def test_a_process_killed_in_the_middle_goes_on_as_if_nothing_had_happened(geogr
     [
         ("vote", "ddp"),
         pytest.param("sculpt", "ddp", marks=pytest.mark.slow),
-        ("vote", "fsdp"),
+        pytest.param("vote", "fsdp", marks=pytest.mark.slow),
         pytest.param("none", "fsdp", marks=pytest.mark.slow),
     ],
 )

@@ -56,8 +56,8 @@ def losses(folder: Path) -> list[float]:
     ("wrapper", "flag"),
     [
         ("vote", "--no-quantize"),
-        ("sample", "--no-quantize"),
-        ("sculpt", "--no-quantize"),
+        pytest.param("sample", "--no-quantize", marks=pytest.mark.slow),
+        pytest.param("sculpt", "--no-quantize", marks=pytest.mark.slow),
         pytest.param("vote", "--quantize", marks=pytest.mark.slow),
         pytest.param("sculpt", "--quantize", marks=pytest.mark.slow),
     ],

@@ -118,7 +118,6 @@ def run(application: Any, cluster: Cluster, host: str, port: int, *, started: Ca
         why = str(error).partition(". ")[0]
         raise EngineError(f"no Ray cluster at {cluster.address or 'this machine'!r}: {why}") from None
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
-    _has_room(cluster)
     up, done = False, threading.Event()
 
     def stop(_number: int, _frame: object) -> None:
@@ -128,17 +127,19 @@ def run(application: Any, cluster: Cluster, host: str, port: int, *, started: Ca
 
     for number in (signal.SIGTERM, signal.SIGINT):  # not before: Ray has put handlers of its own there
         signal.signal(number, stop)
+    quiet = {"log_level": "ERROR", "enable_access_log": False}
     try:
-        quiet = {"log_level": "ERROR", "enable_access_log": False}
+        _has_room(cluster)
         serve.start(proxy_location="EveryNode", http_options={"host": host, "port": port}, logging_config=quiet)
         try:
             serve.run(application, name=NAME, route_prefix="/", logging_config=quiet)
+            up = True
+            started()
+            done.wait()
         except RuntimeError as error:
             raise EngineError(f"the replicas do not start: {error}") from None
-        started()
-        up = True
-        done.wait()
-        serve.delete(NAME)
+        finally:
+            serve.delete(NAME)  # also what has only begun: on a cluster it would go on without this process
         if cluster.address is None:
             serve.shutdown()
     finally:
@@ -169,6 +170,5 @@ def _has_room(cluster: Cluster) -> None:
         return
     line = f"{cluster.replicas} replicas need {' and '.join(lacks)}"
     if cluster.address is None:
-        ray.shutdown()
         raise EngineError(f"{line}; ask for fewer, or for a smaller share of a GPU each (--replica-gpus 0.5)")
     print(f"selfdoubt: {line}; waiting until the cluster has grown", file=sys.stderr, flush=True)
