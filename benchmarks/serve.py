@@ -49,7 +49,7 @@ def folder_of(model: str, folder: Path) -> Path:
 
     words = AutoTokenizer.from_pretrained(pocket.folder())
     network = decode.build(model).float()
-    network.resize_token_embeddings(len(words), mean_resizing=False)
+    network.resize_token_embeddings(len(words), mean_resizing=False)  # a token without letters is no event
     network.generation_config.eos_token_id = network.config.eos_token_id = None
     network.save_pretrained(folder)
     words.save_pretrained(folder)

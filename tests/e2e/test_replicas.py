@@ -6,10 +6,12 @@ import contextlib
 import os
 import re
 import secrets
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -77,7 +79,8 @@ def cluster(tmp_path):
         address = f"127.0.0.1:{probe.getsockname()[1]}"
     (tmp_path / ".ray").mkdir()
     (tmp_path / ".ray" / "auth_token").write_text(secrets.token_hex(32))
-    own = {"HOME": str(tmp_path), "RAY_USAGE_STATS_ENABLED": "0"}
+    place = tempfile.mkdtemp(prefix="ray-")  # short: sockets lie there
+    own = {"HOME": str(tmp_path), "RAY_TMPDIR": place, "RAY_USAGE_STATS_ENABLED": "0"}
     ray = [str(Path(sys.executable).parent / "ray"), "start", "--block", "--num-cpus", "1"]
     head = ["--head", "--port", address.rpartition(":")[2], "--include-dashboard", "false"]
     nodes = []
@@ -90,6 +93,7 @@ def cluster(tmp_path):
         node.terminate()
     for node in nodes:
         node.communicate(timeout=60)
+    shutil.rmtree(place, ignore_errors=True)
 
 
 def test_a_cluster_of_two_nodes_runs_a_replica_each(cluster):
