@@ -109,11 +109,18 @@ def test_a_cluster_of_two_nodes_runs_a_replica_each(cluster):
         served.process.kill()
 
 
-def test_replicas_that_would_wait_for_ever_are_refused():
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--replica-gpus", "500"], "2 replicas need 1000 GPUs and there are "),  # they would wait for ever
+        (["--model", "/no/such/model"], "the replicas do not start: LoadError: no model folder at '/no/such/model'"),
+    ],
+)
+def test_replicas_that_cannot_start_say_why_in_one_line(arguments, said):
     done = subprocess.run(
-        [sys.executable, "-m", "selfdoubt", "serve", "--port", "0", "--replicas", "2", "--replica-gpus", "500"],
-        capture_output=True, text=True, timeout=100, check=False,
+        [sys.executable, "-m", "selfdoubt", "serve", "--port", "0", "--replicas", "2", *arguments],
+        capture_output=True, text=True, timeout=400, check=False,
     )  # fmt: skip
     assert done.returncode == 2
-    assert done.stderr.startswith("selfdoubt: 2 replicas need 1000 GPUs and there are ")
+    assert done.stderr.startswith(f"selfdoubt: {said}")
     assert done.stderr.count("\n") == 1

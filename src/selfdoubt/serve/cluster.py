@@ -61,6 +61,7 @@ def application(
         num_replicas=cluster.replicas,
         max_ongoing_requests=2 * (limits.queue + limits.batch),  # an engine itself says when it is full
         max_queued_requests=limits.queue,
+        max_constructor_retry_count=3,
         health_check_period_s=2,
         graceful_shutdown_timeout_s=drain,
         ray_actor_options={"num_cpus": cluster.cpus, "num_gpus": cluster.gpus},
@@ -137,7 +138,7 @@ def run(application: Any, cluster: Cluster, host: str, port: int, *, started: Ca
             started()
             done.wait()
         except RuntimeError as error:
-            raise EngineError(f"the replicas do not start: {error}") from None
+            raise EngineError(f"the replicas do not start: {_reason(error)}") from None
         finally:
             serve.delete(NAME)  # also what has only begun: on a cluster it would go on without this process
         if cluster.address is None:
@@ -155,6 +156,14 @@ def _reach(address: str) -> None:
         raise EngineError(
             f"no Ray cluster at {address!r} ({error}); it looks like HOST:6379, as `ray start --head` says at its end"
         ) from None
+
+
+def _reason(error: RuntimeError) -> str:
+    """Why replicas do not start: the last line of what one of them said, or else what Ray says."""
+    app = serve.status().applications.get(NAME)
+    engine = None if app is None else app.deployments.get(ENGINE)
+    lines = "" if engine is None else engine.message.strip()
+    return lines.splitlines()[-1].removeprefix("selfdoubt.errors.") if lines else str(error)
 
 
 def _has_room(cluster: Cluster) -> None:
