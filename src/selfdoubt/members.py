@@ -280,6 +280,11 @@ def innermost(model: nn.Module) -> nn.Module:
     return innermost(model.module) if isinstance(model, Wrapped) else model
 
 
+def source(model: nn.Module) -> str | None:
+    """The folder or hub name that a Hugging Face model came from, as its config has it; None where it has none."""
+    return getattr(getattr(innermost(model), "config", None), "name_or_path", None) or None
+
+
 def base_name(model: nn.Module, name: str) -> str:
     """What a module or parameter of a wrapped model is called in the model that was wrapped."""
     kept: list[str] = []

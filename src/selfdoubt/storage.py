@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from selfdoubt import __version__
 from selfdoubt.errors import BaseMismatchError, LoadError, TargetError, WrapError
-from selfdoubt.members import Spec, Wrapped, innermost
+from selfdoubt.members import Spec, Wrapped, innermost, source
 from selfdoubt.rows import added_names
 
 FORMAT = 1
@@ -73,7 +73,7 @@ def save(
         "format": FORMAT,
         "wrappers": [to_json(spec) for spec in _specs(wrapped)],
         "base": {
-            "name": base or getattr(getattr(base_model, "config", None), "name_or_path", None) or None,
+            "name": base or source(base_model),
             "revision": revision,
             "class": type(base_model).__name__,
             "fingerprint": fingerprint(wrapped, elsewhere),

@@ -1,4 +1,4 @@
-"""Two engines on Ray, as a process; one is killed under load, and nobody is left without an answer or a clear error."""
+"""Two engines on Ray, on one node or two, as a process: who asks gets an answer or a clear error, whoever dies."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def engines(ancestor):
     for folder in Path("/proc").iterdir():
         with contextlib.suppress(OSError):
             if folder.name.isdigit() and b"ServeReplica:selfdoubt:engine" in (folder / "cmdline").read_bytes():
-                found.append(int(folder.name))
-    return [pid for pid in found if descends(pid, ancestor)]
+                found += [pid for pid in [int(folder.name)] if descends(pid, ancestor)]
+    return found
 
 
 def descends(pid, ancestor):

@@ -25,7 +25,7 @@ def chat(
     risk: flags.RiskName = None,
     trust_remote_code: flags.RemoteCode = False,
     host: Annotated[str, typer.Option(help="An address of this machine that no other can reach.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="0 takes a free one.", min=0, max=65535)] = 7860,
+    port: Annotated[int, typer.Option(help="0 takes a free one.")] = 7860,
     max_tokens: Annotated[int, typer.Option(help="Most tokens of an answer, until the page says otherwise.")] = 256,
     no_open: Annotated[bool, typer.Option("--no-open", help="Do not open a browser.")] = False,
 ) -> int:

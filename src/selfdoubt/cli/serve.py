@@ -33,7 +33,7 @@ def serve(
     host: Annotated[str, typer.Option(help="Address to listen on; others than this machine's own need a key.")] = (
         "127.0.0.1"
     ),
-    port: Annotated[int, typer.Option(help="Port to listen on; 0 takes a free one.", min=0, max=65535)] = 8000,
+    port: Annotated[int, typer.Option(help="Port to listen on; 0 takes a free one.")] = 8000,
     name: Annotated[
         str | None, typer.Option(help="What requests call the model. [default: its name]", show_default=False)
     ] = None,
@@ -120,11 +120,11 @@ def serve(
     page = f"; the page is at {url_of(own)}/" if ui else ""
     line = f"selfdoubt serves {settings.name} at {url_of(own)}/v1 ({access}){page}"
     load = partial(_load, threads, model, adapter, wrapper, dtype, quantize, risk, trust_remote_code)
-    if replicas is not None:
+    if ray_address is not None:
         from selfdoubt.serve.ray_token import offer_token
 
-        if ray_address is not None:
-            offer_token()
+        offer_token()
+    if replicas is not None:
         from selfdoubt.serve import cluster
 
         where = cluster.Cluster(replicas, ray_address, replica_gpus)

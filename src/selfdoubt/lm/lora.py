@@ -19,7 +19,7 @@ from torch import nn
 
 from selfdoubt import kernels, storage, targets
 from selfdoubt.errors import BaseMismatchError, ConfigError, LoadError, TargetError, WrapError, require
-from selfdoubt.members import base_name, innermost
+from selfdoubt.members import base_name, innermost, source
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _NAME = "default"
@@ -86,7 +86,7 @@ def save_lora(model: nn.Module, folder: str | os.PathLike[str], *, base: str | N
     tensors = peft.get_peft_model_state_dict(inner, state, adapter_name=_NAME, save_embedding_layers=False)
     config = inner.peft_config[_NAME].to_dict() | {  # type: ignore[union-attr, index]
         "inference_mode": True,
-        "base_model_name_or_path": base or getattr(getattr(inner, "config", None), "name_or_path", None) or None,
+        "base_model_name_or_path": base or source(inner),
     }
     write_peft(
         folder, config, {f"base_model.model.{base_name(inner, name)}": tensor for name, tensor in tensors.items()}

@@ -25,7 +25,7 @@ from selfdoubt.lm.prompt import Detokenizer, Message, Prompt, encode
 from selfdoubt.lm.reading import ScoredId
 from selfdoubt.lm.stepper import HFStepper
 from selfdoubt.lm.stream import Stream, answering
-from selfdoubt.members import Spec, check_spec, innermost
+from selfdoubt.members import Spec, check_spec, innermost, source
 from selfdoubt.risk import percentile
 from selfdoubt.vote import Wrapper as Vote
 
@@ -75,8 +75,7 @@ class RiskAwareLM:
         self.token_risk = token_risk
         self.stop_ids = stop_ids(model, tokenizer)
         self.context = HFStepper(model).context  #: most tokens of prompt and answer together, or None
-        #: a folder, or a name on the hub; empty where the model's config has none
-        self.name = str(getattr(getattr(innermost(model), "config", None), "_name_or_path", None) or "")
+        self.name = source(model)  #: a folder, or a name on the hub; None where the model's config has none
         self.vocabulary: int = innermost(model).get_input_embeddings().num_embeddings  # type: ignore[operator]
         self._texts: dict[int, str] = {}
 

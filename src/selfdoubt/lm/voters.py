@@ -19,7 +19,7 @@ from selfdoubt.errors import BaseMismatchError, WrapError, require
 from selfdoubt.lm.adapter import base_of, read_adapter
 from selfdoubt.lm.load import load_skeleton
 from selfdoubt.lm.lora import lora_names, short_names, write_peft
-from selfdoubt.members import Wrapped, base_name, innermost
+from selfdoubt.members import Wrapped, base_name, innermost, source
 from selfdoubt.rows import Replacement
 from selfdoubt.vote import VotingLeaf
 from selfdoubt.vote import Wrapper as Vote
@@ -96,11 +96,8 @@ def voters_of(wrapped: nn.Module, base: str | None = None) -> Voters:
         if any(path.startswith(f"{r}.") and not f"{path}.".startswith(f"{r}.leaf.") for r in replaced):
             raise WrapError(f"voters deviate in {name}, which another wrapper added; narrow their param_filter")
         leaves[name] = (targets.base_layer(leaf.leaf), dict(leaf.deviations))
-    config = getattr(inner, "config", None)
     modules = {base_name(inner, name) for name, _ in inner.named_modules()}
-    return Voters(
-        wrapped.spec, leaves, modules, _is_causal(inner), base or getattr(config, "name_or_path", None) or None
-    )
+    return Voters(wrapped.spec, leaves, modules, _is_causal(inner), base or source(inner))
 
 
 def voters_in(

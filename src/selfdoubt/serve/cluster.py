@@ -133,12 +133,10 @@ def run(application: Any, cluster: Cluster, host: str, port: int, *, started: Ca
         _has_room(cluster)
         serve.start(proxy_location="EveryNode", http_options={"host": host, "port": port}, logging_config=quiet)
         try:
-            serve.run(application, name=NAME, route_prefix="/", logging_config=quiet)
+            _deploy(application, quiet)
             up = True
             started()
             done.wait()
-        except RuntimeError as error:
-            raise EngineError(f"the replicas do not start: {_reason(error)}") from None
         finally:
             serve.delete(NAME)  # also what has only begun: on a cluster it would go on without this process
         if cluster.address is None:
@@ -158,12 +156,16 @@ def _reach(address: str) -> None:
         ) from None
 
 
-def _reason(error: RuntimeError) -> str:
-    """Why replicas do not start: the last line of what one of them said, or else what Ray says."""
-    app = serve.status().applications.get(NAME)
-    engine = None if app is None else app.deployments.get(ENGINE)
-    lines = "" if engine is None else engine.message.strip()
-    return lines.splitlines()[-1].removeprefix("selfdoubt.errors.") if lines else str(error)
+def _deploy(application: Any, logs: dict[str, Any]) -> None:
+    """Start the replicas; an error has the last line of what one of them said, or else what Ray says."""
+    try:
+        serve.run(application, name=NAME, route_prefix="/", logging_config=logs)
+    except RuntimeError as error:
+        app = serve.status().applications.get(NAME)
+        engine = None if app is None else app.deployments.get(ENGINE)
+        said = "" if engine is None else engine.message.strip()
+        why = said.splitlines()[-1].removeprefix("selfdoubt.errors.") if said else str(error)
+        raise EngineError(f"the replicas do not start: {why}") from None
 
 
 def _has_room(cluster: Cluster) -> None:

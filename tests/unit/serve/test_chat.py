@@ -263,11 +263,15 @@ def test_where_a_chance_promises_too_much_that_is_said():
     assert words.tries(turn([sure], way="until")) == "Sure enough after 1 try"
     several = turn([answer(p_correct=0.1), sure], way="until")
     assert words.tries(several) == "Sure enough after 2 tries; the best of several promises too much"
+    assert "the best of several promises too much" in words.spoken(several, None)
     assert words.caveat(several, sure) == ""
+    bare = answer(p_correct=None, abstain=None, percentile=None)
+    assert words.drawn(turn([sure, sure], way="candidates")).endswith("first; the best of several promises too much")
+    assert words.drawn(turn([bare, bare], way="candidates")).endswith("first")
     later = turn([sure], before=({"role": "user", "content": "Before"},))
     assert "single questions" in View(later).draw()["parts"]["verdict0"]
     assert "single questions" in words.spoken(later, None)
-    assert words.caveat(later, answer(p_correct=None, abstain=None, percentile=None)) == ""
+    assert words.caveat(later, bare) == ""
 
 
 def test_examples_are_buttons_with_their_text_as_text():

@@ -88,6 +88,11 @@ class Turn:
         return self.ranked[0]
 
     @property
+    def answered(self) -> int:
+        """How many takes have ended."""
+        return sum(take.answer is not None for take in self.takes)
+
+    @property
     def confident(self) -> bool:
         """Whether answering again has led to an answer that is sure enough."""
         return self.best is not None and self.best.answer is not None and self.sure_enough(self.best.answer)

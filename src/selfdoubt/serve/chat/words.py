@@ -11,8 +11,6 @@ from selfdoubt.serve.chat.conversation import Turn, sureness
 
 #: One for each level of ``lm.colours``.
 LEVELS = ("sure", "nearly sure", "wavering", "doubtful", "guessing")
-#: A number that was the best of several is too good: it was picked because it is high.
-PICKED = "the best of several promises too much"
 
 
 def percent(share: float) -> str:
@@ -76,7 +74,7 @@ def withheld(turn: Turn) -> str:
     sure = sureness(best.answer)
     if sure is None:
         return f"Nothing says how sure it is, and {asked}."
-    n = sum(take.answer is not None for take in turn.takes)
+    n = turn.answered
     who = "What it would say" if n == 1 else f"The best of {n} answers"
     if best.answer.p_correct is not None:
         return f"{who} is right with {percent(sure)}, and {asked}."
@@ -85,20 +83,30 @@ def withheld(turn: Turn) -> str:
 
 def tries(turn: Turn) -> str:
     """How answering again went."""
-    n = sum(take.answer is not None for take in turn.takes)
+    n = turn.answered
     count = f"{n} {'try' if n == 1 else 'tries'}"
     if turn.confident:
-        return f"Sure enough after {count}" + (f"; {PICKED}" if n > 1 else "")
+        return _joined(f"Sure enough after {count}", picked(turn))
     how = "stopped" if turn.state == "stopped" else "not sure enough"
     return f"After {count} {how}" + (": this is the least doubtful" if n > 1 else "")
 
 
 def drawn(turn: Turn) -> str:
     """What stands above several answers."""
-    n = sum(take.answer is not None for take in turn.takes)
     hidden = sum(turn.hides(t) for t in turn.takes)
-    line = f"{n} answers, drawn at temperature {turn.temperature:g}, the least doubtful first; {PICKED}"
-    return line + (f"; {hidden} more not sure enough to show" if hidden else "")
+    line = f"{turn.answered} answers, drawn at temperature {turn.temperature:g}, the least doubtful first"
+    return _joined(line, picked(turn), f"{hidden} more not sure enough to show" if hidden else "")
+
+
+def _joined(*parts: str) -> str:
+    return "; ".join(part for part in parts if part)
+
+
+def picked(turn: Turn) -> str:
+    """Why the best chance of several may not hold: it was picked because it is high. Empty where none is told."""
+    best = None if turn.best is None else turn.best.answer
+    tells = best is not None and turn.answered > 1 and chance(best)
+    return "the best of several promises too much" if tells else ""
 
 
 def caveat(turn: Turn, answer: Answer) -> str:
@@ -129,6 +137,6 @@ def spoken(turn: Turn, calibration: Calibration | None) -> str:
     best = turn.best
     said: list[str] = []
     if best is not None and best.answer is not None:
-        said = [*verdict(best.answer, calibration), caveat(turn, best.answer)]
+        said = [*verdict(best.answer, calibration), picked(turn), caveat(turn, best.answer)]
     about = "".join(f"{part}. " for part in said if part)
     return f"{'Stopped. ' if turn.state == 'stopped' else ''}{turn.shown} {about}".strip()
