@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Generator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from selfdoubt.errors import PromptError
-from selfdoubt.lm.answer import Answer, Token
+from selfdoubt.lm.answer import Answer
 from selfdoubt.lm.calibration import States
-from selfdoubt.lm.prompt import Detokenizer, Prompt, encode
-from selfdoubt.lm.reading import ScoredId, follow, read
+from selfdoubt.lm.pieces import PieceSizer
+from selfdoubt.lm.prompt import Prompt, encode
+from selfdoubt.lm.reading import follow_in_pieces, reading, whole
 from selfdoubt.lm.states import StatePool
 from selfdoubt.lm.stepper import HFStepper
-from selfdoubt.lm.stream import own_end
+from selfdoubt.lm.stream import own_end, tokens_in_pieces
 
 if TYPE_CHECKING:
     from selfdoubt.lm.model import RiskAwareLM
@@ -20,66 +21,124 @@ if TYPE_CHECKING:
 Question = str | Sequence[Mapping[str, str]]
 
 
+class Given(NamedTuple):
+    """A text to score.
+
+    Args:
+        text: Its letters.
+        ids: Its token ids.
+        prompt: What it answers; None where it answers nothing.
+    """
+
+    text: str
+    ids: list[int]
+    prompt: Prompt | None
+
+
+def encode_given(tokenizer: Any, pairs: Sequence[tuple[Question | None, str]], *, raw: bool) -> list[Given]:
+    """Return the token ids of texts and of what they answer.
+
+    Raises:
+        PromptError: If a text or a question is empty.
+    """
+    found = []
+    for question, text in pairs:
+        if question is None:
+            found.append(Given(text, encode(tokenizer, _checked(text), raw=True).ids, None))
+        else:
+            prompt, ids = _encode(tokenizer, question, _checked(text), raw=raw)
+            found.append(Given(text, ids, prompt))
+    return found
+
+
 def score_given(
     lm: RiskAwareLM, pairs: Sequence[tuple[Question | None, str]], *, raw: bool, alternatives: int
 ) -> list[Answer]:
     """See ``RiskAwareLM.score_batch``. A question that comes several times is read once."""
+    return whole(score_in_pieces(lm, encode_given(lm.tokenizer, pairs, raw=raw), alternatives))
+
+
+def score_in_pieces(
+    lm: RiskAwareLM, given: Sequence[Given], alternatives: int, sizer: PieceSizer | None = None
+) -> Generator[None, None, list[Answer]]:
+    """Score texts side by side, piece by piece.
+
+    Args:
+        lm: The model.
+        given: From ``encode_given``.
+        alternatives: How many of the most probable tokens are told with each token.
+        sizer: Chooses the sizes of the pieces; None reads as much at once as memory for the logits allows.
+
+    Yields:
+        Nothing, after each piece.
+
+    Returns:
+        An answer per text, in their order.
+
+    Raises:
+        PromptError: If a text is too long.
+    """
     found: dict[int, Answer] = {}
-    bare = [i for i, (question, _) in enumerate(pairs) if question is None]
+    bare = [i for i, item in enumerate(given) if item.prompt is None]
     if bare:
-        found |= zip(bare, _score_texts(lm, [pairs[i][1] for i in bare], alternatives), strict=True)
-    asked = [i for i, (question, _) in enumerate(pairs) if question is not None]
+        texts = yield from _score_texts(lm, [given[i] for i in bare], alternatives, sizer)
+        found |= zip(bare, texts, strict=True)
+    asked = [i for i, item in enumerate(given) if item.prompt is not None]
     if asked:
-        own = [(question, text) for question, text in pairs if question is not None]
-        found |= zip(asked, _score_answers(lm, own, raw=raw, alternatives=alternatives), strict=True)
-    return [found[i] for i in range(len(pairs))]
+        if bare:
+            yield
+        answers = yield from _score_answers(lm, [given[i] for i in asked], alternatives, sizer)
+        found |= zip(asked, answers, strict=True)
+    return [found[i] for i in range(len(given))]
 
 
-def _score_texts(lm: RiskAwareLM, texts: Sequence[str], alternatives: int) -> list[Answer]:
-    ids = [encode(lm.tokenizer, _checked(text), raw=True).ids for text in texts]
+def _score_texts(
+    lm: RiskAwareLM, given: Sequence[Given], alternatives: int, sizer: PieceSizer | None
+) -> Generator[None, None, list[Answer]]:
+    ids = [item.ids for item in given]
     lengths = [len(i) for i in ids]
     pool = StatePool([[(n - 1, n)] for n in lengths], lengths) if lm.layers else None
-    scored, _ = read(HFStepper(lm.model, lm.layers), ids, alternatives, pool)
+    scored, _ = yield from reading(HFStepper(lm.model, lm.layers, sizer), ids, alternatives, pool)
     found = []
-    for row, text in enumerate(texts):
+    for row, item in enumerate(given):
         end = None if pool is None or pool.means is None else pool.means[row, 0].cpu()
         states = None if end is None else States(lm.layers, end, end, end)  # without a question, but its end
-        found.append(lm.answer(_tokens(lm, scored[row]), [], "given", text, states))
+        tokens = yield from tokens_in_pieces(lm, scored[row])
+        found.append(lm.answer(tokens, [], "given", item.text, states))
     return found
 
 
 def _score_answers(
-    lm: RiskAwareLM, pairs: Sequence[tuple[Question, str]], *, raw: bool, alternatives: int
-) -> list[Answer]:
-    encoded = [_encode(lm.tokenizer, question, _checked(text), raw=raw) for question, text in pairs]
-    prompts = {tuple(prompt.ids): prompt for prompt, _ in encoded}
+    lm: RiskAwareLM, given: Sequence[Given], alternatives: int, sizer: PieceSizer | None
+) -> Generator[None, None, list[Answer]]:
+    encoded = [item.prompt for item in given if item.prompt is not None]
+    prompts = {tuple(prompt.ids): prompt for prompt in encoded}
     place = {ids: row for row, ids in enumerate(prompts)}
-    rows = [place[tuple(prompt.ids)] for prompt, _ in encoded]
+    rows = [place[tuple(prompt.ids)] for prompt in encoded]
     lengths = [len(ids) for ids in prompts]
-    texts = [ids for _, ids in encoded]
+    texts = [item.ids for item in given]
     asked = StatePool([[own_end(p)] for p in prompts.values()], lengths) if lm.layers else None
     rest = StatePool([[(0, len(t) - 1)] for t in texts], [len(t) - 1 for t in texts], "right") if lm.layers else None
-    stepper = HFStepper(lm.model, lm.layers)
-    read_once, following = read(stepper, [list(ids) for ids in prompts], alternatives, asked)
-    questions = [lm._own(scored, prompt) for scored, prompt in zip(read_once, prompts.values(), strict=True)]
+    stepper = HFStepper(lm.model, lm.layers, sizer)
+    read_once, following = yield from reading(stepper, [list(ids) for ids in prompts], alternatives, asked)
+    questions = []
+    for ids, prompt in zip(read_once, prompts.values(), strict=True):
+        questions.append((yield from tokens_in_pieces(lm, ids, prompt)))
+    yield
     stepper.keep(rows)
     following = following.of(rows)
-    scored = follow(stepper, following, texts, alternatives, rest)
+    scored = yield from follow_in_pieces(stepper, following, texts, alternatives, rest)
     found = []
-    for i, (_, text) in enumerate(pairs):
+    for i, item in enumerate(given):
         states = None
         if asked is not None and asked.means is not None and following.states is not None:
             first, n = following.states[0, i], len(texts[i])
             others = 0.0 if rest is None or rest.means is None else rest.means[i, 0]
             mean = (first + (n - 1) * others) / n
             states = States(lm.layers, asked.means[rows[i], 0].cpu(), first.cpu(), mean.cpu())
-        found.append(lm.answer(_tokens(lm, scored[i]), questions[rows[i]], "given", text, states))
+        tokens = yield from tokens_in_pieces(lm, scored[i])
+        found.append(lm.answer(tokens, questions[rows[i]], "given", item.text, states))
     return found
-
-
-def _tokens(lm: RiskAwareLM, scored: Sequence[ScoredId | None]) -> list[Token]:
-    pieces = Detokenizer(lm.tokenizer)
-    return [lm._token(token, pieces.add(token.id)) for token in scored if token is not None]
 
 
 def _checked(text: str) -> str:

@@ -21,7 +21,7 @@ from selfdoubt.lm.calibration import Calibration, States, stored
 from selfdoubt.lm.given import score_given
 from selfdoubt.lm.load import POCKET, Quantization, load_model, quick_dtype, stop_ids
 from selfdoubt.lm.options import Options, sampling_of, stop_texts
-from selfdoubt.lm.prompt import Detokenizer, Message, Prompt, encode
+from selfdoubt.lm.prompt import Message, encode
 from selfdoubt.lm.reading import ScoredId
 from selfdoubt.lm.stepper import HFStepper
 from selfdoubt.lm.stream import Stream, answering
@@ -305,12 +305,6 @@ class RiskAwareLM:
         paper = copy(self)
         paper.model = nn.Identity()
         return paper
-
-    def _own(self, scored: list[ScoredId | None], prompt: Prompt) -> list[Token]:
-        """Tokens of the question's own words."""
-        pieces = Detokenizer(self.tokenizer)
-        pairs = zip(scored, prompt.own, strict=False)
-        return [self._token(t, pieces.add(t.id)) for t, own in pairs if own and t is not None]
 
     def _token(self, scored: ScoredId, text: str) -> Token:
         plain = scored._asdict()

@@ -52,8 +52,6 @@ def reading(
     ids = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts])
     last: Logits | None = None
     for first, piece in stepper.start(prompts):
-        if last is not None:
-            yield
         columns = piece.logits.shape[2]
         # Column c predicts the token at c + 1; the last column of all predicts the first new token.
         known = min(columns, width - 1 - first)
@@ -66,6 +64,8 @@ def reading(
         if pool is not None and piece.states is not None:
             pool.add(first, piece.states[0])
         last = piece.at(-1)
+        if first + columns < width:
+            yield
     assert last is not None
     return scored, last
 
@@ -86,14 +86,14 @@ def whole(pieces: Generator[None, None, T]) -> T:
             return cast("T", end.value)
 
 
-def follow(
+def follow_in_pieces(
     stepper: Stepper,
     following: Logits,
     texts: Sequence[Sequence[int]],
     alternatives: int = 0,
     pool: StatePool | None = None,
-) -> list[list[ScoredId]]:
-    """Score a text after each prompt that was read. No token can be chosen afterwards.
+) -> Generator[None, None, list[list[ScoredId]]]:
+    """Score a text after each prompt that was read, piece by piece. No token can be chosen afterwards.
 
     Args:
         stepper: Has read the prompts.
@@ -101,6 +101,12 @@ def follow(
         texts: Token ids, at least one for each prompt.
         alternatives: How many of the most probable tokens are told with each token.
         pool: Takes the hidden states in which the texts' tokens but the first are predicted, right-padded.
+
+    Yields:
+        Nothing, after each piece but the last.
+
+    Returns:
+        The scored tokens of each text.
     """
     width = max(len(t) for t in texts)
     ids = torch.tensor([list(t) + [0] * (width - len(t)) for t in texts]).to(following.logits.device)
@@ -109,10 +115,24 @@ def follow(
     for first, piece in stepper.extend([t[:-1] for t in texts]) if width > 1 else ():
         if pool is not None and piece.states is not None:
             pool.add(first, piece.states[0])
-        chosen = ids[:, first + 1 : first + 1 + piece.logits.shape[2]]
+        columns = piece.logits.shape[2]
+        chosen = ids[:, first + 1 : first + 1 + columns]
         for tokens, more in zip(found, scored_ids(piece, chosen, risk.mix(piece.logits), alternatives), strict=True):
             tokens += more
+        if first + columns < width - 1:
+            yield
     return [tokens[: len(text)] for tokens, text in zip(found, texts, strict=True)]
+
+
+def follow(
+    stepper: Stepper,
+    following: Logits,
+    texts: Sequence[Sequence[int]],
+    alternatives: int = 0,
+    pool: StatePool | None = None,
+) -> list[list[ScoredId]]:
+    """Score a text after each prompt that was read; ``follow_in_pieces`` in one go."""
+    return whole(follow_in_pieces(stepper, following, texts, alternatives, pool))
 
 
 def scored_ids(

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from selfdoubt.errors import PromptError, WrapError
 from selfdoubt.lm import cache
+from selfdoubt.lm.pieces import PieceSizer
 from selfdoubt.lm.states import decoder_layer, listening
 from selfdoubt.members import Wrapped, innermost
 from selfdoubt.rows import expand, unfold
@@ -75,12 +76,15 @@ class HFStepper:
     Args:
         model: The model.
         layers: Decoder layers whose hidden states come with the logits; 0 is the first.
+        sizer: Chooses the sizes of the pieces in which prompts and texts are read; None reads as much at once as
+            memory for the logits allows.
 
     Raises:
         ConfigError: If the model has no such layer.
     """
 
-    def __init__(self, model: nn.Module, layers: Sequence[int] = ()) -> None:
+    def __init__(self, model: nn.Module, layers: Sequence[int] = (), sizer: PieceSizer | None = None) -> None:
+        self._sizer = sizer
         self.members = model.spec.members(training=False) if isinstance(model, Wrapped) else 1
         self._model = model
         base = innermost(model)
@@ -144,9 +148,13 @@ class HFStepper:
 
     def _pieces(self, rows: Int[Tensor, "rows t"], before: int) -> Iterator[tuple[int, Logits]]:
         """Read columns so many at a time that their logits fit; ``before`` columns are read already."""
-        columns = max(1, _CHUNK // (len(rows) * self._config.vocab_size))
-        for first in range(0, rows.shape[1], columns):
+        largest, width, first = max(1, _CHUNK // (len(rows) * self._config.vocab_size)), rows.shape[1], 0
+        while first < width:
+            columns = min(largest, width - first)
+            if self._sizer is not None:
+                columns = self._sizer.columns(len(rows), before + first, columns)
             yield first, self._forward(rows[:, first : first + columns], before + first)
+            first += columns
 
     @torch.inference_mode()
     def step(self, ids: Int[Tensor, " batch"]) -> Logits:

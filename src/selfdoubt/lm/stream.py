@@ -15,14 +15,18 @@ from selfdoubt.errors import ConfigError
 from selfdoubt.lm.answer import Answer, Token
 from selfdoubt.lm.calibration import States
 from selfdoubt.lm.decode import Batch, Event, Line, run
+from selfdoubt.lm.pieces import PieceSizer
 from selfdoubt.lm.prompt import Detokenizer, Prompt
-from selfdoubt.lm.reading import reading, whole
+from selfdoubt.lm.reading import ScoredId, reading, whole
 from selfdoubt.lm.sampling import Sampling
 from selfdoubt.lm.states import StatePool
 from selfdoubt.lm.stepper import HFStepper
 
 if TYPE_CHECKING:
     from selfdoubt.lm.model import RiskAwareLM
+
+#: Tokens that get their text between two other pieces of work.
+_TEXTS = 256
 
 
 class AnswerInProgress:
@@ -115,18 +119,23 @@ class Wanted(NamedTuple):
     stops: Sequence[str] = ()
 
 
-def opening(lm: RiskAwareLM, wanted: Sequence[Wanted]) -> Generator[None, None, tuple[list[AnswerInProgress], Batch]]:
+def opening(
+    lm: RiskAwareLM, wanted: Sequence[Wanted], sizer: PieceSizer | None = None
+) -> Generator[None, None, tuple[list[AnswerInProgress], Batch]]:
     """Read prompts piece by piece; in the end there are answers in the making, and the batch that makes them.
 
-    A prompt that comes several times is read once.
+    A prompt that comes several times is read once. ``sizer`` chooses the sizes of the pieces; None reads as much at
+    once as memory for the logits allows.
     """
     different = {tuple(want.prompt.ids): want.prompt for want in wanted}
     place = {ids: row for row, ids in enumerate(different)}
     rows = [place[tuple(want.prompt.ids)] for want in wanted]
-    stepper = HFStepper(lm.model, lm.layers)
+    stepper = HFStepper(lm.model, lm.layers, sizer)
     pool = StatePool([[own_end(p)] for p in different.values()], [len(i) for i in different]) if lm.layers else None
     scored, following = yield from reading(stepper, [list(ids) for ids in different], pool=pool)
-    questions = [lm._own(s, p) for s, p in zip(scored, different.values(), strict=True)]
+    questions = []
+    for ids, prompt in zip(scored, different.values(), strict=True):
+        questions.append((yield from tokens_in_pieces(lm, ids, prompt)))
     asked = [None] * len(different) if pool is None or pool.means is None else [means[0] for means in pool.means]
     answers = [AnswerInProgress(lm, questions[row], w.stops, asked[row]) for row, w in zip(rows, wanted, strict=True)]
     if len(different) < len(wanted):
@@ -151,6 +160,28 @@ def answering(
                 closed.add(event.sequence)
 
     return answers, steps()
+
+
+def tokens_in_pieces(
+    lm: RiskAwareLM, scored: Sequence[ScoredId | None], prompt: Prompt | None = None
+) -> Generator[None, None, list[Token]]:
+    """Give scored ids their text, some hundreds at a time; with a prompt, only those of the question's own words.
+
+    Yields:
+        Nothing, after each piece.
+
+    Returns:
+        The tokens, without those that nothing predicted.
+    """
+    pieces = Detokenizer(lm.tokenizer)
+    found: list[Token] = []
+    for place, token in enumerate(scored):
+        if token is None or (prompt is not None and not prompt.own[place]):
+            continue
+        found.append(lm._token(token, pieces.add(token.id)))
+        if not len(found) % _TEXTS:
+            yield
+    return found
 
 
 def own_end(prompt: Prompt) -> tuple[int, int]:

@@ -9,7 +9,6 @@ import logging
 import secrets
 import time
 from collections.abc import AsyncIterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,18 +21,19 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 import selfdoubt
-from selfdoubt.errors import ConfigError, SelfdoubtError
+from selfdoubt.errors import ConfigError, DeadlineError, SelfdoubtError
 from selfdoubt.serve import openapi, shapes
 from selfdoubt.serve.access import Access
 from selfdoubt.serve.answering import EventStream, gather, prompt_tokens, told, unless_gone, updates
 from selfdoubt.serve.desk import Desk
+from selfdoubt.serve.encoders import Encoders, size_of
 from selfdoubt.serve.faults import SERVER, GoneError, RequestError, fault_of
 from selfdoubt.serve.job import Job
 from selfdoubt.serve.metrics import Metrics
 from selfdoubt.serve.openapi import responses
 from selfdoubt.serve.plan import Plan, check_model, plan, withholds
 from selfdoubt.serve.replies import Teller
-from selfdoubt.serve.scoring import Scorer
+from selfdoubt.serve.scoring import Scorer, of_given
 from selfdoubt.serve.settings import Settings
 from selfdoubt.serve.wire import ChatRequest, CompletionRequest, ScoreRequest, complaint
 
@@ -49,9 +49,8 @@ class House:
     settings: Settings
     metrics: Metrics
     scorer: Scorer
+    encoders: Encoders
     created: int = field(default_factory=lambda: int(time.time()))
-    #: One thread encodes texts, so that a long one holds up no stream.
-    encoder: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "encode"))
 
     @property
     def fingerprint(self) -> str:
@@ -81,13 +80,14 @@ def create_app(engine: Desk, settings: Settings | None = None) -> FastAPI:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         yield
-        app.state.house.encoder.shutdown(wait=False)
+        app.state.house.encoders.close()
 
     app = FastAPI(
         title="selfdoubt", version=selfdoubt.__version__, docs_url=None, redoc_url=None, lifespan=lifespan,
         description="OpenAI's chat and text completions, with a risk beside every token.",
     )  # fmt: skip
-    app.state.house = House(engine, settings, metrics, Scorer(engine))
+    encoders = Encoders(engine.limits.queue)
+    app.state.house = House(engine, settings, metrics, Scorer(engine, encoders), encoders)
     app.state.fingerprint = app.state.house.fingerprint
     app.include_router(router)
     app.add_exception_handler(RequestValidationError, _refused)
@@ -143,30 +143,25 @@ async def _answer(body: ChatRequest | CompletionRequest, request: Request) -> Re
             stream, jobs = EventStream(events, jobs, wanted.timeout + 30), []
             return stream
         answers = await unless_gone(request.receive, gather(jobs, wanted.n))
-        return JSONResponse(teller.whole(answers, prompt_tokens(jobs)))
+        return await asyncio.to_thread(lambda: JSONResponse(teller.whole(answers, prompt_tokens(jobs))))
     finally:
         for job in jobs:
             job.cancel()
 
 
 async def _ask(house: House, wanted: Plan, client: str, jobs: list[Job]) -> None:
-    loop, engine = asyncio.get_running_loop(), house.engine
-    for question in wanted.questions:
-        ask = partial(
-            engine.ask, question, n=wanted.n, alternatives=wanted.alternatives, client=client, timeout=wanted.timeout,
-            **wanted.options,
-        )  # fmt: skip
-        asked = loop.run_in_executor(house.encoder, ask)
-        try:
-            jobs.append(await asyncio.shield(asked))
-        except asyncio.CancelledError:  # the thread goes on: what it has asked for by then is wanted by nobody
-            asked.add_done_callback(_discard)
-            raise
-
-
-def _discard(asked: asyncio.Future[Job]) -> None:
-    if not asked.cancelled() and asked.exception() is None:
-        asked.result().cancel()
+    engine = house.engine
+    try:
+        async with asyncio.timeout(wanted.timeout):
+            for question in wanted.questions:
+                engine.check_room()
+                ask = partial(
+                    engine.ask, question, n=wanted.n, alternatives=wanted.alternatives, client=client,
+                    timeout=wanted.timeout, **wanted.options,
+                )  # fmt: skip
+                jobs.append(await house.encoders.run(ask, size_of(question), undo=Job.cancel))
+    except TimeoutError:
+        raise DeadlineError(f"the prompt was not read within {wanted.timeout:g} seconds; try again later") from None
 
 
 @router.post("/v1/score", responses=responses(shapes.Scores))
@@ -178,7 +173,12 @@ async def score(body: ScoreRequest, request: Request) -> Response:
     limits = house.engine.limits
     work = house.scorer.score(items, raw=bool(body.raw), timeout=min(body.timeout or limits.timeout, limits.timeout))
     found = await unless_gone(request.receive, work)
-    return JSONResponse({"object": "list", "model": house.settings.name, "data": found})
+
+    def told() -> JSONResponse:
+        data = [of_given(house.engine.lm, i, answer) for i, answer in enumerate(found)]
+        return JSONResponse({"object": "list", "model": house.settings.name, "data": data})
+
+    return await asyncio.to_thread(told)  # thousands of tokens take a while to write
 
 
 @router.get("/v1/models", responses=responses(shapes.Models))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any, Protocol, Unpack, runtime_checkable
 
+from selfdoubt.lm.answer import Answer
+from selfdoubt.lm.given import Given
 from selfdoubt.lm.model import Question, RiskAwareLM
 from selfdoubt.lm.options import Options
 from selfdoubt.lm.prompt import Prompt
@@ -52,6 +54,12 @@ class Desk(Protocol):
 
     def call(self, work: Callable[[RiskAwareLM], Any]) -> Future[Any]:
         """Do something else with the model."""
+
+    def score(self, given: Sequence[Given]) -> Future[list[Answer]]:
+        """Score texts."""
+
+    def check_room(self) -> None:
+        """Refuse what would be refused anyway, before its question is encoded."""
 
     def close(self, patience: float = 30.0) -> None:
         """Finish what was taken, and end."""

@@ -1,24 +1,27 @@
 """Continuous batching: one thread owns the model, and requests join and leave its batch between two tokens.
 
 Requests come in from any thread and get their answers through ``Job``. Each turn of the engine reads one piece of the
-newcomers' prompts and chooses one token for every running sequence, so that a long prompt holds nobody up. What goes
-wrong with one request ends that request: a batch that failed is taken apart, and its sequences are read again one by
-one.
+newcomers' prompts, or of a text to score, and chooses one token for every running sequence. Pieces are sized by the
+time they take, so that neither a long prompt nor a long text holds anybody up. What goes wrong with one request ends
+that request: a batch that failed is taken apart, and its sequences are read again one by one.
 """
 
 from __future__ import annotations
 
 import threading
-from collections import deque
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from typing import TypeVar, Unpack
+from typing import Any, TypeVar, Unpack
 
 from selfdoubt.errors import BusyError, EngineError
+from selfdoubt.lm.answer import Answer
+from selfdoubt.lm.given import Given, score_in_pieces
 from selfdoubt.lm.model import Question, RiskAwareLM
 from selfdoubt.lm.options import Options
 from selfdoubt.lm.prompt import Prompt
-from selfdoubt.serve.inflight import InFlight
+from selfdoubt.serve.errands import Errand, Errands
+from selfdoubt.serve.inflight import LONG, InFlight
 from selfdoubt.serve.job import Ask, Job, to_ask
 from selfdoubt.serve.limits import Limits
 from selfdoubt.serve.meter import Meter, Silent
@@ -36,17 +39,25 @@ class Engine:
         lm: The model. Nobody else may use it while the engine runs.
         limits: How much it takes on.
         meter: Who measures it.
+        clock: Measures how long pieces of work take, in seconds.
     """
 
-    def __init__(self, lm: RiskAwareLM, limits: Limits | None = None, meter: Meter | None = None) -> None:
+    def __init__(
+        self,
+        lm: RiskAwareLM,
+        limits: Limits | None = None,
+        meter: Meter | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
         self.lm = lm
         self.limits = limits or Limits()
         self.meter: Meter = meter or Silent()
         self.failure: BaseException | None = None  #: what ended the engine
-        self._inflight = InFlight(lm, self.limits, self.meter)
+        self._inflight = InFlight(lm, self.limits, self.meter, clock)
         self._waiting = Waiting()
-        self._errands: deque[Callable[[], None]] = deque()
-        self._news = threading.Condition()  # guards the three above and the flags below
+        self._errands = Errands()
+        self._was_errand = False  # whose the last piece was
+        self._news = threading.Condition(threading.RLock())  # guards the three above and the flags below
         self._warm = self._closing = self._aborting = False
         self._thread = threading.Thread(target=self._run, name="selfdoubt-engine", daemon=True)
 
@@ -107,11 +118,27 @@ class Engine:
             BusyError: If too many wait already.
             EngineError: If the engine has failed or is closing.
         """
-        return self.submit(to_ask(self.lm, question, n, alternatives, client, timeout, options))
+        self.limits.check(question, self.lm.context)
+        ask = to_ask(self.lm, question, n, alternatives, client, timeout, options)
+        return self.submit(ask)
 
     def submit(self, ask: Ask) -> Job:
         """See ``ask``."""
         job = Job(self.limits.checked(ask, self.lm.context, self.lm.vocabulary))
+        with self._news:
+            self.check_room()
+            self._waiting.add(job)
+            self.meter.waiting(len(self._waiting))
+            self._news.notify_all()
+        return job
+
+    def check_room(self) -> None:
+        """Nothing, if a request would be taken.
+
+        Raises:
+            BusyError: If too many wait already.
+            EngineError: If the engine has failed or is closing.
+        """
         with self._news:
             self._check_open()
             if len(self._waiting) >= self.limits.queue:
@@ -119,10 +146,6 @@ class Engine:
                     f"{self.limits.queue} requests are waiting already, which is this server's limit; try again later",
                     retry_after=min(60.0, max(1.0, self._inflight.pace * len(self._waiting))),
                 )
-            self._waiting.add(job)
-            self.meter.waiting(len(self._waiting))
-            self._news.notify_all()
-        return job
 
     def call(self, work: Callable[[RiskAwareLM], T]) -> Future[T]:
         """Let the engine's thread do something else with the model, between two tokens.
@@ -131,26 +154,30 @@ class Engine:
             BusyError: If too many wait already.
             EngineError: If the engine has failed or is closing.
         """
-        future: Future[T] = Future()
+        return self._add(Errand(lambda lm, _: work(lm)))
 
-        def errand() -> None:
-            if not future.set_running_or_notify_cancel():
-                return
-            if self._aborting:
-                future.set_exception(self._error())
-            else:
-                try:
-                    future.set_result(work(self.lm))
-                except Exception as error:
-                    future.set_exception(error)
+    def score(self, given: Sequence[Given]) -> Future[list[Answer]]:
+        """Score texts side by side, in pieces between tokens of others. Cancelling the future ends the work.
 
+        Args:
+            given: From ``encode_given``.
+
+        Raises:
+            PromptError: If a text is too long.
+            BusyError: If too many wait already.
+            EngineError: If the engine has failed or is closing.
+        """
+        tokens = self.limits.check_given(given, self.lm.context)
+        return self._add(Errand(lambda lm, sizer: score_in_pieces(lm, given, 0, sizer), is_long=tokens > LONG))
+
+    def _add(self, errand: Errand) -> Future[Any]:
         with self._news:
             self._check_open()
             if len(self._errands) >= self.limits.queue:
                 raise BusyError(f"{self.limits.queue} texts are waiting to be scored already; try again later")
-            self._errands.append(errand)
+            self._errands.add(errand)
             self._news.notify_all()
-        return future
+        return errand.future
 
     def close(self, patience: float = 30.0) -> None:
         """Take no more requests, give those that were taken so many seconds to finish, and end.
@@ -190,7 +217,7 @@ class Engine:
         self._end_all()
 
     def _turn(self) -> bool:
-        """One piece of prompts, one token each, one errand; False when all is done and the engine closes."""
+        """One piece of prompts or of an errand, one token each; False when all is done and the engine closes."""
         with self._news:
             while not (self._waiting or self._errands or self._inflight.size or self._closing):
                 self._news.wait()
@@ -200,24 +227,29 @@ class Engine:
             newcomers = self._inflight.admit(self._waiting)
             if newcomers or dropped:
                 self.meter.waiting(len(self._waiting))
-            errand = self._errands.popleft() if self._errands else None
+            errand = self._errands.next()
         for job in dropped:
             self._inflight.end(job)
-        if errand is not None:
-            errand()
-        self._inflight.work(newcomers)
+        # Prompts and texts to score take turns, too: a step of the others waits for one piece at most.
+        self._was_errand = errand is not None and not (self._was_errand and (newcomers or self._inflight.is_reading))
+        if errand is not None and self._was_errand:
+            with self._inflight.piece() as sizer:
+                ended = errand.advance(self.lm, sizer)
+            if ended:
+                with self._news:
+                    self._errands.remove(errand)
+        self._inflight.work(newcomers, reads=not self._was_errand)
         return True
 
     def _end_all(self) -> None:
         with self._news:
             self._closing = True
             left = self._waiting.remove(lambda _: True)
-            errands, self._aborting = list(self._errands), True
-            self._errands.clear()
+            errands, self._aborting = self._errands.clear(), True
             self._news.notify_all()
         error = self._error()
         self._inflight.end_all(error)
         for job in left:
             job.end(error)
         for errand in errands:
-            errand()
+            errand.fail(error)

@@ -9,15 +9,18 @@ import gc
 import itertools
 import time
 from collections import deque
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 
 from selfdoubt.errors import DeadlineError, NonFiniteError, SelfdoubtError, WrapError
 from selfdoubt.lm.decode import Batch, Event, Line
 from selfdoubt.lm.model import RiskAwareLM
-from selfdoubt.lm.reading import read
+from selfdoubt.lm.pieces import PieceSizer
+from selfdoubt.lm.reading import read, reading
 from selfdoubt.lm.sampling import Sampling
 from selfdoubt.lm.stepper import HFStepper
 from selfdoubt.lm.stream import AnswerInProgress, Wanted, opening
@@ -25,6 +28,37 @@ from selfdoubt.serve.job import Began, Ended, Grew, Job
 from selfdoubt.serve.limits import Limits
 from selfdoubt.serve.meter import Meter
 from selfdoubt.serve.waiting import Waiting
+
+#: Seconds from one token of a stream to the next that prompts and texts to score may cause, a step included.
+GAP = 0.2
+#: Seconds of a piece while no stream runs.
+ALONE = 0.5
+#: Groups of prompts that are read in turns, and the tokens of a long prompt. One place is kept for short ones.
+READINGS, LONG = 4, 512
+
+
+@dataclass(eq=False)
+class _Reading:
+    """Prompts that are being read side by side."""
+
+    jobs: list[Job]
+    pieces: Generator[None, None, tuple[list[AnswerInProgress], Batch]]
+
+    @property
+    def is_long(self) -> bool:
+        return any(map(_is_long, self.jobs))
+
+    def advance(self) -> tuple[list[AnswerInProgress], Batch] | None:
+        """Read one piece; the answers in the making and their batch after the last."""
+        try:
+            next(self.pieces)
+        except StopIteration as end:
+            return cast("tuple[list[AnswerInProgress], Batch]", end.value)
+        return None
+
+
+def _is_long(job: Job) -> bool:
+    return len(job.ask.prompt.ids) > LONG
 
 
 @dataclass(eq=False)
@@ -39,14 +73,19 @@ class _Choice:
 class InFlight:
     """Requests that were let in. But for ``size`` and ``pace``, it is for the engine's thread alone."""
 
-    def __init__(self, lm: RiskAwareLM, limits: Limits, meter: Meter) -> None:
+    def __init__(
+        self, lm: RiskAwareLM, limits: Limits, meter: Meter, clock: Callable[[], float] = time.perf_counter
+    ) -> None:
         self.pace = 1.0  #: seconds between two requests that end, lately
         self.misfortunes = 0  #: requests in a row that failed in the model
         self._lm, self._limits, self._meter = lm, limits, meter
         self._choices: dict[int, _Choice] = {}
         self._groups: deque[list[Job]] = deque()  # let in, and not read yet; each is read side by side
-        self._reading: Generator[None, None, tuple[list[AnswerInProgress], Batch]] | None = None
-        self._group: list[Job] = []  # whose prompts are being read
+        self._readings: deque[_Reading] = deque()  # they take turns
+        self._sizer = PieceSizer()
+        self._clock = clock
+        self._step_took = 0.0  # seconds
+        self._members = 1
         self._batch: Batch | None = None
         self._parked: deque[Batch] = deque()  # sequences that cannot join the batch, because no cache can
         self._joins = True
@@ -67,6 +106,7 @@ class InFlight:
         def one(name: int) -> Batch:
             stepper = HFStepper(self._lm.model, self._lm.layers)
             _, following = read(stepper, [[1] * (2 + name)])
+            self._members = stepper.members
             return Batch(stepper, following, [Line(name, Sampling(max_tokens=2), 0, 2)])
 
         batch = one(0)
@@ -76,6 +116,24 @@ class InFlight:
             self._joins, batch = False, one(0)
         batch.choose()
         batch.step()
+        for length in (2, min(32, (self._lm.context or 64) // 2)):
+            pieces = reading(HFStepper(self._lm.model, self._lm.layers, self._sizer), [[1] * length])
+            for _ in range(length):
+                with self.piece():
+                    next(pieces, None)
+
+    @property
+    def is_reading(self) -> bool:
+        """Whether a prompt is not read to its end."""
+        return bool(self._readings or self._groups)
+
+    @contextmanager
+    def piece(self) -> Iterator[PieceSizer]:
+        """Measure one piece of a prompt, or of a text to score, that is read within."""
+        self._sizer.begin(ALONE if self._batch is None else max(GAP - self._step_took, GAP / 4))
+        began = self._clock()
+        yield self._sizer
+        self._sizer.learn(self._clock() - began)
 
     @staticmethod
     def is_over(job: Job) -> bool:
@@ -84,15 +142,21 @@ class InFlight:
 
     def admit(self, waiting: Waiting) -> list[Job]:
         """Let in as many as there is room for, and as are read well side by side; the rest keeps its order."""
-        if self._reading is not None or self._groups or (self._choices and not self._joins):
+        if self._groups or len(self._readings) >= READINGS or (self._choices and not self._joins):
             return []
         found: list[Job] = []
-        while (job := waiting.next()) is not None and self._fits(found, job):
-            found.append(waiting.take())
+        # Beside a stream, no more prompts at once than leave each piece some columns of each.
+        most = float("inf") if self._batch is None else max(1, self._sizer.tokens(0) // (4 * self._members))
+        while len(found) < most and (job := waiting.next(self._may_read)) is not None and self._fits(found, job):
+            found.append(waiting.take(job))
         for job in found:
             for number in range(len(job.ask.seeds)):
                 self._choices[next(self._names)] = _Choice(job, number)
         return found
+
+    def _may_read(self, job: Job) -> bool:
+        """Whether long prompts leave a place to this one: a short one never waits for all of a long one."""
+        return not _is_long(job) or sum(group.is_long for group in self._readings) < READINGS - 1
 
     def _fits(self, others: Sequence[Job], job: Job) -> bool:
         lengths = [len(other.ask.prompt.ids) for other in (*others, job)]
@@ -103,17 +167,20 @@ class InFlight:
         longest = max(other.ask.length(self._lm.context) for other in (*running, *others, job))
         return answers <= self._limits.batch and answers * longest <= self._limits.batch_tokens
 
-    def work(self, newcomers: list[Job]) -> None:
-        """Read one piece of prompts, and choose one token for every sequence."""
+    def work(self, newcomers: list[Job], *, reads: bool = True) -> None:
+        """Read one piece of prompts, unless ``reads`` is False, and choose one token for every sequence."""
         if newcomers:
             self._groups.append(newcomers)
         for job in {choice.job for choice in self._choices.values() if self.is_over(choice.job)}:
             self.end(job)
-        self._read()
+        if reads:
+            self._read()
         if self._batch is None and self._parked:
             self._batch = self._parked.popleft()
         if self._batch is not None:
+            began = self._clock()
             self._advance(self._batch)
+            self._step_took = self._clock() - began
             if not (self._batch and self._batch.lines):
                 self._batch = self._chosen_at = None
 
@@ -137,7 +204,8 @@ class InFlight:
         """End everything."""
         for job in {choice.job for choice in self._choices.values()}:
             self.end(job, error)
-        self._reading = self._batch = None
+        self._batch = None
+        self._readings.clear()
         self._groups.clear()
         self._parked.clear()
 
@@ -148,30 +216,40 @@ class InFlight:
         job.end(error)
 
     def _read(self) -> None:
-        """One piece of the prompts of one group."""
-        if self._reading is None:
-            if not self._groups:
-                return
-            self._group = self._groups.popleft()
+        """One piece of the prompts of one group; groups take turns."""
+        while self._groups:
+            jobs = self._groups.popleft()
             wanted = [
                 Wanted(name, c.job.ask.prompt, c.job.ask.sampling, c.job.ask.seeds[c.number], c.job.ask.stops)
                 for name, c in self._choices.items()
-                if c.job in self._group
+                if c.job in jobs
             ]
-            if not wanted:
-                return
-            self._reading = opening(self._lm, wanted)
+            if wanted:
+                self._readings.append(_Reading(jobs, opening(self._lm, wanted, self._sizer)))
+        self._leave()
+        if not self._readings:
+            return
+        group = self._readings.popleft()
         try:
-            next(self._reading)
-        except StopIteration as end:
-            self._reading = None
-            self._welcome(*end.value)
+            with self.piece():
+                begun = group.advance()
         except Exception as error:
-            self._reading = None
-            if len(self._group) == 1:
-                self.end(self._group[0], error)
+            if len(group.jobs) == 1:
+                self.end(group.jobs[0], error)
             else:  # one of them it was: apart, the others do not suffer for it
-                self._groups.extendleft([job] for job in reversed(self._group))
+                self._groups.extendleft([job] for job in reversed(group.jobs))
+        else:
+            if begun is None:
+                self._readings.append(group)
+            else:
+                self._welcome(*begun)
+
+    def _leave(self) -> None:
+        """Stop reading prompts whose requests have all ended."""
+        running = {choice.job for choice in self._choices.values()}
+        for group in [r for r in self._readings if running.isdisjoint(r.jobs)]:
+            self._readings.remove(group)
+            group.pieces.close()
 
     def _welcome(self, answers: list[AnswerInProgress], batch: Batch) -> None:
         """Prompts were read: tell so, and let their sequences join the batch."""

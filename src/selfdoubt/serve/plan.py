@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from selfdoubt.errors import ConfigError
+from selfdoubt.errors import ConfigError, PromptError
 from selfdoubt.lm.model import RiskAwareLM
 from selfdoubt.lm.options import Options
 from selfdoubt.lm.prompt import Prompt
@@ -57,6 +57,7 @@ def plan(request: ChatRequest | CompletionRequest, settings: Settings, limits: L
     Raises:
         RequestError: If the model is not this one, or the risk is asked of a server that tells none.
         ConfigError: If options contradict each other or the limits.
+        PromptError: If the question is beyond the limits.
     """
     check_model(request.model, settings)
     chat = isinstance(request, ChatRequest)
@@ -64,14 +65,15 @@ def plan(request: ChatRequest | CompletionRequest, settings: Settings, limits: L
         alternatives, logprobs = request.top_logprobs or 0, bool(request.logprobs)
         if request.top_logprobs is not None and not logprobs:
             raise ConfigError("top_logprobs needs logprobs: true")
-        questions: Any = [chat_of(request.messages)]
+        questions: Any = [chat_of(request.messages, limits)]
     else:
         alternatives, logprobs = request.logprobs or 0, request.logprobs is not None
         if request.best_of not in (None, request.n or 1):
             raise ConfigError("best_of is not supported other than n; ask for n answers and take the least risky")
-        questions = [p if isinstance(p, str) else _prompt_of(lm, p) for p in request.prompts]
-        if len(questions) > limits.queue:
-            raise ConfigError(f"a request may hold {limits.queue} prompts at most, got {len(questions)}")
+        most = min(limits.prompts, limits.queue)
+        if len(request.prompts) > most:
+            raise ConfigError(f"a request may have {most} prompts at most here, got {len(request.prompts)}")
+        questions = [p if isinstance(p, str) else _prompt_of(lm, p, limits) for p in request.prompts]
     if request.stream_options is not None and not request.stream:
         raise ConfigError("stream_options needs stream: true")
     options: Options = {
@@ -96,8 +98,17 @@ def plan(request: ChatRequest | CompletionRequest, settings: Settings, limits: L
     )
 
 
-def chat_of(messages: Sequence[Message]) -> list[dict[str, str]]:
-    """Messages for the chat template."""
+def chat_of(messages: Sequence[Message], limits: Limits) -> list[dict[str, str]]:
+    """Messages for the chat template.
+
+    Raises:
+        PromptError: If there are too many, or one has too many parts.
+    """
+    if len(messages) > limits.messages:
+        raise PromptError(f"a chat may have {limits.messages} messages at most here, got {len(messages)}; drop some")
+    parts = max(1 if isinstance(m.content, str) else len(m.content) for m in messages)
+    if parts > limits.parts:
+        raise PromptError(f"a message may have {limits.parts} parts at most here, got {parts}; join some")
     return [{"role": "system" if m.role == "developer" else m.role, "content": m.text} for m in messages]
 
 
@@ -142,6 +153,9 @@ def withholds(lm: RiskAwareLM) -> bool:
     return lm.calibration is not None and lm.calibration.threshold is not None
 
 
-def _prompt_of(lm: RiskAwareLM, ids: list[int]) -> Prompt:
+def _prompt_of(lm: RiskAwareLM, ids: list[int], limits: Limits) -> Prompt:
+    longest = limits.longest(lm.context)
+    if len(ids) > longest:
+        raise PromptError(f"a prompt must have between 1 and {longest} tokens, got {len(ids)}; shorten it")
     special = set(lm.tokenizer.all_special_ids)
     return Prompt(ids, [i not in special for i in ids])

@@ -12,12 +12,14 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any, TypeVar, Unpack
 
 from selfdoubt.errors import BusyError, EngineError, require
+from selfdoubt.lm.answer import Answer
+from selfdoubt.lm.given import Given
 from selfdoubt.lm.model import Question, RiskAwareLM
 from selfdoubt.lm.options import Options
 from selfdoubt.lm.prompt import Prompt
@@ -59,6 +61,11 @@ class Replica:
     async def call(self, work: Callable[[RiskAwareLM], T]) -> T:
         """Let the engine do something else with the model."""
         return await asyncio.wrap_future(self._engine.call(work))
+
+    async def score(self, given: Sequence[Given]) -> list[Answer]:
+        """Score texts; whoever cancels this ends the work."""
+        found = await asyncio.wrap_future(self._engine.score(given))
+        return [replace(answer, states=None) for answer in found]
 
     async def describe(self) -> RiskAwareLM:
         """The model without its weights."""
@@ -142,37 +149,67 @@ class Replicas:
         **options: Unpack[Options],
     ) -> Job:
         """See ``Engine.ask``."""
+        self.limits.check(question, self.lm.context)
         return self.submit(to_ask(self.lm, question, n, alternatives, client, timeout, options))
 
     def submit(self, ask: Ask) -> Job:
         """See ``Engine.submit``."""
         job = Job(self.limits.checked(ask, self.lm.context, self.lm.vocabulary))
         with self._lock:
-            if self._closing:
-                raise EngineError("the server is closing")
-            if len(self._jobs) >= self.limits.queue * 8:  # the replicas have limits of their own, far below
-                raise BusyError(f"{len(self._jobs)} requests are on their way already; try again later")
+            self.check_room()
             self._jobs.add(job)
         threading.Thread(target=self._carry, args=(job,), name="selfdoubt-job", daemon=True).start()
         return job
 
+    def check_room(self) -> None:
+        """See ``Engine.check_room``."""
+        if self._closing:
+            raise EngineError("the server is closing")
+        if len(self._jobs) >= self.limits.queue * 8:  # the replicas have limits of their own, far below
+            raise BusyError(f"{len(self._jobs)} requests are on their way already; try again later")
+
     def call(self, work: Callable[[RiskAwareLM], T]) -> Future[T]:
         """See ``Engine.call``; ``work`` travels to a replica."""
+        return self._elsewhere(self._handle.call, work)
 
-        def on_any() -> T:
+    def score(self, given: Sequence[Given]) -> Future[list[Answer]]:
+        """See ``Engine.score``."""
+        self.limits.check_given(given, self.lm.context)
+        return self._elsewhere(self._handle.score, given)
+
+    def _elsewhere(self, method: Any, argument: Any) -> Future[Any]:
+        """Have a replica do something; cancelling the future cancels it there, too."""
+        future: Future[Any] = Future()
+
+        def on_any() -> Any:
             for _ in range(TRIES):
+                if future.cancelled():
+                    return None
+                response = method.remote(argument)
+                future.add_done_callback(lambda done, own=response: own.cancel() if done.cancelled() else None)
                 try:
-                    found: T = self._handle.call.remote(work).result()
-                    return found
+                    return response.result()
                 except ray.exceptions.RayActorError:
                     continue
                 except ray.exceptions.RayTaskError as error:
                     raise error.cause from None
             raise _gone()
 
+        def carry() -> None:
+            try:
+                outcome, failure = on_any(), None
+            except BaseException as error:
+                outcome, failure = None, error
+            if future.set_running_or_notify_cancel():
+                if failure is None:
+                    future.set_result(outcome)
+                else:
+                    future.set_exception(failure)
+
         if self._closing:
             raise EngineError("the server is closing")
-        return self._callers.submit(on_any)
+        self._callers.submit(carry)
+        return future
 
     def close(self, patience: float = 30.0) -> None:
         """See ``Engine.close``; the replicas themselves are Ray's to end."""

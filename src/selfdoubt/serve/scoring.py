@@ -4,40 +4,50 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
-from selfdoubt.errors import BusyError, ConfigError, DeadlineError, PromptError
+from selfdoubt.errors import BusyError, ConfigError, DeadlineError
 from selfdoubt.lm.answer import Answer
+from selfdoubt.lm.given import Given, encode_given
 from selfdoubt.lm.model import Question, RiskAwareLM
 from selfdoubt.serve import risks
 from selfdoubt.serve.desk import Desk
+from selfdoubt.serve.encoders import Encoders, total_size
 from selfdoubt.serve.plan import chat_of
 from selfdoubt.serve.wire import ScoreItem
 
-#: Texts, and characters of them, that are scored between two tokens of other answers.
+#: Texts, and characters of them, that are scored side by side.
 PIECE, CHARACTERS = 4, 2000
 Pair = tuple[Question | None, str]
 
 
 class Scorer:
-    """Scores for all who ask, one piece after the other; at most ``limits.queue`` requests wait."""
+    """Scores for all who ask; at most ``limits.queue`` requests wait.
 
-    def __init__(self, engine: Desk) -> None:
-        self._engine = engine
-        self._turn = asyncio.Lock()
+    Args:
+        engine: Who scores.
+        encoders: Who turns texts into token ids.
+    """
+
+    def __init__(self, engine: Desk, encoders: Encoders) -> None:
+        self._engine, self._encoders = engine, encoders
         self._waiting = 0
 
-    async def score(self, items: Sequence[ScoreItem], *, raw: bool, timeout: float) -> list[dict[str, Any]]:
-        """One ``shapes.Score`` an item.
+    async def score(self, items: Sequence[ScoreItem], *, raw: bool, timeout: float) -> list[Answer]:
+        """Score each item. Whoever is cancelled meanwhile, or has run out of time, ends the work.
 
         Raises:
             BusyError: If too many wait already.
             DeadlineError: If the time is over.
             EngineError: If the engine has failed or is closing.
             PromptError: If a text is empty or too long.
-            ConfigError: If an item has a question and messages.
+            ConfigError: If there are too many items, or one has a question and messages.
         """
-        pairs = [_pair(item) for item in items]
+        if len(items) > self._engine.limits.texts:
+            most = self._engine.limits.texts
+            raise ConfigError(f"a request may have {most} texts to score at most here, got {len(items)}; send several")
+        pairs = [self._pair(item) for item in items]
         if self._waiting >= self._engine.limits.queue:
             raise BusyError(f"{self._waiting} requests to score are waiting already; try again in a moment")
         self._waiting += 1
@@ -45,25 +55,24 @@ class Scorer:
             async with asyncio.timeout(timeout):
                 found: list[Answer] = []
                 for piece in pieces(pairs):
-                    found += await self._piece(piece, raw)
+                    work = partial(encode_given, self._engine.lm.tokenizer, piece, raw=raw)
+                    given: list[Given] = await self._encoders.run(work, total_size(piece))
+                    found += await asyncio.wrap_future(self._engine.score(given))
         except TimeoutError:
             raise DeadlineError(f"the request took longer than {timeout:g} s; score fewer texts at a time") from None
         finally:
             self._waiting -= 1
-        lm = self._engine.lm
-        return [of_given(lm, i, answer) for i, answer in enumerate(found)]
+        return found
 
-    async def _piece(self, piece: Sequence[Pair], raw: bool) -> list[Answer]:
-        most = self._engine.limits.prompt_tokens
-
-        def work(lm: RiskAwareLM) -> list[Answer]:
-            for _, text in piece:
-                if most is not None and len(lm.tokenizer(text)["input_ids"]) > most:
-                    raise PromptError(f"a text to score has more than {most} tokens")
-            return lm.score_batch(piece, raw=raw, alternatives=0)
-
-        async with self._turn:  # in turns: nobody's long list holds up the others' short ones
-            return await asyncio.wrap_future(self._engine.call(work))
+    def _pair(self, item: ScoreItem) -> Pair:
+        limits, context = self._engine.limits, self._engine.lm.context
+        if item.question is not None and item.messages is not None:
+            raise ConfigError("a text to score answers a question or messages, not both; give one of them")
+        question = item.question if item.messages is None else chat_of(item.messages, limits)
+        for text in (question, item.text):
+            if text is not None:
+                limits.check(text, context)
+        return question, item.text
 
 
 def pieces(pairs: Sequence[Pair]) -> Iterator[list[Pair]]:
@@ -71,7 +80,7 @@ def pieces(pairs: Sequence[Pair]) -> Iterator[list[Pair]]:
     piece: list[Pair] = []
     length = 0
     for pair in pairs:
-        size = len(pair[1]) + sum(map(len, _texts(pair[0])))
+        size = total_size([pair])
         if piece and (len(piece) == PIECE or length + size > CHARACTERS):
             yield piece
             piece, length = [], 0
@@ -96,17 +105,3 @@ def of_given(lm: RiskAwareLM, index: int, answer: Answer) -> dict[str, Any]:
         "question": risks.of_question(lm, answer.question),
         "question_tokens": [risks.of_token(lm, token) for token in answer.question],
     }
-
-
-def _texts(question: Question | None) -> list[str]:
-    if question is None:
-        return []
-    return [question] if isinstance(question, str) else [message["content"] for message in question]
-
-
-def _pair(item: ScoreItem) -> Pair:
-    if item.question is not None and item.messages is not None:
-        raise ConfigError("a text to score answers a question or messages, not both; give one of them")
-    if item.messages is not None:
-        return chat_of(item.messages), item.text
-    return item.question, item.text

@@ -25,14 +25,16 @@ class Waiting:
         """Behind the client's own others; a client that has none waits for one turn of each other."""
         self._clients.setdefault(job.ask.client, deque()).append(job)
 
-    def next(self) -> Job | None:
-        """The job whose turn it is; it stays."""
-        return next(iter(self), None)
+    def next(self, may: Callable[[Job], bool] = lambda _: True) -> Job | None:
+        """The job whose turn it is among those that may be taken now; it stays."""
+        return next(filter(may, self), None)
 
-    def take(self) -> Job:
-        """The job whose turn it is; then it is the next client's turn."""
-        client, jobs = next(iter(self._clients.items()))
-        job = jobs.popleft()
+    def take(self, job: Job | None = None) -> Job:
+        """Take out this job, or the one whose turn it is; then it is the next client's turn."""
+        job = job or next(iter(self))
+        client = job.ask.client
+        jobs = self._clients[client]
+        jobs.remove(job)
         if jobs:
             self._clients.move_to_end(client)
         else:

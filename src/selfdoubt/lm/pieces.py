@@ -1,0 +1,74 @@
+"""Sizes of the pieces in which prompts and texts are read, chosen so that each takes about a given time."""
+
+from __future__ import annotations
+
+import math
+
+#: Fewest tokens of a piece: below, the fixed cost of a pass outweighs what it reads.
+FEWEST = 16
+
+
+class PieceSizer:
+    """Chooses how much of a prompt or text is read at once, from the time that earlier pieces took.
+
+    A piece costs a fixed time and a time per token, which grows with the context. The fixed time is the shortest that
+    any piece took; the time per token is learnt apart for each doubling of the context. Sizes are powers of two, so
+    that a model meets few shapes.
+    """
+
+    def __init__(self) -> None:
+        self._seconds = 0.0
+        self._fixed = math.inf
+        self._rates: dict[int, float] = {}  # of the context's bit length: seconds per token
+        self._handed: list[tuple[int, int]] = []  # context and tokens of each piece since ``begin``
+
+    def begin(self, seconds: float) -> None:
+        """Say how long the next piece should take.
+
+        It may always take as long again as a pass costs anyway, however little it reads.
+        """
+        self._seconds = seconds
+        self._handed = []
+
+    def tokens(self, context: int) -> float:
+        """Return how many tokens, of all rows together, the next piece should read after so much context."""
+        if not self._rates:
+            return FEWEST
+        fixed = 0.0 if math.isinf(self._fixed) else self._fixed
+        place = context.bit_length()
+        below = [known for known in self._rates if known <= place]
+        rate = self._rates[max(below) if below else min(self._rates)]
+        return max(FEWEST, max(self._seconds - fixed, fixed) / rate)
+
+    def columns(self, rows: int, context: int, most: int) -> int:
+        """Choose the size of the next piece.
+
+        Args:
+            rows: Sequences times members.
+            context: Columns that were read before.
+            most: Columns that are left, or that memory allows.
+
+        Returns:
+            A number of columns between 1 and ``most``.
+        """
+        size = min(most, _power_of_two(self.tokens(context) / rows))
+        self._handed.append((context, rows * size))
+        return size
+
+    def learn(self, seconds: float) -> None:
+        """Take in how long the pieces took that were chosen since ``begin``."""
+        handed, self._handed = self._handed, []
+        if not handed:
+            return
+        known = 0.0 if math.isinf(self._fixed) else self._fixed
+        self._fixed = min(self._fixed, seconds / len(handed))
+        tokens = sum(size for _, size in handed)
+        rate = max(seconds - min(known, self._fixed) * len(handed), seconds / 4, 1e-9) / tokens
+        for place in {context.bit_length() for context, _ in handed}:
+            old = self._rates.get(place, rate)
+            self._rates[place] = max(rate, (old + rate) / 2)  # slower counts at once, quicker by and by
+
+
+def _power_of_two(value: float) -> int:
+    """Return the largest power of two up to ``value``; 1 for what is below."""
+    return 1 << (max(1, int(min(value, 2.0**40))).bit_length() - 1)
