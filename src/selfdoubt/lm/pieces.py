@@ -12,8 +12,8 @@ class PieceSizer:
     """Chooses how much of a prompt or text is read at once, from the time that earlier pieces took.
 
     A piece costs a fixed time and a time per token, which grows with the context. The fixed time is the shortest that
-    any piece took; the time per token is learnt apart for each doubling of the context. Sizes are powers of two, so
-    that a model meets few shapes.
+    any piece took; the time per token is learnt apart for each doubling of the context. Sizes are powers of two and one
+    and a half times such, so that a model meets few shapes.
     """
 
     def __init__(self) -> None:
@@ -51,7 +51,7 @@ class PieceSizer:
         Returns:
             A number of columns between 1 and ``most``.
         """
-        size = min(most, _power_of_two(self.tokens(context) / rows))
+        size = min(most, _rounded(self.tokens(context) / rows))
         self._handed.append((context, rows * size))
         return size
 
@@ -69,6 +69,8 @@ class PieceSizer:
             self._rates[place] = max(rate, (old + rate) / 2)  # slower counts at once, quicker by and by
 
 
-def _power_of_two(value: float) -> int:
-    """Return the largest power of two up to ``value``; 1 for what is below."""
-    return 1 << (max(1, int(min(value, 2.0**40))).bit_length() - 1)
+def _rounded(value: float) -> int:
+    """Return the largest of 1, 2, 3, 4, 6, 8, 12, 16, ... up to ``value``; 1 for what is below."""
+    whole = max(1, int(min(value, 2.0**40)))
+    power = 1 << (whole.bit_length() - 1)
+    return power + power // 2 if whole >= power + power // 2 else power

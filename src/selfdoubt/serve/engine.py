@@ -21,10 +21,11 @@ from selfdoubt.lm.model import Question, RiskAwareLM
 from selfdoubt.lm.options import Options
 from selfdoubt.lm.prompt import Prompt
 from selfdoubt.serve.errands import Errand, Errands
-from selfdoubt.serve.inflight import LONG, InFlight
+from selfdoubt.serve.inflight import InFlight
 from selfdoubt.serve.job import Ask, Job, to_ask
 from selfdoubt.serve.limits import Limits
 from selfdoubt.serve.meter import Meter, Silent
+from selfdoubt.serve.readings import LONG
 from selfdoubt.serve.waiting import Waiting
 
 T = TypeVar("T")

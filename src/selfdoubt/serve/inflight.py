@@ -9,10 +9,9 @@ import gc
 import itertools
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 
@@ -27,38 +26,13 @@ from selfdoubt.lm.stream import AnswerInProgress, Wanted, opening
 from selfdoubt.serve.job import Began, Ended, Grew, Job
 from selfdoubt.serve.limits import Limits
 from selfdoubt.serve.meter import Meter
+from selfdoubt.serve.readings import Pieces, Readings
 from selfdoubt.serve.waiting import Waiting
 
 #: Seconds from one token of a stream to the next that prompts and texts to score may cause, a step included.
 GAP = 0.2
 #: Seconds of a piece while no stream runs.
 ALONE = 0.5
-#: Groups of prompts that are read in turns, and the tokens of a long prompt. One place is kept for short ones.
-READINGS, LONG = 4, 512
-
-
-@dataclass(eq=False)
-class _Reading:
-    """Prompts that are being read side by side."""
-
-    jobs: list[Job]
-    pieces: Generator[None, None, tuple[list[AnswerInProgress], Batch]]
-
-    @property
-    def is_long(self) -> bool:
-        return any(map(_is_long, self.jobs))
-
-    def advance(self) -> tuple[list[AnswerInProgress], Batch] | None:
-        """Read one piece; the answers in the making and their batch after the last."""
-        try:
-            next(self.pieces)
-        except StopIteration as end:
-            return cast("tuple[list[AnswerInProgress], Batch]", end.value)
-        return None
-
-
-def _is_long(job: Job) -> bool:
-    return len(job.ask.prompt.ids) > LONG
 
 
 @dataclass(eq=False)
@@ -80,8 +54,7 @@ class InFlight:
         self.misfortunes = 0  #: requests in a row that failed in the model
         self._lm, self._limits, self._meter = lm, limits, meter
         self._choices: dict[int, _Choice] = {}
-        self._groups: deque[list[Job]] = deque()  # let in, and not read yet; each is read side by side
-        self._readings: deque[_Reading] = deque()  # they take turns
+        self._readings = Readings()
         self._sizer = PieceSizer()
         self._clock = clock
         self._step_took = 0.0  # seconds
@@ -125,7 +98,7 @@ class InFlight:
     @property
     def is_reading(self) -> bool:
         """Whether a prompt is not read to its end."""
-        return bool(self._readings or self._groups)
+        return bool(self._readings)
 
     @contextmanager
     def piece(self) -> Iterator[PieceSizer]:
@@ -142,21 +115,19 @@ class InFlight:
 
     def admit(self, waiting: Waiting) -> list[Job]:
         """Let in as many as there is room for, and as are read well side by side; the rest keeps its order."""
-        if self._groups or len(self._readings) >= READINGS or (self._choices and not self._joins):
+        if self._readings.is_full or (self._choices and not self._joins):
             return []
         found: list[Job] = []
         # Beside a stream, no more prompts at once than leave each piece some columns of each.
         most = float("inf") if self._batch is None else max(1, self._sizer.tokens(0) // (4 * self._members))
-        while len(found) < most and (job := waiting.next(self._may_read)) is not None and self._fits(found, job):
+        while (
+            len(found) < most and (job := waiting.next(self._readings.has_place)) is not None and self._fits(found, job)
+        ):
             found.append(waiting.take(job))
         for job in found:
             for number in range(len(job.ask.seeds)):
                 self._choices[next(self._names)] = _Choice(job, number)
         return found
-
-    def _may_read(self, job: Job) -> bool:
-        """Whether long prompts leave a place to this one: a short one never waits for all of a long one."""
-        return not _is_long(job) or sum(group.is_long for group in self._readings) < READINGS - 1
 
     def _fits(self, others: Sequence[Job], job: Job) -> bool:
         lengths = [len(other.ask.prompt.ids) for other in (*others, job)]
@@ -170,7 +141,7 @@ class InFlight:
     def work(self, newcomers: list[Job], *, reads: bool = True) -> None:
         """Read one piece of prompts, unless ``reads`` is False, and choose one token for every sequence."""
         if newcomers:
-            self._groups.append(newcomers)
+            self._readings.add(newcomers)
         for job in {choice.job for choice in self._choices.values() if self.is_over(choice.job)}:
             self.end(job)
         if reads:
@@ -206,7 +177,6 @@ class InFlight:
             self.end(job, error)
         self._batch = None
         self._readings.clear()
-        self._groups.clear()
         self._parked.clear()
 
     def _finish(self, job: Job, error: BaseException | None = None) -> None:
@@ -216,40 +186,32 @@ class InFlight:
         job.end(error)
 
     def _read(self) -> None:
-        """One piece of the prompts of one group; groups take turns."""
-        while self._groups:
-            jobs = self._groups.popleft()
-            wanted = [
-                Wanted(name, c.job.ask.prompt, c.job.ask.sampling, c.job.ask.seeds[c.number], c.job.ask.stops)
-                for name, c in self._choices.items()
-                if c.job in jobs
-            ]
-            if wanted:
-                self._readings.append(_Reading(jobs, opening(self._lm, wanted, self._sizer)))
-        self._leave()
-        if not self._readings:
+        """One piece of the prompts of one group."""
+        running = {choice.job for choice in self._choices.values()}
+        group = self._readings.next(self._begin, running.__contains__)
+        if group is None:
             return
-        group = self._readings.popleft()
         try:
             with self.piece():
-                begun = group.advance()
+                opened = group.advance()
         except Exception as error:
             if len(group.jobs) == 1:
                 self.end(group.jobs[0], error)
             else:  # one of them it was: apart, the others do not suffer for it
-                self._groups.extendleft([job] for job in reversed(group.jobs))
+                self._readings.add_apart(group.jobs)
+            return
+        if opened is None:
+            self._readings.put_back(group)
         else:
-            if begun is None:
-                self._readings.append(group)
-            else:
-                self._welcome(*begun)
+            self._welcome(*opened)
 
-    def _leave(self) -> None:
-        """Stop reading prompts whose requests have all ended."""
-        running = {choice.job for choice in self._choices.values()}
-        for group in [r for r in self._readings if running.isdisjoint(r.jobs)]:
-            self._readings.remove(group)
-            group.pieces.close()
+    def _begin(self, jobs: Sequence[Job]) -> Pieces | None:
+        wanted = [
+            Wanted(name, c.job.ask.prompt, c.job.ask.sampling, c.job.ask.seeds[c.number], c.job.ask.stops)
+            for name, c in self._choices.items()
+            if c.job in jobs
+        ]
+        return opening(self._lm, wanted, self._sizer) if wanted else None
 
     def _welcome(self, answers: list[AnswerInProgress], batch: Batch) -> None:
         """Prompts were read: tell so, and let their sequences join the batch."""
