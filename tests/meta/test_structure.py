@@ -123,6 +123,7 @@ WEB = {
         "metrics",
         "openapi",
         "run",
+        "connections",
         "chat.page",
     )
 }

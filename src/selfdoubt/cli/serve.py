@@ -80,6 +80,15 @@ def serve(
     ] = None,
     replica_gpus: Annotated[float, typer.Option(help="GPUs that each replica needs.", min=0)] = 0.0,
     body_bytes: Annotated[int, typer.Option(help="Longest body of a request.")] = _SETTINGS.body_bytes,
+    connections: Annotated[
+        int, typer.Option(help="Most connections; beyond, the one that has waited longest without a request goes.")
+    ] = _SETTINGS.connections,
+    header_seconds: Annotated[
+        float, typer.Option(help="Seconds in which the head of a request must be complete.")
+    ] = _SETTINGS.header_seconds,
+    idle_seconds: Annotated[
+        float, typer.Option(help="Seconds that a connection stays open without a further request.")
+    ] = _SETTINGS.idle_seconds,
     drain: Annotated[float, typer.Option(help="Seconds that running requests get after SIGTERM.")] = 30.0,
     cors: Annotated[
         list[str] | None, typer.Option(help="A web page's origin that may ask from a browser, or *.", metavar="ORIGIN")
@@ -104,6 +113,9 @@ def serve(
         origins=tuple(cors or ()),
         hosts=tuple(allow_host or ()),
         body_bytes=body_bytes,
+        connections=connections,
+        header_seconds=header_seconds,
+        idle_seconds=idle_seconds,
         log_requests=log_requests or log_prompts,
         log_prompts=log_prompts,
     )
@@ -132,7 +144,7 @@ def serve(
         own.close()  # Ray's proxies listen there
         cluster.run(
             cluster.application(load, limits, settings, where, drain, ui=ui), where, address[0], address[1],
-            started=lambda: print(f"{line}, {replicas} replicas", flush=True),
+            started=lambda: print(f"{line}, {replicas} replicas", flush=True), idle=idle_seconds,
         )  # fmt: skip
         return 0
     lm = load()
@@ -150,7 +162,10 @@ def serve(
         logging.getLogger("selfdoubt.serve").setLevel(logging.INFO)
     engine.start(wait=True)
     begun = partial(print, line, flush=True)
-    return 0 if run(app, own, engine, drain=drain, started=begun, active=lambda: metrics.active) else 1
+    ended = run(
+        app, own, engine, drain=drain, started=begun, active=lambda: metrics.active, settings=settings
+    )  # fmt: skip
+    return 0 if ended else 1
 
 
 def _load(threads: int | None, *model: Any) -> RiskAwareLM:

@@ -6,6 +6,7 @@ This file needs the extra ``ray``; import it where it is used.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import signal
 import socket
@@ -89,7 +90,9 @@ def application(
     ).bind(engine)
 
 
-def run(application: Any, cluster: Cluster, host: str, port: int, *, started: Callable[[], object]) -> None:
+def run(
+    application: Any, cluster: Cluster, host: str, port: int, *, started: Callable[[], object], idle: float = 75.0
+) -> None:
     """Serve until SIGTERM or SIGINT comes; running requests are finished.
 
     Args:
@@ -98,6 +101,7 @@ def run(application: Any, cluster: Cluster, host: str, port: int, *, started: Ca
         host: Where Ray's proxies listen, on every machine of the cluster.
         port: The same.
         started: Called when requests are taken.
+        idle: Seconds that Ray's proxies keep a connection without a further request.
 
     Raises:
         EngineError: If no cluster answers, or the replicas do not start.
@@ -131,7 +135,8 @@ def run(application: Any, cluster: Cluster, host: str, port: int, *, started: Ca
     quiet = {"log_level": "ERROR", "enable_access_log": False}
     try:
         _has_room(cluster)
-        serve.start(proxy_location="EveryNode", http_options={"host": host, "port": port}, logging_config=quiet)
+        http = {"host": host, "port": port, "keep_alive_timeout_s": math.ceil(idle)}
+        serve.start(proxy_location="EveryNode", http_options=http, logging_config=quiet)
         try:
             _deploy(application, quiet)
             up = True

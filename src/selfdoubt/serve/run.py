@@ -5,17 +5,21 @@ from __future__ import annotations
 import asyncio
 import errno
 import ipaddress
+import math
 import socket
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from types import FrameType
 from typing import Any
 
 import uvicorn
 
 from selfdoubt.errors import ConfigError
+from selfdoubt.serve.connections import HEAD_BYTES, Guard, Guarded
 from selfdoubt.serve.desk import Desk
+from selfdoubt.serve.settings import Settings
 
 #: How a server that others may reach is started.
 _ADVICE = "give one with --api-key (or SELFDOUBT_API_KEY), or bind to this machine only with --host 127.0.0.1"
@@ -132,6 +136,7 @@ def run(
     drain: float,
     started: Callable[[], object],
     active: Callable[[], int] = lambda: 0,
+    settings: Settings | None = None,
 ) -> bool:
     """Serve until a signal comes; whether it could end in peace.
 
@@ -142,10 +147,14 @@ def run(
         drain: Seconds that running requests get at the end.
         started: Called when requests are taken.
         active: How many requests are not answered to their last byte, as far as anybody counts.
+        settings: How many connections there may be, and for how long.
     """
+    settings = settings or Settings()
+    protocol: Any = partial(Guarded, guard=Guard(settings))
     config = uvicorn.Config(
         app, log_config=None, log_level="critical", access_log=False, server_header=False, ws="none", lifespan="on",
-        timeout_graceful_shutdown=_LAST,
+        timeout_graceful_shutdown=_LAST, http=protocol, timeout_keep_alive=math.ceil(settings.idle_seconds),
+        h11_max_incomplete_event_size=HEAD_BYTES,
     )  # fmt: skip
     server = Server(config, engine, active, drain, started)
     server.run(sockets=[own])

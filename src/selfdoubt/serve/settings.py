@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -25,6 +26,9 @@ class Settings:
         hosts: Names under which the server may be addressed while there are no keys, besides those of this machine.
         body_bytes: Longest body of a request.
         depth: Deepest nesting of a request's JSON.
+        connections: Most connections that are open at once.
+        header_seconds: Seconds in which the head of a request must be complete.
+        idle_seconds: Seconds that a connection stays open after an answer without a further request.
         log_requests: One line a request, without what was asked.
         log_prompts: What was asked, too.
 
@@ -42,6 +46,9 @@ class Settings:
     hosts: tuple[str, ...] = ()
     body_bytes: int = 1 << 20
     depth: int = 32
+    connections: int = 512
+    header_seconds: float = 10.0
+    idle_seconds: float = 75.0
     log_requests: bool = False
     log_prompts: bool = False
 
@@ -50,9 +57,12 @@ class Settings:
             raise ConfigError(f"the model's name must be printable text, got {self.name!r}; give one with --name")
         if not 0 <= self.temperature <= 2:
             raise ConfigError(f"the temperature must be between 0 and 2, got {self.temperature}")
-        for name in ("max_tokens", "body_bytes", "depth"):
+        for name in ("max_tokens", "body_bytes", "depth", "connections"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("header_seconds", "idle_seconds"):
+            if not (getattr(self, name) > 0 and math.isfinite(getattr(self, name))):
+                raise ConfigError(f"{name} must be a number of seconds above 0, got {getattr(self, name)}")
         for number, key in enumerate(self.keys, 1):
             if not key or not key.isascii() or not key.isprintable() or " " in key:
                 raise ConfigError(f"key {number} is no key: it must be ASCII without spaces")  # never shown
