@@ -17,6 +17,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -81,7 +82,7 @@ async def measure(url: str, heavy: str, text: str, seconds: float) -> results.Ro
         for task in others:
             task.cancel()
         await asyncio.gather(*others, return_exceptions=True)
-    pairs = list(zip(arrivals, arrivals[1:], strict=False))
+    pairs = list(pairwise(arrivals))
     gaps = sorted(b - a for a, b in pairs if b > began and a < ended)
     before = sorted(b - a for a, b in pairs if b <= began)
     latencies = sorted(took for start, took in chats if start + took > began and start < ended)

@@ -15,7 +15,7 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any, Protocol, runtime_checkable
 
 from selfdoubt.serve import bodies
-from selfdoubt.serve.faults import INVALID, RequestError, fault_of
+from selfdoubt.serve.faults import INVALID, RequestError, fault_of, shortened
 from selfdoubt.serve.settings import Settings
 
 log = logging.getLogger("selfdoubt.serve")
@@ -88,7 +88,7 @@ class Access:
             else:
                 await self.app(scope, receive, sending)
         except Exception as error:
-            log.exception("%s %r failed", scope["method"], scope["path"])
+            log.exception("%s %r failed", scope["method"], shortened(scope["path"]))
             if started:
                 raise
             await _refuse(sending, fault_of(error))
@@ -97,7 +97,7 @@ class Access:
             self.metrics.answered(scope["path"], status, took)
             if self.settings.log_requests:
                 peer = (scope.get("client") or ("-",))[0]
-                log.info("%s %s %r %s %.3fs", peer, scope["method"], scope["path"], status, took)
+                log.info("%s %s %r %s %.3fs", peer, scope["method"], shortened(scope["path"]), status, took)
 
     def _client(self, scope: Message) -> str:
         """Who asks: those of one key, or of one address, take turns with others."""

@@ -9,6 +9,22 @@ from typing import Any
 from selfdoubt.errors import BusyError, ConfigError, DeadlineError, EngineError, NonFiniteError, PromptError
 
 INVALID, SERVER = "invalid_request_error", "server_error"
+#: Most characters of an error's message, and of the name of a field in it: they may repeat what was sent.
+MESSAGE, FIELD = 400, 100
+
+
+def shortened(text: str, most: int = MESSAGE) -> str:
+    """Return a text in one line of at most so many characters.
+
+    What is too much is cut from the middle: the beginning says what was wanted, and the end how to repair it.
+    """
+    if len(text) > 8 * most:
+        text = text[: 4 * most] + text[-4 * most :]
+    text = " ".join(text.split())
+    if len(text) <= most:
+        return text
+    end = most // 3
+    return f"{text[: most - end - 5]} ... {text[-end:]}"
 
 
 class RequestError(Exception):
@@ -16,7 +32,7 @@ class RequestError(Exception):
 
     Args:
         status: HTTP status.
-        message: One line for a person.
+        message: One line for a person; a long one is shortened.
         kind: OpenAI's ``type``.
         param: The part of the request that is wrong.
         code: A word for programs.
@@ -33,9 +49,11 @@ class RequestError(Exception):
         code: str | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> None:
+        message = shortened(message)
         super().__init__(message)
-        self.status, self.message, self.kind = status, " ".join(message.split()), kind
-        self.param, self.code, self.headers = param, code, dict(headers or {})
+        self.status, self.message, self.kind = status, message, kind
+        self.param = None if param is None else shortened(param, FIELD)
+        self.code, self.headers = code, dict(headers or {})
 
     @property
     def body(self) -> dict[str, Any]:

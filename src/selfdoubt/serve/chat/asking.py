@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from functools import partial
 
 from selfdoubt.serve.chat.conversation import Conversation, Take, Turn
 from selfdoubt.serve.desk import Desk
+from selfdoubt.serve.encoders import Encoders, size_of
 from selfdoubt.serve.job import Began, Grew, Job, Update
 
 #: Seconds between two looks at an answer that grows: quicker than an eye follows, slow enough for a page to keep up.
@@ -15,20 +17,30 @@ PERIOD = 0.04
 
 
 async def answer(
-    engine: Desk, conversation: Conversation, turn: Turn, *, client: str = "", period: float = PERIOD
+    engine: Desk,
+    conversation: Conversation,
+    turn: Turn,
+    *,
+    client: str = "",
+    period: float = PERIOD,
+    encoders: Encoders | None = None,
 ) -> AsyncGenerator[None]:
     """Fill the turn, the last of the conversation; yields whenever it has changed, and ends when it has ended.
+
+    ``encoders`` turn its question into token ids; None makes some for this turn.
 
     Raises:
         SelfdoubtError: What the engine says against it.
     """
     width = turn.settings.candidates if turn.way == "candidates" else 1
     rounds = turn.settings.tries if turn.way == "until" else 1
+    encoders, own = encoders or Encoders(1), encoders is None
     halted = conversation.halted  # this turn's own: the next one gets another
     try:
         for i in range(rounds):
             first = turn.settings.seed + i
-            job = engine.ask(
+            ask = partial(
+                engine.ask,
                 turn.messages,
                 n=width,
                 client=client,
@@ -36,6 +48,7 @@ async def answer(
                 max_tokens=turn.settings.max_tokens,
                 seed=first,
             )
+            job = await encoders.run(ask, size_of(turn.messages), undo=Job.cancel)
             conversation.job = job
             place = len(turn.takes)
             turn.takes += [Take(first + j) for j in range(width)]
@@ -48,6 +61,8 @@ async def answer(
                 break
         turn.state = "stopped" if halted.is_set() else "done"
     finally:
+        if own:
+            encoders.close()
         if conversation.halted is halted:
             conversation.job = None
         if turn.state == "running":

@@ -29,6 +29,8 @@ from selfdoubt.serve.chat.asking import answer
 from selfdoubt.serve.chat.conversation import Conversation, Settings, Turn, Way, recommended
 from selfdoubt.serve.chat.turn_html import Shown, View
 from selfdoubt.serve.desk import Desk
+from selfdoubt.serve.encoders import Encoders
+from selfdoubt.serve.faults import shortened
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -81,6 +83,7 @@ class Page:
 
     def __init__(self, engine: Desk, model: str, max_tokens: int) -> None:
         self.engine = engine
+        self.encoders = Encoders(engine.limits.queue)
         self.model = model
         self.max_tokens = max_tokens
         self.calibration = engine.lm.calibration
@@ -212,7 +215,9 @@ class Page:
         view = View(turn, self.calibration)
         yield self._outputs(talk, [view.draw()], box)
         try:
-            async with aclosing(answer(self.engine, talk, turn, client=str(request.session_hash))) as news:
+            async with aclosing(
+                answer(self.engine, talk, turn, client=str(request.session_hash), encoders=self.encoders)
+            ) as news:
                 async for _ in news:
                     yield self._outputs(talk, [view.draw()])
         except Exception as error:
@@ -220,7 +225,7 @@ class Page:
             if not expected:
                 logging.getLogger(__name__).exception("an answer failed")
             old = talk.drop(turn)
-            talk.notice = " ".join(str(error).split()) if expected else "The model failed; the server's log says how."
+            talk.notice = shortened(str(error)) if expected else "The model failed; the server's log says how."
             yield self._outputs(talk, [View(t, self.calibration).draw() for t in old], back)
 
     def _outputs(self, talk: Conversation, turns: Sequence[Shown] = (), box: str | None = None) -> tuple[Any, ...]:

@@ -1,0 +1,249 @@
+"""How much a request may ask for, at every door, and that no refusal repeats all that was sent."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from selfdoubt.errors import BusyError, ConfigError, DeadlineError, EngineError, NonFiniteError, PromptError
+from selfdoubt.lm.prompt import Prompt
+from selfdoubt.members import innermost
+from selfdoubt.serve.encoders import SHORT, Encoders, size_of
+from selfdoubt.serve.engine import Engine
+from selfdoubt.serve.faults import FIELD, MESSAGE, RequestError, fault_of, shortened
+from selfdoubt.serve.limits import CHARACTERS, Limits
+from tests.unit.serve.test_app import CHAT, HELLO, TEXT, ask, fault, ok, slow
+
+LONG = "<script>" * 2500
+SCORE = "/v1/score"
+
+
+@pytest.fixture(scope="module")
+def small(serve, talker):
+    return serve(talker, Limits(answer_tokens=8, messages=3, parts=2, prompts=2, texts=3, stop_characters=10, stops=2))
+
+
+def user(content):
+    return {"role": "user", "content": content}
+
+
+def parts(number):
+    return [{"type": "text", "text": "a"}] * number
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "words"),
+    [
+        (CHAT, {"stop": "a" * 11}, "stop text may have 10 characters"),
+        (CHAT, {"stop": ["a", "b" * 11]}, "stop text may have 10 characters"),
+        (CHAT, {"stop": ["a", "b", "c"]}, "2 stop texts"),
+        (CHAT, {"messages": [user("a")] * 4}, "3 messages"),
+        (CHAT, {"messages": [user("a"), user(parts(3))]}, "2 parts"),
+        (CHAT, {"messages": [user("a " * 9000)]}, "characters"),
+        (CHAT, {"messages": [user("a " * 5000), user("b " * 5000)]}, "characters"),
+        (TEXT, {"prompt": ["a"] * 3}, "2 prompts"),
+        (TEXT, {"prompt": [[5]] * 3}, "2 prompts"),
+        (TEXT, {"prompt": "a " * 9000}, "characters"),
+        (TEXT, {"prompt": [5] * 9000}, "tokens, got 9000"),
+        (TEXT, {"prompt": "a", "stop": "a" * 11}, "stop text"),
+        (SCORE, {"input": [{"text": "a"}] * 4}, "3 texts"),
+        (SCORE, {"input": {"text": "a " * 9000}}, "characters"),
+        (SCORE, {"input": {"text": "a", "question": "a " * 9000}}, "characters"),
+        (SCORE, {"input": {"text": "a", "messages": [user("a")] * 4}}, "3 messages"),
+        (SCORE, {"input": {"text": "a", "messages": [user(parts(3))]}}, "2 parts"),
+        (SCORE, {"input": {"text": "a " * 300}}, "the model reads 256 at most"),
+    ],
+)
+def test_what_is_beyond_a_limit_is_refused_in_one_line(small, path, body, words):
+    found = fault(ask(small, path, **body), 400)["message"]
+    assert words in found
+    assert "\n" not in found
+    assert any(char.isdigit() for char in found)
+
+
+def test_what_is_within_the_limits_is_taken(small):
+    ok(small, CHAT, messages=[user("a"), user("b"), user(parts(2))], stop=["a" * 10, "b"], max_tokens=1)
+    ok(small, TEXT, prompt=["a", "b"], max_tokens=1)
+    ok(small, SCORE, input=[{"text": "a"}, {"text": "b"}, {"text": "c", "messages": [user("a")] * 3}])
+
+
+@pytest.mark.parametrize(
+    ("question", "options", "error"),
+    [
+        ([user("a")] * 4, {}, PromptError),
+        ("a" * 20_000, {}, PromptError),
+        ("a", {"stop": ["a" * 11]}, ConfigError),
+        ("a", {"stop": ["a", "b", "c"]}, ConfigError),
+    ],
+)
+def test_the_engine_itself_refuses_it_too(talker, question, options, error):
+    """The page and the replicas come in by this door."""
+    limits = Limits(messages=3, stops=2, stop_characters=10)
+    with pytest.raises(error, match="at most here"):
+        Engine(talker, limits).ask(question, **options)
+
+
+@given(st.integers(1, 3000), st.integers(1, 3000), st.integers(1, 3000))
+def test_nothing_that_fits_is_refused_for_its_characters(tokens, context, batch_tokens):
+    """No token of any vocabulary in use is as long as what counts for one here, but for runs of spaces."""
+    limits = Limits(prompt_tokens=tokens, batch_tokens=batch_tokens)
+    most = min(tokens, context, batch_tokens)
+    limits.check("a" * CHARACTERS * most, context + 1)
+    with pytest.raises(PromptError, match=f"got {CHARACTERS * most + 1}; shorten it"):
+        limits.check("a" * (CHARACTERS * most + 1), context + 1)
+
+
+@pytest.mark.parametrize("name", ["stops", "stop_characters", "messages", "parts", "prompts", "texts"])
+def test_every_limit_is_at_least_one(name):
+    with pytest.raises(ConfigError, match=f"{name} must be at least 1, got 0"):
+        Limits(**{name: 0})
+
+
+@given(st.text(max_size=5000), st.integers(10, 400))
+def test_a_text_is_shortened_in_its_middle(text, most):
+    found = shortened(text, most)
+    assert len(found) <= most
+    assert found == " ".join(found.split())
+    if len(text) <= most:
+        assert found == " ".join(text.split())
+    else:
+        assert found.startswith(" ".join(text.split())[: most // 3].rstrip()[: most // 4])
+
+
+@pytest.mark.parametrize(
+    "kind", [BusyError, DeadlineError, EngineError, PromptError, ConfigError, NonFiniteError, RuntimeError]
+)
+def test_no_error_repeats_all_of_a_long_text(kind):
+    message = f"wanted {LONG}; shorten it"
+    body = fault_of(kind(message)).body["error"]
+    assert len(body["message"]) <= MESSAGE
+    if kind is not RuntimeError:
+        assert body["message"].startswith("wanted <script>")
+        assert body["message"].endswith("; shorten it")
+    assert len(RequestError(400, message, param=LONG).body["error"]["param"]) <= FIELD
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        (CHAT, {"model": LONG}),
+        (CHAT, {LONG: 1}),
+        (CHAT, {"messages": [{"role": LONG, "content": "a"}]}),
+        (CHAT, {"messages": [user([{"type": LONG, "text": "a"}])]}),
+        (CHAT, {"messages": [{**user("a"), LONG: 1}]}),
+        (CHAT, {"reasoning_effort": LONG}),
+        (CHAT, {"temperature": LONG}),
+        (CHAT, {"stop": {LONG: LONG}}),
+        (CHAT, {"max_tokens": 10**3000}),
+        (CHAT, {"tool_choice": LONG}),
+        (TEXT, {"prompt": "a", "suffix": LONG}),
+        (TEXT, {"prompt": {LONG: 1}}),
+        (SCORE, {"input": {"text": "a", LONG: LONG}}),
+        (SCORE, {"input": [LONG]}),
+        (SCORE, {"model": LONG, "input": {"text": "a"}}),
+    ],
+)
+def test_no_refusal_repeats_all_that_was_sent(small, path, body):
+    reply = small.post(path, json={"messages": HELLO, **body} if path == CHAT else body)
+    assert reply.status_code in (400, 404)
+    assert len(reply.content) < 2 * (MESSAGE + FIELD)
+    assert "\n" not in reply.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("path", ["/v1/models/" + "x" * 20_000, "/" + "x" * 20_000])
+def test_no_path_is_repeated_either(small, serve, talker, caplog, path):
+    logging = serve(talker, log_requests=True)
+    with caplog.at_level("INFO", logger="selfdoubt.serve"):
+        for client in (small, logging):
+            assert len(client.get(path).content) < 2 * MESSAGE
+    assert "404" in caplog.text
+    assert max(len(record.getMessage()) for record in caplog.records if record.name == "selfdoubt.serve") < 2 * MESSAGE
+
+
+def test_a_full_queue_is_said_without_a_question(talker, monkeypatch):
+    engine = Engine(talker, Limits(queue=1))
+    monkeypatch.setattr(Engine, "_check_open", lambda self: None)  # its thread does not run: whoever comes waits
+    engine.check_room()
+    engine.ask("What?", max_tokens=2)
+    with pytest.raises(BusyError, match="1 requests are waiting already"):
+        engine.check_room()
+
+
+def test_a_long_text_holds_up_no_short_one_and_too_many_are_refused():
+    async def crowd():
+        encoders, gate = Encoders(3), threading.Event()
+        try:
+            long = [asyncio.create_task(encoders.run(lambda: gate.wait(30), SHORT + 1)) for _ in range(2)]
+            await asyncio.sleep(0)
+            assert await asyncio.wait_for(encoders.run(lambda: "short", SHORT), 20) == "short"
+            long.append(asyncio.create_task(encoders.run(lambda: gate.wait(30), SHORT + 1)))
+            await asyncio.sleep(0)
+            with pytest.raises(BusyError, match="3 requests wait to be read already"):
+                await encoders.run(lambda: "one too many", 1)
+            gate.set()
+            assert all(await asyncio.gather(*long))
+            assert await encoders.run(lambda: "again", 1) == "again"
+            with pytest.raises(ZeroDivisionError):
+                await encoders.run(lambda: 1 / 0, 1)
+        finally:
+            gate.set()
+            encoders.close()
+
+    asyncio.run(crowd())
+
+
+def test_what_was_encoded_for_somebody_who_went_away_is_undone():
+    async def go_away():
+        encoders, began, gate, undone = Encoders(2), threading.Event(), threading.Event(), []
+
+        def work():
+            began.set()
+            gate.wait(30)
+            return "outcome"
+
+        task = asyncio.create_task(encoders.run(work, 1, undone.append))
+        waiting = asyncio.create_task(encoders.run(lambda: "never", 1, undone.append))
+        await asyncio.to_thread(began.wait, 30)
+        for each in (task, waiting):
+            each.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await each
+        gate.set()
+        assert await encoders.run(lambda: "again", 1) == "again"  # behind the first, in the same thread
+        encoders.close()
+        return undone
+
+    assert asyncio.run(go_away()) == ["outcome"]
+
+
+def test_the_size_of_a_chat_counts_its_messages():
+    assert size_of("abc") == 3
+    assert size_of(None) == size_of(Prompt([1], [True])) == 0
+    assert size_of([user("a")] * 200) > SHORT
+
+
+def test_a_score_whose_time_is_over_ends(serve, talker):
+    """The engine has nothing left to do soon after a 504."""
+    client = serve(talker, Limits())
+    engine = client.app.state.house.engine
+    item = {"text": "Paris. " * 60}
+    passes = []
+    handle = innermost(talker.model).register_forward_pre_hook(lambda *_: passes.append(1))
+    try:
+        with slow(client, 0.05):
+            assert fault(ask(client, SCORE, input=[item] * 400, timeout=1), 504)["code"] == "deadline_exceeded"
+            until = time.monotonic() + 20
+            while len(engine._errands):
+                assert time.monotonic() < until
+                time.sleep(0.01)
+            seen = len(passes)
+            time.sleep(0.3)
+            assert len(passes) == seen
+    finally:
+        handle.remove()
+    ok(client, SCORE, input=item)
