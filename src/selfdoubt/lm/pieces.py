@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 #: Fewest tokens of a piece: below, the fixed cost of a pass outweighs what it reads.
-FEWEST = 16
+FEWEST = 8
 
 
 class PieceSizer:
@@ -25,7 +25,7 @@ class PieceSizer:
     def begin(self, seconds: float) -> None:
         """Say how long the next piece should take.
 
-        It may always take as long again as a pass costs anyway, however little it reads.
+        It may always take half as long again as a pass costs anyway, however little it reads.
         """
         self._seconds = seconds
         self._handed = []
@@ -38,7 +38,7 @@ class PieceSizer:
         place = context.bit_length()
         below = [known for known in self._rates if known <= place]
         rate = self._rates[max(below) if below else min(self._rates)]
-        return max(FEWEST, max(self._seconds - fixed, fixed) / rate)
+        return max(FEWEST, max(self._seconds - fixed, fixed / 2) / rate)
 
     def columns(self, rows: int, context: int, most: int) -> int:
         """Choose the size of the next piece.

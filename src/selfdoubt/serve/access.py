@@ -33,6 +33,9 @@ BODY_SECONDS = 30.0
 #: A body that is too long is read on, and dropped, up to so many times the limit, so that the client hears why.
 LINGER = 16
 
+#: A body of so many bytes is checked in a thread.
+_LONG = 1 << 16
+
 
 @runtime_checkable
 class Counts(Protocol):
@@ -163,7 +166,10 @@ class Access:
             if kind != b"application/json":
                 raise RequestError(400, "the body must be JSON, with the header Content-Type: application/json")
             try:
-                bodies.check(body, self.settings.depth)
+                if len(body) < _LONG:
+                    bodies.check(body, self.settings.depth)
+                else:
+                    await asyncio.to_thread(bodies.check, body, self.settings.depth)
             except ValueError as error:
                 raise RequestError(400, str(error), code="invalid_json") from None
         return _again(body, receive)

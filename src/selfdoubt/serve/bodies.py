@@ -6,6 +6,10 @@ import json
 import math
 from typing import Any, NoReturn
 
+#: Most fields of an object, and most items of a list that does not begin with a number, as lists of token ids do: to
+#: check what no request can mean would take seconds.
+FIELDS, ITEMS = 256, 4096
+
 
 def check(body: bytes, depth: int) -> None:
     """Refuse a body that is no JSON as the standard defines it.
@@ -41,12 +45,21 @@ def _walk(data: Any, depth: int, *, pairs: bool) -> None:
             if isinstance(item, dict | list):
                 if left == 0:
                     raise ValueError(f"the body is nested deeper than {depth} levels")
+                _count(item)
                 below += item.values() if isinstance(item, dict) else item
                 if pairs and isinstance(item, dict):
                     below += item
             elif pairs and isinstance(item, str) and not _whole(item):
                 raise ValueError("the body holds half a surrogate pair, which is no character")
         level, left = below, left - 1
+
+
+def _count(item: dict[str, Any] | list[Any]) -> None:
+    if isinstance(item, dict):
+        if len(item) > FIELDS:
+            raise ValueError(f"an object in the body may have {FIELDS} fields at most, got {len(item)}")
+    elif len(item) > ITEMS and not isinstance(item[0], int | float):
+        raise ValueError(f"a list in the body may have {ITEMS} items at most unless they are numbers, got {len(item)}")
 
 
 def _whole(text: str) -> bool:

@@ -30,7 +30,7 @@ from selfdoubt.serve.readings import Pieces, Readings
 from selfdoubt.serve.waiting import Waiting
 
 #: Seconds from one token of a stream to the next that prompts and texts to score may cause, a step included.
-GAP = 0.2
+GAP = 0.22
 #: Seconds of a piece while no stream runs.
 ALONE = 0.5
 

@@ -11,8 +11,9 @@ from pydantic import BaseModel, ConfigDict, Field
 
 Count = Annotated[int, Field(ge=1)]
 Nothing = Annotated[list[Any], Field(max_length=0)]
+Some = Field(min_length=1, fail_fast=True)  # the first item that is wrong ends the check of a list
 Zero = Annotated[float, Field(ge=0, le=0)]
-Ids = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+Ids = Annotated[list[Annotated[int, Field(ge=0)]], Some]
 Stop = Annotated[str, Field(min_length=1)]
 
 
@@ -33,7 +34,7 @@ class Message(Wire):
     """A turn of a chat. Parts of a content are lines of one text; ``developer`` is another word for ``system``."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[TextPart], Field(min_length=1)]
+    content: str | Annotated[list[TextPart], Some]
     # What OpenAI's own answers carry, so that they can be sent back.
     name: None = None
     refusal: None = None
@@ -69,7 +70,7 @@ class Common(Wire):
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    stop: Stop | Annotated[list[Stop], Field(max_length=4)] | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=4, fail_fast=True)] | None = None
     max_tokens: Count | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -97,7 +98,7 @@ class Common(Wire):
 class ChatRequest(Common):
     """``POST /v1/chat/completions``."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], Some]
     max_completion_tokens: Count | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
@@ -107,7 +108,7 @@ class ChatRequest(Common):
     functions: Nothing | None = None
     function_call: Literal["none", "auto"] | None = None
     response_format: TextFormat | None = None
-    modalities: Annotated[list[Literal["text"]], Field(max_length=1)] | None = None
+    modalities: Annotated[list[Literal["text"]], Field(max_length=1, fail_fast=True)] | None = None
     reasoning_effort: Literal["none"] | None = None
     verbosity: Literal["medium"] | None = None
     audio: None = None
@@ -121,9 +122,9 @@ class CompletionRequest(Common):
 
     prompt: (
         str
-        | Annotated[list[str], Field(min_length=1)]
+        | Annotated[list[str], Some]
         | Ids
-        | Annotated[list[Ids], Field(min_length=1)]
+        | Annotated[list[Ids], Some]
     )  # fmt: skip
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
     best_of: Count | None = None
@@ -145,14 +146,14 @@ class ScoreItem(Wire):
 
     text: str
     question: str | None = None
-    messages: Annotated[list[Message], Field(min_length=1)] | None = None
+    messages: Annotated[list[Message], Some] | None = None
 
 
 class ScoreRequest(Wire):
     """``POST /v1/score``: the risk of texts that exist already."""
 
     model: str | None = None
-    input: ScoreItem | Annotated[list[ScoreItem], Field(min_length=1)]
+    input: ScoreItem | Annotated[list[ScoreItem], Some]
     raw: bool | None = None
     timeout: Annotated[float, Field(ge=1)] | None = None
 

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import threading
 import time
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from selfdoubt.errors import BusyError, ConfigError, DeadlineError, EngineError, NonFiniteError, PromptError
 from selfdoubt.lm.prompt import Prompt
 from selfdoubt.members import innermost
+from selfdoubt.serve import bodies
 from selfdoubt.serve.encoders import SHORT, Encoders, size_of
 from selfdoubt.serve.engine import Engine
 from selfdoubt.serve.faults import FIELD, MESSAGE, RequestError, fault_of, shortened
 from selfdoubt.serve.limits import CHARACTERS, Limits
+from selfdoubt.serve.wire import ChatRequest, CompletionRequest, ScoreRequest
 from tests.unit.serve.test_app import CHAT, HELLO, TEXT, ask, fault, ok, slow
 
 LONG = "<script>" * 2500
@@ -247,3 +251,52 @@ def test_a_score_whose_time_is_over_ends(serve, talker):
     finally:
         handle.remove()
     ok(client, SCORE, input=item)
+
+
+WRONG = [[], 1, None, 1.5, {}, {"a": 1}, "", True]
+
+
+@pytest.mark.parametrize("item", WRONG)
+@pytest.mark.parametrize(
+    ("kind", "body"),
+    [
+        (ChatRequest, lambda items: {"messages": items}),
+        (ChatRequest, lambda items: {"messages": [user(items)]}),
+        (ChatRequest, lambda items: {"messages": [user("a")], "stop": items}),
+        (ChatRequest, lambda items: {"messages": [user("a")], "modalities": items}),
+        (ChatRequest, lambda items: {"messages": [user("a")], "tools": items}),
+        (CompletionRequest, lambda items: {"prompt": items}),
+        (CompletionRequest, lambda items: {"prompt": [items]}),
+        (ScoreRequest, lambda items: {"input": items}),
+        (ScoreRequest, lambda items: {"input": {"text": "a", "messages": items}}),
+    ],
+)
+def test_the_first_wrong_item_of_a_list_ends_its_check(kind, body, item):
+    """A million errors for a body of a megabyte took seconds, in which nobody else was served."""
+    count = 0
+    try:
+        kind.model_validate(body([item] * 3000))
+    except ValidationError as wrong:
+        count = wrong.error_count()
+    assert count < 10
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        ({f"a{i}": 0 for i in range(bodies.FIELDS + 1)}, "256 fields at most, got 257"),
+        ({"a": [[{str(i): 0 for i in range(bodies.FIELDS + 1)}]]}, "fields"),
+        ({"messages": [[]] * (bodies.ITEMS + 1)}, "4096 items at most unless they are numbers, got 4097"),
+        ([["a"] * (bodies.ITEMS + 1)], "items"),
+    ],
+)
+def test_a_body_of_many_parts_is_refused_before_it_is_understood(data, words):
+    with pytest.raises(ValueError, match=words):
+        bodies.check(json.dumps(data).encode(), 32)
+
+
+def test_a_body_of_many_token_ids_or_as_many_parts_as_allowed_is_taken():
+    bodies.check(json.dumps({"prompt": [5] * 100_000}).encode(), 32)
+    bodies.check(json.dumps([{str(i): 0 for i in range(bodies.FIELDS)}, [[]] * bodies.ITEMS]).encode(), 32)
+    largest = Limits()
+    assert max(largest.messages, largest.parts, largest.prompts, largest.texts) <= bodies.ITEMS
