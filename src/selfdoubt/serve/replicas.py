@@ -15,6 +15,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from typing import Any, TypeVar, Unpack
 
 from selfdoubt.errors import BusyError, EngineError, require
@@ -186,7 +187,7 @@ class Replicas:
                 if future.cancelled():
                     return None
                 response = method.remote(argument)
-                future.add_done_callback(lambda done, own=response: own.cancel() if done.cancelled() else None)
+                future.add_done_callback(partial(_cancel_too, response))
                 try:
                     return response.result()
                 except ray.exceptions.RayActorError:
@@ -270,6 +271,11 @@ class Replicas:
         except (ray.exceptions.TaskCancelledError, serve.exceptions.RequestCancelledError, CancelledError):
             return _gone()
         return None
+
+
+def _cancel_too(response: Any, done: Future[Any]) -> None:
+    if done.cancelled():
+        response.cancel()
 
 
 class _Untold(Exception):  # noqa: N818

@@ -57,7 +57,8 @@ class Scorer:
                 for piece in pieces(pairs):
                     work = partial(encode_given, self._engine.lm.tokenizer, piece, raw=raw)
                     given: list[Given] = await self._encoders.run(work, total_size(piece))
-                    found += await asyncio.wrap_future(self._engine.score(given))
+                    scored: asyncio.Future[list[Answer]] = asyncio.wrap_future(self._engine.score(given))
+                    found += await scored
         except TimeoutError:
             raise DeadlineError(f"the request took longer than {timeout:g} s; score fewer texts at a time") from None
         finally:
