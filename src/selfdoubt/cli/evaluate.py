@@ -114,10 +114,12 @@ def evaluate(
         p_true=p_true,
         seed=seed,
     )
+    from selfdoubt.members import Wrapped
+
     run = {
         "model": model or ("pocket" if adapter is None else None),
         "adapter": None if adapter is None else str(adapter),
-        "wrapper": wrapper,
+        "wrapper": wrapper if adapter is not None or isinstance(lm.model, Wrapped) else "none",
         "dtype": dtype,
         "quantize": quantize,
         "risk": lm.risk,

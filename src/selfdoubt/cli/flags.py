@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -31,7 +33,8 @@ WrapperText = Annotated[
     str,
     typer.Option(
         help="auto, none, vote, sample or sculpt, with settings if you like: 'vote:n_voters=5,rank=8'. "
-        "auto takes what comes with the model or the adapter, else three fresh voters."
+        "auto takes what comes with the adapter or the pocket model, and leaves any other model as it is. "
+        "One that you name is untrained, and changes the answers."
     ),
 ]
 Dtype = Annotated[
@@ -123,20 +126,26 @@ def load_lm(
     risk: str | None,
     remote: bool,
 ) -> RiskAwareLM:
-    """The model that the flags name."""
+    """The model that the flags name; what its risk lacks is said in one line on standard error."""
     quiet()
+    from selfdoubt.errors import UntrainedWarning
     from selfdoubt.lm.answer import DEFAULT_RISK
     from selfdoubt.lm.model import RiskAwareLM
 
-    return RiskAwareLM.load(
-        model,
-        adapter=adapter,
-        wrapper=parse_wrapper(wrapper),
-        dtype=dtype,
-        quantize=quantize,  # type: ignore[arg-type]
-        trust_remote_code=remote,
-        risk=risk or DEFAULT_RISK,
-    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UntrainedWarning)  # the note says it, in one line
+        lm = RiskAwareLM.load(
+            model,
+            adapter=adapter,
+            wrapper=parse_wrapper(wrapper),
+            dtype=dtype,
+            quantize=quantize,  # type: ignore[arg-type]
+            trust_remote_code=remote,
+            risk=risk or DEFAULT_RISK,
+        )
+    if lm.note is not None:
+        print(f"selfdoubt: note: {lm.note}", file=sys.stderr)
+    return lm
 
 
 def quiet() -> None:

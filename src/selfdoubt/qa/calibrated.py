@@ -15,6 +15,7 @@ from selfdoubt.errors import ConfigError
 from selfdoubt.lm.adapter import save_adapter
 from selfdoubt.lm.answer import reference_quantiles
 from selfdoubt.lm.folder import new_folder
+from selfdoubt.lm.load import POCKET
 from selfdoubt.qa import finish
 from selfdoubt.qa import records as files
 from selfdoubt.qa.calibrate import calibrate, store
@@ -91,6 +92,11 @@ def _shared_states(states: Sequence[Mapping[str, Tensor]]) -> dict[str, Any]:
 
 def _check_target(about: Mapping[str, Any], out: Path | None, folders: Sequence[Path]) -> Path:
     adapter = about.get("adapter")
+    if adapter is None and about.get("wrapper") == "auto" and about.get("model") != POCKET:
+        raise ConfigError(
+            f"{folders[0]} was answered by an earlier version, in which 'auto' meant three untrained voters; they made "
+            "answers worse and are gone: evaluate again"
+        )
     if out is None and adapter is None:
         raise ConfigError(
             f"{folders[0]} was answered without an adapter of yours; say where to write one, e.g. --out adapter"

@@ -6,9 +6,10 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any, Protocol, Unpack, runtime_checkable
 
-from selfdoubt.lm.model import Question, RiskAwareLM
+from selfdoubt.lm.model import RiskAwareLM
 from selfdoubt.lm.options import Options
 from selfdoubt.lm.prompt import Prompt
+from selfdoubt.lm.questions import Question
 from selfdoubt.serve.job import Job
 from selfdoubt.serve.limits import Limits
 from selfdoubt.serve.meter import Meter

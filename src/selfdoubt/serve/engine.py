@@ -15,9 +15,10 @@ from concurrent.futures import Future
 from typing import TypeVar, Unpack
 
 from selfdoubt.errors import BusyError, EngineError
-from selfdoubt.lm.model import Question, RiskAwareLM
+from selfdoubt.lm.model import RiskAwareLM
 from selfdoubt.lm.options import Options
 from selfdoubt.lm.prompt import Prompt
+from selfdoubt.lm.questions import Question
 from selfdoubt.serve.inflight import InFlight
 from selfdoubt.serve.job import Ask, Job, to_ask
 from selfdoubt.serve.limits import Limits

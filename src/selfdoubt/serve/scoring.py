@@ -8,7 +8,8 @@ from typing import Any
 
 from selfdoubt.errors import BusyError, ConfigError, DeadlineError, PromptError
 from selfdoubt.lm.answer import Answer
-from selfdoubt.lm.model import Question, RiskAwareLM
+from selfdoubt.lm.model import RiskAwareLM
+from selfdoubt.lm.questions import Question
 from selfdoubt.serve import risks
 from selfdoubt.serve.desk import Desk
 from selfdoubt.serve.plan import chat_of

@@ -221,8 +221,12 @@ def folder(tmp_path_factory):
     return path
 
 
-def test_loading_wraps_with_fresh_voters_unless_told(folder):
-    assert RiskAwareLM.load(folder).model.spec == vote.Wrapper(n_voters=3, rank=16)
+untrained = pytest.mark.filterwarnings("ignore::selfdoubt.errors.UntrainedWarning")
+
+
+@untrained
+def test_loading_leaves_a_model_plain_unless_told(folder):
+    assert not isinstance(RiskAwareLM.load(folder).model, selfdoubt.Wrapped)
     assert RiskAwareLM.load(folder, wrapper=WRAPPERS["sample"]).model.spec == WRAPPERS["sample"]
     plain = RiskAwareLM.load(folder, wrapper=None)
     assert not isinstance(plain.model, selfdoubt.Wrapped)
@@ -252,6 +256,7 @@ def test_a_wrapper_without_settings_is_said_before_anything_loads():
         RiskAwareLM.load("pocket", wrapper=vote.Wrapper)
 
 
+@untrained
 def test_a_trained_model_tells_its_published_story_through_unchanged_voters(stories):
     lm = RiskAwareLM.load(stories, wrapper=vote.Wrapper(weight_noise=0.0, rank=4))
     # The first words are the greedy ones, too. Later the published sample takes the second of two close tokens.
@@ -262,6 +267,7 @@ def test_a_trained_model_tells_its_published_story_through_unchanged_voters(stor
     assert max(t.epistemic for t in answer.tokens) < 1e-5
 
 
+@untrained
 def test_batches_of_a_trained_model_are_its_answers_alone(stories):
     lm = RiskAwareLM.load(stories, wrapper=vote.Wrapper(n_voters=2, rank=4), dtype=torch.float64)
     starts = ["Once upon a time", "Lily", "The big dog was very sad because"]
@@ -273,6 +279,7 @@ def test_batches_of_a_trained_model_are_its_answers_alone(stories):
         assert_same(stream.answer, answer)
 
 
+@untrained
 def test_familiar_text_surprises_a_trained_model_less(stories):
     lm = RiskAwareLM.load(stories, wrapper=vote.Wrapper(rank=4))
     story = lm.score("Once upon a time, there was a little girl named Lily.")

@@ -131,9 +131,10 @@ class Page:
     def _welcome(self) -> str:
         intro = "Every word comes in the colour of its doubt. Point at one, tap it, or move there with the arrow keys."
         which = examples.POCKET if self.pocket else examples.OTHERS
+        note = "" if self.engine.lm.note is None else f'<p class="note">Note: {escape(self.engine.lm.note)}.</p>'
         return (
             '<div class="welcome"><p class="lead">Ask, and see how sure the model is.</p>'
-            f'<p>{intro}</p><div class="examples">{examples.cards(which)}</div></div>'
+            f'<p>{intro}</p>{note}<div class="examples">{examples.cards(which)}</div></div>'
             '<div class="turns"></div><p class="hint"></p><p class="notice" role="alert"></p>'
             '<p class="sr" aria-live="polite"></p>'
         )
