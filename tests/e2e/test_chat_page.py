@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from selfdoubt import pocket
 from tests.browser import chromium
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
@@ -463,3 +464,25 @@ def test_a_new_chat_is_empty_and_the_examples_are_back(page):
     assert page.locator(".turn").count() == 0
     page.locator(".example", has_text="Zorbelheim").click()
     assert "Germany" in text_of(ended(page).locator(".say"))
+
+
+def test_the_page_of_a_model_without_an_adapter_says_what_its_risk_is(browser):
+    """The note stands in a template of JavaScript, where its backticks would end everything."""
+    command = [sys.executable, "-m", "selfdoubt", "chat", "--port", "0", "--no-open", "--model", str(pocket.folder())]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as server:
+        context = browser.new_context(**WINDOW)
+        try:
+            opened = context.new_page()
+            visit(opened, server.stdout.readline().split()[2])
+            note = opened.locator(".welcome .note").inner_text()
+            assert note.startswith("Note: nothing was trained for the risk of this model")
+            assert "selfdoubt train adds voters" in note
+            type_and_ask(opened, "What is the capital of France?")
+            assert "Paris" in ended(opened).inner_text()
+        finally:
+            context.close()
+            server.terminate()
+            assert server.wait(30) == 0

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import time
 from collections import OrderedDict
 from collections.abc import AsyncGenerator, Sequence
@@ -131,7 +132,9 @@ class Page:
     def _welcome(self) -> str:
         intro = "Every word comes in the colour of its doubt. Point at one, tap it, or move there with the arrow keys."
         which = examples.POCKET if self.pocket else examples.OTHERS
-        note = "" if self.engine.lm.note is None else f'<p class="note">Note: {escape(self.engine.lm.note)}.</p>'
+        # Gradio reads the whole as a template of JavaScript, in which a backtick would be the end.
+        said = re.sub("`([^`]*)`", r"<code>\1</code>", escape(self.engine.lm.note or ""))
+        note = f'<p class="note">Note: {said}.</p>' if said else ""
         return (
             '<div class="welcome"><p class="lead">Ask, and see how sure the model is.</p>'
             f'<p>{intro}</p>{note}<div class="examples">{examples.cards(which)}</div></div>'
