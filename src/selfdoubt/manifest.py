@@ -71,7 +71,8 @@ def read_card(folder: str | os.PathLike[str], *, sealed: bool = True) -> dict[st
     """
     path = Path(folder) / CARD
     if not path.is_file():
-        raise LoadError(f"{folder} is not an adapter folder: it has no {CARD}; make one with selfdoubt.save")
+        lacks = f"{CARD} in it is no file" if path.exists() else f"it has no {CARD}"
+        raise LoadError(f"{folder} is not an adapter folder: {lacks}; make one with selfdoubt.save")
     card = read_object(path)
     try:
         version = whole(1)(card.get("format"), "format")

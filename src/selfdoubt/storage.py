@@ -41,8 +41,8 @@ from selfdoubt.members import Spec, Wrapped, innermost, source
 from selfdoubt.rows import added_names
 
 __all__ = [
-    "CARD", "LEARNT", "METHODS", "WEIGHTS", "fingerprint", "from_json", "load", "read_card", "read_tensors", "restore", "rewrap",
-    "save", "stamp", "to_json", "verify", "write", "write_card",
+    "CARD", "LEARNT", "METHODS", "WEIGHTS", "fingerprint", "from_json", "load", "read_card", "read_tensors", "restore",
+    "rewrap", "save", "stamp", "to_json", "verify", "write", "write_card",
 ]  # fmt: skip
 
 #: A rank above this must be that of tensors which are there: making them first would take memory.

@@ -91,7 +91,7 @@ def read_adapter(folder: str | os.PathLike[str], wrapper: Spec | None = None) ->
         ConfigError: If it brings a wrapper and another is given.
     """
     folder = Path(folder)
-    if lora.has_lora(folder) and not (folder / storage.CARD).is_file():
+    if lora.has_lora(folder) and not (folder / storage.CARD).exists():
         peft_config.read_config(folder)
         return None
     card = storage.read_card(folder)

@@ -171,6 +171,27 @@ def merge_lora(model: nn.Module) -> nn.Module:
         WrapError: If a weight is packed, or tied to another, or the sum is not finite; then nothing was merged,
             except for a sum.
     """
+    check_mergeable(model)
+    for path, layer in list(_lora_layers(model)):
+        try:
+            layer.merge(safe_merge=True)
+        except (ValueError, RuntimeError) as error:
+            name = base_name(model, path)
+            raise WrapError(f"LoRA of {name} cannot be merged ({error}); train or download it again") from error
+        targets.replace(model, path, layer.get_base_layer())
+    inner = innermost(model)
+    if hasattr(inner, "peft_config"):
+        del inner.peft_config
+    return model
+
+
+def check_mergeable(model: nn.Module) -> None:
+    """Check that LoRA can be merged, as far as that shows before its numbers are known.
+
+    Raises:
+        ConfigError: If the model has no LoRA.
+        WrapError: If a weight is packed, or tied to another.
+    """
     layers = list(_lora_layers(model))
     if not layers:
         raise ConfigError("the model has no LoRA to merge; load it together with its adapter folder")
@@ -187,17 +208,6 @@ def merge_lora(model: nn.Module) -> nn.Module:
                 f"the weight of {name} is tied to another layer's, and merging LoRA would change both: leave it "
                 "unmerged, or train without LoRA in it"
             )
-    for path, layer in layers:
-        try:
-            layer.merge(safe_merge=True)
-        except (ValueError, RuntimeError) as error:
-            name = base_name(model, path)
-            raise WrapError(f"LoRA of {name} cannot be merged ({error}); train or download it again") from error
-        targets.replace(model, path, layer.get_base_layer())
-    inner = innermost(model)
-    if hasattr(inner, "peft_config"):
-        del inner.peft_config
-    return model
 
 
 def write_peft(folder: str | os.PathLike[str], config: dict[str, Any], tensors: dict[str, Any]) -> None:
