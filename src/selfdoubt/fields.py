@@ -63,8 +63,11 @@ def number(
     wanted = f"a finite number {said}".strip()
 
     def check(value: Any, path: str) -> float:
-        given: Any = value if isinstance(value, Real) and not isinstance(value, bool) else math.nan
-        # Whole numbers beyond every float compare, and do not convert.
+        given: Any = math.nan
+        if isinstance(value, Integral) and not isinstance(value, bool):
+            given = int(value)  # beyond every float it compares, and does not convert
+        elif isinstance(value, Real) and not isinstance(value, bool):
+            given = float(value)
         if not (abs(given) <= 1e308 and low <= given <= high and above < given < below):
             raise _refuse(path, wanted, value)
         return float(given)
