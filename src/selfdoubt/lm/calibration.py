@@ -16,6 +16,19 @@ from jaxtyping import Float
 from torch import Tensor
 
 from selfdoubt.errors import LoadError, NonFiniteError
+from selfdoubt.fields import (
+    FieldError,
+    anything,
+    ascending,
+    choice,
+    listing,
+    nonempty,
+    number,
+    optional,
+    record,
+    table,
+    whole,
+)
 
 Kind = Literal["isotonic", "logistic"]
 Position = Literal["question", "first", "mean"]
@@ -130,40 +143,63 @@ class Calibration:
             LoadError: If an entry is missing, unknown or of a wrong kind.
         """
         try:
-            own = dict(entry)
-            state = own.pop("state", None)
-            pairs: dict[str, Any] = {
-                name: tuple((float(a), float(b)) for a, b in own.pop(name, ())) for name in ("ranges", "knots")
-            }
-            own["features"] = tuple(str(name) for name in own["features"])
-            own |= {name: tuple(float(w) for w in own.get(name, ())) for name in ("weights", "linear")}
-            if state is not None:
-                state = StateHead(int(state["layer"]), state["position"], tuple(float(w) for w in state["weights"]))
-            found = cls(**own, **pairs, state=state)
-            numbers = [
-                found.bias,
-                *found.weights,
-                *found.linear,
-                *(v for pair in (*found.ranges, *found.knots) for v in pair),
-            ]
-            fits = (
-                len(found.features) == 1 and len(found.knots) > 0
-                if found.kind == "isotonic"
-                else len(found.features) == len(found.weights) == len(found.linear) == len(found.ranges)
-            )
-            if state is not None:
-                fits &= state.position in POSITIONS and found.kind == "logistic"
-                numbers += state.weights
-            places = [x for x, _ in found.knots]
-            fits &= found.kind in get_args(Kind) and places == sorted(places)
-            fits &= found.threshold is None or 0 <= float(found.threshold) <= 1
-            if not fits or not all(map(math.isfinite, numbers)):
-                raise ValueError("its parts do not fit together")
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise LoadError(
-                f"the calibration cannot be read ({type(error).__name__}: {error}); run `selfdoubt calibrate` again"
-            ) from None
+            own = _ENTRY(entry, "calibration")
+            if own["state"] is not None:
+                own["state"] = StateHead(**own["state"])
+            found = cls(**own)
+            _check_fits(found)
+        except FieldError as error:
+            raise LoadError(f"the calibration cannot be read ({error}); run `selfdoubt calibrate` again") from None
         return found
+
+
+_weight = number(-1e15, 1e15)  # their sums stay finite
+_share = number(0, 1)
+_pair = listing(_weight, 2, 2)
+#: Entries of a stored calibration; those that came later than others are in the second table.
+_ENTRY = record(
+    {
+        "kind": choice(*get_args(Kind)),
+        "features": listing(nonempty, 1),
+        "weights": listing(_weight),
+        "linear": listing(_weight),
+        "bias": _weight,
+        "ranges": listing(_pair),
+        "knots": listing(_pair),
+        "state": optional(record({"layer": whole(), "position": choice(*POSITIONS), "weights": listing(_weight, 1)})),
+        "threshold": optional(_share),
+        "promise": optional(record(
+            {},
+            dict.fromkeys(("threshold", "target_accuracy", "confidence", "coverage", "bound"), _share)
+            | dict.fromkeys(("answers", "answered", "right"), whole()),
+            open_ended=True,
+        )),
+        "about": table(anything),
+    },
+    {},
+)  # fmt: skip
+
+
+def _check_fits(head: Calibration) -> None:
+    """Check what the entries of a calibration say together.
+
+    Raises:
+        FieldError: If they do not fit.
+    """
+    n = len(head.features)
+    lengths = {key: len(getattr(head, key)) for key in ("weights", "linear", "ranges")}
+    if head.kind == "isotonic":
+        lengths, n = {"features": n}, 1
+        ascending([x for x, _ in head.knots], "calibration.knots")
+        for i, (_, p) in enumerate(head.knots):
+            _share(p, f"calibration.knots[{i}][1]")
+        if head.state is not None:
+            raise FieldError("calibration.state", "null in an isotonic head", "one")
+    for key, length in lengths.items():
+        if length != n:
+            raise FieldError(f"calibration.{key}", f"a list of {n}", f"{length}")
+    for i, (low, high) in enumerate(head.ranges):
+        ascending([low, high], f"calibration.ranges[{i}]")
 
 
 def stored(card: Mapping[str, Any]) -> Calibration | None:

@@ -11,6 +11,7 @@ from torch import nn
 
 from selfdoubt.errors import ConfigError, LoadError, require
 from selfdoubt.members import innermost
+from selfdoubt.targets import base_layer
 
 POCKET = "pocket"
 Quantization = Literal["nf4"]
@@ -100,6 +101,12 @@ def stop_ids(model: nn.Module, tokenizer: Any) -> frozenset[int]:
     found = getattr(config, "eos_token_id", None)
     ids = found if isinstance(found, list) else [found, tokenizer.eos_token_id]
     return frozenset(i for i in ids if i is not None)
+
+
+def vocabulary_size(model: nn.Module) -> int:
+    """Return how many token ids a model reads, whatever was put around its embedding (LoRA, a voter's deviation)."""
+    embedding: Any = innermost(model).get_input_embeddings()  # type: ignore[operator]
+    return int(base_layer(embedding).num_embeddings)  # type: ignore[arg-type]
 
 
 def eight_bit_adamw() -> type:

@@ -15,11 +15,11 @@ from torch import nn
 
 from selfdoubt.errors import ConfigError, UntrainedWarning
 from selfdoubt.lm import answer as answers
-from selfdoubt.lm.adapter import base_of, load_adapter, own_tokenizer, read_adapter
+from selfdoubt.lm.adapter import base_of, check_adapter, load_adapter, own_tokenizer, read_adapter
 from selfdoubt.lm.answer import Alternative, Answer, Token, answer_scores, check_score, pick_risk, rank_scores
 from selfdoubt.lm.calibration import Calibration, States, stored
 from selfdoubt.lm.given import score_given
-from selfdoubt.lm.load import POCKET, Quantization, load_model, quick_dtype, stop_ids
+from selfdoubt.lm.load import POCKET, Quantization, load_model, quick_dtype, stop_ids, vocabulary_size
 from selfdoubt.lm.notes import PLAIN_NOTE, untrained_note
 from selfdoubt.lm.options import Options, read_number, read_options, sampling_of, stop_texts
 from selfdoubt.lm.prompt import Detokenizer, Prompt, encode
@@ -28,7 +28,7 @@ from selfdoubt.lm.reading import ScoredId
 from selfdoubt.lm.stepper import HFStepper
 from selfdoubt.lm.stream import Stream, answering
 from selfdoubt.lm.until import Tries, generate_until
-from selfdoubt.members import Spec, check_spec, innermost, source
+from selfdoubt.members import Spec, check_spec, source
 from selfdoubt.risk import percentile
 
 
@@ -79,7 +79,7 @@ class RiskAwareLM:
         self.stop_ids = stop_ids(model, tokenizer)
         self.context = HFStepper(model).context  #: most tokens of prompt and answer together, or None
         self.name = source(model)  #: a folder, or a name on the hub; None where the model's config has none
-        self.vocabulary: int = innermost(model).get_input_embeddings().num_embeddings  # type: ignore[operator]
+        self.vocabulary = vocabulary_size(model)
         self._texts: dict[int, str] = {}
 
     @classmethod
@@ -127,7 +127,7 @@ class RiskAwareLM:
         if given is not None:
             check_spec(given)
         if adapter is not None:
-            read_adapter(adapter, given)  # a wrong folder is said before a large model loads
+            check_adapter(adapter, given)  # a wrong folder is said before a large model loads
             if name is None:
                 name, revision = base_of(adapter, None, revision)
         name = POCKET if name is None else name

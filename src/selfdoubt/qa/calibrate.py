@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -158,13 +157,11 @@ def store(calibration: Calibration, adapter_folder: str | os.PathLike[str]) -> P
         The file.
 
     Raises:
-        LoadError: If the folder is no adapter.
+        LoadError: If the folder is no adapter, or its files are not those that were saved.
     """
-    card = storage.read_card(Path(adapter_folder))
-    path = Path(adapter_folder) / storage.CARD
-    text = json.dumps({**card, "calibration": calibration.to_json()}, indent=2, allow_nan=False) + "\n"
-    storage.write(path, text.encode())
-    return path
+    card = storage.read_card(adapter_folder)
+    storage.verify(adapter_folder, card)
+    return storage.write_card(adapter_folder, {**card, "calibration": calibration.to_json()})
 
 
 def _check_options(

@@ -458,11 +458,25 @@ def test_a_stored_calibration_comes_back_and_the_rest_of_the_card_stays(adapter)
     found = stored(card)
     assert found == Calibration.from_json(json.loads(json.dumps(head.to_json())))
     assert (found.weights, found.state, found.threshold) == (head.weights, head.state, head.threshold)
-    assert {k: v for k, v in card.items() if k != "calibration"} == before
+    sums = ("calibration", "checksums")
+    assert {k: v for k, v in card.items() if k not in sums} == {k: v for k, v in before.items() if k not in sums}
+    storage.verify(adapter, card)
     assert {p.name: p.read_bytes() for p in adapter.iterdir() if p.name != storage.CARD} == files
     other, _ = calibrate(world(200)[0], candidates=["score"])
     store(other, adapter)
     assert stored(storage.read_card(adapter)).kind == "isotonic"
+
+
+@pytest.mark.parametrize("file", ["added.safetensors", "selfdoubt.json"])
+def test_a_damaged_adapter_gets_no_calibration_that_would_hide_it(adapter, file):
+    data = (adapter / file).read_bytes()
+    changed = data[:-1] + b"\x01" if file != "selfdoubt.json" else data.replace(b'"alpha": 1.0', b'"alpha": 2.0')
+    assert changed != data
+    (adapter / file).write_bytes(changed)
+    head, _ = calibrate(world(200)[0], candidates=["score"])
+    with pytest.raises(LoadError, match="was changed after it was saved"):
+        store(head, adapter)
+    assert (adapter / file).read_bytes() == changed
 
 
 def test_a_folder_that_is_no_adapter_is_refused(tmp_path):
