@@ -198,10 +198,10 @@ def _control_of(
     The assistant may write those that are not special, such as what parts its thoughts from its answer.
     """
     theirs: Counter[int] = Counter()
-    usurped = False
+    usurped, unknown = False, tokenizer.unk_token_id
     for i, (a, b) in zip(encoded.ids, encoded.spans, strict=True):
         token = encoder.by_id.get(i)
-        if token is None or (i == tokenizer.unk_token_id and token.text not in text[a:b]):  # of an unknown character
+        if token is None or (i == unknown and token.text not in text[a:b]):  # of an unknown character
             continue
         piece = text[a:b]
         first = a + len(piece) - len(piece.lstrip())  # some tokens take white space beside them along
