@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from selfdoubt.errors import PromptError
 from selfdoubt.lm.answer import Answer, Token
 from selfdoubt.lm.calibration import States
-from selfdoubt.lm.prompt import Detokenizer, Prompt, encode
+from selfdoubt.lm.prompt import Detokenizer, encode, encode_pair, strip_answer
 from selfdoubt.lm.reading import ScoredId, follow, read
 from selfdoubt.lm.states import StatePool
 from selfdoubt.lm.stepper import HFStepper
@@ -36,7 +36,8 @@ def score_given(
 
 
 def _score_texts(lm: RiskAwareLM, texts: Sequence[str], alternatives: int) -> list[Answer]:
-    ids = [encode(lm.tokenizer, _checked(text), raw=True).ids for text in texts]
+    texts = [_checked(text, joined=True) for text in texts]
+    ids = [encode(lm.tokenizer, text, raw=True).ids for text in texts]
     lengths = [len(i) for i in ids]
     pool = StatePool([[(n - 1, n)] for n in lengths], lengths) if lm.layers else None
     scored, _ = read(HFStepper(lm.model, lm.layers), ids, alternatives, pool)
@@ -51,7 +52,8 @@ def _score_texts(lm: RiskAwareLM, texts: Sequence[str], alternatives: int) -> li
 def _score_answers(
     lm: RiskAwareLM, pairs: Sequence[tuple[Question, str]], *, raw: bool, alternatives: int
 ) -> list[Answer]:
-    encoded = [_encode(lm.tokenizer, question, _checked(text), raw=raw) for question, text in pairs]
+    pairs = [(question, _checked(text, joined=raw)) for question, text in pairs]
+    encoded = [encode_pair(lm.tokenizer, question, text, raw=raw) for question, text in pairs]
     prompts = {tuple(prompt.ids): prompt for prompt, _ in encoded}
     place = {ids: row for row, ids in enumerate(prompts)}
     rows = [place[tuple(prompt.ids)] for prompt, _ in encoded]
@@ -82,18 +84,8 @@ def _tokens(lm: RiskAwareLM, scored: Sequence[ScoredId | None]) -> list[Token]:
     return [lm._token(token, pieces.add(token.id)) for token in scored if token is not None]
 
 
-def _checked(text: str) -> str:
-    if not text.strip():
+def _checked(text: str, *, joined: bool) -> str:
+    bare = strip_answer(text, joined=joined)
+    if not bare.strip():
         raise PromptError("the text to score is empty")
-    return text
-
-
-def _encode(tokenizer: Any, question: Question, text: str, *, raw: bool) -> tuple[Prompt, list[int]]:
-    """A prompt, and the ids of the text that follows it."""
-    prompt = encode(tokenizer, question, raw=raw)
-    if raw and isinstance(question, str):
-        # As one text: where a tokenizer joins words by their neighbours, this is what the model has learnt from.
-        rest = encode(tokenizer, question + text, raw=True).ids[len(prompt.ids) :]
-        if rest:
-            return prompt, rest
-    return prompt, list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return bare

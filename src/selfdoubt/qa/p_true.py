@@ -13,6 +13,7 @@ from selfdoubt.errors import ConfigError
 from selfdoubt.lm.prompt import encode
 from selfdoubt.lm.reading import read
 from selfdoubt.lm.stepper import HFStepper
+from selfdoubt.lm.tokens import get_encoder
 from selfdoubt.qa.records import Question
 
 if TYPE_CHECKING:
@@ -54,4 +55,4 @@ def _prompt(question: Question, answer: str) -> str:
 
 
 def _first_ids(tokenizer: Any, forms: Sequence[str]) -> set[int]:
-    return {tokenizer(form, add_special_tokens=False)["input_ids"][0] for form in forms}
+    return {get_encoder(tokenizer).encode(form).ids[0] for form in forms}

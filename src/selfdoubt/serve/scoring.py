@@ -9,6 +9,7 @@ from typing import Any
 from selfdoubt.errors import BusyError, ConfigError, DeadlineError, PromptError
 from selfdoubt.lm.answer import Answer
 from selfdoubt.lm.model import RiskAwareLM
+from selfdoubt.lm.prompt import count_tokens
 from selfdoubt.lm.questions import Question
 from selfdoubt.serve import risks
 from selfdoubt.serve.desk import Desk
@@ -59,7 +60,7 @@ class Scorer:
 
         def work(lm: RiskAwareLM) -> list[Answer]:
             for _, text in piece:
-                if most is not None and len(lm.tokenizer(text)["input_ids"]) > most:
+                if most is not None and count_tokens(lm.tokenizer, text) > most:
                     raise PromptError(f"a text to score has more than {most} tokens")
             return lm.score_batch(piece, raw=raw, alternatives=0)
 

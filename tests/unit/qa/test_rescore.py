@@ -64,3 +64,10 @@ def test_bad_files_are_told_before_a_model_loads(tmp_path):
     file.write_text("", encoding="utf-8")
     with pytest.raises(DataError, match="holds no answers"):
         read_answers(str(file), tmp_path / "out.jsonl", "q")
+
+
+def test_white_space_and_a_byte_order_mark_around_an_answer_change_nothing(tmp_path):
+    rows = [{"question": "Where?", "answer": text} for text in ("Paris.", "Paris.\n", "\ufeffParis.\r\n", " Paris. ")]
+    assert rescore(model(), rows, tmp_path / "scored.jsonl", batch_size=1) == 0
+    first, *others = [row["scores"] for row in read(tmp_path / "scored.jsonl")]
+    assert others == [first] * 3

@@ -266,6 +266,13 @@ def test_texts_are_scored_with_or_without_a_question(tiny, talker):
     assert len(found["data"][1]["question_tokens"]) == len(alone.question)
 
 
+@pytest.mark.parametrize("around", ["{}\n", "\ufeff{}\r\n", "  {} "])
+def test_what_stands_around_an_answer_is_not_scored(tiny, around):
+    texts = ["Paris.", around.format("Paris.")]
+    bare, found = ok(tiny, "/v1/score", input=[{"text": t, "question": "Where?"} for t in texts])["data"]
+    assert {**found, "index": 0} == bare
+
+
 @pytest.mark.parametrize(
     "item",
     [

@@ -279,8 +279,8 @@ class Page:
 
 
 def _asked(typed: object) -> str:
-    """What was typed, as text that can be sent: a browser may hand over half a character."""
-    return str(typed or "").encode("utf-8", "replace").decode().strip()
+    """Text as it was typed, fit to be sent: a browser may hand over half a character. Code keeps its indentation."""
+    return str(typed or "").encode("utf-8", "replace").decode().rstrip().lstrip("\r\n")
 
 
 def _settings(values: tuple[Any, ...]) -> Settings:
