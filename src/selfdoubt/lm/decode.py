@@ -95,10 +95,10 @@ class Batch:
         """
         following = self._following
         samplings = [line.sampling for line in self.lines]
-        mixed = risk.mix(following.logits)
+        mixed = risk.mixture(following.logits)
         chosen = choose(mixed, samplings, torch.stack([line.draw() for line in self.lines]))
         most = max(sampling.alternatives for sampling in samplings)
-        tokens = scored_ids(following.at(None), chosen[:, None], mixed[:, None], most)
+        tokens = scored_ids(following.at(None), chosen[:, None], most, mixed[:, None])
         self._chosen = chosen
         events = []
         for row, (line, (token,)) in enumerate(zip(self.lines, tokens, strict=True)):
