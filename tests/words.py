@@ -21,7 +21,8 @@ _LINES = [
 ] * 20
 _SPECIAL = {"<unk>": 0, "<s>": 1, "</s>": 2}
 _WORDS = [
-    "▁", "▁▁", "▁▁▁▁", "▁the", "▁Paris", "Paris", "▁is", "is", "a", "b", "é", "東", "�", ".", "▁.", "\n\n", "▁a", "'", "▁'",
+    "▁", "▁▁", "▁▁▁▁", "▁the", "▁Paris", "Paris", "▁is", "is", "a", "b", "é", "東", "�", ".", "▁.",
+    "\n\n", "▁a", "'", "▁'",
 ]  # fmt: skip
 #: A chat template that ends turns with a token that is not the end of a text.
 CHATML = (

@@ -1,4 +1,4 @@
-"""Text at the edge: from messages to token ids that know which of them a person wrote. ``detokenizer`` is the way back."""
+"""Text at the edge: from messages to token ids that know which of them a person wrote."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ def of_text(tokenizer: Any, tokens: list[Token], top: int, offset: int = 0) -> d
 
 
 def token_bytes(tokenizer: Any, token: int) -> bytes | None:
-    """The UTF-8 bytes of a token among others, also where they are a part of a character; None where nobody can tell."""
+    """Return the UTF-8 bytes of a token among others, or of its part of a character; None where they are unknown."""
     text = text_between(tokenizer, token)
     if "\ufffd" not in text:
         return text.encode()
