@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import transformers
 
-REAL = Path(os.environ.get("SELFDOUBT_REAL_MODELS", "~/.cache/real-models")).expanduser()
+from tests.real import FOLDER
+
 ROLES = ["<|user|>", "<|assistant|>", "<|system|>"]
 SPECIALS = ["<unk>", "<s>", "</s>", *ROLES]
 _CORPUS = [
@@ -145,7 +145,7 @@ def real(name: str) -> Any:
     """The tokenizer of a real model, or None where its folder is missing; "pocket" is always there."""
     from selfdoubt import pocket
 
-    folder = pocket.folder() if name == "pocket" else REAL / name
+    folder = pocket.folder() if name == "pocket" else FOLDER / name
     if not Path(folder, "tokenizer.json").is_file():
         return None
     return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)

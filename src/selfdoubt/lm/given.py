@@ -6,13 +6,14 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from selfdoubt.errors import PromptError
+from selfdoubt.lm import detokenizer
 from selfdoubt.lm.answer import Answer, Token
 from selfdoubt.lm.calibration import States
-from selfdoubt.lm.prompt import Detokenizer, encode, encode_pair, strip_answer
+from selfdoubt.lm.prompt import encode, encode_pair, strip_answer
 from selfdoubt.lm.reading import ScoredId, follow, read
 from selfdoubt.lm.states import StatePool
 from selfdoubt.lm.stepper import HFStepper
-from selfdoubt.lm.stream import own_end
+from selfdoubt.lm.stream import own_end, told_before
 
 if TYPE_CHECKING:
     from selfdoubt.lm.model import RiskAwareLM
@@ -45,7 +46,9 @@ def _score_texts(lm: RiskAwareLM, texts: Sequence[str], alternatives: int) -> li
     for row, text in enumerate(texts):
         end = None if pool is None or pool.means is None else pool.means[row, 0].cpu()
         states = None if end is None else States(lm.layers, end, end, end)  # without a question, but its end
-        found.append(lm.answer(_tokens(lm, scored[row]), [], "given", text, states))
+        start = 1 if ids[row][:1] == [lm.tokenizer.bos_token_id] else 0
+        tokens = _tokens(lm, scored[row][start:], ids[row][start:])
+        found.append(lm.answer(tokens, [], "given", text, states))
     return found
 
 
@@ -75,13 +78,16 @@ def _score_answers(
             others = 0.0 if rest is None or rest.means is None else rest.means[i, 0]
             mean = (first + (n - 1) * others) / n
             states = States(lm.layers, asked.means[rows[i], 0].cpu(), first.cpu(), mean.cpu())
-        found.append(lm.answer(_tokens(lm, scored[i]), questions[rows[i]], "given", text, states))
+        tokens = _tokens(lm, scored[i], texts[i], told_before(encoded[i][0]))
+        found.append(lm.answer(tokens, questions[rows[i]], "given", text, states))
     return found
 
 
-def _tokens(lm: RiskAwareLM, scored: Sequence[ScoredId | None]) -> list[Token]:
-    pieces = Detokenizer(lm.tokenizer)
-    return [lm._token(token, pieces.add(token.id)) for token in scored if token is not None]
+def _tokens(
+    lm: RiskAwareLM, scored: Sequence[ScoredId | None], ids: Sequence[int], before: Sequence[int] = ()
+) -> list[Token]:
+    pieces = zip(scored, detokenizer.texts(lm.tokenizer, ids, before), strict=True)
+    return [lm._token(token, text) for token, text in pieces if token is not None]
 
 
 def _checked(text: str, *, joined: bool) -> str:

@@ -18,11 +18,12 @@ from selfdoubt.lm import answer as answers
 from selfdoubt.lm.adapter import base_of, check_adapter, load_adapter, own_tokenizer, read_adapter
 from selfdoubt.lm.answer import Alternative, Answer, Token, answer_scores, check_score, pick_risk, rank_scores
 from selfdoubt.lm.calibration import Calibration, States, stored
+from selfdoubt.lm.detokenizer import TextsBetween, texts
 from selfdoubt.lm.given import score_given
 from selfdoubt.lm.load import POCKET, Quantization, load_model, quick_dtype, stop_ids, vocabulary_size
 from selfdoubt.lm.notes import PLAIN_NOTE, untrained_note
 from selfdoubt.lm.options import Options, read_number, read_options, sampling_of, stop_texts
-from selfdoubt.lm.prompt import Detokenizer, Prompt, encode
+from selfdoubt.lm.prompt import Prompt, encode
 from selfdoubt.lm.questions import Question, check_question, is_chat, list_pairs, list_questions
 from selfdoubt.lm.reading import ScoredId
 from selfdoubt.lm.stepper import HFStepper
@@ -80,7 +81,7 @@ class RiskAwareLM:
         self.context = HFStepper(model).context  #: most tokens of prompt and answer together, or None
         self.name = source(model)  #: a folder, or a name on the hub; None where the model's config has none
         self.vocabulary = vocabulary_size(model)
-        self._texts: dict[int, str] = {}
+        self._texts = TextsBetween(tokenizer)
 
     @classmethod
     def load(
@@ -290,9 +291,10 @@ class RiskAwareLM:
         finish: Literal["stop", "length", "given"],
         text: str,
         states: States | None = None,
+        ending: Sequence[Token] = (),
     ) -> Answer:
-        """Put tokens together and score the whole."""
-        scores = answer_scores(tokens, question)
+        """Put tokens together and score the whole; what ended an answer without tokens is what it is scored by."""
+        scores = answer_scores(tokens or ending, question)
         scores |= rank_scores(scores, self.reference)
         value, name = pick_risk(scores, self.risk)
         reference = self.reference.get(name)
@@ -309,21 +311,18 @@ class RiskAwareLM:
 
     def _own(self, scored: list[ScoredId | None], prompt: Prompt) -> list[Token]:
         """Tokens of the question's own words."""
-        pieces = Detokenizer(self.tokenizer)
-        pairs = zip(scored, prompt.own, strict=False)
-        return [self._token(t, pieces.add(t.id)) for t, own in pairs if own and t is not None]
+        places = [i for i, own in enumerate(prompt.own) if own]
+        pieces = texts(self.tokenizer, [prompt.ids[i] for i in places])
+        return [self._token(t, text) for i, text in zip(places, pieces, strict=True) if (t := scored[i]) is not None]
 
     def _token(self, scored: ScoredId, text: str) -> Token:
         plain = scored._asdict()
-        options = tuple(Alternative(self._text(i), i, math.exp(p)) for i, p in plain.pop("alternatives"))
+        # A space that the chosen token lost in its place, its alternatives would lose there, too.
+        lost = bool(scored.alternatives) and self._texts[scored.id] == f" {text}"
+        named = [(self._texts[i].removeprefix(" " if lost else ""), i, p) for i, p in plain.pop("alternatives")]
+        options = tuple(Alternative(words, i, math.exp(p)) for words, i, p in named)
         value = 0.0 - scored.logprob if self.token_risk == "nll" else getattr(scored, self.token_risk)
         return Token(text=text, **plain, risk=value, alternatives=options)
-
-    def _text(self, token: int) -> str:
-        """A token's text by itself; the same few tokens are asked for again and again."""
-        if token not in self._texts:
-            self._texts[token] = self.tokenizer.decode([token])
-        return self._texts[token]
 
     def _generate(
         self, prompts: Sequence[Question], batch_size: int, seeds: Sequence[int], options: Options

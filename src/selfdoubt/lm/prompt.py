@@ -1,4 +1,4 @@
-"""Text at the edge: from messages to token ids that know which of them a person wrote, and back to pieces of text."""
+"""Text at the edge: from messages to token ids that know which of them a person wrote."""
 
 from __future__ import annotations
 
@@ -211,36 +211,3 @@ def _control_of(
         else:
             theirs[i] += 1
     return theirs, usurped
-
-
-class Detokenizer:
-    """Turns ids into pieces of text one by one; the pieces add up to the text of all ids."""
-
-    def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
-        self._ids: list[int] = []
-        self._start = 0  # ids before this one no longer change the text
-        self._emitted = ""
-
-    def add(self, token: int) -> str:
-        """The text that this token adds; empty while a character is incomplete."""
-        self._ids.append(token)
-        text = self._decode(self._ids[self._start :])
-        if text.endswith("\ufffd"):
-            return ""
-        piece = text[len(self._emitted) :]
-        # A few tokens stay in the window, because some tokenizers join words by their neighbours.
-        if len(self._ids) - self._start > 16:
-            self._start = len(self._ids) - 8
-            self._emitted = self._decode(self._ids[self._start :])
-        else:
-            self._emitted = text
-        return piece
-
-    def flush(self) -> str:
-        """What is left at the end: the remains of a character that never became whole."""
-        return self._decode(self._ids[self._start :])[len(self._emitted) :]
-
-    def _decode(self, ids: list[int]) -> str:
-        text = self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        return str(text)

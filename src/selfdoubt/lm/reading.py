@@ -60,7 +60,7 @@ def reading(
         if known > 0:
             chosen = ids[:, first + 1 : first + 1 + known].to(piece.logits.device)
             now = piece.at(slice(known))
-            for sequence, tokens in enumerate(scored_ids(now, chosen, risk.mix(now.logits), alternatives)):
+            for sequence, tokens in enumerate(scored_ids(now, chosen, alternatives)):
                 start = width - len(prompts[sequence])
                 scored[sequence] += [t for c, t in enumerate(tokens) if first + c >= start]
         if pool is not None and piece.states is not None:
@@ -104,31 +104,44 @@ def follow(
     """
     width = max(len(t) for t in texts)
     ids = torch.tensor([list(t) + [0] * (width - len(t)) for t in texts]).to(following.logits.device)
-    found = scored_ids(following.at(None), ids[:, :1], risk.mix(following.logits)[:, None], alternatives)
+    found = scored_ids(following.at(None), ids[:, :1], alternatives)
     # The last token predicts nothing that is asked for.
     for first, piece in stepper.extend([t[:-1] for t in texts]) if width > 1 else ():
         if pool is not None and piece.states is not None:
             pool.add(first, piece.states[0])
         chosen = ids[:, first + 1 : first + 1 + piece.logits.shape[2]]
-        for tokens, more in zip(found, scored_ids(piece, chosen, risk.mix(piece.logits), alternatives), strict=True):
+        for tokens, more in zip(found, scored_ids(piece, chosen, alternatives), strict=True):
             tokens += more
     return [tokens[: len(text)] for tokens, text in zip(found, texts, strict=True)]
 
 
 def scored_ids(
-    following: Logits, chosen: Int[Tensor, "batch t"], mixed: Float[Tensor, "batch t classes"], alternatives: int
+    following: Logits,
+    chosen: Int[Tensor, "batch t"],
+    alternatives: int,
+    mixed: Float[Tensor, "batch t classes"] | None = None,
 ) -> list[list[ScoredId]]:
-    """Scores of chosen tokens, moved to the host in one go."""
-    scores = risk.token_scores(following.logits, chosen)
+    """Scores of chosen tokens, moved to the host in one go.
+
+    Args:
+        following: What came next.
+        chosen: The ids that were taken.
+        alternatives: How many of the most probable tokens are told with each token.
+        mixed: What ``risk.mixture`` makes of the logits, where it is at hand.
+    """
+    others: list[Tensor] = []
+    if alternatives:
+        mixed = risk.mixture(following.logits) if mixed is None else mixed
+        top = mixed.topk(min(alternatives, mixed.shape[-1]), -1).indices
+        scores, logprobs = risk.scores_among(following.logits, chosen, top, mixed)
+        others = [*top.double().unbind(-1), *logprobs.unbind(-1)]
+    else:
+        scores = risk.token_scores(following.logits, chosen)
     columns = [s.double() for s in scores]
     if following.scale is not None:
         index = chosen[None, ..., None].expand(len(following.scale), -1, -1, 1)
         columns.append(following.scale.gather(-1, index).squeeze(-1).double().square().mean(0).sqrt())
-    if alternatives:
-        top = mixed.topk(min(alternatives, mixed.shape[-1]), -1)
-        # The log-normaliser without a second pass over the classes: the chosen token's logit less its log-probability.
-        normaliser = mixed.gather(-1, chosen[..., None]).double() - scores.logprob[..., None].double()
-        columns += [*top.indices.double().unbind(-1), *(top.values.double() - normaliser).unbind(-1)]
+    columns += others
     table = torch.stack([*columns, chosen.double()], -1).tolist()
     has_scale = following.scale is not None
 

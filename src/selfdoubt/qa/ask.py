@@ -152,7 +152,7 @@ def _draw(lm: RiskAwareLM, prompts: Sequence[Prompt], plan: Plan, alike: Same, f
         for i, record in enumerate(found.records):
             own = drawn[i * n : (i + 1) * n]
             texts = [answer_text(a.text, plan.how) for a in own]
-            nlls = [a.scores.get("sum_nll", 0.0) for a in own]  # an empty answer has no tokens
+            nlls = [a.scores["sum_nll"] for a in own]
             scores = agreement_scores(record.answer or "", texts, nlls, alike, record.question.text)
             samples = tuple(Sample(t, _short(a.risk), a.percentile) for t, a in zip(texts, own, strict=True))
             found.records[i] = replace(with_scores(record, scores), samples=samples)

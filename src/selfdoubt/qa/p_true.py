@@ -43,7 +43,7 @@ def p_true(lm: RiskAwareLM, pairs: Sequence[tuple[Question, str]], plan: Plan) -
     found: list[float] = []
     for first in range(0, len(prompts), plan.batch_size):
         _, following = read(HFStepper(lm.model), prompts[first : first + plan.batch_size])
-        logp = risk.mix(following.logits).double().log_softmax(-1)
+        logp = risk.mixture(following.logits).double().log_softmax(-1)
         mass = [logp[:, sorted(ids - both)].logsumexp(-1) for ids in (true, false)]
         found += torch.stack(mass, -1).softmax(-1)[:, 0].tolist()
     return found

@@ -26,7 +26,7 @@ REAL = ("pocket", "smollm2", "qwen", "gemma")
 def tokenizer(name):
     found = words.real(name) if name in REAL else words.small(name)
     if found is None:
-        pytest.skip(f"there is no model folder {words.REAL / name}")
+        pytest.skip(f"there is no model folder {words.FOLDER / name}")
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import re
 
@@ -111,6 +112,21 @@ def test_tokens_hold_together():
     greedy = talking().generate(QUESTIONS[0], max_tokens=3)
     assert [t.alternatives[0].id for t in greedy.tokens] == [t.id for t in greedy.tokens]
     assert greedy.tokens[0].alternatives[0].probability == pytest.approx(math.exp(greedy.tokens[0].logprob))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("name", [*WRAPPERS, None])
+def test_what_could_have_been_said_adds_up_to_at_most_one_in_any_dtype(name, dtype):
+    model = copy.deepcopy(talker()).to(dtype)
+    model.lm_head.weight *= 40  # sure, as trained models are: rounding shows where probabilities are near 1
+    lm = RiskAwareLM((WRAPPERS[name](model) if name else model).eval(), tokenizer())
+    for temperature in (0.0, 1.0, 3.0):
+        answer = lm.generate(QUESTIONS[0], max_tokens=12, temperature=temperature, seed=1)
+        for t in (*answer.tokens, *lm.score("The capital of France is Paris.", QUESTIONS[0]).tokens):
+            shares = {a.id: a.probability for a in t.alternatives}
+            assert shares.get(t.id, math.exp(t.logprob)) == math.exp(t.logprob)
+            assert sum({**shares, t.id: math.exp(t.logprob)}.values()) <= 1
+            assert [*shares.values()] == sorted(shares.values(), reverse=True)
 
 
 def test_a_chat_a_question_and_an_empty_list():

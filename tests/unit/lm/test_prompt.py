@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from selfdoubt.errors import PromptError
-from selfdoubt.lm.prompt import Detokenizer, encode
+from selfdoubt.lm.detokenizer import Detokenizer
+from selfdoubt.lm.prompt import encode
 from tests.zoo import tokenizer
 
 

@@ -256,7 +256,7 @@ def test_training_counts_exactly_the_answers_words_and_what_ends_them(template, 
 def test_real_tokenizers(name, content):
     own = words.real(name)
     if own is None:
-        pytest.skip(f"there is no model folder {words.REAL / name}")
+        pytest.skip(f"there is no model folder {words.FOLDER / name}")
     messages = chat("Hello", content, content)
     text = own.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     found = encode(own, messages)
@@ -268,7 +268,7 @@ def test_real_tokenizers(name, content):
 def test_gemmas_tokenizer(template):
     own = words.real("gemma")
     if own is None:
-        pytest.skip(f"there is no model folder {words.REAL / 'gemma'}")
+        pytest.skip(f"there is no model folder {words.FOLDER / 'gemma'}")
     before = own.chat_template
     own.chat_template = templates.ALL[template].replace("<s>", "<bos>").replace("</s>", "<eos>")
     try:

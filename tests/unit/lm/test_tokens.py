@@ -29,7 +29,7 @@ TEXTS = st.lists(PIECES, max_size=12).map("".join)
 def tokenizer(name):
     found = words.real(name) if name in REAL else words.small(name)
     if found is None:
-        pytest.skip(f"there is no model folder {words.REAL / name}")
+        pytest.skip(f"there is no model folder {words.FOLDER / name}")
     return found
 
 
