@@ -12,7 +12,8 @@ from typing import Any
 from selfdoubt.errors import ConfigError, DataError, require
 from selfdoubt.qa.choices import Choice
 from selfdoubt.qa.records import Question
-from selfdoubt.qa.text import declines, fold, inside, normalise, places, rouge_l, token_f1
+from selfdoubt.qa.signs import spans, spoken
+from selfdoubt.qa.text import declines, fold, inside, normalise, rouge_l, token_f1
 from selfdoubt.qa.verdict import NO_ANSWER, Judge, Verdict
 
 NO_COMMENT = "I have no comment."
@@ -46,6 +47,8 @@ class F1:
 class Contains:
     """An accepted answer stands in the answer as whole words, without regard to case, accents and punctuation.
 
+    Signs that change the meaning count: -5 is not 5, C++ not C, ≥ 5 not ≤ 5, 10⁶ not 106; "minus 5" is -5, and a unit
+    ($, %, °) may be missing but not another one. Scripts without spaces between words, and Korean particles, are known.
     It does not count where "not" or "never" stands right before it ("is not Paris", "isn't in Paris"); where the answer
     declines; and "yes" and "no" count as the first word alone. A known wrong answer outside the accepted one makes the
     answer wrong, as naming several is not knowing. Else whatever stands around it is not looked at: "Paris or Rome" is
@@ -225,7 +228,7 @@ _NEGATED = re.compile(r"\b(not|never|\w+n t|cannot)( (in|at|on|by|from|to|of))?(
 def _contained(question: Question, answer: str, accepted: str) -> float:
     text = fold(answer)
     words = _name(accepted)
-    if not words:  # signs alone: "+"
+    if not words:  # signs alone: "!"
         return float(answer.strip().lower() == accepted.strip().lower())
     if text == words or text == fold(accepted):
         return 1.0
@@ -233,18 +236,22 @@ def _contained(question: Question, answer: str, accepted: str) -> float:
         return 0.0
     if words in ("yes", "no"):
         return float(text.split()[:1] == [words])
-    stands = [at for at in places(words, text) if not _NEGATED.search(text[:at])]
+    stands = [at for at, _ in _stands(words, text) if not _NEGATED.search(text[:at])]
     if not stands:
         return 0.0
     right = {_name(a) for a in question.answers}
-    spans = [(at, at + len(name)) for name in right for at in places(name, text)]
+    known = [span for name in right for span in _stands(name, text)]
     others = [*question.wrong_answers, *(c for i, c in enumerate(question.choices) if i not in question.right)]
     for name in {_name(o) for o in others} - right:
-        for at in places(name, text):
-            within = any(inside((at, at + len(name)), span) for span in spans)
-            if not within and not _NEGATED.search(text[:at]):
+        for span in _stands(name, text):
+            if not any(inside(span, other) for other in known) and not _NEGATED.search(text[: span[0]]):
                 return 0.0
     return 1.0
+
+
+def _stands(name: str, text: str) -> list[tuple[int, int]]:
+    """Where a folded name stands, with its signs or with them said in words."""
+    return [span for way in (name, *spoken(name)) for span in spans(way, text)]
 
 
 def _name(text: str) -> str:
