@@ -48,8 +48,8 @@ AsJson = Annotated[bool, typer.Option("--json", help="One JSON object a token, t
 Data = Annotated[
     str,
     typer.Option(
-        help="truthfulqa, nq_open, webquestions, triviaqa, squad2 or pocket; or a file: JSONL, JSON, CSV or TSV with "
-        "questions and answers; or a name on the hub.",
+        help="truthfulqa, nq_open, webquestions, triviaqa, squad2 or pocket; or a file: JSONL, JSON, CSV, TSV or "
+        "Parquet with questions and answers; or a name on the hub.",
         show_default=False,
     ),
 ]
@@ -60,6 +60,13 @@ AnswerSeparator = Annotated[str | None, typer.Option(help="What parts several an
 TopicColumn = Annotated[str | None, typer.Option(help="Column of the topic.")]
 ContextColumn = Annotated[str | None, typer.Option(help="Column of a passage to read first.")]
 ChoiceColumn = Annotated[str | None, typer.Option(help="Column of the choices.")]
+AnswersName = Annotated[
+    str | None,
+    typer.Option(
+        help="How an answer names one of the choices, where it could mean two: text, index (from 0), label or letter.",
+        show_default=False,
+    ),
+]
 Split = Annotated[str | None, typer.Option(help="Split of a set on the hub.", show_default=False)]
 Judge = Annotated[
     str | None,

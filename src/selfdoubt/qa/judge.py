@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import functools
-import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from selfdoubt.errors import ConfigError, DataError, require
+from selfdoubt.errors import ConfigError, require
 from selfdoubt.qa.choices import Choice
 from selfdoubt.qa.records import Question
 from selfdoubt.qa.signs import spans, spoken
 from selfdoubt.qa.text import declines, fold, inside, normalise, rouge_l, token_f1
-from selfdoubt.qa.verdict import NO_ANSWER, Judge, Verdict
+from selfdoubt.qa.verdict import NO_ANSWER, Judge, Verdict, of_cell
 
 NO_COMMENT = "I have no comment."
 
@@ -137,24 +136,8 @@ class Column:
         """
         if answer is None:
             return NO_ANSWER
-        cell = self.values.get(question.id)
-        if cell is None or not str(cell).strip():
-            return Verdict(None, None, f"the column {self.name} is empty")
-        word = str(cell).strip().lower()
-        if word in _YES or word in _NO:
-            return Verdict(word in _YES, float(word in _YES))
-        try:
-            grade = float(word)
-        except ValueError:
-            grade = math.nan
-        if not 0 <= grade <= 1:
-            wanted = "wanted yes or no, or a number from 0 to 1"
-            raise DataError(f"column {self.name} of question {question.id}: {wanted}, found {cell!r}")
-        return Verdict(grade >= 0.5, grade)
-
-
-_YES = frozenset({"yes", "true", "right", "correct", "1", "y", "t"})
-_NO = frozenset({"no", "false", "wrong", "incorrect", "0", "n", "f"})
+        found = of_cell(f"column {self.name} of question {question.id}", self.values.get(question.id))
+        return Verdict(None, None, f"the column {self.name} is empty") if found.correct is None else found
 
 
 def judge(spec: str, *, column: Mapping[str, Any] | None = None) -> Judge:
@@ -193,6 +176,11 @@ _PLAIN: dict[str, Callable[[], Judge]] = {
 }  # fmt: skip
 #: Names as a person writes them. ``llm`` asks another model: ``selfdoubt.qa.llm_judge``.
 JUDGES = ("exact", "f1:0.5", "contains", "rouge", "bleu", "choice", "regex:PATTERN", "column:NAME", "llm")
+
+
+def needs_answers(one: Judge) -> bool:
+    """Return whether a judge compares with accepted answers: all do but a column, and a pattern without {answer}."""
+    return not isinstance(one, Column) and (not isinstance(one, Regex) or "{answer}" in one.pattern)
 
 
 def default_judge(questions: Iterable[Question]) -> str:
