@@ -95,6 +95,7 @@ def evaluate(
     reading: dict[str, Any] = {
         "task": task, "seed": seed, "columns": columns, "separator": answer_separator, "split": split
     }  # fmt: skip
+    flags.whole_texts(instruction)
     questions = datasets.load(data, limit=limit, **reading)
     flags.new_run(out)
     picked = flags.pick_judge(

@@ -146,6 +146,15 @@ def load_lm(
     )
 
 
+def whole_texts(*texts: str | None) -> None:
+    """Refuse bytes of the command line that are no text in its encoding: no tokenizer takes them."""
+    from selfdoubt.data.cells import has_half
+
+    for text in texts:
+        if text is not None and has_half(text):
+            raise ConfigError(f"{ascii(text)[:80]} holds bytes that are no UTF-8 text; convert it, e.g. with iconv")
+
+
 def quiet() -> None:
     """Only errors of the libraries reach the terminal, and no progress bars."""
     transformers = require("transformers", "lm")

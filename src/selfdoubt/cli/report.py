@@ -41,7 +41,7 @@ def report(
     from selfdoubt.data.questions import Columns
     from selfdoubt.qa import answers as files
     from selfdoubt.qa import datasets, finish
-    from selfdoubt.qa.judge import needs_answers
+    from selfdoubt.qa.judge import name_of, needs_answers
 
     given = Columns(question=question_column, answers=gold_column, named_by=answers_name)
     folder = answers if answers.is_dir() else answers.parent
@@ -70,6 +70,7 @@ def report(
                 f"{answers} does not say which answers are right: it has no verdicts (correct) and no accepted "
                 "answers; name their column with --gold-column, or that of verdicts with --judge column:NAME"
             )
+        run = {**run, "judge": name_of(picked)}
         records = finish.judged(records, picked, unknown=unknown, only_open=judge is None)
     for line in finish.report(records, run, out, draws=draws):
         print(line)

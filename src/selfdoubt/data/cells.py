@@ -18,6 +18,11 @@ from selfdoubt.errors import DataError
 _HALF = re.compile("[\ud800-\udfff]")
 
 
+def has_half(text: str) -> bool:
+    """Return whether a text holds half of a character: a surrogate that stands alone."""
+    return bool(_HALF.search(text))
+
+
 def whole_text(place: str, column: str, text: str) -> str:
     """Check that a text holds no half of a character (a lone surrogate), which no tokenizer takes.
 

@@ -119,15 +119,13 @@ def find(
 def _usual(
     source: str, row: Row, part: str, usual: Sequence[str], system: str | None, flags: Mapping[str, str]
 ) -> str | None:
-    """The column of a usual name. Two that hold different things are ambiguous, except that a list of accepted answers
-    goes before one answer."""
+    """The column of a usual name. Two are ambiguous, also where their first cells are equal, except that a list of
+    accepted answers goes before one answer."""
     fits = [name for wanted in usual for name in row if lower(name) == wanted and name != system]
     if not fits:
         return None
-    rivals = [
-        name for name in fits[1:] if lower(name) == lower(fits[0]) or (part == "answers" and lower(name) in _GOLD)
-    ]
-    other = next((name for name in rivals if row[name] != row[fits[0]]), None)
+    rivals = (n for n in fits[1:] if lower(n) == lower(fits[0]) or (part == "answers" and lower(n) in _GOLD))
+    other = next(rivals, None)
     if other is not None:
         raise DataError(
             f"{source} has two columns that look like the {part}, {fits[0]!r} and {other!r}: "

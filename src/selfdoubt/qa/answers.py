@@ -97,11 +97,10 @@ def _system(path: Path, first: Row, given: str | None) -> str:
             f"{path} has no column that looks like a system's answer ({' or '.join(SYSTEM)}); it has {names(first)}: "
             "say which one it is with --answer-column"
         )
-    other = next((name for name in fits[1:] if first[name] != first[fits[0]]), None)
-    if other is not None:
+    if len(fits) > 1:
         raise DataError(
-            f"{path} has two columns that look like a system's answer, {fits[0]!r} and {other!r}: say which one it is "
-            "with --answer-column"
+            f"{path} has two columns that look like a system's answer, {fits[0]!r} and {fits[1]!r}: say which one it "
+            "is with --answer-column"
         )
     return fits[0]
 

@@ -16,7 +16,7 @@ from selfdoubt.errors import DataError
 from selfdoubt.qa import answers
 from selfdoubt.qa import records as files
 from selfdoubt.qa.answers import UNKNOWN
-from selfdoubt.qa.judge import needs_answers
+from selfdoubt.qa.judge import name_of, needs_answers
 from selfdoubt.qa.llm_judge import LLMJudge
 from selfdoubt.qa.records import Question, Record
 from selfdoubt.qa.report import write_report
@@ -45,7 +45,7 @@ def finish(asked: Asked, judge: Judge, out: Path, run: Mapping[str, Any], *, dra
         What to tell on a terminal.
     """
     found = judged(asked.records, judge)
-    whole = {**run, "costs": asked.costs}
+    whole = {**run, "judge": name_of(judge), "costs": asked.costs}
     keep(asked, found, whole, out)
     return report(found, whole, out, draws=draws)
 

@@ -178,6 +178,18 @@ _PLAIN: dict[str, Callable[[], Judge]] = {
 JUDGES = ("exact", "f1:0.5", "contains", "rouge", "bleu", "choice", "regex:PATTERN", "column:NAME", "llm")
 
 
+def name_of(one: Judge) -> str:
+    """Return a judge's name, as ``judge`` takes it where it is one of its own."""
+    if isinstance(one, Regex):
+        return f"regex:{one.pattern}"
+    if isinstance(one, Column):
+        return f"column:{one.name}"
+    if isinstance(one, F1):
+        return f"f1:{one.threshold:g}"
+    model = getattr(one, "model", None)
+    return f"llm: {model}" if isinstance(model, str) else getattr(one, "__name__", type(one).__name__).lower()
+
+
 def needs_answers(one: Judge) -> bool:
     """Return whether a judge compares with accepted answers: all do but a column, and a pattern without {answer}."""
     return not isinstance(one, Column) and (not isinstance(one, Regex) or "{answer}" in one.pattern)
