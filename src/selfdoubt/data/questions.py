@@ -108,9 +108,9 @@ def find(
         found[part] = _usual(source, row, part, usual, system, flags) if name is None else name
     for part in needed:
         if found[part] is None:
-            usual = (n for n in USUAL[part] if n != lower(system or ""))
+            names_of = (n for n in USUAL[part] if n != lower(system or ""))
             raise DataError(
-                f"{source} has no column that looks like the {part} ({' or '.join(usual)}); "
+                f"{source} has no column that looks like the {part} ({' or '.join(names_of)}); "
                 f"it has {names(row)}: say which one it is{_with(flags, part)}"
             )
     return Columns(**found, named_by=given.named_by)
@@ -148,7 +148,7 @@ def with_choices(row: Row) -> Row:
         if match and (match["word"] or match["label"].isalpha()):
             found.setdefault((match["word"] or "", match["label"]), name)
     for word, first in {(word, "1" if label.isdecimal() else "a"): None for word, label in found}:
-        labels = []
+        labels: list[str] = []
         while (word, label := chr(ord(first) + len(labels))) in found:
             labels.append(label)
         filled = [label for label in labels if row[found[word, label]] not in (None, "")]

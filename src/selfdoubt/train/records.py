@@ -8,7 +8,7 @@ question and answer (as ``selfdoubt evaluate`` reads them; of several right answ
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
@@ -54,10 +54,12 @@ def _chats(source: str, columns: Columns) -> Iterator[Chat]:
     first = next(rows, None)
     if first is None:
         raise DataError(f"{source} holds no records; give a file with at least two")
+    to_chat: Callable[[str, Row], Chat]
     layout = _layout(first[1]) if columns == AS_USUAL else "question and answer"
     if layout == "instruction":
         names = {lower(name): name for name in reversed([*first[1]])}
-        to_chat = partial(_instruction, *(names.get(n, n) for n in (*LAYOUTS[layout], INPUT)))
+        first_name, last_name, more_name = (names.get(n, n) for n in (*LAYOUTS[layout], INPUT))
+        to_chat = partial(_instruction, first_name, last_name, more_name)
     elif layout == "chat":
         to_chat = partial(_messages, next(name for name in first[1] if lower(name) == "messages"))
     elif columns == AS_USUAL and is_record(first[1]):
