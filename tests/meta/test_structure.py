@@ -133,7 +133,7 @@ LIGHT = {"train.__init__", "train.config", "train.records"}  # what the command 
 
 @pytest.mark.parametrize("name", [n for n in FILES if n.startswith("train.")])
 def test_training_imports_the_engine_and_itself(name):
-    found = {n for n in own(FILES[name]) if n.partition(".")[0] not in ("train", "lm")}
+    found = {n for n in own(FILES[name]) if n.partition(".")[0] not in ("train", "lm", "data")}
     assert found <= CORE | WRAPPERS | {"manifest", "storage", "__init__"}
     if name in LIGHT:
         top = {m.partition(".")[0] for m, _ in imports(FILES[name], everywhere=False)}
@@ -142,8 +142,15 @@ def test_training_imports_the_engine_and_itself(name):
 
 @pytest.mark.parametrize("name", [n for n in FILES if n.startswith("qa.")])
 def test_question_answering_imports_the_engine_and_itself(name):
-    found = {n for n in own(FILES[name]) if n.partition(".")[0] not in ("qa", "lm")}
+    found = {n for n in own(FILES[name]) if n.partition(".")[0] not in ("qa", "lm", "data")}
     assert found <= CORE | WRAPPERS | {"manifest", "storage", "__init__"}
+
+
+@pytest.mark.parametrize("name", [n for n in FILES if n.startswith("data.")])
+def test_readers_of_data_import_themselves_and_no_library(name):
+    assert {n for n in own(FILES[name]) if n.partition(".")[0] != "data"} <= {"errors"}
+    top = {m.partition(".")[0] for m, _ in imports(FILES[name], everywhere=False)}
+    assert top <= set(__import__("sys").stdlib_module_names) | {"selfdoubt"}
 
 
 @pytest.mark.parametrize("name", [n for n in FILES if n.startswith("serve.")])

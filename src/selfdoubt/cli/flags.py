@@ -51,8 +51,8 @@ AsJson = Annotated[bool, typer.Option("--json", help="One JSON object a token, t
 Data = Annotated[
     str,
     typer.Option(
-        help="truthfulqa, nq_open, webquestions, triviaqa, squad2 or pocket; or a file: JSONL, JSON, CSV or TSV with "
-        "questions and answers; or a name on the hub.",
+        help="truthfulqa, nq_open, webquestions, triviaqa, squad2 or pocket; or a file: JSONL, JSON, CSV, TSV or "
+        "Parquet with questions and answers; or a name on the hub.",
         show_default=False,
     ),
 ]
@@ -63,6 +63,13 @@ AnswerSeparator = Annotated[str | None, typer.Option(help="What parts several an
 TopicColumn = Annotated[str | None, typer.Option(help="Column of the topic.")]
 ContextColumn = Annotated[str | None, typer.Option(help="Column of a passage to read first.")]
 ChoiceColumn = Annotated[str | None, typer.Option(help="Column of the choices.")]
+AnswersName = Annotated[
+    str | None,
+    typer.Option(
+        help="How an answer names one of the choices, where it could mean two: text, index (from 0), label or letter.",
+        show_default=False,
+    ),
+]
 Split = Annotated[str | None, typer.Option(help="Split of a set on the hub.", show_default=False)]
 Judge = Annotated[
     str | None,
@@ -146,6 +153,15 @@ def load_lm(
     if lm.note is not None:
         print(f"selfdoubt: note: {lm.note}", file=sys.stderr)
     return lm
+
+
+def whole_texts(*texts: str | None) -> None:
+    """Refuse bytes of the command line that are no text in its encoding: no tokenizer takes them."""
+    from selfdoubt.data.cells import has_half
+
+    for text in texts:
+        if text is not None and has_half(text):
+            raise ConfigError(f"{ascii(text)[:80]} holds bytes that are no UTF-8 text; convert it, e.g. with iconv")
 
 
 def quiet() -> None:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from selfdoubt.data.questions import AS_USUAL, Columns
 from selfdoubt.errors import ConfigError, DataError, LoadError, require
 from selfdoubt.lm.load import turn_end
 from selfdoubt.lm.prompt import encode_turns
@@ -136,7 +137,7 @@ def splits(config: TrainConfig, tokenizer: Any, folder: Path) -> Splits:
     ends = ends_of(tokenizer)
 
     def rows() -> Iterator[dict[str, Any]]:
-        for chat in records.read(config.data, limit=config.limit):
+        for chat in records.read(config.data, limit=config.limit, columns=_columns(config)):
             if not any(m["content"].strip() for m in chat if m["role"] == "assistant"):
                 left_out["empty"] += 1
                 continue
@@ -188,13 +189,17 @@ def stored(config: TrainConfig, folder: Path, key: str | None = None) -> Splits:
     return Splits(train, val, **json.loads((folder / f"{key}.json").read_text()))
 
 
+def _columns(config: TrainConfig) -> Columns:
+    return Columns(question=config.question_column, answers=config.answer_column, named_by=config.answers_name)
+
+
 def _key(config: TrainConfig, tokenizer: Any) -> str:
     """Names what decides the encoded data: the source as it is now, the tokenizer, and how it is used."""
     file = Path(config.data).expanduser()
     state = (file.stat().st_size, file.stat().st_mtime_ns) if file.is_file() else None
     parts = (
         config.data, state, config.limit, config.loss_on, config.max_length, config.model, config.revision,
-        tokenizer.chat_template, len(tokenizer),
+        tokenizer.chat_template, len(tokenizer), *([_columns(config)] if _columns(config) != AS_USUAL else []),
     )  # fmt: skip
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
