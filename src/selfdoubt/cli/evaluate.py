@@ -129,7 +129,8 @@ def evaluate(
 
     asked = ask_all(lm, questions, plan, out, run)
     if asked is not None:
-        for line in finish(asked, picked, out, {**run, "seed": seed}, draws=draws):
+        run |= {"seed": seed, "conditions": plan.conditions(lm, questions).to_json()}
+        for line in finish(asked, picked, out, run, draws=draws):
             print(line)
     return 0
 

@@ -28,6 +28,7 @@ class Event(NamedTuple):
     token: ScoredId | None
     finish: Finish | None
     states: Float[Tensor, "layers width"] | None = None  #: hidden states in which this was chosen
+    end: ScoredId | None = None  #: the stop token that ended it, no part of the answer
 
 
 @dataclass(eq=False)
@@ -63,7 +64,7 @@ class Line:
         """What happens when this token is the next."""
         self._draw = None
         if token.id in self.sampling.stop_ids:
-            return Event(self.name, None, "stop", states)
+            return Event(self.name, None, "stop", states, token)
         self.chosen.append(token.id)
         few = token._replace(alternatives=token.alternatives[: self.sampling.alternatives])
         return Event(self.name, few, "length" if len(self.chosen) >= self.room else None, states)

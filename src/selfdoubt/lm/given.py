@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from selfdoubt.errors import PromptError
 from selfdoubt.lm.answer import Answer, Token
 from selfdoubt.lm.calibration import States
+from selfdoubt.lm.conditions import Made, Origin
+from selfdoubt.lm.form import TEXT
 from selfdoubt.lm.prompt import Detokenizer, Prompt, encode
 from selfdoubt.lm.reading import ScoredId, follow, read
 from selfdoubt.lm.states import StatePool
@@ -21,9 +24,14 @@ Question = str | Sequence[Mapping[str, str]]
 
 
 def score_given(
-    lm: RiskAwareLM, pairs: Sequence[tuple[Question | None, str]], *, raw: bool, alternatives: int
+    lm: RiskAwareLM,
+    pairs: Sequence[tuple[Question | None, str]],
+    *,
+    raw: bool,
+    alternatives: int,
+    made: Made = "given",
 ) -> list[Answer]:
-    """See ``RiskAwareLM.score_batch``. A question that comes several times is read once."""
+    """See ``RiskAwareLM.score_batch``. A question that comes several times is read once; ``made`` says whose texts."""
     found: dict[int, Answer] = {}
     bare = [i for i, (question, _) in enumerate(pairs) if question is None]
     if bare:
@@ -31,7 +39,7 @@ def score_given(
     asked = [i for i, (question, _) in enumerate(pairs) if question is not None]
     if asked:
         own = [(question, text) for question, text in pairs if question is not None]
-        found |= zip(asked, _score_answers(lm, own, raw=raw, alternatives=alternatives), strict=True)
+        found |= zip(asked, _score_answers(lm, own, raw=raw, alternatives=alternatives, made=made), strict=True)
     return [found[i] for i in range(len(pairs))]
 
 
@@ -44,12 +52,12 @@ def _score_texts(lm: RiskAwareLM, texts: Sequence[str], alternatives: int) -> li
     for row, text in enumerate(texts):
         end = None if pool is None or pool.means is None else pool.means[row, 0].cpu()
         states = None if end is None else States(lm.layers, end, end, end)  # without a question, but its end
-        found.append(lm.answer(_tokens(lm, scored[row]), [], "given", text, states))
+        found.append(lm.answer(_tokens(lm, scored[row]), [], "given", text, states, origin=Origin("given", TEXT)))
     return found
 
 
 def _score_answers(
-    lm: RiskAwareLM, pairs: Sequence[tuple[Question, str]], *, raw: bool, alternatives: int
+    lm: RiskAwareLM, pairs: Sequence[tuple[Question, str]], *, raw: bool, alternatives: int, made: Made
 ) -> list[Answer]:
     encoded = [_encode(lm.tokenizer, question, _checked(text), raw=raw) for question, text in pairs]
     prompts = {tuple(prompt.ids): prompt for prompt, _ in encoded}
@@ -58,22 +66,29 @@ def _score_answers(
     lengths = [len(ids) for ids in prompts]
     texts = [ids for _, ids in encoded]
     asked = StatePool([[own_end(p)] for p in prompts.values()], lengths) if lm.layers else None
-    rest = StatePool([[(0, len(t) - 1)] for t in texts], [len(t) - 1 for t in texts], "right") if lm.layers else None
+    rest = StatePool([[(0, len(t) - 1)] for t in texts], [len(t) for t in texts], "right") if lm.layers else None
     stepper = HFStepper(lm.model, lm.layers)
+    # Whether a text is what the model would say also hangs on its end; only a calibration asks for it.
+    longest = max(len(prompt.ids) + len(t) for (prompt, _), t in zip(encoded, texts, strict=True))
+    room = stepper.context is None or longest <= stepper.context
+    ends = lm.stop_ids if lm.calibration is not None and room else ()
     read_once, following = read(stepper, [list(ids) for ids in prompts], alternatives, asked)
     questions = [lm._own(scored, prompt) for scored, prompt in zip(read_once, prompts.values(), strict=True)]
     stepper.keep(rows)
     following = following.of(rows)
-    scored = follow(stepper, following, texts, alternatives, rest)
+    scored = follow(stepper, following, texts, alternatives, rest, ends)
     found = []
     for i, (_, text) in enumerate(pairs):
+        end_gap = scored[i].pop().gap if ends else 0.0 if room else math.inf
+        origin = Origin(made, encoded[i][0].form, end_gap=end_gap)
         states = None
         if asked is not None and asked.means is not None and following.states is not None:
             first, n = following.states[0, i], len(texts[i])
             others = 0.0 if rest is None or rest.means is None else rest.means[i, 0]
             mean = (first + (n - 1) * others) / n
             states = States(lm.layers, asked.means[rows[i], 0].cpu(), first.cpu(), mean.cpu())
-        found.append(lm.answer(_tokens(lm, scored[i]), questions[rows[i]], "given", text, states))
+        own = _tokens(lm, scored[i])
+        found.append(lm.answer(own, questions[rows[i]], "given", text, states, origin=origin))
     return found
 
 

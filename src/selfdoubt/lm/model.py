@@ -17,7 +17,8 @@ from selfdoubt.errors import ConfigError
 from selfdoubt.lm import answer as answers
 from selfdoubt.lm.adapter import base_of, load_adapter, own_tokenizer, read_adapter
 from selfdoubt.lm.answer import Alternative, Answer, Token, answer_scores, check_score, pick_risk, rank_scores, stand_in
-from selfdoubt.lm.calibration import Calibration, States, stored
+from selfdoubt.lm.calibration import Calibration, Estimate, States, stored
+from selfdoubt.lm.conditions import Origin
 from selfdoubt.lm.given import score_given
 from selfdoubt.lm.load import POCKET, Quantization, load_model, quick_dtype, stop_ids
 from selfdoubt.lm.options import Options, sampling_of, stop_texts
@@ -69,8 +70,8 @@ class RiskAwareLM:
         self.tokenizer = tokenizer
         self.reference = dict(reference or {})
         self.calibration = calibration
-        read = {calibration.state.layer} if calibration is not None and calibration.state is not None else set()
-        self.layers = tuple(sorted({*layers, *read}))
+        self.misfit = None if calibration is None else calibration.misfit(model)  #: why no answer has a p_correct
+        self.layers = tuple(sorted({*layers, *(() if calibration is None else calibration.layers)}))
         self.risk = risk
         self.token_risk = token_risk
         self.stop_ids = stop_ids(model, tokenizer)
@@ -283,22 +284,22 @@ class RiskAwareLM:
         return score_given(self, pairs, raw=raw, alternatives=alternatives)
 
     def answer(
-        self,
-        tokens: Sequence[Token],
-        question: Sequence[Token],
-        finish: Literal["stop", "length", "given"],
-        text: str,
-        states: States | None = None,
-    ) -> Answer:
-        """Put tokens together and score the whole."""
+        self, tokens: Sequence[Token], question: Sequence[Token], finish: Literal["stop", "length", "given"], text: str,
+        states: States | None = None, *, origin: Origin,
+    ) -> Answer:  # fmt: skip
+        """Put tokens together and score the whole; ``origin`` says how they came about."""
         scores = answer_scores(tokens, question)
         scores |= rank_scores(scores, self.reference)
         value, name = pick_risk(scores, self.risk)
         reference = self.reference.get(name)
         rank = None if reference is None else percentile(value, reference)
-        known = None if self.calibration is None else self.calibration.p_correct(scores, states)
-        abstain = None if self.calibration is None else self.calibration.abstains(known)
-        return Answer(text, tuple(tokens), tuple(question), scores, value, name, rank, finish, known, abstain, states)
+        known, gaps = Estimate(), [token.gap for token in tokens]
+        if self.calibration is not None:
+            known = self.calibration.estimate(scores, states, origin, finish, gaps, self.misfit)
+        return Answer(
+            text, tuple(tokens), tuple(question), scores, value, name, rank, finish,
+            known.p_correct, known.abstain, states, known.note,
+        )  # fmt: skip
 
     def without_weights(self) -> RiskAwareLM:
         """What knows all about this model, and cannot run it: small enough to send to whoever speaks for it."""

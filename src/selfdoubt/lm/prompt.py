@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from selfdoubt.errors import PromptError
+from selfdoubt.lm.form import CHAT, chat_form, text_form
 
 Message = Mapping[str, str]
 
@@ -18,6 +19,7 @@ class Prompt(NamedTuple):
 
     ids: list[int]
     own: list[bool]
+    form: str = CHAT  #: of all but the last message, see ``selfdoubt.lm.form``
 
 
 class Turns(NamedTuple):
@@ -47,7 +49,18 @@ def encode(tokenizer: Any, prompt: str | Sequence[Message], *, raw: bool = False
         return _encode_text(tokenizer, text)
     last = len(messages) - 1
     turns = _encode_chat(tokenizer, messages, {last}, answer_next=True)
-    return Prompt(turns.ids, [turn == last for turn in turns.turn])
+    form = chat_form(messages)
+    if last and form != CHAT and messages[last]["role"] == "user" and _is_alone(tokenizer, messages[last], turns.ids):
+        form = CHAT
+    return Prompt(turns.ids, [turn == last for turn in turns.turn], form)
+
+
+def _is_alone(tokenizer: Any, message: dict[str, str], ids: list[int]) -> bool:
+    """Return whether a chat reads like its last message alone, because the template leaves the others out."""
+    try:
+        return _encode_chat(tokenizer, [message], {0}, answer_next=True).ids == ids
+    except PromptError:
+        return False
 
 
 def encode_turns(tokenizer: Any, messages: Sequence[Message]) -> Turns:
@@ -73,7 +86,7 @@ def _encode_text(tokenizer: Any, text: str) -> Prompt:
     if tokenizer.bos_token_id is not None and ids[:1] != [tokenizer.bos_token_id]:
         ids = [tokenizer.bos_token_id, *ids]
     special = set(tokenizer.all_special_ids)
-    return Prompt(ids, [i not in special for i in ids])
+    return Prompt(ids, [i not in special for i in ids], text_form(text))
 
 
 def _encode_chat(tokenizer: Any, messages: list[dict[str, str]], wanted: set[int], *, answer_next: bool) -> Turns:

@@ -14,6 +14,7 @@ from torch import Tensor
 from selfdoubt.errors import ConfigError
 from selfdoubt.lm.answer import Answer, Token
 from selfdoubt.lm.calibration import States
+from selfdoubt.lm.conditions import Made, Origin
 from selfdoubt.lm.decode import Batch, Event, Line, run
 from selfdoubt.lm.prompt import Detokenizer, Prompt
 from selfdoubt.lm.reading import reading, whole
@@ -25,6 +26,10 @@ if TYPE_CHECKING:
     from selfdoubt.lm.model import RiskAwareLM
 
 
+#: The model's most probable answer to a single question.
+OWN = Origin("greedy")
+
+
 class AnswerInProgress:
     """One answer in the making.
 
@@ -33,6 +38,7 @@ class AnswerInProgress:
         question: The tokens of the question's own words.
         stops: Texts that end the answer.
         state: The hidden states at the question's end, where they are wanted.
+        origin: How the answer is made, as far as it is known before it ends.
     """
 
     def __init__(
@@ -41,8 +47,10 @@ class AnswerInProgress:
         question: list[Token],
         stops: Sequence[str] = (),
         state: Float[Tensor, "layers width"] | None = None,
+        origin: Origin = OWN,
     ) -> None:
         self.lm = lm
+        self._origin = origin
         self.question = question
         self.tokens: list[Token] = []
         self.finish: Literal["stop", "length"] | None = None
@@ -61,10 +69,14 @@ class AnswerInProgress:
         if event.token is not None:
             self._held.append((self.lm._token(event.token, self._pieces.add(event.token.id)), event.states))
         self.finish = event.finish
+        if event.end is not None:
+            by_caller = None if event.end.id in self.lm.stop_ids else f"token {event.end.id}"
+            self._origin = replace(self._origin, end_gap=event.end.gap, stop=by_caller)
         text = "".join(token.text for token, _ in self._held)
-        cut = min((at for stop in self._stops if (at := text.find(stop)) >= 0), default=None)
+        cut, stop = min(((at, stop) for stop in self._stops if (at := text.find(stop)) >= 0), default=(None, None))
         if cut is not None:
             self.finish, self._cut = "stop", True
+            self._origin = replace(self._origin, end_gap=0.0, stop=stop)
             return self._release(cut)
         # Hold back an end that may become a stop with the next token.
         ends = (n for stop in self._stops for n in range(len(stop) - 1, 0, -1) if text.endswith(stop[:n]))
@@ -96,7 +108,7 @@ class AnswerInProgress:
         """The answer, once it has ended."""
         assert self.finish is not None
         text = "".join(t.text for t in self.tokens) + ("" if self._cut else self._pieces.flush())
-        return self.lm.answer(self.tokens, self.question, self.finish, text, self._states())
+        return self.lm.answer(self.tokens, self.question, self.finish, text, self._states(), origin=self._origin)
 
     def _states(self) -> States | None:
         if self._asked is None or self._first is None:
@@ -114,6 +126,13 @@ class Wanted(NamedTuple):
     seed: int
     stops: Sequence[str] = ()
 
+    @property
+    def origin(self) -> Origin:
+        """How the answer will come about."""
+        own = self.sampling
+        made: Made = "sampled" if own.temperature > 0 else "greedy"
+        return Origin(made, self.prompt.form, own.temperature, own.top_p)
+
 
 def opening(lm: RiskAwareLM, wanted: Sequence[Wanted]) -> Generator[None, None, tuple[list[AnswerInProgress], Batch]]:
     """Read prompts piece by piece; in the end there are answers in the making, and the batch that makes them.
@@ -128,7 +147,10 @@ def opening(lm: RiskAwareLM, wanted: Sequence[Wanted]) -> Generator[None, None, 
     scored, following = yield from reading(stepper, [list(ids) for ids in different], pool=pool)
     questions = [lm._own(s, p) for s, p in zip(scored, different.values(), strict=True)]
     asked = [None] * len(different) if pool is None or pool.means is None else [means[0] for means in pool.means]
-    answers = [AnswerInProgress(lm, questions[row], w.stops, asked[row]) for row, w in zip(rows, wanted, strict=True)]
+    answers = [
+        AnswerInProgress(lm, questions[row], want.stops, asked[row], want.origin)
+        for row, want in zip(rows, wanted, strict=True)
+    ]
     if len(different) < len(wanted):
         stepper.keep(rows)
         following = following.of(rows)
