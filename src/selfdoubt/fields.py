@@ -101,6 +101,13 @@ def text(value: Any, path: str) -> str:
     return value
 
 
+def string(value: Any, path: str) -> str:
+    """Check for a text of any characters and lines."""
+    if not isinstance(value, str):
+        raise _refuse(path, "a text", value)
+    return value
+
+
 def nonempty(value: Any, path: str) -> str:
     """Check for a text of one line that is not empty."""
     if text(value, path) == "":

@@ -175,7 +175,7 @@ def test_a_known_and_a_doubtful_token_differ_in_colour_and_the_verdict_in_words(
     assert turn.locator(".say .t0", has_text="city").count() == 1
     assert turn.locator(".say .t3", has_text="Egypt").count() == 1
     words = turn.locator(".words").inner_text()
-    assert re.match(r"Right with 1\d % · riskier than 9\d % of the reference answers · the calibrated", words)
+    assert re.match(r"Right with \d % · riskier than 9\d % of the reference answers · the calibrated", words)
     assert turn.locator(".ask .t4").count() > 0
     assert text_of(turn.locator(".ask")) == "In which country is Issaquah?"
 
@@ -251,11 +251,11 @@ LISTEN = """() => {
 
 def test_an_answer_that_is_not_sure_enough_is_withheld_and_never_sent(page, url):
     page.evaluate(LISTEN)
-    page.get_by_role("button", name="Use the recommended 84 %").click()
+    page.get_by_role("button", name="Use the recommended 64 %").click()
     type_and_ask(page, "In which country is Zorbelheim?")
     turn = ended(page)
     assert turn.locator(".unsure").inner_text() == "I'm not sure."
-    assert "is right with 78 %, and you ask for at least 84 %" in turn.inner_text()
+    assert "is right with 44 %, and you ask for at least 64 %" in turn.inner_text()
     received = page.evaluate("received")
     assert "Zorbelheim" in received
     assert "Thinking: " in received
@@ -431,7 +431,7 @@ def test_the_conversation_comes_as_json(page, tmp_path):
     assert [t["question"] for t in found["turns"]] == ["Where is Valencia?", "What is the capital of France?"]
     answer = found["turns"][0]["answers"][0]
     assert answer["text"] == "".join(t["text"] for t in answer["tokens"]) == "The city of Valencia is in Venezuela."
-    assert 0.7 < answer["p_correct"] < 0.75
+    assert 0.8 < answer["p_correct"] < 0.88
     assert len(answer["tokens"][0]["alternatives"]) == 5
     assert page.locator(".turn").count() == 2
 

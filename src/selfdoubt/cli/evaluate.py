@@ -119,7 +119,7 @@ def evaluate(
     )
     from selfdoubt.members import Wrapped
 
-    run = {
+    run: dict[str, Any] = {
         "model": model or ("pocket" if adapter is None else None),
         "adapter": None if adapter is None else str(adapter),
         "wrapper": wrapper if adapter is not None or isinstance(lm.model, Wrapped) else "none",
@@ -134,7 +134,8 @@ def evaluate(
 
     asked = ask_all(lm, questions, plan, out, run)
     if asked is not None:
-        for line in finish(asked, picked, out, {**run, "seed": seed}, draws=draws):
+        run |= {"seed": seed, "conditions": plan.conditions(lm, questions).to_json()}
+        for line in finish(asked, picked, out, run, draws=draws):
             print(line)
     return 0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -9,6 +10,8 @@ from selfdoubt.errors import PromptError
 from selfdoubt.lm import detokenizer
 from selfdoubt.lm.answer import Answer, Token
 from selfdoubt.lm.calibration import States
+from selfdoubt.lm.conditions import Made, Origin
+from selfdoubt.lm.form import TEXT
 from selfdoubt.lm.prompt import encode, encode_pair, strip_answer
 from selfdoubt.lm.reading import ScoredId, follow, read
 from selfdoubt.lm.states import StatePool
@@ -22,9 +25,14 @@ Question = str | Sequence[Mapping[str, str]]
 
 
 def score_given(
-    lm: RiskAwareLM, pairs: Sequence[tuple[Question | None, str]], *, raw: bool, alternatives: int
+    lm: RiskAwareLM,
+    pairs: Sequence[tuple[Question | None, str]],
+    *,
+    raw: bool,
+    alternatives: int,
+    made: Made = "given",
 ) -> list[Answer]:
-    """See ``RiskAwareLM.score_batch``. A question that comes several times is read once."""
+    """See ``RiskAwareLM.score_batch``. A question that comes several times is read once; ``made`` says whose texts."""
     found: dict[int, Answer] = {}
     bare = [i for i, (question, _) in enumerate(pairs) if question is None]
     if bare:
@@ -32,7 +40,7 @@ def score_given(
     asked = [i for i, (question, _) in enumerate(pairs) if question is not None]
     if asked:
         own = [(question, text) for question, text in pairs if question is not None]
-        found |= zip(asked, _score_answers(lm, own, raw=raw, alternatives=alternatives), strict=True)
+        found |= zip(asked, _score_answers(lm, own, raw=raw, alternatives=alternatives, made=made), strict=True)
     return [found[i] for i in range(len(pairs))]
 
 
@@ -48,12 +56,12 @@ def _score_texts(lm: RiskAwareLM, texts: Sequence[str], alternatives: int) -> li
         states = None if end is None else States(lm.layers, end, end, end)  # without a question, but its end
         start = 1 if ids[row][:1] == [lm.tokenizer.bos_token_id] else 0
         tokens = _tokens(lm, scored[row][start:], ids[row][start:])
-        found.append(lm.answer(tokens, [], "given", text, states))
+        found.append(lm.answer(tokens, [], "given", text, states, origin=Origin("given", TEXT)))
     return found
 
 
 def _score_answers(
-    lm: RiskAwareLM, pairs: Sequence[tuple[Question, str]], *, raw: bool, alternatives: int
+    lm: RiskAwareLM, pairs: Sequence[tuple[Question, str]], *, raw: bool, alternatives: int, made: Made
 ) -> list[Answer]:
     pairs = [(question, _checked(text, joined=raw)) for question, text in pairs]
     encoded = [encode_pair(lm.tokenizer, question, text, raw=raw) for question, text in pairs]
@@ -63,15 +71,21 @@ def _score_answers(
     lengths = [len(ids) for ids in prompts]
     texts = [ids for _, ids in encoded]
     asked = StatePool([[own_end(p)] for p in prompts.values()], lengths) if lm.layers else None
-    rest = StatePool([[(0, len(t) - 1)] for t in texts], [len(t) - 1 for t in texts], "right") if lm.layers else None
+    rest = StatePool([[(0, len(t) - 1)] for t in texts], [len(t) for t in texts], "right") if lm.layers else None
     stepper = HFStepper(lm.model, lm.layers)
+    # Whether a text is what the model would say also hangs on its end; only a calibration asks for it.
+    longest = max(len(prompt.ids) + len(t) for (prompt, _), t in zip(encoded, texts, strict=True))
+    room = stepper.context is None or longest <= stepper.context
+    ends = lm.stop_ids if lm.calibration is not None and room else ()
     read_once, following = read(stepper, [list(ids) for ids in prompts], alternatives, asked)
     questions = [lm._own(scored, prompt) for scored, prompt in zip(read_once, prompts.values(), strict=True)]
     stepper.keep(rows)
     following = following.of(rows)
-    scored = follow(stepper, following, texts, alternatives, rest)
+    scored = follow(stepper, following, texts, alternatives, rest, ends)
     found = []
     for i, (_, text) in enumerate(pairs):
+        end_gap = scored[i].pop().gap if ends else 0.0 if room else math.inf
+        origin = Origin(made, encoded[i][0].form, end_gap=end_gap)
         states = None
         if asked is not None and asked.means is not None and following.states is not None:
             first, n = following.states[0, i], len(texts[i])
@@ -79,7 +93,7 @@ def _score_answers(
             mean = (first + (n - 1) * others) / n
             states = States(lm.layers, asked.means[rows[i], 0].cpu(), first.cpu(), mean.cpu())
         tokens = _tokens(lm, scored[i], texts[i], told_before(encoded[i][0]))
-        found.append(lm.answer(tokens, questions[rows[i]], "given", text, states))
+        found.append(lm.answer(tokens, questions[rows[i]], "given", text, states, origin=origin))
     return found
 
 

@@ -17,7 +17,8 @@ from selfdoubt.errors import ConfigError, UntrainedWarning
 from selfdoubt.lm import answer as answers
 from selfdoubt.lm.adapter import base_of, check_adapter, load_adapter, own_tokenizer, read_adapter
 from selfdoubt.lm.answer import Alternative, Answer, Token, answer_scores, check_score, pick_risk, rank_scores
-from selfdoubt.lm.calibration import Calibration, States, stored
+from selfdoubt.lm.calibration import Calibration, Estimate, States, stored
+from selfdoubt.lm.conditions import Origin
 from selfdoubt.lm.detokenizer import TextsBetween, texts
 from selfdoubt.lm.given import score_given
 from selfdoubt.lm.load import POCKET, Quantization, load_model, quick_dtype, stop_ids, vocabulary_size
@@ -72,8 +73,8 @@ class RiskAwareLM:
         self.tokenizer = tokenizer
         self.reference = dict(reference or {})
         self.calibration = calibration
-        read = {calibration.state.layer} if calibration is not None and calibration.state is not None else set()
-        self.layers = tuple(sorted({*layers, *read}))
+        self.misfit = None if calibration is None else calibration.misfit(model)  #: why no answer has a p_correct
+        self.layers = tuple(sorted({*layers, *(() if calibration is None else calibration.layers)}))
         self.risk = risk
         self.token_risk = token_risk
         self.note = note
@@ -285,23 +286,25 @@ class RiskAwareLM:
         return score_given(self, list_pairs(pairs), raw=raw, alternatives=alternatives)
 
     def answer(
-        self,
-        tokens: Sequence[Token],
-        question: Sequence[Token],
-        finish: Literal["stop", "length", "given"],
-        text: str,
-        states: States | None = None,
-        ending: Sequence[Token] = (),
-    ) -> Answer:
-        """Put tokens together and score the whole; what ended an answer without tokens is what it is scored by."""
+        self, tokens: Sequence[Token], question: Sequence[Token], finish: Literal["stop", "length", "given"], text: str,
+        states: States | None = None, ending: Sequence[Token] = (), *, origin: Origin,
+    ) -> Answer:  # fmt: skip
+        """Put tokens together and score the whole.
+
+        What ended an answer without tokens is what it is scored by; ``origin`` says how the tokens came about.
+        """
         scores = answer_scores(tokens or ending, question)
         scores |= rank_scores(scores, self.reference)
         value, name = pick_risk(scores, self.risk)
         reference = self.reference.get(name)
         rank = None if reference is None else percentile(value, reference)
-        known = None if self.calibration is None else self.calibration.p_correct(scores, states)
-        abstain = None if self.calibration is None else self.calibration.abstains(known)
-        return Answer(text, tuple(tokens), tuple(question), scores, value, name, rank, finish, known, abstain, states)
+        known, gaps = Estimate(), [token.gap for token in tokens]
+        if self.calibration is not None:
+            known = self.calibration.estimate(scores, states, origin, finish, gaps, self.misfit)
+        return Answer(
+            text, tuple(tokens), tuple(question), scores, value, name, rank, finish,
+            known.p_correct, known.abstain, states, known.note,
+        )  # fmt: skip
 
     def without_weights(self) -> RiskAwareLM:
         """What knows all about this model, and cannot run it: small enough to send to whoever speaks for it."""

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from selfdoubt.errors import PromptError
+from selfdoubt.lm.form import CHAT, chat_form, text_form
 from selfdoubt.lm.stand_ins import Ints
 from selfdoubt.lm.template import render_chat
 from selfdoubt.lm.tokens import Encoded, Encoder, get_encoder
@@ -25,6 +26,7 @@ class Prompt(NamedTuple):
 
     ids: list[int]
     own: list[bool]
+    form: str = CHAT  #: of all but the last message, see ``selfdoubt.lm.form``
 
 
 class Turns(NamedTuple):
@@ -54,7 +56,18 @@ def encode(tokenizer: Any, prompt: str | Sequence[Message], *, raw: bool = False
         return _encode_plain(tokenizer, _joined(messages))
     last = len(messages) - 1
     turns = _encode_chat(tokenizer, messages, [last], answer_next=True)
-    return Prompt(turns.ids, [turn == last for turn in turns.turn])
+    form = chat_form(messages)
+    if last and form != CHAT and messages[last]["role"] == "user" and _is_alone(tokenizer, messages[last], turns.ids):
+        form = CHAT
+    return Prompt(turns.ids, [turn == last for turn in turns.turn], form)
+
+
+def _is_alone(tokenizer: Any, message: dict[str, str], ids: list[int]) -> bool:
+    """Return whether a chat reads like its last message alone, because the template leaves the others out."""
+    try:
+        return _encode_chat(tokenizer, [message], [0], answer_next=True).ids == ids
+    except PromptError:
+        return False
 
 
 def encode_turns(tokenizer: Any, messages: Sequence[Message]) -> Turns:
@@ -145,7 +158,7 @@ def _encode_plain(tokenizer: Any, text: str) -> Prompt:
     """Plain text after the beginning-of-text token, where there is one, and without one that would end it."""
     ids = _start(tokenizer, text) + get_encoder(tokenizer).encode(text).ids
     special = set(tokenizer.all_special_ids)
-    return Prompt(ids, [i not in special for i in ids])
+    return Prompt(ids, [i not in special for i in ids], text_form(text))
 
 
 def _start(tokenizer: Any, text: str) -> list[int]:
@@ -164,7 +177,7 @@ def _encode_border(tokenizer: Any, before: str, text: str) -> tuple[Prompt, list
         return _encode_plain(tokenizer, before), get_encoder(tokenizer).encode(text).ids
     special = set(tokenizer.all_special_ids)
     read = [*start, *ids[:border]]
-    return Prompt(read, [i not in special for i in read]), ids[border:]
+    return Prompt(read, [i not in special for i in read], text_form(before)), ids[border:]
 
 
 def _encode_chat(tokenizer: Any, messages: list[dict[str, str]], wanted: list[int], *, answer_next: bool) -> Turns:

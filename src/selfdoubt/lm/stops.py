@@ -19,6 +19,7 @@ class StopFinder:
 
     def __init__(self, stops: Sequence[str]) -> None:
         self.length = 0  #: characters of the text so far
+        self.found: str | None = None  #: the stop that ``feed`` found last
         self._stops = [_Stop(stop) for stop in stops]
 
     @property
@@ -32,9 +33,10 @@ class StopFinder:
         Returns:
             Where the stop begins that ends within this piece; of several, the least place; None where none ends.
         """
-        starts = [self.length + end - len(s.text) for s in self._stops if (end := s.feed(piece)) is not None]
+        ends = [(self.length + end - len(s.text), s.text) for s in self._stops if (end := s.feed(piece)) is not None]
         self.length += len(piece)
-        return min(starts, default=None)
+        start, self.found = min(ends, default=(None, self.found))
+        return start
 
     def fork(self) -> StopFinder:
         """A finder that goes on from here by itself."""

@@ -14,6 +14,7 @@ from torch import Tensor
 from selfdoubt.errors import ConfigError
 from selfdoubt.lm.answer import Answer, Token
 from selfdoubt.lm.calibration import States
+from selfdoubt.lm.conditions import Made, Origin
 from selfdoubt.lm.decode import Batch, Event, Line, run
 from selfdoubt.lm.detokenizer import Detokenizer
 from selfdoubt.lm.prompt import Prompt
@@ -27,6 +28,10 @@ if TYPE_CHECKING:
     from selfdoubt.lm.model import RiskAwareLM
 
 
+#: The model's most probable answer to a single question.
+OWN = Origin("greedy")
+
+
 class AnswerInProgress:
     """One answer in the making.
 
@@ -36,6 +41,7 @@ class AnswerInProgress:
         stops: Texts that end the answer.
         state: The hidden states at the question's end, where they are wanted.
         before: Token ids that the answer's text goes on from; none where it stands by itself.
+        origin: How the answer is made, as far as it is known before it ends.
     """
 
     def __init__(
@@ -45,8 +51,10 @@ class AnswerInProgress:
         stops: Sequence[str] = (),
         state: Float[Tensor, "layers width"] | None = None,
         before: Sequence[int] = (),
+        origin: Origin = OWN,
     ) -> None:
         self.lm = lm
+        self._origin = origin
         self.question = question
         self.tokens: list[Token] = []
         self.finish: Literal["stop", "length"] | None = None
@@ -73,10 +81,13 @@ class AnswerInProgress:
             cut = self._finder.feed(own) if cut is None else cut
         elif event.end is not None:
             self._ending = [self.lm._token(event.end, "")]
+            by_caller = None if event.end.id in self.lm.stop_ids else f"token {event.end.id}"
+            self._origin = replace(self._origin, end_gap=event.end.gap, stop=by_caller)
         if cut is None and (self.finish is not None or self._stops_ahead()):
             cut = self._complete(self._pieces.rest())
         if cut is not None:
             self.finish = "stop"
+            self._origin = replace(self._origin, end_gap=0.0, stop=self._finder.found)
         return self._release(cut)
 
     def _complete(self, late: list[str]) -> int | None:
@@ -133,7 +144,9 @@ class AnswerInProgress:
         """The answer, once it has ended."""
         assert self.finish is not None
         text = "".join(t.text for t in self.tokens)
-        return self.lm.answer(self.tokens, self.question, self.finish, text, self._states(), self._ending)
+        return self.lm.answer(
+            self.tokens, self.question, self.finish, text, self._states(), self._ending, origin=self._origin
+        )
 
     def _states(self) -> States | None:
         if self._asked is None or self._first is None:
@@ -151,6 +164,13 @@ class Wanted(NamedTuple):
     seed: int
     stops: Sequence[str] = ()
 
+    @property
+    def origin(self) -> Origin:
+        """How the answer will come about."""
+        own = self.sampling
+        made: Made = "sampled" if own.temperature > 0 else "greedy"
+        return Origin(made, self.prompt.form, own.temperature, own.top_p)
+
 
 def opening(lm: RiskAwareLM, wanted: Sequence[Wanted]) -> Generator[None, None, tuple[list[AnswerInProgress], Batch]]:
     """Read prompts piece by piece; in the end there are answers in the making, and the batch that makes them.
@@ -166,8 +186,8 @@ def opening(lm: RiskAwareLM, wanted: Sequence[Wanted]) -> Generator[None, None, 
     questions = [lm._own(s, p) for s, p in zip(scored, different.values(), strict=True)]
     asked = [None] * len(different) if pool is None or pool.means is None else [means[0] for means in pool.means]
     answers = [
-        AnswerInProgress(lm, questions[row], w.stops, asked[row], told_before(w.prompt))
-        for row, w in zip(rows, wanted, strict=True)
+        AnswerInProgress(lm, questions[row], want.stops, asked[row], told_before(want.prompt), want.origin)
+        for row, want in zip(rows, wanted, strict=True)
     ]
     if len(different) < len(wanted):
         stepper.keep(rows)

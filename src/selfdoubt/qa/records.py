@@ -42,6 +42,7 @@ class Record:
     correct: bool | None = None  #: None: unjudged, and ``note`` says why
     grade: float | None = None  #: the judge's number where it has one: F1, ROUGE difference, MC2's share
     note: str | None = None
+    p_correct_note: str | None = None  #: why a calibrated model has no p_correct here
 
     def to_json(self) -> dict[str, Any]:
         """Return plain data, flat; what is unknown or empty is left out, but for ``answer`` and ``correct``, and for

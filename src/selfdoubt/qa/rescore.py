@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     from selfdoubt.lm.model import RiskAwareLM
 
 #: What scoring writes into a row; what stood there before is replaced.
-WRITTEN = ("scores", "tokens", "question_tokens", "percentile", "p_correct", "abstain", "finish", "note")
+WRITTEN = (
+    "scores", "tokens", "question_tokens", "percentile", "p_correct", "p_correct_note", "abstain", "finish", "note"
+)  # fmt: skip
 
 
 def read_answers(file: str, out: Path, question_column: str) -> list[dict[str, Any]]:
@@ -114,6 +116,7 @@ def _entries(answer: Answer) -> dict[str, Any]:
         "tokens": [[t.text, t.risk] for t in answer.tokens],
         "percentile": answer.percentile,
         "p_correct": answer.p_correct,
+        "p_correct_note": answer.p_correct_note,
         "abstain": answer.abstain,
         "finish": answer.finish,
     }

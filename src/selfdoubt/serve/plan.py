@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from selfdoubt.errors import ConfigError
+from selfdoubt.lm.form import text_form
 from selfdoubt.lm.model import RiskAwareLM
 from selfdoubt.lm.options import Options
 from selfdoubt.lm.prompt import Prompt
@@ -144,4 +145,4 @@ def withholds(lm: RiskAwareLM) -> bool:
 
 def _prompt_of(lm: RiskAwareLM, ids: list[int]) -> Prompt:
     special = set(lm.tokenizer.all_special_ids)
-    return Prompt(ids, [i not in special for i in ids])
+    return Prompt(ids, [i not in special for i in ids], text_form(lm.tokenizer.decode(ids, skip_special_tokens=True)))

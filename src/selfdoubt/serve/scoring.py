@@ -92,6 +92,7 @@ def of_given(lm: RiskAwareLM, index: int, answer: Answer) -> dict[str, Any]:
         "risk_name": answer.risk_name,
         "percentile": answer.percentile,
         "p_correct": answer.p_correct,
+        "p_correct_note": answer.p_correct_note,
         "abstain": answer.abstain,
         "scores": dict(answer.scores),
         "tokens": [risks.of_token(lm, token) for token in answer.tokens],
