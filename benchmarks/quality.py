@@ -127,7 +127,7 @@ def gather(arm: str, chosen: argparse.Namespace, limit: int, *, peers: bool = Fa
         lm = RiskAwareLM.load("pocket", adapter=out / "adapter", dtype="float32", device="cpu")
         lm.layers = () if peers else (1, 2, 3, 4)
         if not lm.reference:
-            reference = [q.question for q in evaluation.read(pocket.reference_file())][::2]
+            reference = [q.question for q in evaluation.read(pocket.reference_file()) if not q.only_calibrates][::2]
             answers = lm.generate(reference, max_tokens=48, batch_size=64)
             save_adapter(lm.model, out / "adapter", base="pocket", extra={"reference": reference_quantiles(answers)})
             lm.reference = reference_quantiles(answers)

@@ -101,6 +101,10 @@ class MissingExtraError(SelfdoubtError, ImportError):
     """An optional dependency is not installed."""
 
 
+class UntrainedWarning(UserWarning):
+    """Members that nothing has trained answer together with the model: its answers change, mostly for the worse."""
+
+
 def require(module: str, extra: str) -> ModuleType:
     """Import an optional dependency, or say in one line how to install it.
 

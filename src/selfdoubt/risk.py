@@ -47,6 +47,21 @@ def mix(logits: Float[Tensor, "members *batch classes"]) -> Float[Tensor, "*batc
     return mixed.to(logits.dtype)
 
 
+def mixture(logits: Float[Tensor, "members *batch classes"]) -> Float[Tensor, "*batch classes"]:
+    """Mix as ``mix`` does, but never round the result: bfloat16 would move probabilities by several percent.
+
+    Several members give the log-probabilities of their mean distribution, in float32 (float64 stays float64); one
+    member comes back unchanged.
+
+    Raises:
+        ShapeError: If there is no member axis.
+    """
+    _check(logits)
+    if logits.shape[0] == 1:
+        return logits[0]
+    return _wide(logits).log_softmax(-1).logsumexp(0) - math.log(logits.shape[0])
+
+
 def total(logits: Float[Tensor, "members *batch classes"]) -> Float[Tensor, "*batch"]:
     """Entropy of the mean distribution, in nats.
 
@@ -83,8 +98,7 @@ def epistemic(logits: Float[Tensor, "members *batch classes"]) -> Float[Tensor, 
         >>> round(epistemic(torch.tensor([[[9.0, -9.0]], [[-9.0, 9.0]]])).item(), 4)
         0.6931
     """
-    h_total, h_aleatoric = _entropies(logits)
-    return (h_total - h_aleatoric).clamp_min(0)
+    return _entropies(logits)[2]
 
 
 def token_scores(logits: Float[Tensor, "members *batch classes"], chosen: Int[Tensor, "*batch"]) -> TokenScores:
@@ -98,30 +112,39 @@ def token_scores(logits: Float[Tensor, "members *batch classes"], chosen: Int[Te
         ShapeError: If there is no member axis.
         NonFiniteError: If a logit is NaN or infinite.
     """
-    _check(logits)
-    wide = _wide(logits)
-    logp = wide.log_softmax(-1)
-    probs = logp.exp()
-    mean = probs.mean(0)
-    # x log x at x = 0 is 0; the clamp keeps the logarithm finite there.
-    h_total = -(mean * mean.clamp_min(torch.finfo(mean.dtype).tiny).log()).sum(-1)
-    h_members = -(probs * logp).sum(-1)
-    index = chosen.unsqueeze(-1)
-    member_probs = probs.gather(-1, index.expand(probs.shape[0], *index.shape)).squeeze(-1)
-    member_logp = logp.gather(-1, index.expand(logp.shape[0], *index.shape)).squeeze(-1)
-    h_aleatoric = h_members.mean(0)
-    scores = TokenScores(
-        # Rounding may bring the mean of near certainties above 1.
-        logprob=(member_logp.logsumexp(0) - math.log(logits.shape[0])).clamp_max(0),
-        total=h_total,
-        aleatoric=h_aleatoric,
-        epistemic=(h_total - h_aleatoric).clamp_min(0) if logits.shape[0] > 1 else torch.zeros_like(h_total),
-        disagreement=(wide.argmax(-1) != chosen).to(h_total.dtype).mean(0),
-        spread=member_probs.std(0, correction=0),
-    )
-    # One infinite or NaN logit makes its row's entropy NaN: checking the small result checks the large tensor.
-    _check_finite(scores.total + scores.aleatoric)
-    return scores
+    return _scores(logits, chosen)[0]
+
+
+def scores_among(
+    logits: Float[Tensor, "members *batch classes"],
+    chosen: Int[Tensor, "*batch"],
+    others: Int[Tensor, "*batch k"],
+    mixed: Float[Tensor, "*batch classes"],
+) -> tuple[TokenScores, Float[Tensor, "*batch k"]]:
+    """Return token scores, and the log-probabilities of other classes in the chosen one's place, float64.
+
+    Both come from one distribution: a class has the same number in both places, and the probabilities of all that are
+    named add up to at most 1.
+
+    Args:
+        logits: Unnormalised scores, one slice per member.
+        chosen: Index of the class that was taken.
+        others: Indices of classes, all different; the chosen one may be among them.
+        mixed: What ``mixture`` makes of the logits.
+
+    Raises:
+        ShapeError: If there is no member axis.
+        NonFiniteError: If a logit is NaN or infinite.
+    """
+    scores, logp = _scores(logits, chosen)
+    mean = logp[0] if logits.shape[0] == 1 else mixed
+    own = mean.gather(-1, chosen.unsqueeze(-1)).double().clamp_max(0)
+    rest = mean.gather(-1, others).double().clamp_max(0)
+    apart = (others != chosen.unsqueeze(-1)).all(-1, keepdim=True)
+    # Rounding of the normaliser may bring the whole a little above 1: what is named is scaled to fit.
+    whole = rest.exp().sum(-1, keepdim=True) + own.exp() * apart
+    excess = (whole.log() + 4e-15).clamp_min(0)  # the margin is for whoever adds up in another order
+    return scores._replace(logprob=(own - excess).squeeze(-1)), rest - excess
 
 
 def percentile(value: float, reference: Sequence[float]) -> float:
@@ -146,15 +169,52 @@ def percentile(value: float, reference: Sequence[float]) -> float:
     return (bisect_left(reference, value) + bisect_right(reference, value)) / (2 * len(reference))
 
 
-def _entropies(logits: Tensor) -> tuple[Tensor, Tensor]:
+def _scores(logits: Tensor, chosen: Tensor) -> tuple[TokenScores, Tensor]:
+    """Token scores, and the members' log-probabilities, which are large."""
+    _check(logits)
+    wide = _wide(logits)
+    logp = wide.log_softmax(-1)
+    probs = logp.exp()
+    h_total, h_aleatoric, h_epistemic = _entropies_of(logp, probs)
+    index = chosen.unsqueeze(-1)
+    member_probs = probs.gather(-1, index.expand(probs.shape[0], *index.shape)).squeeze(-1)
+    member_logp = logp.gather(-1, index.expand(logp.shape[0], *index.shape)).squeeze(-1)
+    scores = TokenScores(
+        # Rounding may bring the mean of near certainties above 1.
+        logprob=(member_logp.logsumexp(0) - math.log(logits.shape[0])).clamp_max(0),
+        total=h_total,
+        aleatoric=h_aleatoric,
+        epistemic=h_epistemic,
+        disagreement=(wide.argmax(-1) != chosen).to(h_total.dtype).mean(0),
+        spread=member_probs.std(0, correction=0).clamp_max(0.5),
+    )
+    return scores, logp
+
+
+def _entropies(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     _check(logits)
     logp = _wide(logits).log_softmax(-1)
-    probs = logp.exp()
+    return _entropies_of(logp, logp.exp())
+
+
+def _entropies_of(logp: Tensor, probs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Total, aleatoric and epistemic entropy, each within its bounds whatever the rounding.
+
+    Raises:
+        NonFiniteError: If a logit was NaN or infinite.
+    """
     mean = probs.mean(0)
+    # x log x at x = 0 is 0; the clamp keeps the logarithm finite there.
     h_total = -(mean * mean.clamp_min(torch.finfo(mean.dtype).tiny).log()).sum(-1)
     h_aleatoric = -(probs * logp).sum(-1).mean(0)
+    # One infinite or NaN logit makes its row's entropy NaN: checking the small result checks the large tensor.
     _check_finite(h_total + h_aleatoric)
-    return h_total, h_aleatoric
+    members, classes = logp.shape[0], logp.shape[-1]
+    inside = 1 - torch.finfo(mean.dtype).eps  # so that a bound is kept in any wider type, too
+    h_aleatoric = h_aleatoric.clamp(0, math.log(classes) * inside)
+    h_epistemic = (h_total - h_aleatoric).clamp(0, math.log(members) * inside)
+    h_total = (h_aleatoric + h_epistemic).clamp_max(math.log(classes) * inside)
+    return h_total, h_aleatoric, torch.minimum(h_epistemic, (h_total - h_aleatoric).clamp_min(0))
 
 
 def wide_dtype(x: Tensor) -> torch.dtype:

@@ -14,6 +14,7 @@ The risk is the members' disagreement.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 
 from selfdoubt import kernels, targets
 from selfdoubt.errors import ConfigError, WrapError
+from selfdoubt.fields import MEMBERS, SCALE, SHARED, Kind, check_settings, choice, flag, number, whole
 from selfdoubt.members import wrap
 from selfdoubt.rows import Call, Replacement
 from selfdoubt.targets import Leaf
@@ -35,9 +37,10 @@ class Bernoulli:
     p: float = 0.1
     trainable: bool = False
 
+    kinds: ClassVar[Mapping[str, Kind]] = {"p": number(above=0, below=1), "trainable": flag}
+
     def __post_init__(self) -> None:
-        if not 0 < self.p < 1:
-            raise ConfigError(f"Bernoulli's p must be between 0 and 1, got {self.p}; try sample.Bernoulli(0.1)")
+        check_settings(self, self.kinds)
 
     def initial(self) -> float:
         """The parameter that trains: the logit of ``p``."""
@@ -62,9 +65,10 @@ class Normal:
     std: float = 0.3
     trainable: bool = False
 
+    kinds: ClassVar[Mapping[str, Kind]] = {"std": number(above=0, high=SCALE), "trainable": flag}
+
     def __post_init__(self) -> None:
-        if not (self.std > 0 and math.isfinite(self.std)):
-            raise ConfigError(f"Normal's std must be finite and above 0, got {self.std}; try sample.Normal(0.3)")
+        check_settings(self, self.kinds)
 
     def initial(self) -> float:
         """The parameter that trains: the logarithm of ``std``."""
@@ -115,10 +119,12 @@ class Wrapper:
     seed: int = 0
 
     goes_inside: ClassVar[bool] = False
+    kinds: ClassVar[Mapping[str, Kind]] = {
+        "n_samples": whole(1, MEMBERS), "output": choice("auto", "values", "logits"), **SHARED,
+    }  # fmt: skip
 
     def __post_init__(self) -> None:
-        if self.n_samples < 1:
-            raise ConfigError(f"n_samples must be at least 1, got {self.n_samples}; try n_samples=5")
+        check_settings(self, self.kinds)
         if not isinstance(self.distribution, (Bernoulli, Normal)):
             raise ConfigError(
                 f"distribution must be sample.Bernoulli(p) or sample.Normal(std), got {self.distribution!r}"

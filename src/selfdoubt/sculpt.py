@@ -12,6 +12,7 @@ data that more data would not remove. Put it inside ``vote`` or ``sample`` to ge
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, TypeAlias
 
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 
 from selfdoubt import kernels, targets
 from selfdoubt.errors import ConfigError, WrapError
+from selfdoubt.fields import SHARED, WIDTH, Kind, check_settings, number, optional, whole
 from selfdoubt.members import wrap
 from selfdoubt.rows import Call, Replacement
 from selfdoubt.targets import Leaf
@@ -133,18 +135,19 @@ class Wrapper:
 
     output: ClassVar[Literal["auto", "values", "logits"]] = "auto"
     goes_inside: ClassVar[bool] = True
+    kinds: ClassVar[Mapping[str, Kind]] = {
+        "n_layers": whole(1, 64),
+        "rank": optional(whole(1, WIDTH)),
+        "initial_scale": number(above=0, high=100),
+        **SHARED,
+    }
 
     def __post_init__(self) -> None:
         if self.distribution not in (Normal, Laplace):
             raise ConfigError(f"distribution must be sculpt.Normal or sculpt.Laplace, got {self.distribution!r}")
-        if self.n_layers < 1:
-            raise ConfigError(f"n_layers must be at least 1, got {self.n_layers}; try n_layers=2")
-        if self.rank is not None and self.rank < 1:
-            raise ConfigError(f"rank must be at least 1, got {self.rank}; try rank=16")
+        check_settings(self, self.kinds)
         if self.rank is None and self.n_layers > 1:
             raise ConfigError(f"a branch of {self.n_layers} layers needs a width; try rank=16")
-        if not (self.initial_scale > 0 and math.isfinite(self.initial_scale)):
-            raise ConfigError(f"initial_scale must be finite and above 0, got {self.initial_scale}")
 
     def __call__(self, model: Any) -> Any:
         """Wrap a model (or decorate a class of models)."""

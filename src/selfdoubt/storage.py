@@ -1,17 +1,15 @@
 """Save what wrapping added, kilobytes to megabytes, and put it back onto the same base model.
 
 A folder holds ``added.safetensors`` and ``selfdoubt.json`` (the wrappers' settings, the base model and its fingerprint,
-versions, reference quantiles). ``selfdoubt.json`` is written last and by a rename: a folder that has it is whole.
+versions, reference quantiles). ``selfdoubt.json`` is written last and by a rename: a folder that has it is whole, and
+checksums in it say whether the folder is still as it was saved (``manifest.py``).
 LoRA beneath the wrappers lies in files of its own beside them (``lm/adapter.py``); the card then says ``"lora": true``.
 """
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, fields
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +20,33 @@ from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
 from selfdoubt import __version__
-from selfdoubt.errors import BaseMismatchError, LoadError, TargetError, WrapError
+from selfdoubt.errors import BaseMismatchError, LoadError, SelfdoubtError, TargetError, WrapError
+from selfdoubt.fields import FieldError, broken
+from selfdoubt.manifest import (
+    CARD,
+    FORMAT,
+    LEARNT,
+    METHODS,
+    WEIGHTS,
+    from_json,
+    plain_card,
+    read_card,
+    stamp,
+    to_json,
+    verify,
+    write,
+    write_card,
+)  # fmt: skip
 from selfdoubt.members import Spec, Wrapped, innermost, source
 from selfdoubt.rows import added_names
 
-FORMAT = 1
-WEIGHTS, CARD = "added.safetensors", "selfdoubt.json"
-#: Entries of the card that are worth a folder without any weights.
-LEARNT = frozenset({"reference", "calibration"})
-METHODS = ("vote", "sample", "sculpt")
+__all__ = [
+    "CARD", "LEARNT", "METHODS", "WEIGHTS", "fingerprint", "from_json", "load", "read_card", "read_tensors", "restore",
+    "rewrap", "save", "stamp", "to_json", "verify", "write", "write_card",
+]  # fmt: skip
+
+#: A rank above this must be that of tensors which are there: making them first would take memory.
+_LARGE_RANK = 1024
 
 
 def save(
@@ -57,6 +73,7 @@ def save(
 
     Raises:
         WrapError: If nothing was added to the model.
+        ConfigError: If an entry of ``extra`` is none that can be read back.
     """
     if not isinstance(wrapped, Wrapped) and not elsewhere and not LEARNT & set(extra or {}):
         raise WrapError(
@@ -69,7 +86,7 @@ def save(
     wanted = set(added_names(wrapped)) | {n for n, p in wrapped.named_parameters() if p.requires_grad}
     tensors = {name: state[name].detach().cpu().contiguous() for name in sorted(wanted - set(elsewhere))}
     base_model = innermost(wrapped)
-    card = {
+    card = plain_card({
         "format": FORMAT,
         "wrappers": [to_json(spec) for spec in _specs(wrapped)],
         "base": {
@@ -80,22 +97,14 @@ def save(
         },
         "versions": {"selfdoubt": __version__, "torch": str(torch.__version__)},
         **(extra or {}),
-    }
-    text = json.dumps(card, indent=2, allow_nan=False) + "\n"
+    })  # fmt: skip
     # The old card goes first: between the two renames the folder says that it is not whole, never a mix.
     (folder / CARD).unlink(missing_ok=True)
     (folder / WEIGHTS).unlink(missing_ok=True)
     if tensors:
         write(folder / WEIGHTS, serialize(tensors))
-    write(folder / CARD, text.encode())
+    write_card(folder, card)
     return folder
-
-
-def write(path: Path, data: bytes) -> None:
-    """Write a file by a rename, so that it is there as a whole or not at all."""
-    part = path.with_name(f"{path.name}.part")
-    part.write_bytes(data)
-    part.replace(path)
 
 
 def load(folder: str | os.PathLike[str], model: nn.Module) -> Wrapped:
@@ -114,24 +123,33 @@ def load(folder: str | os.PathLike[str], model: nn.Module) -> Wrapped:
     return wrapped
 
 
-def restore(folder: str | os.PathLike[str], model: nn.Module) -> nn.Module:
+def restore(folder: str | os.PathLike[str], model: nn.Module, card: Mapping[str, Any] | None = None) -> nn.Module:
     """As ``load``; where only LoRA was trained, and the model has it by now, the model itself.
+
+    Args:
+        folder: An adapter folder.
+        model: Its base model, with the folder's LoRA where it has some.
+        card: The folder's, if it was read and verified by the caller.
 
     Raises:
         LoadError: If the folder is missing, broken, of a newer format, or has LoRA that the model has not.
         BaseMismatchError: If the weights were made for another base model.
     """
     folder = Path(folder)
-    card = read_card(folder)
+    if card is None:
+        card = read_card(folder)
+        verify(folder, card)
     if card.get("lora") and not any(".lora_" in name for name, _ in model.named_parameters()):
         raise LoadError(
             f"{folder} has LoRA beneath its wrapper, and the model has none yet: load both with "
             f"RiskAwareLM.load(..., adapter={str(folder)!r})"
         )
-    wrapped = rewrap(folder, card, model)
     tensors: dict[str, Tensor] = {}
     if card["wrappers"] or (folder / WEIGHTS).exists():
         tensors = read_tensors(folder / WEIGHTS)
+    for entry in card["wrappers"]:
+        _check_sizes(folder, entry, tensors)
+    wrapped = rewrap(folder, card, model)
     _check_fits(folder, wrapped, tensors, card["base"])
     wrapped.load_state_dict(tensors, strict=False)
     return wrapped
@@ -145,15 +163,15 @@ def rewrap(folder: Path, card: Mapping[str, Any], model: nn.Module) -> nn.Module
         BaseMismatchError: If a wrapper finds nothing to replace.
     """
     wrapped = model
-    try:
-        for entry in card["wrappers"]:
-            wrapped = from_json(entry)(wrapped)  # type: ignore[operator]
-    except TargetError as error:
-        raise BaseMismatchError(f"{folder} does not fit {type(model).__name__}: {error}") from None
-    except (LoadError, WrapError):
-        raise
-    except Exception as error:  # settings of a wrong type fail wherever they are used
-        raise _broken(folder / CARD, error) from error
+    for i, entry in enumerate(card["wrappers"]):
+        try:
+            wrapped = from_json(entry, f"wrappers[{i}]")(wrapped)  # type: ignore[operator]
+        except TargetError as error:
+            raise BaseMismatchError(f"{folder} does not fit {type(model).__name__}: {error}") from None
+        except SelfdoubtError:
+            raise
+        except Exception as error:  # settings that this model cannot take fail wherever they are used
+            raise broken(folder / CARD, error) from error
     return wrapped
 
 
@@ -161,77 +179,56 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file.
 
     Raises:
-        LoadError: If it is missing or broken.
+        LoadError: If it is missing or broken, or a number in it is not finite.
     """
     try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise LoadError(f"{path} cannot be read ({error}); save or download the adapter again") from None
+        if not path.is_file():
+            raise FileNotFoundError("no such file")
+        found: dict[str, Tensor] = load_file(path)
+    except (OSError, SafetensorError, ValueError, KeyError) as error:
+        why = " ".join(str(error).split())[:200]
+        raise LoadError(f"{path} cannot be read ({why}); save or download the adapter again") from None
+    for name, tensor in found.items():
+        if tensor.is_complex() or (tensor.is_floating_point() and not tensor.float().isfinite().all()):
+            raise LoadError(f"{path} has a number in {name} that is not finite; save or download the adapter again")
+    return found
 
 
-def read_card(folder: Path) -> dict[str, Any]:
-    """``selfdoubt.json`` of an adapter folder.
+def _check_sizes(folder: Path, entry: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Compare the settings that decide how large a wrapper is with the tensors, before it is made.
 
     Raises:
-        LoadError: If it is missing, not JSON, lacks an entry, or has a newer format.
+        LoadError: If they differ.
     """
-    path = folder / CARD
-    if not path.is_file():
-        raise LoadError(f"{folder} is not an adapter folder: it has no {CARD}; make one with selfdoubt.save")
-    try:
-        card = json.loads(path.read_text(encoding="utf-8"))
-        version, entries = card["format"], card["wrappers"]
-        bare = card.get("lora") or any(card.get(name) for name in LEARNT)  # these need no wrapper
-        _ = [entry["method"] for entry in (entries if bare else [entries[0], *entries])]
-        _, _ = card["base"]["name"], [abs(s) + n for s, n in card["base"]["fingerprint"].values()]
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise _broken(path, error) from None
-    if version != FORMAT:
-        raise LoadError(f"{path} has format {version}, and this version reads {FORMAT}; upgrade selfdoubt")
-    return dict(card)
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items() if tensor.ndim}
+    sizes: dict[str, set[int]] = {}
+    if entry["method"] == "vote":
+        sizes = _sizes_of_vote(entry, shapes)
+    elif entry["method"] == "sculpt":
+        sizes = _sizes_of_sculpt(entry, shapes)
+    for name, found in sizes.items():
+        if found != {entry[name]}:
+            wanted = " or ".join(map(str, sorted(found))) or "that of its tensors"
+            raise broken(folder / CARD, FieldError(name, f"{wanted} as in {WEIGHTS}", str(entry[name])))
 
 
-def _broken(path: Path, error: Exception) -> LoadError:
-    text = " ".join(f"{type(error).__name__}: {error}".split())
-    return LoadError(f"{path} is broken ({text}); save or download it again")
+def _sizes_of_vote(entry: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, set[int]]:
+    own = {name: shape for name, shape in shapes.items() if ".deviations." in name}
+    ranks = {shape[1] for name, shape in own.items() if name.endswith(".weight_b") and len(shape) > 1}
+    sizes = {"n_voters": {shape[0] for shape in own.values()}}
+    # Leaves that take no low rank have full deviations, whatever the rank.
+    return sizes | ({"rank": ranks} if ranks or (entry["rank"] or 0) > _LARGE_RANK else {})
 
 
-def to_json(spec: Spec) -> dict[str, Any]:
-    """A wrapper's settings as plain data."""
-    method = type(spec).__module__.rpartition(".")[2]
-    settings = {f.name: getattr(spec, f.name) for f in fields(spec)}  # type: ignore[arg-type]
-    if isinstance(settings.get("distribution"), type):
-        settings["distribution"] = settings["distribution"].__name__
-    elif "distribution" in settings:
-        noise = settings["distribution"]
-        settings["distribution"] = {"name": type(noise).__name__, **asdict(noise)}
-    return {"method": method, **settings}
-
-
-def from_json(entry: Mapping[str, Any]) -> Spec:
-    """The wrapper that ``to_json`` described.
-
-    Raises:
-        LoadError: If the method or a setting is unknown.
-    """
-    settings = dict(entry)
-    method = settings.pop("method", None)
-    if method not in METHODS:
-        raise LoadError(f"unknown wrapper {method!r}, this version knows {', '.join(METHODS)}; upgrade selfdoubt")
-    module = import_module(f"selfdoubt.{method}")
-    try:
-        if isinstance(distribution := settings.get("distribution"), str):
-            settings["distribution"] = getattr(module, distribution)
-        elif isinstance(distribution, dict):
-            chosen = dict(distribution)
-            settings["distribution"] = getattr(module, chosen.pop("name"))(**chosen)
-        settings["shared_inputs"] = tuple(settings.get("shared_inputs", ()))
-        spec: Spec = module.Wrapper(**settings)
-    except (TypeError, AttributeError, KeyError) as error:
-        raise LoadError(
-            f"the settings of {method} cannot be read ({error}); see help(selfdoubt.{method}.Wrapper)"
-        ) from None
-    return spec
+def _sizes_of_sculpt(entry: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, set[int]]:
+    heads: dict[str, dict[int, int]] = {}
+    for name, shape in shapes.items():
+        head, _, layer = name.rpartition(".branch.")
+        if head and layer.endswith(".weight") and ".deviations." not in layer:
+            heads.setdefault(head, {})[int(layer.partition(".")[0])] = shape[0]
+    if entry["n_layers"] > 1:
+        return {"n_layers": {len(own) for own in heads.values()}, "rank": {own[min(own)] for own in heads.values()}}
+    return {"n_layers": {max(1, len(own) - 1) for own in heads.values()}}  # one layer of low rank is two
 
 
 def fingerprint(wrapped: nn.Module, elsewhere: Collection[str] = ()) -> dict[str, list[float]]:
@@ -262,6 +259,8 @@ def _check_fits(folder: Path, wrapped: nn.Module, tensors: dict[str, Tensor], ba
         what = f"lacks {missing[0]}" if missing else f"has {unknown[0]}, which the model lacks"
         raise BaseMismatchError(f"{folder} was made for another base model than this ({base['name']}): it {what}")
     for name, tensor in tensors.items():
+        if tensor.is_floating_point() != state[name].is_floating_point():
+            raise LoadError(f"{folder / WEIGHTS} has {tensor.dtype} in {name}, which holds {state[name].dtype}")
         if tensor.shape != state[name].shape:
             raise BaseMismatchError(
                 f"{folder} was made for another base model than this ({base['name']}): {name} is "

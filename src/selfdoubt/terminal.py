@@ -74,14 +74,14 @@ class Screen:
     def unsure(self, answer: Answer, *, told: bool) -> None:
         """In place of an answer that is withheld; ``told``: it follows all the same."""
         line = Text(answer.shown, style="bold" if self.coloured else "")
-        chance = "" if answer.p_correct is None else f"  {_chance(answer.p_correct)}, too little to answer"
+        chance = "  " + _chance(answer) if _chance(answer) else ""
         self.console.print(line.append(chance, style="not bold dim" if self.coloured else ""))
         if told:
             self.console.print(Text("It would have said: ", style="dim" if self.coloured else ""), end="")
 
     def comparison(self, questions: Sequence[str], answers: Sequence[Answer], *, hide: bool = False) -> None:
         """Several answers side by side; ``hide``: without those that are withheld."""
-        calibrated = any(a.p_correct is not None for a in answers)
+        calibrated = any(a.p_correct is not None or a.p_correct_note for a in answers)
         table = Table(box=None, padding=(0, 2, 0, 0), show_edge=False)
         for name in ("question", "answer"):
             table.add_column(name, overflow="fold")
@@ -105,8 +105,7 @@ def summary(answer: Answer) -> str:
     line = f"risk {answer.risk:.3f} ({answer.risk_name})"
     if answer.percentile is not None:
         line += f", riskier than {_percent(answer)} of the reference answers"
-    if answer.p_correct is not None:
-        line += f"; {_chance(answer.p_correct)}" + (", too little to answer" if answer.abstain else "")
+    line += f"; {_chance(answer)}" if _chance(answer) else ""
     return line + (", cut at max tokens" if answer.finish == "length" else "")
 
 
@@ -114,5 +113,9 @@ def _percent(answer: Answer) -> str:
     return "-" if answer.percentile is None else f"{answer.percentile:.0%}"
 
 
-def _chance(p_correct: float) -> str:
-    return f"right with probability {p_correct:.0%}"
+def _chance(answer: Answer) -> str:
+    """Return how probable it is that an answer is right, or why that is not known; empty without a calibration."""
+    note = "" if answer.p_correct_note is None else f" ({answer.p_correct_note})"
+    if answer.p_correct is None:
+        return f"right with probability: not known here{note}" if note else ""
+    return f"right with probability {answer.p_correct:.0%}{', too little to answer' if answer.abstain else ''}{note}"

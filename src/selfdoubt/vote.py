@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 
 from selfdoubt import kernels, targets
 from selfdoubt.errors import ConfigError, WrapError
+from selfdoubt.fields import MEMBERS, SCALE, SHARED, WIDTH, Kind, check_settings, choice, flag, number, optional, whole
 from selfdoubt.members import wrap
 from selfdoubt.rows import Call, Replacement
 from selfdoubt.targets import Leaf
@@ -70,16 +72,20 @@ class Wrapper:
     seed: int = 0
 
     goes_inside: ClassVar[bool] = False
+    kinds: ClassVar[Mapping[str, Kind]] = {
+        "n_voters": whole(1, MEMBERS),
+        "rank": optional(whole(1, WIDTH)),
+        "finetune": flag,
+        "weight_noise": number(0, SCALE),
+        "alpha": number(-SCALE, SCALE),
+        "output": choice("auto", "values", "logits"),
+        **SHARED,
+    }
 
     def __post_init__(self) -> None:
-        if self.n_voters < 1:
-            raise ConfigError(f"n_voters must be at least 1, got {self.n_voters}; try n_voters=3")
-        if self.rank is not None and self.rank < 1:
-            raise ConfigError(f"rank must be at least 1, or None for full deviations, got {self.rank}; try rank=16")
-        if not (self.weight_noise >= 0 and math.isfinite(self.weight_noise)):
-            raise ConfigError(f"weight_noise must be finite and not negative, got {self.weight_noise}")
-        if not (self.alpha != 0 and math.isfinite(self.alpha)):
-            raise ConfigError(f"alpha must be finite and not 0, got {self.alpha}: voters could not differ")
+        check_settings(self, self.kinds)
+        if self.alpha == 0:
+            raise ConfigError("alpha must not be 0: voters could not differ; try alpha=1")
         if not self.finetune and self.rank is not None:
             raise ConfigError(f"finetune=False re-draws whole weights, got rank={self.rank}; leave rank=None")
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from selfdoubt import pocket
 from tests.browser import chromium
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
@@ -174,7 +175,7 @@ def test_a_known_and_a_doubtful_token_differ_in_colour_and_the_verdict_in_words(
     assert turn.locator(".say .t0", has_text="city").count() == 1
     assert turn.locator(".say .t3", has_text="Egypt").count() == 1
     words = turn.locator(".words").inner_text()
-    assert re.match(r"Right with 1\d % · riskier than 9\d % of the reference answers · the calibrated", words)
+    assert re.match(r"Right with \d % · riskier than 9\d % of the reference answers · the calibrated", words)
     assert turn.locator(".ask .t4").count() > 0
     assert text_of(turn.locator(".ask")) == "In which country is Issaquah?"
 
@@ -250,11 +251,11 @@ LISTEN = """() => {
 
 def test_an_answer_that_is_not_sure_enough_is_withheld_and_never_sent(page, url):
     page.evaluate(LISTEN)
-    page.get_by_role("button", name="Use the recommended 84 %").click()
+    page.get_by_role("button", name="Use the recommended 64 %").click()
     type_and_ask(page, "In which country is Zorbelheim?")
     turn = ended(page)
     assert turn.locator(".unsure").inner_text() == "I'm not sure."
-    assert "is right with 78 %, and you ask for at least 84 %" in turn.inner_text()
+    assert "is right with 44 %, and you ask for at least 64 %" in turn.inner_text()
     received = page.evaluate("received")
     assert "Zorbelheim" in received
     assert "Thinking: " in received
@@ -430,7 +431,7 @@ def test_the_conversation_comes_as_json(page, tmp_path):
     assert [t["question"] for t in found["turns"]] == ["Where is Valencia?", "What is the capital of France?"]
     answer = found["turns"][0]["answers"][0]
     assert answer["text"] == "".join(t["text"] for t in answer["tokens"]) == "The city of Valencia is in Venezuela."
-    assert 0.7 < answer["p_correct"] < 0.75
+    assert 0.8 < answer["p_correct"] < 0.88
     assert len(answer["tokens"][0]["alternatives"]) == 5
     assert page.locator(".turn").count() == 2
 
@@ -463,3 +464,25 @@ def test_a_new_chat_is_empty_and_the_examples_are_back(page):
     assert page.locator(".turn").count() == 0
     page.locator(".example", has_text="Zorbelheim").click()
     assert "Germany" in text_of(ended(page).locator(".say"))
+
+
+def test_the_page_of_a_model_without_an_adapter_says_what_its_risk_is(browser):
+    """The note stands in a template of JavaScript, where its backticks would end everything."""
+    command = [sys.executable, "-m", "selfdoubt", "chat", "--port", "0", "--no-open", "--model", str(pocket.folder())]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as server:
+        context = browser.new_context(**WINDOW)
+        try:
+            opened = context.new_page()
+            visit(opened, server.stdout.readline().split()[2])
+            note = opened.locator(".welcome .note").inner_text()
+            assert note.startswith("Note: nothing was trained for the risk of this model")
+            assert "selfdoubt train adds voters" in note
+            type_and_ask(opened, "What is the capital of France?")
+            assert "Paris" in ended(opened).inner_text()
+        finally:
+            context.close()
+            server.terminate()
+            assert server.wait(30) == 0

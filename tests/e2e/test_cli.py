@@ -139,6 +139,16 @@ def test_score_marks_the_word_that_is_wrong():
     assert max(tokens, key=lambda token: token["risk"])["text"].strip() == "Lima"
 
 
+def test_score_promises_nothing_of_a_text_that_the_model_would_not_say():
+    done = run("score", "--question", QUESTION, stdin="The capital of France is Lima.")
+    assert done.returncode == 0, done.stderr
+    assert "right with probability: not known here (the text is not what the model itself would say" in done.stdout
+    known = run("score", "--question", QUESTION, "--json", stdin=TEXT)
+    answer = json.loads(known.stdout.splitlines()[-1])
+    assert answer["p_correct"] > 0.9
+    assert answer["p_correct_note"] is None
+
+
 COMMANDS = ["ask", "calibrate", "chat", "compare", "evaluate", "export", "report", "score", "serve", "train"]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -190,3 +191,33 @@ def test_bad_input_gets_one_line(monkeypatch, capfd, tmp_path, arguments, messag
 def test_a_folder_of_another_run_is_not_mixed_up(whole, monkeypatch, capfd):
     assert in_process(monkeypatch, *ASK, "--max-tokens", "5", "--out", str(whole)) == 2
     assert "holds answers of another run" in capfd.readouterr().err
+
+
+def test_a_bare_model_learns_p_correct_and_keeps_its_answers(tmp_path):
+    """A model without an adapter is evaluated plain, and the adapter that calibration writes adds nothing to it."""
+    base, out, adapter = str(pocket.folder()), tmp_path / "run", tmp_path / "adapter"
+    done = run(*ASK[:3], "--limit", "60", "--states", "none", "--draws", "50", "--model", base, "--out", str(out))
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.startswith("selfdoubt: note: nothing was trained for the risk of this model")
+    assert done.stderr.count("\n") == 1
+    assert json.loads((out / "run.json").read_text(encoding="utf-8"))["wrapper"] == "none"
+    done = run("calibrate", str(out), "--out", str(adapter), "--heads", "score", "--draws", "0")
+    assert done.returncode == 0, done.stderr
+    question = "What is the capital of France?"
+    plain, calibrated = (
+        json.loads(run("ask", question, "--json", *flags).stdout.strip().split("\n")[-1])
+        for flags in (("--model", base), ("--adapter", str(adapter), "--show-withheld"))
+    )
+    assert calibrated["scores"]["sum_nll"] == plain["scores"]["sum_nll"]
+    assert (plain["p_correct"], plain["percentile"]) == (None, None)
+    assert 0 <= calibrated["p_correct"] <= 1
+    assert calibrated["percentile"] is not None
+
+
+def test_a_run_in_which_auto_meant_untrained_voters_is_not_calibrated(whole, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "earlier"
+    shutil.copytree(whole, out)
+    about = json.loads((out / "run.json").read_text(encoding="utf-8"))
+    (out / "run.json").write_text(json.dumps({**about, "model": "some/model", "wrapper": "auto"}), encoding="utf-8")
+    assert in_process(monkeypatch, "calibrate", str(out), "--out", str(tmp_path / "adapter")) == 2
+    assert "three untrained voters" in capsys.readouterr().err

@@ -15,11 +15,12 @@ ROOT = Path(__file__).parents[2] / "src" / "selfdoubt"
 FILES = {".".join(p.relative_to(ROOT).with_suffix("").parts): p for p in sorted(ROOT.rglob("*.py"))}
 LONGEST = 350
 
-CORE = {"errors", "targets", "tree", "risk", "forecast", "rows", "kernels", "members"}
+CORE = {"errors", "fields", "targets", "tree", "risk", "forecast", "rows", "kernels", "members"}
 WRAPPERS = {"vote", "sample", "sculpt"}
 #: What a file may import of the package; others are free.
 ARROWS = {
     "errors": set(),
+    "fields": {"errors"},
     "tree": set(),
     "risk": {"errors"},
     "targets": {"errors"},
@@ -28,7 +29,8 @@ ARROWS = {
     "kernels": {"errors", "rows", "targets", "tree"},
     "members": CORE - {"kernels"},
     **dict.fromkeys(sorted(WRAPPERS), CORE),
-    "storage": CORE | {"__init__"},
+    "manifest": {"errors", "fields", "members"},
+    "storage": CORE | {"manifest", "__init__"},
 }
 #: Third-party packages that the core may import at its top.
 CORE_LIBRARIES = {"torch", "jaxtyping", "safetensors"}
@@ -75,7 +77,7 @@ def test_every_file_of_the_core_has_its_arrows():
 def test_the_language_engine_imports_only_the_core_and_itself(name):
     lazily = {"pocket"} if name in ("lm.load", "lm.model") else set()  # "pocket" is a name that load knows
     found = {n for n in own(FILES[name]) if not n.startswith("lm")}
-    assert found <= CORE | WRAPPERS | {"storage"} | lazily
+    assert found <= CORE | WRAPPERS | {"manifest", "storage"} | lazily
     assert "pocket" not in own(FILES[name], everywhere=False)
 
 
@@ -132,8 +134,8 @@ LIGHT = {"train.__init__", "train.config", "train.records"}  # what the command 
 
 @pytest.mark.parametrize("name", [n for n in FILES if n.startswith("train.")])
 def test_training_imports_the_engine_and_itself(name):
-    found = {n for n in own(FILES[name]) if n.partition(".")[0] not in ("train", "lm")}
-    assert found <= CORE | WRAPPERS | {"storage", "__init__"}
+    found = {n for n in own(FILES[name]) if n.partition(".")[0] not in ("train", "lm", "data")}
+    assert found <= CORE | WRAPPERS | {"manifest", "storage", "__init__"}
     if name in LIGHT:
         top = {m.partition(".")[0] for m, _ in imports(FILES[name], everywhere=False)}
         assert top <= set(__import__("sys").stdlib_module_names) | {"selfdoubt"}
@@ -141,8 +143,15 @@ def test_training_imports_the_engine_and_itself(name):
 
 @pytest.mark.parametrize("name", [n for n in FILES if n.startswith("qa.")])
 def test_question_answering_imports_the_engine_and_itself(name):
-    found = {n for n in own(FILES[name]) if n.partition(".")[0] not in ("qa", "lm")}
-    assert found <= CORE | WRAPPERS | {"storage", "__init__"}
+    found = {n for n in own(FILES[name]) if n.partition(".")[0] not in ("qa", "lm", "data")}
+    assert found <= CORE | WRAPPERS | {"manifest", "storage", "__init__"}
+
+
+@pytest.mark.parametrize("name", [n for n in FILES if n.startswith("data.")])
+def test_readers_of_data_import_themselves_and_no_library(name):
+    assert {n for n in own(FILES[name]) if n.partition(".")[0] != "data"} <= {"errors"}
+    top = {m.partition(".")[0] for m, _ in imports(FILES[name], everywhere=False)}
+    assert top <= set(__import__("sys").stdlib_module_names) | {"selfdoubt"}
 
 
 @pytest.mark.parametrize("name", [n for n in FILES if n.startswith("serve.")])

@@ -168,8 +168,16 @@ def test_a_softcapped_output_still_finds_its_scale():
 @pytest.mark.parametrize(
     ("make", "error", "words"),
     [
-        (lambda: sculpt.Wrapper(n_layers=0), ConfigError, r"n_layers must be at least 1, got 0; try n_layers=2"),
-        (lambda: sculpt.Wrapper(rank=0), ConfigError, r"rank must be at least 1, got 0; try rank=16"),
+        (
+            lambda: sculpt.Wrapper(n_layers=0),
+            ConfigError,
+            r"n_layers must be a whole number from 1 to 64, got 0; try n_layers=2",
+        ),
+        (
+            lambda: sculpt.Wrapper(rank=0),
+            ConfigError,
+            r"rank must be None or a whole number from 1 to 65536, got 0; try rank=16",
+        ),
         (lambda: sculpt.Wrapper(rank=None), ConfigError, r"a branch of 2 layers needs a width; try rank=16"),
         (lambda: sculpt.Wrapper(initial_scale=0.0), ConfigError, r"initial_scale .* got 0\.0"),
         (lambda: sculpt.Wrapper()(nn.Sequential(nn.LayerNorm(3))), WrapError, r"no linear or convolution layer"),

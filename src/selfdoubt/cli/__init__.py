@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +40,7 @@ for command in (ask, chat, serve, score, train, evaluate, calibrate, report, com
 
 def main() -> None:
     """Run a command: exit code 0, 1 for 'not confident', 2 for bad input with one line that says what to do."""
+    write_any_text()
     # Typer brings its own copy of click in newer versions: this finds its usage error in both.
     usage_error: Any = typer.BadParameter.__base__
     try:
@@ -54,6 +56,14 @@ def main() -> None:
         sys.stderr.close()  # the reader has gone, e.g. `| head`
         code = 0
     sys.exit(code or 0)
+
+
+def write_any_text() -> None:
+    """Replace what an output that is not UTF-8 (``PYTHONIOENCODING=cp1252``, a pipe, a log) cannot hold, and half of a
+    character anywhere, instead of failing at it."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace" if stream is sys.stderr else "replace")
 
 
 def _complain(message: str) -> int:

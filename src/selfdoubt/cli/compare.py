@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
+from selfdoubt.cli.output import as_line
 from selfdoubt.errors import require
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ def compare(
 
     found = side_by_side(a, b, draws=draws)
     if as_json:
-        print(json.dumps(found, ensure_ascii=False, allow_nan=False))
+        print(as_line(found))
     else:
         print("\n".join(as_text(found)))
     return 0

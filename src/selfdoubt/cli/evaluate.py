@@ -34,6 +34,7 @@ def evaluate(
     topic_column: flags.TopicColumn = None,
     context_column: flags.ContextColumn = None,
     choice_column: flags.ChoiceColumn = None,
+    answers_name: flags.AnswersName = None,
     split: flags.Split = None,
     limit: Annotated[int | None, typer.Option(help="Ask a random subset of this size.", show_default=False)] = None,
     seed: Annotated[int, typer.Option(help="Of the subset, the order of choices, shots and samples.")] = 0,
@@ -89,10 +90,12 @@ def evaluate(
         topic=topic_column,
         context=context_column,
         choices=choice_column,
+        named_by=answers_name,
     )
     reading: dict[str, Any] = {
         "task": task, "seed": seed, "columns": columns, "separator": answer_separator, "split": split
     }  # fmt: skip
+    flags.whole_texts(instruction)
     questions = datasets.load(data, limit=limit, **reading)
     flags.new_run(out)
     picked = flags.pick_judge(
@@ -114,10 +117,12 @@ def evaluate(
         p_true=p_true,
         seed=seed,
     )
-    run = {
+    from selfdoubt.members import Wrapped
+
+    run: dict[str, Any] = {
         "model": model or ("pocket" if adapter is None else None),
         "adapter": None if adapter is None else str(adapter),
-        "wrapper": wrapper,
+        "wrapper": wrapper if adapter is not None or isinstance(lm.model, Wrapped) else "none",
         "dtype": dtype,
         "quantize": quantize,
         "risk": lm.risk,
@@ -129,7 +134,8 @@ def evaluate(
 
     asked = ask_all(lm, questions, plan, out, run)
     if asked is not None:
-        for line in finish(asked, picked, out, {**run, "seed": seed}, draws=draws):
+        run |= {"seed": seed, "conditions": plan.conditions(lm, questions).to_json()}
+        for line in finish(asked, picked, out, run, draws=draws):
             print(line)
     return 0
 

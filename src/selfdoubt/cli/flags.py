@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -31,7 +33,8 @@ WrapperText = Annotated[
     str,
     typer.Option(
         help="auto, none, vote, sample or sculpt, with settings if you like: 'vote:n_voters=5,rank=8'. "
-        "auto takes what comes with the model or the adapter, else three fresh voters."
+        "auto takes what comes with the adapter or the pocket model, and leaves any other model as it is. "
+        "One that you name is untrained, and changes the answers."
     ),
 ]
 Dtype = Annotated[
@@ -48,8 +51,8 @@ AsJson = Annotated[bool, typer.Option("--json", help="One JSON object a token, t
 Data = Annotated[
     str,
     typer.Option(
-        help="truthfulqa, nq_open, webquestions, triviaqa, squad2 or pocket; or a file: JSONL, JSON, CSV or TSV with "
-        "questions and answers; or a name on the hub.",
+        help="truthfulqa, nq_open, webquestions, triviaqa, squad2 or pocket; or a file: JSONL, JSON, CSV, TSV or "
+        "Parquet with questions and answers; or a name on the hub.",
         show_default=False,
     ),
 ]
@@ -60,6 +63,13 @@ AnswerSeparator = Annotated[str | None, typer.Option(help="What parts several an
 TopicColumn = Annotated[str | None, typer.Option(help="Column of the topic.")]
 ContextColumn = Annotated[str | None, typer.Option(help="Column of a passage to read first.")]
 ChoiceColumn = Annotated[str | None, typer.Option(help="Column of the choices.")]
+AnswersName = Annotated[
+    str | None,
+    typer.Option(
+        help="How an answer names one of the choices, where it could mean two: text, index (from 0), label or letter.",
+        show_default=False,
+    ),
+]
 Split = Annotated[str | None, typer.Option(help="Split of a set on the hub.", show_default=False)]
 Judge = Annotated[
     str | None,
@@ -123,20 +133,35 @@ def load_lm(
     risk: str | None,
     remote: bool,
 ) -> RiskAwareLM:
-    """The model that the flags name."""
+    """The model that the flags name; what its risk lacks is said in one line on standard error."""
     quiet()
+    from selfdoubt.errors import UntrainedWarning
     from selfdoubt.lm.answer import DEFAULT_RISK
     from selfdoubt.lm.model import RiskAwareLM
 
-    return RiskAwareLM.load(
-        model,
-        adapter=adapter,
-        wrapper=parse_wrapper(wrapper),
-        dtype=dtype,
-        quantize=quantize,  # type: ignore[arg-type]
-        trust_remote_code=remote,
-        risk=risk or DEFAULT_RISK,
-    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UntrainedWarning)  # the note says it, in one line
+        lm = RiskAwareLM.load(
+            model,
+            adapter=adapter,
+            wrapper=parse_wrapper(wrapper),
+            dtype=dtype,
+            quantize=quantize,  # type: ignore[arg-type]
+            trust_remote_code=remote,
+            risk=risk or DEFAULT_RISK,
+        )
+    if lm.note is not None:
+        print(f"selfdoubt: note: {lm.note}", file=sys.stderr)
+    return lm
+
+
+def whole_texts(*texts: str | None) -> None:
+    """Refuse bytes of the command line that are no text in its encoding: no tokenizer takes them."""
+    from selfdoubt.data.cells import has_half
+
+    for text in texts:
+        if text is not None and has_half(text):
+            raise ConfigError(f"{ascii(text)[:80]} holds bytes that are no UTF-8 text; convert it, e.g. with iconv")
 
 
 def quiet() -> None:

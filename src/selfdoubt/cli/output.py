@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -113,4 +114,14 @@ class JsonLines:
         """All answers side by side, at the end."""
 
     def _print(self, item: dict[str, Any]) -> None:
-        print(json.dumps(item, ensure_ascii=False, allow_nan=False), flush=True)
+        print(as_line(item), flush=True)
+
+
+def as_line(item: dict[str, Any]) -> str:
+    """Return an object as one line of JSON, escaped to ASCII where standard output could not hold its characters."""
+    text = json.dumps(item, ensure_ascii=False, allow_nan=False)
+    try:
+        text.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
+    except (UnicodeEncodeError, LookupError):
+        return json.dumps(item, allow_nan=False)
+    return text

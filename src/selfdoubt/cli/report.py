@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from selfdoubt.cli import flags
-from selfdoubt.errors import require
+from selfdoubt.errors import ConfigError, DataError, require
 
 if TYPE_CHECKING:
     import typer
@@ -16,27 +16,63 @@ else:
 
 def report(
     answers: Annotated[
-        Path, typer.Argument(help="A folder that `selfdoubt evaluate` wrote, or a file of scored answers.")
+        Path,
+        typer.Argument(
+            help="A folder that `selfdoubt evaluate` wrote, or a file of any system's answers: JSONL, JSON, CSV, TSV "
+            "or Parquet."
+        ),
     ],
     out: Annotated[Path | None, typer.Option(help="The folder to write. [default: that of the answers]")] = None,
     judge: flags.Judge = None,
     judge_url: flags.JudgeUrl = None,
     judge_model: flags.JudgeModel = None,
+    question_column: flags.QuestionColumn = None,
+    answer_column: Annotated[
+        str | None, typer.Option(help="Column of the system's answers, where its name does not say it.")
+    ] = None,
+    gold_column: Annotated[
+        str | None, typer.Option(help="Column of the accepted answers, where its name does not say it.")
+    ] = None,
+    answers_name: flags.AnswersName = None,
     draws: Annotated[int, typer.Option(help="Bootstrap draws of the confidence intervals.")] = 1000,
 ) -> int:
     """Report on answers that exist, by another judge if you like; nothing is asked again."""
     require("scipy", "qa")
+    from selfdoubt.data.questions import Columns
+    from selfdoubt.qa import answers as files
     from selfdoubt.qa import datasets, finish
+    from selfdoubt.qa.judge import name_of, needs_answers
 
+    given = Columns(question=question_column, answers=gold_column, named_by=answers_name)
     folder = answers if answers.is_dir() else answers.parent
     out = folder if out is None else out
-    records, run = finish.read_answers(answers)
-    if judge is not None or any(r.correct is None and r.note is None for r in records):
-        questions = [r.question for r in records]
-        picked = flags.pick_judge(
-            judge, questions, judge_url, judge_model, out, lambda name: datasets.column(finish.file_of(answers), name)
-        )
-        records = finish.judged(records, picked)
+    read: files.Answers | None = None
+    run: dict[str, Any] = {}
+    if answers.is_file():
+        read = files.read(answers, columns=given, answer=answer_column)
+        records = read.records
+    elif answer_column is not None or given != Columns():
+        raise ConfigError(f"columns are named for a file of answers, and {answers} is none; leave them out")
+    else:
+        records, run = finish.read_answers(answers)
+    unjudged = [r for r in records if r.correct is None and r.note is None]
+    if judge is not None or unjudged:
+        unknown = read.unknown if read is not None else frozenset()
+        open_ones = records if judge is not None else unjudged
+        questions = [r.question for r in open_ones if r.question.id not in unknown] or [r.question for r in records]
+
+        def column(name: str) -> dict[str, Any]:
+            return datasets.column(finish.file_of(answers), name) if read is None else read.column(name)
+
+        picked = flags.pick_judge(judge, questions, judge_url, judge_model, out, column)
+        nothing_known = judge is not None or len(unjudged) == len(records)
+        if needs_answers(picked) and nothing_known and all(r.question.id in unknown for r in open_ones):
+            raise DataError(
+                f"{answers} does not say which answers are right: it has no verdicts (correct) and no accepted "
+                "answers; name their column with --gold-column, or that of verdicts with --judge column:NAME"
+            )
+        run = {**run, "judge": name_of(picked)}
+        records = finish.judged(records, picked, unknown=unknown, only_open=judge is None)
     for line in finish.report(records, run, out, draws=draws):
         print(line)
     return 0

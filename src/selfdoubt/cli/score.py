@@ -53,6 +53,7 @@ def score(
         if failed:
             print(f'selfdoubt: {failed} answers have no score; each says why under "note"', file=sys.stderr)
         return 1 if failed else 0
+    flags.whole_texts(question)
     text = _read(file)
     lm = flags.load_lm(model, adapter, wrapper, dtype, quantize, risk, trust_remote_code)
     answer = lm.score(text, question)

@@ -2,7 +2,7 @@
 
 ::
 
-    selfdoubt.json              wrappers, base and its fingerprint, reference quantiles; written last
+    selfdoubt.json              wrappers, base and its fingerprint, reference quantiles, checksums; written last
     added.safetensors           what the wrappers added, where they added something
     adapter_config.json         with LoRA: PEFT's files, which PEFT alone loads as well
     adapter_model.safetensors
@@ -19,7 +19,8 @@ from torch import nn
 
 from selfdoubt import storage
 from selfdoubt.errors import ConfigError, LoadError
-from selfdoubt.lm import lora
+from selfdoubt.lm import lora, peft_config
+from selfdoubt.lm.calibration import stored
 from selfdoubt.members import Spec
 
 
@@ -73,12 +74,12 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str], wrapper: Spec
         BaseMismatchError: If the adapter was made for another model.
         ConfigError: If the folder brings a wrapper and another is given.
     """
-    card = read_adapter(folder, wrapper)
+    card = check_adapter(folder, wrapper)
     if card is None or card.get("lora"):
         lora.load_lora(model, folder)
         model.requires_grad_(False)
     if card is not None:
-        return storage.restore(folder, model)
+        return storage.restore(folder, model, card)
     return model if wrapper is None else wrapper(model)  # type: ignore[operator]
 
 
@@ -86,23 +87,40 @@ def read_adapter(folder: str | os.PathLike[str], wrapper: Spec | None = None) ->
     """What can be said of an adapter folder before a large model loads: its card, or None for plain PEFT's.
 
     Raises:
-        LoadError: If it is not an adapter folder, or a file is missing or broken.
+        LoadError: If it is not an adapter folder, or a file is missing or broken, its calibration included.
         ConfigError: If it brings a wrapper and another is given.
     """
     folder = Path(folder)
-    if lora.has_lora(folder) and not (folder / storage.CARD).is_file():
-        lora.read_config(folder)
+    if lora.has_lora(folder) and not (folder / storage.CARD).exists():
+        peft_config.read_config(folder)
         return None
     card = storage.read_card(folder)
     if wrapper is not None:
         raise ConfigError("an adapter brings its own wrapper: give either adapter=... or wrapper=...")
     if card.get("lora"):
-        lora.read_config(folder)
+        peft_config.read_config(folder)
     elif lora.has_lora(folder):
         raise LoadError(
-            f"{folder} has {lora.CONFIG}, and its {storage.CARD} knows of no LoRA, so one of them belongs elsewhere; "
-            "save both with save_adapter, or remove one"
+            f"{folder} has {peft_config.CONFIG}, and its {storage.CARD} knows of no LoRA, so one of them belongs "
+            "elsewhere; save both with save_adapter, or remove one"
         )
+    try:
+        stored(card)
+    except LoadError as error:
+        raise LoadError(f"{folder / storage.CARD}: {error}") from None
+    return card
+
+
+def check_adapter(folder: str | os.PathLike[str], wrapper: Spec | None = None) -> dict[str, Any] | None:
+    """Read an adapter folder as ``read_adapter`` does, and check that its files are those that were saved.
+
+    Raises:
+        LoadError: If a file is missing, broken, or was changed after it was saved.
+        ConfigError: If the folder brings a wrapper and another is given.
+    """
+    card = read_adapter(folder, wrapper)
+    if card is not None:
+        storage.verify(folder, card)
     return card
 
 
@@ -118,7 +136,9 @@ def base_of(
     if base is not None:
         return base, revision
     card = read_adapter(folder)
-    named = {"name": lora.read_config(Path(folder)).get("base_model_name_or_path")} if card is None else card["base"]
+    named = (
+        {"name": peft_config.read_config(Path(folder)).get("base_model_name_or_path")} if card is None else card["base"]
+    )
     if not named["name"]:
         raise ConfigError(f"{folder} does not say which model it was made for; name it, e.g. --model FOLDER")
     return named["name"], revision or named.get("revision")

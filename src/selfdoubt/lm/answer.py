@@ -50,6 +50,7 @@ class Token:
     scale: float | None  #: predicted standard deviation of this token's logit (sculpt)
     risk: float  #: the score that colours the token
     alternatives: tuple[Alternative, ...] = ()
+    gap: float = 0.0  #: log-probability of the most probable token less this one's, nats, >= 0
 
     @property
     def nll(self) -> float:
@@ -75,6 +76,7 @@ class Answer:
     p_correct: float | None = None  #: calibrated probability that the answer is right; None without a calibration
     abstain: bool | None = None  #: p_correct is below the calibrated threshold; None without a threshold
     states: States | None = field(default=None, repr=False, compare=False)  #: of the layers that were asked for
+    p_correct_note: str | None = None  #: why a calibrated model has no p_correct here, or a caveat; one line
 
     @property
     def most_doubtful(self) -> Token | None:
@@ -99,6 +101,7 @@ class Answer:
             "risk_name": self.risk_name,
             "percentile": self.percentile,
             "p_correct": self.p_correct,
+            "p_correct_note": self.p_correct_note,
             "abstain": self.abstain,
             "finish": self.finish,
             "scores": dict(self.scores),

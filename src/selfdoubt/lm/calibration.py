@@ -7,15 +7,29 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from selfdoubt.errors import LoadError, NonFiniteError
+from selfdoubt.fields import (
+    FieldError,
+    anything,
+    ascending,
+    choice,
+    listing,
+    nonempty,
+    number,
+    optional,
+    record,
+    table,
+    whole,
+)
+from selfdoubt.lm.conditions import CONDITIONS, Conditions, Origin
 
 Kind = Literal["isotonic", "logistic"]
 Position = Literal["question", "first", "mean"]
@@ -26,6 +40,25 @@ POSITIONS: tuple[Position, ...] = ("question", "first", "mean")
 #: the square root and no transform, 1e-2 had the least log loss in the domain and outside with members' scores, whose
 #: smallest values are noise.
 FLOOR = 1e-2
+#: How far above the highest seen score, as a share of the seen range, a score may lie; and how many times as far from
+#: the mean as the farthest seen hidden state, a state. Beyond there is no number.
+SCORE_SLACK, STATE_SLACK = 0.1, 1.5
+#: Greatest gap to the model's own most probable answer, in nats, at which an answer has a number: half as probable.
+#: (Pocket, texts given or drawn at temperature 1: up to there the number keeps its word, beyond it is too low, and of
+#: right answers in other words it would be 0; see experiments/LOG.md.)
+GAP_LIMIT = math.log(2)
+FAR = "question or text is far from what the calibration has seen; calibrate with such questions to get a number"
+NOT_OWN = "the text is not what the model itself would say; only answers near its most probable one have a number"
+NO_RECORD = "the calibration has no record of how it was made, so the number may not hold here; calibrate again"
+AGAIN = "run `selfdoubt calibrate` again"
+
+
+class Estimate(NamedTuple):
+    """What a calibration says of an answer."""
+
+    p_correct: float | None = None  #: in [0, 1]
+    note: str | None = None  #: one line: why there is no number, or a caveat
+    abstain: bool | None = None  #: None without a threshold
 
 
 class States(NamedTuple):
@@ -44,9 +77,13 @@ class StateHead:
     layer: int
     position: Position
     weights: tuple[float, ...]
+    most: float = math.inf  #: highest value among the calibration answers
+    center: tuple[float, ...] = ()  #: mean of their states, and the standard deviations; () in files made earlier
+    spread: tuple[float, ...] = ()
+    reach: float = math.inf  #: of their distances from the center, the greatest
 
     def value(self, hidden: Float[Tensor, " width"]) -> float:
-        """Its share of the logit.
+        """Return its share of the logit, at most ``most``.
 
         Raises:
             NonFiniteError: If the state is not finite.
@@ -60,7 +97,16 @@ class StateHead:
         found = float(hidden.double() @ torch.tensor(self.weights, dtype=torch.float64))
         if not math.isfinite(found):
             raise NonFiniteError(f"the hidden state of layer {self.layer} is not finite: p_correct needs numbers")
-        return found
+        return min(found, self.most)
+
+    def is_far(self, hidden: Float[Tensor, " width"]) -> bool:
+        """Return whether a state lies far outside of those of the calibration answers."""
+        if not self.center:
+            return False
+        center, spread = (torch.tensor(v, dtype=torch.float64) for v in (self.center, self.spread))
+        varies = spread > 0
+        away = (hidden.double() - center)[varies] / spread[varies]
+        return bool(len(away)) and float(away.square().mean().sqrt()) > STATE_SLACK * self.reach
 
 
 @dataclass(frozen=True)
@@ -68,10 +114,12 @@ class Calibration:
     """A small head: isotonic on one score, or logistic on several and on one hidden state.
 
     ``logistic``: p = sigmoid(bias + sum_i (linear_i * score_i + weight_i * log(max(score_i, 0) + FLOOR))
-    + state.weights @ hidden), each score first clipped to its range among the calibration answers, so that a stranger
-    cannot drive p beyond what was seen. Each score enters twice: its logarithm tells sure from very sure, itself
-    doubtful from lost.
+    + state.weights @ hidden), each score first clipped to its range among the calibration answers. Each score enters
+    twice: its logarithm tells sure from very sure, itself doubtful from lost.
     ``isotonic``: p is linear between ``knots`` (score, p), and constant outside them.
+
+    Scores grow with doubt. Below the seen range an answer counts as the surest that was seen; above it, where nothing
+    was seen that doubtful, there is no number.
     """
 
     kind: Kind
@@ -85,9 +133,76 @@ class Calibration:
     threshold: float | None = None  #: least p_correct of an answer that is given; None: nothing is withheld
     promise: Mapping[str, Any] | None = None  #: target_accuracy, confidence, coverage, answers: what holds above it
     about: Mapping[str, Any] = field(default_factory=dict)  #: how it was learnt, for people
+    conditions: Conditions | None = None  #: how its answers were made; None in files made earlier
+
+    def estimate(
+        self,
+        scores: Mapping[str, float],
+        states: States | None,
+        origin: Origin,
+        finish: str,
+        gaps: Sequence[float],
+        misfit: str | None = None,
+    ) -> Estimate:
+        """Return the probability that an answer is right, or why there is none.
+
+        A calibration on the model's own most probable answers holds for these alone. An answer that is less probable by
+        a gap of g nats, summed over its tokens and its end, gets ``exp(-g)`` of it, and beyond ``GAP_LIMIT`` nothing.
+
+        Args:
+            scores: Of the answer, by name.
+            states: Of the same answer, with the layer that the head reads.
+            origin: How it came about.
+            finish: How it ended: "stop", "length" or "given".
+            gaps: For each token, the log-probability of the most probable one in its place less its own.
+            misfit: Why nothing that this model answers has a number, if so.
+
+        Raises:
+            NonFiniteError: If a score or the state is not a finite number.
+            LoadError: If the state has another width than this was learnt for.
+        """
+        own = self.conditions
+        note = misfit if misfit or own is None else own.refuse_answer(origin, finish, len(gaps))
+        by_gap = origin.made != "choice" and (own is None or own.made == "greedy")
+        gap = math.fsum((*gaps, origin.end_gap)) if by_gap else 0.0
+        if note is None and gap > GAP_LIMIT:
+            note = NOT_OWN
+        p = None if note else self.p_correct(scores, states)
+        if p is None:
+            return Estimate(None, note or self._why_not(scores, states), self.abstains(None))
+        p *= math.exp(-gap)
+        return Estimate(p, NO_RECORD if own is None else None, self.abstains(p))
+
+    def _why_not(self, scores: Mapping[str, float], states: States | None) -> str:
+        """Return why ``p_correct`` is None."""
+        lacking = [name for name in self.features if name not in scores]
+        if lacking and all(name.startswith(("question_", "both_")) for name in lacking):
+            return "the calibration reads the question, too; give the question"
+        if lacking:
+            return f"the calibration reads the score {lacking[0]}, which this answer lacks"
+        if self.state is not None and self._hidden(states) is None:
+            return f"the calibration reads the hidden state of layer {self.state.layer}, which was not kept"
+        return FAR
+
+    def _hidden(self, states: States | None) -> Float[Tensor, " width"] | None:
+        """Return what the head reads of the states; None where it is missing."""
+        if self.state is None or states is None or self.state.layer not in states.layers:
+            return None
+        rows: Tensor = getattr(states, self.state.position)
+        return rows[states.layers.index(self.state.layer)]
+
+    def _is_far(self, scores: Mapping[str, float]) -> bool:
+        """Return whether a score is more doubtful than all that was seen."""
+        ranges = self.ranges if self.kind == "logistic" else ((self.knots[0][0], self.knots[-1][0]),)
+        return any(
+            scores[name] > high + SCORE_SLACK * (high - low)
+            for name, (low, high) in zip(self.features, ranges, strict=True)
+        )
 
     def p_correct(self, scores: Mapping[str, float], states: States | None = None) -> float | None:
-        """The probability that the answer is right, in [0, 1]; None where a score or the state is missing.
+        """Return the probability that an answer is right, in [0, 1], if it was made as the calibration answers were.
+
+        None where a score or the state is missing, or lies far outside of what was seen on the doubtful side.
 
         Args:
             scores: Of an answer, by name.
@@ -102,17 +217,29 @@ class Calibration:
         bad = [name for name in self.features if not math.isfinite(scores[name])]
         if bad:
             raise NonFiniteError(f"the score {bad[0]} is {scores[bad[0]]}: p_correct needs a number")
+        hidden = self._hidden(states)
+        if self._is_far(scores) or (self.state is not None and hidden is None):
+            return None
         if self.kind == "isotonic":
             return _between(self.knots, scores[self.features[0]])
         value = self.bias
         for i, (name, (low, high)) in enumerate(zip(self.features, self.ranges, strict=True)):
             score = min(max(scores[name], low), high)
             value += self.weights[i] * transformed(score) + self.linear[i] * score
-        if self.state is not None:
-            if states is None or self.state.layer not in states.layers:
+        if self.state is not None and hidden is not None:
+            value += self.state.value(hidden)
+            if self.state.is_far(hidden):
                 return None
-            value += self.state.value(getattr(states, self.state.position)[states.layers.index(self.state.layer)])
         return 1 / (1 + math.exp(-value)) if value > -700 else 0.0
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The decoder layers whose hidden states it reads."""
+        return () if self.state is None else (self.state.layer,)
+
+    def misfit(self, model: nn.Module) -> str | None:
+        """Return why no answer of this model has a number; None where the model is the calibrated one."""
+        return None if self.conditions is None else self.conditions.refuse_model(model)
 
     def abstains(self, p_correct: float | None) -> bool | None:
         """Whether an answer with this probability is withheld; None without a threshold."""
@@ -120,7 +247,10 @@ class Calibration:
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for ``selfdoubt.json``."""
-        return asdict(self)
+        state = None
+        if self.state is not None:  # what is not limited is left out: JSON has no infinity
+            state = {k: v for k, v in asdict(self.state).items() if v not in (math.inf, ())}
+        return {**asdict(self), "state": state, "conditions": self.conditions and self.conditions.to_json()}
 
     @classmethod
     def from_json(cls, entry: Mapping[str, Any]) -> Calibration:
@@ -130,40 +260,70 @@ class Calibration:
             LoadError: If an entry is missing, unknown or of a wrong kind.
         """
         try:
-            own = dict(entry)
-            state = own.pop("state", None)
-            pairs: dict[str, Any] = {
-                name: tuple((float(a), float(b)) for a, b in own.pop(name, ())) for name in ("ranges", "knots")
-            }
-            own["features"] = tuple(str(name) for name in own["features"])
-            own |= {name: tuple(float(w) for w in own.get(name, ())) for name in ("weights", "linear")}
-            if state is not None:
-                state = StateHead(int(state["layer"]), state["position"], tuple(float(w) for w in state["weights"]))
-            found = cls(**own, **pairs, state=state)
-            numbers = [
-                found.bias,
-                *found.weights,
-                *found.linear,
-                *(v for pair in (*found.ranges, *found.knots) for v in pair),
-            ]
-            fits = (
-                len(found.features) == 1 and len(found.knots) > 0
-                if found.kind == "isotonic"
-                else len(found.features) == len(found.weights) == len(found.linear) == len(found.ranges)
-            )
-            if state is not None:
-                fits &= state.position in POSITIONS and found.kind == "logistic"
-                numbers += state.weights
-            places = [x for x, _ in found.knots]
-            fits &= found.kind in get_args(Kind) and places == sorted(places)
-            fits &= found.threshold is None or 0 <= float(found.threshold) <= 1
-            if not fits or not all(map(math.isfinite, numbers)):
-                raise ValueError("its parts do not fit together")
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise LoadError(
-                f"the calibration cannot be read ({type(error).__name__}: {error}); run `selfdoubt calibrate` again"
-            ) from None
+            own = _ENTRY(entry, "calibration")
+            if own["state"] is not None:
+                own["state"] = StateHead(**own["state"])
+            if own.get("conditions") is not None:
+                own["conditions"] = Conditions(**own["conditions"])
+            found = cls(**own)
+            _check_fits(found)
+        except FieldError as error:
+            raise LoadError(f"the calibration cannot be read ({error}); {AGAIN}") from None
         return found
+
+
+_weight = number(-1e15, 1e15)  # their sums stay finite
+_size = number(0, 1e15)
+_share = number(0, 1)
+_pair = listing(_weight, 2, 2)
+#: Entries of a stored calibration; those that came later than others are in the second table.
+_ENTRY = record(
+    {
+        "kind": choice(*get_args(Kind)),
+        "features": listing(nonempty, 1),
+        "weights": listing(_weight),
+        "linear": listing(_weight),
+        "bias": _weight,
+        "ranges": listing(_pair),
+        "knots": listing(_pair),
+        "state": optional(record(
+            {"layer": whole(), "position": choice(*POSITIONS), "weights": listing(_weight, 1)},
+            {"most": _weight, "center": listing(_weight), "spread": listing(_size), "reach": _size},
+        )),
+        "threshold": optional(_share),
+        "promise": optional(record(
+            {},
+            dict.fromkeys(("threshold", "target_accuracy", "confidence", "coverage", "bound"), _share)
+            | dict.fromkeys(("answers", "answered", "right"), whole()),
+            open_ended=True,
+        )),
+        "about": table(anything),
+    },
+    {"conditions": optional(CONDITIONS)},
+)  # fmt: skip
+
+
+def _check_fits(head: Calibration) -> None:
+    """Raise ``FieldError`` where the entries of a calibration do not fit together."""
+    n = len(head.features)
+    lengths = {key: len(getattr(head, key)) for key in ("weights", "linear", "ranges")}
+    if head.kind == "isotonic":
+        lengths, n = {"features": n}, 1
+        ascending([x for x, _ in head.knots], "calibration.knots")
+        for i, (_, p) in enumerate(head.knots):
+            _share(p, f"calibration.knots[{i}][1]")
+        if head.state is not None:
+            raise FieldError("calibration.state", "null in an isotonic head", "one")
+    if head.state is not None:
+        width = len(head.state.weights)
+        for key in ("center", "spread"):
+            if len(getattr(head.state, key)) not in (0, width) or len(head.state.center) != len(head.state.spread):
+                raise FieldError(f"calibration.state.{key}", f"a list of {width}, as the weights are", "another")
+    for key, length in lengths.items():
+        if length != n:
+            raise FieldError(f"calibration.{key}", f"a list of {n}", f"{length}")
+    for i, (low, high) in enumerate(head.ranges):
+        ascending([low, high], f"calibration.ranges[{i}]")
 
 
 def stored(card: Mapping[str, Any]) -> Calibration | None:

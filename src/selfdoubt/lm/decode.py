@@ -28,6 +28,7 @@ class Event(NamedTuple):
     token: ScoredId | None
     finish: Finish | None
     states: Float[Tensor, "layers width"] | None = None  #: hidden states in which this was chosen
+    end: ScoredId | None = None  #: the stop token that ended it: no part of the answer
 
 
 @dataclass(eq=False)
@@ -62,10 +63,10 @@ class Line:
     def take(self, token: ScoredId, states: Float[Tensor, "layers width"] | None) -> Event:
         """What happens when this token is the next."""
         self._draw = None
-        if token.id in self.sampling.stop_ids:
-            return Event(self.name, None, "stop", states)
-        self.chosen.append(token.id)
         few = token._replace(alternatives=token.alternatives[: self.sampling.alternatives])
+        if token.id in self.sampling.stop_ids:
+            return Event(self.name, None, "stop", states, few)
+        self.chosen.append(token.id)
         return Event(self.name, few, "length" if len(self.chosen) >= self.room else None, states)
 
 
@@ -95,10 +96,10 @@ class Batch:
         """
         following = self._following
         samplings = [line.sampling for line in self.lines]
-        mixed = risk.mix(following.logits)
+        mixed = risk.mixture(following.logits)
         chosen = choose(mixed, samplings, torch.stack([line.draw() for line in self.lines]))
         most = max(sampling.alternatives for sampling in samplings)
-        tokens = scored_ids(following.at(None), chosen[:, None], mixed[:, None], most)
+        tokens = scored_ids(following.at(None), chosen[:, None], most, mixed[:, None])
         self._chosen = chosen
         events = []
         for row, (line, (token,)) in enumerate(zip(self.lines, tokens, strict=True)):

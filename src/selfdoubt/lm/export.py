@@ -12,8 +12,8 @@ from torch import nn
 
 from selfdoubt import storage
 from selfdoubt.errors import ConfigError, WrapError
-from selfdoubt.lm import lora, voters
-from selfdoubt.lm.adapter import base_of, load_adapter, own_tokenizer, read_adapter, save_adapter
+from selfdoubt.lm import lora, peft_config, voters
+from selfdoubt.lm.adapter import base_of, check_adapter, load_adapter, own_tokenizer, read_adapter, save_adapter
 from selfdoubt.lm.folder import new_folder
 from selfdoubt.lm.load import load_model
 from selfdoubt.members import Wrapped
@@ -61,9 +61,9 @@ def export_peft(
             found = voters.voters_of(source, base)
         else:
             folder = Path(source)
-            card = read_adapter(folder)
+            card = check_adapter(folder)
             if card is None or (card.get("lora") and not _has_voters(card)):
-                for file in (lora.WEIGHTS, lora.CONFIG):
+                for file in (peft_config.WEIGHTS, peft_config.CONFIG):
                     shutil.copyfile(folder / file, new / file)
                 return [Path(out)]
             found = voters.voters_in(folder, base=base, revision=revision, trust_remote_code=trust_remote_code)
@@ -116,7 +116,7 @@ def export_merged(
         merged = _merged(load_adapter(model, folder), model, folder, known)
         model.save_pretrained(new)  # type: ignore[operator]
         tokenizer.save_pretrained(new)
-        own = {"format", "wrappers", "base", "versions", "lora"}
+        own = {"format", "wrappers", "base", "versions", "lora", "checksums"}
         extra = {key: value for key, value in known.items() if key not in own}
         if isinstance(merged, Wrapped) or storage.LEARNT & set(extra):
             save_adapter(merged, new / ADAPTER, base=name or str(out), extra=extra)

@@ -35,7 +35,7 @@ def new_folder(
         ConfigError: If ``out`` holds something else, or cannot be written.
     """
     out = Path(out).expanduser().resolve()
-    _check(out, sources)
+    check_free(out, sources)
     new = out.with_name(f".{out.name}.{os.getpid()}.part")
     old = out.with_name(f".{out.name}.{os.getpid()}.old")
     try:
@@ -57,7 +57,12 @@ def new_folder(
         shutil.rmtree(old, ignore_errors=True)
 
 
-def _check(out: Path, sources: tuple[str | os.PathLike[str], ...]) -> None:
+def check_free(out: Path, sources: tuple[str | os.PathLike[str], ...] = ()) -> None:
+    """Check that a folder is missing, empty, or exported before, and holds none of the sources.
+
+    Raises:
+        ConfigError: If it is not.
+    """
     if out.exists() and not out.is_dir():
         raise ConfigError(f"{out} is a file, and a folder is to be written there; give another name")
     if out.is_dir() and any(out.iterdir()) and not (out / MARK).is_file():

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping, Sequence
+import math
+from collections.abc import Generator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from selfdoubt.errors import PromptError
 from selfdoubt.lm.answer import Answer
 from selfdoubt.lm.calibration import States
+from selfdoubt.lm.conditions import Made, Origin
+from selfdoubt.lm.form import TEXT
 from selfdoubt.lm.pieces import PieceSizer
-from selfdoubt.lm.prompt import Prompt, encode
+from selfdoubt.lm.prompt import Prompt, encode, encode_pair, strip_answer
+from selfdoubt.lm.questions import Question
 from selfdoubt.lm.reading import follow_in_pieces, reading, whole
 from selfdoubt.lm.states import StatePool
 from selfdoubt.lm.stepper import HFStepper
-from selfdoubt.lm.stream import own_end, tokens_in_pieces
+from selfdoubt.lm.stream import own_end, question_in_pieces, tokens_in_pieces, told_before
 
 if TYPE_CHECKING:
     from selfdoubt.lm.model import RiskAwareLM
-
-Question = str | Sequence[Mapping[str, str]]
 
 
 class Given(NamedTuple):
@@ -44,22 +46,33 @@ def encode_given(tokenizer: Any, pairs: Sequence[tuple[Question | None, str]], *
     found = []
     for question, text in pairs:
         if question is None:
-            found.append(Given(text, encode(tokenizer, _checked(text), raw=True).ids, None))
+            bare = _checked(text, joined=True)
+            found.append(Given(bare, encode(tokenizer, bare, raw=True).ids, None))
         else:
-            prompt, ids = _encode(tokenizer, question, _checked(text), raw=raw)
-            found.append(Given(text, ids, prompt))
+            bare = _checked(text, joined=raw)
+            prompt, ids = encode_pair(tokenizer, question, bare, raw=raw)
+            found.append(Given(bare, ids, prompt))
     return found
 
 
 def score_given(
-    lm: RiskAwareLM, pairs: Sequence[tuple[Question | None, str]], *, raw: bool, alternatives: int
+    lm: RiskAwareLM,
+    pairs: Sequence[tuple[Question | None, str]],
+    *,
+    raw: bool,
+    alternatives: int,
+    made: Made = "given",
 ) -> list[Answer]:
-    """See ``RiskAwareLM.score_batch``. A question that comes several times is read once."""
-    return whole(score_in_pieces(lm, encode_given(lm.tokenizer, pairs, raw=raw), alternatives))
+    """See ``RiskAwareLM.score_batch``. A question that comes several times is read once; ``made`` says whose texts."""
+    return whole(score_in_pieces(lm, encode_given(lm.tokenizer, pairs, raw=raw), alternatives, made=made))
 
 
 def score_in_pieces(
-    lm: RiskAwareLM, given: Sequence[Given], alternatives: int, sizer: PieceSizer | None = None
+    lm: RiskAwareLM,
+    given: Sequence[Given],
+    alternatives: int,
+    sizer: PieceSizer | None = None,
+    made: Made = "given",
 ) -> Generator[None, None, list[Answer]]:
     """Score texts side by side, piece by piece.
 
@@ -68,6 +81,7 @@ def score_in_pieces(
         given: From ``encode_given``.
         alternatives: How many of the most probable tokens are told with each token.
         sizer: Chooses the sizes of the pieces; None reads as much at once as memory for the logits allows.
+        made: Whose texts they are.
 
     Yields:
         Nothing, after each piece.
@@ -87,7 +101,7 @@ def score_in_pieces(
     if asked:
         if bare:
             yield
-        answers = yield from _score_answers(lm, [given[i] for i in asked], alternatives, sizer)
+        answers = yield from _score_answers(lm, [given[i] for i in asked], alternatives, sizer, made)
         found |= zip(asked, answers, strict=True)
     return [found[i] for i in range(len(given))]
 
@@ -103,13 +117,14 @@ def _score_texts(
     for row, item in enumerate(given):
         end = None if pool is None or pool.means is None else pool.means[row, 0].cpu()
         states = None if end is None else States(lm.layers, end, end, end)  # without a question, but its end
-        tokens = yield from tokens_in_pieces(lm, scored[row])
-        found.append(lm.answer(tokens, [], "given", item.text, states))
+        start = 1 if item.ids[:1] == [lm.tokenizer.bos_token_id] else 0
+        tokens = yield from tokens_in_pieces(lm, scored[row][start:], item.ids[start:])
+        found.append(lm.answer(tokens, [], "given", item.text, states, origin=Origin("given", TEXT)))
     return found
 
 
 def _score_answers(
-    lm: RiskAwareLM, given: Sequence[Given], alternatives: int, sizer: PieceSizer | None
+    lm: RiskAwareLM, given: Sequence[Given], alternatives: int, sizer: PieceSizer | None, made: Made
 ) -> Generator[None, None, list[Answer]]:
     encoded = [item.prompt for item in given if item.prompt is not None]
     prompts = {tuple(prompt.ids): prompt for prompt in encoded}
@@ -118,41 +133,37 @@ def _score_answers(
     lengths = [len(ids) for ids in prompts]
     texts = [item.ids for item in given]
     asked = StatePool([[own_end(p)] for p in prompts.values()], lengths) if lm.layers else None
-    rest = StatePool([[(0, len(t) - 1)] for t in texts], [len(t) - 1 for t in texts], "right") if lm.layers else None
+    rest = StatePool([[(0, len(t) - 1)] for t in texts], [len(t) for t in texts], "right") if lm.layers else None
     stepper = HFStepper(lm.model, lm.layers, sizer)
+    # Whether a text is what the model would say also hangs on its end; only a calibration asks for it.
+    longest = max(len(prompt.ids) + len(t) for prompt, t in zip(encoded, texts, strict=True))
+    room = stepper.context is None or longest <= stepper.context
+    ends = lm.stop_ids if lm.calibration is not None and room else ()
     read_once, following = yield from reading(stepper, [list(ids) for ids in prompts], alternatives, asked)
     questions = []
-    for ids, prompt in zip(read_once, prompts.values(), strict=True):
-        questions.append((yield from tokens_in_pieces(lm, ids, prompt)))
+    for scored_prompt, prompt in zip(read_once, prompts.values(), strict=True):
+        questions.append((yield from question_in_pieces(lm, scored_prompt, prompt)))
     yield
     stepper.keep(rows)
     following = following.of(rows)
-    scored = yield from follow_in_pieces(stepper, following, texts, alternatives, rest)
+    scored = yield from follow_in_pieces(stepper, following, texts, alternatives, rest, ends)
     found = []
     for i, item in enumerate(given):
+        end_gap = scored[i].pop().gap if ends else 0.0 if room else math.inf
+        origin = Origin(made, encoded[i].form, end_gap=end_gap)
         states = None
         if asked is not None and asked.means is not None and following.states is not None:
             first, n = following.states[0, i], len(texts[i])
             others = 0.0 if rest is None or rest.means is None else rest.means[i, 0]
             mean = (first + (n - 1) * others) / n
             states = States(lm.layers, asked.means[rows[i], 0].cpu(), first.cpu(), mean.cpu())
-        tokens = yield from tokens_in_pieces(lm, scored[i])
-        found.append(lm.answer(tokens, questions[rows[i]], "given", item.text, states))
+        tokens = yield from tokens_in_pieces(lm, scored[i], item.ids, told_before(encoded[i]))
+        found.append(lm.answer(tokens, questions[rows[i]], "given", item.text, states, origin=origin))
     return found
 
 
-def _checked(text: str) -> str:
-    if not text.strip():
+def _checked(text: str, *, joined: bool) -> str:
+    bare = strip_answer(text, joined=joined)
+    if not bare.strip():
         raise PromptError("the text to score is empty")
-    return text
-
-
-def _encode(tokenizer: Any, question: Question, text: str, *, raw: bool) -> tuple[Prompt, list[int]]:
-    """A prompt, and the ids of the text that follows it."""
-    prompt = encode(tokenizer, question, raw=raw)
-    if raw and isinstance(question, str):
-        # As one text: where a tokenizer joins words by their neighbours, this is what the model has learnt from.
-        rest = encode(tokenizer, question + text, raw=True).ids[len(prompt.ids) :]
-        if rest:
-            return prompt, rest
-    return prompt, list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return bare

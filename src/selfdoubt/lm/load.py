@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,6 +12,7 @@ from torch import nn
 
 from selfdoubt.errors import ConfigError, LoadError, require
 from selfdoubt.members import innermost
+from selfdoubt.targets import base_layer
 
 POCKET = "pocket"
 Quantization = Literal["nf4"]
@@ -95,11 +97,78 @@ def quick_dtype(model: nn.Module) -> torch.dtype:
 
 
 def stop_ids(model: nn.Module, tokenizer: Any) -> frozenset[int]:
-    """Token ids that end an answer: what the model says of itself, and the tokenizer's."""
-    config = getattr(innermost(model), "generation_config", None)
-    found = getattr(config, "eos_token_id", None)
-    ids = found if isinstance(found, list) else [found, tokenizer.eos_token_id]
-    return frozenset(i for i in ids if i is not None)
+    """Token ids that end an answer: all that the model, its tokenizer and its chat template end a text or a turn with.
+
+    They are the ends that the generation config names; the config's, as far as they are control tokens (a config
+    without any inherits its class's number, which may be a word); the tokenizer's; and ``turn_end``. They count for
+    chats and for plain text alike: no text holds a control token.
+    """
+    base = innermost(model)
+    named = _ids(getattr(getattr(base, "generation_config", None), "eos_token_id", None))
+    config = getattr(base, "config", None)
+    control = set(_control_tokens(tokenizer).values())
+    inherited = {i for part in (config, *_text_configs(config)) for i in _ids(getattr(part, "eos_token_id", None))}
+    return frozenset({*named, *(inherited & control), *_ids(tokenizer.eos_token_id), *_ids(turn_end(tokenizer))})
+
+
+def turn_end(tokenizer: Any) -> int | None:
+    """The control token with which the chat template ends an assistant's turn; None where it ends with none.
+
+    The template is asked: it is what comes next behind an answer's words but for white space. A token that opens a
+    turn is not one.
+    """
+    if tokenizer.chat_template is None:
+        return None
+    turns = [{"role": "user", "content": _MARKS[0]}, {"role": "assistant", "content": _MARKS[1]}]
+    try:
+        text = str(tokenizer.apply_chat_template(turns, tokenize=False))
+    except Exception:  # templates are programs: they raise what they like, and say so when they are asked a question
+        return None
+    before, found, after = text.rpartition(_MARKS[1])
+    front, _, between = before.partition(_MARKS[0])
+    control = _control_tokens(tokenizer)
+    end = _first_token(after.lstrip(), control)
+    if not found or end is None or end == tokenizer.bos_token != tokenizer.eos_token:
+        return None
+    opened = any(token in front for token in control if token != tokenizer.bos_token)
+    if opened and after.strip() == between.strip() and not any(t in after.lstrip()[len(end) :] for t in control):
+        return None  # the template ends no turn, but opens one more
+    return control[end]
+
+
+#: Contents that no template knows.
+_MARKS = ("\ue000", "\ue001")
+
+
+def _first_token(text: str, control: dict[str, int]) -> str | None:
+    """The control token that a text begins with: the longest."""
+    return max((token for token in control if text.startswith(token)), key=len, default=None)
+
+
+def _control_tokens(tokenizer: Any) -> dict[str, int]:
+    """Ids of the tokens that are no text, by what the chat template writes for them."""
+    found = {
+        str(token): i
+        for i, token in tokenizer.added_tokens_decoder.items()
+        if token.special or re.fullmatch(r"<.+>|\[.+\]", str(token))
+    }
+    named = {str(t): i for t, i in zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True)}
+    return {token: i for token, i in {**found, **named}.items() if token.strip()}
+
+
+def _text_configs(config: Any) -> list[Any]:
+    """The config of the part that writes, where a model has several."""
+    return [config.get_text_config()] if hasattr(config, "get_text_config") else []
+
+
+def _ids(found: Any) -> set[int]:
+    return set(found) if isinstance(found, list | tuple) else set() if found is None else {found}
+
+
+def vocabulary_size(model: nn.Module) -> int:
+    """Return how many token ids a model reads, whatever was put around its embedding (LoRA, a voter's deviation)."""
+    embedding: Any = innermost(model).get_input_embeddings()  # type: ignore[operator]
+    return int(base_layer(embedding).num_embeddings)  # type: ignore[arg-type]
 
 
 def eight_bit_adamw() -> type:

@@ -18,10 +18,11 @@ from safetensors.torch import save as serialize
 from torch import nn
 
 from selfdoubt import kernels, storage, targets
-from selfdoubt.errors import BaseMismatchError, ConfigError, LoadError, TargetError, WrapError, require
+from selfdoubt.errors import BaseMismatchError, ConfigError, TargetError, WrapError, require
+from selfdoubt.fields import broken
+from selfdoubt.lm.peft_config import CONFIG, WEIGHTS, check_ranks, read_config
 from selfdoubt.members import base_name, innermost, source
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _NAME = "default"
 
 
@@ -112,20 +113,16 @@ def load_lora(model: nn.Module, folder: str | os.PathLike[str], *, trainable: bo
         MissingExtraError: If PEFT is not installed.
     """
     folder = Path(folder)
-    read_config(folder)
+    own = read_config(folder)
     peft = require("peft", "train")
     tensors = storage.read_tensors(folder / WEIGHTS)
+    check_ranks(folder, own, tensors)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # settings of newer versions, which are told below where they matter
             config = peft.LoraConfig.from_pretrained(str(folder))
     except Exception as error:
-        raise _broken(folder / CONFIG, error) from error
-    if config.modules_to_save or config.trainable_token_indices or config.bias != "none":
-        raise LoadError(
-            f"{folder / CONFIG} also trains weights of the base (modules_to_save, trainable_token_indices or bias), "
-            "and only LoRA can be loaded; merge it into its base with PEFT, and load that model"
-        )
+        raise broken(folder / CONFIG, error) from error
     config.inference_mode = not trainable
     base = config.base_model_name_or_path
     try:
@@ -174,6 +171,27 @@ def merge_lora(model: nn.Module) -> nn.Module:
         WrapError: If a weight is packed, or tied to another, or the sum is not finite; then nothing was merged,
             except for a sum.
     """
+    check_mergeable(model)
+    for path, layer in list(_lora_layers(model)):
+        try:
+            layer.merge(safe_merge=True)
+        except (ValueError, RuntimeError) as error:
+            name = base_name(model, path)
+            raise WrapError(f"LoRA of {name} cannot be merged ({error}); train or download it again") from error
+        targets.replace(model, path, layer.get_base_layer())
+    inner = innermost(model)
+    if hasattr(inner, "peft_config"):
+        del inner.peft_config
+    return model
+
+
+def check_mergeable(model: nn.Module) -> None:
+    """Check that LoRA can be merged, as far as that shows before its numbers are known.
+
+    Raises:
+        ConfigError: If the model has no LoRA.
+        WrapError: If a weight is packed, or tied to another.
+    """
     layers = list(_lora_layers(model))
     if not layers:
         raise ConfigError("the model has no LoRA to merge; load it together with its adapter folder")
@@ -190,17 +208,6 @@ def merge_lora(model: nn.Module) -> nn.Module:
                 f"the weight of {name} is tied to another layer's, and merging LoRA would change both: leave it "
                 "unmerged, or train without LoRA in it"
             )
-    for path, layer in layers:
-        try:
-            layer.merge(safe_merge=True)
-        except (ValueError, RuntimeError) as error:
-            name = base_name(model, path)
-            raise WrapError(f"LoRA of {name} cannot be merged ({error}); train or download it again") from error
-        targets.replace(model, path, layer.get_base_layer())
-    inner = innermost(model)
-    if hasattr(inner, "peft_config"):
-        del inner.peft_config
-    return model
 
 
 def write_peft(folder: str | os.PathLike[str], config: dict[str, Any], tensors: dict[str, Any]) -> None:
@@ -283,39 +290,6 @@ def _tied(model: nn.Module) -> set[int]:
         for parameter in module._parameters.values():
             owners[id(parameter)] = owners.get(id(parameter), 0) + 1
     return {parameter for parameter, count in owners.items() if count > 1}
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """``adapter_config.json`` of a folder that also has LoRA's weights.
-
-    Raises:
-        LoadError: If a file is missing or broken, or it is another adapter than LoRA.
-    """
-    path = folder / CONFIG
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        kind = config["peft_type"]
-    except FileNotFoundError:
-        raise LoadError(
-            f"{folder} holds no LoRA: it has no {CONFIG}; give a folder that PEFT or selfdoubt wrote"
-        ) from None
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise _broken(path, error) from None
-    if kind != "LORA":
-        raise LoadError(
-            f"{path} is an adapter of type {kind}, and only LORA can be loaded; merge it into its base with PEFT"
-        )
-    if not (folder / WEIGHTS).is_file():
-        raise LoadError(
-            f"{folder} has {CONFIG} and no {WEIGHTS}: download it again (pickled adapter_model.bin is never read: "
-            "save it again with a newer PEFT)"
-        )
-    return dict(config)
-
-
-def _broken(path: Path, error: Exception) -> LoadError:
-    text = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-    return LoadError(f"{path} is broken ({text}); save or download it again")
 
 
 def _other_base(folder: Path, base: str | None, why: str) -> BaseMismatchError:

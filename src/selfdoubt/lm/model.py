@@ -4,32 +4,34 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from copy import copy
-from dataclasses import dataclass
 from typing import Any, Literal, Unpack, cast, overload
 
 import torch
 from torch import nn
 
-from selfdoubt.errors import ConfigError
+from selfdoubt.errors import ConfigError, UntrainedWarning
 from selfdoubt.lm import answer as answers
-from selfdoubt.lm.adapter import base_of, load_adapter, own_tokenizer, read_adapter
-from selfdoubt.lm.answer import Alternative, Answer, Token, answer_scores, check_score, pick_risk, rank_scores, stand_in
-from selfdoubt.lm.calibration import Calibration, States, stored
+from selfdoubt.lm.adapter import base_of, check_adapter, load_adapter, own_tokenizer, read_adapter
+from selfdoubt.lm.answer import Alternative, Answer, Token, answer_scores, check_score, pick_risk, rank_scores
+from selfdoubt.lm.calibration import Calibration, Estimate, States, stored
+from selfdoubt.lm.conditions import Origin
+from selfdoubt.lm.detokenizer import TextsBetween
 from selfdoubt.lm.given import score_given
-from selfdoubt.lm.load import POCKET, Quantization, load_model, quick_dtype, stop_ids
-from selfdoubt.lm.options import Options, sampling_of, stop_texts
-from selfdoubt.lm.prompt import Message, encode
+from selfdoubt.lm.load import POCKET, Quantization, load_model, quick_dtype, stop_ids, vocabulary_size
+from selfdoubt.lm.notes import PLAIN_NOTE, untrained_note
+from selfdoubt.lm.options import Options, read_number, read_options, sampling_of, stop_texts
+from selfdoubt.lm.prompt import encode
+from selfdoubt.lm.questions import Question, check_question, is_chat, list_pairs, list_questions
 from selfdoubt.lm.reading import ScoredId
 from selfdoubt.lm.stepper import HFStepper
 from selfdoubt.lm.stream import Stream, answering
-from selfdoubt.members import Spec, check_spec, innermost, source
+from selfdoubt.lm.until import Tries, generate_until
+from selfdoubt.members import Spec, check_spec, source
 from selfdoubt.risk import percentile
-from selfdoubt.vote import Wrapper as Vote
-
-Question = str | Sequence[Message]
 
 
 class RiskAwareLM:
@@ -52,6 +54,7 @@ class RiskAwareLM:
         risk: str = answers.DEFAULT_RISK,
         token_risk: str = answers.TOKEN_RISK,
         layers: Sequence[int] = (),
+        note: str | None = None,
     ) -> None:
         """Use ``load`` unless you have made the parts yourself.
 
@@ -63,21 +66,23 @@ class RiskAwareLM:
             risk: Name of the answer score that is the risk.
             token_risk: Name of the token score that is a token's risk.
             layers: Decoder layers whose hidden states come with an answer (``Answer.states``); 0 is the first.
+            note: One line for people on what this model's risk lacks, e.g. that its members are untrained.
         """
         check_score(risk)
         self.model = model
         self.tokenizer = tokenizer
         self.reference = dict(reference or {})
         self.calibration = calibration
-        read = {calibration.state.layer} if calibration is not None and calibration.state is not None else set()
-        self.layers = tuple(sorted({*layers, *read}))
+        self.misfit = None if calibration is None else calibration.misfit(model)  #: why no answer has a p_correct
+        self.layers = tuple(sorted({*layers, *(() if calibration is None else calibration.layers)}))
         self.risk = risk
         self.token_risk = token_risk
+        self.note = note
         self.stop_ids = stop_ids(model, tokenizer)
         self.context = HFStepper(model).context  #: most tokens of prompt and answer together, or None
         self.name = source(model)  #: a folder, or a name on the hub; None where the model's config has none
-        self.vocabulary: int = innermost(model).get_input_embeddings().num_embeddings  # type: ignore[operator]
-        self._texts: dict[int, str] = {}
+        self.vocabulary = vocabulary_size(model)
+        self._texts = TextsBetween(tokenizer)
 
     @classmethod
     def load(
@@ -99,8 +104,9 @@ class RiskAwareLM:
 
         Args:
             name: A folder, a name on the hub, or "pocket"; None takes the adapter's base, or "pocket".
-            wrapper: A ``vote``, ``sample`` or ``sculpt`` wrapper; None leaves the model plain. "auto" takes the voters
-                that come with the pocket model, and three fresh low-rank voters for any other.
+            wrapper: A ``vote``, ``sample`` or ``sculpt`` wrapper, untrained; None leaves the model plain. "auto" takes
+                what comes with the adapter or the pocket model, and leaves any other model plain: its answers are
+                its own, and its risk is its own surprisal and entropy.
             adapter: An adapter folder, which brings its own wrapper; or LoRA of plain PEFT, which goes with any.
             dtype: "auto" takes the checkpoint's own, or float32 on a CPU that only emulates bfloat16.
             device: None takes a GPU where there is one.
@@ -115,12 +121,15 @@ class RiskAwareLM:
             LoadError: If the model or the adapter cannot be read.
             BaseMismatchError: If the adapter was made for another model.
             ConfigError: If an option is out of range, or a wrapper is given to an adapter that brings its own.
+
+        Warns:
+            UntrainedWarning: If a wrapper is given: its members change the answers, and nothing has trained them.
         """
         given = None if wrapper == "auto" else wrapper
         if given is not None:
             check_spec(given)
         if adapter is not None:
-            read_adapter(adapter, given)  # a wrong folder is said before a large model loads
+            check_adapter(adapter, given)  # a wrong folder is said before a large model loads
             if name is None:
                 name, revision = base_of(adapter, None, revision)
         name = POCKET if name is None else name
@@ -138,21 +147,25 @@ class RiskAwareLM:
         if adapter is not None:
             card = read_adapter(adapter, given) or {}
             model = load_adapter(model, adapter, given)
-        elif wrapper is not None:
-            spec = given or Vote(n_voters=3, rank=16)
+        elif given is not None:
             with torch.random.fork_rng():  # what is fresh is the same each time: a run can go on, an answer come again
                 torch.manual_seed(0)
-                model = spec(model)  # type: ignore[operator]
-        return cls(
-            model.eval(), tokenizer, reference=card.get("reference"), calibration=stored(card), risk=risk, layers=layers
-        )
+                model = given(model)  # type: ignore[operator]
+        note = None
+        if given is not None:
+            note = untrained_note(given)
+            warnings.warn(note, UntrainedWarning, stacklevel=2)
+        elif wrapper == "auto" and not card:
+            note = PLAIN_NOTE
+        learnt: dict[str, Any] = {"reference": card.get("reference"), "calibration": stored(card)}
+        return cls(model.eval(), tokenizer, **learnt, risk=risk, layers=layers, note=note)
 
     @overload
     def generate(self, prompt: str, **options: Unpack[Options]) -> Answer: ...
     @overload
     def generate(
         self,
-        prompt: Sequence[Any],
+        prompt: Iterable[Any],
         *,
         batch_size: int = ...,
         seeds: Sequence[int] | None = ...,
@@ -160,7 +173,7 @@ class RiskAwareLM:
     ) -> Any: ...
     def generate(
         self,
-        prompt: Question | Sequence[Question],
+        prompt: Question | Iterable[Question],
         *,
         batch_size: int = 32,
         seeds: Sequence[int] | None = None,
@@ -169,7 +182,8 @@ class RiskAwareLM:
         """Answer a question or a chat, or a list of either.
 
         Args:
-            prompt: A question, messages with ``role`` and ``content``, or a list of questions or chats.
+            prompt: A question, messages with ``role`` and ``content``, or a list of questions or chats; also a
+                generator, a column of pandas or Arrow, or an array.
             batch_size: How many prompts of a list run side by side.
             seeds: One for each prompt of a list; None takes the option ``seed`` for all.
             **options: See ``Options``.
@@ -182,13 +196,15 @@ class RiskAwareLM:
             ConfigError: If an option is out of range.
             NonFiniteError: If the model gives NaN or infinite logits.
         """
+        options = read_options(options, "batch_size", "seeds")
         seed = options.get("seed", 0)
-        if isinstance(prompt, str) or (prompt and isinstance(prompt[0], Mapping)):
+        if isinstance(prompt, str) or is_chat(prompt):
             return self._generate([cast("Question", prompt)], 1, [seed], options)[0]
-        seeds = [seed] * len(prompt) if seeds is None else seeds
-        if len(seeds) != len(prompt):
-            raise ConfigError(f"there must be one seed for each prompt, got {len(seeds)} for {len(prompt)}")
-        return self._generate(cast("Sequence[Question]", prompt), batch_size, seeds, options)
+        prompts = list_questions(prompt)
+        seeds = [seed] * len(prompts) if seeds is None else [int(i) for i in seeds]
+        if len(seeds) != len(prompts):
+            raise ConfigError(f"there must be one seed for each prompt, got {len(seeds)} for {len(prompts)}")
+        return self._generate(prompts, batch_size, seeds, options)
 
     def candidates(self, prompt: Question, n: int, *, batch_size: int = 32, **options: Unpack[Options]) -> list[Answer]:
         """Draw ``n`` answers to one question with the seeds ``seed``, ``seed + 1``, ...; the least risky comes first.
@@ -196,13 +212,15 @@ class RiskAwareLM:
         Raises:
             ConfigError: If ``n`` is below 1, or the temperature is 0, which would give the same answer each time.
         """
+        n = int(read_number("n", n, whole=True))
         if n < 1:
             raise ConfigError(f"the number of candidates must be at least 1, got {n}")
+        options = read_options(options, "batch_size")
         options.setdefault("temperature", 1.0)
         if options["temperature"] == 0 and n > 1:
             raise ConfigError("candidates at temperature 0 are all the same; use a temperature above 0, e.g. 1")
         seeds = [options.get("seed", 0) + i for i in range(n)]
-        found = self._generate([prompt] * n, batch_size, seeds, options)
+        found = self._generate([check_question(prompt)] * n, batch_size, seeds, options)
         # Candidates share their question: where only it makes the risk, the same score of the answer orders them.
         bare = self.risk.removeprefix("question_")
         return sorted(found, key=lambda a: (a.risk, a.scores.get(bare, math.inf)))
@@ -221,24 +239,8 @@ class RiskAwareLM:
         Raises:
             ConfigError: If there are no reference answers for the risk, or a number is out of range.
         """
-        if not 0 <= percentile <= 1:
-            raise ConfigError(f"the percentile must be between 0 and 1, got {percentile}")
-        if max_tries < 1:
-            raise ConfigError(f"max_tries must be at least 1, got {max_tries}")
-        if not {self.risk, stand_in(self.risk)} & set(self.reference):
-            raise ConfigError(
-                f"a percentile of {self.risk} needs reference answers, and this model has none; "
-                "use an adapter that has them (the pocket model does)"
-            )
-        options.setdefault("temperature", 1.0)
-        first = options.get("seed", 0)
-        tried: list[Answer] = []
-        for i in range(max_tries):
-            tried += self._generate([prompt], 1, [first + i], options)
-            rank = tried[-1].percentile
-            if rank is not None and rank <= percentile:
-                return Tries(tried[-1], i + 1, True)
-        return Tries(min(tried, key=lambda a: a.risk), max_tries, False)
+        options = read_options(options, "max_tries")
+        return generate_until(self, check_question(prompt), percentile, max_tries, options)
 
     def stream(self, prompt: Question, **options: Unpack[Options]) -> Stream:
         """Answer a question token by token.
@@ -250,7 +252,8 @@ class RiskAwareLM:
         Raises:
             As ``generate``.
         """
-        encoded = encode(self.tokenizer, prompt, raw=options.get("raw", False))
+        options = read_options(options)
+        encoded = encode(self.tokenizer, check_question(prompt), raw=options.get("raw", False))
         sampling = sampling_of(options, self.stop_ids)
         return Stream(self, encoded, sampling, options.get("seed", 0), stop_texts(options))
 
@@ -280,25 +283,28 @@ class RiskAwareLM:
         Raises:
             PromptError: If a text is empty or too long.
         """
-        return score_given(self, pairs, raw=raw, alternatives=alternatives)
+        return score_given(self, list_pairs(pairs), raw=raw, alternatives=alternatives)
 
     def answer(
-        self,
-        tokens: Sequence[Token],
-        question: Sequence[Token],
-        finish: Literal["stop", "length", "given"],
-        text: str,
-        states: States | None = None,
-    ) -> Answer:
-        """Put tokens together and score the whole."""
-        scores = answer_scores(tokens, question)
+        self, tokens: Sequence[Token], question: Sequence[Token], finish: Literal["stop", "length", "given"], text: str,
+        states: States | None = None, ending: Sequence[Token] = (), *, origin: Origin,
+    ) -> Answer:  # fmt: skip
+        """Put tokens together and score the whole.
+
+        What ended an answer without tokens is what it is scored by; ``origin`` says how the tokens came about.
+        """
+        scores = answer_scores(tokens or ending, question)
         scores |= rank_scores(scores, self.reference)
         value, name = pick_risk(scores, self.risk)
         reference = self.reference.get(name)
         rank = None if reference is None else percentile(value, reference)
-        known = None if self.calibration is None else self.calibration.p_correct(scores, states)
-        abstain = None if self.calibration is None else self.calibration.abstains(known)
-        return Answer(text, tuple(tokens), tuple(question), scores, value, name, rank, finish, known, abstain, states)
+        known, gaps = Estimate(), [token.gap for token in tokens]
+        if self.calibration is not None:
+            known = self.calibration.estimate(scores, states, origin, finish, gaps, self.misfit)
+        return Answer(
+            text, tuple(tokens), tuple(question), scores, value, name, rank, finish,
+            known.p_correct, known.abstain, states, known.note,
+        )  # fmt: skip
 
     def without_weights(self) -> RiskAwareLM:
         """What knows all about this model, and cannot run it: small enough to send to whoever speaks for it."""
@@ -308,20 +314,17 @@ class RiskAwareLM:
 
     def _token(self, scored: ScoredId, text: str) -> Token:
         plain = scored._asdict()
-        options = tuple(Alternative(self._text(i), i, math.exp(p)) for i, p in plain.pop("alternatives"))
+        # A space that the chosen token lost in its place, its alternatives would lose there, too.
+        lost = bool(scored.alternatives) and self._texts[scored.id] == f" {text}"
+        named = [(self._texts[i].removeprefix(" " if lost else ""), i, p) for i, p in plain.pop("alternatives")]
+        options = tuple(Alternative(words, i, math.exp(p)) for words, i, p in named)
         value = 0.0 - scored.logprob if self.token_risk == "nll" else getattr(scored, self.token_risk)
         return Token(text=text, **plain, risk=value, alternatives=options)
-
-    def _text(self, token: int) -> str:
-        """A token's text by itself; the same few tokens are asked for again and again."""
-        if token not in self._texts:
-            self._texts[token] = self.tokenizer.decode([token])
-        return self._texts[token]
 
     def _generate(
         self, prompts: Sequence[Question], batch_size: int, seeds: Sequence[int], options: Options
     ) -> list[Answer]:
-        if batch_size < 1:
+        if read_number("batch_size", batch_size, whole=True) < 1:
             raise ConfigError(f"batch_size must be at least 1, got {batch_size}")
         sampling, stops = sampling_of(options, self.stop_ids), stop_texts(options)
         encoded = [encode(self.tokenizer, prompt, raw=options.get("raw", False)) for prompt in prompts]
@@ -332,12 +335,3 @@ class RiskAwareLM:
             deque(steps, maxlen=0)
             found += [sequence.answer for sequence in sequences]
         return found
-
-
-@dataclass(frozen=True)
-class Tries:
-    """The outcome of answering until confident: the first confident answer, or else the least risky."""
-
-    answer: Answer
-    tries: int
-    confident: bool

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from typing import TypedDict
+import math
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from difflib import get_close_matches
+from numbers import Integral, Real
+from typing import Any, TypedDict, cast
 
 from selfdoubt.errors import ConfigError
 from selfdoubt.lm.sampling import Sampling
 
 
 class Options(TypedDict, total=False):
-    """How to answer. Everything may be left out."""
+    """How to answer. Everything may be left out, and None is the same as left out."""
 
     max_tokens: int  #: most tokens of an answer; 256
     temperature: float  #: 0, the default, takes the most probable token each time
@@ -20,11 +23,57 @@ class Options(TypedDict, total=False):
     raw: bool  #: continue the text as it is, without the chat template; False
 
 
+#: What other libraries call an option, and what does the same here.
+ELSEWHERE = {
+    "max_new_tokens": "max_tokens",
+    "max_completion_tokens": "max_tokens",
+    "max_length": "max_tokens",
+    "max_gen_len": "max_tokens",
+    "do_sample": "temperature (0 takes the most probable token)",
+    "num_return_sequences": "candidates(prompt, n)",
+    "n": "candidates(prompt, n)",
+    "num_samples": "candidates(prompt, n)",
+    "eos_token_id": "stop",
+    "stop_token_ids": "stop",
+    "stop_strings": "stop",
+    "stop_sequences": "stop",
+    "generator": "seed",
+    "random_state": "seed",
+    "top_k": "top_p",
+    "min_p": "top_p",
+}
+
+
+def read_options(options: Mapping[str, Any], *further: str) -> Options:
+    """Return the options that a caller gave, each of its own type; those that are None are left out.
+
+    Args:
+        options: A caller's keyword arguments.
+        *further: Names that the caller's function takes beside them: they are not options, but may be what was meant.
+
+    Raises:
+        ConfigError: If an option is unknown (the message names the nearest), or of a wrong type.
+    """
+    known = Options.__annotations__
+    for name in options:
+        if name not in known:
+            raise ConfigError(f"there is no option {name!r}; {_nearest(name, [*known, *further])}")
+    found: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
+    for name in ("max_tokens", "seed", "temperature", "top_p"):
+        if name in found:
+            found[name] = read_number(name, found[name], whole=name in ("max_tokens", "seed"))
+    if "stop" in found:
+        found["stop"] = _stops(found["stop"])
+    if not isinstance(found.get("raw", False), bool):
+        raise ConfigError(f"raw must be True or False, got {found['raw']!r}")
+    return cast("Options", found)
+
+
 def sampling_of(options: Options, stop_ids: Collection[int]) -> Sampling:
     """How tokens are chosen.
 
     Args:
-        options: A caller's.
+        options: A caller's, as ``read_options`` returns them.
         stop_ids: The model's own.
 
     Raises:
@@ -43,12 +92,41 @@ def stop_texts(options: Options) -> tuple[str, ...]:
     """The texts among the stops.
 
     Raises:
-        ConfigError: If one is empty, or stops are one text instead of a list.
+        ConfigError: If one is empty.
     """
-    stops = options.get("stop", ())
-    if isinstance(stops, str):
-        raise ConfigError(f"stop is a list of texts or token ids, got the text {stops!r}; write [{stops!r}]")
-    found = tuple(item for item in stops if isinstance(item, str))
+    found = tuple(item for item in options.get("stop", ()) if isinstance(item, str))
     if "" in found:
         raise ConfigError("a stop text must not be empty: every answer would end at once")
+    return found
+
+
+def read_number(name: str, value: Any, *, whole: bool) -> int | float:
+    """Return a number as Python's own type; those of numpy count, texts and truth values do not.
+
+    Raises:
+        ConfigError: If it is something else, or NaN.
+    """
+    if isinstance(value, bool) or not isinstance(value, Integral if whole else Real) or math.isnan(value):
+        raise ConfigError(f"{name} must be a {'whole ' * whole}number, got {value!r}")
+    return int(value) if whole else float(value)
+
+
+def _nearest(name: str, known: Sequence[str]) -> str:
+    if name in ELSEWHERE:
+        return f"use {ELSEWHERE[name]}"
+    close = get_close_matches(name.lower(), known, 1, 0.6)
+    return f"did you mean {close[0]}?" if close else f"there are {', '.join(known)}"
+
+
+def _stops(stops: Any) -> list[str | int]:
+    """Return stop texts and token ids as a list; those of numpy count."""
+    if isinstance(stops, str):
+        raise ConfigError(f"stop is a list of texts or token ids, got the text {stops!r}; write [{stops!r}]")
+    if isinstance(stops, (bytes, Mapping)) or not isinstance(stops, Iterable):
+        raise ConfigError(f"stop must be a list of texts or token ids, got {stops!r}")
+    found: list[str | int] = []
+    for item in stops:
+        if isinstance(item, bool) or not isinstance(item, (str, Integral)):
+            raise ConfigError(f"stop must be a list of texts or token ids, and one of it is {item!r}")
+        found.append(item if isinstance(item, str) else int(item))
     return found

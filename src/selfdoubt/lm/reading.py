@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Collection, Generator, Sequence
 from typing import NamedTuple, TypeVar, cast
 
 import torch
@@ -27,6 +27,7 @@ class ScoredId(NamedTuple):
     disagreement: float
     spread: float
     scale: float | None
+    gap: float  #: log-probability of the most probable id less this one's, nats, >= 0; of a prompt's own ids 0
     alternatives: tuple[tuple[int, float], ...]  #: (id, log-probability), the most probable first
 
 
@@ -58,7 +59,7 @@ def reading(
         if known > 0:
             chosen = ids[:, first + 1 : first + 1 + known].to(piece.logits.device)
             now = piece.at(slice(known))
-            for sequence, tokens in enumerate(scored_ids(now, chosen, risk.mix(now.logits), alternatives)):
+            for sequence, tokens in enumerate(scored_ids(now, chosen, alternatives)):
                 start = width - len(prompts[sequence])
                 scored[sequence] += [t for c, t in enumerate(tokens) if first + c >= start]
         if pool is not None and piece.states is not None:
@@ -92,6 +93,7 @@ def follow_in_pieces(
     texts: Sequence[Sequence[int]],
     alternatives: int = 0,
     pool: StatePool | None = None,
+    ends: Collection[int] = (),
 ) -> Generator[None, None, list[list[ScoredId]]]:
     """Score a text after each prompt that was read, piece by piece. No token can be chosen afterwards.
 
@@ -101,6 +103,7 @@ def follow_in_pieces(
         texts: Token ids, at least one for each prompt.
         alternatives: How many of the most probable tokens are told with each token.
         pool: Takes the hidden states in which the texts' tokens but the first are predicted, right-padded.
+        ends: Ids that would end a text. With some, each text has one more token: the most probable of them, behind it.
 
     Yields:
         Nothing, after each piece but the last.
@@ -108,20 +111,25 @@ def follow_in_pieces(
     Returns:
         The scored tokens of each text.
     """
-    width = max(len(t) for t in texts)
+    last = sorted(ends)
+    width = max(len(t) for t in texts) + bool(last)
     ids = torch.tensor([list(t) + [0] * (width - len(t)) for t in texts]).to(following.logits.device)
-    found = scored_ids(following.at(None), ids[:, :1], risk.mix(following.logits)[:, None], alternatives)
-    # The last token predicts nothing that is asked for.
-    for first, piece in stepper.extend([t[:-1] for t in texts]) if width > 1 else ():
+    found = scored_ids(following.at(None), ids[:, :1], alternatives, risk.mixture(following.logits)[:, None])
+    # Without ends the last token predicts nothing that is asked for.
+    for first, piece in stepper.extend(texts if last else [t[:-1] for t in texts]) if width > 1 else ():
         if pool is not None and piece.states is not None:
             pool.add(first, piece.states[0])
         columns = piece.logits.shape[2]
+        mixed = risk.mixture(piece.logits)
         chosen = ids[:, first + 1 : first + 1 + columns]
-        for tokens, more in zip(found, scored_ids(piece, chosen, risk.mix(piece.logits), alternatives), strict=True):
+        for row, text in enumerate(texts) if last else ():
+            if 0 <= (place := len(text) - 1 - first) < columns:
+                chosen[row, place] = last[int(mixed[row, place, last].argmax())]
+        for tokens, more in zip(found, scored_ids(piece, chosen, alternatives, mixed), strict=True):
             tokens += more
         if first + columns < width - 1:
             yield
-    return [tokens[: len(text)] for tokens, text in zip(found, texts, strict=True)]
+    return [tokens[: len(text) + bool(last)] for tokens, text in zip(found, texts, strict=True)]
 
 
 def follow(
@@ -130,33 +138,51 @@ def follow(
     texts: Sequence[Sequence[int]],
     alternatives: int = 0,
     pool: StatePool | None = None,
+    ends: Collection[int] = (),
 ) -> list[list[ScoredId]]:
     """Score a text after each prompt that was read; ``follow_in_pieces`` in one go."""
-    return whole(follow_in_pieces(stepper, following, texts, alternatives, pool))
+    return whole(follow_in_pieces(stepper, following, texts, alternatives, pool, ends))
 
 
 def scored_ids(
-    following: Logits, chosen: Int[Tensor, "batch t"], mixed: Float[Tensor, "batch t classes"], alternatives: int
+    following: Logits,
+    chosen: Int[Tensor, "batch t"],
+    alternatives: int,
+    mixed: Float[Tensor, "batch t classes"] | None = None,
 ) -> list[list[ScoredId]]:
-    """Scores of chosen tokens, moved to the host in one go."""
-    scores = risk.token_scores(following.logits, chosen)
+    """Scores of chosen tokens, moved to the host in one go.
+
+    Args:
+        following: What came next.
+        chosen: The ids that were taken.
+        alternatives: How many of the most probable tokens are told with each token.
+        mixed: What ``risk.mixture`` makes of the logits, where it is at hand.
+    """
+    others: list[Tensor] = []
+    if alternatives:
+        mixed = risk.mixture(following.logits) if mixed is None else mixed
+        top = mixed.topk(min(alternatives, mixed.shape[-1]), -1).indices
+        scores, logprobs = risk.scores_among(following.logits, chosen, top, mixed)
+        others = [*top.double().unbind(-1), *logprobs.unbind(-1)]
+    else:
+        scores = risk.token_scores(following.logits, chosen)
     columns = [s.double() for s in scores]
     if following.scale is not None:
         index = chosen[None, ..., None].expand(len(following.scale), -1, -1, 1)
         columns.append(following.scale.gather(-1, index).squeeze(-1).double().square().mean(0).sqrt())
-    if alternatives:
-        top = mixed.topk(min(alternatives, mixed.shape[-1]), -1)
-        # The log-normaliser without a second pass over the classes: the chosen token's logit less its log-probability.
-        normaliser = mixed.gather(-1, chosen[..., None]).double() - scores.logprob[..., None].double()
-        columns += [*top.indices.double().unbind(-1), *(top.values.double() - normaliser).unbind(-1)]
-    table = torch.stack([*columns, chosen.double()], -1).tolist()
+    columns += others
+    gaps = torch.zeros_like(columns[0])
+    if mixed is not None:
+        gaps = (mixed.amax(-1) - mixed.gather(-1, chosen[..., None]).squeeze(-1)).double()
+    table = torch.stack([*columns, gaps, chosen.double()], -1).tolist()
     has_scale = following.scale is not None
 
     def token(row: list[float]) -> ScoredId:
         named = dict(zip(risk.TokenScores._fields, row, strict=False))
-        rest = row[len(named) + has_scale : -1]
+        rest = row[len(named) + has_scale : -2]
         half = len(rest) // 2
         options = tuple((int(i), p) for i, p in zip(rest[:half], rest[half:], strict=True))
-        return ScoredId(id=int(row[-1]), **named, scale=row[len(named)] if has_scale else None, alternatives=options)
+        scale = row[len(named)] if has_scale else None
+        return ScoredId(id=int(row[-1]), **named, scale=scale, alternatives=options, gap=row[-2])
 
     return [[token(row) for row in rows] for rows in table]

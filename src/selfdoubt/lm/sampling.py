@@ -70,8 +70,10 @@ def _drawn(
     """Draws of rows that all have a ``top_p`` below 1, or all have none."""
     settings = uniform.new_tensor([[s.temperature, s.top_p] for s in samplings])
     temperature, top_p = settings[:, :1], settings[:, 1:]
-    # Less the largest first: then the coldest temperature gives infinity in the right direction only.
-    probs = ((logits - logits.amax(-1, keepdim=True)).double() / temperature).softmax(-1)
+    # In float64 first: a difference in bfloat16 is another distribution. And less the largest: then the coldest
+    # temperature gives infinity in the right direction only.
+    wide = logits.double()
+    probs = ((wide - wide.amax(-1, keepdim=True)) / temperature).softmax(-1)
     order = None
     if samplings[0].top_p < 1:
         probs, order = probs.sort(stable=True, dim=-1, descending=True)

@@ -231,5 +231,5 @@ class HFStepper:
             scale = unfold(std, self.members)
         states = None
         if heard:
-            states = torch.stack([unfold(h, self.members).float().mean(0, keepdim=True) for h in heard], -2)
+            states = torch.stack([unfold(h.detach(), self.members).float().mean(0, keepdim=True) for h in heard], -2)
         return Logits(unfold(output.logits, self.members), scale, states)

@@ -14,19 +14,23 @@ from torch import Tensor
 from selfdoubt.errors import ConfigError
 from selfdoubt.lm.answer import Answer, Token
 from selfdoubt.lm.calibration import States
+from selfdoubt.lm.conditions import Made, Origin
 from selfdoubt.lm.decode import Batch, Event, Line, run
+from selfdoubt.lm.detokenizer import TEXTS, Detokenizer, texts_in_pieces
 from selfdoubt.lm.pieces import PieceSizer
-from selfdoubt.lm.prompt import Detokenizer, Prompt
+from selfdoubt.lm.prompt import Prompt
 from selfdoubt.lm.reading import ScoredId, reading, whole
 from selfdoubt.lm.sampling import Sampling
 from selfdoubt.lm.states import StatePool
 from selfdoubt.lm.stepper import HFStepper
+from selfdoubt.lm.stops import StopFinder
 
 if TYPE_CHECKING:
     from selfdoubt.lm.model import RiskAwareLM
 
-#: Tokens that get their text between two other pieces of work.
-_TEXTS = 256
+
+#: The model's most probable answer to a single question.
+OWN = Origin("greedy")
 
 
 class AnswerInProgress:
@@ -37,6 +41,8 @@ class AnswerInProgress:
         question: The tokens of the question's own words.
         stops: Texts that end the answer.
         state: The hidden states at the question's end, where they are wanted.
+        before: Token ids that the answer's text goes on from; none where it stands by itself.
+        origin: How the answer is made, as far as it is known before it ends.
     """
 
     def __init__(
@@ -45,15 +51,20 @@ class AnswerInProgress:
         question: list[Token],
         stops: Sequence[str] = (),
         state: Float[Tensor, "layers width"] | None = None,
+        before: Sequence[int] = (),
+        origin: Origin = OWN,
     ) -> None:
         self.lm = lm
+        self._origin = origin
         self.question = question
         self.tokens: list[Token] = []
         self.finish: Literal["stop", "length"] | None = None
-        self._stops = stops
-        self._pieces = Detokenizer(lm.tokenizer)
-        self._held: list[tuple[Token, Tensor | None]] = []  # their text may be the beginning of a stop
-        self._cut = False
+        self._finder = StopFinder(stops)
+        self._ahead: StopFinder | None = None  # has read the pending text, too
+        self._pieces = Detokenizer(lm.tokenizer, before)
+        self._held: deque[tuple[Token, Tensor | None]] = deque()  # not certain, or maybe the beginning of a stop
+        self._released = 0  # characters
+        self._ending: list[Token] = []  # what ended the answer and is no part of it
         self._asked = state
         self._first: Tensor | None = None
         self._sum: Tensor | None = None
@@ -62,36 +73,70 @@ class AnswerInProgress:
         """Take the next step; returns the tokens that are certain now. After a stop text ``finish`` is set."""
         if self._first is None:
             self._first = event.states
-        if event.token is not None:
-            self._held.append((self.lm._token(event.token, self._pieces.add(event.token.id)), event.states))
         self.finish = event.finish
-        text = "".join(token.text for token, _ in self._held)
-        cut = min((at for stop in self._stops if (at := text.find(stop)) >= 0), default=None)
+        cut = None
+        if event.token is not None:
+            late, own = self._pieces.push(event.token.id)
+            cut = self._complete(late)
+            self._held.append((self.lm._token(event.token, own), event.states))
+            cut = self._finder.feed(own) if cut is None else cut
+        elif event.end is not None:
+            self._ending = [self.lm._token(event.end, "")]
+            by_caller = None if event.end.id in self.lm.stop_ids else f"token {event.end.id}"
+            self._origin = replace(self._origin, end_gap=event.end.gap, stop=by_caller)
+        if cut is None and (self.finish is not None or self._stops_ahead()):
+            cut = self._complete(self._pieces.rest())
         if cut is not None:
-            self.finish, self._cut = "stop", True
-            return self._release(cut)
-        # Hold back an end that may become a stop with the next token.
-        ends = (n for stop in self._stops for n in range(len(stop) - 1, 0, -1) if text.endswith(stop[:n]))
-        return self._release(len(text) - (max(ends, default=0) if self.finish is None else 0))
+            self.finish = "stop"
+            self._origin = replace(self._origin, end_gap=0.0, stop=self._finder.found)
+        return self._release(cut)
 
-    def _release(self, length: int) -> list[Token]:
-        """Let go of the tokens within the first ``length`` characters; at a stop, cut the one that reaches beyond."""
+    def _complete(self, late: list[str]) -> int | None:
+        """Give text that is certain now to as many last tokens; returns where a stop begins."""
+        if not any(late):
+            return None
+        self._ahead = None
+        for place, text in enumerate(late, -len(late)):
+            token, states = self._held[place]
+            self._held[place] = (replace(token, text=token.text + text), states)
+        return self._finder.feed("".join(late))
+
+    def _stops_ahead(self) -> bool:
+        """Whether the pending text holds a stop as it is now: the answer then ends without a token more."""
+        if not self._pieces.pending:
+            self._ahead = None
+            return False
+        if not self._pieces.ahead:
+            return False
+        if self._ahead is None:
+            self._ahead = self._finder.fork()
+        return self._ahead.feed(self._pieces.ahead) is not None and (
+            self._finder.fork().feed(self._pieces.flush()) is not None
+        )
+
+    def _release(self, cut: int | None) -> list[Token]:
+        """Let go of the tokens that are certain; at a stop, of those before it, and cut the one that reaches beyond."""
+        if cut is None and self.finish is None and self._pieces.pending:
+            return []
+        end = cut
+        if end is None:
+            end = self._finder.length - (self._finder.partial if self.finish is None else 0)
         found: list[Token] = []
-        start = 0
-        while self._held:
+        while self._held and not (cut is not None and self._released >= end):
             token, states = self._held[0]
-            end = start + len(token.text)
-            if end > length or (self._cut and start == length):
-                if not self._cut or start == length:
+            beyond = self._released + len(token.text) - end
+            if beyond > 0:
+                if cut is None:
                     break
-                token = replace(token, text=token.text[: length - start])
-            self._held.pop(0)
+                token = replace(token, text=token.text[:-beyond])
+            self._held.popleft()
             found.append(token)
+            self._released += len(token.text)
             if states is not None:
                 self._sum = states if self._sum is None else self._sum + states
-            start = end
-            if start > length:
-                break
+        if cut is not None:
+            self._ending = [token for token, _ in self._held]
+            self._held.clear()
         self.tokens += found
         return found
 
@@ -99,8 +144,10 @@ class AnswerInProgress:
     def answer(self) -> Answer:
         """The answer, once it has ended."""
         assert self.finish is not None
-        text = "".join(t.text for t in self.tokens) + ("" if self._cut else self._pieces.flush())
-        return self.lm.answer(self.tokens, self.question, self.finish, text, self._states())
+        text = "".join(t.text for t in self.tokens)
+        return self.lm.answer(
+            self.tokens, self.question, self.finish, text, self._states(), self._ending, origin=self._origin
+        )
 
     def _states(self) -> States | None:
         if self._asked is None or self._first is None:
@@ -117,6 +164,13 @@ class Wanted(NamedTuple):
     sampling: Sampling
     seed: int
     stops: Sequence[str] = ()
+
+    @property
+    def origin(self) -> Origin:
+        """How the answer will come about."""
+        own = self.sampling
+        made: Made = "sampled" if own.temperature > 0 else "greedy"
+        return Origin(made, self.prompt.form, own.temperature, own.top_p)
 
 
 def opening(
@@ -135,9 +189,12 @@ def opening(
     scored, following = yield from reading(stepper, [list(ids) for ids in different], pool=pool)
     questions = []
     for ids, prompt in zip(scored, different.values(), strict=True):
-        questions.append((yield from tokens_in_pieces(lm, ids, prompt)))
+        questions.append((yield from question_in_pieces(lm, ids, prompt)))
     asked = [None] * len(different) if pool is None or pool.means is None else [means[0] for means in pool.means]
-    answers = [AnswerInProgress(lm, questions[row], w.stops, asked[row]) for row, w in zip(rows, wanted, strict=True)]
+    answers = [
+        AnswerInProgress(lm, questions[row], want.stops, asked[row], told_before(want.prompt), want.origin)
+        for row, want in zip(rows, wanted, strict=True)
+    ]
     if len(different) < len(wanted):
         stepper.keep(rows)
         following = following.of(rows)
@@ -163,9 +220,15 @@ def answering(
 
 
 def tokens_in_pieces(
-    lm: RiskAwareLM, scored: Sequence[ScoredId | None], prompt: Prompt | None = None
+    lm: RiskAwareLM, scored: Sequence[ScoredId | None], ids: Sequence[int], before: Sequence[int] = ()
 ) -> Generator[None, None, list[Token]]:
-    """Give scored ids their text, some hundreds at a time; with a prompt, only those of the question's own words.
+    """Give scored ids their text, some hundreds at a time.
+
+    Args:
+        lm: Whose they are.
+        scored: The scores of each id.
+        ids: Of a text.
+        before: Ids that it goes on from, see ``Detokenizer``.
 
     Yields:
         Nothing, after each piece.
@@ -173,21 +236,36 @@ def tokens_in_pieces(
     Returns:
         The tokens, without those that nothing predicted.
     """
-    pieces = Detokenizer(lm.tokenizer)
+    texts = yield from texts_in_pieces(lm.tokenizer, ids, before)
     found: list[Token] = []
-    for place, token in enumerate(scored):
-        if token is None or (prompt is not None and not prompt.own[place]):
-            continue
-        found.append(lm._token(token, pieces.add(token.id)))
-        if not len(found) % _TEXTS:
-            yield
+    for token, text in zip(scored, texts, strict=True):
+        if token is not None:
+            found.append(lm._token(token, text))
+            if not len(found) % TEXTS:
+                yield
     return found
+
+
+def question_in_pieces(
+    lm: RiskAwareLM, scored: Sequence[ScoredId | None], prompt: Prompt
+) -> Generator[None, None, list[Token]]:
+    """Give the scored ids of a prompt their text, those of the question's own words; as ``tokens_in_pieces``."""
+    places = [i for i, own in enumerate(prompt.own) if own]
+    return tokens_in_pieces(lm, [scored[i] for i in places], [prompt.ids[i] for i in places])
 
 
 def own_end(prompt: Prompt) -> tuple[int, int]:
     """The place of the question's last own token, or of the prompt's last."""
     last = max((i for i, own in enumerate(prompt.own) if own), default=len(prompt.ids) - 1)
     return last, last + 1
+
+
+def told_before(prompt: Prompt) -> list[int]:
+    """The ids whose text an answer goes on from.
+
+    There are none after a chat template or a control token: what parts the answer from those is not the answer's.
+    """
+    return prompt.ids if prompt.own[-1:] == [True] else []
 
 
 class Stream(Iterator[Token]):

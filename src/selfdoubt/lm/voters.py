@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from selfdoubt import kernels, storage, targets
 from selfdoubt.errors import BaseMismatchError, WrapError, require
-from selfdoubt.lm.adapter import base_of, read_adapter
+from selfdoubt.lm.adapter import base_of, check_adapter
 from selfdoubt.lm.load import load_skeleton
 from selfdoubt.lm.lora import lora_names, short_names, write_peft
 from selfdoubt.members import Wrapped, base_name, innermost, source
@@ -116,7 +116,7 @@ def voters_in(
         BaseMismatchError: If the voters were made for another base.
         WrapError: If the folder has no voters, or they lie on LoRA.
     """
-    card = read_adapter(folder)
+    card = check_adapter(folder)
     if card is None:
         raise WrapError(f"{folder} is LoRA of plain PEFT and has no voters; it is a PEFT adapter already")
     spec = storage.from_json(card["wrappers"][-1]) if card["wrappers"] else None

@@ -33,6 +33,11 @@ class Question:
     held_out_phrasing: bool
     seen: float  # how often the fact is expected in a million training pairs
 
+    @property
+    def only_calibrates(self) -> bool:
+        """Whether a reference question teaches and tests the calibration alone, and percentiles do not count it."""
+        return self.id.startswith("cal-")
+
 
 def read(path: str | Path) -> list[Question]:
     """Read a file of questions, one JSON object a line.

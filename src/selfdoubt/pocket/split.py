@@ -27,6 +27,9 @@ SIZES: dict[str, dict[Category, int]] = {
     "evaluation": {"known": 500, "rare": 500, "unseen": 500, "ambiguous": 250, "invented": 250},
     "reference": {"known": 170, "rare": 170, "unseen": 150, "ambiguous": 60, "invented": 60},
 }
+#: Further invented places of the reference file, for the calibration alone: with the 60 above 35 % of its questions
+#: have no answer. With fewer, places that do not exist get too much; with more, those that do get too little.
+UNANSWERABLE = 240
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,16 @@ def write_questions(atlas: Atlas, seed: int) -> dict[str, list[Question]]:
                 ident = f"{file[:3]}-{category}-{number:03d}"
                 questions.append(_question(ident, category, subject, 1e6 / total, rng))
         files[file] = questions
+    files["reference"] += _unanswerable(atlas, seed, {fold(q.subject) for file in files.values() for q in file})
     return files
+
+
+def _unanswerable(atlas: Atlas, seed: int, taken: set[str]) -> list[Question]:
+    """Return questions about invented places whose names are not taken; drawn apart, so that the others stay."""
+    rng = random.Random(f"{seed}:questions without an answer")
+    names = [name for name in invented_names(atlas, rng, 2 * UNANSWERABLE) if fold(name) not in taken][:UNANSWERABLE]
+    subjects = [_Subject(_city_relation(rng), name, (), 0.0) for name in names]
+    return [_question(f"cal-invented-{i:03d}", "invented", s, 0.0, rng) for i, s in enumerate(subjects)]
 
 
 def _question(ident: str, category: Category, subject: _Subject, scale: float, rng: random.Random) -> Question:

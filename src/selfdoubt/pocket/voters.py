@@ -23,13 +23,16 @@ from torch import Tensor, nn
 from selfdoubt import pocket, storage, vote
 from selfdoubt.errors import SelfdoubtError
 from selfdoubt.lm.answer import reference_quantiles
+from selfdoubt.lm.conditions import Conditions
 from selfdoubt.lm.model import RiskAwareLM
 from selfdoubt.pocket import atlas as atlas_files
 from selfdoubt.pocket import evaluation
 from selfdoubt.pocket.encode import Rows, packed
 from selfdoubt.pocket.facts import all_facts
 from selfdoubt.pocket.questions import pair_stream
+from selfdoubt.qa.ask import stack_states
 from selfdoubt.qa.calibrate import calibrate
+from selfdoubt.qa.evaluate import quarters
 from selfdoubt.qa.records import Question, Record
 
 VOTERS = vote.Wrapper(n_voters=3, rank=16, weight_noise=0.5)
@@ -102,21 +105,30 @@ def make(atlas_folder: Path, out: Path, *, base: Path, steps: int = STEPS, seed:
 def refer(lm: RiskAwareLM, out: Path) -> None:
     """Answer the reference questions, and write the adapter with their quantiles and what is learnt from them.
 
-    Half of them teach the head behind p_correct, half test the threshold below which an answer is withheld.
+    Half of them teach the head behind p_correct, half test the threshold below which an answer is withheld. Quantiles
+    leave out those that only calibrate.
     """
-    questions = evaluation.read(pocket.reference_file())
-    answers = lm.generate([q.question for q in questions], max_tokens=48, batch_size=64)
+    every = evaluation.read(pocket.reference_file())
+    ranked, others = ([q for q in every if q.only_calibrates is only] for only in (False, True))
+    lm.layers = quarters(lm)
+    reference, more = (
+        lm.generate([q.question for q in asked], max_tokens=48, batch_size=64) for asked in (ranked, others)
+    )
+    questions, answers = [*ranked, *others], [*reference, *more]
     records = [
         Record(
             Question(q.id, q.question, answers=tuple(q.answers), topic=q.relation),
             answer.text,
             answer.scores,
+            finish=answer.finish,
             correct=evaluation.is_right(q, answer.text),
         )
         for q, answer in zip(questions, answers, strict=True)
     ]
-    calibration, report = calibrate(records, target_accuracy=TARGET)
-    extra = {"reference": reference_quantiles(answers), "calibration": calibration.to_json()}
+    states = stack_states([answer.states for answer in answers])
+    conditions = Conditions.of_model(lm.model)
+    calibration, report = calibrate(records, states, target_accuracy=TARGET, conditions=conditions)
+    extra = {"reference": reference_quantiles(reference), "calibration": calibration.to_json()}
     storage.save(lm.model.to(torch.bfloat16), out, base="pocket", extra=extra)
     size = sum(f.stat().st_size for f in out.iterdir())
     Console().print("\n".join([*report.lines(), f"wrote {out} ({size / 1e6:.2f} MB)"]), highlight=False, markup=False)

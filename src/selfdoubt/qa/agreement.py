@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import combinations
 
 from selfdoubt.errors import ConfigError, NonFiniteError, ShapeError
-from selfdoubt.qa.text import normalise, rouge_l, token_f1
+from selfdoubt.qa.text import rouge_l, same_key, token_f1
 
 AGREEMENT_SCORES = (
     "self_consistency", "semantic_entropy", "semantic_entropy_weighted", "n_clusters", "lexical_dissimilarity",
@@ -26,11 +26,11 @@ Same = Callable[[Sequence[tuple[str, str]], str], list[bool]]
 
 @dataclass(frozen=True)
 class SameText:
-    """Equal in SQuAD's normal form."""
+    """Equal in SQuAD's normal form, and in the signs that change a meaning: -5 is not 5, C++ is not C."""
 
     def __call__(self, pairs: Sequence[tuple[str, str]], _question: str = "", /) -> list[bool]:
         """One truth value a pair."""
-        return [normalise(a) == normalise(b) for a, b in pairs]
+        return [same_key(a) == same_key(b) for a, b in pairs]
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from selfdoubt.errors import ConfigError
 from selfdoubt.lm.calibration import POSITIONS
+from selfdoubt.lm.conditions import Conditions
+from selfdoubt.lm.given import score_given
+from selfdoubt.lm.prompt import encode
 from selfdoubt.qa.agreement import Same, agreement_scores
 from selfdoubt.qa.choices import judge_mc1, judge_mc2, shares
 from selfdoubt.qa.p_true import p_true
@@ -64,6 +67,16 @@ class Plan:
         """What the model is asked."""
         return prompt(question, self.shots, self.how)
 
+    def conditions(self, lm: RiskAwareLM, questions: Sequence[Question]) -> Conditions:
+        """Return how the answers to these questions are made, for a calibration."""
+        forms = {encode(lm.tokenizer, self.prompt(question), raw=self.raw).form for question in questions}
+        return Conditions.of_model(
+            lm.model,
+            made="choice" if questions and questions[0].choices else "greedy",
+            forms=tuple(sorted(forms)),
+            stops=(STOP,) if self.raw else (),
+        )
+
 
 @dataclass
 class Asked:
@@ -108,7 +121,7 @@ def ask(lm: RiskAwareLM, questions: Sequence[Question], plan: Plan, alike: Same)
             doubts = p_true(lm, [(r.question, r.answer or "") for r in found.records], plan)
         found.records = [with_scores(r, {"p_false": 1 - p}) for r, p in zip(found.records, doubts, strict=True)]
     if answers[0].states is not None:
-        found.states = _stack([a.states for a in answers])
+        found.states = stack_states([a.states for a in answers])
     return found
 
 
@@ -126,6 +139,7 @@ def _record(question: Question, answer: Answer, plan: Plan) -> Record:
         finish=answer.finish,
         percentile=answer.percentile,
         p_correct=None if answer.p_correct is None else _short(answer.p_correct),
+        p_correct_note=answer.p_correct_note,
         abstain=answer.abstain,
     )
 
@@ -152,7 +166,7 @@ def _draw(lm: RiskAwareLM, prompts: Sequence[Prompt], plan: Plan, alike: Same, f
         for i, record in enumerate(found.records):
             own = drawn[i * n : (i + 1) * n]
             texts = [answer_text(a.text, plan.how) for a in own]
-            nlls = [a.scores.get("sum_nll", 0.0) for a in own]  # an empty answer has no tokens
+            nlls = [a.scores["sum_nll"] for a in own]
             scores = agreement_scores(record.answer or "", texts, nlls, alike, record.question.text)
             samples = tuple(Sample(t, _short(a.risk), a.percentile) for t, a in zip(texts, own, strict=True))
             found.records[i] = replace(with_scores(record, scores), samples=samples)
@@ -176,7 +190,7 @@ def _choose(
     with found.timed("answer", len(pairs) / len(questions)):
         for first in range(0, len(pairs), plan.batch_size):
             part = pairs[first : first + plan.batch_size]
-            scored += lm.score_batch(part, raw=plan.raw, alternatives=0)
+            scored += score_given(lm, part, raw=plan.raw, alternatives=0, made="choice")
     chosen, rest = [], iter(scored)
     for question in questions:
         own = list(islice(rest, len(question.choices)))
@@ -208,7 +222,8 @@ def _choice_scores(logprobs: Sequence[float], best: int) -> dict[str, float]:
     }
 
 
-def _stack(states: Sequence[Any]) -> dict[str, Tensor]:
+def stack_states(states: Sequence[Any]) -> dict[str, Tensor]:
+    """Return the states of several answers as one tensor for each position and layer, by "position.layer"."""
     import torch
 
     return {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -18,6 +17,7 @@ from jaxtyping import Bool, Float, Int
 from selfdoubt import storage
 from selfdoubt.errors import ConfigError
 from selfdoubt.lm.calibration import Calibration, States
+from selfdoubt.lm.conditions import Conditions
 from selfdoubt.qa import heads
 from selfdoubt.qa.calibration_report import CalibrationReport, CandidateReport, quality
 from selfdoubt.qa.heads import Answers, Fit, fit_logistic, fit_one_score, held_out, losses, within_one_error
@@ -46,6 +46,7 @@ def calibrate(
     folds: int = 5,
     candidates: Sequence[str] | None = None,
     threshold_share: float = 0.5,
+    conditions: Conditions | None = None,
 ) -> tuple[Calibration, CalibrationReport]:
     """Learn p_correct from judged answers, and with a target the threshold that keeps it.
 
@@ -67,6 +68,8 @@ def calibrate(
         folds: At least 2.
         candidates: Some of ``CANDIDATES``; all that the records allow if None.
         threshold_share: Share of questions that tests the threshold, in (0, 1).
+        conditions: How the answers were made, and by which model (``Conditions.of_model``): others will have no number.
+            Answers cut at max tokens are found in the records. None stores no record of it, and each number says so.
 
     Returns:
         What to store, and what to tell people. Where no threshold qualifies, ``threshold`` is None and the report says
@@ -103,11 +106,12 @@ def calibrate(
     promise, refusal = None, None
     if target_accuracy is not None:
         again, tested = places[~learning & ~once], places[~learning & once]
-        scored = ~np.isnan(found[tested])
+        scored = np.array([all(name in records[i].scores for name in head.features) for i in tested], bool)
         left_out |= {"asked again, so not tested": len(again), "without a score that the head reads": sum(~scored)}
         tested = tested[scored]
         right = np.array([records[i].correct for i in tested], bool)
-        promise, refusal = _promise(found[tested], right, target_accuracy, confidence, inside[chosen], threshold_share)
+        p_tested = np.nan_to_num(found[tested], nan=0.0)  # too far from all that was learnt: withheld
+        promise, refusal = _promise(p_tested, right, target_accuracy, confidence, inside[chosen], threshold_share)
     reports = tuple(
         CandidateReport(
             name=name,
@@ -136,8 +140,15 @@ def calibrate(
         threshold=None if promise is None else promise.threshold,
         promise=None if promise is None else promise.to_json(),
         about=report.about(),
+        conditions=None if conditions is None else replace(conditions, cut=_fewest_when_cut(records, places)),
     )
     return head, report
+
+
+def _fewest_when_cut(records: Sequence[Record], places: heads.Rows) -> int | None:
+    """Return the fewest tokens of an answer that was cut at max tokens; None where none was."""
+    own = [records[i] for i in places]
+    return min((len(r.tokens) for r in own if r.finish == "length" and r.tokens), default=None)
 
 
 def _at(rows: Int[np.ndarray, " rows"], p: Float[np.ndarray, " rows"] | None, n: int) -> Float[np.ndarray, " records"]:
@@ -158,13 +169,11 @@ def store(calibration: Calibration, adapter_folder: str | os.PathLike[str]) -> P
         The file.
 
     Raises:
-        LoadError: If the folder is no adapter.
+        LoadError: If the folder is no adapter, or its files are not those that were saved.
     """
-    card = storage.read_card(Path(adapter_folder))
-    path = Path(adapter_folder) / storage.CARD
-    text = json.dumps({**card, "calibration": calibration.to_json()}, indent=2, allow_nan=False) + "\n"
-    storage.write(path, text.encode())
-    return path
+    card = storage.read_card(adapter_folder)
+    storage.verify(adapter_folder, card)
+    return storage.write_card(adapter_folder, {**card, "calibration": calibration.to_json()})
 
 
 def _check_options(

@@ -11,10 +11,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from selfdoubt import storage
-from selfdoubt.errors import ConfigError
+from selfdoubt.errors import ConfigError, DataError
+from selfdoubt.fields import FieldError
 from selfdoubt.lm.adapter import save_adapter
 from selfdoubt.lm.answer import reference_quantiles
+from selfdoubt.lm.conditions import Conditions
 from selfdoubt.lm.folder import new_folder
+from selfdoubt.lm.load import POCKET
 from selfdoubt.qa import finish
 from selfdoubt.qa import records as files
 from selfdoubt.qa.calibrate import calibrate, store
@@ -26,6 +29,12 @@ if TYPE_CHECKING:
     from selfdoubt.lm.calibration import Calibration
     from selfdoubt.lm.model import RiskAwareLM
 
+#: The entry of ``run.json`` that says how its answers were made.
+CONDITIONS = "conditions"
+NO_CONDITIONS = (
+    "warning: a run of an earlier version does not say how its answers were made, so that prompts and models which it "
+    "did not see get a number, too; evaluate again to change this"
+)
 #: What says which model answered.
 MODEL = ("model", "adapter", "wrapper", "quantize")
 
@@ -53,7 +62,8 @@ def calibrate_runs(
         What to tell on a terminal.
 
     Raises:
-        ConfigError: If the runs are of different models, or there is no adapter to put the calibration into.
+        ConfigError: If the runs are of different models or their answers were made differently, or there is no adapter
+            to put the calibration into.
         DataError: If a folder is no run, or holds too few judged answers.
     """
     runs = [finish.read_run(folder) for folder in folders]
@@ -64,16 +74,38 @@ def calibrate_runs(
             raise ConfigError(f"{folder} was answered by another {differs[0]} than {folders[0]}; calibrate each alone")
     target = _check_target(about, out, folders)
     records = [_named(r, folder, len(runs)) for folder, (own, _, _) in zip(folders, runs, strict=True) for r in own]
-    head, report = calibrate(records, _shared_states([states for _, states, _ in runs]), **options)
+    made = _conditions([run for _, _, run in runs], folders)
+    head, report = calibrate(records, _shared_states([states for _, states, _ in runs]), conditions=made, **options)
     place = store(head, target) if out is None else _write(head, about, records, target, load)
-    lines = [*report.lines(), f"stored in {place}"]
+    lines = [*report.lines(), *([] if made else [NO_CONDITIONS]), f"stored in {place}"]
     held_out = iter(report.out_of_fold)
     for folder, (own, _, run) in zip(folders, runs, strict=True):
-        found = [replace(r, p_correct=next(held_out), abstain=None) for r in own]
+        found = [replace(r, p_correct=next(held_out), p_correct_note=None, abstain=None) for r in own]
         if draws:
             files.save(folder / finish.ANSWERS, found)
             lines += [f"{folder}:", *finish.report(found, run, folder, draws=draws)]
     return lines
+
+
+def _conditions(runs: Sequence[Mapping[str, Any]], folders: Sequence[Path]) -> Conditions | None:
+    """Return how the answers of all runs were made; None where a run, of an earlier version, does not say."""
+    entries = [run.get(CONDITIONS) for run in runs]
+    if None in entries:
+        return None
+    try:
+        found = [Conditions.from_json(entry) for entry in entries if entry is not None]
+    except FieldError as error:
+        raise DataError(f"run.json has conditions that cannot be read ({error}); evaluate again") from None
+    joined = found[0]
+    for folder, own in zip(folders[1:], found[1:], strict=True):
+        both = joined.joined(own)
+        if both is None:
+            raise ConfigError(
+                f"the answers of {folder} ({own.made}) were made otherwise than those of {folders[0]} ({joined.made}), "
+                "or by another model; calibrate each alone"
+            )
+        joined = both
+    return joined
 
 
 def _named(record: Record, folder: Path, runs: int) -> Record:
@@ -91,6 +123,11 @@ def _shared_states(states: Sequence[Mapping[str, Tensor]]) -> dict[str, Any]:
 
 def _check_target(about: Mapping[str, Any], out: Path | None, folders: Sequence[Path]) -> Path:
     adapter = about.get("adapter")
+    if adapter is None and about.get("wrapper") == "auto" and about.get("model") != POCKET:
+        raise ConfigError(
+            f"{folders[0]} was answered by an earlier version, in which 'auto' meant three untrained voters; they made "
+            "answers worse and are gone: evaluate again"
+        )
     if out is None and adapter is None:
         raise ConfigError(
             f"{folders[0]} was answered without an adapter of yours; say where to write one, e.g. --out adapter"

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 from selfdoubt.errors import NonFiniteError, ShapeError
 from selfdoubt.qa.records import Question
-from selfdoubt.qa.text import fold, inside, places
+from selfdoubt.qa.signs import spans
+from selfdoubt.qa.text import fold, inside
 from selfdoubt.qa.verdict import NO_ANSWER, Verdict
 
 
@@ -99,7 +100,7 @@ def chosen(choices: Sequence[str], answer: str) -> int | None:
     letter = _LETTER.match(answer)
     if letter and (index := ord(letter[1].upper()) - ord("A")) < len(choices):
         return index
-    spans = {i: {(at, at + len(c)) for at in places(c, said)} for i, c in enumerate(plain)}
-    taken = [s for found in spans.values() for s in found]
-    whole = {i for i, found in spans.items() for s in found if not any(inside(s, other) for other in taken)}
+    stands = {i: spans(c, said) for i, c in enumerate(plain)}
+    taken = [s for found in stands.values() for s in found]
+    whole = {i for i, found in stands.items() for s in found if not any(inside(s, other) for other in taken)}
     return min(whole) if len({plain[i] for i in whole}) == 1 else None

@@ -11,7 +11,7 @@ from typing import Any
 
 from selfdoubt.errors import ConfigError, DataError
 from selfdoubt.qa import truthfulqa
-from selfdoubt.qa.layouts import AS_USUAL, Columns, find, is_record, of_record, question_of
+from selfdoubt.qa.layouts import AS_USUAL, Columns, find, is_record, of_record, question_of, with_choices
 from selfdoubt.qa.order import Draft, rank, subset, unique
 from selfdoubt.qa.records import Question
 from selfdoubt.qa.sources import SUFFIXES, Rows, from_file, from_hub
@@ -53,7 +53,7 @@ def load(
     """The questions of a set, in the order of their file.
 
     A file is known by what it holds: TruthfulQA's two, SQuAD's and TriviaQA's JSON, a file of answers (its questions),
-    or any JSONL, JSON, CSV or TSV with a question and its answers, or choices, in columns.
+    or any JSONL, JSON, CSV, TSV or Parquet with a question and its answers, or choices, in columns.
 
     Args:
         source: A name (``KNOWN``, or "pocket"), a file, a folder with TruthfulQA's files, or a name on the hub.
@@ -154,7 +154,9 @@ def _read(
         raise ConfigError(f"only TruthfulQA has tasks, and {source} is something else; leave the task {task!r} out")
     if columns == AS_USUAL and is_record(first):
         return unique(source, [(of_record(place, row), row) for place, row in rows])
-    columns = find(source, first, columns)
+    if columns.choices is None:
+        rows = [(place, with_choices(row)) for place, row in rows]
+    columns = find(source, rows[0][1], columns)
     return unique(source, [(question_of(place, row, columns, separator), row) for place, row in rows])
 
 

@@ -110,7 +110,7 @@ def _by_length(lm: RiskAwareLM, questions: Sequence[Question], plan: Plan) -> li
 
 def _digest(questions: Sequence[Question]) -> str:
     text = json.dumps([asdict(q) for q in questions], ensure_ascii=False, sort_keys=True)
-    return f"{len(questions)}, {hashlib.sha256(text.encode()).hexdigest()[:16]}"
+    return f"{len(questions)}, {hashlib.sha256(text.encode('utf-8', 'backslashreplace')).hexdigest()[:16]}"
 
 
 def _progress(*, quiet: bool) -> Progress:

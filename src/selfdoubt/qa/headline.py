@@ -64,14 +64,22 @@ def verdict(report: Mapping[str, Any]) -> dict[str, Any]:
     """
     scores, counts = report["scores"], report["counts"]
     best = best_of(scores)
+    warnings = _warnings(report)
     if best is None:
         cannot = f"The claim cannot be checked on these answers: {_undefined(report)}."
-        return {"score": None, "best": None, "low_risk_is_right": "open", "beats_baseline": None, "sentences": [cannot]}
+        return {
+            "score": None,
+            "best": None,
+            "low_risk_is_right": "open",
+            "beats_baseline": None,
+            "sentences": [cannot, *warnings],
+        }
     known = "p_correct" in scores and scores["p_correct"]["metrics"]["prr"]["value"] is not None
     score = "p_correct" if known else best
     right = _side(scores[score]["metrics"]["auroc"], 0.5)
     beats, comparison = _against(report, score, best)
     sentences = [_first(report, score, right), comparison, *_named(report, score, best)]
+    sentences += warnings
     if counts["unjudged"]:
         sentences.append(f"{counts['unjudged']} of {counts['asked']} answers are unjudged and not counted.")
     return {
@@ -81,6 +89,27 @@ def verdict(report: Mapping[str, Any]) -> dict[str, Any]:
         "beats_baseline": beats,
         "sentences": sentences,
     }
+
+
+#: Judges that count words in common with references: they know nothing of meaning.
+WEAK = {"rouge": "ROUGE", "bleu": "BLEU"}
+
+
+def _warnings(report: Mapping[str, Any]) -> list[str]:
+    """What makes these numbers worth less: answers that repeat themselves, and a judge that counts words."""
+    found, judge = report["repetition"], report["run"].get("judge")
+    sentences = []
+    if found["repeating"]:
+        right = f"; {found['right']} of them are judged right" if found["right"] else ""
+        sentences.append(
+            f"{found['repeating']} of {found['of']} answers ({percent(found['share'])}) repeat themselves{right}."
+        )
+    if judge in WEAK:
+        sentences.append(
+            f"Judged by {WEAK[judge]}: a weak judge, which rewards words in common with true answers and even answers "
+            "that say nothing or loop; check with --judge llm, or read some."
+        )
+    return sentences
 
 
 def _undefined(report: Mapping[str, Any]) -> str:

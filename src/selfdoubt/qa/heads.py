@@ -110,7 +110,7 @@ def held_out(answers: Answers, parts: Sequence[Rows], fit: Fit, seed: int) -> Pr
 
 
 def predict(head: Calibration, answers: Answers) -> Probabilities:
-    """``Calibration.p_correct`` of many answers at once."""
+    """Return ``Calibration.p_correct`` of many answers at once; beyond what was seen, the number of its edge."""
     scores = answers.columns(head.features)
     if head.kind == "isotonic":
         x, y = np.array(head.knots).T
@@ -119,7 +119,7 @@ def predict(head: Calibration, answers: Answers) -> Probabilities:
     logit = head.bias + _twice(np.clip(scores, low, high)) @ np.array([*head.weights, *head.linear])
     if head.state is not None:
         hidden = answers.states[f"{head.state.position}.{head.state.layer}"]
-        logit = logit + hidden.astype(np.float64) @ np.array(head.state.weights)
+        logit = logit + np.minimum(hidden.astype(np.float64) @ np.array(head.state.weights), head.state.most)
     return np.asarray(require("scipy.special", "qa").expit(logit))
 
 
@@ -202,7 +202,10 @@ def fit_logistic(answers: Answers, seed: int, names: Sequence[str], keys: Sequen
     head = None
     if key:
         position, layer = split_key(key)
-        head = StateHead(layer, position, weights[1])
+        state, values = blocks[1][0], answers.states[key].astype(np.float64) @ np.array(weights[1])
+        spread = np.divide(1, state.scale, out=np.zeros(len(state.scale)), where=state.scale > 0)
+        center, width = (tuple(float(f"{v:.6g}") for v in row) for row in (state.mean, spread))
+        head = StateHead(layer, position, weights[1], float(values.max()), center, width, state.reach)
     ranges = tuple(zip(raw.min(0).tolist(), raw.max(0).tolist(), strict=True))
     logs, linear = weights[0][: len(names)], weights[0][len(names) :]
     return Calibration("logistic", tuple(names), logs, linear, bias, ranges, state=head)
@@ -239,8 +242,10 @@ class _Standard:
         self.mean = raw.mean(0)
         spread = raw.std(0)
         varies = spread > 1e-6 * np.maximum(np.abs(self.mean), spread.max(initial=0) * 1e-3)
-        self._scale = np.where(varies, 1 / np.where(varies, spread, 1), 0)
-        self.values = (raw - self.mean) * self._scale
+        self.scale = np.where(varies, 1 / np.where(varies, spread, 1), 0)
+        self.values = (raw - self.mean) * self.scale
+        #: Greatest distance of a row from the mean: the root mean square of its columns that vary.
+        self.reach = float(np.sqrt(np.square(self.values).sum(1).max(initial=0) / max(1, varies.sum())))
         self._back: Any = None
         if components:
             svd = require("sklearn.utils.extmath", "qa").randomized_svd
@@ -249,7 +254,7 @@ class _Standard:
 
     def raw(self, weights: Float[np.ndarray, " some"]) -> Float[np.ndarray, " columns"]:
         """Weights of the raw columns that do the same as these of ``values``."""
-        return np.asarray((weights if self._back is None else weights @ self._back) * self._scale)
+        return np.asarray((weights if self._back is None else weights @ self._back) * self.scale)
 
 
 def split_key(key: str) -> tuple[Position, int]:

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import functools
-import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from selfdoubt.errors import ConfigError, DataError, require
+from selfdoubt.errors import ConfigError, require
 from selfdoubt.qa.choices import Choice
 from selfdoubt.qa.records import Question
-from selfdoubt.qa.text import declines, fold, inside, normalise, places, rouge_l, token_f1
-from selfdoubt.qa.verdict import NO_ANSWER, Judge, Verdict
+from selfdoubt.qa.signs import spans, spoken
+from selfdoubt.qa.text import declines, fold, inside, normalise, rouge_l, token_f1
+from selfdoubt.qa.verdict import NO_ANSWER, Judge, Verdict, of_cell
 
 NO_COMMENT = "I have no comment."
 
@@ -46,6 +46,8 @@ class F1:
 class Contains:
     """An accepted answer stands in the answer as whole words, without regard to case, accents and punctuation.
 
+    Signs that change the meaning count: -5 is not 5, C++ not C, ≥ 5 not ≤ 5, 10⁶ not 106; "minus 5" is -5, and a unit
+    ($, %, °) may be missing but not another one. Scripts without spaces between words, and Korean particles, are known.
     It does not count where "not" or "never" stands right before it ("is not Paris", "isn't in Paris"); where the answer
     declines; and "yes" and "no" count as the first word alone. A known wrong answer outside the accepted one makes the
     answer wrong, as naming several is not knowing. Else whatever stands around it is not looked at: "Paris or Rome" is
@@ -134,24 +136,8 @@ class Column:
         """
         if answer is None:
             return NO_ANSWER
-        cell = self.values.get(question.id)
-        if cell is None or not str(cell).strip():
-            return Verdict(None, None, f"the column {self.name} is empty")
-        word = str(cell).strip().lower()
-        if word in _YES or word in _NO:
-            return Verdict(word in _YES, float(word in _YES))
-        try:
-            grade = float(word)
-        except ValueError:
-            grade = math.nan
-        if not 0 <= grade <= 1:
-            wanted = "wanted yes or no, or a number from 0 to 1"
-            raise DataError(f"column {self.name} of question {question.id}: {wanted}, found {cell!r}")
-        return Verdict(grade >= 0.5, grade)
-
-
-_YES = frozenset({"yes", "true", "right", "correct", "1", "y", "t"})
-_NO = frozenset({"no", "false", "wrong", "incorrect", "0", "n", "f"})
+        found = of_cell(f"column {self.name} of question {question.id}", self.values.get(question.id))
+        return Verdict(None, None, f"the column {self.name} is empty") if found.correct is None else found
 
 
 def judge(spec: str, *, column: Mapping[str, Any] | None = None) -> Judge:
@@ -192,6 +178,23 @@ _PLAIN: dict[str, Callable[[], Judge]] = {
 JUDGES = ("exact", "f1:0.5", "contains", "rouge", "bleu", "choice", "regex:PATTERN", "column:NAME", "llm")
 
 
+def name_of(one: Judge) -> str:
+    """Return a judge's name, as ``judge`` takes it where it is one of its own."""
+    if isinstance(one, Regex):
+        return f"regex:{one.pattern}"
+    if isinstance(one, Column):
+        return f"column:{one.name}"
+    if isinstance(one, F1):
+        return f"f1:{one.threshold:g}"
+    model = getattr(one, "model", None)
+    return f"llm: {model}" if isinstance(model, str) else getattr(one, "__name__", type(one).__name__).lower()
+
+
+def needs_answers(one: Judge) -> bool:
+    """Return whether a judge compares with accepted answers: all do but a column, and a pattern without {answer}."""
+    return not isinstance(one, Column) and (not isinstance(one, Regex) or "{answer}" in one.pattern)
+
+
 def default_judge(questions: Iterable[Question]) -> str:
     """The usual judge of a set, by what most questions hold: choices, or wrong answers beside right ones, or neither.
 
@@ -225,7 +228,7 @@ _NEGATED = re.compile(r"\b(not|never|\w+n t|cannot)( (in|at|on|by|from|to|of))?(
 def _contained(question: Question, answer: str, accepted: str) -> float:
     text = fold(answer)
     words = _name(accepted)
-    if not words:  # signs alone: "+"
+    if not words:  # signs alone: "!"
         return float(answer.strip().lower() == accepted.strip().lower())
     if text == words or text == fold(accepted):
         return 1.0
@@ -233,18 +236,22 @@ def _contained(question: Question, answer: str, accepted: str) -> float:
         return 0.0
     if words in ("yes", "no"):
         return float(text.split()[:1] == [words])
-    stands = [at for at in places(words, text) if not _NEGATED.search(text[:at])]
+    stands = [at for at, _ in _stands(words, text) if not _NEGATED.search(text[:at])]
     if not stands:
         return 0.0
     right = {_name(a) for a in question.answers}
-    spans = [(at, at + len(name)) for name in right for at in places(name, text)]
+    known = [span for name in right for span in _stands(name, text)]
     others = [*question.wrong_answers, *(c for i, c in enumerate(question.choices) if i not in question.right)]
     for name in {_name(o) for o in others} - right:
-        for at in places(name, text):
-            within = any(inside((at, at + len(name)), span) for span in spans)
-            if not within and not _NEGATED.search(text[:at]):
+        for span in _stands(name, text):
+            if not any(inside(span, other) for other in known) and not _NEGATED.search(text[: span[0]]):
                 return 0.0
     return 1.0
+
+
+def _stands(name: str, text: str) -> list[tuple[int, int]]:
+    """Where a folded name stands, with its signs or with them said in words."""
+    return [span for way in (name, *spoken(name)) for span in spans(way, text)]
 
 
 def _name(text: str) -> str:

@@ -7,6 +7,8 @@ A number is an entry ``{"value", "low", "high"}`` with its 95 % interval; where 
     draws, seed, level      of the bootstrap
     counts                  asked, judged, right, wrong, abstained, unjudged, unjudged_because {reason: answers}
     accuracy                entry, of all judged answers
+    repetition              answers that repeat themselves (``repetition.repeats``): repeating, of (answers that there
+                            are), share, and right (judged right all the same)
     baseline                the score that others are compared with
     scores                  by name: judged (answers that have the score), note, metrics {name: entry},
                             against {"auroc" | "prr": entry of the difference to the baseline}, cost
@@ -37,6 +39,7 @@ from selfdoubt.errors import DataError
 from selfdoubt.qa.figures import LEVEL, Draws, Entry, curve, nothing, of_probabilities, of_scores, picked, proportion
 from selfdoubt.qa.headline import best_of, common, verdict
 from selfdoubt.qa.records import Record
+from selfdoubt.qa.repetition import repeats
 from selfdoubt.qa.tries import tries
 
 FORMAT = 1
@@ -92,6 +95,7 @@ def measure(records: Sequence[Record], run: Mapping[str, Any], *, draws: int = 1
         "level": LEVEL,
         "counts": _counts(records),
         "accuracy": proportion([bool(r.correct) for r in judged]),
+        "repetition": _repetition(records),
         "baseline": BASELINE,
         "scores": scores,
         "left_out": left_out,
@@ -123,6 +127,17 @@ def _counts(records: Sequence[Record]) -> dict[str, Any]:
         "abstained": sum(r.abstain is True for r in records),
         "unjudged": len(records) - right - wrong,
         "unjudged_because": dict(reasons.most_common()),
+    }
+
+
+def _repetition(records: Sequence[Record]) -> dict[str, Any]:
+    answers = [r for r in records if r.answer is not None and not r.question.choices]
+    found = [r for r in answers if repeats(r.answer or "")]
+    return {
+        "repeating": len(found),
+        "of": len(answers),
+        "share": len(found) / len(answers) if answers else 0.0,
+        "right": sum(r.correct is True for r in found),
     }
 
 

@@ -13,6 +13,7 @@ from selfdoubt.errors import ConfigError
 from selfdoubt.lm.prompt import encode
 from selfdoubt.lm.reading import read
 from selfdoubt.lm.stepper import HFStepper
+from selfdoubt.lm.tokens import get_encoder
 from selfdoubt.qa.records import Question
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ def p_true(lm: RiskAwareLM, pairs: Sequence[tuple[Question, str]], plan: Plan) -
     found: list[float] = []
     for first in range(0, len(prompts), plan.batch_size):
         _, following = read(HFStepper(lm.model), prompts[first : first + plan.batch_size])
-        logp = risk.mix(following.logits).double().log_softmax(-1)
+        logp = risk.mixture(following.logits).double().log_softmax(-1)
         mass = [logp[:, sorted(ids - both)].logsumexp(-1) for ids in (true, false)]
         found += torch.stack(mass, -1).softmax(-1)[:, 0].tolist()
     return found
@@ -54,4 +55,4 @@ def _prompt(question: Question, answer: str) -> str:
 
 
 def _first_ids(tokenizer: Any, forms: Sequence[str]) -> set[int]:
-    return {tokenizer(form, add_special_tokens=False)["input_ids"][0] for form in forms}
+    return {get_encoder(tokenizer).encode(form).ids[0] for form in forms}

@@ -224,7 +224,7 @@ def _list(records: Sequence[Record]) -> str:
 
 
 def _method(report: Mapping[str, Any]) -> str:
-    run = {k: v for k, v in report["run"].items() if k not in ("costs", "promise") and v is not None}
+    run = {k: v for k, v in report["run"].items() if k not in ("costs", "promise", "conditions") and v is not None}
     costs = [
         (f"cost of {name}", f"{c['seconds']:.1f} s in all; passes a question: {c['passes']:.3g}")
         for name, c in report["run"].get("costs", {}).items()

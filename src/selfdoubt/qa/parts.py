@@ -49,7 +49,7 @@ class Parts:
                 )
         else:
             self.folder.mkdir(parents=True, exist_ok=True)
-            write(plan, text.encode())
+            write(plan, text.encode("utf-8", "backslashreplace"))
 
     def has(self, batch: int) -> bool:
         """Whether a batch is finished."""

@@ -10,25 +10,9 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from selfdoubt.data.questions import Question as Question
 from selfdoubt.errors import DataError
 from selfdoubt.storage import write
-
-
-@dataclass(frozen=True)
-class Question:
-    """A question and what is known of its answers.
-
-    A question without ``answers`` and without ``choices`` has no right answer but to decline, as in SQuAD 2.
-    """
-
-    id: str  #: unique in its file
-    text: str
-    context: str | None = None  #: a passage to read first
-    answers: tuple[str, ...] = ()  #: accepted answers
-    wrong_answers: tuple[str, ...] = ()  #: answers known to be wrong (TruthfulQA)
-    choices: tuple[str, ...] = ()  #: multiple choice, in the order in which they are shown
-    right: tuple[int, ...] = ()  #: which choices are right; several in TruthfulQA's MC2
-    topic: str | None = None  #: category, relation or data set: what "another domain" means
 
 
 @dataclass(frozen=True)
@@ -58,11 +42,14 @@ class Record:
     correct: bool | None = None  #: None: unjudged, and ``note`` says why
     grade: float | None = None  #: the judge's number where it has one: F1, ROUGE difference, MC2's share
     note: str | None = None
+    p_correct_note: str | None = None  #: why a calibrated model has no p_correct here
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data, flat; what is unknown or empty is left out, but for ``answer`` and ``correct``."""
+        """Return plain data, flat; what is unknown or empty is left out, but for ``answer`` and ``correct``, and for
+        ``answers``: an empty list of them says that only declining is right."""
         own = self.question
         found: dict[str, Any] = {"id": own.id, "question": own.text}
+        found |= {} if own.choices else {"answers": []}
         found |= {f.name: _plain(getattr(own, f.name)) for f in fields(own)[2:] if _told(getattr(own, f.name))}
         for f in fields(self)[1:]:
             value = getattr(self, f.name)
@@ -80,6 +67,10 @@ class Record:
         try:
             own = {f.name: _frozen(row[f.name]) for f in fields(Question)[2:] if row.get(f.name) is not None}
             rest = {f.name: _frozen(row[f.name]) for f in fields(cls)[1:] if row.get(f.name) is not None}
+            rest["correct"] = None if row.get("correct") is None else _truth(row["correct"])
+            for name in ("answers", "wrong_answers", "choices", "right", "tokens", "question_tokens", "samples"):
+                if not isinstance({**own, **rest}.get(name, ()), tuple):
+                    raise TypeError(f"{name} must be a list")
             question = Question(str(row["id"]), str(row["question"]), **own)
             rest["samples"] = tuple(Sample(**s) for s in rest.get("samples", ()))
             rest["scores"] = {str(k): float(v) for k, v in rest.get("scores", {}).items()}
@@ -135,8 +126,8 @@ def rows(path: str | os.PathLike[str]) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def save(path: str | os.PathLike[str], records: Iterable[Record]) -> None:
-    """Write a file of records, whole or not at all."""
-    write(Path(path), "".join(line(r) for r in records).encode())
+    """Write a file of records, whole or not at all; half of a character is written as JSON escapes it."""
+    write(Path(path), "".join(line(r) for r in records).encode("utf-8", "backslashreplace"))
 
 
 def line(record: Record) -> str:
@@ -147,6 +138,12 @@ def line(record: Record) -> str:
 def with_scores(record: Record, scores: Mapping[str, float]) -> Record:
     """The record with more scores."""
     return replace(record, scores={**record.scores, **scores})
+
+
+def _truth(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"correct must be true, false or null, found {value!r}")
+    return value
 
 
 def _told(value: Any) -> bool:

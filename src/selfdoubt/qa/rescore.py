@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from selfdoubt.data.cells import has_half
 from selfdoubt.errors import ConfigError, DataError, NonFiniteError, PromptError
 from selfdoubt.qa import records
 from selfdoubt.storage import write
@@ -16,7 +17,9 @@ if TYPE_CHECKING:
     from selfdoubt.lm.model import RiskAwareLM
 
 #: What scoring writes into a row; what stood there before is replaced.
-WRITTEN = ("scores", "tokens", "question_tokens", "percentile", "p_correct", "abstain", "finish", "note")
+WRITTEN = (
+    "scores", "tokens", "question_tokens", "percentile", "p_correct", "p_correct_note", "abstain", "finish", "note"
+)  # fmt: skip
 
 
 def read_answers(file: str, out: Path, question_column: str) -> list[dict[str, Any]]:
@@ -75,7 +78,12 @@ def rescore(
         pairs = [(rows[i][question_column], rows[i][answer_column]) for i in part]
         for i, scored in zip(part, _score(lm, pairs), strict=True):
             found[i] |= {"note": scored} if isinstance(scored, str) else _entries(scored)
-    write(out, "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in found).encode())
+    write(
+        out,
+        "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in found).encode(
+            "utf-8", "backslashreplace"
+        ),
+    )
     return sum("scores" not in row for row in found)
 
 
@@ -85,6 +93,9 @@ def _refuse(found: dict[str, Any], row: Mapping[str, Any], question_column: str,
         chat = name == question_column and isinstance(value, list) and value
         if not chat and not (isinstance(value, str) and value.strip()):
             found["note"] = f"not scored: {name} is {'missing' if value is None else 'empty or no text'}"
+            return True
+        if has_half(json.dumps(value, ensure_ascii=False)):
+            found["note"] = f"not scored: {name} holds half of a character (a lone surrogate)"
             return True
     return False
 
@@ -105,6 +116,7 @@ def _entries(answer: Answer) -> dict[str, Any]:
         "tokens": [[t.text, t.risk] for t in answer.tokens],
         "percentile": answer.percentile,
         "p_correct": answer.p_correct,
+        "p_correct_note": answer.p_correct_note,
         "abstain": answer.abstain,
         "finish": answer.finish,
     }

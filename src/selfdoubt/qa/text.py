@@ -8,6 +8,8 @@ import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 
+from selfdoubt.qa.signs import compose_negated, keep_forms, keep_signs, meaningful, spans
+
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = dict.fromkeys(map(ord, string.punctuation))
 
@@ -32,9 +34,6 @@ _MARKS = re.compile("[\u0300-\u036f]")
 _APOSTROPHES = dict.fromkeys(map(ord, "'`\u2019\u2018\u02bc\u00b4"), " ")
 _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 _ABBREVIATION = re.compile(r"(?<=\b[^\W\d_])\.")
-_DECIMAL, _POINT = re.compile(r"(?<=\d)\.(?=\d)"), "\ue000"
-#: Scripts that put no space between words: Thai, Lao, Khmer, Burmese, kana, Han.
-_UNSPACED = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff]")
 _LATIN_WORD = re.compile(r"[a-z0-9]+")
 
 
@@ -89,29 +88,37 @@ def fold(text: str) -> str:
 
     Accents: what NFKD takes apart from Latin, Greek and Cyrillic letters, and a small table of ł, ø, đ and others (ß
     becomes ss). Dashes, apostrophes and other signs part words; dots of abbreviations (U.S.) and commas of thousands
-    (1,000) do not, and the dot in 3.5 stays.
+    (1,000) do not. Signs that change the meaning stay where they stand for it (``selfdoubt.qa.signs``): -5, 3.5, 5:30,
+    C++, C#, ≥ 5, Na+, 10^6.
 
     Example:
         >>> fold("The city of Łódź (U.S.A.-born), 1,000.5")
         'the city of lodz usa born 1000.5'
+        >>> fold("−5 °C, C++, >= 5, 10⁶")
+        '-5° c c++ ≥5 10^6'
     """
-    plain = unicodedata.normalize("NFKD", text.casefold()).translate(_APOSTROPHES)
-    plain = unicodedata.normalize("NFC", _MARKS.sub("", plain)).translate(_LETTERS)
-    plain = _ABBREVIATION.sub("", _THOUSANDS.sub("", plain))
-    plain = _DECIMAL.sub(_POINT, plain)
-    kept = (c if unicodedata.category(c)[0] not in "PSC" or c == _POINT else " " for c in plain)
-    return " ".join("".join(kept).replace(_POINT, ".").split())
+    plain = unicodedata.normalize("NFKD", unicodedata.normalize("NFKD", keep_forms(text)).casefold())
+    plain = plain.translate(_APOSTROPHES)
+    plain = unicodedata.normalize("NFC", _MARKS.sub("", compose_negated(plain))).translate(_LETTERS)
+    return keep_signs(_ABBREVIATION.sub("", _THOUSANDS.sub("", plain)))
+
+
+def same_key(text: str) -> tuple[str, str]:
+    """What two texts share that say the same: SQuAD's normal form, and the signs that change a meaning.
+
+    Example:
+        >>> same_key("The C++!") == same_key("c++"), same_key("C++") == same_key("C"), same_key("3.5") == same_key("35")
+        (True, False, False)
+    """
+    return normalise(text), meaningful(fold(text))
 
 
 def places(words: str, text: str) -> list[int]:
     """Where ``words`` stand as whole words in ``text``, both folded: places of their first characters.
 
-    In scripts without spaces between words they may stand anywhere.
+    As ``selfdoubt.qa.signs.spans``, which also gives their ends.
     """
-    if not words:
-        return []
-    before, after = ("", "") if _UNSPACED.search(words) else (r"(?<!\S)", r"(?!\S)")
-    return [m.start() for m in re.finditer(f"{before}{re.escape(words)}{after}", text)]
+    return [start for start, _ in spans(words, text)]
 
 
 def inside(span: tuple[int, int], other: tuple[int, int]) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 
 from selfdoubt.qa.figures import Draws, Entry, mean, nothing, proportion
 from selfdoubt.qa.records import Record, Sample
-from selfdoubt.qa.text import normalise
+from selfdoubt.qa.text import same_key
 from selfdoubt.risk import percentile
 
 #: "In the 99 % confidence percentile": at most this share of reference answers has a lower risk.
@@ -55,9 +55,9 @@ def tries(records: Sequence[Record], run: Mapping[str, Any], draw: Draws) -> dic
 
 def majority(samples: Sequence[Sample]) -> float:
     """Share of right ones among the samples that say what most of them say; where several lead, the mean over them."""
-    groups: dict[str, list[Sample]] = defaultdict(list)
+    groups: dict[tuple[str, str], list[Sample]] = defaultdict(list)
     for sample in samples:
-        groups[normalise(sample.text)].append(sample)
+        groups[same_key(sample.text)].append(sample)
     most = max(len(group) for group in groups.values())
     return fmean(_accuracy(group) for group in groups.values() if len(group) == most)
 

@@ -71,7 +71,7 @@ def _files(path: Path) -> dict[str, Path]:
     folder = path if path.is_dir() else path.parent
     found = {name: folder / name for name in (CSV, JSON) if (folder / name).is_file()}
     if path.is_file():
-        found[JSON if path.suffix == ".json" else CSV] = path
+        found[JSON if path.suffix.lower() in (".json", ".jsonl") else CSV] = path
     return found
 
 

@@ -8,9 +8,10 @@ from typing import Any, Protocol, Unpack, runtime_checkable
 
 from selfdoubt.lm.answer import Answer
 from selfdoubt.lm.given import Given
-from selfdoubt.lm.model import Question, RiskAwareLM
+from selfdoubt.lm.model import RiskAwareLM
 from selfdoubt.lm.options import Options
 from selfdoubt.lm.prompt import Prompt
+from selfdoubt.lm.questions import Question
 from selfdoubt.serve.job import Job
 from selfdoubt.serve.limits import Limits
 from selfdoubt.serve.meter import Meter

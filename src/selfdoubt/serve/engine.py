@@ -17,9 +17,10 @@ from typing import Any, TypeVar, Unpack
 from selfdoubt.errors import BusyError, EngineError
 from selfdoubt.lm.answer import Answer
 from selfdoubt.lm.given import Given, score_in_pieces
-from selfdoubt.lm.model import Question, RiskAwareLM
+from selfdoubt.lm.model import RiskAwareLM
 from selfdoubt.lm.options import Options
 from selfdoubt.lm.prompt import Prompt
+from selfdoubt.lm.questions import Question
 from selfdoubt.serve.errands import Errand, Errands
 from selfdoubt.serve.inflight import InFlight
 from selfdoubt.serve.job import Ask, Job, to_ask

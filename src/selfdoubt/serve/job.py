@@ -11,12 +11,13 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 from selfdoubt.lm.answer import Answer, Token
-from selfdoubt.lm.options import Options, sampling_of, stop_texts
+from selfdoubt.lm.options import Options, read_options, sampling_of, stop_texts
 from selfdoubt.lm.prompt import Prompt, encode
 from selfdoubt.lm.sampling import Sampling
 
 if TYPE_CHECKING:
-    from selfdoubt.lm.model import Question, RiskAwareLM
+    from selfdoubt.lm.model import RiskAwareLM
+    from selfdoubt.lm.questions import Question
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,7 @@ def to_ask(
         PromptError: If the prompt is empty or the chat template refuses it.
         ConfigError: If an option is out of range.
     """
+    options = read_options(options, "n", "alternatives", "client", "timeout")
     if not isinstance(question, Prompt):
         question = encode(lm.tokenizer, question, raw=options.get("raw", False))
     sampling = replace(sampling_of(options, lm.stop_ids), alternatives=alternatives)

@@ -12,7 +12,7 @@ from selfdoubt.lm.prompt import Prompt
 
 if TYPE_CHECKING:  # the command line reads these defaults before anything heavy is imported
     from selfdoubt.lm.given import Given
-    from selfdoubt.lm.model import Question
+    from selfdoubt.lm.questions import Question
     from selfdoubt.serve.job import Ask
 
 #: Characters that a prompt may have for each token that it may have. Tokens rarely have ten; long runs of spaces do.

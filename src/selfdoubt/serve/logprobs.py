@@ -8,6 +8,7 @@ from functools import cache
 from typing import Any
 
 from selfdoubt.lm.answer import Token
+from selfdoubt.lm.detokenizer import text_between
 
 #: OpenAI's number for what is as good as impossible.
 IMPOSSIBLE = -9999.0
@@ -19,7 +20,9 @@ def of_chat(tokenizer: Any, token: Token, top: int) -> dict[str, Any]:
     return {
         **_entry(tokenizer, token.id, token.text, token.logprob),
         "top_logprobs": [
-            _entry(tokenizer, a.id, None, token.logprob if a.id == token.id else _log(a.probability))
+            _entry(tokenizer, token.id, token.text, token.logprob)
+            if a.id == token.id
+            else _entry(tokenizer, a.id, a.text, _log(a.probability))
             for a in token.alternatives[:top]
         ],
     }
@@ -32,7 +35,9 @@ def of_text(tokenizer: Any, tokens: list[Token], top: int, offset: int = 0) -> d
         entry = _entry(tokenizer, token.id, token.text, token.logprob)
         found["tokens"].append(entry["token"])
         found["token_logprobs"].append(entry["logprob"])
-        others = [_entry(tokenizer, a.id, None, _log(a.probability)) for a in token.alternatives[:top]]
+        others = [
+            _entry(tokenizer, a.id, a.text, _log(a.probability)) for a in token.alternatives[:top] if a.id != token.id
+        ]
         named = {e["token"]: e["logprob"] for e in reversed(others)}  # of two with the same text the first counts
         found["top_logprobs"].append({**named, entry["token"]: entry["logprob"]})
         found["text_offset"].append(offset)
@@ -41,10 +46,10 @@ def of_text(tokenizer: Any, tokens: list[Token], top: int, offset: int = 0) -> d
 
 
 def token_bytes(tokenizer: Any, token: int) -> bytes | None:
-    """The UTF-8 bytes of a token, also where they are only a part of a character; None where nobody can tell."""
-    text = tokenizer.decode([token], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    """Return the UTF-8 bytes of a token among others, or of its part of a character; None where they are unknown."""
+    text = text_between(tokenizer, token)
     if "\ufffd" not in text:
-        return str(text).encode()
+        return text.encode()
     piece = tokenizer.convert_ids_to_tokens(token)
     if found := _BYTE.fullmatch(piece):
         return bytes([int(found[1], 16)])
@@ -54,12 +59,12 @@ def token_bytes(tokenizer: Any, token: int) -> bytes | None:
     return None
 
 
-def _entry(tokenizer: Any, token: int, text: str | None, logprob: float) -> dict[str, Any]:
-    """A token; ``text`` is what it adds where it was chosen, with remains of others before it."""
+def _entry(tokenizer: Any, token: int, text: str, logprob: float) -> dict[str, Any]:
+    """A token; ``text`` is what it adds where it stands, with remains of others before it."""
     raw = token_bytes(tokenizer, token)
     whole = None if raw is None else _text(raw)
-    if text and whole is not None and (text.strip() == whole.strip() or whole.startswith(text)):
-        whole, raw = text, text.encode()  # as it stands in the answer: with its space, or cut at a stop
+    if text and whole is not None and (whole == f" {text}" or whole.startswith(text)):
+        whole, raw = text, text.encode()  # as it stands in the answer: without its space, or cut at a stop
     if whole is None:
         whole = "\ufffd" if raw is None else "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
     return {"token": whole, "logprob": max(logprob, IMPOSSIBLE), "bytes": None if raw is None else list(raw)}

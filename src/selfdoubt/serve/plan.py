@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from selfdoubt.errors import ConfigError, PromptError
+from selfdoubt.lm.form import text_form
 from selfdoubt.lm.model import RiskAwareLM
 from selfdoubt.lm.options import Options
 from selfdoubt.lm.prompt import Prompt
@@ -158,4 +159,4 @@ def _prompt_of(lm: RiskAwareLM, ids: list[int], limits: Limits) -> Prompt:
     if len(ids) > longest:
         raise PromptError(f"a prompt must have between 1 and {longest} tokens, got {len(ids)}; shorten it")
     special = set(lm.tokenizer.all_special_ids)
-    return Prompt(ids, [i not in special for i in ids])
+    return Prompt(ids, [i not in special for i in ids], text_form(lm.tokenizer.decode(ids, skip_special_tokens=True)))

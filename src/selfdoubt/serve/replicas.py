@@ -21,9 +21,10 @@ from typing import Any, TypeVar, Unpack
 from selfdoubt.errors import BusyError, EngineError, require
 from selfdoubt.lm.answer import Answer
 from selfdoubt.lm.given import Given
-from selfdoubt.lm.model import Question, RiskAwareLM
+from selfdoubt.lm.model import RiskAwareLM
 from selfdoubt.lm.options import Options
 from selfdoubt.lm.prompt import Prompt
+from selfdoubt.lm.questions import Question
 from selfdoubt.serve.engine import Engine
 from selfdoubt.serve.job import Ask, Ended, Grew, Job, Update, to_ask
 from selfdoubt.serve.limits import Limits

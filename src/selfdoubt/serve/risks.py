@@ -48,6 +48,7 @@ def of_answer(lm: RiskAwareLM, answer: Answer) -> dict[str, Any]:
         "risk_name": answer.risk_name,
         "percentile": answer.percentile,
         "p_correct": answer.p_correct,
+        "p_correct_note": answer.p_correct_note,
         "abstain": answer.abstain,
         "withheld": False,
         "question": of_question(lm, answer.question),

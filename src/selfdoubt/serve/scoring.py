@@ -10,7 +10,8 @@ from typing import Any
 from selfdoubt.errors import BusyError, ConfigError, DeadlineError
 from selfdoubt.lm.answer import Answer
 from selfdoubt.lm.given import Given, encode_given
-from selfdoubt.lm.model import Question, RiskAwareLM
+from selfdoubt.lm.model import RiskAwareLM
+from selfdoubt.lm.questions import Question
 from selfdoubt.serve import risks
 from selfdoubt.serve.desk import Desk
 from selfdoubt.serve.encoders import Encoders, total_size
@@ -100,6 +101,7 @@ def of_given(lm: RiskAwareLM, index: int, answer: Answer) -> dict[str, Any]:
         "risk_name": answer.risk_name,
         "percentile": answer.percentile,
         "p_correct": answer.p_correct,
+        "p_correct_note": answer.p_correct_note,
         "abstain": answer.abstain,
         "scores": dict(answer.scores),
         "tokens": [risks.of_token(lm, token) for token in answer.tokens],

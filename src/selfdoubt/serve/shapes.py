@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
+
+NOTE = "One line: why a calibrated model has no p_correct for this answer, or a caveat; null otherwise."
 
 
 class Shape(BaseModel):
@@ -60,6 +62,7 @@ class EndRisk(BeginRisk):
     risk_name: str
     percentile: float | None
     p_correct: float | None
+    p_correct_note: str | None = Field(description=NOTE)
     abstain: bool | None
     withheld: bool
 
@@ -214,6 +217,7 @@ class Score(Shape):
     risk_name: str
     percentile: float | None
     p_correct: float | None
+    p_correct_note: str | None = Field(description=NOTE)
     abstain: bool | None
     scores: dict[str, float]
     tokens: list[TokenRisk]

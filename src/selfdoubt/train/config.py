@@ -27,7 +27,7 @@ class TrainConfig:
         ConfigError: If a setting is out of range.
     """
 
-    data: str = field(metadata={"help": "A JSON, JSONL, CSV or Parquet file, or a data set's name on the hub."})
+    data: str = field(metadata={"help": "A JSON, JSONL, CSV, TSV or Parquet file, or a data set's name on the hub."})
     out: str = field(metadata={"help": "The adapter folder to write."})
     model: str = _setting("pocket", "A model folder, a hub name, or 'pocket'.")
     wrapper: Literal["vote", "sample", "sculpt", "none"] = _setting(
@@ -63,6 +63,11 @@ class TrainConfig:
     max_length: int = _setting(400, "Longest example in tokens; longer ones are cut at their end.")
     pack: bool = _setting(False, "Put several short examples into one row, with borders that attention respects.")
     val_share: float = _setting(0.02, "Share of the examples for validation and reference quantiles.")
+    question_column: str | None = _setting(None, "Column of the question, where its name does not say it.")
+    answer_column: str | None = _setting(None, "Column of the answer to learn, where its name does not say it.")
+    answers_name: Literal["text", "index", "label", "letter"] | None = _setting(
+        None, "How an answer names one of the choices, where it could mean two: text, index, label or letter."
+    )
     limit: int | None = _setting(None, "Use only the first so many examples.")
     workers: int = _setting(0, "Processes that read data.")
 

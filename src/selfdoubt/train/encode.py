@@ -11,7 +11,9 @@ from typing import Any, NamedTuple
 
 import torch
 
+from selfdoubt.data.questions import AS_USUAL, Columns
 from selfdoubt.errors import ConfigError, DataError, LoadError, require
+from selfdoubt.lm.load import turn_end
 from selfdoubt.lm.prompt import encode_turns
 from selfdoubt.train import records
 from selfdoubt.train.config import TrainConfig
@@ -55,8 +57,15 @@ def prepare_tokenizer(tokenizer: Any, prompt: str) -> None:
         tokenizer.chat_template = ALPACA
 
 
-def encode(tokenizer: Any, chat: Chat, *, loss_on: str, max_length: int) -> Example:
+def encode(tokenizer: Any, chat: Chat, *, loss_on: str, max_length: int, ends: frozenset[int] | None = None) -> Example:
     """Ids of a chat; the loss predicts the assistant's words and what ends each of them, or everything.
+
+    Args:
+        tokenizer: With the template that is learnt.
+        chat: Messages.
+        loss_on: "response" or "all".
+        max_length: Most ids.
+        ends: The tokens that end an answer when it is generated; None asks the tokenizer, each time.
 
     Raises:
         PromptError: If the chat template refuses the chat.
@@ -65,13 +74,18 @@ def encode(tokenizer: Any, chat: Chat, *, loss_on: str, max_length: int) -> Exam
         chat = _with_input_inside(chat)
     ids, turn = encode_turns(tokenizer, chat)
     answers = [i for i, message in enumerate(chat) if message["role"] == "assistant"]
-    special = set(tokenizer.all_special_ids)
+    ends = ends_of(tokenizer) if ends is None else ends
     counts = [t in answers for t in turn]
-    for here in range(1, len(ids)):
-        # An answer's end is the control token right after its words; nothing after that is the model's to say.
-        counts[here] |= turn[here] == -1 and turn[here - 1] in answers and ids[here] in special
-    if turn[-1] in answers:
-        ids, counts = [*ids, tokenizer.eos_token_id], [*counts, True]
+    for last in [i for i in range(len(ids)) if turn[i] in answers and turn[i + 1 : i + 2] != [turn[i]]]:
+        # An answer's end is the token behind its words at which generating stops, with the white space between them;
+        # nothing after that is the model's to say.
+        end = last + 1
+        while end < len(ids) and turn[end] == -1 and ids[end] not in ends and not tokenizer.decode([ids[end]]).strip():
+            end += 1
+        if end < len(ids) and ids[end] in ends:
+            counts[last + 1 : end + 1] = [True] * (end - last)
+        elif turn[last] == len(chat) - 1:  # the template ends it with nothing, so the text's end does
+            ids, counts = [*ids[: last + 1], tokenizer.eos_token_id], [*counts[: last + 1], True]
     counts[0] = False  # nothing predicts the first token
     if loss_on == "all":
         counts = [False] + [True] * (len(ids) - 1)
@@ -79,6 +93,11 @@ def encode(tokenizer: Any, chat: Chat, *, loss_on: str, max_length: int) -> Exam
         end = max((i for i, counted in enumerate(counts) if counted), default=len(ids) - 1) + 1
         ids, counts = ids[:end], counts[:end]
     return Example(ids[:max_length], counts[:max_length])
+
+
+def ends_of(tokenizer: Any) -> frozenset[int]:
+    """The tokens that end an answer, by the tokenizer and its template: what is learnt here stops an answer later."""
+    return frozenset(i for i in (turn_end(tokenizer), tokenizer.eos_token_id) if i is not None)
 
 
 def _with_input_inside(chat: Chat) -> Chat:
@@ -115,13 +134,14 @@ def splits(config: TrainConfig, tokenizer: Any, folder: Path) -> Splits:
     if (folder / f"{key}.json").is_file():
         return stored(config, folder, key)
     left_out = {"empty": 0, "cut": 0}
+    ends = ends_of(tokenizer)
 
     def rows() -> Iterator[dict[str, Any]]:
-        for chat in records.read(config.data, limit=config.limit):
+        for chat in records.read(config.data, limit=config.limit, columns=_columns(config)):
             if not any(m["content"].strip() for m in chat if m["role"] == "assistant"):
                 left_out["empty"] += 1
                 continue
-            example = encode(tokenizer, chat, loss_on=config.loss_on, max_length=config.max_length + 1)
+            example = encode(tokenizer, chat, loss_on=config.loss_on, max_length=config.max_length + 1, ends=ends)
             ids, counts = example.ids[: config.max_length], example.counts[: config.max_length]
             if not any(counts):  # the question alone fills the length
                 left_out["empty"] += 1
@@ -169,13 +189,17 @@ def stored(config: TrainConfig, folder: Path, key: str | None = None) -> Splits:
     return Splits(train, val, **json.loads((folder / f"{key}.json").read_text()))
 
 
+def _columns(config: TrainConfig) -> Columns:
+    return Columns(question=config.question_column, answers=config.answer_column, named_by=config.answers_name)
+
+
 def _key(config: TrainConfig, tokenizer: Any) -> str:
     """Names what decides the encoded data: the source as it is now, the tokenizer, and how it is used."""
     file = Path(config.data).expanduser()
     state = (file.stat().st_size, file.stat().st_mtime_ns) if file.is_file() else None
     parts = (
         config.data, state, config.limit, config.loss_on, config.max_length, config.model, config.revision,
-        tokenizer.chat_template, len(tokenizer),
+        tokenizer.chat_template, len(tokenizer), *([_columns(config)] if _columns(config) != AS_USUAL else []),
     )  # fmt: skip
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 

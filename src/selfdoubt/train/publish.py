@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,13 +13,19 @@ from typing import Any
 from torch import nn
 
 from selfdoubt import __version__
-from selfdoubt.lm.adapter import save_adapter
-from selfdoubt.lm.answer import reference_quantiles
-from selfdoubt.lm.load import resolve
+from selfdoubt.errors import ConfigError, PromptError, SelfdoubtError, TargetError
+from selfdoubt.lm import lora
+from selfdoubt.lm.adapter import check_adapter, save_adapter
+from selfdoubt.lm.answer import Answer, reference_quantiles
+from selfdoubt.lm.folder import check_free
+from selfdoubt.lm.load import load_skeleton, resolve
 from selfdoubt.lm.model import RiskAwareLM
+from selfdoubt.lm.prompt import encode
+from selfdoubt.members import Wrapped
 from selfdoubt.train.config import TrainConfig, to_toml
 
 CARD = "README.md"
+MERGED = "merged"  #: the base with LoRA merged into it, in a folder of the adapter's
 
 _TEXT = """\
 ---
@@ -53,7 +61,7 @@ print(answer.text, answer.risk, answer.percentile)
 
 ## Losses
 
-Nats per token that counts: {first:.4f} at the first step, {last:.4f} over the last {tail} of {steps:,} steps.
+{losses}
 {validation}
 {reference}
 
@@ -78,17 +86,97 @@ def publish(
             numbers of examples ``train``, ``val``, ``empty`` and ``cut``.
         val: The validation examples.
     """
-    extra: dict[str, Any] = {"training": {"config": asdict(config), **history}}
     questions = [question_of(json.loads(chat)) for chat in val["chat"][: config.reference]]
-    answers = []
-    if questions:
-        lm = RiskAwareLM(model.eval(), tokenizer)
-        answers = lm.generate(questions, max_tokens=config.reference_tokens, batch_size=config.batch_size)
+    answers: list[Answer] = []
+    try:
+        if questions:
+            answers = answer_all(RiskAwareLM(model.eval(), tokenizer), questions, config)
+    except Exception as error:  # a trained model without percentiles is worth more than none
+        why = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        print(f"selfdoubt: there are no reference answers, so risks have no percentile ({why})", file=sys.stderr)
+    _write(config, model, tokenizer, out, history, answers)
+
+
+def answer_all(lm: RiskAwareLM, questions: list[list[dict[str, str]]], config: TrainConfig) -> list[Answer]:
+    """Answer the questions that leave room for an answer."""
+    fit = [question for question in questions if has_room(lm, question)]
+    return lm.generate(fit, max_tokens=config.reference_tokens, batch_size=config.batch_size) if fit else []
+
+
+def has_room(lm: RiskAwareLM, question: list[dict[str, str]]) -> bool:
+    """Whether a question can be encoded, and an answer fits behind it; those to learn from are cut, these are not."""
+    try:
+        prompt = encode(lm.tokenizer, question)
+    except PromptError:
+        return False
+    return lm.context is None or len(prompt.ids) < lm.context
+
+
+def rehearse(config: TrainConfig, model: nn.Module, tokenizer: Any, out: Path) -> None:
+    """Write, read and remove what a run would leave, so that nothing of it can fail after the last step.
+
+    Args:
+        config: The settings.
+        model: Before its first step.
+        tokenizer: With the template that will be learnt.
+        out: The adapter folder; the trial lies in ``run/trial`` in it.
+
+    Raises:
+        ConfigError: If the folder cannot be written, or holds a model.
+        WrapError: If LoRA cannot be merged though it is asked for, or the model cannot be saved.
+        LoadError: If what is written cannot be read.
+    """
+    if (out / "config.json").is_file():
+        raise ConfigError(f"out={str(out)!r} is a model's folder (it has a config.json); give another one")
+    if config.merge:
+        lora.check_mergeable(model)
+        _check_filter(config, model)
+        check_free(out / MERGED)
+    RiskAwareLM(model, tokenizer)
+    trial = out / "run" / "trial"
+    history = {"losses": [0.0], "val_loss": None, "val_accuracy": None, "train": 0, "val": 0, "empty": 0, "cut": 0}
+    try:
+        _write(config, model, tokenizer, trial, history, [])
+        check_adapter(trial)
+    except SelfdoubtError:
+        raise
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or str(error)
+        raise ConfigError(f"out={str(out)!r} cannot be written ({why}); give a folder on a disk with room") from error
+    finally:
+        shutil.rmtree(trial, ignore_errors=True)
+
+
+def _write(
+    config: TrainConfig, model: nn.Module, tokenizer: Any, out: Path, history: dict[str, Any], answers: list[Answer]
+) -> None:
+    extra: dict[str, Any] = {"training": {"config": asdict(config), **history}}
+    if answers:
         extra["reference"] = reference_quantiles(answers)
     out.mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(out)
     (out / CARD).write_text(card(config, history, len(answers)), encoding="utf-8")
     save_adapter(model, out, base=config.model, revision=config.revision, extra=extra)
+
+
+def _check_filter(config: TrainConfig, model: nn.Module) -> None:
+    """Check that a wrapper's filter picks the same layers without LoRA; only the base's config is read.
+
+    Raises:
+        ConfigError: If it picks others.
+    """
+    if not isinstance(model, Wrapped) or config.param_filter is None:
+        return
+    bare = load_skeleton(config.model, revision=config.revision, trust_remote_code=config.trust_remote_code)
+    try:
+        found = [leaf.name for leaf in model.spec.find(bare)]
+    except TargetError:
+        found = []
+    if sorted(found) != sorted(model.leaf_names):
+        raise ConfigError(
+            f"param_filter={config.param_filter!r} picks other layers once LoRA is merged, so merge=True would change "
+            "the answers; use a filter on layer names, e.g. 'q_proj|v_proj'"
+        )
 
 
 def question_of(chat: list[dict[str, str]]) -> list[dict[str, str]]:
@@ -99,7 +187,7 @@ def question_of(chat: list[dict[str, str]]) -> list[dict[str, str]]:
 
 def card(config: TrainConfig, history: dict[str, Any], answered: int) -> str:
     """The model card, Markdown with the hub's front matter."""
-    losses = history["losses"]
+    losses: list[float] = history["losses"]
     tail = losses[-max(1, len(losses) // 10) :]
     left_out = [
         f"{history[k]} {why}"
@@ -110,7 +198,10 @@ def card(config: TrainConfig, history: dict[str, Any], answered: int) -> str:
         model=config.model, wrapper=config.wrapper, out=config.out, data=config.data, version=__version__,
         licence=licence_of(config), revision=f" at {config.revision}" if config.revision else "",
         train=history["train"], val=history["val"], left_out=f" ({', '.join(left_out)})" if left_out else "",
-        first=losses[0], last=sum(tail) / len(tail), tail=len(tail), steps=len(losses),
+        losses=(
+            f"Nats per token that counts: {losses[0]:.4f} at the first step, {sum(tail) / len(tail):.4f} over the last "
+            f"{len(tail)} of {len(losses):,} steps." if losses else "The losses of the steps were not kept."
+        ),
         validation=(
             f"Validation: {history['val_loss']:.4f}, accuracy of single tokens {history['val_accuracy']:.3f}."
             if history["val_loss"] is not None else "There was no validation."

@@ -1,24 +1,25 @@
 """Instruction data from a file or the hub, as chats: which columns there are, and where a record is broken.
 
 Three layouts are known by their columns: instruction (``instruction``, ``output``, and ``input`` that may be empty),
-question and answer (``question``, ``answer``), and chats (``messages``, a list of objects with ``role`` and
-``content``).
+question and answer (as ``selfdoubt evaluate`` reads them; of several right answers the first is learnt), and chats
+(``messages``, a list of objects with ``role`` and ``content``).
 """
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 from collections.abc import Callable, Iterator, Mapping
-from itertools import islice
+from functools import partial
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from selfdoubt.errors import DataError, require
+from selfdoubt.data.cells import required_text, whole_text
+from selfdoubt.data.questions import AS_USUAL, Columns, find, is_record, lower, of_record, question_of, with_choices
+from selfdoubt.data.rows import SUFFIXES, Placed, Row, read_file, read_hub
+from selfdoubt.errors import DataError
 
 Chat = list[dict[str, str]]
-Record = Mapping[str, Any]
 
 #: The role of a text that an instruction works on. The Alpaca prompt has a place for it; other templates get it after
 #: the instruction.
@@ -29,140 +30,70 @@ LAYOUTS = {
     "question and answer": ("question", "answer"),
     "chat": ("messages",),
 }
-SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
+#: Flags of ``selfdoubt train`` that name a column.
+FLAGS = {"question": "--question-column", "answers": "--answer-column"}
 
 
-def read(source: str, *, limit: int | None = None) -> Iterator[Chat]:
-    """The chats of a file (JSON, JSONL, CSV or Parquet) or of a data set on the hub, one by one.
+def read(source: str, *, limit: int | None = None, columns: Columns = AS_USUAL) -> Iterator[Chat]:
+    """Yield the chats of a file (JSON, JSONL, CSV, TSV or Parquet) or of a data set on the hub, one by one.
+
+    Args:
+        source: A file, or a name on the hub.
+        limit: At most this many.
+        columns: Which columns hold question and answer, where their names do not say it.
 
     Raises:
         DataError: If it cannot be read, lacks the columns of every layout, or a record is broken; the message names the
             place.
     """
-    return islice(_chats(source), limit)
+    return islice(_chats(source, columns), limit)
 
 
-def _chats(source: str) -> Iterator[Chat]:
-    layout: str | None = None
-    for place, record in _records(source):
-        if layout is None:
-            layout = _layout(source, record)
-        yield _chat(layout, place, record)
-    if layout is None:
+def _chats(source: str, columns: Columns) -> Iterator[Chat]:
+    rows = _rows(source)
+    first = next(rows, None)
+    if first is None:
         raise DataError(f"{source} holds no records; give a file with at least two")
+    to_chat: Callable[[str, Row], Chat]
+    layout = _layout(first[1]) if columns == AS_USUAL else "question and answer"
+    if layout == "instruction":
+        names = {lower(name): name for name in reversed([*first[1]])}
+        first_name, last_name, more_name = (names.get(n, n) for n in (*LAYOUTS[layout], INPUT))
+        to_chat = partial(_instruction, first_name, last_name, more_name)
+    elif layout == "chat":
+        to_chat = partial(_messages, next(name for name in first[1] if lower(name) == "messages"))
+    elif columns == AS_USUAL and is_record(first[1]):
+        to_chat = _answered
+    else:
+        to_chat = partial(_asked, _columns(source, first[1], columns))
+    for place, row in chain([first], rows):
+        yield to_chat(place, row)
 
 
-def _records(source: str) -> Iterator[tuple[str, Record]]:
+def _rows(source: str) -> Iterator[Placed]:
     path = Path(source).expanduser()
     if path.is_dir() or (
-        not path.exists() and (path.suffix in SUFFIXES or path.is_absolute() or source.startswith("."))
+        not path.exists() and (path.suffix.lower() in SUFFIXES or path.is_absolute() or source.startswith("."))
     ):
-        raise DataError(f"no data file at {source!r}; give a JSON, JSONL, CSV or Parquet file, or a name on the hub")
-    if not path.exists():
-        return _from_hub(source)
-    readers: dict[str, Callable[[Path], Iterator[tuple[str, Record]]]] = {
-        ".json": _from_json, ".jsonl": _from_jsonl, ".csv": _from_csv, ".parquet": _from_parquet,
-    }  # fmt: skip
-    if path.suffix not in readers:
-        raise DataError(f"{source} ends in {path.suffix!r}; give a file that ends in {', '.join(SUFFIXES)}")
-    return readers[path.suffix](path)
+        names = "JSON, JSONL, CSV, TSV or Parquet file"
+        raise DataError(f"no data file at {source!r}; give a {names}, or a name on the hub")
+    return read_file(path) if path.exists() else read_hub(source, None, "train", None, splits=(), extra="train")
 
 
-def _from_json(path: Path) -> Iterator[tuple[str, Record]]:
-    """A list of objects; each is parsed where it stands, so that its line is known."""
-    text = _text(path)
-    decoder = json.JSONDecoder()
-    at, line = _skip(text, 0, 1)
-    if text[at : at + 1] != "[":
-        if text[at : at + 1] == "{":  # objects one a line, under the other name
-            yield from _from_jsonl(path)
-            return
-        raise DataError(f"{path}, line {line}: wanted a list of objects, found {text[at : at + 20]!r}")
-    at, line = _skip(text, at + 1, line)
-    while text[at : at + 1] != "]":
-        try:
-            record, end = decoder.raw_decode(text, at)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{path}, line {error.lineno}: broken JSON ({error.msg}); mend the record") from None
-        yield f"{path}, line {line}", record
-        at, line = _skip(text, end, line + text.count("\n", at, end))
-        if text[at : at + 1] == ",":
-            at, line = _skip(text, at + 1, line)
-        elif text[at : at + 1] != "]":
-            raise DataError(f"{path}, line {line}: wanted ',' or ']' after a record, found {text[at : at + 20]!r}")
+def _layout(row: Row) -> str:
+    """Which layout the columns of the first record are, without regard to case."""
+    columns = {lower(name) for name in row}
+    fits = (layout for layout, wanted in LAYOUTS.items() if columns.issuperset(wanted))
+    return next(fits, "question and answer")
 
 
-def _skip(text: str, at: int, line: int) -> tuple[int, int]:
-    """Past white space, counting lines."""
-    while at < len(text) and text[at].isspace():
-        line += text[at] == "\n"
-        at += 1
-    return at, line
-
-
-def _from_jsonl(path: Path) -> Iterator[tuple[str, Record]]:
-    for number, line in enumerate(_text(path).split("\n"), 1):
-        if line.strip():
-            try:
-                yield f"{path}, line {number}", json.loads(line)
-            except json.JSONDecodeError as error:
-                raise DataError(f"{path}, line {number}: broken JSON ({error.msg}); mend the record") from None
-
-
-def _from_csv(path: Path) -> Iterator[tuple[str, Record]]:
-    reader = csv.DictReader(io.StringIO(_text(path), newline=""), restkey="", strict=True)
+def _columns(source: str, row: Row, given: Columns) -> Columns:
     try:
-        for record in reader:
-            if "" in record:
-                raise DataError(f"{path}, line {reader.line_num}: more cells than the header has; put texts in quotes")
-            yield f"{path}, line {reader.line_num}", record
-    except csv.Error as error:
-        raise DataError(f"{path}, line {reader.line_num}: broken CSV ({error}); mend the quotes") from None
-
-
-def _from_parquet(path: Path) -> Iterator[tuple[str, Record]]:
-    parquet = require("pyarrow.parquet", "train")
-    try:
-        file = parquet.ParquetFile(path)
-        number = 0
-        for batch in file.iter_batches():
-            for record in batch.to_pylist():
-                number += 1
-                yield f"{path}, row {number}", record
-    except (OSError, require("pyarrow", "train").ArrowInvalid) as error:
-        raise DataError(f"{path} is not a Parquet file ({' '.join(str(error).split())[:100]})") from None
-
-
-def _from_hub(name: str) -> Iterator[tuple[str, Record]]:
-    datasets = require("datasets", "train")
-    datasets.disable_progress_bars()
-    try:
-        found = datasets.load_dataset(name, split="train")
-    except Exception as error:  # the hub raises what it likes
-        text = " ".join(str(error).split())[:160]
-        raise DataError(
-            f"{name!r} is neither a file here nor a data set that can be loaded from the hub ({type(error).__name__}: "
-            f"{text}); give a JSON, JSONL, CSV or Parquet file, or check name and network"
-        ) from None
-    for number, record in enumerate(found, 1):
-        yield f"{name}, row {number}", record
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror})") from None
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text (byte {error.start}); convert it, e.g. with iconv") from None
-
-
-def _layout(source: str, record: Any) -> str:
-    """Which layout the columns of the first record are."""
-    columns = set(record) if isinstance(record, Mapping) else set()
-    for layout, wanted in LAYOUTS.items():
-        if columns.issuperset(wanted):
-            return layout
+        return find(source, row if given.choices else with_choices(row), given, flags=FLAGS)
+    except DataError as error:
+        if given != AS_USUAL or "that looks like" not in str(error):
+            raise
+    columns = {lower(name) for name in row}
     lacks = {name: [c for c in wanted if c not in columns] for name, wanted in LAYOUTS.items()}
     raise DataError(
         f"{source} has the columns {sorted(columns)}; "
@@ -170,29 +101,50 @@ def _layout(source: str, record: Any) -> str:
     )
 
 
-def _chat(layout: str, place: str, record: Any) -> Chat:
-    if not isinstance(record, Mapping):
-        raise DataError(f"{place}: wanted an object with columns, found {type(record).__name__}")
-    if layout == "chat":
-        return _messages(place, record.get("messages"))
-    first, last = LAYOUTS[layout]
-    answers = record.get(last)
-    # Question sets list every right answer: the first one is learnt.
-    answer = answers[0] if layout != "instruction" and isinstance(answers, list) and answers else answers
-    texts: dict[str, str] = {}
-    for column, text in ((first, record.get(first)), (last, answer), (INPUT, record.get(INPUT) or "")):
+def _asked(columns: Columns, place: str, row: Row) -> Chat:
+    name = columns.answers or "answer"
+    if not columns.choices and isinstance(row.get(name), str) and not row[name].strip():
+        answers: tuple[str, ...] = ("",)
+        question = required_text(place, row, columns.question or "question")
+    else:
+        found = question_of(place, with_choices(row), columns)
+        question, answers = found.text, found.answers
+    return _pair(place, name, _raw(row.get(columns.question or "question"), question), answers, row.get(name))
+
+
+def _answered(place: str, row: Row) -> Chat:
+    question = of_record(place, row)
+    return _pair(place, "answers", question.text, question.answers, row.get("answers"))
+
+
+def _pair(place: str, name: str, question: str, answers: tuple[str, ...], cell: Any) -> Chat:
+    if not answers:
+        raise DataError(f"{place}: {name} is an empty list, so there is nothing to learn; remove the record")
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": _raw(cell, answers[0])}]
+
+
+def _raw(cell: Any, stripped: str) -> str:
+    """The text with the white space that it has in its cell: the indentation of code is learnt, too."""
+    texts = cell if isinstance(cell, (list, tuple)) else [cell]
+    return next((text for text in texts if isinstance(text, str) and text.strip() == stripped), stripped)
+
+
+def _instruction(first: str, last: str, more: str, place: str, row: Row) -> Chat:
+    texts = []
+    for column, text in ((first, row.get(first)), (last, row.get(last)), (more, row.get(more) or "")):
         if not isinstance(text, str):
             raise DataError(f"{place}: {column} must be text, found {type(text).__name__}; mend or remove the record")
-        texts[column] = text
-    if not texts[first].strip():
+        texts.append(whole_text(place, column, text))
+    if not texts[0].strip():
         raise DataError(f"{place}: {first} is empty; mend or remove the record")
-    chat = [{"role": "user", "content": texts[first]}]
-    if layout == "instruction" and texts[INPUT].strip():
-        chat.append({"role": INPUT, "content": texts[INPUT]})
-    return [*chat, {"role": "assistant", "content": texts[last]}]
+    chat = [{"role": "user", "content": texts[0]}]
+    if texts[2].strip():
+        chat.append({"role": INPUT, "content": texts[2]})
+    return [*chat, {"role": "assistant", "content": texts[1]}]
 
 
-def _messages(place: str, messages: Any) -> Chat:
+def _messages(column: str, place: str, row: Row) -> Chat:
+    messages: Any = row.get(column)
     if isinstance(messages, str):  # a cell of a CSV file
         try:
             messages = json.loads(messages)
@@ -205,7 +157,7 @@ def _messages(place: str, messages: Any) -> Chat:
         role, content = (message.get(k) if isinstance(message, Mapping) else None for k in ("role", "content"))
         if not isinstance(role, str) or not isinstance(content, str):
             raise DataError(f"{place}: each message needs a role and a content, both text; mend the record")
-        chat.append({"role": role, "content": content})
+        chat.append({"role": role, "content": whole_text(place, column, content)})
     if not any(m["role"] == "assistant" for m in chat):
         raise DataError(f"{place}: no message is the assistant's, so there is nothing to learn; mend the record")
     return chat

@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import cast
 
 import lightning
+import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning_utilities.core.rank_zero import rank_zero_only
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from selfdoubt.errors import ConfigError
+from selfdoubt.errors import ConfigError, SelfdoubtError
 from selfdoubt.lm.export import export_merged
 from selfdoubt.lm.folder import check_upload, upload
 from selfdoubt.train.build import model_of, trainer_of, world_size
@@ -26,7 +27,7 @@ from selfdoubt.train.config import TrainConfig, to_toml
 from selfdoubt.train.datamodule import InstructionData
 from selfdoubt.train.encode import splits
 from selfdoubt.train.module import RiskAwareModule
-from selfdoubt.train.publish import publish
+from selfdoubt.train.publish import MERGED, publish, rehearse
 
 _ADVICE = (
     ".*does not have many workers.*", ".*Checkpoint directory .* exists.*", ".*is deprecated, use .*TreeSpec.*",
@@ -37,7 +38,7 @@ _ADVICE = (
 )  # fmt: skip
 RUN = "run"  #: checkpoints, logs and encoded data, in a folder of the adapter's
 DATA = "data"
-MERGED = "merged"  #: the base with LoRA merged into it, in a folder of the adapter's
+FINISHED = "finished.ckpt"  #: trained weights, in RUN until the adapter is written
 
 
 def fit(config: TrainConfig, trainer: lightning.Trainer | None = None) -> Path:
@@ -65,6 +66,8 @@ def fit(config: TrainConfig, trainer: lightning.Trainer | None = None) -> Path:
         check_upload(config.push)
     lightning.seed_everything(config.seed, verbose=False)
     model, tokenizer = model_of(config)
+    if _is_first():
+        rehearse(config, model, tokenizer, out)
     found = splits(config, tokenizer, run / DATA)
     members = config.n_voters if config.wrapper == "vote" and config.voters_see == "own" else 1
     data = InstructionData(found, config, members)
@@ -86,7 +89,8 @@ def fit(config: TrainConfig, trainer: lightning.Trainer | None = None) -> Path:
             "losses": losses, "val_loss": best.get("val/loss"), "val_accuracy": best.get("val/accuracy"),
             "train": len(found.train), "val": len(found.val), "empty": found.empty, "cut": found.cut,
         }  # fmt: skip
-        publish(config, model, tokenizer, out, history=history, val=found.val)
+        with _kept(model, losses, run / FINISHED):
+            publish(config, model, tokenizer, out, history=history, val=found.val)
         if config.merge:
             export_merged(out, out / MERGED, base=config.model, revision=config.revision)
         if config.push is not None:
@@ -97,17 +101,46 @@ def fit(config: TrainConfig, trainer: lightning.Trainer | None = None) -> Path:
 
 
 def _check_folder(config: TrainConfig, out: Path, last: Path) -> None:
-    if out.exists() and not out.is_dir():
-        raise ConfigError(f"out={config.out!r} is a file; give a folder")
+    try:
+        is_file = out.exists() and not out.is_dir()
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"out={config.out!r} cannot be a folder's name ({error}); give another") from None
+    if is_file or not config.out:
+        raise ConfigError(f"out={config.out!r} is {'a file' if is_file else 'empty'}; give a folder")
     if config.resume and not last.exists():
         raise ConfigError(f"resume goes on from {last}, which is not there; train without --resume first")
-    if not config.resume and getattr(rank_zero_only, "rank", 0) == 0:
+    if not config.resume and _is_first():
         # What an earlier run left would be mixed with this one's; encoded data are named by what they are.
         for old in (out / RUN).glob("*"):
             if old.is_dir() and old.name != DATA:
                 shutil.rmtree(old)
             elif old.is_file():
                 old.unlink()
+
+
+def _is_first() -> bool:
+    """Whether this process is the one that writes."""
+    return bool(getattr(rank_zero_only, "rank", 0) == 0)
+
+
+@contextmanager
+def _kept(model: nn.Module, losses: list[float], path: Path) -> Iterator[None]:
+    """Keep a finished run's weights in a file until its adapter is written.
+
+    Raises:
+        SelfdoubtError: If it could not be written; says how to make it from the file.
+    """
+    trained = {f"model.{name}": p.detach().cpu() for name, p in model.named_parameters() if p.requires_grad}
+    torch.save({"state_dict": trained, "train_losses": losses}, path)
+    try:
+        yield
+    except Exception as error:
+        why = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise SelfdoubtError(
+            f"the run is finished, and its adapter could not be written ({why}); make it from the trained weights: "
+            f"selfdoubt export {path} NEW_FOLDER --checkpoint"
+        ) from error
+    path.unlink()
 
 
 def _best_weights(driver: lightning.Trainer, module: RiskAwareModule, data: InstructionData) -> Mapping[str, float]:

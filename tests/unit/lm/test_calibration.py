@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from selfdoubt.errors import LoadError, NonFiniteError
-from selfdoubt.lm.calibration import Calibration, StateHead, States, stored, transformed
+from selfdoubt.lm.calibration import FAR, Calibration, StateHead, States, stored, transformed
+from selfdoubt.lm.conditions import Conditions, Origin
 from tests.plain import run
 
 LOGISTIC = Calibration(
@@ -45,20 +46,40 @@ def test_a_logistic_head_by_hand():
     assert found == pytest.approx(1 / (1 + math.exp(-logit)), rel=1e-12)
 
 
-def test_an_isotonic_head_is_linear_between_its_knots_and_flat_outside():
-    for x, p in [(0.0, 0.9), (0.5, 0.9), (0.75, 0.85), (1.0, 0.8), (2.0, 0.45), (3.0, 0.1), (99.0, 0.1)]:
+def test_an_isotonic_head_is_linear_between_its_knots_and_flat_just_outside():
+    for x, p in [(0.0, 0.9), (0.5, 0.9), (0.75, 0.85), (1.0, 0.8), (2.0, 0.45), (3.0, 0.1), (3.2, 0.1)]:
         assert ISOTONIC.p_correct({"sum_nll": x}) == pytest.approx(p)
-    xs = np.random.default_rng(0).uniform(0, 4, 100)
+    xs = np.random.default_rng(0).uniform(0, 3.2, 100)
     ours = [ISOTONIC.p_correct({"sum_nll": float(x)}) for x in xs]
     assert ours == pytest.approx(np.interp(xs, *np.array(ISOTONIC.knots).T))
-    assert replace(ISOTONIC, knots=((1.0, 0.3),)).p_correct({"sum_nll": 5.0}) == 0.3
+    assert replace(ISOTONIC, knots=((1.0, 0.3),)).p_correct({"sum_nll": 0.5}) == 0.3
 
 
-def test_a_score_beyond_what_was_seen_counts_as_the_last_that_was():
+@given(st.sampled_from(LOGISTIC.features), st.floats(0, 1e9))
+def test_a_score_surer_than_all_that_was_seen_counts_as_the_surest_that_was(name, below):
     plain = replace(LOGISTIC, state=None)
-    assert plain.p_correct(SCORES | {"sum_nll": 1e9}) == plain.p_correct(SCORES | {"sum_nll": 4.0})
-    assert plain.p_correct(SCORES | {"mean_total": 0.0}) == plain.p_correct(SCORES | {"mean_total": 0.1})
-    assert plain.p_correct(SCORES | {"sum_nll": -1e-9}) == plain.p_correct(SCORES | {"sum_nll": 0.0})
+    low, _ = plain.ranges[plain.features.index(name)]
+    assert plain.p_correct(SCORES | {name: low - below}) == plain.p_correct(SCORES | {name: low})
+
+
+@given(st.sampled_from([*((LOGISTIC, n) for n in LOGISTIC.features), (ISOTONIC, "sum_nll")]), st.floats(0.11, 1e9))
+def test_a_score_more_doubtful_than_all_that_was_seen_has_no_number(head_and_name, above):
+    head, name = head_and_name
+    head = replace(head, state=None)
+    low, high = dict(zip(head.features, head.ranges or ((0.5, 3.0),), strict=True))[name]
+    scores = SCORES | {name: high + above * (high - low)}
+    assert head.p_correct(scores) is None
+    assert head.estimate(scores, None, Origin("greedy"), "stop", [0.0]).note == FAR
+    assert head.p_correct(SCORES | {name: high + 0.09 * (high - low)}) == head.p_correct(SCORES | {name: high})
+
+
+def test_a_hidden_state_far_from_all_that_were_seen_has_no_number_and_none_counts_as_surer_than_the_surest():
+    head = replace(LOGISTIC, state=StateHead(3, "first", (0.5, -1.0, 0.25), 2.0, (0.0, 1.0, 2.0), (1.0, 2.0, 0.0), 2.0))
+    assert head.p_correct(SCORES, states([2.0, 0.0, 4.0])) == head.p_correct(SCORES, states([3.0, -0.5, 4.0]))
+    assert head.p_correct(SCORES, states([0.0, 1.0, 999.0])) is not None  # the third never varied
+    for far in ([5.0, 1.0, 2.0], [-5.0, 1.0, 2.0], [0.0, 10.0, 2.0]):
+        assert head.p_correct(SCORES, states(far)) is None
+        assert head.estimate(SCORES, states(far), Origin("greedy"), "stop", []).note == FAR
 
 
 def test_what_is_missing_gives_none_and_is_withheld():
@@ -78,7 +99,8 @@ def test_an_answer_at_the_threshold_is_given():
 @given(st.floats(-1e6, 1e6), st.floats(0, 1e6))
 def test_p_correct_is_a_probability_however_far_a_state_is(hidden, score):
     p = LOGISTIC.p_correct({"sum_nll": score, "mean_total": score}, states([hidden, -hidden, 0.0]))
-    assert 0.0 <= p <= 1.0
+    assert (p is None) == (score > 2.19)
+    assert p is None or 0.0 <= p <= 1.0
 
 
 @given(st.floats(0, 10), st.floats(0, 10))
@@ -100,7 +122,16 @@ def test_a_state_of_another_width():
         LOGISTIC.p_correct(SCORES, states([1.0, 2.0]))
 
 
-@pytest.mark.parametrize("head", [LOGISTIC, ISOTONIC])
+FULL = replace(
+    LOGISTIC,
+    state=StateHead(3, "first", (0.5, -1.0, 0.25), 2.0, (0.0, 1.0, 2.0), (1.0, 2.0, 0.0), 2.5),
+    conditions=Conditions(
+        "sampled", 0.7, 0.9, ("chat", "raw:12"), ("\n",), 64, ({"method": "vote", "alpha": 1.0},), {"w": (1.0, -2.0)}
+    ),
+)
+
+
+@pytest.mark.parametrize("head", [LOGISTIC, ISOTONIC, FULL])
 def test_a_card_brings_back_the_same_head(head):
     card = json.loads(json.dumps({"calibration": head.to_json()}))
     assert stored(card) == head
@@ -121,6 +152,16 @@ BROKEN = [
     {"unknown": 1},
     {"kind": "isotonic"},
     {"kind": "isotonic", "features": ["sum_nll"], "knots": [[1.0, 0.5], [0.0, 0.9]]},
+    {"state": {"layer": 3, "position": "first", "weights": [1.0], "center": [1.0], "spread": []}},
+    {"state": {"layer": 3, "position": "first", "weights": [1.0], "reach": math.nan}},
+    {"conditions": []},
+    {"conditions": {"made": "somehow"}},
+    {"conditions": {"made": "greedy", "forms": "chat"}},
+    {"conditions": {"made": "greedy", "cut": True}},
+    {"conditions": {"made": "greedy", "unknown": 1}},
+    {"conditions": {"made": "greedy", "wrappers": [1]}},
+    {"conditions": {"made": "greedy", "base": {"w": [math.nan]}}},
+    {"conditions": {"made": "greedy", "temperature": "hot"}},
 ]
 
 

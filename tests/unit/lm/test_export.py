@@ -195,6 +195,7 @@ def test_folders_that_do_not_fit(tmp_path, folder):
         export_peft(adapter, tmp_path / "out", base=str(other))
     tensors = load_file(adapter / "added.safetensors")
     save_file({n: t[:, :, :5].contiguous() for n, t in tensors.items()}, adapter / "added.safetensors")
+    storage.stamp(adapter)
     with pytest.raises(BaseMismatchError, match=r"is \(2, 2, 5\), and the model wants \(2, 2, 16\)"):
         export_peft(adapter, tmp_path / "out")
     with pytest.raises(LoadError, match=r"no model folder at"):

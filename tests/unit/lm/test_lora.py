@@ -136,6 +136,30 @@ def test_plain_peft_reads_what_is_written(tmp_path, family, wrapper):
     )
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "gemma2"])
+@pytest.mark.parametrize("targets", ["embed_tokens|wte|embed_in", "embed_tokens|wte|embed_in|q_proj|c_attn|query_key"])
+@pytest.mark.parametrize("wrapper", ["none", "sample"])
+@pytest.mark.filterwarnings("ignore:.*tie_word_embeddings")  # plain PEFT's, of merging
+def test_lora_on_embeddings_is_exact_and_answers(tmp_path, family, targets, wrapper):
+    model = WRAPPERS[wrapper](trained(family, targets=targets))
+    assert any("lora_embedding_A" in name for name in lora_names(model))
+    save_adapter(model, tmp_path)
+    again = load_adapter(fresh(family), tmp_path)
+    assert torch.equal(logits(again), logits(model))
+    bare = load_lora(fresh(family), tmp_path)
+    assert torch.equal(plain_peft(tmp_path, family)(input_ids=IDS).logits, logits(bare))
+    assert RiskAwareLM(again, tokenizer()).vocabulary == causal(family).get_input_embeddings().num_embeddings
+
+
+def test_lora_of_plain_peft_on_an_embedding_is_read(tmp_path):
+    config = peft.LoraConfig(r=3, target_modules=["embed_tokens", "v_proj"])
+    theirs = shaken(peft.get_peft_model(fresh(), config)).eval()
+    theirs.save_pretrained(tmp_path, save_embedding_layers=False)
+    assert torch.equal(logits(load_adapter(fresh(), tmp_path)), logits(theirs))
+    voters = load_adapter(fresh(), tmp_path, vote.Wrapper(n_voters=2, rank=2, param_filter="embed_tokens"))
+    assert RiskAwareLM(voters, tokenizer()).vocabulary == 61
+
+
 def test_what_plain_peft_writes_is_read(tmp_path):
     config = peft.LoraConfig(r=3, use_dora=True, use_rslora=True, target_modules=["q_proj", "v_proj"])
     theirs = peft.get_peft_model(fresh(), config)
@@ -220,10 +244,12 @@ def test_another_base(tmp_path):
     tensors = load_file(tmp_path / "adapter_model.safetensors")
     name, wide = next(iter(tensors.items()))
     save_file(tensors | {name: torch.cat([wide, wide], 1)}, tmp_path / "adapter_model.safetensors")
+    storage.stamp(tmp_path)
     with pytest.raises(BaseMismatchError) as error:
         load_adapter(fresh(), tmp_path)
     assert "size mismatch" in one_line(error)
     save_file({n: t for n, t in tensors.items() if n != name}, tmp_path / "adapter_model.safetensors")
+    storage.stamp(tmp_path)
     with pytest.raises(BaseMismatchError, match=r"it lacks model\.layers\.\d"):
         load_adapter(fresh(), tmp_path)
 
@@ -239,7 +265,7 @@ def test_another_base(tmp_path):
         ("adapter_config.json", b'{"peft_type": "LORA", "r": "x"}', "another base model|broken"),
         ("adapter_config.json", b'{"peft_type": "LORA", "bias": "all"}', "also trains weights of the base"),
         ("adapter_config.json", b'{"peft_type": "LORA", "modules_to_save": ["lm_head"]}', "also trains weights"),
-        ("adapter_model.safetensors", b"", r"adapter_model\.safetensors cannot be read"),
+        ("adapter_model.safetensors", b"", r"adapter_model\.safetensors (cannot be read|was changed)"),
         ("adapter_model.safetensors", None, "download it again"),
     ],
 )

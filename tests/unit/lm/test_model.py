@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import re
 
@@ -113,6 +114,21 @@ def test_tokens_hold_together():
     assert greedy.tokens[0].alternatives[0].probability == pytest.approx(math.exp(greedy.tokens[0].logprob))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("name", [*WRAPPERS, None])
+def test_what_could_have_been_said_adds_up_to_at_most_one_in_any_dtype(name, dtype):
+    model = copy.deepcopy(talker()).to(dtype)
+    model.lm_head.weight *= 40  # sure, as trained models are: rounding shows where probabilities are near 1
+    lm = RiskAwareLM((WRAPPERS[name](model) if name else model).eval(), tokenizer())
+    for temperature in (0.0, 1.0, 3.0):
+        answer = lm.generate(QUESTIONS[0], max_tokens=12, temperature=temperature, seed=1)
+        for t in (*answer.tokens, *lm.score("The capital of France is Paris.", QUESTIONS[0]).tokens):
+            shares = {a.id: a.probability for a in t.alternatives}
+            assert shares.get(t.id, math.exp(t.logprob)) == math.exp(t.logprob)
+            assert sum({**shares, t.id: math.exp(t.logprob)}.values()) <= 1
+            assert [*shares.values()] == sorted(shares.values(), reverse=True)
+
+
 def test_a_chat_a_question_and_an_empty_list():
     lm = talking()
     turn = [{"role": "user", "content": QUESTIONS[0]}]
@@ -221,8 +237,12 @@ def folder(tmp_path_factory):
     return path
 
 
-def test_loading_wraps_with_fresh_voters_unless_told(folder):
-    assert RiskAwareLM.load(folder).model.spec == vote.Wrapper(n_voters=3, rank=16)
+untrained = pytest.mark.filterwarnings("ignore::selfdoubt.errors.UntrainedWarning")
+
+
+@untrained
+def test_loading_leaves_a_model_plain_unless_told(folder):
+    assert not isinstance(RiskAwareLM.load(folder).model, selfdoubt.Wrapped)
     assert RiskAwareLM.load(folder, wrapper=WRAPPERS["sample"]).model.spec == WRAPPERS["sample"]
     plain = RiskAwareLM.load(folder, wrapper=None)
     assert not isinstance(plain.model, selfdoubt.Wrapped)
@@ -252,6 +272,7 @@ def test_a_wrapper_without_settings_is_said_before_anything_loads():
         RiskAwareLM.load("pocket", wrapper=vote.Wrapper)
 
 
+@untrained
 def test_a_trained_model_tells_its_published_story_through_unchanged_voters(stories):
     lm = RiskAwareLM.load(stories, wrapper=vote.Wrapper(weight_noise=0.0, rank=4))
     # The first words are the greedy ones, too. Later the published sample takes the second of two close tokens.
@@ -262,6 +283,7 @@ def test_a_trained_model_tells_its_published_story_through_unchanged_voters(stor
     assert max(t.epistemic for t in answer.tokens) < 1e-5
 
 
+@untrained
 def test_batches_of_a_trained_model_are_its_answers_alone(stories):
     lm = RiskAwareLM.load(stories, wrapper=vote.Wrapper(n_voters=2, rank=4), dtype=torch.float64)
     starts = ["Once upon a time", "Lily", "The big dog was very sad because"]
@@ -273,6 +295,7 @@ def test_batches_of_a_trained_model_are_its_answers_alone(stories):
         assert_same(stream.answer, answer)
 
 
+@untrained
 def test_familiar_text_surprises_a_trained_model_less(stories):
     lm = RiskAwareLM.load(stories, wrapper=vote.Wrapper(rank=4))
     story = lm.score("Once upon a time, there was a little girl named Lily.")

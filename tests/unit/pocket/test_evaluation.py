@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from selfdoubt.pocket import evaluation, evaluation_file, reference_file
+from selfdoubt.pocket import evaluation, evaluation_file, reference_file, split
 from selfdoubt.pocket.atlas import fold
 from selfdoubt.pocket.evaluation import CATEGORIES, Question, is_right, read, write
 from selfdoubt.pocket.facts import all_facts
@@ -72,7 +72,10 @@ def test_the_shipped_files_are_whole():
     assert set(counts) == set(CATEGORIES) == {q.category for q in reference}
     assert all(400 <= counts[c] <= 600 for c in ("known", "rare", "unseen"))
     assert all(200 <= counts[c] <= 300 for c in ("ambiguous", "invented"))
-    assert 500 <= len(reference) <= 700
+    ranked = [q for q in reference if not q.only_calibrates]
+    assert 500 <= len(ranked) <= 700
+    assert 0.3 < sum(not q.answers for q in reference) / len(reference) < 0.4
+    assert all(not q.answers and q.category == "invented" for q in reference if q.only_calibrates)
     for file in (questions, reference):
         assert len({q.id for q in file}) == len(file)
         assert all(bool(q.answers) != (q.category == "invented") for q in file)
@@ -85,6 +88,8 @@ def test_the_shipped_files_are_whole():
 def test_evaluation_and_reference_share_no_fact_and_no_city():
     questions, reference = read(evaluation_file()), read(reference_file())
     assert not overlap(questions, reference)
+    names = [fold(q.subject) for f in (questions, reference) for q in f if q.category == "invented"]
+    assert len(set(names)) == len(names)
     cities = [{fold(q.subject) for q in f if q.category != "known"} for f in (questions, reference)]
     assert not cities[0] & cities[1]
 
@@ -93,6 +98,14 @@ def test_the_shipped_files_come_from_the_recipe(whole):
     files = write_questions(whole, 0)
     assert files["evaluation"] == read(evaluation_file())
     assert files["reference"] == read(reference_file())
+
+
+def test_questions_that_only_calibrate_leave_the_others_as_they_are(whole, monkeypatch):
+    more = write_questions(whole, 0)
+    monkeypatch.setattr(split, "UNANSWERABLE", 0)
+    fewer = write_questions(whole, 0)
+    assert fewer["evaluation"] == more["evaluation"]
+    assert fewer["reference"] == [q for q in more["reference"] if not q.only_calibrates]
 
 
 def test_every_answer_is_true_and_unseen_places_are_never_seen(whole):

@@ -68,6 +68,7 @@ def test_the_recipe_makes_a_folder_that_loads(tiny_folder, tmp_path, monkeypatch
 
     sizes = {"known": 4, "rare": 4, "unseen": 4, "ambiguous": 0, "invented": 0}
     monkeypatch.setattr(split, "SIZES", {"evaluation": sizes, "reference": sizes})
+    monkeypatch.setattr(split, "UNANSWERABLE", 0)
     monkeypatch.setattr(recipe, "TOKENIZER_PAIRS", 500)
     out = tmp_path / "made" / "model"
     recipe.make(tiny_folder, out, steps=2, every=1, checkpoints=tmp_path / "made" / "during", compiled=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -9,9 +10,11 @@ import torch
 
 from selfdoubt import RiskAwareLM, vote
 from selfdoubt.errors import ConfigError, DataError
-from selfdoubt.qa.agreement import same
+from selfdoubt.qa.agreement import clusters, same
 from selfdoubt.qa.ask import Plan, ask, sample_seed
 from selfdoubt.qa.evaluate import evaluate, quarters
+from selfdoubt.qa.judged import usable
+from selfdoubt.qa.measure import measure
 from selfdoubt.qa.p_true import p_true
 from selfdoubt.qa.prompting import Prompting
 from selfdoubt.qa.records import Question, Record
@@ -131,3 +134,44 @@ def test_questions_that_cannot_be_asked_together(tmp_path):
         evaluate(model(), QUESTIONS + QUESTIONS[:1], PLAN, tmp_path)
     with pytest.raises(DataError, match="there are no questions"):
         evaluate(model(), [], PLAN, tmp_path)
+
+
+@pytest.mark.parametrize("style", ["chat", "qa"])
+def test_empty_answers_have_the_surprisal_of_their_end(style):
+    lm, plan = model(), replace(PLAN, how=Prompting(style), samples=8, p_true=False)
+    prompts = [plan.prompt(q) for q in QUESTIONS]
+    firsts = [lm.generate(p, raw=plan.raw, max_tokens=1).tokens[0] for p in prompts]
+    drawn = [
+        lm.generate(p, raw=plan.raw, max_tokens=1, temperature=1.0, seed=sample_seed(plan.seed, q.id, i)).tokens[0]
+        for p, q in zip(prompts, QUESTIONS, strict=True)
+        for i in range(0, 8, 3)
+    ]
+    lm.stop_ids = frozenset(t.id for t in (firsts[0], *drawn))  # the first answer and some samples end at once
+    found = ask(lm, QUESTIONS, plan, same("exact")).records
+    assert found[0].answer == ""
+    assert found[0].scores["sum_nll"] == pytest.approx(firsts[0].nll, rel=1e-4)
+    assert set(found[0].scores) == set(found[1].scores)
+    for record, p in zip(found, prompts, strict=True):
+        seeds = [sample_seed(plan.seed, record.question.id, i) for i in range(8)]
+        own = lm.generate([p] * 8, seeds=seeds, temperature=1.0, max_tokens=plan.max_tokens, raw=plan.raw,
+                          stop=["\n"] if plan.raw else [])  # fmt: skip
+        assert any(not a.tokens for a in own)
+        weights = [math.exp(-a.scores["sum_nll"]) for a in own]
+        of = clusters([s.text for s in record.samples])
+        mass = [sum(w for w, c in zip(weights, of, strict=True) if c == one) / sum(weights) for one in set(of)]
+        expected = -sum(m * math.log(m) for m in mass)
+        assert record.scores["semantic_entropy_weighted"] == pytest.approx(expected, rel=1e-3, abs=1e-6)
+        assert expected > 0 or len(mass) == 1
+
+
+def test_a_run_with_empty_answers_compares_all_of_them():
+    lm, plan = model(), replace(PLAN, samples=0, p_true=False)
+    questions = [Question(f"q{i}", f"What is number {i} of {i * i}?", answers=("x",)) for i in range(30)]
+    firsts = [lm.generate(q.text, max_tokens=1).tokens[0].id for q in questions]
+    lm.stop_ids = frozenset(firsts[:3])
+    found = [replace(r, correct=i % 3 > 0) for i, r in enumerate(ask(lm, questions, plan, same("exact")).records)]
+    assert any(r.answer == "" for r in found)
+    report = measure(found, {}, draws=20)
+    assert "why" not in report["picked"]
+    assert all(score["note"] is None and score["judged"] == 30 for score in report["scores"].values())
+    assert len(usable(found)[0]) == 30

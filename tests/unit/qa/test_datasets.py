@@ -153,7 +153,7 @@ QA = '{"question": "?", "answer": "x"}'
         ("a.jsonl", '{"question": "?", "options": 7, "answer": "a"}', "options must be a list of texts"),
         ("a.jsonl", f'{{"id": 1, {QA[1:]}\n{{"id": 1, "question": "!", "answer": "x"}}', "the id '1' comes twice"),
         ("a.json", f"[\n{GOOD},\n{{broken", "line 3: broken JSON"),
-        ("a.json", "7", "wanted a list of objects, found int"),
+        ("a.json", "7", "wanted a list of objects, found '7'"),
         ("a.json", "[7]", "entry 1: wanted an object with keys, found int"),
         ("a.json", "[]", "holds no questions"),
         (
@@ -171,7 +171,7 @@ QA = '{"question": "?", "answer": "x"}'
         ("a.csv", "question,answer\nx,y,z", "line 2: more cells than the header"),
         ("a.csv", "question,answer\nx", "line 2: answer must be text, found None"),
         ("a.csv", "question,answer\nx,", "line 2: answer is empty"),
-        ("a.csv", "question,answer\nx,\"['a', 'b']\"", "line 2: answer looks like a list but is not JSON"),
+        ("a.csv", "question,answer\nx,\"['a' 'b']\"", "line 2: answer looks like a list but is neither JSON nor"),
         ("a.txt", "x", "ends in '.txt'"),
         (
             "a.jsonl",

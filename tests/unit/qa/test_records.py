@@ -32,7 +32,14 @@ def test_records_come_back_as_they_were_written(tmp_path):
     records.save(tmp_path / "r.jsonl", [FULL, bare])
     assert records.read(tmp_path / "r.jsonl") == [FULL, bare]
     plain = json.loads((tmp_path / "r.jsonl").read_text(encoding="utf-8").split("\n")[1])
-    assert plain == {"id": "b", "question": "Why?", "answer": None, "correct": None, "note": "the call failed"}
+    assert plain == {
+        "id": "b",
+        "question": "Why?",
+        "answers": [],
+        "answer": None,
+        "correct": None,
+        "note": "the call failed",
+    }
 
 
 @pytest.mark.parametrize(

@@ -51,6 +51,18 @@ def test_every_row_keeps_its_place_and_a_row_that_fails_says_why(tmp_path, batch
         assert "old" not in found[i]["scores"]
 
 
+def test_a_row_without_a_number_says_why(tmp_path):
+    lm, question = RiskAwareLM.load("pocket", dtype=torch.float32), "What is the capital of France?"
+    answers = ["The capital of France is Paris.", "The capital of France is Lima.", "Paris", "The capital"]
+    rescore(lm, [{"question": question, "answer": a, "p_correct_note": "old"} for a in answers], tmp_path / "out.jsonl")
+    first, *others = read(tmp_path / "out.jsonl")
+    assert first["p_correct"] > 0.9
+    assert (first["abstain"], first["p_correct_note"]) == (False, None)
+    for row in others:
+        assert (row["p_correct"], row["abstain"]) == (None, True)
+        assert "would say" in row["p_correct_note"]
+
+
 def test_bad_files_are_told_before_a_model_loads(tmp_path):
     file = tmp_path / "answers.jsonl"
     file.write_text('{"q": "What?", "answer": "That."}\n', encoding="utf-8")
@@ -64,3 +76,10 @@ def test_bad_files_are_told_before_a_model_loads(tmp_path):
     file.write_text("", encoding="utf-8")
     with pytest.raises(DataError, match="holds no answers"):
         read_answers(str(file), tmp_path / "out.jsonl", "q")
+
+
+def test_white_space_and_a_byte_order_mark_around_an_answer_change_nothing(tmp_path):
+    rows = [{"question": "Where?", "answer": text} for text in ("Paris.", "Paris.\n", "\ufeffParis.\r\n", " Paris. ")]
+    assert rescore(model(), rows, tmp_path / "scored.jsonl", batch_size=1) == 0
+    first, *others = [row["scores"] for row in read(tmp_path / "scored.jsonl")]
+    assert others == [first] * 3

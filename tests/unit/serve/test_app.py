@@ -20,6 +20,12 @@ from tests import zoo
 
 CHAT = "/v1/chat/completions"
 TEXT = "/v1/completions"
+FRANCE = "What is the capital of France?"
+TURNS = [
+    {"role": "user", "content": "Where is Oslo?"},
+    {"role": "assistant", "content": "The city of Oslo is in Norway."},
+    {"role": "user", "content": FRANCE},
+]
 HELLO = [{"role": "user", "content": "What is the capital of France?"}]
 UNKNOWN = [{"role": "user", "content": "Where is Zorbelheim?"}]
 
@@ -264,6 +270,55 @@ def test_texts_are_scored_with_or_without_a_question(tiny, talker):
     one = ok(tiny, "/v1/score", input=items[0])
     assert one["data"][0]["risk"] == pytest.approx(found["data"][0]["risk"], abs=1e-9)
     assert len(found["data"][1]["question_tokens"]) == len(alone.question)
+
+
+@pytest.mark.parametrize("around", ["{}\n", "\ufeff{}\r\n", "  {} "])
+def test_what_stands_around_an_answer_is_not_scored(tiny, around):
+    texts = ["Paris.", around.format("Paris.")]
+    bare, found = ok(tiny, "/v1/score", input=[{"text": t, "question": "Where?"} for t in texts])["data"]
+    assert {**found, "index": 0} == bare
+
+
+@pytest.mark.parametrize(
+    ("item", "says"),
+    [
+        ({"text": "The capital of France is Lima.", "question": FRANCE}, "would say"),
+        ({"text": "The capital", "question": FRANCE}, "would say"),
+        ({"text": "The capital of France is Paris."}, "give the question"),
+        ({"text": "The capital of France is Paris.", "messages": TURNS}, "single questions only"),
+        ({"text": "The capital of France is Paris.", "question": FRANCE, "raw": True}, "plain text"),
+    ],
+)
+def test_a_scored_text_that_the_calibration_has_not_seen_says_why_it_has_no_number(serve, pocket, item, says):
+    client = serve(pocket)
+    raw = item.pop("raw", False)
+    found = ok(client, "/v1/score", input=item, **({"raw": True} if raw else {}))["data"][0]
+    assert (found["p_correct"], found["abstain"]) == (None, True)
+    assert says in found["p_correct_note"]
+
+
+def test_a_chat_that_the_calibration_has_not_seen_says_why_it_has_no_number(serve, pocket):
+    client = serve(pocket)
+    own = ok(client, messages=TURNS[-1:], temperature=0)["choices"][0]["risk"]
+    assert own["p_correct"] > 0.9
+    assert own["p_correct_note"] is None
+    for options in (
+        {"messages": TURNS},
+        {"messages": TURNS[-1:], "max_tokens": 1},
+        {"messages": TURNS[-1:], "stop": ["is"]},
+    ):
+        found = ok(client, **{"temperature": 0, **options})["choices"][0]["risk"]
+        assert (found["p_correct"], found["abstain"]) == (None, True)
+        assert found["p_correct_note"]
+    events = client.post(CHAT, json={"messages": TURNS, "temperature": 0, "stream": True}).text
+    assert "single questions only" in events
+    said = ok(client, TEXT, prompt=FRANCE, temperature=0, max_tokens=30)["choices"][0]["risk"]
+    assert "plain text" in said["p_correct_note"]
+    ids = pocket.tokenizer(FRANCE)["input_ids"]
+    assert "plain text" in ok(client, TEXT, prompt=ids, temperature=0)["choices"][0]["risk"]["p_correct_note"]
+    schema = client.get("/openapi.json").json()["components"]["schemas"]
+    for shape in ("AnswerRisk", "Score"):
+        assert "p_correct" in schema[shape]["properties"]["p_correct_note"]["description"]
 
 
 @pytest.mark.parametrize(

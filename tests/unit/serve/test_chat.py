@@ -180,6 +180,32 @@ def test_a_verdict_says_p_correct_then_the_percentile_then_the_threshold():
     assert bare == ["Risk 2.50 (sum_nll), with nothing to compare it with"]
 
 
+NOTE = "the text is far from <b>what</b> was seen"
+
+
+@pytest.mark.parametrize("way", ["once", "until", "candidates"])
+def test_where_the_chance_is_not_known_the_reason_stands_in_its_place_and_nothing_is_sure_enough(way):
+    unknown = replace(answer([token()], p_correct=None, abstain=True), p_correct_note=NOTE)
+    parts = View(turn([unknown], way=way)).draw()["parts"]
+    verdict = read(parts["verdict0"]).text
+    assert verdict.startswith(f"Chance of being right not known here: {NOTE}")
+    assert "riskier than 93 %" in verdict
+    assert "gauge" not in parts["verdict0"]
+    assert "Right with" not in parts["verdict0"]
+    assert NOTE in words.spoken(turn([unknown], way=way), None)
+    assert not turn([unknown], way="until").confident
+    hidden = turn([unknown], way=way, at_least=0.01)
+    assert hidden.withheld
+    assert NOTE in words.withheld(hidden)
+    known = answer([token()], p_correct=0.01)
+    assert turn([unknown, known], way="candidates").ranked[0].answer == known
+
+
+def test_a_chance_with_a_caveat_has_both():
+    said = words.verdict(replace(answer(), p_correct_note=NOTE), None)
+    assert said[0] == f"Right with 87 % ({NOTE})"
+
+
 @given(st.floats(0, 1))
 def test_only_what_is_certain_is_called_so(share):
     said = words.percent(share)

@@ -424,3 +424,14 @@ def test_a_meter_is_told_what_happens():
     assert notes.tokens > 9
     assert len(notes.firsts) == 3
     assert all(0 < seconds < 5 for seconds in notes.firsts)
+
+
+@pytest.mark.parametrize("by_text", [True, False])
+def test_an_answer_that_ends_at_once_has_the_surprisal_of_its_end(by_text):
+    lm, question = speaker(), "What is the capital of France?"
+    first = lm.generate(question, max_tokens=1).tokens[0]
+    with running(lm) as engine:
+        job = engine.ask(question, max_tokens=5, stop=[first.text if by_text else first.id])
+        (answer,) = job.answers()
+    assert (answer.text, answer.tokens, answer.finish) == ("", (), "stop")
+    assert answer.risk == answer.scores["sum_nll"] == pytest.approx(first.nll)

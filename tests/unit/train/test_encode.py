@@ -8,10 +8,11 @@ import json
 import pytest
 
 from selfdoubt.errors import ConfigError, DataError
+from selfdoubt.lm.load import stop_ids
 from selfdoubt.lm.prompt import encode as encode_question
 from selfdoubt.train.config import TrainConfig
 from selfdoubt.train.encode import ALPACA, encode, prepare_tokenizer, splits
-from tests.zoo import tokenizer
+from tests.zoo import talker, tokenizer
 
 
 def chat(*contents, roles=("user", "assistant")):
@@ -157,3 +158,29 @@ def test_encoded_data_are_found_again_unless_something_changed(tmp_path):
     assert len(splits(config, tokenizer(), tmp_path / "data").train) == 9
     assert [f.suffix for f in sorted((tmp_path / "data").iterdir())] == [".arrow", ".json"]
     assert not file.exists()
+
+
+CHATML = "{% for m in messages %}<|user|>{{ m.role }}\n{{ m.content }}AFTER{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("after", "end"),
+    [
+        ("<|system|>\n", "<|system|>"),  # a token of its own ends turns
+        ("\n<|system|>\n", "\n<|system|>"),
+        ("\n", "<|end|>"),  # nothing does, so the end of text is learnt
+        (" That was it.", "<|end|>"),
+        ("{% if loop.last %}{{ eos_token }}{% endif %}", "<|end|>"),
+    ],
+)
+@pytest.mark.parametrize("loss_on", ["response", "all"])
+def test_the_end_that_is_learnt_is_one_that_stops_an_answer(after, end, loss_on):
+    words = copy.deepcopy(tokenizer())
+    words.chat_template = CHATML.replace("AFTER", after)
+    example = encode(words, chat("One?", "Two.", "Three?", "Four."), loss_on=loss_on, max_length=400)
+    last = "Four." + end
+    assert learnt(words, example).rstrip("\n").endswith(last)
+    if loss_on == "response":
+        assert learnt(words, example).startswith("Two.")
+        assert "<|user|>" not in learnt(words, example)  # what opens a turn is nobody's to say
+        assert example.ids[-1] in stop_ids(talker(), words)

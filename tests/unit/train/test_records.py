@@ -89,7 +89,7 @@ GOOD = json.dumps(INSTRUCTIONS[0])
     ("name", "text", "wanted"),
     [
         ("a.jsonl", f"{GOOD}\n\n{{broken", "line 3: broken JSON"),
-        ("a.jsonl", f"{GOOD}\n[1]", "line 2: wanted an object with columns, found list"),
+        ("a.jsonl", f"{GOOD}\n[1]", "line 2: wanted an object with keys, found list"),
         ("a.jsonl", f'{GOOD}\n{{"instruction": "x", "output": 7}}', "line 2: output must be text, found int"),
         ("a.jsonl", f'{GOOD}\n{{"instruction": " ", "output": "y"}}', "line 2: instruction is empty"),
         ("a.jsonl", '{"prompt": "x", "output": "y"}', "as instruction it lacks instruction"),
@@ -100,7 +100,7 @@ GOOD = json.dumps(INSTRUCTIONS[0])
         ("a.json", "[]", "holds no records"),
         ("a.csv", 'question,answer\nx,"y', "broken CSV"),
         ("a.csv", "question,answer\nx,y,z", "line 2: more cells than the header"),
-        ("a.csv", "question,answer\nx", "line 2: answer must be text, found NoneType"),
+        ("a.csv", "question,answer\nx", "line 2: answer must be text, found None"),
         ("a.parquet", "no", "is not a Parquet file"),
         ("a.txt", "no", "ends in '.txt'"),
         ("a.jsonl", '{"messages": []}', "messages must be a list"),

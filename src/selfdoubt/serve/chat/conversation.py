@@ -139,10 +139,10 @@ class Turn:
 
 
 def sureness(answer: Answer) -> float | None:
-    """How sure an answer is, in [0, 1]: ``p_correct``, or without a calibration the share of reference answers that
-    are riskier. None where there is neither.
+    """Return how sure an answer is, in [0, 1]: ``p_correct``, or without a calibration the share of reference answers
+    that are riskier. None where there is neither, or where the calibration does not hold.
     """
-    if answer.p_correct is not None:
+    if answer.p_correct is not None or answer.p_correct_note is not None:
         return answer.p_correct
     return None if answer.percentile is None else 1 - answer.percentile
 
@@ -288,4 +288,6 @@ def _doubt(answer: Answer | None) -> tuple[float, float]:
     if answer is None:
         return math.inf, math.inf
     sure = sureness(answer)
-    return (answer.risk if sure is None else 1 - sure), answer.risk
+    if sure is None:
+        return (1.0 if answer.p_correct_note else answer.risk), answer.risk
+    return 1 - sure, answer.risk

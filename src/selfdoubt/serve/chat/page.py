@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import time
 from collections import OrderedDict
 from collections.abc import AsyncGenerator, Sequence
@@ -134,9 +135,12 @@ class Page:
     def _welcome(self) -> str:
         intro = "Every word comes in the colour of its doubt. Point at one, tap it, or move there with the arrow keys."
         which = examples.POCKET if self.pocket else examples.OTHERS
+        # Gradio reads the whole as a template of JavaScript, in which a backtick would be the end.
+        said = re.sub("`([^`]*)`", r"<code>\1</code>", escape(self.engine.lm.note or ""))
+        note = f'<p class="note">Note: {said}.</p>' if said else ""
         return (
             '<div class="welcome"><p class="lead">Ask, and see how sure the model is.</p>'
-            f'<p>{intro}</p><div class="examples">{examples.cards(which)}</div></div>'
+            f'<p>{intro}</p>{note}<div class="examples">{examples.cards(which)}</div></div>'
             '<div class="turns"></div><p class="hint"></p><p class="notice" role="alert"></p>'
             '<p class="sr" aria-live="polite"></p>'
         )
@@ -280,8 +284,8 @@ class Page:
 
 
 def _asked(typed: object) -> str:
-    """What was typed, as text that can be sent: a browser may hand over half a character."""
-    return str(typed or "").encode("utf-8", "replace").decode().strip()
+    """Text as it was typed, fit to be sent: a browser may hand over half a character. Code keeps its indentation."""
+    return str(typed or "").encode("utf-8", "replace").decode().rstrip().lstrip("\r\n")
 
 
 def _settings(values: tuple[Any, ...]) -> Settings:

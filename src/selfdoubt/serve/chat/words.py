@@ -44,7 +44,10 @@ def bounds(token_risk: str) -> list[tuple[str, str]]:
 def chance(answer: Answer) -> str:
     """How sure the answer is, first of all; empty where nothing is known to compare it with."""
     if answer.p_correct is not None:
-        return f"Right with {percent(answer.p_correct)}"
+        caveat = f" ({answer.p_correct_note})" if answer.p_correct_note else ""
+        return f"Right with {percent(answer.p_correct)}{caveat}"
+    if answer.p_correct_note is not None:
+        return f"Chance of being right not known here: {answer.p_correct_note}"
     if answer.percentile is not None:
         return f"Riskier than {percent(answer.percentile)} of the reference answers"
     return ""
@@ -53,7 +56,7 @@ def chance(answer: Answer) -> str:
 def verdict(answer: Answer, calibration: Calibration | None, *, short: bool = False) -> list[str]:
     """What is to be said of an answer, the most trustworthy first; ``short``: without what a picture beside it says."""
     found = [chance(answer)] if chance(answer) else []
-    if answer.p_correct is not None and answer.percentile is not None:
+    if (answer.p_correct is not None or answer.p_correct_note is not None) and answer.percentile is not None:
         found.append(f"riskier than {percent(answer.percentile)} of the reference answers")
     if not short and answer.abstain is not None and calibration is not None and calibration.threshold is not None:
         does = "would withhold it" if answer.abstain else "lets it pass"
@@ -73,7 +76,12 @@ def withheld(turn: Turn) -> str:
         return f"It was stopped before its verdict, and {asked}."
     sure = sureness(best.answer)
     if sure is None:
-        return f"Nothing says how sure it is, and {asked}."
+        why = best.answer.p_correct_note
+        return (
+            f"Whether it is right is not known here ({why}), and {asked}."
+            if why
+            else (f"Nothing says how sure it is, and {asked}.")
+        )
     n = turn.answered
     who = "What it would say" if n == 1 else f"The best of {n} answers"
     if best.answer.p_correct is not None:
@@ -105,13 +113,17 @@ def _joined(*parts: str) -> str:
 def picked(turn: Turn) -> str:
     """Why the best chance of several may not hold: it was picked because it is high. Empty where none is told."""
     best = None if turn.best is None else turn.best.answer
-    tells = best is not None and turn.answered > 1 and chance(best)
+    tells = best is not None and turn.answered > 1 and _has_chance(best)
     return "the best of several promises too much" if tells else ""
 
 
 def caveat(turn: Turn, answer: Answer) -> str:
     """Why the chance that is told may not hold here; empty where nothing speaks against it."""
-    return "learnt from single questions, so only a rough guide here" if turn.before and chance(answer) else ""
+    return "learnt from single questions, so only a rough guide here" if turn.before and _has_chance(answer) else ""
+
+
+def _has_chance(answer: Answer) -> bool:
+    return sureness(answer) is not None
 
 
 def thinking(turn: Turn) -> str:

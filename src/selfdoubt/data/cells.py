@@ -1,0 +1,148 @@
+"""Cells of a row: a text, or several texts; in JSON, as Python writes a list, or in the objects of known sets."""
+
+from __future__ import annotations
+
+import ast
+import io
+import json
+import math
+import re
+import tokenize
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+from selfdoubt.data.rows import Row
+from selfdoubt.errors import DataError
+
+_HALF = re.compile("[\ud800-\udfff]")
+
+
+def has_half(text: str) -> bool:
+    """Return whether a text holds half of a character: a surrogate that stands alone."""
+    return bool(_HALF.search(text))
+
+
+def whole_text(place: str, column: str, text: str) -> str:
+    """Check that a text holds no half of a character (a lone surrogate), which no tokenizer takes.
+
+    Raises:
+        DataError: If it does.
+    """
+    half = _HALF.search(text)
+    if half:
+        found = f"\\u{ord(half[0]):04x}"
+        raise DataError(f"{place}: {column} holds {found}, half of a character; mend or remove the row")
+    return text
+
+
+def required_text(place: str, row: Row, column: str) -> str:
+    """Return a text that is not empty, stripped.
+
+    Raises:
+        DataError: If it is missing, empty or not text.
+    """
+    cell = row.get(column)
+    if not isinstance(cell, str):
+        raise DataError(f"{place}: {column} must be text, found {type(cell).__name__}; mend or remove the row")
+    if not cell.strip():
+        raise DataError(f"{place}: {column} is empty; mend or remove the row")
+    return whole_text(place, column, cell.strip())
+
+
+def optional_text(place: str, row: Row, column: str | None) -> str | None:
+    """Return a text or a number as text; None where there is none.
+
+    Raises:
+        DataError: If it is something else.
+    """
+    cell = None if column is None else row.get(column)
+    return None if cell is None or cell == "" else plain(place, str(column), cell)
+
+
+def texts(place: str, column: str, cell: Any, separator: str | None = None) -> tuple[str, ...]:
+    """Return all texts of a cell, each once: of a list, of text that is a list in JSON or as Python writes it, or of
+    SQuAD's or TriviaQA's object.
+
+    Args:
+        place: Where the cell is, in words.
+        column: Its column.
+        cell: What it holds.
+        separator: Parts one text into several; empty parts are left out.
+
+    Raises:
+        DataError: If it is empty, or not text. An explicit empty list is none: then only declining is right.
+    """
+    if isinstance(cell, str):
+        cell = listed(place, column, cell, separator)
+    if isinstance(cell, Mapping):
+        keys = {str(k).lower(): k for k in cell}
+        if "text" in keys:
+            cell = cell[keys["text"]]
+        elif "value" in keys:
+            cell = [cell[keys["value"]], *(cell[keys["aliases"]] if "aliases" in keys else ())]
+        else:
+            raise DataError(f"{place}: {column} is an object with {names(cell)}; wanted text or a list of texts")
+    if isinstance(cell, Sequence) and not isinstance(cell, str):
+        parts = [part["text"] if isinstance(part, Mapping) and "text" in part else part for part in cell]
+    else:
+        parts = [cell]
+    return tuple(dict.fromkeys(plain(place, column, part) for part in parts))
+
+
+def listed(place: str, column: str, cell: str, separator: str | None) -> Any:
+    """Return a cell's list or object, where its text is one; else its parts, where a separator says so.
+
+    Raises:
+        DataError: If it looks like a list of Python or numpy but is none.
+    """
+    bare = cell.strip()
+    if (bare[:1], bare[-1:]) in (("[", "]"), ("{", "}")):
+        for parse in (json.loads, _python):
+            try:
+                found = parse(bare)
+            except (ValueError, SyntaxError, RecursionError, MemoryError, tokenize.TokenError):
+                continue
+            if isinstance(found, list) or (isinstance(found, dict) and _KNOWN & {str(k).lower() for k in found}):
+                return found
+        if _LOOKS.match(bare):
+            raise DataError(
+                f"{place}: {column} looks like a list but is neither JSON nor Python: {bare[:40]!r}; write JSON, with "
+                "commas and double quotes"
+            )
+    if separator is None:
+        return cell
+    parts = [part.strip() for part in cell.split(separator) if part.strip()]
+    return parts or cell
+
+
+_KNOWN = {"text", "value"}  # keys of SQuAD's and TriviaQA's objects
+_LOOKS = re.compile(r"""\[\s*['"]|\{\s*['"](text|value|aliases|answer_start)['"]\s*:""")
+
+
+def _python(text: str) -> Any:
+    """A list as Python prints it. What numpy prints lacks commas, and Python would join its texts into one."""
+    kinds = [token.type for token in tokenize.generate_tokens(io.StringIO(text).readline)]
+    if (tokenize.STRING, tokenize.STRING) in pairwise(kinds):
+        raise ValueError("no commas")
+    return ast.literal_eval(text)
+
+
+def plain(place: str, column: str, cell: Any) -> str:
+    """Return a text or a finite number as text, stripped.
+
+    Raises:
+        DataError: If it is something else, empty, or holds half of a character.
+    """
+    is_number = isinstance(cell, (int, float)) and not isinstance(cell, bool) and math.isfinite(cell)
+    if not isinstance(cell, str) and not is_number:
+        raise DataError(f"{place}: {column} must be text, found {cell!r}; mend or remove the row")
+    if not str(cell).strip():
+        hint = " (write [] where only declining is right)" if column.lower().startswith("answer") else ""
+        raise DataError(f"{place}: {column} is empty{hint}; mend or remove the row")
+    return whole_text(place, column, str(cell).strip())
+
+
+def names(row: Mapping[Any, Any]) -> str:
+    """Return the keys of a row, for people."""
+    return ", ".join(map(repr, row)) or "none"

@@ -1,0 +1,295 @@
+"""What the columns of a row mean: a question, its accepted answers, its choices, its topic."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+from selfdoubt.data.cells import listed, names, optional_text, required_text, texts, whole_text
+from selfdoubt.data.rows import Row
+from selfdoubt.errors import ConfigError, DataError
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question and what is known of its answers.
+
+    A question without ``answers`` and without ``choices`` has no right answer but to decline, as in SQuAD 2.
+    """
+
+    id: str  #: unique in its file
+    text: str
+    context: str | None = None  #: a passage to read first
+    answers: tuple[str, ...] = ()  #: accepted answers
+    wrong_answers: tuple[str, ...] = ()  #: answers known to be wrong (TruthfulQA)
+    choices: tuple[str, ...] = ()  #: multiple choice, in the order in which they are shown
+    right: tuple[int, ...] = ()  #: which choices are right; several in TruthfulQA's MC2
+    topic: str | None = None  #: category, relation or data set: what "another domain" means
+
+
+#: How an answer names a choice.
+NAMED_BY = ("text", "label", "letter", "index")
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Names of columns; None looks for usual ones (``USUAL``), without regard to case.
+
+    Raises:
+        ConfigError: If ``named_by`` is none of ``NAMED_BY``.
+    """
+
+    question: str | None = None
+    answers: str | None = None  #: one text, a list of texts, or of choices: a text, a letter or an index from 0
+    id: str | None = None
+    topic: str | None = None
+    context: str | None = None
+    wrong_answers: str | None = None
+    choices: str | None = None
+    named_by: str | None = None  #: no column: how an answer names a choice, where that is ambiguous
+
+    def __post_init__(self) -> None:
+        if self.named_by is not None and self.named_by not in NAMED_BY:
+            raise ConfigError(f"answers name a choice by {', '.join(NAMED_BY)}, got {self.named_by!r}")
+
+
+AS_USUAL = Columns()
+_MANY = ("answers", "accepted_answers", "correct_answers")
+_GOLD = ("answerkey", "target", "gold", "reference", "gold_answer", "gold_answers", "ground_truth", "references")
+USUAL: dict[str, tuple[str, ...]] = {
+    "question": ("question", "qtext", "query", "problem", "prompt"),
+    "answers": (*_MANY, "answer", *_GOLD),
+    "id": ("id", "question_id", "questionid", "qid"),
+    "topic": ("topic", "relation", "category"),
+    "context": ("context", "passage"),
+    "wrong_answers": ("wrong_answers", "incorrect_answers"),
+    "choices": ("choices", "options"),
+}
+#: Flags of the command line that name a column.
+FLAGS = {"question": "--question-column", "answers": "--answer-column", "choices": "--choice-column",
+         "topic": "--topic-column", "context": "--context-column"}  # fmt: skip
+_LETTERED = re.compile(r"(?:(?P<word>option|choice|opt)_?)?(?P<label>[a-j]|[1-9])")
+
+
+def lower(name: str) -> str:
+    """Return a column's name as it is compared: in lower case, with underscores for spaces."""
+    return str(name).strip().lower().replace(" ", "_")
+
+
+def find(
+    source: str,
+    row: Row,
+    given: Columns,
+    *,
+    system: str | None = None,
+    flags: Mapping[str, str] = FLAGS,
+    needed: Sequence[str] = ("question", "answers"),
+) -> Columns:
+    """Find the columns that hold what, from the first row.
+
+    Args:
+        source: The file, for messages.
+        row: The first row.
+        given: Columns that the caller names.
+        system: The column with a system's answers, which is none of accepted ones.
+        flags: Flags that name a column, for messages.
+        needed: Parts that must have a column.
+
+    Raises:
+        DataError: If a given column is missing, none looks like a question or its answers, or several do.
+    """
+    found: dict[str, str | None] = {}
+    for part, usual in USUAL.items():
+        name = getattr(given, part)
+        if name is not None and name not in row:
+            raise DataError(f"{source} has no column {name!r} for the {part}; it has {names(row)}")
+        found[part] = _usual(source, row, part, usual, system, flags) if name is None else name
+    for part in needed:
+        if found[part] is None:
+            names_of = (n for n in USUAL[part] if n != lower(system or ""))
+            raise DataError(
+                f"{source} has no column that looks like the {part} ({' or '.join(names_of)}); "
+                f"it has {names(row)}: say which one it is{_with(flags, part)}"
+            )
+    return Columns(**found, named_by=given.named_by)
+
+
+def _usual(
+    source: str, row: Row, part: str, usual: Sequence[str], system: str | None, flags: Mapping[str, str]
+) -> str | None:
+    """The column of a usual name. Two are ambiguous, also where their first cells are equal, except that a list of
+    accepted answers goes before one answer."""
+    fits = [name for wanted in usual for name in row if lower(name) == wanted and name != system]
+    if not fits:
+        return None
+    rivals = (n for n in fits[1:] if lower(n) == lower(fits[0]) or (part == "answers" and lower(n) in _GOLD))
+    other = next(rivals, None)
+    if other is not None:
+        raise DataError(
+            f"{source} has two columns that look like the {part}, {fits[0]!r} and {other!r}: "
+            f"say which one it is{_with(flags, part)}"
+        )
+    return fits[0]
+
+
+def _with(flags: Mapping[str, str], part: str) -> str:
+    return f" with {flags[part]}" if part in flags else ""
+
+
+def with_choices(row: Row) -> Row:
+    """Return a row with its lettered columns (A, B, C, D; option_a, ...; choice1, ...) as one column of choices."""
+    if any(lower(name) in USUAL["choices"] for name in row):
+        return row
+    found: dict[tuple[str, str], str] = {}
+    for name in row:
+        match = _LETTERED.fullmatch(lower(name))
+        if match and (match["word"] or match["label"].isalpha()):
+            found.setdefault((match["word"] or "", match["label"]), name)
+    for word, first in {(word, "1" if label.isdecimal() else "a"): None for word, label in found}:
+        labels: list[str] = []
+        while (word, label := chr(ord(first) + len(labels))) in found:
+            labels.append(label)
+        filled = [label for label in labels if row[found[word, label]] not in (None, "")]
+        if len(labels) > 1 and filled:
+            cells = [row[found[word, label]] for label in filled]
+            return {**row, "choices": {"text": cells, "label": [label.upper() for label in filled]}}
+    return row
+
+
+def question_of(place: str, row: Row, columns: Columns, separator: str | None = None) -> Question:
+    """Read the question of a row; its id is empty where the row has none.
+
+    Empty and repeated choices are left out: nothing can be learnt from choosing them.
+
+    Raises:
+        DataError: If a part is missing, empty, or not text, or an answer names a choice in two ways.
+    """
+    text = required_text(place, row, columns.question or "question")
+    name = columns.answers or "answers"
+    cell = row.get(name)
+    choices: tuple[str, ...] = ()
+    right: tuple[int, ...] = ()
+    if columns.choices is not None and row.get(columns.choices) not in (None, "", []):
+        options = _options(place, columns.choices, row[columns.choices], separator)
+        found = _right(place, name, options, cell, row.get("right"), separator, columns.named_by)
+        choices, right = _unique(options.texts, found)
+        answers = tuple(choices[i] for i in right)
+    else:
+        answers = texts(place, name, cell, separator)
+    wrong: tuple[str, ...] = ()
+    if columns.wrong_answers is not None and row.get(columns.wrong_answers) not in (None, "", []):
+        wrong = texts(place, columns.wrong_answers, row[columns.wrong_answers], separator)
+    id_, topic, context = (optional_text(place, row, getattr(columns, n)) for n in ("id", "topic", "context"))
+    return Question(id_ or "", text, context, answers, wrong, choices, right, topic)
+
+
+class _Options(NamedTuple):
+    texts: tuple[str, ...]
+    labels: tuple[str, ...]
+    are_numbers: bool  #: so a number as the answer may be one of them, or an index
+
+
+def _options(place: str, column: str, cell: Any, separator: str | None) -> _Options:
+    labels: Any = ()
+    if isinstance(cell, str):
+        cell = listed(place, column, cell, separator)
+    if isinstance(cell, Mapping) and {"text", "label"} <= set(cell):
+        cell, labels = cell["text"], cell["label"]
+    if (
+        not isinstance(cell, Sequence)
+        or isinstance(cell, str)
+        or not all(isinstance(c, (str, int, float)) for c in cell)
+    ):
+        raise DataError(f"{place}: {column} must be a list of texts, found {str(cell)[:40]!r}; mend or remove the row")
+    numbers = all(not isinstance(c, str) for c in cell)
+    found = tuple(whole_text(place, column, str(c).strip()) for c in cell)
+    return _Options(found, tuple(str(label).strip() for label in labels), numbers)
+
+
+def _right(
+    place: str, column: str, options: _Options, cell: Any, given: Any, separator: str | None, named_by: str | None
+) -> tuple[int, ...]:
+    """Which choices are right: those of the given indices, else those that the cell names."""
+    indices = isinstance(given, (list, tuple))
+    wanted = given if indices else cell
+    if isinstance(wanted, str) and wanted.strip() not in options.texts:
+        wanted = listed(place, column, wanted, separator)
+    found: set[int] = set()
+    for one in wanted if isinstance(wanted, (list, tuple)) else [wanted]:
+        named = _named(place, column, options, one, "index" if indices else named_by)
+        if not named or not all(options.texts[i] for i in named):
+            choices = ", ".join(map(repr, options.texts))
+            raise DataError(
+                f"{place}: the right answer {one!r} is none of the choices {choices}; mend or remove the row"
+            )
+        found.update(named)
+    if not found:
+        raise DataError(f"{place}: none of the choices is right; mend or remove the row")
+    return tuple(sorted(found))
+
+
+def _named(place: str, column: str, options: _Options, answer: Any, by: str | None) -> list[int]:
+    """The choices that an answer names: by their label, else by their text, an index from 0 or a letter.
+
+    A number among texts is an index; a number that is the text of one choice and the index of another is ambiguous.
+    """
+    if isinstance(answer, bool) or not isinstance(answer, (str, int, float)):
+        return []
+    name = str(answer).strip()
+    letter = ord(name.upper()) - ord("A") if len(name) == 1 else -1
+    index = int(name) if name.isascii() and name.isdecimal() and len(name) < 4 else -1
+    ways = {
+        "label": [i for i, label in enumerate(options.labels) if label == name],
+        "text": [i for i, text in enumerate(options.texts) if text == name],
+        "index": [index] if 0 <= index < len(options.texts) else [],
+        "letter": [letter] if 0 <= letter < len(options.texts) else [],
+    }
+    if by is not None:
+        return ways[by]
+    if options.labels:
+        return ways["label"] or ways["text"] or ways["index"] or ways["letter"]
+    if isinstance(answer, int) and not options.are_numbers:
+        return ways["index"]
+    if ways["text"] and ways["index"] and ways["index"][0] not in ways["text"]:
+        raise DataError(
+            f"{place}: {column} {answer!r} is the text of one choice and the index of another; say which with "
+            "--answers-name text or index, or name choices by letter"
+        )
+    return ways["text"] or ways["index"] or ways["letter"]
+
+
+def _unique(choices: tuple[str, ...], right: tuple[int, ...]) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    kept = tuple(dict.fromkeys(c for c in choices if c))
+    return kept, tuple(sorted({kept.index(choices[i]) for i in right}))
+
+
+_OWN = {"id", "question", "answer", "correct"}  # of a file of answers, whose "answer" is a system's
+_OWN_COLUMNS = Columns(**{name: name for name in USUAL})
+
+
+def is_record(row: Row) -> bool:
+    """Whether this is a row of a file of answers (``Record``), where "answer" is not an accepted one."""
+    return set(row) >= _OWN and isinstance(row["correct"], (bool, type(None)))
+
+
+def of_record(place: str, row: Row) -> Question:
+    """Read the question of a record, without what was answered.
+
+    Raises:
+        DataError: If it is broken, or says nothing of accepted answers: only an explicit [] is none.
+    """
+    if row.get("answers") is None and row.get("choices") is None and "finish" not in row and "note" not in row:
+        raise DataError(
+            f"{place}: has no accepted answers; write them under answers, or [] where only declining is right"
+        )
+    answers = [] if row.get("answers") is None else row["answers"]
+    question = question_of(place, {**row, "answers": answers}, _OWN_COLUMNS)
+    return replace(question, answers=texts(place, "answers", answers))
+
+
+__all__ = [
+    "AS_USUAL", "FLAGS", "NAMED_BY", "USUAL", "Columns", "Question", "find", "is_record", "lower", "of_record",
+    "question_of", "with_choices",
+]  # fmt: skip

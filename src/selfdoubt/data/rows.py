@@ -1,0 +1,214 @@
+"""Rows of a JSON, JSONL, CSV, TSV or Parquet file or of a data set on the hub, one by one, each with its place."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterator, Mapping
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from selfdoubt.errors import DataError, require
+
+Row = Mapping[str, Any]
+Placed = tuple[str, Row]
+
+SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
+#: Characters that a cell of CSV may have; the csv module's own limit is 131,072.
+LONGEST_CELL = 1 << 30
+
+
+def read_file(path: Path) -> Iterator[Placed]:
+    """Yield the rows of a file. SQuAD's and TriviaQA's own JSON is unfolded to a row per question.
+
+    Raises:
+        DataError: If it cannot be read or is broken; the message names the place.
+        MissingExtraError: If it is Parquet and pyarrow is not installed.
+    """
+    suffix = path.suffix.lower()
+    if suffix not in SUFFIXES:
+        raise DataError(f"{path} ends in {path.suffix!r}; give a file that ends in {', '.join(SUFFIXES)}")
+    if suffix == ".parquet":
+        return _from_parquet(path)
+    text = _text(path)
+    if suffix in (".csv", ".tsv"):
+        return _from_csv(path, text)
+    start, line = _skip(text, 0, 1)
+    if text[start : start + 1] == "[":
+        return _from_list(path, text, start, line)
+    return _from_lines(path, text) if suffix == ".jsonl" else _from_json(path, text, start, line)
+
+
+def read_hub(
+    name: str, config: str | None, split: str | None, revision: str | None, *, splits: tuple[str, ...], extra: str
+) -> Iterator[Placed]:
+    """Yield the rows of a data set on the hub.
+
+    Args:
+        name: Its name, "owner/name".
+        config: One of its configurations, where it has several.
+        split: None takes the first of ``splits`` that there is, else its first.
+        revision: A branch, tag or commit.
+        splits: The usual splits, in order.
+        extra: What to install where the package ``datasets`` is missing.
+
+    Raises:
+        DataError: If it cannot be loaded.
+        MissingExtraError: If the package ``datasets`` is not installed.
+    """
+    datasets = require("datasets", extra)
+    datasets.disable_progress_bars()
+    try:
+        found = datasets.load_dataset(name, config, split=split, revision=revision)
+        if split is None:
+            split = next((s for s in splits if s in found), next(iter(found)))
+            found = found[split]
+        yield from ((f"{name}, {split}, row {number}", row) for number, row in enumerate(found, 1))
+    except Exception as error:  # the hub raises what it likes
+        text = " ".join(str(error).split())[:160]
+        raise DataError(
+            f"{name!r} is neither a file here nor a data set that can be loaded from the hub ({type(error).__name__}: "
+            f"{text}); give a {', '.join(SUFFIXES)} file, or check name, configuration, split and network"
+        ) from None
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 text (byte {error.start}); convert it, e.g. with iconv") from None
+
+
+def _from_lines(path: Path, text: str) -> Iterator[Placed]:
+    for number, line in enumerate(text.split("\n"), 1):  # a text may hold other line ends
+        if line.strip():
+            place = f"{path}, line {number}"
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise DataError(f"{place}: broken JSON ({_why(error)}); write one object a line") from None
+            yield place, _object(place, row)
+
+
+def _from_csv(path: Path, text: str) -> Iterator[Placed]:
+    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
+    csv.field_size_limit(max(csv.field_size_limit(), LONGEST_CELL))
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    try:
+        header = [name.strip() for name in next((cells for cells in reader if cells), [])]
+        twice = next((name for name in header if name and header.count(name) > 1), None)
+        if twice is not None:
+            raise DataError(f"{path}, line {reader.line_num}: the column {twice!r} comes twice; rename one of them")
+        for cells in reader:
+            if cells:
+                yield (place := f"{path}, line {reader.line_num}"), _named(place, header, cells, delimiter)
+    except csv.Error as error:
+        raise DataError(f"{path}, line {reader.line_num}: broken CSV ({error}); mend the quotes") from None
+
+
+def _named(place: str, header: list[str], cells: list[str], delimiter: str) -> Row:
+    """Cells by the name of their column; a column without one is empty, or the row numbers that pandas writes."""
+    if any(cell.strip() for cell in cells[len(header) :]):
+        raise DataError(f"{place}: more cells than the header has; put texts with {delimiter!r} in quotes")
+    row: dict[str, Any] = {}
+    for number, name in enumerate(header):
+        cell = cells[number] if number < len(cells) else None
+        if name:
+            row[name] = cell
+        elif cell is not None and cell.strip() and not (number == 0 and cell.strip().isdecimal()):
+            raise DataError(f"{place}: column {number + 1} has no name but holds {cell[:40]!r}; name it in the header")
+    return row
+
+
+def _from_list(path: Path, text: str, at: int, line: int) -> Iterator[Placed]:
+    """A list of objects; each is parsed where it stands, so that its line is known."""
+    decoder, number = json.JSONDecoder(), 0
+    at, line = _skip(text, at + 1, line)
+    while text[at : at + 1] != "]":
+        record, end = _parsed(path, decoder, text, at)
+        number += 1
+        place = f"{path}, line {line}, entry {number}"
+        yield place, _object(place, record)
+        at, line = _skip(text, end, line + text.count("\n", at, end))
+        if text[at : at + 1] == ",":
+            at, line = _skip(text, at + 1, line)
+        elif text[at : at + 1] != "]":
+            raise DataError(f"{path}, line {line}: wanted ',' or ']' after a record, found {text[at : at + 20]!r}")
+    at, line = _skip(text, at + 1, line)
+    if at < len(text):
+        raise DataError(f"{path}, line {line}: found {text[at : at + 20]!r} behind the list; remove it")
+
+
+def _from_json(path: Path, text: str, at: int, line: int) -> Iterator[Placed]:
+    if text[at : at + 1] != "{":
+        raise DataError(f"{path}, line {line}: wanted a list of objects, found {text[at : at + 20]!r}")
+    found, end = _parsed(path, json.JSONDecoder(), text, at)
+    if text[end:].strip():  # objects one a line, under the other name
+        yield from _from_lines(path, text)
+    elif isinstance(found.get("data"), list):
+        yield from _squad(path, found["data"])
+    else:
+        rows = found["Data"] if isinstance(found.get("Data"), list) else [found]
+        places = (f"{path}, entry {number}" for number in range(1, len(rows) + 1))
+        yield from ((place, _object(place, row)) for place, row in zip(places, rows, strict=True))
+
+
+def _parsed(path: Path, decoder: json.JSONDecoder, text: str, at: int) -> tuple[Any, int]:
+    try:
+        return decoder.raw_decode(text, at)
+    except (ValueError, RecursionError) as error:
+        line = getattr(error, "lineno", None) or text.count("\n", 0, at) + 1
+        raise DataError(f"{path}, line {line}: broken JSON ({_why(error)}); mend the record") from None
+
+
+def _why(error: Exception) -> str:
+    return "it is nested too deeply" if isinstance(error, RecursionError) else str(getattr(error, "msg", error))
+
+
+def _skip(text: str, at: int, line: int) -> tuple[int, int]:
+    """Past white space, counting lines."""
+    while at < len(text) and text[at].isspace():
+        line += text[at] == "\n"
+        at += 1
+    return at, line
+
+
+def _squad(path: Path, articles: list[Any]) -> Iterator[Placed]:
+    number = 0
+    try:
+        for article in articles:
+            for paragraph in article["paragraphs"]:
+                for asked in paragraph["qas"]:
+                    number += 1
+                    place = f"{path}, question {asked.get('id', number)}"
+                    impossible = asked.get("is_impossible", False)
+                    if not impossible and not asked["answers"]:
+                        raise DataError(f"{place}: has no answers but is not marked is_impossible; mend the file")
+                    answers = [] if impossible else asked["answers"]
+                    row = {"id": asked.get("id"), "question": asked["question"], "answers": answers}
+                    yield place, {**row, "context": paragraph["context"], "topic": article.get("title")}
+    except (KeyError, TypeError, AttributeError) as error:
+        lacks = f"lacks {error}" if isinstance(error, KeyError) else str(error)
+        raise DataError(
+            f"{path}: wanted SQuAD's data[].paragraphs[].qas[], and what follows question {number} {lacks}"
+        ) from None
+
+
+def _from_parquet(path: Path) -> Iterator[Placed]:
+    parquet = require("pyarrow.parquet", "train")
+    try:
+        batches = parquet.ParquetFile(path).iter_batches()
+        for number, row in enumerate(chain.from_iterable(batch.to_pylist() for batch in batches), 1):
+            yield f"{path}, row {number}", {k: v for k, v in row.items() if k != "__index_level_0__"}
+    except (OSError, require("pyarrow", "train").ArrowInvalid) as error:
+        raise DataError(f"{path} is not a Parquet file ({' '.join(str(error).split())[:100]})") from None
+
+
+def _object(place: str, row: Any) -> Row:
+    if not isinstance(row, Mapping):
+        raise DataError(f"{place}: wanted an object with keys, found {type(row).__name__}")
+    return row

@@ -1,0 +1,212 @@
+"""The conditions of a calibration: how the answers that it learnt from were made, and by which model.
+
+A probability that was learnt from one kind of answers says nothing about another: ``Conditions`` are stored with a
+calibration, and an answer that came about otherwise gets a note instead of a number.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from selfdoubt import storage
+from selfdoubt.fields import anything, choice, listing, nonempty, number, optional, record, string, table, whole
+from selfdoubt.lm.form import CHAT, RAW, TEXT
+from selfdoubt.members import Wrapped, base_name
+from selfdoubt.rows import added_names
+
+#: The most probable token each time; drawn; picked among given choices; a text that was there already.
+Made = Literal["greedy", "sampled", "choice", "given"]
+#: Numbers of a tensor that are kept, and the greatest relative distance (L2) between those of the same model: rounding
+#: to bfloat16 moves each by at most 2^-9.
+SAMPLED, TOLERANCE = 16, 5e-3
+#: Settings of a wrapper that change no number.
+_SILENT = ("verbose", "symbolic_trace")
+_AGAIN = "run `selfdoubt evaluate` and `selfdoubt calibrate` with this model"
+
+
+@dataclass(frozen=True)
+class Origin:
+    """How one answer came about."""
+
+    made: Made
+    form: str = CHAT  #: of its prompt, see ``selfdoubt.lm.form``
+    temperature: float = 0.0
+    top_p: float = 1.0
+    stop: str | None = None  #: the caller's text or token that ended it; None where the model ended it itself
+    end_gap: float = 0.0  #: how much less probable its end is than the most probable token there, nats, >= 0
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """How the answers of a calibration were made, and by which model."""
+
+    made: Made = "greedy"
+    temperature: float = 0.0  #: of sampled answers, as is ``top_p``
+    top_p: float = 1.0
+    forms: tuple[str, ...] = (CHAT,)  #: of their prompts
+    stops: tuple[str, ...] = ()  #: texts that ended some of them
+    cut: int | None = None  #: fewest tokens of an answer that was cut at max tokens; None: all were whole
+    wrappers: tuple[Mapping[str, Any], ...] = ()  #: settings, from the innermost outwards
+    base: Mapping[str, tuple[float, ...]] = field(default_factory=dict)  #: a few weights by name, see ``sketch``
+
+    @classmethod
+    def of_model(cls, model: nn.Module, **more: Any) -> Conditions:
+        """Return the conditions of answers that this model gives; ``more`` sets other fields."""
+        return cls(wrappers=settings(model), base=sketch(model), **more)
+
+    def refuse_model(self, model: nn.Module) -> str | None:
+        """Return why this calibration says nothing about a model's answers; None where it does."""
+        if not _alike(self.wrappers, settings(model)):
+            return f"the calibration was made with another wrapper; {_AGAIN}"
+        if not _same_base(self.base, sketch(model, self.base)):
+            return f"the calibration was made for another base model; {_AGAIN}"
+        return None
+
+    def refuse_answer(self, origin: Origin, finish: str, tokens: int) -> str | None:
+        """Return why this calibration says nothing about an answer that came about so; None where it does.
+
+        Whether the answer is the one that the model would give is not looked at: ``Calibration.estimate`` does.
+        """
+        if origin.form not in self.forms:
+            return _of_form(origin.form, self.forms)
+        if self.made == "sampled":
+            drawn = origin.made == "sampled" and (origin.temperature, origin.top_p) == (self.temperature, self.top_p)
+            if not drawn:
+                return (
+                    f"the calibration learnt from answers drawn at temperature {self.temperature:g} and top_p "
+                    f"{self.top_p:g}; ask with the same"
+                )
+        elif self.made != origin.made and ("choice" in (self.made, origin.made) or self.made == "given"):
+            return f"the calibration learnt from {_MADE[self.made]}, not from {_MADE[origin.made]}; {_AGAIN}"
+        if origin.stop is not None and origin.stop not in self.stops:
+            return f"the answer was ended by {origin.stop!r}, which the calibration has not seen; ask without this stop"
+        if finish == "length" and (self.cut is None or tokens < self.cut):
+            return f"the answer was cut after {tokens} tokens, which the calibration has not seen; allow more tokens"
+        return None
+
+    def joined(self, other: Conditions) -> Conditions | None:
+        """Return the conditions of both runs' answers together; None where they were not made alike."""
+        cuts = [cut for cut in (self.cut, other.cut) if cut is not None]
+        both = replace(
+            self,
+            forms=tuple(sorted({*self.forms, *other.forms})),
+            stops=tuple(sorted({*self.stops, *other.stops})),
+            cut=min(cuts, default=None),
+        )
+        same = replace(other, forms=both.forms, stops=both.stops, cut=both.cut, base=self.base) == both
+        return both if same and _same_base(self.base, other.base) else None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain data."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, entry: Mapping[str, Any]) -> Conditions:
+        """Return the conditions that ``to_json`` described.
+
+        Raises:
+            FieldError: If an entry is missing, unknown, of a wrong kind or out of range.
+        """
+        return cls(**CONDITIONS(entry, "conditions"))
+
+
+#: Kinds of the entries of stored conditions.
+CONDITIONS = record(
+    {"made": choice(*get_args(Made))},
+    {
+        "temperature": number(0),
+        "top_p": number(0, 1),
+        "forms": listing(nonempty),
+        "stops": listing(string),
+        "cut": optional(whole()),
+        "wrappers": listing(table(anything)),
+        "base": table(listing(number())),
+    },
+)
+
+_MADE: dict[str, str] = {
+    "greedy": "the model's own answers",
+    "sampled": "answers that were drawn",
+    "choice": "answers picked among choices",
+    "given": "given texts",
+}
+
+
+def settings(model: nn.Module) -> tuple[dict[str, Any], ...]:
+    """Return the wrappers' settings as plain data, from the innermost outwards."""
+    found: list[dict[str, Any]] = []
+    while isinstance(model, Wrapped):
+        own = storage.to_json(model.spec)
+        found.append({k: list(v) if isinstance(v, tuple) else v for k, v in own.items() if k not in _SILENT})
+        model = model.module
+    return tuple(reversed(found))
+
+
+def sketch(model: nn.Module, names: Mapping[str, Any] | None = None) -> dict[str, tuple[float, ...]]:
+    """Return a few weights of a base model: enough to tell it from others of equal shape.
+
+    Of its embeddings, its last norm and three of its matrices, ``SAMPLED`` numbers each. Left out is what is quantised
+    or lies beneath LoRA, and so differs where the model is the same.
+
+    Args:
+        model: Wrapped or plain.
+        names: Parameters to read, those of another sketch; None chooses them.
+    """
+    added = set(added_names(model))
+    own = {base_name(model, name): p for name, p in model.named_parameters() if name not in added}
+    own = {name: p for name, p in own.items() if ".lora_" not in name}
+    if names is None:
+        norms = [name for name, p in own.items() if p.ndim == 1]
+        tables = [name for name, p in own.items() if p.ndim > 1]
+        names = dict.fromkeys([*norms[-1:], *(tables[(len(tables) - 1) * k // 4] for k in range(4) if tables)])
+    readable = {name: own[name] for name in names if name in own and _is_plain(own[name]) and not _is_adapted(name)}
+    return {name: _numbers(p) for name, p in readable.items()}
+
+
+def _is_adapted(name: str) -> bool:
+    return ".base_layer." in name  # merging LoRA changes it
+
+
+def _is_plain(p: Tensor) -> bool:
+    return p.is_floating_point() and p.element_size() > 1 and not p.is_meta and p.numel() > 0
+
+
+@torch.no_grad()
+def _numbers(p: Tensor) -> tuple[float, ...]:
+    places = torch.linspace(0, p.numel() - 1, min(SAMPLED, p.numel()), dtype=torch.float64).long()
+    flat = p.detach().flatten()[places.to(p.device)]
+    return tuple(float(f"{v:.6g}") for v in flat.double().tolist())
+
+
+def _same_base(ours: Mapping[str, Sequence[float]], theirs: Mapping[str, Sequence[float]]) -> bool:
+    """Return whether two sketches are of one model; where they share no weight, only if one has nothing to compare."""
+    shared = [name for name in ours if name in theirs]
+    return all(_near(ours[name], theirs[name]) for name in shared) and bool(shared or not ours)
+
+
+def _near(a: Sequence[float], b: Sequence[float]) -> bool:
+    return len(a) == len(b) and math.dist(a, b) <= TOLERANCE * math.hypot(*a)
+
+
+def _alike(ours: Sequence[Mapping[str, Any]], theirs: Sequence[Mapping[str, Any]]) -> bool:
+    """Return whether wrappers have the same settings; one that a version of this program does not know may differ."""
+    return len(ours) == len(theirs) and all(
+        all(a[key] == b[key] for key in a.keys() & b.keys()) for a, b in zip(ours, theirs, strict=True)
+    )
+
+
+def _of_form(form: str, forms: Sequence[str]) -> str:
+    if form == TEXT:
+        return "the text answers no question; give the question, too"
+    if form.startswith(CHAT) and CHAT in forms:
+        return "the calibration knows single questions only, without system message, examples or earlier turns"
+    if form.startswith(RAW) != any(f.startswith(RAW) for f in forms):
+        ours, theirs = ("plain text", "a chat") if form.startswith(RAW) else ("a chat", "plain text")
+        return f"the prompt is {ours}, and those of the calibration were {theirs}; ask in the same way"
+    return "the prompt has another system message or other examples than the calibration's; ask in the same way"

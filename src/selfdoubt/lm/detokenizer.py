@@ -1,0 +1,175 @@
+"""From token ids back to text, piece by piece: the pieces add up to what the tokenizer decodes from all ids at once."""
+
+from __future__ import annotations
+
+import codecs
+import re
+from collections.abc import Generator, Sequence
+from typing import Any
+
+_REPLACEMENT = "\ufffd"
+_BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+#: Tokens that are decoded again with each new one, because some tokenizers join words by their neighbours: at most the
+#: first number, cut to the second. Bytes of a character of UTF-8 before and behind a cut are fewer.
+_MOST, _KEPT = 16, 8
+#: Ids that get their text between two other pieces of work.
+TEXTS = 256
+#: How far before a text a token that shows its words is looked for.
+_REACH = 32
+
+
+class Detokenizer:
+    """Text of token ids that come one by one.
+
+    A piece is let go when no later token can change it. A character whose bytes are several tokens waits until it is
+    complete. Where a tokenizer falls back to bytes (``<0xE6>``), a whole run of them waits for its end, because one
+    wrong byte turns all of the run into U+FFFD.
+
+    Args:
+        tokenizer: A Hugging Face tokenizer.
+        before: Ids of a text that this one goes on from, so that its first token keeps the space that parts the two.
+            Without them the text stands by itself: tokenizers that write a space before a first word leave it out.
+    """
+
+    def __init__(self, tokenizer: Any, before: Sequence[int] = ()) -> None:
+        self.pending = False  #: the last tokens have text that later ones decide
+        self.ahead = ""  #: the characters of the pending text that the last token completed, if no wrong byte follows
+        self._tokenizer = tokenizer
+        self._ids = _last_word(tokenizer, before)
+        self._bytes = [False] * len(self._ids)
+        self._emitted = self._decode(self._ids)  # the part of the ids' text that was let go
+        self._run: list[str] = []  # of the run of bytes, the characters that each token completes
+        self._utf8: codecs.IncrementalDecoder | None = None  # of the run; None where it is not UTF-8
+
+    def add(self, token: int) -> str:
+        """Take a token, and return the text that is certain now; empty while a character or a run is incomplete."""
+        late, own = self.push(token)
+        return "".join(late) + own
+
+    def push(self, token: int) -> tuple[list[str], str]:
+        """Take a token; return what is certain now of as many tokens right before it, and of itself."""
+        self.ahead = ""
+        piece = self._tokenizer.convert_ids_to_tokens(token)
+        if piece is None:  # beyond the vocabulary: decoding leaves it out
+            if self._run:
+                self._run.append("")
+            return [], ""
+        if byte := _BYTE.fullmatch(piece):
+            self._ids.append(token)
+            self._bytes.append(True)
+            self.pending = True
+            self._hear(bytes([int(byte[1], 16)]))
+            return [], ""
+        late = self.rest() if self._run else []
+        self._run = []
+        self._emitted += "".join(late)
+        self._ids.append(token)
+        self._bytes.append(False)
+        text = self._decode(self._ids)
+        self.pending = text.endswith(_REPLACEMENT) and len(text) > len(self._emitted)
+        certain = text[: len(text) - self.pending]
+        own = certain[len(self._emitted) :]
+        self._emitted = certain if own else self._emitted
+        self._forget()
+        return late, own
+
+    def flush(self) -> str:
+        """Return what is left at the end: the pending text as it is decoded when nothing follows."""
+        return self._decode(self._ids)[len(self._emitted) :]
+
+    def rest(self) -> list[str]:
+        """Return ``flush`` as the texts of as many last tokens; empty where nothing is left."""
+        text = self.flush()
+        if "".join(self._run) == text:
+            return list(self._run)
+        if len(self._run) == len(text):  # a wrong byte among them: each has become U+FFFD
+            return list(text)
+        return [""] * (len(self._run) - 1) + [text]
+
+    def _hear(self, byte: bytes) -> None:
+        """Follow the characters of a run of bytes as long as it is UTF-8."""
+        if not self._run:
+            self._utf8 = codecs.getincrementaldecoder("utf-8")()
+        if self._utf8 is not None:
+            try:
+                self.ahead = self._utf8.decode(byte)
+            except UnicodeDecodeError:
+                self._utf8 = None
+        self._run.append(self.ahead)
+
+    def _forget(self) -> None:
+        """Cut the window, never inside of a run of bytes."""
+        if len(self._ids) > _MOST:
+            first = next(i for i in range(len(self._ids) - _KEPT, len(self._ids)) if not self._bytes[i])
+            self._ids, self._bytes = self._ids[first:], self._bytes[first:]
+            text = self._decode(self._ids)
+            self._emitted = text[: len(text) - self.pending]
+
+    def _decode(self, ids: list[int]) -> str:
+        return _decode(self._tokenizer, ids)
+
+
+def texts_in_pieces(tokenizer: Any, ids: Sequence[int], before: Sequence[int] = ()) -> Generator[None, None, list[str]]:
+    """Find the piece of text of each id, some hundreds at a time; they add up to the text of all.
+
+    Args:
+        tokenizer: A Hugging Face tokenizer.
+        ids: Of a text.
+        before: Ids that it goes on from, see ``Detokenizer``.
+
+    Yields:
+        Nothing, after each ``TEXTS`` ids.
+
+    Returns:
+        A text per id.
+    """
+    pieces = Detokenizer(tokenizer, before)
+    found: list[str] = []
+    for token in ids:
+        late, own = pieces.push(token)
+        _add_last(found, late)
+        found.append(own)
+        if not len(found) % TEXTS:
+            yield
+    _add_last(found, pieces.rest())
+    return found
+
+
+def _add_last(found: list[str], late: list[str]) -> None:
+    for place, text in enumerate(late, len(found) - len(late)):
+        found[place] += text
+
+
+def text_between(tokenizer: Any, token: int) -> str:
+    """Return the text of one token as it stands among others: with its space. U+FFFD stands for parts of characters."""
+    alone = _decode(tokenizer, [token])
+    return _decode(tokenizer, [token, token])[len(alone) :] or alone
+
+
+class TextsBetween(dict[int, str]):
+    """``text_between`` by token; the same few tokens are asked for again and again."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        super().__init__()
+        self._tokenizer = tokenizer
+
+    def __missing__(self, token: int) -> str:
+        """Ask the tokenizer, once."""
+        self[token] = text_between(self._tokenizer, token)
+        return self[token]
+
+
+def _last_word(tokenizer: Any, before: Sequence[int]) -> list[int]:
+    """The last of these ids that shows a text of its own; none where there is none within reach."""
+    for token in reversed(before[-_REACH:]):
+        piece = tokenizer.convert_ids_to_tokens(token)
+        if piece is not None and not _BYTE.fullmatch(piece):
+            text = _decode(tokenizer, [token])
+            if text and _REPLACEMENT not in text:
+                return [token]
+    return []
+
+
+def _decode(tokenizer: Any, ids: list[int]) -> str:
+    # transformers 5 decodes no ids to "", but a tokenizer of one's own may not.
+    return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)) if ids else ""

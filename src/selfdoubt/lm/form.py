@@ -1,0 +1,49 @@
+"""The form of a prompt: everything around the last user message, as a short text that can be compared and stored."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+
+#: A question alone in the chat template; a question alone as it is; a text that answers no question.
+CHAT, RAW, TEXT = "chat", "raw", "text"
+#: What stands before a line of a plain prompt: "Q:", "A:", "Passage:".
+_LABEL = re.compile(r"\s*([A-Za-z][A-Za-z ]{0,19}:)")
+
+
+def chat_form(messages: Sequence[Mapping[str, str]]) -> str:
+    """Return the form of a chat: ``CHAT`` for a single user message, else a digest of the roles and earlier contents.
+
+    Example:
+        >>> chat_form([{"role": "user", "content": "Who?"}])
+        'chat'
+        >>> system = {"role": "system", "content": "Be brief."}
+        >>> a, b = (chat_form([system, {"role": "user", "content": text}]) for text in ("Who?", "Where?"))
+        >>> a == b != chat_form([{"role": "user", "content": "Who?"}])
+        True
+    """
+    before = [[m["role"], m["content"].strip()] for m in messages[:-1]]
+    return CHAT if not before and messages[-1]["role"] == "user" else _digest(CHAT, [*before, messages[-1]["role"]])
+
+
+def text_form(text: str) -> str:
+    r"""Return the form of a plain prompt: ``RAW`` for a bare text, else a digest of its examples and labels.
+
+    Examples are what stands before the last empty line, labels are the first line's and the last one's, such as "Q:".
+
+    Example:
+        >>> text_form("Who was first?")
+        'raw'
+        >>> text_form("Q: Who?\nA:") == text_form("Q: Where?\nA:") != text_form("Q: Why?\nA: So.\n\nQ: Who?\nA:")
+        True
+    """
+    before, _, last = text.strip().rpartition("\n\n")
+    lines = last.split("\n")
+    labels = [found.group(1) if (found := _LABEL.match(line)) else "" for line in (lines[0], lines[-1])]
+    return _digest(RAW, [before, *labels]) if before or any(labels) else RAW
+
+
+def _digest(kind: str, parts: Sequence[object]) -> str:
+    return f"{kind}:{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]}"

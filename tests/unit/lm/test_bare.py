@@ -1,0 +1,69 @@
+"""A model without an adapter stays what it is: its own tokens, and its own surprisal and entropy as its risk."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from selfdoubt import RiskAwareLM, Wrapped, pocket, sample, sculpt, vote
+from selfdoubt.errors import UntrainedWarning
+from selfdoubt.lm.prompt import encode
+from tests import real
+
+QUESTIONS = ["What is the capital of France?", "In which country is Tartu?", "who wrote faust"]
+
+
+def assert_bare(folder, max_tokens):
+    """The tokens are those of Hugging Face's own ``generate``, and the risk is what one pass gives."""
+    lm = RiskAwareLM.load(folder)
+    assert not isinstance(lm.model, Wrapped)
+    assert lm.note.startswith("nothing was trained for the risk of this model, so it is the model's own surprisal")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=next(lm.model.parameters()).dtype)
+    stops = sorted(lm.stop_ids)
+    for question in QUESTIONS:
+        answer = lm.generate(question, max_tokens=max_tokens)
+        ids = torch.tensor([encode(tokenizer, question).ids])
+        found = model.generate(
+            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=max_tokens, eos_token_id=stops,
+            pad_token_id=stops[0],
+        )  # fmt: skip
+        assert [t.id for t in answer.tokens] == [i for i in found[0, ids.shape[1] :].tolist() if i not in stops]
+        assert answer.risk == answer.scores["sum_nll"] > 0
+        assert answer.scores["sum_total"] > 0
+
+
+def test_the_pocket_without_its_voters_says_what_generate_says():
+    assert_bare(pocket.folder(), 16)
+
+
+def test_a_real_model_says_what_generate_says():
+    assert_bare(real.model("smollm2"), 12)
+
+
+def test_the_pocket_by_its_name_keeps_its_trained_voters():
+    lm = RiskAwareLM.load("pocket")
+    assert lm.model.spec.n_voters == 3
+    assert lm.note is None
+
+
+@pytest.mark.parametrize(
+    ("wrapper", "said"),
+    [
+        (vote.Wrapper(n_voters=2, rank=2), "this vote is untrained, and its members make .* answers worse"),
+        (sample.Wrapper(n_samples=2), "this sample is untrained, and its members make .* answers worse"),
+        (sculpt.Wrapper(), "this sculpt is untrained: its scale says nothing yet"),
+    ],
+)
+def test_an_untrained_wrapper_works_when_asked_for_and_warns(wrapper, said):
+    with pytest.warns(UntrainedWarning, match=said):
+        lm = RiskAwareLM.load(pocket.folder(), wrapper=wrapper)
+    assert lm.model.spec == wrapper
+    assert lm.generate(QUESTIONS[0], max_tokens=3).tokens
+    assert lm.note == lm.without_weights().note
+
+
+def test_who_asks_for_a_plain_model_is_told_nothing(recwarn):
+    assert RiskAwareLM.load(pocket.folder(), wrapper=None).note is None
+    assert not recwarn.list
