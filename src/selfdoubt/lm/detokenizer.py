@@ -100,7 +100,13 @@ class Detokenizer:
     def _forget(self) -> None:
         """Cut the window, never inside of a run of bytes."""
         if len(self._ids) > _MOST:
-            first = next(i for i in range(len(self._ids) - _KEPT, len(self._ids)) if not self._bytes[i])
+            places = [i for i in range(len(self._ids) - _KEPT, len(self._ids)) if not self._bytes[i]]
+            # A first token that shows nothing, a mere space, would take the space after it along.
+            first = next((i for i in places if self._decode([self._ids[i]])), None)
+            if first is None:
+                if len(self._ids) < 4 * _MOST:
+                    return
+                first = places[0]
             self._ids, self._bytes = self._ids[first:], self._bytes[first:]
             text = self._decode(self._ids)
             self._emitted = text[: len(text) - self.pending]

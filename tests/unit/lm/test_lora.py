@@ -331,6 +331,7 @@ def folder(tmp_path_factory):
     return path
 
 
+@pytest.mark.filterwarnings("ignore::selfdoubt.errors.UntrainedWarning")
 @pytest.mark.parametrize("name", ["none", "sample", "sculpt"])
 def test_a_language_model_loads_base_lora_and_wrapper(folder, tmp_path, name):
     model = WRAPPERS[name](shaken(add_lora(copy.deepcopy(talker()), r=4)))

@@ -30,7 +30,7 @@ def decoded_after(kind, ids):
 
 
 def scored(token):
-    return ScoredId(token, -1.0, 0.5, 0.5, 0.0, 0.0, 0.0, None, ())
+    return ScoredId(token, -1.0, 0.5, 0.5, 0.0, 0.0, 0.0, None, 0.0, ())
 
 
 def answered(kind, ids, stops=(), finish="length"):

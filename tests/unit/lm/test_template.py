@@ -226,7 +226,7 @@ def test_what_a_template_makes_nothing_of_is_refused_in_one_line(template, why):
 def test_what_a_rewriting_template_leaves_as_it_is_goes_through():
     own = words_with("shouts")
     found = encode(own, "1 + 1 = 2")
-    assert own.decode([i for i, mine in zip(*found, strict=True) if mine]).strip() == "1 + 1 = 2"
+    assert own.decode([i for i, mine in zip(found.ids, found.own, strict=True) if mine]).strip() == "1 + 1 = 2"
 
 
 @pytest.mark.parametrize("length", [70_000, 300_000])
@@ -261,7 +261,7 @@ def test_real_tokenizers(name, content):
     text = own.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     found = encode(own, messages)
     assert found.ids == own(text, add_special_tokens=False)["input_ids"]
-    assert own.decode([i for i, mine in zip(*found, strict=True) if mine]).strip() == content.strip()
+    assert own.decode([i for i, mine in zip(found.ids, found.own, strict=True) if mine]).strip() == content.strip()
 
 
 @pytest.mark.parametrize("template", templates.ALL)
