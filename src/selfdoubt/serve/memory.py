@@ -24,12 +24,12 @@ from torch import Tensor, nn
 from selfdoubt import kernels
 from selfdoubt.lm.model import RiskAwareLM
 from selfdoubt.members import Wrapped
-from selfdoubt.vote import VotingLeaf
+from selfdoubt.rows import Replacement
 
 #: Rows per member that a product may have; more are computed in pieces of the largest.
-SIZES = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 64, 80, 96, 128, 160, 192, 256)
+SIZES = (*range(1, 9), 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256)
 #: Compiled products that oneDNN keeps, where the environment does not say otherwise.
-CAPACITY, VARIABLE = 256, "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
+CAPACITY, VARIABLE = 320, "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
 #: Blocks of so many bytes go back to the system as soon as they are free.
 BLOCK = 2 * 2**20
 #: Smaller ones go back when a process has grown by so many bytes; it is looked at every so many seconds.
@@ -61,9 +61,10 @@ def limit_shapes(lm: RiskAwareLM) -> None:
         return
     members = model.spec.members(training=False) if isinstance(model, Wrapped) else 1
     for module in model.modules():
-        if isinstance(module, VotingLeaf) and module.kernel in (kernels.linear, kernels.embedding):
-            if _is_half(next(iter(module.deviations.values()))):
-                module.kernel = _filled_kernel(module.kernel)
+        kernel = vars(module).get("kernel") if isinstance(module, Replacement) else None
+        if kernel in (kernels.linear, kernels.embedding):
+            if _is_half(next(iter(module.deviations.values()))):  # type: ignore[union-attr, operator]
+                module.kernel = _filled_kernel(kernel)  # type: ignore[assignment]
         elif (type(module) is nn.Linear or kernels.is_transposed(module)) and _is_half(module.weight):
             module.forward = _filled(module.forward, members)  # type: ignore[method-assign]
 
@@ -83,11 +84,19 @@ def _is_half(parameter: Any) -> bool:
 def _filled(forward: Callable[[Tensor], Tensor], members: int) -> Callable[[Tensor], Tensor]:
     """A linear layer's forward, on rows filled up."""
 
+    exact = {members * size for size in SIZES}
+
     def run(x: Float[Tensor, "*rows in"]) -> Float[Tensor, "*rows out"]:
-        flat = x.reshape(-1, x.shape[-1])
-        each = members if len(flat) % members == 0 else 1
+        count = x.shape[:-1].numel()
+        if count in exact:
+            return forward(x)
+        each = members if count % members == 0 else 1
+        if x.shape[0] == count <= SIZES[-1] * each:  # one token per row, as in every step: no need to fold
+            extra = each * SIZES[bisect_left(SIZES, count // each)] - count
+            return forward(F.pad(x, (0, 0) * (x.ndim - 1) + (0, extra)))[:count]
+        flat = x.reshape(count, x.shape[-1])
         found, first = [], 0
-        for rows, size in pieces(len(flat) // each):
+        for rows, size in pieces(count // each):
             piece = flat[first : first + rows * each]
             first += rows * each
             if size > rows:
@@ -107,6 +116,8 @@ def _filled_kernel(kernel: kernels.Kernel) -> kernels.Kernel:
         members = len(next(iter(deviations.values())))
         tail = x.shape[-1:] if x.is_floating_point() else x.shape[:0]  # ids have no features
         folded = x.reshape(members, -1, *tail)
+        if folded.shape[1] in SIZES:
+            return kernel(leaf, x, deviations)
         found, first = [], 0
         for rows, size in pieces(folded.shape[1]):
             piece = folded[:, first : first + rows]
