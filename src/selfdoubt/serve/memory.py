@@ -27,21 +27,16 @@ from selfdoubt.members import Wrapped
 from selfdoubt.rows import Replacement
 
 #: Rows per member that a product may have; more are computed in pieces of the largest.
-SIZES = (*range(1, 9), 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256)
+SIZES = (*range(1, 13), 14, 16, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256)
 #: Compiled products that oneDNN keeps, where the environment does not say otherwise.
 CAPACITY, VARIABLE = 320, "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
-#: Blocks of so many bytes go back to the system as soon as they are free.
-BLOCK = 2 * 2**20
-#: Smaller ones go back when a process has grown by so many bytes; it is looked at every so many seconds.
+#: Free memory goes back when a process has grown by so many bytes; it is looked at every so many seconds.
 SLACK, SECONDS = 32 * 2**20, 10.0
-#: glibc's numbers for them.
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 
 def bound_process() -> None:
     """Bound what this process keeps, whatever it is asked; call it before a model computes anything."""
     limit_compiled()
-    limit_heap()
     GiveBack().start()
 
 
@@ -129,19 +124,6 @@ def _filled_kernel(kernel: kernels.Kernel) -> kernels.Kernel:
         return y.reshape(*x.shape[: x.ndim - len(tail)], y.shape[-1])
 
     return run
-
-
-def limit_heap() -> None:
-    """Let glibc return every block above ``BLOCK`` bytes at once, where the environment does not say otherwise.
-
-    By default its own limit grows up to 32 MiB with the blocks that it has seen, and it keeps as much. Without effect
-    on other C libraries (musl, macOS, Windows).
-    """
-    mallopt = _of_glibc("mallopt")
-    if mallopt is None or {*os.environ} & {"MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES"}:
-        return
-    mallopt(_M_MMAP_THRESHOLD, BLOCK)
-    mallopt(_M_TRIM_THRESHOLD, BLOCK)
 
 
 class GiveBack(threading.Thread):

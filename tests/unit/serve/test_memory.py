@@ -61,7 +61,7 @@ def model(family: str, wrapper: str) -> RiskAwareLM:
 def rows_of(lm: RiskAwareLM) -> set[int]:
     """How many rows the products of batches of many sizes and lengths have."""
     with Products() as found, torch.inference_mode():
-        for batch in (1, 7, 9, 11, 13, 31):
+        for batch in (1, 7, 13, 15, 31):
             for length in (1, 2, 9):
                 run(lm, torch.ones(batch, length, dtype=torch.long))
     return found.rows
@@ -138,40 +138,20 @@ def fresh(code: str, **environment: str) -> str:
 
 
 SERVED = """
-    import ctypes, os, threading, torch
+    import ctypes, threading
     from selfdoubt.cli.serve import _load
     lm = _load(1, "pocket", None, "auto", "bfloat16", None, None, False)
     libc = ctypes.CDLL(None)
     libc.getenv.restype = ctypes.c_char_p
     print(libc.getenv(b"ONEDNN_PRIMITIVE_CACHE_CAPACITY").decode())
     print(sum("forward" in vars(m) for m in lm.model.modules()) > 30)
+    print(any(t.name == "selfdoubt-memory" for t in threading.enumerate()))
 """
 
 
 @pytest.mark.parametrize(("given", "kept"), [({}, str(memory.CAPACITY)), ({memory.VARIABLE: "7"}, "7")])
 def test_what_loads_a_served_model_bounds_its_process(given, kept):
-    assert fresh(SERVED, **given).split() == [kept, "True"]
-
-
-HEAP = """
-    import ctypes, torch
-    from selfdoubt.serve import memory
-    memory.limit_heap()
-    class Info(ctypes.Structure):
-        _fields_ = [(n, ctypes.c_size_t) for n in "arena ordblks smblks hblks hblkhd a b c d e".split()]
-    libc = ctypes.CDLL(None)
-    libc.mallinfo2.restype = Info
-    torch.ones(6_000_000)  # 24 MB: by default, smaller blocks are kept from now on
-    before = libc.mallinfo2().hblkhd
-    block = torch.ones(4_000_000)
-    print(libc.mallinfo2().hblkhd - before >= 16_000_000)
-"""
-
-
-@pytest.mark.skipif(not ON_GLIBC, reason="needs glibc")
-@pytest.mark.parametrize(("given", "mapped"), [({}, "True"), ({"MALLOC_MMAP_THRESHOLD_": "33554432"}, "False")])
-def test_large_blocks_go_back_at_once_unless_the_environment_decides(given, mapped):
-    assert fresh(HEAP, **given) == mapped
+    assert fresh(SERVED, **given).split() == [kept, "True", str(ON_GLIBC)]
 
 
 @pytest.mark.skipif(not ON_GLIBC, reason="needs glibc")
@@ -201,7 +181,6 @@ class Library:
 @pytest.mark.parametrize("library", [lambda _: Library(), lambda _: (_ for _ in ()).throw(OSError("no such thing"))])
 def test_other_c_libraries_are_left_alone(monkeypatch, library):
     monkeypatch.setattr(ctypes, "CDLL", library)
-    memory.limit_heap()
     keeper = memory.GiveBack()
     keeper.start()
     keeper.join(10)
