@@ -197,7 +197,7 @@ def table(record: dict[str, Any]) -> str:
             fifths[min(4, 5 * row["requests"] // max(1, count))].append(row["rss_mb"])
         cells = [f"{median(part):.0f} ({max(part):.0f})" if part else "" for part in fifths]
         lines.append([ARMS[arm], f"{count:,}", f"{own[0]['rss_mb']:.0f}", *cells, f"{own[-1]['rss_mb']:.0f}"])
-    head = ["server", "requests", "start", *(f"{i}th fifth" for i in range(1, 6)), "5 s after the last"]
+    head = ["server", "requests", "start", "fifth 1", "2", "3", "4", "5", "5 s after the last"]
     settings = record["settings"]
     note = (
         f"MB resident, median (most). {record['device']}; the pocket model, 3 voters, {settings['dtype']}, "
