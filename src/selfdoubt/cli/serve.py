@@ -170,8 +170,11 @@ def serve(
 
 def _load(threads: int | None, *model: Any) -> RiskAwareLM:
     """For this process, or for that of a replica."""
+    from selfdoubt.serve import memory
     from selfdoubt.serve.threads import share
 
+    memory.bound_process()
     lm = flags.load_lm(*model)
     share(lm, threads)
+    memory.limit_shapes(lm)
     return lm

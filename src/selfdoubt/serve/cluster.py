@@ -69,9 +69,11 @@ def application(
     ).bind(load, limits)
 
     def front() -> Any:
+        from selfdoubt.serve import memory
         from selfdoubt.serve.app import create_app
         from selfdoubt.serve.metrics import Metrics
 
+        memory.bound_process()
         desk = Replicas(serve.get_deployment_handle(ENGINE, app_name=NAME), limits, Metrics())
         desk.start()
         app = create_app(desk, settings)
