@@ -58,10 +58,10 @@ def limit_shapes(lm: RiskAwareLM) -> None:
     for module in model.modules():
         kernel = vars(module).get("kernel") if isinstance(module, Replacement) else None
         if kernel in (kernels.linear, kernels.embedding):
-            if _is_half(next(iter(module.deviations.values()))):  # type: ignore[union-attr, operator]
+            if _is_half(next(iter(module.deviations.values()))):  # type: ignore[operator]
                 module.kernel = _filled_kernel(kernel)  # type: ignore[assignment]
         elif (type(module) is nn.Linear or kernels.is_transposed(module)) and _is_half(module.weight):
-            module.forward = _filled(module.forward, members)  # type: ignore[method-assign]
+            module.forward = _filled(module.forward, members)
 
 
 def pieces(rows: int) -> list[tuple[int, int]]:
@@ -119,7 +119,7 @@ def _filled_kernel(kernel: kernels.Kernel) -> kernels.Kernel:
             first += rows
             if size > rows:
                 piece = F.pad(piece, (0, 0) * len(tail) + (0, size - rows))
-            found.append(kernel(leaf, piece.flatten(0, 1), deviations).unflatten(0, (members, -1))[:, :rows])
+            found.append(kernel(leaf, piece.flatten(0, 1), deviations).unflatten(0, (members, -1))[:, :rows])  # type: ignore[no-untyped-call]
         y = found[0] if len(found) == 1 else torch.cat(found, 1)
         return y.reshape(*x.shape[: x.ndim - len(tail)], y.shape[-1])
 
