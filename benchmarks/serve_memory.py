@@ -37,7 +37,7 @@ START = {
         "memory.bound_process = lambda: None; memory.limit_shapes = lambda lm: None; main()"
     )],
 }  # fmt: skip
-SAMPLE_SECONDS = 2.0
+SAMPLE_SECONDS = 10.0
 Body = tuple[str, dict[str, Any]]
 
 
