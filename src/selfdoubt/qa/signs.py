@@ -89,7 +89,8 @@ _RULES: tuple[tuple[str, re.Pattern[str], str], ...] = tuple(
         (".", r"(?<=\d)\.(?=\d)", "．"),
         (".", rf"(?<![^\s\"(\[{{“«])\.(?={_LETTER})", "．"),
         (":", r"(?<=\d):(?=\d)", "："),
-        ("/", r"(?<![\w/])(\d+)/(\d+)(?![\w/])", r"\1／\2"),
+        # A fraction; 2019/20 and 2019/2020 are years.
+        ("/", r"(?<![\w/])(?!(?:1\d|20)\d\d/\d\d(?:\d\d)?(?!\d))(\d+)/(\d+)(?![\w/])", r"\1／\2"),
         ("_", r"(?<=\d)_(?=\d)", "＿"),
         # A plus behind a word, within C++11, and between numbers and letters of algebra.
         ("+", rf"(?<={_ANY})\+\+(?!{_WORD}|\+)|(?<={_ANY})\+\+(?={_ANY})", "＋＋"),
@@ -195,7 +196,10 @@ def spans(words: str, text: str) -> list[tuple[int, int]]:
     A unit at a number may be missing in either, and must not differ. In scripts without spaces between words they may
     stand anywhere, in Korean before particles, and a change between such a script and another ends a word.
     """
-    return [m.span(1) for m in _finder(words).finditer(text)] if words else []
+    # Most names stand nowhere, and to compile a pattern takes long.
+    if not words or not all(part.rstrip(UNITS) in text for part in words.split()):
+        return []
+    return [m.span(1) for m in _finder(words).finditer(text)]
 
 
 _SPOKEN: tuple[tuple[re.Pattern[str], tuple[str, ...]], ...] = tuple(

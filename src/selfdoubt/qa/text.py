@@ -7,6 +7,7 @@ import string
 import unicodedata
 from collections import Counter
 from collections.abc import Sequence
+from functools import lru_cache
 
 from selfdoubt.qa.signs import compose_negated, keep_forms, keep_signs, meaningful, spans
 
@@ -83,6 +84,7 @@ def _longest_common(a: Sequence[str], b: Sequence[str]) -> int:
     return above[-1]
 
 
+@lru_cache(4096)
 def fold(text: str) -> str:
     """Lower case words without accents and punctuation, to find a name in a sentence.
 
