@@ -237,6 +237,8 @@ def _named(place: str, column: str, options: _Options, answer: Any, by: str | No
     """
     if isinstance(answer, bool) or not isinstance(answer, (str, int, float)):
         return []
+    if isinstance(answer, float) and answer.is_integer() and not options.are_numbers:
+        answer = int(answer)  # pandas makes 1 of a column with gaps 1.0
     name = str(answer).strip()
     letter = ord(name.upper()) - ord("A") if len(name) == 1 else -1
     index = int(name) if name.isascii() and name.isdecimal() and len(name) < 4 else -1

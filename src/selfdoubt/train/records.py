@@ -109,7 +109,7 @@ def _asked(columns: Columns, place: str, row: Row) -> Chat:
     else:
         found = question_of(place, with_choices(row), columns)
         question, answers = found.text, found.answers
-    return _pair(place, name, _raw(row.get(columns.question or "question"), question), answers, row.get(name))
+    return _pair(place, name, question, answers, row.get(name))
 
 
 def _answered(place: str, row: Row) -> Chat:
