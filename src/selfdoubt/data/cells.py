@@ -106,7 +106,7 @@ def texts(place: str, column: str, cell: Any, separator: str | None = None) -> t
 
 
 def _ways(place: str, column: str, part: Any) -> tuple[str, ...]:
-    """A text; a whole number that pandas made a float (4.0) is 4, too."""
+    """Return a text; a whole number that pandas made a float (4.0) is 4, too."""
     text = plain(place, column, part)
     whole = isinstance(part, float) and part.is_integer() and text.endswith(".0")
     return (text.removesuffix(".0"), text) if whole else (text,)
@@ -145,7 +145,7 @@ _LOOKS = re.compile(r"""\[\s*['"]|\{\s*['"](text|value|aliases|answer_start)['"]
 
 
 def _python(text: str) -> Any:
-    """A list as Python prints it. What numpy prints lacks commas, and Python would join its texts into one."""
+    """Parse a list as Python prints it. What numpy prints lacks commas, and Python would join its texts into one."""
     kinds = [token.type for token in tokenize.generate_tokens(io.StringIO(text).readline)]
     if (tokenize.STRING, tokenize.STRING) in pairwise(kinds):
         raise ValueError("no commas")

@@ -136,7 +136,7 @@ def _check_separator(path: Path, header: list[str], delimiter: str) -> None:
 
 
 def _named(place: str, header: list[str], cells: list[str], delimiter: str) -> Row:
-    """Cells by the name of their column; a column without one is empty, or the row numbers that pandas writes."""
+    """Name cells by their column; a column without a name is empty, or the row numbers that pandas writes."""
     if any(cell.strip() for cell in cells[len(header) :]):
         raise DataError(f"{place}: more cells than the header has; put texts with {delimiter!r} in quotes")
     row: dict[str, Any] = {}
@@ -150,7 +150,7 @@ def _named(place: str, header: list[str], cells: list[str], delimiter: str) -> R
 
 
 def _from_list(path: Path, text: str, at: int, line: int) -> Iterator[Placed]:
-    """A list of objects; each is parsed where it stands, so that its line is known."""
+    """Read a list of objects; each is parsed where it stands, so that its line is known."""
     decoder, number = json.JSONDecoder(), 0
     at, line = _skip(text, at + 1, line)
     while text[at : at + 1] != "]":
@@ -200,7 +200,7 @@ def _why(error: Exception) -> str:
 
 
 def _skip(text: str, at: int, line: int) -> tuple[int, int]:
-    """Past white space, counting lines."""
+    """Go past white space, counting lines."""
     while at < len(text) and text[at].isspace():
         line += text[at] == "\n"
         at += 1

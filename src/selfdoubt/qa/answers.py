@@ -90,7 +90,7 @@ def read(path: Path, *, columns: Columns, answer: str | None = None) -> Answers:
 
 
 def _parts(row: Row) -> Row:
-    """The parts of a record by their own names: "Correct" is correct."""
+    """Return the parts of a record by their own names: "Correct" is correct."""
     return {lower(name): cell for name, cell in row.items() if name not in _PARTS and lower(name) in _PARTS}
 
 
@@ -114,7 +114,7 @@ def _system(path: Path, first: Row, given: str | None) -> str:
 
 
 def _columns(source: str, first: Row, given: Columns, system: str) -> Columns:
-    """As for questions, but that accepted answers may be missing."""
+    """Find columns as for questions, but that accepted answers may be missing."""
     return find(source, first, given, system=system, flags=FLAGS, needed=("question",))
 
 
@@ -126,7 +126,7 @@ def _free(name: str, taken: set[str]) -> str:
 
 
 def _question(place: str, row: Row, columns: Columns) -> tuple[Question, bool]:
-    """The question, and whether its right answers are known."""
+    """Read the question, and whether its right answers are known."""
     if is_record(row) and {"finish", "note", "right"} & set(row):  # of ``selfdoubt evaluate``
         return of_record(place, row), True
     cell = row.get(columns.answers or "answers")
@@ -185,7 +185,7 @@ def _text(place: str, name: str, cell: Any) -> str | None:
 
 
 def _json(cell: Any) -> Any:
-    """A cell of CSV may hold JSON, or what pandas makes of it: as Python writes it."""
+    """Read a cell of CSV that may hold JSON, or what pandas makes of it: as Python writes it."""
     if not isinstance(cell, str):
         return cell
     for parse in (json.loads, ast.literal_eval):

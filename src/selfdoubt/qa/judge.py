@@ -251,7 +251,7 @@ def _contained(question: Question, answer: str, accepted: str) -> float:
 
 
 def _stands(name: str, text: str) -> list[tuple[int, int]]:
-    """Where a folded name stands, with its signs or with them said in words."""
+    """Find where a folded name stands, with its signs or with them said in words."""
     return [span for way in (name, *spoken(name)) for span in spans(way, text)]
 
 

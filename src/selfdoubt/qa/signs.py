@@ -191,7 +191,7 @@ def _pattern(word: str) -> str:
 
 
 def spans(words: str, text: str) -> list[tuple[int, int]]:
-    """Where ``words`` stand as whole words in ``text``, both folded: their first character, and the one behind them.
+    """Find where ``words`` stand as whole words in ``text``, both folded: their first character, and the one behind.
 
     A unit at a number may be missing in either, and must not differ. In scripts without spaces between words they may
     stand anywhere, in Korean before particles, and a change between such a script and another ends a word.
@@ -224,7 +224,7 @@ _SPOKEN: tuple[tuple[re.Pattern[str], tuple[str, ...]], ...] = tuple(
 
 
 def spoken(words: str) -> Iterator[str]:
-    """The folded name with a sign said in words, in each usual way; nothing where it holds none.
+    """Yield the folded name with a sign said in words, in each usual way; nothing where it holds none.
 
     Example:
         >>> list(spoken("-5")), list(spoken("c#"))
@@ -236,7 +236,7 @@ def spoken(words: str) -> Iterator[str]:
 
 
 def meaningful(folded: str) -> str:
-    """The signs of a folded text, but for units.
+    """Return the signs of a folded text, but for units.
 
     Example:
         >>> meaningful("c++ is 3.5$")

@@ -106,7 +106,7 @@ def fold(text: str) -> str:
 
 
 def same_key(text: str) -> tuple[str, str]:
-    """What two texts share that say the same: SQuAD's normal form, and the signs that change a meaning.
+    """Return what two texts share that say the same: SQuAD's normal form, and the signs that change a meaning.
 
     Example:
         >>> same_key("The C++!") == same_key("c++"), same_key("C++") == same_key("C"), same_key("3.5") == same_key("35")
