@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from selfdoubt.data.cells import texts
+from selfdoubt.data.cells import texts, trimmed
 from selfdoubt.data.questions import Columns
 from selfdoubt.errors import ConfigError, DataError
 from selfdoubt.qa.datasets import load
@@ -25,7 +25,8 @@ def both(path, **columns):
     """Question and first answer, to evaluate and to train."""
     given = Columns(**columns)
     asked = [(q.text, q.answers[0]) for q in load(path, columns=given)]
-    learnt = [tuple(m["content"].strip() for m in chat) for chat in read(str(path), columns=given)]
+    chats = list(read(str(path), columns=given))
+    learnt = [(question["content"], answer["content"].strip()) for question, answer in chats]
     assert asked == learnt
     return asked
 
@@ -37,6 +38,9 @@ def both(path, **columns):
         ("a.csv", "Unnamed: 0,question,answer\n0,Q1?,a\n1,Q2?,b\n", PLAIN),
         ("a.csv", "question,answer,,\nQ1?,a,,\nQ2?,b,,\n", PLAIN),
         ("a.csv", "question,answer\nQ1?,a,,\nQ2?,b\n", PLAIN),
+        ("a.csv", "question,answer,,\nQ1?,a,,\n,,,\nQ2?,b,,\n,,,\n", PLAIN),
+        ("a.csv", "sep=,\nquestion,answer\nQ1?,a\nQ2?,b\n", PLAIN),
+        ("a.csv", "question,answer\nQ1?,\"('a', 'c')\"\nQ2?,b\n", PLAIN),
         ("a.csv", "\ufeffQUESTION, Answer\r\nQ1?,a\r\n\r\nQ2?,b\r\n", PLAIN),
         ("a.tsv", "Question\tAnswer\nQ1?\ta\nQ2?\tb\n", PLAIN),
         ("a.csv", f'question,answer\nQ1?,"{LONG}"\n', [("Q1?", LONG)]),
@@ -109,7 +113,73 @@ def test_what_is_ambiguous_can_be_named(tmp_path):
 
 def test_code_keeps_its_indentation_when_it_is_learnt(tmp_path):
     (tmp_path / "a.jsonl").write_text(json.dumps({"question": "  f\n", "answer": ["    return 1\n", "x"]}))
-    assert [m["content"] for m in next(read(str(tmp_path / "a.jsonl")))] == ["  f\n", "    return 1\n"]
+    assert [m["content"] for m in next(read(str(tmp_path / "a.jsonl")))] == ["  f", "    return 1\n"]
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv"])
+@pytest.mark.parametrize(
+    ("question", "wanted"),
+    [
+        ("    if x:\n        y\n", "    if x:\n        y"),
+        ("\n \n\tif x:\n\t\ty\n\n", "\tif x:\n\t\ty"),
+        ("    return x", "    return x"),
+        ("def f():\n    pass", "def f():\n    pass"),
+        (" Who is it? ", "Who is it?"),
+        ("\n\nWho is it?\n", "Who is it?"),
+        ("\u3000\u3000Who?\nI?", "Who?\nI?"),
+    ],
+)
+def test_a_question_and_its_passage_keep_their_indentation(tmp_path, suffix, question, wanted):
+    file = tmp_path / f"a{suffix}"
+    row = {"question": question, "context": question, "answer": "a"}
+    with file.open("w", newline="", encoding="utf-8") as out:
+        if suffix == ".csv":
+            table = csv.DictWriter(out, list(row))
+            table.writeheader()
+            table.writerow(row)
+        else:
+            out.write(json.dumps(row))
+    assert both(file) == [(wanted, "a")]
+    assert load(file)[0].context == wanted
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("a.csv", b"question;answer\nQ1?;a\n", "parted by ';'"),
+        ("a.csv", b"sep=;\nquestion;answer\nQ1?;a\n", "parted by ';'"),
+        ("a.csv", b"question\tanswer\nQ1?\ta\n", "parted by tabs.*or name it .tsv"),
+        ("a.csv", b"question|answer\nQ1?|a\n", r"parted by '\|'"),
+        ("a.tsv", b"question,answer\nQ1?,a\n", "parted by ','.*or name it .csv"),
+        ("a.csv", "question,answer\nQ1?,a\n".encode("utf-16"), "but UTF-16"),
+        ("a.csv", "question,answer\nQ1?,a\n".encode("utf-16-be"), "but UTF-16"),
+        ("a.json", b'{"question":{"0":"Q1?"},"answer":{"0":"a"}}', "orient='records'"),
+        ("a.json", b'{"0":{"question":"Q1?","answer":"a"},"1":{"question":"Q2?","answer":"a"}}', "orient='records'"),
+        ("a.json", b'{"columns":["question","answer"],"index":[0],"data":[["Q1?","a"]]}', "orient='records'"),
+        ("a.json", b'{"schema":{},"data":[{"question":"Q1?","answer":"a"}]}', "orient='records'"),
+    ],
+)
+def test_what_pandas_and_excel_write_otherwise_is_refused_with_the_way_out(tmp_path, name, content, said):
+    file = tmp_path / name
+    file.write_bytes(content)
+    for reader in (load, lambda path: list(read(str(path)))):
+        with pytest.raises(DataError, match=said) as raised:
+            reader(file)
+        assert "\n" not in str(raised.value)
+
+
+def test_a_number_that_pandas_made_a_float_is_the_whole_number(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"question": "Q1?", "answer": 4.0}')
+    assert load(tmp_path / "a.jsonl")[0].answers == ("4", "4.0")
+    assert both(tmp_path / "a.jsonl") == [("Q1?", "4")]
+    (tmp_path / "a.jsonl").write_text('{"question": "Q1?", "choices": ["x", "y"], "answer": 1.0}')
+    assert both(tmp_path / "a.jsonl") == [("Q1?", "y")]
+
+
+def test_a_row_of_truthfulqa_is_known_in_any_file(tmp_path):
+    row = {"question": "Q1?", "best_answer": "a", "correct_answers": ["a", "b"], "incorrect_answers": ["c"]}
+    (tmp_path / "a.jsonl").write_text(json.dumps(row))
+    assert load(tmp_path / "a.jsonl")[0].answers == ("a", "b")
 
 
 cell = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1, max_size=12).filter(str.strip)
@@ -125,7 +195,7 @@ def test_any_table_comes_back_with_or_without_an_index(tmp_path_factory, rows, i
         table.writerow([*([number] if indexed else []), question, f"={answer}", *more])
     path = tmp_path_factory.mktemp("table") / "a.csv"
     path.write_text(file.getvalue(), encoding="utf-8", newline="")
-    assert both(path) == [(q.strip(), f"={a}".strip()) for q, a in rows]
+    assert both(path) == [(trimmed(q), f"={a}".strip()) for q, a in rows]
 
 
 @given(st.lists(cell, min_size=1, max_size=5))

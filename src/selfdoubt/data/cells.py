@@ -36,8 +36,22 @@ def whole_text(place: str, column: str, text: str) -> str:
     return text
 
 
+def trimmed(text: str) -> str:
+    """Return a text without blank lines before it and white space behind it.
+
+    Its first line keeps an indentation, as code needs it: a tab or at least two spaces. One space is a slip.
+
+    Example:
+        >>> trimmed(" Who? "), trimmed("\\n    if x:\\n        y\\n")
+        ('Who?', '    if x:\\n        y')
+    """
+    bare = text.strip()
+    indent = text[: len(text) - len(text.lstrip())].rpartition("\n")[2]
+    return indent + bare if not indent.strip(" \t") and indent not in ("", " ") else bare
+
+
 def required_text(place: str, row: Row, column: str) -> str:
-    """Return a text that is not empty, stripped.
+    """Return a text that is not empty, without blank lines around it (``trimmed``).
 
     Raises:
         DataError: If it is missing, empty or not text.
@@ -47,7 +61,7 @@ def required_text(place: str, row: Row, column: str) -> str:
         raise DataError(f"{place}: {column} must be text, found {type(cell).__name__}; mend or remove the row")
     if not cell.strip():
         raise DataError(f"{place}: {column} is empty; mend or remove the row")
-    return whole_text(place, column, cell.strip())
+    return whole_text(place, column, trimmed(cell))
 
 
 def optional_text(place: str, row: Row, column: str | None) -> str | None:
@@ -57,7 +71,8 @@ def optional_text(place: str, row: Row, column: str | None) -> str | None:
         DataError: If it is something else.
     """
     cell = None if column is None else row.get(column)
-    return None if cell is None or cell == "" else plain(place, str(column), cell)
+    found = None if cell is None or cell == "" else plain(place, str(column), cell)
+    return trimmed(cell) if isinstance(cell, str) and found else found
 
 
 def texts(place: str, column: str, cell: Any, separator: str | None = None) -> tuple[str, ...]:
@@ -87,7 +102,14 @@ def texts(place: str, column: str, cell: Any, separator: str | None = None) -> t
         parts = [part["text"] if isinstance(part, Mapping) and "text" in part else part for part in cell]
     else:
         parts = [cell]
-    return tuple(dict.fromkeys(plain(place, column, part) for part in parts))
+    return tuple(dict.fromkeys(text for part in parts for text in _ways(place, column, part)))
+
+
+def _ways(place: str, column: str, part: Any) -> tuple[str, ...]:
+    """Return a text; a whole number that pandas made a float (4.0) is 4, too."""
+    text = plain(place, column, part)
+    whole = isinstance(part, float) and part.is_integer() and text.endswith(".0")
+    return (text.removesuffix(".0"), text) if whole else (text,)
 
 
 def listed(place: str, column: str, cell: str, separator: str | None) -> Any:
@@ -97,12 +119,14 @@ def listed(place: str, column: str, cell: str, separator: str | None) -> Any:
         DataError: If it looks like a list of Python or numpy but is none.
     """
     bare = cell.strip()
-    if (bare[:1], bare[-1:]) in (("[", "]"), ("{", "}")):
+    if (bare[:1], bare[-1:]) in (("[", "]"), ("{", "}"), ("(", ")")):
         for parse in (json.loads, _python):
             try:
                 found = parse(bare)
             except (ValueError, SyntaxError, RecursionError, MemoryError, tokenize.TokenError):
                 continue
+            if isinstance(found, tuple) and found and all(isinstance(part, str) for part in found):
+                return list(found)
             if isinstance(found, list) or (isinstance(found, dict) and _KNOWN & {str(k).lower() for k in found}):
                 return found
         if _LOOKS.match(bare):
@@ -121,7 +145,7 @@ _LOOKS = re.compile(r"""\[\s*['"]|\{\s*['"](text|value|aliases|answer_start)['"]
 
 
 def _python(text: str) -> Any:
-    """A list as Python prints it. What numpy prints lacks commas, and Python would join its texts into one."""
+    """Parse a list as Python prints it. What numpy prints lacks commas, and Python would join its texts into one."""
     kinds = [token.type for token in tokenize.generate_tokens(io.StringIO(text).readline)]
     if (tokenize.STRING, tokenize.STRING) in pairwise(kinds):
         raise ValueError("no commas")

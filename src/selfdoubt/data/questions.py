@@ -119,7 +119,7 @@ def find(
 def _usual(
     source: str, row: Row, part: str, usual: Sequence[str], system: str | None, flags: Mapping[str, str]
 ) -> str | None:
-    """The column of a usual name. Two are ambiguous, also where their first cells are equal, except that a list of
+    """Find the column of a usual name. Two are ambiguous, also where their first cells are equal, except that a list of
     accepted answers goes before one answer."""
     fits = [name for wanted in usual for name in row if lower(name) == wanted and name != system]
     if not fits:
@@ -211,7 +211,7 @@ def _options(place: str, column: str, cell: Any, separator: str | None) -> _Opti
 def _right(
     place: str, column: str, options: _Options, cell: Any, given: Any, separator: str | None, named_by: str | None
 ) -> tuple[int, ...]:
-    """Which choices are right: those of the given indices, else those that the cell names."""
+    """Return which choices are right: those of the given indices, else those that the cell names."""
     indices = isinstance(given, (list, tuple))
     wanted = given if indices else cell
     if isinstance(wanted, str) and wanted.strip() not in options.texts:
@@ -231,12 +231,14 @@ def _right(
 
 
 def _named(place: str, column: str, options: _Options, answer: Any, by: str | None) -> list[int]:
-    """The choices that an answer names: by their label, else by their text, an index from 0 or a letter.
+    """Return the choices that an answer names: by their label, else by their text, an index from 0 or a letter.
 
     A number among texts is an index; a number that is the text of one choice and the index of another is ambiguous.
     """
     if isinstance(answer, bool) or not isinstance(answer, (str, int, float)):
         return []
+    if isinstance(answer, float) and answer.is_integer() and not options.are_numbers:
+        answer = int(answer)  # pandas makes 1 of a column with gaps 1.0
     name = str(answer).strip()
     letter = ord(name.upper()) - ord("A") if len(name) == 1 else -1
     index = int(name) if name.isascii() and name.isdecimal() and len(name) < 4 else -1
@@ -270,7 +272,7 @@ _OWN_COLUMNS = Columns(**{name: name for name in USUAL})
 
 
 def is_record(row: Row) -> bool:
-    """Whether this is a row of a file of answers (``Record``), where "answer" is not an accepted one."""
+    """Return whether this is a row of a file of answers (``Record``), where "answer" is not an accepted one."""
     return set(row) >= _OWN and isinstance(row["correct"], (bool, type(None)))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import io
 import json
@@ -18,6 +19,8 @@ Placed = tuple[str, Row]
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 #: Characters that a cell of CSV may have; the csv module's own limit is 131,072.
 LONGEST_CELL = 1 << 30
+_UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+_SEPARATORS = {";": "';'", ",": "','", "\t": "tabs", "|": "'|'"}
 
 
 def read_file(path: Path) -> Iterator[Placed]:
@@ -76,7 +79,10 @@ def read_hub(
 
 def _text(path: Path) -> str:
     try:
-        return path.read_bytes().decode("utf-8-sig")
+        found = path.read_bytes()
+        if found[:2] in _UTF_16 or b"\0" in found[:2]:
+            raise DataError(f"{path} is not UTF-8 text but UTF-16; save it as UTF-8, or convert it, e.g. with iconv")
+        return found.decode("utf-8-sig")
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror})") from None
     except UnicodeDecodeError as error:
@@ -99,19 +105,38 @@ def _from_csv(path: Path, text: str) -> Iterator[Placed]:
     csv.field_size_limit(max(csv.field_size_limit(), LONGEST_CELL))
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     try:
-        header = [name.strip() for name in next((cells for cells in reader if cells), [])]
+        heads = (cells for cells in reader if cells and not cells[0].lower().startswith("sep="))  # Excel's own line
+        header = [name.strip() for name in next(heads, [])]
         twice = next((name for name in header if name and header.count(name) > 1), None)
         if twice is not None:
             raise DataError(f"{path}, line {reader.line_num}: the column {twice!r} comes twice; rename one of them")
+        _check_separator(path, header, delimiter)
         for cells in reader:
-            if cells:
+            if any(cell.strip() for cell in cells):  # Excel writes rows of empty cells
                 yield (place := f"{path}, line {reader.line_num}"), _named(place, header, cells, delimiter)
     except csv.Error as error:
         raise DataError(f"{path}, line {reader.line_num}: broken CSV ({error}); mend the quotes") from None
 
 
+def _check_separator(path: Path, header: list[str], delimiter: str) -> None:
+    """Refuse a header of one cell that holds another separator, as Excel writes it in many countries.
+
+    Raises:
+        DataError: If it does; the message names the separator.
+    """
+    names = [name for name in header if name]
+    other = next((c for c in _SEPARATORS if c != delimiter and c in names[0]), None) if len(names) == 1 else None
+    if other is not None:
+        suffix, wanted = (".tsv", "tabs") if delimiter == "\t" else (".csv", "commas")
+        name = {"\t": ", or name it .tsv", ",": ", or name it .csv"}.get(other, "")
+        raise DataError(
+            f"{path}: the header {names[0][:40]!r} is parted by {_SEPARATORS[other]}, and a {suffix} file by "
+            f"{wanted}; save it with {wanted}{name}"
+        )
+
+
 def _named(place: str, header: list[str], cells: list[str], delimiter: str) -> Row:
-    """Cells by the name of their column; a column without one is empty, or the row numbers that pandas writes."""
+    """Name cells by their column; a column without a name is empty, or the row numbers that pandas writes."""
     if any(cell.strip() for cell in cells[len(header) :]):
         raise DataError(f"{place}: more cells than the header has; put texts with {delimiter!r} in quotes")
     row: dict[str, Any] = {}
@@ -125,7 +150,7 @@ def _named(place: str, header: list[str], cells: list[str], delimiter: str) -> R
 
 
 def _from_list(path: Path, text: str, at: int, line: int) -> Iterator[Placed]:
-    """A list of objects; each is parsed where it stands, so that its line is known."""
+    """Read a list of objects; each is parsed where it stands, so that its line is known."""
     decoder, number = json.JSONDecoder(), 0
     at, line = _skip(text, at + 1, line)
     while text[at : at + 1] != "]":
@@ -149,10 +174,15 @@ def _from_json(path: Path, text: str, at: int, line: int) -> Iterator[Placed]:
     found, end = _parsed(path, json.JSONDecoder(), text, at)
     if text[end:].strip():  # objects one a line, under the other name
         yield from _from_lines(path, text)
+    elif isinstance(found.get("data"), list) and {"columns", "schema"} & set(found):
+        raise DataError(f"{path}: wanted a list of objects, found a table; in pandas, to_json(orient='records')")
     elif isinstance(found.get("data"), list):
         yield from _squad(path, found["data"])
     else:
         rows = found["Data"] if isinstance(found.get("Data"), list) else [found]
+        if found and all(isinstance(cell, Mapping) for cell in found.values()) and len(rows) == 1:
+            wanted = "a list of objects, found objects by name; in pandas, to_json(orient='records')"
+            raise DataError(f"{path}: wanted {wanted}")
         places = (f"{path}, entry {number}" for number in range(1, len(rows) + 1))
         yield from ((place, _object(place, row)) for place, row in zip(places, rows, strict=True))
 
@@ -170,7 +200,7 @@ def _why(error: Exception) -> str:
 
 
 def _skip(text: str, at: int, line: int) -> tuple[int, int]:
-    """Past white space, counting lines."""
+    """Go past white space, counting lines."""
     while at < len(text) and text[at].isspace():
         line += text[at] == "\n"
         at += 1

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,8 @@ SYSTEM = ("answer", "prediction", "predicted_answer", "model_answer", "response"
 #: Flags of ``selfdoubt report`` that name a column.
 FLAGS = {"question": "--question-column", "answers": "--gold-column"}
 UNKNOWN = "no accepted answer is given"
+#: Columns that mean the same in any case.
+_PARTS = {f.name for f in fields(Record)} - {"question", "answer"}
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,7 @@ def read(path: Path, *, columns: Columns, answer: str | None = None) -> Answers:
     Raises:
         DataError: If it cannot be read, lacks a column, or a row is broken; the message names the place.
     """
-    placed = list(read_file(path))
+    placed = [(place, {**_parts(row), **row}) for place, row in read_file(path)]
     if not placed:
         raise DataError(f"{path} holds no answers; give a file with at least one")
     first = {name: cell for _, row in reversed(placed) for name, cell in row.items()}
@@ -84,6 +87,11 @@ def read(path: Path, *, columns: Columns, answer: str | None = None) -> Answers:
         unknown |= set() if known else {own}
         records.append(_record(place, row, system, replace(question, id=own)))
     return Answers(records, rows, frozenset(unknown))
+
+
+def _parts(row: Row) -> Row:
+    """Return the parts of a record by their own names: "Correct" is correct."""
+    return {lower(name): cell for name, cell in row.items() if name not in _PARTS and lower(name) in _PARTS}
 
 
 def _system(path: Path, first: Row, given: str | None) -> str:
@@ -106,7 +114,7 @@ def _system(path: Path, first: Row, given: str | None) -> str:
 
 
 def _columns(source: str, first: Row, given: Columns, system: str) -> Columns:
-    """As for questions, but that accepted answers may be missing."""
+    """Find columns as for questions, but that accepted answers may be missing."""
     return find(source, first, given, system=system, flags=FLAGS, needed=("question",))
 
 
@@ -118,7 +126,7 @@ def _free(name: str, taken: set[str]) -> str:
 
 
 def _question(place: str, row: Row, columns: Columns) -> tuple[Question, bool]:
-    """The question, and whether its right answers are known."""
+    """Read the question, and whether its right answers are known."""
     if is_record(row) and {"finish", "note", "right"} & set(row):  # of ``selfdoubt evaluate``
         return of_record(place, row), True
     cell = row.get(columns.answers or "answers")
@@ -132,7 +140,7 @@ def _question(place: str, row: Row, columns: Columns) -> tuple[Question, bool]:
 def _record(place: str, row: Row, system: str, question: Question) -> Record:
     answer = row.get(system)
     if isinstance(answer, (int, float)) and not isinstance(answer, bool) and math.isfinite(answer):
-        answer = str(answer)
+        answer = str(answer).removesuffix(".0")  # pandas makes 4 of a column with gaps 4.0
     if answer is not None and not isinstance(answer, str):
         raise DataError(f"{place}: {system} must be text, found {type(answer).__name__}; mend or remove the row")
     verdict = of_cell(f"{place}: correct", row.get("correct"))
@@ -151,6 +159,7 @@ def _record(place: str, row: Row, system: str, question: Question) -> Record:
         verdict.correct,
         verdict.grade if grade is None and verdict.grade not in (0.0, 1.0) else grade,
         _text(place, "note", row.get("note")),
+        _text(place, "p_correct_note", row.get("p_correct_note")),
     )
 
 
@@ -159,7 +168,7 @@ def _number(place: str, name: str, cell: Any, *, share: bool = False) -> float |
         return None
     try:
         value = math.nan if isinstance(cell, bool) else float(cell)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         value = math.nan
     if not math.isfinite(value) or (share and not 0 <= value <= 1):
         wanted = "a number from 0 to 1" if share else "a number"
@@ -176,13 +185,15 @@ def _text(place: str, name: str, cell: Any) -> str | None:
 
 
 def _json(cell: Any) -> Any:
-    """A cell of CSV may hold JSON."""
+    """Read a cell of CSV that may hold JSON, or what pandas makes of it: as Python writes it."""
     if not isinstance(cell, str):
         return cell
-    try:
-        return json.loads(cell) if cell.strip() else None
-    except (ValueError, RecursionError):
-        return cell
+    for parse in (json.loads, ast.literal_eval):
+        try:
+            return parse(cell.strip()) if cell.strip() else None
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            continue
+    return cell
 
 
 def _scores(place: str, cell: Any) -> dict[str, float]:

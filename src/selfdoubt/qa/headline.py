@@ -96,7 +96,7 @@ WEAK = {"rouge": "ROUGE", "bleu": "BLEU"}
 
 
 def _warnings(report: Mapping[str, Any]) -> list[str]:
-    """What makes these numbers worth less: answers that repeat themselves, and a judge that counts words."""
+    """Say what makes these numbers worth less: answers that repeat themselves, and a judge that counts words."""
     found, judge = report["repetition"], report["run"].get("judge")
     sentences = []
     if found["repeating"]:

@@ -228,8 +228,9 @@ _NEGATED = re.compile(r"\b(not|never|\w+n t|cannot)( (in|at|on|by|from|to|of))?(
 def _contained(question: Question, answer: str, accepted: str) -> float:
     text = fold(answer)
     words = _name(accepted)
-    if not words:  # signs alone: "!"
-        return float(answer.strip().lower() == accepted.strip().lower())
+    if not words:  # signs alone: "!"; or a tag, which stands as it is: "the <p> tag"
+        bare, said = accepted.strip().lower(), answer.strip().lower()
+        return float(bare in said if any(c.isalnum() for c in bare) else bare == said)
     if text == words or text == fold(accepted):
         return 1.0
     if declines(answer):
@@ -250,7 +251,7 @@ def _contained(question: Question, answer: str, accepted: str) -> float:
 
 
 def _stands(name: str, text: str) -> list[tuple[int, int]]:
-    """Where a folded name stands, with its signs or with them said in words."""
+    """Find where a folded name stands, with its signs or with them said in words."""
     return [span for way in (name, *spoken(name)) for span in spans(way, text)]
 
 

@@ -30,7 +30,7 @@ def repeats(text: str) -> bool:
 
 
 def _run(units: Sequence[str], period: int) -> int:
-    """The longest stretch that equals itself ``period`` units later, with its first part; 0 for less than a loop."""
+    """Return the longest stretch that equals itself ``period`` units later, and its first part; 0 if it is no loop."""
     best = now = 0
     for i in range(period, len(units)):
         now = now + 1 if units[i] == units[i - period] else 0

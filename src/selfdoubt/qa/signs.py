@@ -89,7 +89,8 @@ _RULES: tuple[tuple[str, re.Pattern[str], str], ...] = tuple(
         (".", r"(?<=\d)\.(?=\d)", "．"),
         (".", rf"(?<![^\s\"(\[{{“«])\.(?={_LETTER})", "．"),
         (":", r"(?<=\d):(?=\d)", "："),
-        ("/", r"(?<![\w/])(\d+)/(\d+)(?![\w/])", r"\1／\2"),
+        # A fraction; 2019/20 and 2019/2020 are years.
+        ("/", r"(?<![\w/])(?!(?:1\d|20)\d\d/\d\d(?:\d\d)?(?!\d))(\d+)/(\d+)(?![\w/])", r"\1／\2"),
         ("_", r"(?<=\d)_(?=\d)", "＿"),
         # A plus behind a word, within C++11, and between numbers and letters of algebra.
         ("+", rf"(?<={_ANY})\+\+(?!{_WORD}|\+)|(?<={_ANY})\+\+(?={_ANY})", "＋＋"),
@@ -190,12 +191,15 @@ def _pattern(word: str) -> str:
 
 
 def spans(words: str, text: str) -> list[tuple[int, int]]:
-    """Where ``words`` stand as whole words in ``text``, both folded: their first character, and the one behind them.
+    """Find where ``words`` stand as whole words in ``text``, both folded: their first character, and the one behind.
 
     A unit at a number may be missing in either, and must not differ. In scripts without spaces between words they may
     stand anywhere, in Korean before particles, and a change between such a script and another ends a word.
     """
-    return [m.span(1) for m in _finder(words).finditer(text)] if words else []
+    # Most names stand nowhere, and to compile a pattern takes long.
+    if not words or not all(part.rstrip(UNITS) in text for part in words.split()):
+        return []
+    return [m.span(1) for m in _finder(words).finditer(text)]
 
 
 _SPOKEN: tuple[tuple[re.Pattern[str], tuple[str, ...]], ...] = tuple(
@@ -220,7 +224,7 @@ _SPOKEN: tuple[tuple[re.Pattern[str], tuple[str, ...]], ...] = tuple(
 
 
 def spoken(words: str) -> Iterator[str]:
-    """The folded name with a sign said in words, in each usual way; nothing where it holds none.
+    """Yield the folded name with a sign said in words, in each usual way; nothing where it holds none.
 
     Example:
         >>> list(spoken("-5")), list(spoken("c#"))
@@ -232,7 +236,7 @@ def spoken(words: str) -> Iterator[str]:
 
 
 def meaningful(folded: str) -> str:
-    """The signs of a folded text, but for units.
+    """Return the signs of a folded text, but for units.
 
     Example:
         >>> meaningful("c++ is 3.5$")

@@ -7,6 +7,7 @@ import string
 import unicodedata
 from collections import Counter
 from collections.abc import Sequence
+from functools import lru_cache
 
 from selfdoubt.qa.signs import compose_negated, keep_forms, keep_signs, meaningful, spans
 
@@ -83,6 +84,7 @@ def _longest_common(a: Sequence[str], b: Sequence[str]) -> int:
     return above[-1]
 
 
+@lru_cache(4096)
 def fold(text: str) -> str:
     """Lower case words without accents and punctuation, to find a name in a sentence.
 
@@ -104,7 +106,7 @@ def fold(text: str) -> str:
 
 
 def same_key(text: str) -> tuple[str, str]:
-    """What two texts share that say the same: SQuAD's normal form, and the signs that change a meaning.
+    """Return what two texts share that say the same: SQuAD's normal form, and the signs that change a meaning.
 
     Example:
         >>> same_key("The C++!") == same_key("c++"), same_key("C++") == same_key("C"), same_key("3.5") == same_key("35")

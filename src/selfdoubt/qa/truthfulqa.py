@@ -71,7 +71,8 @@ def _files(path: Path) -> dict[str, Path]:
     folder = path if path.is_dir() else path.parent
     found = {name: folder / name for name in (CSV, JSON) if (folder / name).is_file()}
     if path.is_file():
-        found[JSON if path.suffix.lower() in (".json", ".jsonl") else CSV] = path
+        first = next(iter(from_file(path)), None)
+        found[CSV if first is not None and is_generation(first[1]) else JSON] = path
     return found
 
 
@@ -107,7 +108,7 @@ def _open(place: str, row: Row) -> Question:
 
 
 def _closed(place: str, row: Row, text: str, topic: str | None, task: Task, seed: int) -> Question:
-    targets = row[f"{task}_targets"]
+    targets = row.get(f"{task}_targets")
     if isinstance(targets, Mapping) and {"choices", "labels"} <= set(targets):
         pairs = list(zip(targets["choices"], targets["labels"], strict=True))
     else:

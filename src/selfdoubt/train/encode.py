@@ -96,7 +96,7 @@ def encode(tokenizer: Any, chat: Chat, *, loss_on: str, max_length: int, ends: f
 
 
 def ends_of(tokenizer: Any) -> frozenset[int]:
-    """The tokens that end an answer, by the tokenizer and its template: what is learnt here stops an answer later."""
+    """Return the tokens that end an answer, by the tokenizer and its template: what is learnt stops an answer."""
     return frozenset(i for i in (turn_end(tokenizer), tokenizer.eos_token_id) if i is not None)
 
 
@@ -193,12 +193,16 @@ def _columns(config: TrainConfig) -> Columns:
     return Columns(question=config.question_column, answers=config.answer_column, named_by=config.answers_name)
 
 
+#: How records are read and encoded; raised where that changes, so that older encoded data are not taken.
+ENCODING = 2
+
+
 def _key(config: TrainConfig, tokenizer: Any) -> str:
     """Names what decides the encoded data: the source as it is now, the tokenizer, and how it is used."""
     file = Path(config.data).expanduser()
     state = (file.stat().st_size, file.stat().st_mtime_ns) if file.is_file() else None
     parts = (
-        config.data, state, config.limit, config.loss_on, config.max_length, config.model, config.revision,
+        ENCODING, config.data, state, config.limit, config.loss_on, config.max_length, config.model, config.revision,
         tokenizer.chat_template, len(tokenizer), *([_columns(config)] if _columns(config) != AS_USUAL else []),
     )  # fmt: skip
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]

@@ -104,7 +104,7 @@ def answer_all(lm: RiskAwareLM, questions: list[list[dict[str, str]]], config: T
 
 
 def has_room(lm: RiskAwareLM, question: list[dict[str, str]]) -> bool:
-    """Whether a question can be encoded, and an answer fits behind it; those to learn from are cut, these are not."""
+    """Return whether a question can be encoded and an answer fits behind; those to learn from are cut, these not."""
     try:
         prompt = encode(lm.tokenizer, question)
     except PromptError:

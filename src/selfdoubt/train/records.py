@@ -81,7 +81,7 @@ def _rows(source: str) -> Iterator[Placed]:
 
 
 def _layout(row: Row) -> str:
-    """Which layout the columns of the first record are, without regard to case."""
+    """Return which layout the columns of the first record are, without regard to case."""
     columns = {lower(name) for name in row}
     fits = (layout for layout, wanted in LAYOUTS.items() if columns.issuperset(wanted))
     return next(fits, "question and answer")
@@ -109,7 +109,7 @@ def _asked(columns: Columns, place: str, row: Row) -> Chat:
     else:
         found = question_of(place, with_choices(row), columns)
         question, answers = found.text, found.answers
-    return _pair(place, name, _raw(row.get(columns.question or "question"), question), answers, row.get(name))
+    return _pair(place, name, question, answers, row.get(name))
 
 
 def _answered(place: str, row: Row) -> Chat:
@@ -124,7 +124,7 @@ def _pair(place: str, name: str, question: str, answers: tuple[str, ...], cell: 
 
 
 def _raw(cell: Any, stripped: str) -> str:
-    """The text with the white space that it has in its cell: the indentation of code is learnt, too."""
+    """Return the text with the white space that it has in its cell: the indentation of code is learnt, too."""
     texts = cell if isinstance(cell, (list, tuple)) else [cell]
     return next((text for text in texts if isinstance(text, str) and text.strip() == stripped), stripped)
 

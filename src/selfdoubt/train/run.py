@@ -119,7 +119,7 @@ def _check_folder(config: TrainConfig, out: Path, last: Path) -> None:
 
 
 def _is_first() -> bool:
-    """Whether this process is the one that writes."""
+    """Return whether this process is the one that writes."""
     return bool(getattr(rank_zero_only, "rank", 0) == 0)
 
 

@@ -140,3 +140,16 @@ def test_letters_are_never_answers(tmp_path):
     assert read_answers(tmp_path / "answers.jsonl")[0][0].question.answers == ("Paris",)
     with pytest.raises(DataError, match="answers must be a list"):
         records.read(tmp_path / "answers.jsonl")
+
+
+def test_what_pandas_makes_of_a_table_is_read(tmp_path):
+    rows = [{**PARIS, "Correct": 1.0, "SCORES": "{'x': 0.5}", "P_correct": 0.5}, {**MILAN, "Correct": 0.0}]
+    first, second = read(write(tmp_path / "a.csv", rows), columns=Columns()).records
+    assert (first.correct, first.scores, first.p_correct, second.correct) == (True, {"x": 0.5}, 0.5, False)
+    numbers = [{"question": "2 + 2?", "answer": 4.0, "gold": 4.0}, {"question": "2 + 3?", "answer": 5.5, "gold": 5}]
+    assert verdicts(write(tmp_path / "a.jsonl", numbers)) == [True, False]
+
+
+def test_a_number_that_is_too_large_is_refused_in_one_line(tmp_path):
+    with pytest.raises(DataError, match="the score x must be a number"):
+        read(write(tmp_path / "a.jsonl", [{**PARIS, "gold": "x", "scores": {"x": 10**400}}]), columns=Columns())

@@ -231,3 +231,21 @@ def test_spans_leave_units_and_particles_outside(words, text, found):
     at = spans(words, text)
     assert [s for s, _ in at] == [s for s, _ in found]
     assert all(text[s:e].startswith(words[:1]) for s, e in at)
+
+
+@pytest.mark.parametrize(
+    ("gold", "answer", "wanted"),
+    [
+        ("2019", "the season 2019/20", True),
+        ("2019", "2019/2020", True),
+        ("2019/20", "2019/20", True),
+        ("2019/20", "2019/21", False),
+        ("1", "1/2", False),
+        ("1/2", "01/02", False),
+        ("<p>", "Use the <p> tag.", True),
+        ("<p>", "Use the <br> tag.", False),
+        ("!", "Paris!", False),
+    ],
+)
+def test_years_of_a_season_and_names_of_tags_stand_in_a_text(gold, answer, wanted):
+    assert right(gold, answer) == wanted

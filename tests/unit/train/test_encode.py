@@ -184,3 +184,13 @@ def test_the_end_that_is_learnt_is_one_that_stops_an_answer(after, end, loss_on)
         assert learnt(words, example).startswith("Two.")
         assert "<|user|>" not in learnt(words, example)  # what opens a turn is nobody's to say
         assert example.ids[-1] in stop_ids(talker(), words)
+
+
+def test_data_encoded_by_an_earlier_reader_are_not_taken_again(monkeypatch, tmp_path):
+    config = TrainConfig(data=records(tmp_path, 9), out="")
+    splits(config, tokenizer(), tmp_path / "data")
+    (before,) = (tmp_path / "data").glob("*.json")
+    monkeypatch.setattr("selfdoubt.train.encode.ENCODING", 10**6)
+    splits(config, tokenizer(), tmp_path / "data")
+    (after,) = (tmp_path / "data").glob("*.json")
+    assert after.name != before.name
