@@ -12,7 +12,7 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from tests import zoo
-from tests.real import FOLDER
+from tests.words import real
 
 _LINES = [
     "What is the capital of France? The capital of France is Paris.",
@@ -85,12 +85,6 @@ def _unigram(*, slow: bool) -> Any:
     return transformers.PreTrainedTokenizerFast(tokenizer_object=plain, **names)
 
 
-def _pocket() -> Any:
-    from selfdoubt import pocket
-
-    return transformers.AutoTokenizer.from_pretrained(pocket.folder())
-
-
 _MADE = {
     "byte-level": zoo.tokenizer,
     "llama": lambda: _with_bytes(strip=True),
@@ -98,18 +92,14 @@ _MADE = {
     "wordpiece": _word_pieces,
     "unigram": lambda: _unigram(slow=False),
     "sentencepiece": lambda: _unigram(slow=True),
-    "pocket": _pocket,
 }
-KINDS = (*_MADE, "smollm2", "gemma", "qwen")
+KINDS = (*_MADE, "pocket", "smollm2", "gemma", "qwen")
 
 
 @cache
 def words(kind: str) -> Any:
     """A tokenizer of this kind; None for a real one whose folder is not here."""
-    if kind in _MADE:
-        return _MADE[kind]()
-    folder = FOLDER / kind
-    return None if not (folder / "tokenizer.json").is_file() else transformers.AutoTokenizer.from_pretrained(folder)
+    return _MADE[kind]() if kind in _MADE else real(kind)
 
 
 @cache

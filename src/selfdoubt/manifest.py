@@ -170,7 +170,7 @@ def stamp(folder: str | os.PathLike[str]) -> Path:
 
 
 def to_json(spec: Spec) -> dict[str, Any]:
-    """A wrapper's settings as plain data."""
+    """Return a wrapper's settings as plain data."""
     method = type(spec).__module__.rpartition(".")[2]
     settings = {f.name: getattr(spec, f.name) for f in fields(spec)}  # type: ignore[arg-type]
     if isinstance(settings.get("distribution"), type):
@@ -182,7 +182,7 @@ def to_json(spec: Spec) -> dict[str, Any]:
 
 
 def from_json(entry: Mapping[str, Any], path: str = "wrapper") -> Spec:
-    """The wrapper that ``to_json`` described; settings that are left out have their defaults.
+    """Return the wrapper that ``to_json`` described; settings that are left out have their defaults.
 
     Raises:
         LoadError: If the method or a setting is unknown, of a wrong kind or out of range.
@@ -262,7 +262,7 @@ _CARD = record(
 
 
 def _present(folder: Path, card: Mapping[str, Any]) -> list[str]:
-    """Names of the covered files that are in a folder and belong to its adapter."""
+    """Return the names of the covered files that are in a folder and belong to its adapter."""
     wanted = [WEIGHTS, *(LORA if card.get("lora") else ()), *(TOKENIZER if (folder / TOKENIZER[0]).is_file() else ())]
     return [file for file in wanted if (folder / file).is_file()]
 

@@ -170,7 +170,7 @@ def percentile(value: float, reference: Sequence[float]) -> float:
 
 
 def _scores(logits: Tensor, chosen: Tensor) -> tuple[TokenScores, Tensor]:
-    """Token scores, and the members' log-probabilities, which are large."""
+    """Return token scores, and the members' log-probabilities, which are large."""
     _check(logits)
     wide = _wide(logits)
     logp = wide.log_softmax(-1)
@@ -198,7 +198,7 @@ def _entropies(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _entropies_of(logp: Tensor, probs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Total, aleatoric and epistemic entropy, each within its bounds whatever the rounding.
+    """Return total, aleatoric and epistemic entropy, each within its bounds whatever the rounding.
 
     Raises:
         NonFiniteError: If a logit was NaN or infinite.

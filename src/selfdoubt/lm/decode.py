@@ -51,7 +51,8 @@ class Line:
     _draw: Float[Tensor, ""] | None = None
 
     def __post_init__(self) -> None:
-        self._generator = torch.Generator().manual_seed(self.seed)
+        # The seeds of several answers count on from a caller's; generators take 64 bits.
+        self._generator = torch.Generator().manual_seed(self.seed - 2**64 if self.seed >= 2**64 else self.seed)
         self.room = min(self.room, self.sampling.max_tokens)
 
     def draw(self) -> Float[Tensor, ""]:

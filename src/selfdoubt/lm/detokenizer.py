@@ -49,7 +49,7 @@ class Detokenizer:
     def push(self, token: int) -> tuple[list[str], str]:
         """Take a token; return what is certain now of as many tokens right before it, and of itself."""
         self.ahead = ""
-        piece = self._tokenizer.convert_ids_to_tokens(token)
+        piece = get_piece(self._tokenizer, token)
         if piece is None:  # beyond the vocabulary: decoding leaves it out
             if self._run:
                 self._run.append("")
@@ -148,6 +148,8 @@ def _add_last(found: list[str], late: list[str]) -> None:
 
 def text_between(tokenizer: Any, token: int) -> str:
     """Return the text of one token as it stands among others: with its space. U+FFFD stands for parts of characters."""
+    if get_piece(tokenizer, token) is None:
+        return ""
     alone = _decode(tokenizer, [token])
     return _decode(tokenizer, [token, token])[len(alone) :] or alone
 
@@ -166,14 +168,23 @@ class TextsBetween(dict[int, str]):
 
 
 def _last_word(tokenizer: Any, before: Sequence[int]) -> list[int]:
-    """The last of these ids that shows a text of its own; none where there is none within reach."""
+    """Return the last of these ids that shows a text of its own; none where there is none within reach."""
     for token in reversed(before[-_REACH:]):
-        piece = tokenizer.convert_ids_to_tokens(token)
+        piece = get_piece(tokenizer, token)
         if piece is not None and not _BYTE.fullmatch(piece):
             text = _decode(tokenizer, [token])
             if text and _REPLACEMENT not in text:
                 return [token]
     return []
+
+
+def get_piece(tokenizer: Any, token: int) -> str | None:
+    """Return what the vocabulary calls a token; None beyond its end, where sentencepiece raises."""
+    try:
+        piece: str | None = tokenizer.convert_ids_to_tokens(token)
+    except IndexError:
+        return None
+    return piece
 
 
 def _decode(tokenizer: Any, ids: list[int]) -> str:

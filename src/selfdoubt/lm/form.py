@@ -31,7 +31,8 @@ def chat_form(messages: Sequence[Mapping[str, str]]) -> str:
 def text_form(text: str) -> str:
     r"""Return the form of a plain prompt: ``RAW`` for a bare text, else a digest of its examples and labels.
 
-    Examples are what stands before the last empty line, labels are the first line's and the last one's, such as "Q:".
+    Examples are what stands before the last empty line, or before the last line with the first one's label; labels are
+    the first line's and the last one's, such as "Q:".
 
     Example:
         >>> text_form("Who was first?")
@@ -41,8 +42,18 @@ def text_form(text: str) -> str:
     """
     before, _, last = text.strip().rpartition("\n\n")
     lines = last.split("\n")
-    labels = [found.group(1) if (found := _LABEL.match(line)) else "" for line in (lines[0], lines[-1])]
+    labels = [_label(line) for line in lines]
+    if labels[0] and labels[0] in labels[1:]:  # examples without an empty line: the question is the last that begins so
+        start = len(labels) - 1 - labels[::-1].index(labels[0])
+        before, labels = "\n".join([before, *lines[:start]]), labels[start:]
+    labels = [labels[0], labels[-1]]
     return _digest(RAW, [before, *labels]) if before or any(labels) else RAW
+
+
+def _label(line: str) -> str:
+    """Return what a line begins with, such as "Q:"; empty where it begins with none."""
+    found = _LABEL.match(line)
+    return found.group(1) if found else ""
 
 
 def _digest(kind: str, parts: Sequence[object]) -> str:

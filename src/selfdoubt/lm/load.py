@@ -112,7 +112,7 @@ def stop_ids(model: nn.Module, tokenizer: Any) -> frozenset[int]:
 
 
 def turn_end(tokenizer: Any) -> int | None:
-    """The control token with which the chat template ends an assistant's turn; None where it ends with none.
+    """Return the control token with which the chat template ends an assistant's turn; None where it ends with none.
 
     The template is asked: it is what comes next behind an answer's words but for white space. A token that opens a
     turn is not one.
@@ -141,12 +141,12 @@ _MARKS = ("\ue000", "\ue001")
 
 
 def _first_token(text: str, control: dict[str, int]) -> str | None:
-    """The control token that a text begins with: the longest."""
+    """Return the control token that a text begins with: the longest."""
     return max((token for token in control if text.startswith(token)), key=len, default=None)
 
 
 def _control_tokens(tokenizer: Any) -> dict[str, int]:
-    """Ids of the tokens that are no text, by what the chat template writes for them."""
+    """Return the ids of the tokens that are no text, by what the chat template writes for them."""
     found = {
         str(token): i
         for i, token in tokenizer.added_tokens_decoder.items()
@@ -157,7 +157,7 @@ def _control_tokens(tokenizer: Any) -> dict[str, int]:
 
 
 def _text_configs(config: Any) -> list[Any]:
-    """The config of the part that writes, where a model has several."""
+    """Return the config of the part that writes, where a model has several."""
     return [config.get_text_config()] if hasattr(config, "get_text_config") else []
 
 

@@ -23,7 +23,7 @@ from selfdoubt.lm.detokenizer import TextsBetween
 from selfdoubt.lm.given import score_given
 from selfdoubt.lm.load import POCKET, Quantization, load_model, quick_dtype, stop_ids, vocabulary_size
 from selfdoubt.lm.notes import PLAIN_NOTE, untrained_note
-from selfdoubt.lm.options import Options, read_number, read_options, sampling_of, stop_texts
+from selfdoubt.lm.options import Options, read_number, read_options, read_seed, sampling_of, stop_texts
 from selfdoubt.lm.prompt import encode
 from selfdoubt.lm.questions import Question, check_question, is_chat, list_pairs, list_questions
 from selfdoubt.lm.reading import ScoredId
@@ -201,7 +201,7 @@ class RiskAwareLM:
         if isinstance(prompt, str) or is_chat(prompt):
             return self._generate([cast("Question", prompt)], 1, [seed], options)[0]
         prompts = list_questions(prompt)
-        seeds = [seed] * len(prompts) if seeds is None else [int(i) for i in seeds]
+        seeds = [seed] * len(prompts) if seeds is None else [read_seed("each of the seeds", i) for i in seeds]
         if len(seeds) != len(prompts):
             raise ConfigError(f"there must be one seed for each prompt, got {len(seeds)} for {len(prompts)}")
         return self._generate(prompts, batch_size, seeds, options)
@@ -282,7 +282,11 @@ class RiskAwareLM:
 
         Raises:
             PromptError: If a text is empty or too long.
+            ConfigError: If ``raw`` or ``alternatives`` is of a wrong type, or negative.
         """
+        raw = read_options({"raw": raw}).get("raw", False)
+        if read_number("alternatives", alternatives, whole=True) < 0:
+            raise ConfigError(f"alternatives must not be negative, got {alternatives}")
         return score_given(self, list_pairs(pairs), raw=raw, alternatives=alternatives)
 
     def answer(

@@ -59,9 +59,11 @@ def read_options(options: Mapping[str, Any], *further: str) -> Options:
         if name not in known:
             raise ConfigError(f"there is no option {name!r}; {_nearest(name, [*known, *further])}")
     found: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
-    for name in ("max_tokens", "seed", "temperature", "top_p"):
+    for name in ("max_tokens", "temperature", "top_p"):
         if name in found:
-            found[name] = read_number(name, found[name], whole=name in ("max_tokens", "seed"))
+            found[name] = read_number(name, found[name], whole=name == "max_tokens")
+    if "seed" in found:
+        found["seed"] = read_seed("seed", found["seed"])
     if "stop" in found:
         found["stop"] = _stops(found["stop"])
     if not isinstance(found.get("raw", False), bool):
@@ -106,9 +108,29 @@ def read_number(name: str, value: Any, *, whole: bool) -> int | float:
     Raises:
         ConfigError: If it is something else, or NaN.
     """
-    if isinstance(value, bool) or not isinstance(value, Integral if whole else Real) or math.isnan(value):
+    if isinstance(value, bool) or not isinstance(value, Integral if whole else Real):
         raise ConfigError(f"{name} must be a {'whole ' * whole}number, got {value!r}")
-    return int(value) if whole else float(value)
+    if whole:
+        return int(value)
+    try:
+        found = float(value)
+    except OverflowError:
+        found = math.inf
+    if math.isnan(found):
+        raise ConfigError(f"{name} must be a number, got {value!r}")
+    return found
+
+
+def read_seed(name: str, value: Any) -> int:
+    """Return a seed as Python's own int.
+
+    Raises:
+        ConfigError: If it is no whole number, or has more than 64 bits: no generator takes it.
+    """
+    found = int(read_number(name, value, whole=True))
+    if not -(2**63) <= found < 2**64:
+        raise ConfigError(f"{name} must be at least -2**63 and below 2**64, got one of {found.bit_length()} bits")
+    return found
 
 
 def _nearest(name: str, known: Sequence[str]) -> str:

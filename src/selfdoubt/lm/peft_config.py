@@ -56,7 +56,7 @@ _CONFIG = record(
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """``adapter_config.json`` of a folder that also has LoRA's weights.
+    """Read ``adapter_config.json`` of a folder that also has LoRA's weights.
 
     Raises:
         LoadError: If a file is missing or broken, or it is another adapter than LoRA.

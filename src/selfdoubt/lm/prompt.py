@@ -155,14 +155,14 @@ def _joined(messages: Sequence[Message]) -> str:
 
 
 def _encode_plain(tokenizer: Any, text: str) -> Prompt:
-    """Plain text after the beginning-of-text token, where there is one, and without one that would end it."""
+    """Encode plain text after the beginning-of-text token, where there is one, and without one that would end it."""
     ids = _start(tokenizer, text) + get_encoder(tokenizer).encode(text).ids
     special = set(tokenizer.all_special_ids)
     return Prompt(ids, [i not in special for i in ids], text_form(text))
 
 
 def _start(tokenizer: Any, text: str) -> list[int]:
-    """What goes before a text, so that something predicts its first word."""
+    """Return what goes before a text, so that something predicts its first word."""
     ids, bos = get_encoder(tokenizer).start_ids(), tokenizer.bos_token_id
     if bos is None or ids[:1] == [bos] or (not ids and text.startswith(tokenizer.bos_token)):
         return ids
@@ -181,7 +181,7 @@ def _encode_border(tokenizer: Any, before: str, text: str) -> tuple[Prompt, list
 
 
 def _encode_chat(tokenizer: Any, messages: list[dict[str, str]], wanted: list[int], *, answer_next: bool) -> Turns:
-    """Ids of a chat; the turns in ``wanted`` are told apart, the words of others may count as the template's."""
+    """Encode a chat; the turns in ``wanted`` are told apart, the words of others may count as the template's."""
     text, owners = render_chat(tokenizer, messages, wanted, answer_next=answer_next)
     encoder = get_encoder(tokenizer)
     edges = [0, *(np.flatnonzero(np.diff(owners)) + 1).tolist(), len(owners)]
@@ -206,7 +206,7 @@ def _encode_chat(tokenizer: Any, messages: list[dict[str, str]], wanted: list[in
 def _control_of(
     tokenizer: Any, encoder: Encoder, encoded: Encoded, text: str, owners: Ints, answers: set[int]
 ) -> tuple[Counter[int], bool]:
-    """The control tokens that are rightly there, and whether a message's words became one.
+    """Count the control tokens that are rightly there; say whether a message's words became one.
 
     The assistant may write those that are not special, such as what parts its thoughts from its answer.
     """

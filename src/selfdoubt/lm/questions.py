@@ -44,6 +44,8 @@ def list_pairs(pairs: Any) -> list[tuple[Question | None, str]]:
     Raises:
         PromptError: If one is not a pair, a question is neither a text nor a chat, or a text is not a text.
     """
+    if isinstance(pairs, (str, bytes, Mapping, AnySet)) or not isinstance(pairs, Iterable):
+        raise PromptError(f"wanted a list of pairs, each a question (or None) and a text, got {_shown(pairs)}")
     found: list[tuple[Question | None, str]] = []
     for number, pair in enumerate(pairs, 1):
         if not isinstance(pair, (tuple, list)) or len(pair) != 2:

@@ -46,14 +46,14 @@ class Standing:
             self.contents.append(codes.tobytes().decode("utf-32-le"))
 
     def neighbours(self, number: int) -> tuple[int, int | None]:
-        """The place after the stand-in before, and that of the stand-in after, in the content of this one."""
+        """Return the place after the stand-in before, and that of the stand-in after, in the content of this one."""
         message = self.message[number]
         before = number and self.message[number - 1] == message
         after = number + 1 < len(self.message) and self.message[number + 1] == message
         return int(self.place[number - 1]) + 1 if before else 0, int(self.place[number + 1]) if after else None
 
     def put_back(self, rendered: str, text: str) -> Ints | None:
-        """The number of the stand-in at each place of the text, or -1.
+        """Return the number of the stand-in at each place of the text, or -1.
 
         None where the text is not what comes of a rendering once all stand-ins are put back.
         """

@@ -39,7 +39,7 @@ class StopFinder:
         return start
 
     def fork(self) -> StopFinder:
-        """A finder that goes on from here by itself."""
+        """Return a finder that goes on from here by itself."""
         other = copy(self)
         other._stops = [copy(stop) for stop in self._stops]  # they share their tables
         return other
@@ -54,7 +54,7 @@ class _Stop:
         self._back = [0]  # of each beginning, from one character on: its longest proper beginning that is also its end
 
     def feed(self, piece: str) -> int | None:
-        """The place in the piece behind the first complete stop."""
+        """Return the place in the piece behind the first complete stop."""
         text, at = self.text, 0
         while at < len(piece):
             if not self.matched:  # most text begins no stop
@@ -72,7 +72,7 @@ class _Stop:
         return None
 
     def _shorter(self, length: int) -> int:
-        """The longest shorter beginning that the text also ends with."""
+        """Return the length of the longest shorter beginning that the text also ends with."""
         while len(self._back) < length:
             character, found = self.text[len(self._back)], self._back[-1]
             while found and self.text[found] != character:

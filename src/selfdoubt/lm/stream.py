@@ -102,7 +102,7 @@ class AnswerInProgress:
         return self._finder.feed("".join(late))
 
     def _stops_ahead(self) -> bool:
-        """Whether the pending text holds a stop as it is now: the answer then ends without a token more."""
+        """Return whether the pending text holds a stop as it is now: the answer then ends without a token more."""
         if not self._pieces.pending:
             self._ahead = None
             return False
@@ -261,7 +261,7 @@ def own_end(prompt: Prompt) -> tuple[int, int]:
 
 
 def told_before(prompt: Prompt) -> list[int]:
-    """The ids whose text an answer goes on from.
+    """Return the ids whose text an answer goes on from.
 
     There are none after a chat template or a control token: what parts the answer from those is not the answer's.
     """

@@ -100,7 +100,7 @@ class _Chat(NamedTuple):
     as_parts: bool
 
     def render(self, contents: Sequence[str]) -> str:
-        """The text with these contents in place of the messages' own."""
+        """Return the text with these contents in place of the messages' own."""
         said: list[dict[str, Any]] = [
             dict(m, content=[{"type": "text", "text": c}] if self.as_parts else c)
             for m, c in zip(self.messages, contents, strict=True)
@@ -112,7 +112,7 @@ class _Chat(NamedTuple):
             raise PromptError(f"the model's chat template refuses these messages: {why}") from error
 
     def rendered(self, standing: Standing) -> str:
-        """The text with stand-ins; empty where the template refuses them."""
+        """Return the text with stand-ins; empty where the template refuses them."""
         try:
             return self.render(standing.contents)
         except PromptError:
@@ -172,7 +172,7 @@ def _check_control(encoder: Encoder, found: Rendered, neutral: str) -> None:
 
 
 def _owners(contents: Sequence[str], text: str, numbers: Ints, standing: Standing) -> tuple[Ints, list[_End]]:
-    """Who wrote each character, and the ends of words that no stand-in closes.
+    """Find who wrote each character, and the ends of words that no stand-in closes.
 
     All between two stand-ins that are neighbours in a content is that content's.
     """
@@ -207,7 +207,7 @@ def _owners(contents: Sequence[str], text: str, numbers: Ints, standing: Standin
 
 
 def _alike(text: str, content: str) -> int:
-    """How many characters both begin with; never a part of a word of the content, such as the ">" of a tag."""
+    """Count the characters that both begin with; never a part of a word of the content, such as the ">" of a tag."""
     length = len(commonprefix([text, content]))
     if length < len(content) and not content[length].isspace():
         while length and not content[length - 1].isspace():

@@ -131,7 +131,7 @@ class Encoder:
         return found, names, {found.token_to_id(name): self.control[text].id for text, name in names.items()}
 
     def _copy(self, special: Any) -> Any:
-        """Another object on the same vocabulary, without truncation, padding and what is put around a text."""
+        """Make another object on the same vocabulary, without truncation, padding and what is put around a text."""
         from tokenizers import AddedToken, Tokenizer
 
         found = Tokenizer(self._backend.model)
@@ -251,6 +251,6 @@ def _control(tokenizer: Any) -> dict[str, Control]:
 
 
 def _common(one: Sequence[int], other: Sequence[int]) -> int:
-    """How many leading ids both have."""
+    """Count the leading ids that both have."""
     pairs = enumerate(zip(one, other, strict=False))
     return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))

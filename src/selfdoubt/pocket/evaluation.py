@@ -35,7 +35,7 @@ class Question:
 
     @property
     def only_calibrates(self) -> bool:
-        """Whether a reference question teaches and tests the calibration alone, and percentiles do not count it."""
+        """Return whether a reference question is for the calibration alone, and percentiles do not count it."""
         return self.id.startswith("cal-")
 
 

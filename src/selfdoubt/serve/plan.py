@@ -159,4 +159,6 @@ def _prompt_of(lm: RiskAwareLM, ids: list[int], limits: Limits) -> Prompt:
     if len(ids) > longest:
         raise PromptError(f"a prompt must have between 1 and {longest} tokens, got {len(ids)}; shorten it")
     special = set(lm.tokenizer.all_special_ids)
-    return Prompt(ids, [i not in special for i in ids], text_form(lm.tokenizer.decode(ids, skip_special_tokens=True)))
+    known = len(lm.tokenizer)  # a model may have more ids, and sentencepiece decodes none of them
+    text = lm.tokenizer.decode([i for i in ids if i < known], skip_special_tokens=True)
+    return Prompt(ids, [i not in special for i in ids], text_form(text))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import deque
 
 import numpy as np
 import pytest
@@ -60,6 +61,32 @@ def test_an_unknown_option_is_an_error_at_every_door(lm, door, name, nearest):
 def test_a_value_of_a_wrong_type_is_an_error_that_names_the_option(lm, door, option, value):
     with pytest.raises(ConfigError, match=rf"^{option} (must be|is)"):
         DOORS[door](lm, **{option: value})
+
+
+@pytest.mark.parametrize("door", DOORS)
+@pytest.mark.parametrize(
+    ("option", "value", "said"),
+    [("seed", 2**64, "^seed must be at least"), ("seed", 10**400, "^seed must be"), ("seed", -(2**63) - 1, "seed"),
+     ("temperature", 10**400, "^temperature must be finite"), ("top_p", -(10**400), "^top_p must be")],
+    ids=["seed", "large seed", "small seed", "temperature", "top_p"],
+)  # fmt: skip
+def test_a_number_that_no_machine_type_holds_is_an_error_in_words(lm, door, option, value, said):
+    reference = {"sum_nll": [0.0, 1.0]}
+    with pytest.raises(ConfigError, match=said):
+        deque(DOORS[door](RiskAwareLM(lm.model, lm.tokenizer, reference=reference), **{option: value}), maxlen=0)
+
+
+@pytest.mark.parametrize("seed", [-(2**63), -1, 2**63, 2**64 - 1])
+def test_seeds_of_64_bits_serve_and_count_on(lm, seed):
+    drawn = lm.candidates("Hi", 3, seed=seed, max_tokens=3)
+    assert sorted(a.risk for a in drawn) == [a.risk for a in drawn]
+    assert lm.generate("Hi", seed=seed, temperature=1.0, max_tokens=3).text in {a.text for a in drawn}
+
+
+@pytest.mark.parametrize("pairs", [None, 3, "ab", b"ab", {"Hi": "a"}, {("Hi", "a")}])
+def test_what_is_no_list_of_pairs_is_said_in_words(pairs):
+    with pytest.raises(PromptError, match=r"^wanted a list of pairs"):
+        list_pairs(pairs)
 
 
 def test_none_is_left_out_and_numbers_of_numpy_count(lm):
@@ -145,6 +172,9 @@ calls = [
     lambda: lm.score_batch(["ab"]),
     lambda: lm.candidates("Hi", 2.5), lambda: lm.candidates("Hi", None), lambda: lm.generate(["Hi"], batch_size=None),
     lambda: lm.generate_until("Hi", "0.5"), lambda: lm.generate_until("Hi", 0.5, max_tries=1.5),
+    *(lambda s=s: lm.generate(["Hi"], seeds=s) for s in ([None], [0.5], ["5"], [2**64], "5")),
+    lambda: lm.score("Hi", raw="no"), lambda: lm.score_batch([("Hi", "a")], alternatives=-1),
+    lambda: lm.score_batch([("Hi", "a")], alternatives=1.5),
 ]
 for call in calls:
     try:
@@ -154,4 +184,4 @@ for call in calls:
 """
     ).split("\n")
     assert found[:8] == ["PromptError 0"] * 8
-    assert found[8:13] == ["ConfigError 0"] * 5
+    assert found[8:21] == ["ConfigError 0"] * 13

@@ -10,6 +10,8 @@ from selfdoubt.lm.decode import Event
 from selfdoubt.lm.prompt import encode
 from selfdoubt.lm.reading import ScoredId
 from selfdoubt.lm.stream import AnswerInProgress
+from selfdoubt.serve.limits import Limits
+from selfdoubt.serve.plan import _prompt_of
 from tests.speakers import speaker, words
 
 KINDS = ("byte-level", "llama", "gemma-like", "wordpiece", "unigram")
@@ -158,3 +160,14 @@ def test_alternatives_stand_as_they_would_in_the_text(kind):
             ids.append(token.id)
             text = lm.tokenizer.decode(ids)
     assert seen or kind == "byte-level"
+
+
+def test_tokens_beyond_the_vocabulary_are_without_text_in_every_tokenizer():
+    """A model may have more rows than its tokenizer has tokens, and sentencepiece raises at them."""
+    lm = speaker("sentencepiece")
+    known = len(lm.tokenizer)
+    answers = [lm.generate("Paris is a", temperature=1.5, seed=seed, max_tokens=14) for seed in range(5)]
+    named = [o for a in answers for t in (*a.tokens, *a.question) for o in t.alternatives]
+    assert any(o.id >= known for o in named)
+    assert all(o.text == "" for o in named if o.id >= known)
+    assert _prompt_of(lm, [5, known, 6], Limits()).ids == [5, known, 6]
