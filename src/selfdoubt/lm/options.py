@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from numbers import Integral, Real
@@ -106,9 +105,14 @@ def read_number(name: str, value: Any, *, whole: bool) -> int | float:
     Raises:
         ConfigError: If it is something else, or NaN.
     """
-    if isinstance(value, bool) or not isinstance(value, Integral if whole else Real) or math.isnan(value):
+    if isinstance(value, bool) or not isinstance(value, Integral if whole else Real) or value != value:
         raise ConfigError(f"{name} must be a {'whole ' * whole}number, got {value!r}")
-    return int(value) if whole else float(value)
+    if whole:
+        return int(value)
+    try:
+        return float(value)
+    except OverflowError:
+        raise ConfigError(f"{name} must be a number, got one too large for a float") from None
 
 
 def _nearest(name: str, known: Sequence[str]) -> str:

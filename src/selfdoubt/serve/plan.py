@@ -158,5 +158,6 @@ def _prompt_of(lm: RiskAwareLM, ids: list[int], limits: Limits) -> Prompt:
     longest = limits.longest(lm.context)
     if len(ids) > longest:
         raise PromptError(f"a prompt must have between 1 and {longest} tokens, got {len(ids)}; shorten it")
+    limits.check_ids(ids, lm.vocabulary)
     special = set(lm.tokenizer.all_special_ids)
     return Prompt(ids, [i not in special for i in ids], text_form(lm.tokenizer.decode(ids, skip_special_tokens=True)))

@@ -54,6 +54,8 @@ def parts(number):
         (TEXT, {"prompt": [[5]] * 3}, "2 prompts"),
         (TEXT, {"prompt": "a " * 9000}, "characters"),
         (TEXT, {"prompt": [5] * 9000}, "tokens, got 9000"),
+        (TEXT, {"prompt": [2**70]}, "token ids go from 0 to"),
+        (TEXT, {"prompt": [[5], [5, 2**40]]}, "token ids go from 0 to"),
         (TEXT, {"prompt": "a", "stop": "a" * 11}, "stop text"),
         (SCORE, {"input": [{"text": "a"}] * 4}, "3 texts"),
         (SCORE, {"input": {"text": "a " * 9000}}, "characters"),
