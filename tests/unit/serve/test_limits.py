@@ -190,7 +190,8 @@ def test_a_long_text_holds_up_no_short_one_and_too_many_are_refused():
             long.append(asyncio.create_task(encoders.run(lambda: gate.wait(30), SHORT + 1)))
             await asyncio.sleep(0)
             with pytest.raises(BusyError, match="3 requests wait to be read already"):
-                await encoders.run(lambda: "one too many", 1)
+                await encoders.run(lambda: "one too many", SHORT + 1)
+            assert await asyncio.wait_for(encoders.run(lambda: "short", SHORT), 20) == "short"  # has places of its own
             gate.set()
             assert all(await asyncio.gather(*long))
             assert await encoders.run(lambda: "again", 1) == "again"
