@@ -229,7 +229,7 @@ def test_a_broken_or_foreign_adapter_gets_one_line(
     weights = broken / "added.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
     assert in_process(monkeypatch, "ask", "hi", "--adapter", str(broken)) == 2
-    assert "added.safetensors cannot be read" in capsys.readouterr().err
+    assert "added.safetensors was changed after it was saved" in capsys.readouterr().err
     (broken / "selfdoubt.json").write_text("{")
     assert in_process(monkeypatch, "ask", "hi", "--adapter", str(broken)) == 2
     assert "selfdoubt.json is broken" in capsys.readouterr().err

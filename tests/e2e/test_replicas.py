@@ -18,7 +18,9 @@ from pathlib import Path
 
 import httpx
 import pytest
+import torch
 
+from selfdoubt import RiskAwareLM
 from tests.served import Served
 
 pytest.importorskip("ray", reason="the extra [ray] is not installed")
@@ -66,6 +68,34 @@ def test_one_of_two_replicas_is_killed_under_load():
         assert len(outcomes) == 48
         assert set(outcomes) <= {"answer", "error"}
         assert outcomes.count("answer") > 24
+        assert served.stop()[0] == 0
+    finally:
+        served.process.kill()
+
+
+def test_replicas_score_texts_and_end_those_whose_time_is_over():
+    served = Served("--replicas", "2", "--drain", "5")
+
+    def score(timeout=60, **body):
+        return httpx.post(f"{served.url}/v1/score", json=body, timeout=timeout)
+
+    try:
+        items = [{"text": "Paris is in France."}, {"text": "In Estonia.", "question": "Where is Tartu?"}]
+        found = score(input=items).json()["data"]
+        alone = RiskAwareLM.load("pocket", dtype=torch.float32).score_batch(
+            [(item.get("question"), item["text"]) for item in items], alternatives=0
+        )
+        for mine, own in zip(found, alone, strict=True):
+            assert mine["scores"] == pytest.approx(dict(own.scores), rel=1e-3, abs=1e-4)
+            assert mine["p_correct_note"] == own.p_correct_note
+        long = score(input={"text": "Tartu " * 2000})
+        assert (long.status_code, long.json()["error"]["code"]) == (400, "invalid_prompt")
+        many = [{"text": f"The town number {i} is in Estonia. " * 12} for i in range(1024)]
+        late = httpx.post(f"{served.url}/v1/score", json={"input": many, "timeout": 1}, timeout=60)
+        assert (late.status_code, late.json()["error"]["code"]) == (504, "deadline_exceeded")
+        with pytest.raises(httpx.ReadTimeout):
+            score(timeout=1, input=many)
+        assert score(input=items[0]).status_code == 200
         assert served.stop()[0] == 0
     finally:
         served.process.kill()

@@ -111,6 +111,16 @@ def test_what_is_ambiguous_can_be_named(tmp_path):
         Columns(named_by="colour")
 
 
+def test_a_number_is_a_text_where_every_answer_of_the_file_is_one(tmp_path):
+    first = {"question": "Q1?", "choices": ["red", "blue"], "answer": "blue"}
+    second = {"question": "Q2?", "choices": ["3", "12", "1", "0"], "answer": "3"}
+    (tmp_path / "a.jsonl").write_text(f"{json.dumps(first)}\n{json.dumps(second)}\n")
+    assert both(tmp_path / "a.jsonl") == [("Q1?", "blue"), ("Q2?", "3")]
+    (tmp_path / "b.jsonl").write_text(f"{json.dumps({**first, 'answer': '1'})}\n{json.dumps(second)}\n")
+    with pytest.raises(DataError, match="line 2: answer '3' is the text of one choice"):
+        load(tmp_path / "b.jsonl")
+
+
 def test_code_keeps_its_indentation_when_it_is_learnt(tmp_path):
     (tmp_path / "a.jsonl").write_text(json.dumps({"question": "  f\n", "answer": ["    return 1\n", "x"]}))
     assert [m["content"] for m in next(read(str(tmp_path / "a.jsonl")))] == ["  f", "    return 1\n"]

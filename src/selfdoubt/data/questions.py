@@ -185,6 +185,22 @@ def question_of(place: str, row: Row, columns: Columns, separator: str | None = 
     return Question(id_ or "", text, context, answers, wrong, choices, right, topic)
 
 
+def decide_naming(rows: Sequence[tuple[str, Row]], columns: Columns) -> Columns:
+    """Return the columns with answers named by text, where every answer of a file is the text of one of its choices.
+
+    A number that is the text of one choice is then no index of another, since words in other rows are texts, too.
+    """
+    if columns.named_by is not None or columns.choices is None or columns.answers is None:
+        return columns
+    words = 0
+    for _, row in rows:
+        answer, choices = row.get(columns.answers), row.get(columns.choices)
+        if not isinstance(answer, str) or not isinstance(choices, (list, tuple)) or answer not in choices:
+            return columns
+        words += not answer.strip().isdecimal()
+    return replace(columns, named_by="text") if words else columns
+
+
 class _Options(NamedTuple):
     texts: tuple[str, ...]
     labels: tuple[str, ...]

@@ -108,17 +108,14 @@ def read_number(name: str, value: Any, *, whole: bool) -> int | float:
     Raises:
         ConfigError: If it is something else, or NaN.
     """
-    if isinstance(value, bool) or not isinstance(value, Integral if whole else Real):
+    if isinstance(value, bool) or not isinstance(value, Integral if whole else Real) or value != value:
         raise ConfigError(f"{name} must be a {'whole ' * whole}number, got {value!r}")
     if whole:
         return int(value)
     try:
-        found = float(value)
+        return float(value)
     except OverflowError:
-        found = math.inf
-    if math.isnan(found):
-        raise ConfigError(f"{name} must be a number, got {value!r}")
-    return found
+        return math.inf
 
 
 def read_seed(name: str, value: Any) -> int:

@@ -12,8 +12,9 @@ class PieceSizer:
     """Chooses how much of a prompt or text is read at once, from the time that earlier pieces took.
 
     A piece costs a fixed time and a time per token, which grows with the context. The fixed time is the shortest that
-    any piece took; the time per token is learnt apart for each doubling of the context. Sizes are powers of two and one
-    and a half times such, so that a model meets few shapes.
+    any piece took, and grows by and by where the smallest pieces take longer, as on a processor that others use, too.
+    The time per token is learnt apart for each doubling of the context. Sizes are powers of two and one and a half
+    times such, so that a model meets few shapes.
     """
 
     def __init__(self) -> None:
@@ -61,8 +62,12 @@ class PieceSizer:
         if not handed:
             return
         known = 0.0 if math.isinf(self._fixed) else self._fixed
-        self._fixed = min(self._fixed, seconds / len(handed))
+        each = seconds / len(handed)
         tokens = sum(size for _, size in handed)
+        if each > self._fixed and tokens <= FEWEST * len(handed):  # passes have become slower, whatever they read
+            self._fixed += (each - self._fixed) / 8
+        else:
+            self._fixed = min(self._fixed, each)
         rate = max(seconds - min(known, self._fixed) * len(handed), seconds / 4, 1e-9) / tokens
         for place in {context.bit_length() for context, _ in handed}:
             old = self._rates.get(place, rate)

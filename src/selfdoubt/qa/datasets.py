@@ -11,7 +11,7 @@ from typing import Any
 
 from selfdoubt.errors import ConfigError, DataError
 from selfdoubt.qa import truthfulqa
-from selfdoubt.qa.layouts import AS_USUAL, Columns, find, is_record, of_record, question_of, with_choices
+from selfdoubt.qa.layouts import AS_USUAL, Columns, decide_naming, find, is_record, of_record, question_of, with_choices
 from selfdoubt.qa.order import Draft, rank, subset, unique
 from selfdoubt.qa.records import Question
 from selfdoubt.qa.sources import SUFFIXES, Rows, from_file, from_hub
@@ -156,7 +156,7 @@ def _read(
         return unique(source, [(of_record(place, row), row) for place, row in rows])
     if columns.choices is None:
         rows = [(place, with_choices(row)) for place, row in rows]
-    columns = find(source, rows[0][1], columns)
+    columns = decide_naming(rows, find(source, rows[0][1], columns))
     return unique(source, [(question_of(place, row, columns, separator), row) for place, row in rows])
 
 

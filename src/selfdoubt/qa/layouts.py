@@ -7,6 +7,7 @@ from selfdoubt.data.questions import (
     AS_USUAL,
     USUAL,
     Columns,
+    decide_naming,
     find,
     is_record,
     of_record,
@@ -15,6 +16,6 @@ from selfdoubt.data.questions import (
 )
 
 __all__ = [
-    "AS_USUAL", "USUAL", "Columns", "find", "is_record", "of_record", "optional_text", "question_of", "required_text",
-    "texts", "with_choices",
+    "AS_USUAL", "USUAL", "Columns", "decide_naming", "find", "is_record", "of_record", "optional_text", "question_of",
+    "required_text", "texts", "with_choices",
 ]  # fmt: skip

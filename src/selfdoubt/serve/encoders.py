@@ -29,13 +29,14 @@ class Encoders:
     """Two threads, one for short texts and one for long ones.
 
     Args:
-        most: Texts that may wait; more are refused.
+        most: Texts that may wait for each; more are refused.
     """
 
     def __init__(self, most: int) -> None:
         self._most = most
-        self._free = threading.Semaphore(most)
-        self._short, self._long = ThreadPoolExecutor(1, "encode-short"), ThreadPoolExecutor(1, "encode-long")
+        self._short, self._long = (
+            (ThreadPoolExecutor(1, f"encode-{kind}"), threading.Semaphore(most)) for kind in ("short", "long")
+        )
 
     async def run(self, work: Callable[[], T], size: int, undo: Callable[[T], object] = lambda _: None) -> T:
         """Do some work in a thread.
@@ -48,14 +49,15 @@ class Encoders:
         Raises:
             BusyError: If too many texts wait already.
         """
-        if not self._free.acquire(blocking=False):
+        threads, free = self._short if size <= SHORT else self._long
+        if not free.acquire(blocking=False):
             raise BusyError(f"{self._most} requests wait to be read already; try again in a moment")
         try:
-            running = (self._short if size <= SHORT else self._long).submit(work)
+            running = threads.submit(work)
         except BaseException:
-            self._free.release()
+            free.release()
             raise
-        running.add_done_callback(lambda _: self._free.release())
+        running.add_done_callback(lambda _: free.release())
         try:
             return await asyncio.shield(asyncio.wrap_future(running))
         except asyncio.CancelledError:
@@ -65,7 +67,7 @@ class Encoders:
 
     def close(self) -> None:
         """Take no more; what waits is dropped."""
-        for threads in (self._short, self._long):
+        for threads, _ in (self._short, self._long):
             threads.shutdown(wait=False, cancel_futures=True)
 
 

@@ -229,12 +229,13 @@ class Engine:
             newcomers = self._inflight.admit(self._waiting)
             if newcomers or dropped:
                 self.meter.waiting(len(self._waiting))
-            errand = self._errands.next()
+            # Prompts and texts to score take turns, too: a step of the others waits for one piece at most.
+            is_theirs = self._was_errand and (newcomers or self._inflight.is_reading)
+            errand = None if is_theirs else self._errands.next()  # asked only for who works: it goes behind the others
         for job in dropped:
             self._inflight.end(job)
-        # Prompts and texts to score take turns, too: a step of the others waits for one piece at most.
-        self._was_errand = errand is not None and not (self._was_errand and (newcomers or self._inflight.is_reading))
-        if errand is not None and self._was_errand:
+        self._was_errand = errand is not None
+        if errand is not None:
             with self._inflight.piece() as sizer:
                 ended = errand.advance(self.lm, sizer)
             if ended:

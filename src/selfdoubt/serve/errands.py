@@ -91,10 +91,13 @@ class Errands:
         self._waiting.append(errand)
 
     def next(self) -> Errand | None:
-        """Return the errand whose turn it is, or None; it stays until ``remove``."""
+        """Return the errand whose turn it is, or None; it stays until ``remove``. Cancelled ones stop waiting."""
         for errand in list(self._waiting):
+            if errand.future.cancelled():
+                self._waiting.remove(errand)
+                continue
             if len(self._begun) >= AT_ONCE:
-                break
+                continue
             if not errand.is_long or sum(other.is_long for other in self._begun) < AT_ONCE - 1:
                 self._waiting.remove(errand)
                 self._begun.append(errand)

@@ -84,6 +84,17 @@ class Limits:
         if length > most:
             raise PromptError(f"a prompt may have {most} characters at most here, got {length}; shorten it")
 
+    @staticmethod
+    def check_ids(ids: Sequence[int], vocabulary: int) -> None:
+        """Refuse ids that the vocabulary does not have.
+
+        Raises:
+            PromptError: If there is one.
+        """
+        strange = [i for i in ids if not 0 <= i < vocabulary]
+        if strange:
+            raise PromptError(f"token ids go from 0 to {vocabulary - 1}, got {strange[0]}")
+
     def check_given(self, given: Sequence[Given], context: int | None) -> int:
         """Refuse texts to score that are too long; return the number of tokens of all.
 
@@ -119,9 +130,7 @@ class Limits:
         longest = self.longest(context)
         if not 0 < length <= longest:
             raise PromptError(f"a prompt must have between 1 and {longest} tokens, got {length}; shorten it")
-        strange = [i for i in ask.prompt.ids if not 0 <= i < vocabulary]
-        if strange:
-            raise PromptError(f"token ids go from 0 to {vocabulary - 1}, got {strange[0]}")
+        self.check_ids(ask.prompt.ids, vocabulary)
         if answer > self.answer_tokens:
             raise ConfigError(f"max_tokens must be at most {self.answer_tokens} here, got {answer}")
         if n * ask.length(context) > self.batch_tokens:

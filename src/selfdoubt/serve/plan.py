@@ -158,6 +158,7 @@ def _prompt_of(lm: RiskAwareLM, ids: list[int], limits: Limits) -> Prompt:
     longest = limits.longest(lm.context)
     if len(ids) > longest:
         raise PromptError(f"a prompt must have between 1 and {longest} tokens, got {len(ids)}; shorten it")
+    limits.check_ids(ids, lm.vocabulary)
     special = set(lm.tokenizer.all_special_ids)
     known = len(lm.tokenizer)  # a model may have more ids, and sentencepiece decodes none of them
     text = lm.tokenizer.decode([i for i in ids if i < known], skip_special_tokens=True)

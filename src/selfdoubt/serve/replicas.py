@@ -191,8 +191,10 @@ class Replicas:
                 future.add_done_callback(partial(_cancel_too, response))
                 try:
                     return response.result()
-                except ray.exceptions.RayActorError:
+                except (ray.exceptions.RayActorError, serve.exceptions.ReplicaUnavailableError):
                     continue
+                except serve.exceptions.BackPressureError:
+                    raise _busy() from None
                 except ray.exceptions.RayTaskError as error:
                     raise error.cause from None
             raise _gone()
@@ -268,7 +270,7 @@ class Replicas:
         except (ray.exceptions.RayActorError, serve.exceptions.ReplicaUnavailableError):
             return _gone() if told or job.cancelled else _Untold()
         except serve.exceptions.BackPressureError:
-            return BusyError("every replica is busy, and enough requests wait already; try again later")
+            return _busy()
         except (ray.exceptions.TaskCancelledError, serve.exceptions.RequestCancelledError, CancelledError):
             return _gone()
         return None
@@ -285,3 +287,7 @@ class _Untold(Exception):  # noqa: N818
 
 def _gone() -> EngineError:
     return EngineError("the replica that had this request has died; ask again")
+
+
+def _busy() -> BusyError:
+    return BusyError("every replica is busy, and enough requests wait already; try again later")

@@ -15,7 +15,17 @@ from pathlib import Path
 from typing import Any
 
 from selfdoubt.data.cells import required_text, whole_text
-from selfdoubt.data.questions import AS_USUAL, Columns, find, is_record, lower, of_record, question_of, with_choices
+from selfdoubt.data.questions import (
+    AS_USUAL,
+    Columns,
+    decide_naming,
+    find,
+    is_record,
+    lower,
+    of_record,
+    question_of,
+    with_choices,
+)
 from selfdoubt.data.rows import SUFFIXES, Placed, Row, read_file, read_hub
 from selfdoubt.errors import DataError
 
@@ -65,7 +75,11 @@ def _chats(source: str, columns: Columns) -> Iterator[Chat]:
     elif columns == AS_USUAL and is_record(first[1]):
         to_chat = _answered
     else:
-        to_chat = partial(_asked, _columns(source, first[1], columns))
+        found = _columns(source, first[1], columns)
+        if found.choices is not None:  # how answers name them, the whole file says
+            rest = [*rows]
+            rows, found = iter(rest), decide_naming([first, *rest], found)
+        to_chat = partial(_asked, found)
     for place, row in chain([first], rows):
         yield to_chat(place, row)
 

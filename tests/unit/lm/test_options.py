@@ -56,7 +56,8 @@ def test_an_unknown_option_is_an_error_at_every_door(lm, door, name, nearest):
 @pytest.mark.parametrize(
     ("option", "value"),
     [("max_tokens", 2.5), ("max_tokens", "3"), ("max_tokens", True), ("seed", 1.5), ("temperature", "hot"),
-     ("temperature", float("nan")), ("top_p", [1]), ("stop", 3), ("stop", [None]), ("stop", b"x"), ("raw", "yes")],
+     ("temperature", float("nan")), ("top_p", [1]),
+     ("stop", 3), ("stop", [None]), ("stop", b"x"), ("raw", "yes")],
 )  # fmt: skip
 def test_a_value_of_a_wrong_type_is_an_error_that_names_the_option(lm, door, option, value):
     with pytest.raises(ConfigError, match=rf"^{option} (must be|is)"):

@@ -54,6 +54,8 @@ def parts(number):
         (TEXT, {"prompt": [[5]] * 3}, "2 prompts"),
         (TEXT, {"prompt": "a " * 9000}, "characters"),
         (TEXT, {"prompt": [5] * 9000}, "tokens, got 9000"),
+        (TEXT, {"prompt": [2**70]}, "token ids go from 0 to"),
+        (TEXT, {"prompt": [[5], [5, 2**40]]}, "token ids go from 0 to"),
         (TEXT, {"prompt": "a", "stop": "a" * 11}, "stop text"),
         (SCORE, {"input": [{"text": "a"}] * 4}, "3 texts"),
         (SCORE, {"input": {"text": "a " * 9000}}, "characters"),
@@ -188,7 +190,8 @@ def test_a_long_text_holds_up_no_short_one_and_too_many_are_refused():
             long.append(asyncio.create_task(encoders.run(lambda: gate.wait(30), SHORT + 1)))
             await asyncio.sleep(0)
             with pytest.raises(BusyError, match="3 requests wait to be read already"):
-                await encoders.run(lambda: "one too many", 1)
+                await encoders.run(lambda: "one too many", SHORT + 1)
+            assert await asyncio.wait_for(encoders.run(lambda: "short", SHORT), 20) == "short"  # has places of its own
             gate.set()
             assert all(await asyncio.gather(*long))
             assert await encoders.run(lambda: "again", 1) == "again"

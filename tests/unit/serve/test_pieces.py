@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from contextlib import contextmanager
 
@@ -13,6 +14,7 @@ from selfdoubt.errors import EngineError, PromptError
 from selfdoubt.lm.given import encode_given
 from selfdoubt.members import innermost
 from selfdoubt.serve.engine import Engine
+from selfdoubt.serve.errands import Errand, Errands
 from selfdoubt.serve.inflight import GAP
 from selfdoubt.serve.job import Grew
 from selfdoubt.serve.limits import Limits
@@ -25,7 +27,7 @@ TEXT = "The capital of France is Paris. " * 150
 
 @pytest.fixture(scope="module")
 def lm():
-    model = zoo.talker()
+    model = copy.deepcopy(zoo.talker())  # that one is everybody's, and so is its config
     model.config.max_position_embeddings = 4096
     return RiskAwareLM(vote.Wrapper(n_voters=2, rank=2)(model).eval(), zoo.tokenizer())
 
@@ -182,6 +184,41 @@ def test_many_long_ones_leave_a_place_to_a_short_one(lm, heavy):
             assert not any(future.done() for future in long)
             for future in long:
                 future.cancel()
+
+
+@pytest.mark.parametrize("number", [2, 3, 4])
+def test_texts_to_score_get_on_equally_while_prompts_are_read(lm, number):
+    machine, order = Machine(each=0.005), []
+
+    def pieces(name):
+        for _ in range(5):
+            order.append(name)
+            yield
+
+    with running(lm, machine) as engine:
+        gate = Gate(machine)
+        prompts = [engine.ask(LONG, max_tokens=1, client=str(i)) for i in range(2)]
+        assert gate.reached.wait(30)
+        futures = [engine._add(Errand(lambda _, __, name=name: pieces(name))) for name in range(number)]
+        gate.opened.set()
+        for future in futures:
+            future.result(30)
+        assert not any(job.begun for job in prompts)  # they were read all the while
+        for job in prompts:
+            job.cancel()
+    assert all(len(set(order[i : i + number])) == number for i in range(0, len(order), number)), order
+
+
+def test_texts_that_wait_and_were_given_up_take_no_place():
+    errands = Errands()
+    texts = [Errand(lambda *_: None, is_long=True) for _ in range(8)]
+    for text in texts:
+        errands.add(text)
+    assert errands.next() is texts[0]
+    for text in texts[3:]:
+        text.future.cancel()
+    assert errands.next() is texts[1]
+    assert len(errands) == 3
 
 
 def test_a_score_that_nobody_waits_for_is_not_gone_on_with(lm):
