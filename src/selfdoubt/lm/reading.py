@@ -132,18 +132,6 @@ def follow_in_pieces(
     return [tokens[: len(text) + bool(last)] for tokens, text in zip(found, texts, strict=True)]
 
 
-def follow(
-    stepper: Stepper,
-    following: Logits,
-    texts: Sequence[Sequence[int]],
-    alternatives: int = 0,
-    pool: StatePool | None = None,
-    ends: Collection[int] = (),
-) -> list[list[ScoredId]]:
-    """Score a text after each prompt that was read; ``follow_in_pieces`` in one go."""
-    return whole(follow_in_pieces(stepper, following, texts, alternatives, pool, ends))
-
-
 def scored_ids(
     following: Logits,
     chosen: Int[Tensor, "batch t"],

@@ -11,7 +11,7 @@ from torch.testing import assert_close
 
 from selfdoubt.errors import ConfigError, NonFiniteError
 from selfdoubt.lm.decode import decode
-from selfdoubt.lm.reading import follow, read
+from selfdoubt.lm.reading import follow_in_pieces, read, whole
 from selfdoubt.lm.sampling import Sampling, choose
 from selfdoubt.lm.stepper import Logits, Stepper
 
@@ -133,10 +133,10 @@ def test_a_text_that_follows_is_scored_as_if_it_were_read_with_its_prompt(column
     prompts, texts = [[1, 2, 3], [4]], [[5, 1, 2, 2, 3], [6]]
     stepper = Mock(columns)
     _, following = read(stepper, prompts)
-    found = follow(stepper, following, texts, alternatives=2)
-    whole, _ = read(Mock(), [p + t for p, t in zip(prompts, texts, strict=True)], alternatives=2)
+    found = whole(follow_in_pieces(stepper, following, texts, alternatives=2))
+    together, _ = read(Mock(), [p + t for p, t in zip(prompts, texts, strict=True)], alternatives=2)
     assert [len(f) for f in found] == [5, 1]
-    for own, prompt, expected in zip(found, prompts, whole, strict=True):
+    for own, prompt, expected in zip(found, prompts, together, strict=True):
         for a, b in zip(own, expected[len(prompt) :], strict=True):
             assert a.id == b.id
             assert a[1:-1] == pytest.approx(b[1:-1], abs=1e-9)
