@@ -221,3 +221,9 @@ def test_a_run_in_which_auto_meant_untrained_voters_is_not_calibrated(whole, tmp
     (out / "run.json").write_text(json.dumps({**about, "model": "some/model", "wrapper": "auto"}), encoding="utf-8")
     assert in_process(monkeypatch, "calibrate", str(out), "--out", str(tmp_path / "adapter")) == 2
     assert "three untrained voters" in capsys.readouterr().err
+
+
+def test_too_few_draws_are_said_before_a_question_is_asked(tmp_path, monkeypatch, capsys):
+    assert in_process(monkeypatch, "evaluate", "--data", "pocket", "--out", str(tmp_path / "run"), "--draws", "0") == 2
+    assert "--draws must be at least 2, got 0" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()

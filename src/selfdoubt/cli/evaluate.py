@@ -79,6 +79,8 @@ def evaluate(
 ) -> int:
     """Ask a set of questions, judge the answers, and report which score tells the wrong ones."""
     require("sklearn", "qa")
+    if draws < 2:  # said before all questions are asked
+        raise ConfigError(f"--draws must be at least 2, got {draws}")
     from selfdoubt.qa import datasets
     from selfdoubt.qa.ask import Plan
     from selfdoubt.qa.layouts import Columns
