@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from benchmarks import quality_tables, results
 from selfdoubt import pocket, sample, sculpt, targets
+from selfdoubt.eval.judges.judge import judge_records
 from selfdoubt.lm.adapter import save_adapter
 from selfdoubt.lm.answer import reference_quantiles
 from selfdoubt.lm.lora import add_lora
@@ -35,7 +36,6 @@ from selfdoubt.qa import datasets
 from selfdoubt.qa.ask import Asked, Plan
 from selfdoubt.qa.calibrate import calibrate
 from selfdoubt.qa.evaluate import evaluate
-from selfdoubt.qa.finish import judged
 from selfdoubt.qa.intervals import compare
 from selfdoubt.qa.records import Question, Record
 from selfdoubt.qa.verdict import Judge, Verdict
@@ -133,7 +133,7 @@ def gather(arm: str, chosen: argparse.Namespace, limit: int, *, peers: bool = Fa
             lm.reference = reference_quantiles(answers)
         asked = evaluate(lm, questions, plan, out / ("peers" if peers else "answers"))
         assert asked is not None  # one process asks
-        parts.append(Asked(judged(asked.records, judge), asked.states, asked.costs))
+        parts.append(Asked(judge_records(asked.records, judge), asked.states, asked.costs))
     records = [r for part in parts for r in part.records]
     seconds = sum(part.costs["answer"]["seconds"] for part in parts)
     passes = {

@@ -47,7 +47,7 @@ def calibrate(
     """
     require("sklearn", "qa")
     flags.quiet()
-    from selfdoubt.qa.calibrated import calibrate_runs
+    from selfdoubt.workflow import calibrate_runs
 
     for line in calibrate_runs(
         runs,

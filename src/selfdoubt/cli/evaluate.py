@@ -81,9 +81,9 @@ def evaluate(
     require("sklearn", "qa")
     if draws < 2:  # said before all questions are asked
         raise ConfigError(f"--draws must be at least 2, got {draws}")
+    from selfdoubt.data.questions import Columns
     from selfdoubt.qa import datasets
     from selfdoubt.qa.ask import Plan
-    from selfdoubt.qa.layouts import Columns
     from selfdoubt.qa.prompting import Prompting
 
     columns = Columns(
@@ -132,24 +132,25 @@ def evaluate(
         "task": task,
     }
     from selfdoubt.qa.evaluate import evaluate as ask_all
-    from selfdoubt.qa.finish import finish
+    from selfdoubt.workflow import judge_and_report
 
     asked = ask_all(lm, questions, plan, out, run)
     if asked is not None:
         run |= {"seed": seed, "conditions": plan.conditions(lm, questions).to_json()}
-        for line in finish(asked, picked, out, run, draws=draws):
+        for line in judge_and_report(asked, picked, out, run, draws=draws):
             print(line)
     return 0
 
 
 def _shots(n: int, file: Path | None, questions: list[Question], data: str, reading: dict[str, Any]) -> list[Question]:
+    from selfdoubt.eval.few_shot import choose_examples
     from selfdoubt.qa import datasets
 
     if n == 0:
         if file is not None:
             raise ConfigError("--shots-from says where shots come from, and not how many: add e.g. --shots 5")
         return []
-    return datasets.few_shot(datasets.load(file or data, **reading), n, asked=questions, seed=reading["seed"])
+    return choose_examples(datasets.load(file or data, **reading), n, asked=questions, seed=reading["seed"])
 
 
 def _takes_system(lm: RiskAwareLM, style: str) -> bool:

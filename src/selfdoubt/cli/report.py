@@ -38,7 +38,9 @@ def report(
 ) -> int:
     """Report on answers that exist, by another judge if you like; nothing is asked again."""
     require("scipy", "qa")
+    from selfdoubt import workflow
     from selfdoubt.data.questions import Columns
+    from selfdoubt.eval.judges.judge import judge_records
     from selfdoubt.qa import answers as files
     from selfdoubt.qa import datasets, finish
     from selfdoubt.qa.judge import name_of, needs_answers
@@ -72,7 +74,7 @@ def report(
                 "answers; name their column with --gold-column, or that of verdicts with --judge column:NAME"
             )
         run = {**run, "judge": name_of(picked)}
-        records = finish.judged(records, picked, unknown=unknown, only_open=judge is None)
-    for line in finish.report(records, run, out, draws=draws):
+        records = judge_records(records, picked, unknown=unknown, only_open=judge is None)
+    for line in workflow.report(records, run, out, draws=draws):
         print(line)
     return 0

@@ -19,6 +19,7 @@ Placed = tuple[str, Row]
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 #: Characters that a cell of CSV may have; the csv module's own limit is 131,072.
 LONGEST_CELL = 1 << 30
+_EVALUATION_SPLITS = ("validation", "test", "train")
 _UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 _SEPARATORS = {";": "';'", ",": "','", "\t": "tabs", "|": "'|'"}
 
@@ -42,6 +43,18 @@ def read_file(path: Path) -> Iterator[Placed]:
     if text[start : start + 1] == "[":
         return _from_list(path, text, start, line)
     return _from_lines(path, text) if suffix == ".jsonl" else _from_json(path, text, start, line)
+
+
+def read_file_rows(path: Path) -> list[Placed]:
+    """Return all rows of a question file, at least one.
+
+    Raises:
+        DataError: If it cannot be read, is broken, or holds no rows; the message names the place.
+    """
+    rows = list(read_file(path))
+    if not rows:
+        raise DataError(f"{path} holds no questions; give a file with at least one")
+    return rows
 
 
 def read_hub(
@@ -75,6 +88,16 @@ def read_hub(
             f"{name!r} is neither a file here nor a data set that can be loaded from the hub ({type(error).__name__}: "
             f"{text}); give a {', '.join(SUFFIXES)} file, or check name, configuration, split and network"
         ) from None
+
+
+def read_hub_rows(name: str, config: str | None, split: str | None, revision: str | None) -> list[Placed]:
+    """Return the rows of a question set on the hub; a split of None takes validation, test or train, the first present.
+
+    Raises:
+        DataError: If it cannot be loaded.
+        MissingExtraError: If the package ``datasets`` is not installed.
+    """
+    return list(read_hub(name, config, split, revision, splits=_EVALUATION_SPLITS, extra="qa"))
 
 
 def _text(path: Path) -> str:

@@ -18,9 +18,7 @@ from selfdoubt.lm.answer import reference_quantiles
 from selfdoubt.lm.conditions import Conditions
 from selfdoubt.lm.folder import new_folder
 from selfdoubt.lm.load import POCKET
-from selfdoubt.qa import finish
-from selfdoubt.qa import records as files
-from selfdoubt.qa.calibrate import calibrate, store
+from selfdoubt.qa.calibrate import store
 from selfdoubt.qa.records import Record
 
 if TYPE_CHECKING:
@@ -39,55 +37,7 @@ NO_CONDITIONS = (
 MODEL = ("model", "adapter", "wrapper", "quantize")
 
 
-def calibrate_runs(
-    folders: Sequence[Path],
-    out: Path | None,
-    load: Callable[[Mapping[str, Any]], RiskAwareLM],
-    *,
-    draws: int = 1000,
-    **options: Any,
-) -> list[str]:
-    """Calibrate on one evaluated folder or several, and store the head in the adapter.
-
-    With several folders, each is a topic of its own: "another domain" is then another set of questions.
-
-    Args:
-        folders: Evaluated with the same model.
-        out: A new adapter folder; None puts the calibration into the adapter that answered.
-        load: The model that a run's settings describe; only called for a new adapter of a model that had none.
-        draws: Bootstrap draws of the renewed reports; 0 renews none.
-        **options: As for ``calibrate``.
-
-    Returns:
-        What to tell on a terminal.
-
-    Raises:
-        ConfigError: If the runs are of different models or their answers were made differently, or there is no adapter
-            to put the calibration into.
-        DataError: If a folder is no run, or holds too few judged answers.
-    """
-    runs = [finish.read_run(folder) for folder in folders]
-    about = runs[0][2]
-    for folder, (_, _, other) in zip(folders, runs, strict=True):
-        differs = [name for name in MODEL if other.get(name) != about.get(name)]
-        if differs:
-            raise ConfigError(f"{folder} was answered by another {differs[0]} than {folders[0]}; calibrate each alone")
-    target = _check_target(about, out, folders)
-    records = [_named(r, folder, len(runs)) for folder, (own, _, _) in zip(folders, runs, strict=True) for r in own]
-    made = _conditions([run for _, _, run in runs], folders)
-    head, report = calibrate(records, _shared_states([states for _, states, _ in runs]), conditions=made, **options)
-    place = store(head, target) if out is None else _write(head, about, records, target, load)
-    lines = [*report.lines(), *([] if made else [NO_CONDITIONS]), f"stored in {place}"]
-    held_out = iter(report.out_of_fold)
-    for folder, (own, _, run) in zip(folders, runs, strict=True):
-        found = [replace(r, p_correct=next(held_out), p_correct_note=None, abstain=None) for r in own]
-        if draws:
-            files.save(folder / finish.ANSWERS, found)
-            lines += [f"{folder}:", *finish.report(found, run, folder, draws=draws)]
-    return lines
-
-
-def _conditions(runs: Sequence[Mapping[str, Any]], folders: Sequence[Path]) -> Conditions | None:
+def read_conditions(runs: Sequence[Mapping[str, Any]], folders: Sequence[Path]) -> Conditions | None:
     """Return how the answers of all runs were made; None where a run, of an earlier version, does not say."""
     entries = [run.get(CONDITIONS) for run in runs]
     if None in entries:
@@ -108,20 +58,22 @@ def _conditions(runs: Sequence[Mapping[str, Any]], folders: Sequence[Path]) -> C
     return joined
 
 
-def _named(record: Record, folder: Path, runs: int) -> Record:
+def name_by_run(record: Record, folder: Path, runs: int) -> Record:
+    """Return a record whose id and topic name its run, where there are several runs."""
     if runs == 1:
         return record
     own = record.question
     return replace(record, question=replace(own, id=f"{folder}:{own.id}", topic=str(folder)))
 
 
-def _shared_states(states: Sequence[Mapping[str, Tensor]]) -> dict[str, Any]:
-    """Those that all runs kept."""
+def join_states(states: Sequence[Mapping[str, Tensor]]) -> dict[str, Any]:
+    """Join the hidden states that all runs kept, by name."""
     names = [name for name in states[0] if all(name in other for other in states)]
     return {name: torch.cat([own[name] for own in states]) for name in names}
 
 
-def _check_target(about: Mapping[str, Any], out: Path | None, folders: Sequence[Path]) -> Path:
+def check_target(about: Mapping[str, Any], out: Path | None, folders: Sequence[Path]) -> Path:
+    """Return the adapter folder to write, or raise ``ConfigError`` where there is none to write into."""
     adapter = about.get("adapter")
     if adapter is None and about.get("wrapper") == "auto" and about.get("model") != POCKET:
         raise ConfigError(
@@ -138,14 +90,14 @@ def _check_target(about: Mapping[str, Any], out: Path | None, folders: Sequence[
     return out
 
 
-def _write(
+def write_adapter(
     head: Calibration,
     about: Mapping[str, Any],
     records: Sequence[Record],
     target: Path,
     load: Callable[[Mapping[str, Any]], RiskAwareLM],
 ) -> Path:
-    """A copy of the adapter that answered, or a new one of the model as it answered."""
+    """Write a copy of the adapter that answered, or a new one of the model as it answered, and return its manifest."""
     source = None if about.get("adapter") is None else Path(str(about["adapter"]))
     with new_folder(target, {"kind": "calibrated"}, () if source is None else (source,)) as folder:
         if source is not None and (source / storage.CARD).is_file():

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from selfdoubt.data.questions import (
+    AS_USUAL,
+    Columns,
+    Question,
+    decide_naming,
+    find,
+    is_record,
+    of_record,
+    question_of,
+    with_choices,
+)
+from selfdoubt.data.rows import SUFFIXES, Placed, read_file_rows, read_hub_rows
 from selfdoubt.errors import ConfigError, DataError
 from selfdoubt.qa import truthfulqa
-from selfdoubt.qa.layouts import AS_USUAL, Columns, decide_naming, find, is_record, of_record, question_of, with_choices
-from selfdoubt.qa.order import Draft, rank, subset, unique
-from selfdoubt.qa.records import Question
-from selfdoubt.qa.sources import SUFFIXES, Rows, from_file, from_hub
-from selfdoubt.qa.text import fold
+from selfdoubt.qa.order import Draft, subset, unique
 
 
 @dataclass(frozen=True)
@@ -97,33 +104,6 @@ def column(source: str | os.PathLike[str], name: str, **options: Any) -> dict[st
     return {question.id: row.get(name) for question, row in drafts}
 
 
-def few_shot(questions: Sequence[Question], n: int, *, asked: Sequence[Question], seed: int = 0) -> list[Question]:
-    """Examples to show before a question: ``n`` at random by ``seed``, none of which is asked.
-
-    Args:
-        questions: To pick from.
-        n: How many; 0 gives none.
-        asked: Questions that are left out, by id and by their words.
-        seed: Same seed, same examples.
-
-    Raises:
-        ConfigError: If ``n`` is negative, or fewer are left.
-    """
-    if n < 0:
-        raise ConfigError(f"the number of examples must be at least 0, got {n}")
-    ids, words = {q.id for q in asked}, {_words(q) for q in asked}
-    left = list({_words(q): q for q in questions if q.id not in ids and _words(q) not in words}.values())
-    if len(left) < n:
-        raise ConfigError(
-            f"wanted {n} examples that are not asked themselves, found {len(left)}; give a larger file of them"
-        )
-    return sorted(left, key=lambda q: rank(seed, "shot", q.id))[:n]
-
-
-def _words(question: Question) -> tuple[str, str]:
-    return fold(question.text), fold(question.context or "")
-
-
 def _read(
     source: str,
     *,
@@ -160,15 +140,15 @@ def _read(
     return unique(source, [(question_of(place, row, columns, separator), row) for place, row in rows])
 
 
-def _rows(source: str, path: Path, config: str | None, split: str | None, revision: str | None) -> Rows:
+def _rows(source: str, path: Path, config: str | None, split: str | None, revision: str | None) -> list[Placed]:
     known = KNOWN.get(source)
     if known is not None:
-        return from_hub(known.name, config or known.config, split or known.split, revision)
+        return read_hub_rows(known.name, config or known.config, split or known.split, revision)
     if path.is_file():
-        return from_file(path)
+        return read_file_rows(path)
     if path.suffix.lower() in SUFFIXES or path.is_absolute() or source.startswith(".") or "/" not in source:
         names = ", ".join((POCKET, *KNOWN))
         raise DataError(
             f"no question file at {source!r}; give a {', '.join(SUFFIXES)} file, one of {names}, or owner/name"
         )
-    return from_hub(source, config, split, revision)
+    return read_hub_rows(source, config, split, revision)

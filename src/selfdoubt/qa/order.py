@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 from dataclasses import replace
 
+from selfdoubt.data.questions import Question
+from selfdoubt.data.rows import Row
 from selfdoubt.errors import DataError
-from selfdoubt.qa.records import Question
-from selfdoubt.qa.sources import Row
 
 Draft = tuple[Question, Row]
 

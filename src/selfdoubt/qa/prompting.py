@@ -47,7 +47,7 @@ def prompt(question: Question, shots: Sequence[Question] = (), how: Prompting = 
 
     Args:
         question: The question; its context comes before it.
-        shots: Examples, answered: see ``selfdoubt.qa.datasets.few_shot``.
+        shots: Examples, answered: see ``selfdoubt.eval.few_shot.choose_examples``.
         how: Style, instruction, and whether choices are shown.
 
     Returns:

@@ -10,11 +10,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from selfdoubt.data.cells import required_text, texts
+from selfdoubt.data.questions import Question
+from selfdoubt.data.rows import Placed, Row, read_file_rows, read_hub_rows
 from selfdoubt.errors import ConfigError, DataError
-from selfdoubt.qa.layouts import required_text, texts
 from selfdoubt.qa.order import rank, text_id
-from selfdoubt.qa.records import Question
-from selfdoubt.qa.sources import Row, Rows, from_file, from_hub
 
 HUB = "truthfulqa/truthful_qa"
 CSV, JSON = "TruthfulQA.csv", "mc_task.json"
@@ -49,8 +49,8 @@ def from_path(path: Path, task: str | None, seed: int) -> list[tuple[Question, R
     needed = CSV if kind == "gen" else JSON
     if needed not in files:
         raise DataError(f"TruthfulQA's task {kind} needs {needed}, and there is none at {path}; put it there")
-    generation = from_file(files[CSV]) if CSV in files else []
-    return _questions(generation, from_file(files[JSON]) if kind != "gen" else [], kind, seed)
+    generation = read_file_rows(files[CSV]) if CSV in files else []
+    return _questions(generation, read_file_rows(files[JSON]) if kind != "gen" else [], kind, seed)
 
 
 def from_the_hub(task: str | None, seed: int, split: str | None, revision: str | None) -> list[tuple[Question, Row]]:
@@ -61,8 +61,8 @@ def from_the_hub(task: str | None, seed: int, split: str | None, revision: str |
         ConfigError: If there is no such task.
     """
     kind = _task(task, "gen")
-    generation = from_hub(HUB, "generation", split or "validation", revision)
-    choice = [] if kind == "gen" else from_hub(HUB, "multiple_choice", split or "validation", revision)
+    generation = read_hub_rows(HUB, "generation", split or "validation", revision)
+    choice = [] if kind == "gen" else read_hub_rows(HUB, "multiple_choice", split or "validation", revision)
     return _questions(generation, choice, kind, seed)
 
 
@@ -71,7 +71,7 @@ def _files(path: Path) -> dict[str, Path]:
     folder = path if path.is_dir() else path.parent
     found = {name: folder / name for name in (CSV, JSON) if (folder / name).is_file()}
     if path.is_file():
-        first = next(iter(from_file(path)), None)
+        first = next(iter(read_file_rows(path)), None)
         found[CSV if first is not None and is_generation(first[1]) else JSON] = path
     return found
 
@@ -84,7 +84,7 @@ def _task(task: str | None, default: Task) -> Task:
     raise ConfigError(f"TruthfulQA has no task {task!r}; choose one of {', '.join(names)}")
 
 
-def _questions(generation: Rows, choice: Rows, task: Task, seed: int) -> list[tuple[Question, Row]]:
+def _questions(generation: list[Placed], choice: list[Placed], task: Task, seed: int) -> list[tuple[Question, Row]]:
     if task == "gen":
         return [(_open(place, row), row) for place, row in generation]
     topics = {required_text(place, low, "question"): low.get("category")

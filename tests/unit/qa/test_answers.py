@@ -9,9 +9,10 @@ import pytest
 
 from selfdoubt.data.questions import Columns
 from selfdoubt.errors import DataError
+from selfdoubt.eval.judges.judge import judge_records
 from selfdoubt.qa import records
 from selfdoubt.qa.answers import UNKNOWN, read
-from selfdoubt.qa.finish import judged, read_answers
+from selfdoubt.qa.finish import read_answers
 from selfdoubt.qa.judge import Column, Contains
 from selfdoubt.qa.records import Question, Record
 
@@ -39,7 +40,7 @@ def write(path, rows):
 
 def verdicts(path, **options):
     found = read(path, columns=options.pop("columns", Columns()), **options)
-    return [r.correct for r in judged(found.records, Contains(), unknown=found.unknown, only_open=True)]
+    return [r.correct for r in judge_records(found.records, Contains(), unknown=found.unknown, only_open=True)]
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".tsv", ".parquet"])
@@ -69,11 +70,11 @@ def test_a_verdict_is_read_in_every_spelling(tmp_path, cells, expected):
 def test_only_an_explicit_empty_list_is_unanswerable(tmp_path):
     rows = [{**PARIS, "answers": []}, {**PARIS, "answer": "I don't know.", "answers": []}, {**PARIS, "answers": None}]
     found = read(write(tmp_path / "a.jsonl", rows), columns=Columns())
-    after = judged(found.records, Contains(), unknown=found.unknown)
+    after = judge_records(found.records, Contains(), unknown=found.unknown)
     assert [r.correct for r in after] == [False, True, None]
     assert after[2].note == UNKNOWN
     person = Column("human", {r.question.id: "yes" for r in after})
-    assert [r.correct for r in judged(found.records, person, unknown=found.unknown)] == [True] * 3
+    assert [r.correct for r in judge_records(found.records, person, unknown=found.unknown)] == [True] * 3
 
 
 def test_missing_ids_are_numbered_and_null_scores_are_none(tmp_path):

@@ -14,7 +14,8 @@ from selfdoubt.errors import ConfigError, DataError
 from selfdoubt.lm.calibration import stored
 from selfdoubt.qa import finish
 from selfdoubt.qa.ask import Plan
-from selfdoubt.qa.calibrated import NO_CONDITIONS, calibrate_runs
+from selfdoubt.qa.calibrated import NO_CONDITIONS
+from selfdoubt.workflow import calibrate_runs
 from selfdoubt.qa.evaluate import evaluate
 from selfdoubt.qa.prompting import Prompting
 from selfdoubt.qa.records import Question

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from selfdoubt.data.questions import Columns
 from selfdoubt.errors import ConfigError, DataError
-from selfdoubt.qa.datasets import POCKET, column, few_shot, load
-from selfdoubt.qa.layouts import Columns
+from selfdoubt.eval.few_shot import choose_examples
+from selfdoubt.qa.datasets import POCKET, column, load
 from selfdoubt.qa.records import Question, Record, save
 
 ROWS = [
@@ -250,16 +251,16 @@ def test_examples_are_never_the_asked_questions():
     pool = [Question(str(i), f"What is {i}?", answers=("x",)) for i in range(10)]
     asked = [pool[3], replace(pool[4], id="other", text="what is 4")]
     for seed in range(20):
-        shots = few_shot(pool, 5, asked=asked, seed=seed)
+        shots = choose_examples(pool, 5, asked=asked, seed=seed)
         assert len({s.id for s in shots}) == 5
         assert not {s.id for s in shots} & {"3", "4"}
-    assert few_shot(pool, 5, asked=asked, seed=1) == few_shot(pool[::-1], 5, asked=asked, seed=1)
-    assert few_shot(pool, 5, asked=asked, seed=1) != few_shot(pool, 5, asked=asked, seed=2)
-    assert few_shot(pool, 0, asked=asked) == []
+    assert choose_examples(pool, 5, asked=asked, seed=1) == choose_examples(pool[::-1], 5, asked=asked, seed=1)
+    assert choose_examples(pool, 5, asked=asked, seed=1) != choose_examples(pool, 5, asked=asked, seed=2)
+    assert choose_examples(pool, 0, asked=asked) == []
     with pytest.raises(ConfigError, match="wanted 9 examples that are not asked themselves, found 8"):
-        few_shot(pool, 9, asked=asked)
+        choose_examples(pool, 9, asked=asked)
     with pytest.raises(ConfigError, match="at least 0"):
-        few_shot(pool, -1, asked=asked)
+        choose_examples(pool, -1, asked=asked)
 
 
 def test_the_pockets_own_file_has_relations_as_topics():

@@ -1,0 +1,1 @@
+"""Evaluation: ask a set of questions and judge the answers."""

@@ -1,0 +1,59 @@
+"""Judging of all answers of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import replace
+
+from selfdoubt.qa.answers import UNKNOWN
+from selfdoubt.qa.judge import needs_answers
+from selfdoubt.qa.llm_judge import LLMJudge
+from selfdoubt.qa.records import Question, Record
+from selfdoubt.qa.verdict import Judge, Verdict
+
+
+def judge_records(
+    records: Sequence[Record], judge: Judge, *, unknown: Collection[str] = (), only_open: bool = False
+) -> list[Record]:
+    """Return records with a verdict on each answer, and on each sample.
+
+    What was chosen among given choices and judged by its log-probabilities keeps its verdict.
+
+    Args:
+        records: All of them.
+        judge: Who says what is right.
+        unknown: Ids of questions of which no right answer is known: a judge that needs one leaves them unjudged.
+        only_open: Keep the verdicts that there are.
+    """
+    bare = set(unknown) if needs_answers(judge) else set()
+    asked = [r for r in records if not _keeps(r, only_open) and r.question.id not in bare]
+    wanted = {(r.question.id, text): r.question for r in asked for text in _texts(r)}
+    pairs = [(question, text) for (_, text), question in wanted.items()]
+    verdicts = dict(zip(wanted, _verdicts(judge, pairs), strict=True))
+    found = []
+    for record in records:
+        if _keeps(record, only_open):
+            found.append(record)
+            continue
+        if record.question.id in bare:
+            found.append(replace(record, correct=None, grade=None, note=record.note or UNKNOWN))
+            continue
+        own = verdicts[record.question.id, record.answer]
+        samples = tuple(replace(s, correct=verdicts[record.question.id, s.text].correct) for s in record.samples)
+        note = own.note if record.note is None else record.note
+        found.append(replace(record, correct=own.correct, grade=own.grade, note=note, samples=samples))
+    return found
+
+
+def _keeps(record: Record, only_open: bool) -> bool:
+    return record.correct is not None and (only_open or bool(record.question.choices))
+
+
+def _texts(record: Record) -> list[str | None]:
+    return [record.answer, *(s.text for s in record.samples)]
+
+
+def _verdicts(judge: Judge, pairs: Sequence[tuple[Question, str | None]]) -> list[Verdict]:
+    if isinstance(judge, LLMJudge):
+        return judge.verdicts(pairs)
+    return [judge(question, text) for question, text in pairs]

@@ -1,0 +1,108 @@
+"""From answers to a judged, measured and reported run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from selfdoubt.eval.judges.judge import judge_records
+from selfdoubt.qa import finish
+from selfdoubt.qa import records as files
+from selfdoubt.qa.ask import Asked
+from selfdoubt.qa.calibrate import calibrate, store
+from selfdoubt.qa.calibrated import (
+    MODEL,
+    NO_CONDITIONS,
+    check_target,
+    join_states,
+    name_by_run,
+    read_conditions,
+    write_adapter,
+)
+from selfdoubt.qa.finish import keep
+from selfdoubt.qa.judge import name_of
+from selfdoubt.qa.records import Record
+from selfdoubt.qa.report import write_report
+from selfdoubt.qa.verdict import Judge
+
+if TYPE_CHECKING:
+    from selfdoubt.lm.model import RiskAwareLM
+
+
+def judge_and_report(asked: Asked, judge: Judge, out: Path, run: Mapping[str, Any], *, draws: int = 1000) -> list[str]:
+    """Judge, keep, measure and report.
+
+    Args:
+        asked: All answers.
+        judge: Who says what is right.
+        out: The run's folder.
+        run: Its settings, for people and for ``selfdoubt calibrate``.
+        draws: Bootstrap draws of each interval.
+
+    Returns:
+        What to tell on a terminal.
+    """
+    found = judge_records(asked.records, judge)
+    whole = {**run, "judge": name_of(judge), "costs": asked.costs}
+    keep(asked, found, whole, out)
+    return report(found, whole, out, draws=draws)
+
+
+def report(records: Sequence[Record], run: Mapping[str, Any], out: Path, *, draws: int) -> list[str]:
+    """Measure and report what is judged; returns what to tell on a terminal."""
+    paths = write_report(records, run, out, draws=draws)
+    said = json.loads(paths["report.json"].read_text(encoding="utf-8"))["verdict"]["sentences"]
+    return [*said, *(str(path) for path in paths.values())]
+
+
+def calibrate_runs(
+    folders: Sequence[Path],
+    out: Path | None,
+    load: Callable[[Mapping[str, Any]], RiskAwareLM],
+    *,
+    draws: int = 1000,
+    **options: Any,
+) -> list[str]:
+    """Calibrate on one evaluated folder or several, and store the head in the adapter.
+
+    With several folders, each is a topic of its own: "another domain" is then another set of questions.
+
+    Args:
+        folders: Evaluated with the same model.
+        out: A new adapter folder; None puts the calibration into the adapter that answered.
+        load: The model that a run's settings describe; only called for a new adapter of a model that had none.
+        draws: Bootstrap draws of the renewed reports; 0 renews none.
+        **options: As for ``calibrate``.
+
+    Returns:
+        What to tell on a terminal.
+
+    Raises:
+        ConfigError: If the runs are of different models or their answers were made differently, or there is no adapter
+            to put the calibration into.
+        DataError: If a folder is no run, or holds too few judged answers.
+    """
+    runs = [finish.read_run(folder) for folder in folders]
+    about = runs[0][2]
+    for folder, (_, _, other) in zip(folders, runs, strict=True):
+        differs = [name for name in MODEL if other.get(name) != about.get(name)]
+        if differs:
+            raise ConfigError(f"{folder} was answered by another {differs[0]} than {folders[0]}; calibrate each alone")
+    target = check_target(about, out, folders)
+    records = [
+        name_by_run(r, folder, len(runs)) for folder, (own, _, _) in zip(folders, runs, strict=True) for r in own
+    ]
+    made = read_conditions([run for _, _, run in runs], folders)
+    head, quality = calibrate(records, join_states([states for _, states, _ in runs]), conditions=made, **options)
+    place = store(head, target) if out is None else write_adapter(head, about, records, target, load)
+    lines = [*quality.lines(), *([] if made else [NO_CONDITIONS]), f"stored in {place}"]
+    held_out = iter(quality.out_of_fold)
+    for folder, (own, _, run) in zip(folders, runs, strict=True):
+        found = [replace(r, p_correct=next(held_out), p_correct_note=None, abstain=None) for r in own]
+        if draws:
+            files.save(folder / finish.ANSWERS, found)
+            lines += [f"{folder}:", *report(found, run, folder, draws=draws)]
+    return lines
