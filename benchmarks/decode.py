@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from benchmarks import results
 from selfdoubt import sample, sculpt, vote
 from selfdoubt.lm.decode import decode
-from selfdoubt.lm.reading import read
+from selfdoubt.lm.prefill import read
 from selfdoubt.lm.sampling import Sampling
 from selfdoubt.lm.stepper import HFStepper, Logits
 

@@ -24,21 +24,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks import quality_tables, results
+from recipes.pocket import evaluation, voters
+from recipes.pocket.encode import Rows
 from selfdoubt import pocket, sample, sculpt, targets
+from selfdoubt.calibration.fit import calibrate
+from selfdoubt.data import question_sets
+from selfdoubt.eval.generate import Asked, Plan
 from selfdoubt.eval.judges.judge import judge_records
-from selfdoubt.lm.adapter import save_adapter
+from selfdoubt.eval.judges.verdict import Judge, Verdict
+from selfdoubt.eval.records import Question, Record
+from selfdoubt.eval.run import evaluate
+from selfdoubt.lm.adapters.adapter import save_adapter
+from selfdoubt.lm.adapters.lora import add_lora
 from selfdoubt.lm.answer import reference_quantiles
-from selfdoubt.lm.lora import add_lora
 from selfdoubt.lm.model import RiskAwareLM
-from selfdoubt.pocket import evaluation, voters
-from selfdoubt.pocket.encode import Rows
-from selfdoubt.qa import datasets
-from selfdoubt.qa.ask import Asked, Plan
-from selfdoubt.qa.calibrate import calibrate
-from selfdoubt.qa.evaluate import evaluate
-from selfdoubt.qa.intervals import compare
-from selfdoubt.qa.records import Question, Record
-from selfdoubt.qa.verdict import Judge, Verdict
+from selfdoubt.metrics.bootstrap import compare
 from selfdoubt.train.head import head_of, run_trunk, sculpted_loss
 
 ARMS = ("plain", "vote", "sample", "sculpt")
@@ -115,7 +115,7 @@ def sculpted(model: nn.Module, rows: Rows) -> Tensor:
 
 def gather(arm: str, chosen: argparse.Namespace, limit: int, *, peers: bool = False) -> Found:
     """An arm's answers with all seeds; trained and asked where that has not been done."""
-    questions = datasets.load("pocket", limit=limit)
+    questions = question_sets.load("pocket", limit=limit)
     judge = strict()
     plan = Plan(max_tokens=48, batch_size=50, samples=10 if peers else 0, p_true=peers)
     category = {q.id: q.category for q in evaluation.read(pocket.evaluation_file())}

@@ -32,6 +32,19 @@ def _seeded():
 
 
 @pytest.fixture(scope="session")
+def real():
+    """The path of a real file beside this checkout; skips where there is none."""
+
+    def path(name: str) -> Path:
+        found = Path(__file__).parents[2] / "shared" / "data" / name
+        if not found.exists():
+            pytest.skip(f"the data folder with {name} is not beside this checkout")
+        return found
+
+    return path
+
+
+@pytest.fixture(scope="session")
 def stories() -> Path:
     """A trained model of 260 thousand parameters that lies beside the repository."""
     folder = Path(__file__).parents[2] / "shared" / "data" / "stories260k"

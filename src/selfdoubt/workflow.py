@@ -8,12 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from selfdoubt.eval.judges.judge import judge_records
-from selfdoubt.qa import finish
-from selfdoubt.qa import records as files
-from selfdoubt.qa.ask import Asked
-from selfdoubt.qa.calibrate import calibrate, store
-from selfdoubt.qa.calibrated import (
+from selfdoubt.calibration.adapter import (
     MODEL,
     NO_CONDITIONS,
     check_target,
@@ -22,11 +17,17 @@ from selfdoubt.qa.calibrated import (
     read_conditions,
     write_adapter,
 )
-from selfdoubt.qa.finish import keep
-from selfdoubt.qa.judge import name_of
-from selfdoubt.qa.records import Record
-from selfdoubt.qa.report import write_report
-from selfdoubt.qa.verdict import Judge
+from selfdoubt.calibration.fit import calibrate, store
+from selfdoubt.errors import ConfigError
+from selfdoubt.eval import records as files
+from selfdoubt.eval import run_folder
+from selfdoubt.eval.generate import Asked
+from selfdoubt.eval.judges.judge import judge_records
+from selfdoubt.eval.judges.rules import name_of
+from selfdoubt.eval.judges.verdict import Judge
+from selfdoubt.eval.records import Record
+from selfdoubt.eval.run_folder import keep
+from selfdoubt.report.write import write_report
 
 if TYPE_CHECKING:
     from selfdoubt.lm.model import RiskAwareLM
@@ -85,7 +86,7 @@ def calibrate_runs(
             to put the calibration into.
         DataError: If a folder is no run, or holds too few judged answers.
     """
-    runs = [finish.read_run(folder) for folder in folders]
+    runs = [run_folder.read_run(folder) for folder in folders]
     about = runs[0][2]
     for folder, (_, _, other) in zip(folders, runs, strict=True):
         differs = [name for name in MODEL if other.get(name) != about.get(name)]
@@ -103,6 +104,6 @@ def calibrate_runs(
     for folder, (own, _, run) in zip(folders, runs, strict=True):
         found = [replace(r, p_correct=next(held_out), p_correct_note=None, abstain=None) for r in own]
         if draws:
-            files.save(folder / finish.ANSWERS, found)
+            files.save(folder / run_folder.ANSWERS, found)
             lines += [f"{folder}:", *report(found, run, folder, draws=draws)]
     return lines

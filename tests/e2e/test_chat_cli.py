@@ -82,7 +82,7 @@ from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from selfdoubt.lm.model import RiskAwareLM
 from selfdoubt.serve.chat import mount
-from selfdoubt.serve.engine import Engine
+from selfdoubt.serve.engine.engine import Engine
 
 engine = Engine(RiskAwareLM.load("pocket"))
 page = TestClient(mount(FastAPI(), engine, title="Mine", auth=lambda name, word: word == "right"))

@@ -33,8 +33,8 @@ sys.addaudithook(lambda event, args: calls.append(repr(args)) if event in events
 from fastapi import FastAPI
 from selfdoubt.lm.model import RiskAwareLM
 from selfdoubt.serve.chat import mount
-from selfdoubt.serve.engine import Engine
-from selfdoubt.serve.run import bind, run, url_of
+from selfdoubt.serve.engine.engine import Engine
+from selfdoubt.serve.http.process import bind, run, url_of
 
 lm = RiskAwareLM.load("pocket", dtype="float32")  # the same answers on every machine
 lm.model.register_forward_pre_hook(lambda *_: time.sleep(0.03))

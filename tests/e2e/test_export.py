@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from selfdoubt import pocket, sample, vote
-from selfdoubt.lm.adapter import save_adapter
+from selfdoubt.lm.adapters.adapter import save_adapter
+from selfdoubt.lm.adapters.lora import add_lora
 from selfdoubt.lm.load import load_model
-from selfdoubt.lm.lora import add_lora
 from tests.e2e.test_cli import QUESTION, in_process, run
 
 peft = pytest.importorskip("peft")

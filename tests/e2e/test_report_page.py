@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import pytest
 
-from selfdoubt.qa.records import Question, Record
-from selfdoubt.qa.report import write_report
-from tests.unit.qa.made import COSTS, judged, sample
+from selfdoubt.eval.records import Question, Record
+from selfdoubt.report.write import write_report
+from tests.records import COSTS, judged, sample
 
 pytestmark = pytest.mark.browser
 

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from recipes.pocket import evaluation
+from recipes.pocket.phrasings import sentence
 from selfdoubt import pocket
-from selfdoubt.pocket import evaluation
-from selfdoubt.pocket.phrasings import sentence
 from tests.e2e.test_cli import in_process, run
 
 SMALL = (

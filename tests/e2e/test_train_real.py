@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from recipes.pocket import evaluation
 from selfdoubt import RiskAwareLM, pocket
-from selfdoubt.pocket import evaluation
 from tests.e2e.test_cli import run
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
@@ -27,9 +27,9 @@ def need(file: Path) -> Path:
 @pytest.fixture(scope="module")
 def facts(tmp_path_factory) -> Path:
     """Pairs as the pocket model learnt them, in training phrasings."""
-    from selfdoubt.pocket import atlas
-    from selfdoubt.pocket.facts import all_facts
-    from selfdoubt.pocket.questions import pair_stream
+    from recipes.pocket import atlas
+    from recipes.pocket.facts import all_facts
+    from recipes.pocket.questions import pair_stream
 
     stream = pair_stream(all_facts(atlas.read(need(SHARED / "atlas"))), random.Random(1))
     file = tmp_path_factory.mktemp("facts") / "facts.jsonl"

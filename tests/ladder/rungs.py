@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from selfdoubt import sample
-from selfdoubt.lm.reading import read
+from selfdoubt.lm.prefill import read
 from selfdoubt.lm.stepper import HFStepper
 from selfdoubt.members import Wrapped
 from selfdoubt.sample import NoisyLeaf, uniforms

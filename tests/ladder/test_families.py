@@ -9,7 +9,7 @@ from torch.testing import assert_close
 
 from selfdoubt import sample, sculpt, vote
 from selfdoubt.lm.decode import decode
-from selfdoubt.lm.reading import read
+from selfdoubt.lm.prefill import read
 from selfdoubt.lm.sampling import Sampling
 from selfdoubt.lm.stepper import HFStepper
 from tests.ladder.rungs import looped, noisy, stepped, voter, whole

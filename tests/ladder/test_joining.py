@@ -8,7 +8,7 @@ import torch
 from selfdoubt import sample, sculpt, vote
 from selfdoubt.errors import WrapError
 from selfdoubt.lm.decode import Batch, Line, decode
-from selfdoubt.lm.reading import read
+from selfdoubt.lm.prefill import read
 from selfdoubt.lm.sampling import Sampling
 from selfdoubt.lm.stepper import HFStepper
 from tests.zoo import FAMILIES, causal, prompts

@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from selfdoubt.errors import MetricError
-from selfdoubt.qa import curves
-from selfdoubt.qa.curves import METRICS
-from selfdoubt.qa.ranking import Order
+from selfdoubt.metrics import selective
+from selfdoubt.metrics.ranking import Order
+from selfdoubt.metrics.selective import METRICS
 from tests.strategies import judged_answers, seeds
 
 OF_ORDER = [name for name, metric in METRICS.items() if not metric.needs_probability]
@@ -47,13 +47,13 @@ def test_a_perfect_ranking_is_the_best_there_is(answers):
     _, correct = answers
     risk = np.where(correct, 0, 1) + np.linspace(0, 0.5, len(correct))
     accuracy = correct.mean()
-    assert curves.auroc(risk, correct) == 1
-    assert curves.auprc(risk, correct) == 1
-    assert curves.prr(risk, correct) == pytest.approx(1)
-    assert curves.excess_aurc(risk, correct) == pytest.approx(0, abs=1e-12)
-    assert curves.coverage_at(risk, correct, accuracy=1.0) == pytest.approx(accuracy)
-    assert curves.accuracy_at(risk, correct, coverage=accuracy) == pytest.approx(1)
-    accuracies = curves.accuracy_coverage(risk, correct).accuracy
+    assert selective.auroc(risk, correct) == 1
+    assert selective.auprc(risk, correct) == 1
+    assert selective.prr(risk, correct) == pytest.approx(1)
+    assert selective.excess_aurc(risk, correct) == pytest.approx(0, abs=1e-12)
+    assert selective.coverage_at(risk, correct, accuracy=1.0) == pytest.approx(accuracy)
+    assert selective.accuracy_at(risk, correct, coverage=accuracy) == pytest.approx(1)
+    accuracies = selective.accuracy_coverage(risk, correct).accuracy
     assert (np.diff(accuracies) <= 1e-12).all()
 
 
@@ -74,23 +74,23 @@ def test_no_ranking_beats_the_perfect_one_or_loses_to_its_reverse(answers):
 def test_a_constant_score_is_flat_and_worth_nothing(answers):
     risk, correct = answers
     constant, accuracy = np.full_like(risk, 0.25), correct.mean()
-    assert curves.accuracy_coverage(constant, correct).accuracy == pytest.approx(accuracy)
-    assert curves.auroc(constant, correct) == 0.5
-    assert curves.auprc(constant, correct) == pytest.approx(1 - accuracy)
-    assert curves.prr(constant, correct) == pytest.approx(0, abs=1e-9)
+    assert selective.accuracy_coverage(constant, correct).accuracy == pytest.approx(accuracy)
+    assert selective.auroc(constant, correct) == 0.5
+    assert selective.auprc(constant, correct) == pytest.approx(1 - accuracy)
+    assert selective.prr(constant, correct) == pytest.approx(0, abs=1e-9)
     for form in ("sum", "trapezoid"):
-        assert curves.aurc(constant, correct, form=form) == pytest.approx(1 - accuracy)
+        assert selective.aurc(constant, correct, form=form) == pytest.approx(1 - accuracy)
     for coverage in (0.01, 0.35, 1.0):
-        assert curves.accuracy_at(constant, correct, coverage=coverage) == pytest.approx(accuracy)
-    assert curves.coverage_at(constant, correct, accuracy=accuracy) == 1
-    assert curves.coverage_at(constant, correct, accuracy=min(1.0, accuracy + 0.01)) == 0
+        assert selective.accuracy_at(constant, correct, coverage=coverage) == pytest.approx(accuracy)
+    assert selective.coverage_at(constant, correct, accuracy=accuracy) == 1
+    assert selective.coverage_at(constant, correct, accuracy=min(1.0, accuracy + 0.01)) == 0
 
 
 @given(judged_answers())
 def test_at_full_coverage_stands_the_accuracy(answers):
     risk, correct = answers
-    curve = curves.accuracy_coverage(risk, correct)
-    assert curves.accuracy_at(risk, correct, coverage=1.0) == pytest.approx(correct.mean())
+    curve = selective.accuracy_coverage(risk, correct)
+    assert selective.accuracy_at(risk, correct, coverage=1.0) == pytest.approx(correct.mean())
     assert curve.coverage[-1] == 1
     assert curve.accuracy[-1] == pytest.approx(correct.mean())
 
@@ -98,22 +98,22 @@ def test_at_full_coverage_stands_the_accuracy(answers):
 @given(judged_answers(), st.floats(0.001, 1))
 def test_areas_and_points_are_those_of_the_curve(answers, coverage):
     risk, correct = answers
-    n, curve = len(risk), curves.accuracy_coverage(risk, correct)
+    n, curve = len(risk), selective.accuracy_coverage(risk, correct)
     assert curve.coverage == pytest.approx(np.arange(1, n + 1) / n)
-    assert curves.auarc(risk, correct) == pytest.approx(curve.accuracy.mean())
+    assert selective.auarc(risk, correct) == pytest.approx(curve.accuracy.mean())
     area = np.trapezoid(curve.accuracy, curve.coverage) / (1 - 1 / n)
-    assert curves.auarc(risk, correct, form="trapezoid") == pytest.approx(area)
+    assert selective.auarc(risk, correct, form="trapezoid") == pytest.approx(area)
     for form in ("sum", "trapezoid"):
-        both = curves.aurc(risk, correct, form=form) + curves.auarc(risk, correct, form=form)
+        both = selective.aurc(risk, correct, form=form) + selective.auarc(risk, correct, form=form)
         assert both == pytest.approx(1)
     point = curve.accuracy[np.searchsorted(curve.coverage, coverage - 1e-12)]
-    assert curves.accuracy_at(risk, correct, coverage=coverage) == pytest.approx(point)
+    assert selective.accuracy_at(risk, correct, coverage=coverage) == pytest.approx(point)
 
 
 @given(judged_answers(), st.floats(0, 1))
 def test_coverage_at_can_be_had_by_a_threshold_and_keeps_its_word(answers, target):
     risk, correct = answers
-    coverage = curves.coverage_at(risk, correct, accuracy=target)
+    coverage = selective.coverage_at(risk, correct, accuracy=target)
     reached = [0.0] + [(risk <= t).mean() for t in risk if correct[risk <= t].mean() >= target - 1e-12]
     assert coverage == pytest.approx(max(reached))
 
@@ -122,15 +122,15 @@ def test_coverage_at_can_be_had_by_a_threshold_and_keeps_its_word(answers, targe
 def test_augrc_is_its_closed_form(answers):
     risk, correct = answers
     a = correct.mean()
-    expected = (1 - curves.auroc(risk, correct)) * a * (1 - a) + (1 - a) ** 2 / 2
-    assert curves.augrc(risk, correct) == pytest.approx(expected)
+    expected = (1 - selective.auroc(risk, correct)) * a * (1 - a) + (1 - a) ** 2 / 2
+    assert selective.augrc(risk, correct) == pytest.approx(expected)
 
 
 @given(judged_answers(both=True))
 def test_turning_the_risk_around_turns_auroc_around(answers):
     risk, correct = answers
-    assert curves.auroc(-risk, correct) == pytest.approx(1 - curves.auroc(risk, correct))
-    assert curves.auroc(risk, ~correct) == pytest.approx(1 - curves.auroc(risk, correct))
+    assert selective.auroc(-risk, correct) == pytest.approx(1 - selective.auroc(risk, correct))
+    assert selective.auroc(risk, ~correct) == pytest.approx(1 - selective.auroc(risk, correct))
 
 
 @pytest.mark.parametrize("name", ["accuracy", "augrc", "auroc", "auprc", "ece", "brier", "nll"])

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from selfdoubt import risk
-from selfdoubt.lm.reading import scored_ids
+from selfdoubt.lm.prefill import scored_ids
 from selfdoubt.lm.sampling import Sampling, choose
 from selfdoubt.lm.stepper import Logits
 from tests.strategies import seeds

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from selfdoubt.lm.detokenizer import Detokenizer, TextsBetween, texts_in_pieces
-from selfdoubt.lm.reading import whole
-from selfdoubt.lm.stops import StopFinder
+from selfdoubt.lm.prefill import whole
+from selfdoubt.lm.text.detokenizer import Detokenizer, TextsBetween, texts_in_pieces
+from selfdoubt.lm.text.stops import StopFinder
 from tests.speakers import KINDS, words
 
 SCRIPTS = "aé ⠓⠑⠇⠇⠕東京😀\u0301\ufffd\n  .'"

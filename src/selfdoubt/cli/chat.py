@@ -34,7 +34,7 @@ def chat(
         raise ConfigError(f"--max-tokens must be at least 1, got {max_tokens}")
     for module in ("fastapi", "uvicorn"):
         require(module, "serve")
-    from selfdoubt.serve.run import bind, run, url_of
+    from selfdoubt.serve.http.process import bind, run, url_of
 
     advice = "use 127.0.0.1, or `selfdoubt serve --ui --api-key KEY` to serve others"
     place = bind(host, port, keys=False, advice=advice)  # a taken port is said before a large model loads
@@ -44,8 +44,8 @@ def chat(
     from selfdoubt.serve.chat import mount
 
     lm = flags.load_lm(model, adapter, wrapper, dtype, quantize, risk, trust_remote_code)
-    from selfdoubt.serve.engine import Engine
-    from selfdoubt.serve.threads import share
+    from selfdoubt.serve.engine.engine import Engine
+    from selfdoubt.serve.engine.threads import share
 
     share(lm)
     engine = Engine(lm)

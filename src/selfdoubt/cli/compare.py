@@ -22,8 +22,8 @@ def compare(
 ) -> int:
     """Put two runs side by side, on the questions that both were asked."""
     require("scipy", "qa")
-    from selfdoubt.qa.compare import as_text
-    from selfdoubt.qa.compare import compare as side_by_side
+    from selfdoubt.report.compare import as_text
+    from selfdoubt.report.compare import compare as side_by_side
 
     found = side_by_side(a, b, draws=draws)
     if as_json:

@@ -11,8 +11,8 @@ from selfdoubt.errors import ConfigError, PromptError, require
 if TYPE_CHECKING:
     import typer
 
+    from selfdoubt.eval.records import Question
     from selfdoubt.lm.model import RiskAwareLM
-    from selfdoubt.qa.records import Question
 else:
     typer = require("typer", "lm")
 
@@ -81,10 +81,10 @@ def evaluate(
     require("sklearn", "qa")
     if draws < 2:  # said before all questions are asked
         raise ConfigError(f"--draws must be at least 2, got {draws}")
+    from selfdoubt.data import question_sets
     from selfdoubt.data.questions import Columns
-    from selfdoubt.qa import datasets
-    from selfdoubt.qa.ask import Plan
-    from selfdoubt.qa.prompting import Prompting
+    from selfdoubt.eval.generate import Plan
+    from selfdoubt.eval.prompts import Prompting
 
     columns = Columns(
         question=question_column,
@@ -98,10 +98,10 @@ def evaluate(
         "task": task, "seed": seed, "columns": columns, "separator": answer_separator, "split": split
     }  # fmt: skip
     flags.whole_texts(instruction)
-    questions = datasets.load(data, limit=limit, **reading)
+    questions = question_sets.load(data, limit=limit, **reading)
     flags.new_run(out)
     picked = flags.pick_judge(
-        judge, questions, judge_url, judge_model, out, lambda name: datasets.column(data, name, **reading)
+        judge, questions, judge_url, judge_model, out, lambda name: question_sets.column(data, name, **reading)
     )
     examples = _shots(shots, shots_from, questions, data, reading)
     lm = flags.load_lm(model, adapter, wrapper, dtype, quantize, risk, trust_remote_code)
@@ -131,7 +131,7 @@ def evaluate(
         "data": data,
         "task": task,
     }
-    from selfdoubt.qa.evaluate import evaluate as ask_all
+    from selfdoubt.eval.run import evaluate as ask_all
     from selfdoubt.workflow import judge_and_report
 
     asked = ask_all(lm, questions, plan, out, run)
@@ -143,19 +143,19 @@ def evaluate(
 
 
 def _shots(n: int, file: Path | None, questions: list[Question], data: str, reading: dict[str, Any]) -> list[Question]:
+    from selfdoubt.data import question_sets
     from selfdoubt.eval.few_shot import choose_examples
-    from selfdoubt.qa import datasets
 
     if n == 0:
         if file is not None:
             raise ConfigError("--shots-from says where shots come from, and not how many: add e.g. --shots 5")
         return []
-    return choose_examples(datasets.load(file or data, **reading), n, asked=questions, seed=reading["seed"])
+    return choose_examples(question_sets.load(file or data, **reading), n, asked=questions, seed=reading["seed"])
 
 
 def _takes_system(lm: RiskAwareLM, style: str) -> bool:
     """Whether the chat template has a place for the system's words; else they go before the first question's."""
-    from selfdoubt.lm.prompt import encode
+    from selfdoubt.lm.text.prompt import encode
 
     if style != "chat" or lm.tokenizer.chat_template is None:
         return False
@@ -168,9 +168,9 @@ def _takes_system(lm: RiskAwareLM, style: str) -> bool:
 
 def _layers(lm: RiskAwareLM, text: str) -> tuple[int, ...]:
     """Decoder layers by name, together with the one that a calibration reads."""
-    from selfdoubt.lm.states import decoder_layers
+    from selfdoubt.eval.run import quarters
+    from selfdoubt.lm.hidden_states import decoder_layers
     from selfdoubt.members import innermost
-    from selfdoubt.qa.evaluate import quarters
 
     if text == "auto":
         wanted = quarters(lm)

@@ -52,8 +52,8 @@ def export(
             "give --peft (adapters for PEFT and vLLM), --merge (a whole model) or --checkpoint (of a run), one of them"
         )
     flags.quiet()
-    from selfdoubt.lm import export as exports
-    from selfdoubt.lm.folder import check_upload, new_folder, upload
+    from selfdoubt.lm.adapters import export as exports
+    from selfdoubt.lm.adapters.new_folder import check_upload, new_folder, upload
 
     if push is not None:
         check_upload(push)

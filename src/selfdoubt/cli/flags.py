@@ -15,8 +15,8 @@ from selfdoubt.errors import ConfigError, require
 if TYPE_CHECKING:
     import typer
 
+    from selfdoubt.eval.records import Question
     from selfdoubt.lm.model import RiskAwareLM
-    from selfdoubt.qa.records import Question
 else:
     typer = require("typer", "lm")
 
@@ -95,8 +95,8 @@ def pick_judge(
     column: Callable[[str], dict[str, Any]],
 ) -> Any:
     """The judge that the flags name; ``column`` reads one more column of the questions' file."""
-    from selfdoubt.qa import judge as judges
-    from selfdoubt.qa.llm_judge import LLMJudge
+    from selfdoubt.eval.judges import rules as judges
+    from selfdoubt.eval.judges.llm import LLMJudge
 
     if (spec == "llm") != (model is not None):
         raise ConfigError("--judge llm and --judge-model NAME go together: give both, or neither")

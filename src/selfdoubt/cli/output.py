@@ -24,7 +24,7 @@ class Lines:
     """Output for people."""
 
     def __init__(self, unsure: Unsure) -> None:
-        from selfdoubt.terminal import Screen
+        from selfdoubt.cli.terminal import Screen
 
         self.unsure = unsure
         self.screen = Screen()

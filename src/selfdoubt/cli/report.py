@@ -39,11 +39,12 @@ def report(
     """Report on answers that exist, by another judge if you like; nothing is asked again."""
     require("scipy", "qa")
     from selfdoubt import workflow
+    from selfdoubt.data import question_sets
     from selfdoubt.data.questions import Columns
+    from selfdoubt.eval import external as files
+    from selfdoubt.eval import run_folder
     from selfdoubt.eval.judges.judge import judge_records
-    from selfdoubt.qa import answers as files
-    from selfdoubt.qa import datasets, finish
-    from selfdoubt.qa.judge import name_of, needs_answers
+    from selfdoubt.eval.judges.rules import name_of, needs_answers
 
     given = Columns(question=question_column, answers=gold_column, named_by=answers_name)
     folder = answers if answers.is_dir() else answers.parent
@@ -56,7 +57,7 @@ def report(
     elif answer_column is not None or given != Columns():
         raise ConfigError(f"columns are named for a file of answers, and {answers} is none; leave them out")
     else:
-        records, run = finish.read_answers(answers)
+        records, run = run_folder.read_answers(answers)
     unjudged = [r for r in records if r.correct is None and r.note is None]
     if judge is not None or unjudged:
         unknown = read.unknown if read is not None else frozenset()
@@ -64,7 +65,7 @@ def report(
         questions = [r.question for r in open_ones if r.question.id not in unknown] or [r.question for r in records]
 
         def column(name: str) -> dict[str, Any]:
-            return datasets.column(finish.file_of(answers), name) if read is None else read.column(name)
+            return question_sets.column(run_folder.file_of(answers), name) if read is None else read.column(name)
 
         picked = flags.pick_judge(judge, questions, judge_url, judge_model, out, column)
         nothing_known = judge is not None or len(unjudged) == len(records)

@@ -42,7 +42,7 @@ def score(
     if out is not None:
         if question is not None or as_json:
             raise ConfigError("--out scores a file of answers, which --question and --json do not go with")
-        from selfdoubt.qa.rescore import read_answers, rescore
+        from selfdoubt.eval.rescore import read_answers, rescore
 
         rows = read_answers(file, out, question_column)
         lm = flags.load_lm(model, adapter, wrapper, dtype, quantize, risk, trust_remote_code)

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from selfdoubt.cli import flags
 from selfdoubt.errors import ConfigError, require
-from selfdoubt.serve.limits import Limits
-from selfdoubt.serve.settings import Settings, read_keys
+from selfdoubt.serve.engine.limits import Limits
+from selfdoubt.serve.http.settings import Settings, read_keys
 
 if TYPE_CHECKING:
     import typer
@@ -125,7 +125,7 @@ def serve(
         raise ConfigError(f"--drain must be a number of seconds, got {drain}")
     for package in ("fastapi", "uvicorn", "prometheus_client", *(["gradio"] if ui else [])):
         require(package, "serve")
-    from selfdoubt.serve.run import bind, run, url_of
+    from selfdoubt.serve.http.process import bind, run, url_of
 
     own = bind(host, port, keys=bool(keys))
     access = "needs a key" if keys else "needs no key: only this machine can connect"
@@ -133,11 +133,11 @@ def serve(
     line = f"selfdoubt serves {settings.name} at {url_of(own)}/v1 ({access}){page}"
     load = partial(_load, threads, model, adapter, wrapper, dtype, quantize, risk, trust_remote_code)
     if ray_address is not None:
-        from selfdoubt.serve.ray_token import offer_token
+        from selfdoubt.serve.ray.token import offer_token
 
         offer_token()
     if replicas is not None:
-        from selfdoubt.serve import cluster
+        from selfdoubt.serve.ray import cluster
 
         where = cluster.Cluster(replicas, ray_address, replica_gpus)
         address = own.getsockname()
@@ -148,9 +148,9 @@ def serve(
         )  # fmt: skip
         return 0
     lm = load()
-    from selfdoubt.serve.app import create_app
-    from selfdoubt.serve.engine import Engine
-    from selfdoubt.serve.metrics import Metrics
+    from selfdoubt.serve.engine.engine import Engine
+    from selfdoubt.serve.http.app import create_app
+    from selfdoubt.serve.http.metrics import Metrics
 
     metrics = Metrics()
     engine = Engine(lm, limits, metrics)
@@ -170,8 +170,8 @@ def serve(
 
 def _load(threads: int | None, *model: Any) -> RiskAwareLM:
     """For this process, or for that of a replica."""
-    from selfdoubt.serve import memory
-    from selfdoubt.serve.threads import share
+    from selfdoubt.serve.engine.engine import memory
+    from selfdoubt.serve.engine.threads import share
 
     memory.bound_process()
     lm = flags.load_lm(*model)

@@ -1,1 +1,4 @@
-"""Rows of data files and of sets on the hub, and what their columns mean: one reader for training and for questions."""
+"""Readers of question sets and instruction data: files and sets on the hub -> typed records.
+
+Training and evaluation read through them alike: JSON, JSONL, CSV, TSV, Parquet, TruthfulQA's and the hub's.
+"""

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
-from selfdoubt.data.rows import Row
+from selfdoubt.data.readers import Row
 from selfdoubt.errors import DataError
 
 _HALF = re.compile("[\ud800-\udfff]")

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from selfdoubt.data.cells import listed, names, optional_text, required_text, texts, whole_text
-from selfdoubt.data.rows import Row
+from selfdoubt.data.readers import Row
 from selfdoubt.errors import ConfigError, DataError
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from selfdoubt.data.order import rank
 from selfdoubt.data.questions import Question
 from selfdoubt.errors import ConfigError
-from selfdoubt.qa.order import rank
-from selfdoubt.qa.text import fold
+from selfdoubt.eval.judges.text import fold
 
 
 def choose_examples(

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from selfdoubt import storage
 from selfdoubt.fields import anything, choice, listing, nonempty, number, optional, record, string, table, whole
-from selfdoubt.lm.form import CHAT, RAW, TEXT
+from selfdoubt.lm.text.prompt_form import CHAT, RAW, TEXT
 from selfdoubt.members import Wrapped, base_name
 from selfdoubt.rows import added_names
 
@@ -35,7 +35,7 @@ class Origin:
     """How one answer came about."""
 
     made: Made
-    form: str = CHAT  #: of its prompt, see ``selfdoubt.lm.form``
+    form: str = CHAT  #: of its prompt, see ``selfdoubt.lm.text.prompt_form``
     temperature: float = 0.0
     top_p: float = 1.0
     stop: str | None = None  #: the caller's text or token that ended it; None where the model ended it itself

@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from selfdoubt import risk
-from selfdoubt.lm.reading import ScoredId, scored_ids
+from selfdoubt.lm.prefill import ScoredId, scored_ids
 from selfdoubt.lm.sampling import Sampling, choose
 from selfdoubt.lm.stepper import Logits, Stepper
 

@@ -15,20 +15,20 @@ from torch import nn
 
 from selfdoubt.errors import ConfigError, UntrainedWarning
 from selfdoubt.lm import answer as answers
-from selfdoubt.lm.adapter import base_of, check_adapter, load_adapter, own_tokenizer, read_adapter
+from selfdoubt.lm.adapters.adapter import base_of, check_adapter, load_adapter, own_tokenizer, read_adapter
 from selfdoubt.lm.answer import Alternative, Answer, Token, answer_scores, check_score, pick_risk, rank_scores
 from selfdoubt.lm.calibration import Calibration, Estimate, States, stored
 from selfdoubt.lm.conditions import Origin
-from selfdoubt.lm.detokenizer import TextsBetween
-from selfdoubt.lm.given import score_given
+from selfdoubt.lm.generation import Stream, answering
+from selfdoubt.lm.inputs import Question, check_question, is_chat, list_pairs, list_questions
 from selfdoubt.lm.load import POCKET, Quantization, load_model, quick_dtype, stop_ids, vocabulary_size
 from selfdoubt.lm.notes import PLAIN_NOTE, untrained_note
 from selfdoubt.lm.options import Options, read_number, read_options, read_seed, sampling_of, stop_texts
-from selfdoubt.lm.prompt import encode
-from selfdoubt.lm.questions import Question, check_question, is_chat, list_pairs, list_questions
-from selfdoubt.lm.reading import ScoredId
+from selfdoubt.lm.prefill import ScoredId
+from selfdoubt.lm.scoring import score_given
 from selfdoubt.lm.stepper import HFStepper
-from selfdoubt.lm.stream import Stream, answering
+from selfdoubt.lm.text.detokenizer import TextsBetween
+from selfdoubt.lm.text.prompt import encode
 from selfdoubt.lm.until import Tries, generate_until
 from selfdoubt.members import Spec, check_spec, source
 from selfdoubt.risk import percentile

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from selfdoubt.errors import PromptError, WrapError
 from selfdoubt.lm import cache
-from selfdoubt.lm.pieces import PieceSizer
-from selfdoubt.lm.states import decoder_layer, listening
+from selfdoubt.lm.chunks import PieceSizer
+from selfdoubt.lm.hidden_states import decoder_layer, listening
 from selfdoubt.members import Wrapped, innermost
 from selfdoubt.rows import expand, unfold
 

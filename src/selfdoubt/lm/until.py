@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from selfdoubt.errors import ConfigError
 from selfdoubt.lm.answer import Answer, stand_in
+from selfdoubt.lm.inputs import Question
 from selfdoubt.lm.options import Options, read_number
-from selfdoubt.lm.questions import Question
 
 if TYPE_CHECKING:
     from selfdoubt.lm.model import RiskAwareLM

@@ -1,4 +1,4 @@
-"""The pocket model: a small Llama that knows some geography, shipped with the package, and its recipe.
+"""The pocket model: a small Llama that knows some geography, shipped with the package.
 
 Importing this package imports neither torch nor transformers.
 """
@@ -13,20 +13,20 @@ _HERE = Path(__file__).resolve().parent
 
 
 def folder() -> Path:
-    """The folder of the shipped model, in Hugging Face layout."""
+    """Return the folder of the shipped model, in Hugging Face layout."""
     return _HERE / "model"
 
 
 def evaluation_file() -> Path:
-    """The questions that measure the pocket model, with the truth for each."""
+    """Return the file of questions that measure the pocket model, with the truth for each."""
     return _HERE / "evaluation.jsonl"
 
 
 def reference_file() -> Path:
-    """The questions that its reference quantiles come from; shares no city with the evaluation file."""
+    """Return the questions that its reference quantiles come from; it shares no city with the evaluation file."""
     return _HERE / "reference.jsonl"
 
 
 def voters_folder() -> Path:
-    """The three voters that come with the model, an adapter folder."""
+    """Return the three voters that come with the model, an adapter folder."""
     return _HERE / "voters"

@@ -1,1 +1,1 @@
-"""Many people ask one model at a time: an engine that batches them, an OpenAI-compatible server, and a page to chat."""
+"""Serving: a batching engine, OpenAI's API over it, replicas on Ray and a page to chat."""

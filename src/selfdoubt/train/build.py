@@ -13,8 +13,8 @@ from torch import nn
 
 from selfdoubt import sample, sculpt, vote
 from selfdoubt.errors import ConfigError, require
+from selfdoubt.lm.adapters.lora import add_lora
 from selfdoubt.lm.load import load_model
-from selfdoubt.lm.lora import add_lora
 from selfdoubt.members import innermost
 from selfdoubt.train.config import TrainConfig
 from selfdoubt.train.encode import prepare_tokenizer

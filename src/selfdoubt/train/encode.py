@@ -11,13 +11,13 @@ from typing import Any, NamedTuple
 
 import torch
 
+from selfdoubt.data import chats
+from selfdoubt.data.chats import INPUT, Chat
 from selfdoubt.data.questions import AS_USUAL, Columns
 from selfdoubt.errors import ConfigError, DataError, LoadError, require
 from selfdoubt.lm.load import turn_end
-from selfdoubt.lm.prompt import encode_turns
-from selfdoubt.train import records
+from selfdoubt.lm.text.prompt import encode_turns
 from selfdoubt.train.config import TrainConfig
-from selfdoubt.train.records import INPUT, Chat
 
 #: The Alpaca prompt as a chat template: with an input it has another first sentence and a place for it.
 ALPACA = (
@@ -137,7 +137,7 @@ def splits(config: TrainConfig, tokenizer: Any, folder: Path) -> Splits:
     ends = ends_of(tokenizer)
 
     def rows() -> Iterator[dict[str, Any]]:
-        for chat in records.read(config.data, limit=config.limit, columns=_columns(config)):
+        for chat in chats.read(config.data, limit=config.limit, columns=_columns(config)):
             if not any(m["content"].strip() for m in chat if m["role"] == "assistant"):
                 left_out["empty"] += 1
                 continue

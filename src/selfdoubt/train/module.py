@@ -14,8 +14,8 @@ from torchmetrics import MeanMetric
 
 from selfdoubt import sculpt, vote
 from selfdoubt.errors import ConfigError, NonFiniteError
+from selfdoubt.lm.adapters.lora import leave_casts_to_autocast
 from selfdoubt.lm.load import eight_bit_adamw
-from selfdoubt.lm.lora import leave_casts_to_autocast
 from selfdoubt.members import Wrapped, innermost
 from selfdoubt.rows import expand
 from selfdoubt.train.batches import Batch

@@ -14,13 +14,13 @@ from torch import nn
 
 from selfdoubt import __version__
 from selfdoubt.errors import ConfigError, PromptError, SelfdoubtError, TargetError
-from selfdoubt.lm import lora
-from selfdoubt.lm.adapter import check_adapter, save_adapter
+from selfdoubt.lm.adapters import lora
+from selfdoubt.lm.adapters.adapter import check_adapter, save_adapter
+from selfdoubt.lm.adapters.new_folder import check_free
 from selfdoubt.lm.answer import Answer, reference_quantiles
-from selfdoubt.lm.folder import check_free
 from selfdoubt.lm.load import load_skeleton, resolve
 from selfdoubt.lm.model import RiskAwareLM
-from selfdoubt.lm.prompt import encode
+from selfdoubt.lm.text.prompt import encode
 from selfdoubt.members import Wrapped
 from selfdoubt.train.config import TrainConfig, to_toml
 

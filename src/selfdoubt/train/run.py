@@ -19,8 +19,8 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from selfdoubt.errors import ConfigError, SelfdoubtError
-from selfdoubt.lm.export import export_merged
-from selfdoubt.lm.folder import check_upload, upload
+from selfdoubt.lm.adapters.export import export_merged
+from selfdoubt.lm.adapters.new_folder import check_upload, upload
 from selfdoubt.train.build import model_of, trainer_of, world_size
 from selfdoubt.train.checkpoint import SETTINGS, put
 from selfdoubt.train.config import TrainConfig, to_toml

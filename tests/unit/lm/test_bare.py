@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from selfdoubt import RiskAwareLM, Wrapped, pocket, sample, sculpt, vote
 from selfdoubt.errors import UntrainedWarning
-from selfdoubt.lm.prompt import encode
+from selfdoubt.lm.text.prompt import encode
 from tests import real
 
 QUESTIONS = ["What is the capital of France?", "In which country is Tartu?", "who wrote faust"]

@@ -10,13 +10,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from recipes.pocket import evaluation
+from recipes.pocket.phrasings import sentence
 from selfdoubt import RiskAwareLM, pocket, sample, vote
+from selfdoubt.lm.adapters.lora import add_lora, merge_lora
 from selfdoubt.lm.calibration import FAR, GAP_LIMIT, NO_RECORD, NOT_OWN, Calibration
 from selfdoubt.lm.conditions import Conditions, Origin, settings, sketch
-from selfdoubt.lm.form import chat_form, text_form
-from selfdoubt.lm.lora import add_lora, merge_lora
-from selfdoubt.pocket import evaluation
-from selfdoubt.pocket.phrasings import sentence
+from selfdoubt.lm.text.prompt_form import chat_form, text_form
 from tests import zoo
 
 QUESTION = "What is the capital of France?"

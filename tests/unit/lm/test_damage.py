@@ -13,9 +13,9 @@ import torch
 
 from selfdoubt import sample, sculpt, storage, vote
 from selfdoubt.errors import LoadError, SelfdoubtError
-from selfdoubt.lm.adapter import check_adapter, load_adapter, read_adapter, save_adapter
+from selfdoubt.lm.adapters.adapter import check_adapter, load_adapter, read_adapter, save_adapter
+from selfdoubt.lm.adapters.lora import add_lora
 from selfdoubt.lm.calibration import Calibration, StateHead, stored
-from selfdoubt.lm.lora import add_lora
 from tests.zoo import causal, prompts
 
 pytest.importorskip("peft")

@@ -11,7 +11,7 @@ from torch.testing import assert_close
 
 from selfdoubt.errors import ConfigError, NonFiniteError
 from selfdoubt.lm.decode import decode
-from selfdoubt.lm.reading import follow_in_pieces, read, whole
+from selfdoubt.lm.prefill import follow_in_pieces, read, whole
 from selfdoubt.lm.sampling import Sampling, choose
 from selfdoubt.lm.stepper import Logits, Stepper
 

@@ -12,11 +12,11 @@ from torch.testing import assert_close
 
 from selfdoubt import RiskAwareLM, sample, sculpt, storage, vote
 from selfdoubt.errors import BaseMismatchError, ConfigError, LoadError, UploadError, WrapError
-from selfdoubt.lm.adapter import save_adapter
-from selfdoubt.lm.export import export_merged, export_peft
-from selfdoubt.lm.folder import MARK, check_upload, new_folder, upload
+from selfdoubt.lm.adapters.adapter import save_adapter
+from selfdoubt.lm.adapters.export import export_merged, export_peft
+from selfdoubt.lm.adapters.lora import add_lora
+from selfdoubt.lm.adapters.new_folder import MARK, check_upload, new_folder, upload
 from selfdoubt.lm.load import load_model
-from selfdoubt.lm.lora import add_lora
 from tests.zoo import causal, mlp, packable, prompts, talker, tokenizer
 
 peft = pytest.importorskip("peft")

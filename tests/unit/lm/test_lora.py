@@ -13,8 +13,8 @@ from torch.testing import assert_close
 import selfdoubt
 from selfdoubt import RiskAwareLM, sample, sculpt, storage, vote
 from selfdoubt.errors import BaseMismatchError, ConfigError, LoadError, TargetError, WrapError
-from selfdoubt.lm.adapter import load_adapter, save_adapter
-from selfdoubt.lm.lora import add_lora, has_lora, load_lora, lora_names, merge_lora, save_lora
+from selfdoubt.lm.adapters.adapter import load_adapter, save_adapter
+from selfdoubt.lm.adapters.lora import add_lora, has_lora, load_lora, lora_names, merge_lora, save_lora
 from tests.zoo import causal, packable, prompts, talker, tokenizer
 
 peft = pytest.importorskip("peft")

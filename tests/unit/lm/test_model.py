@@ -12,9 +12,9 @@ import torch
 import selfdoubt
 from selfdoubt import RiskAwareLM, sample, sculpt, vote
 from selfdoubt.errors import ConfigError, LoadError, NonFiniteError, PromptError
-from selfdoubt.lm.prompt import encode
-from selfdoubt.lm.reading import read
+from selfdoubt.lm.prefill import read
 from selfdoubt.lm.stepper import HFStepper
+from selfdoubt.lm.text.prompt import encode
 from tests.zoo import talker, tokenizer
 
 WRAPPERS = {

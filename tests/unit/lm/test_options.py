@@ -11,9 +11,9 @@ import torch
 
 from selfdoubt import RiskAwareLM
 from selfdoubt.errors import ConfigError, PromptError
+from selfdoubt.lm.inputs import list_pairs, list_questions
 from selfdoubt.lm.options import ELSEWHERE, Options, read_options
-from selfdoubt.lm.questions import list_pairs, list_questions
-from selfdoubt.serve.job import to_ask
+from selfdoubt.serve.engine.request import to_ask
 from tests import plain
 from tests.zoo import talker, tokenizer
 

@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from selfdoubt.errors import PromptError
-from selfdoubt.lm.detokenizer import Detokenizer
-from selfdoubt.lm.prompt import encode
+from selfdoubt.lm.text.detokenizer import Detokenizer
+from selfdoubt.lm.text.prompt import encode
 from tests.zoo import tokenizer
 
 

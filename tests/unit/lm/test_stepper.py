@@ -11,7 +11,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from selfdoubt import sculpt, vote
 from selfdoubt.errors import PromptError, WrapError
 from selfdoubt.lm import stepper as module
-from selfdoubt.lm.reading import read
+from selfdoubt.lm.prefill import read
 from selfdoubt.lm.stepper import HFStepper, Stepper
 from tests.ladder.rungs import stepped
 from tests.zoo import CONTEXT, causal, prompts

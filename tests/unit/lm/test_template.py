@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from selfdoubt.errors import PromptError
-from selfdoubt.lm.prompt import encode, encode_turns
-from selfdoubt.lm.template import render_chat
-from selfdoubt.lm.tokens import get_encoder
+from selfdoubt.lm.text.encoder import get_encoder
+from selfdoubt.lm.text.prompt import encode, encode_turns
+from selfdoubt.lm.text.template import render_chat
 from selfdoubt.train.encode import encode as encode_example
 from tests import templates, words
 

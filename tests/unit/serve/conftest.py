@@ -9,11 +9,11 @@ import torch
 from starlette.testclient import TestClient
 
 from selfdoubt import RiskAwareLM, vote
-from selfdoubt.serve.app import create_app
-from selfdoubt.serve.engine import Engine
-from selfdoubt.serve.limits import Limits
-from selfdoubt.serve.metrics import Metrics
-from selfdoubt.serve.settings import Settings
+from selfdoubt.serve.engine.engine import Engine
+from selfdoubt.serve.engine.limits import Limits
+from selfdoubt.serve.http.app import create_app
+from selfdoubt.serve.http.metrics import Metrics
+from selfdoubt.serve.http.settings import Settings
 from tests import zoo
 
 Serve = Callable[..., TestClient]

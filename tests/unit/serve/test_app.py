@@ -14,8 +14,8 @@ from openai.types.chat import ChatCompletionChunk as TheirChunk
 from pydantic import BaseModel
 
 from selfdoubt.members import innermost
-from selfdoubt.serve import shapes
-from selfdoubt.serve.limits import Limits
+from selfdoubt.serve.engine.limits import Limits
+from selfdoubt.serve.openai import responses
 from tests import zoo
 
 CHAT = "/v1/chat/completions"
@@ -64,7 +64,7 @@ def ok(client, path=CHAT, **body):
 
 def fault(reply, status):
     assert reply.status_code == status, reply.text
-    shapes.Error.model_validate(reply.json())
+    responses.Error.model_validate(reply.json())
     assert reply.headers["x-content-type-options"] == "nosniff"
     return reply.json()["error"]
 
@@ -90,7 +90,7 @@ def unknown_fields(item):
 
 def test_a_whole_answer_has_the_documented_shape(tiny, talker):
     found = ok(tiny, temperature=0, max_tokens=8, logprobs=True, top_logprobs=3)
-    shapes.ChatCompletion.model_validate(found)
+    responses.ChatCompletion.model_validate(found)
     choice = found["choices"][0]
     alone = talker.generate(HELLO, max_tokens=8)
     assert choice["message"]["content"] == alone.text
@@ -177,7 +177,7 @@ def test_a_stop_text_ends_an_answer_and_is_no_part_of_it(atlas):
 def test_completions_continue_several_prompts_several_times(tiny, talker):
     prompts = ["The capital", "Which"]
     found = ok(tiny, TEXT, prompt=prompts, n=2, temperature=0, max_tokens=5, logprobs=2)
-    shapes.Completion.model_validate(found)
+    responses.Completion.model_validate(found)
     alone = [talker.generate(p, raw=True, max_tokens=5) for p in prompts for _ in range(2)]
     assert [c["text"] for c in found["choices"]] == [a.text for a in alone]
     assert [c["index"] for c in found["choices"]] == [0, 1, 2, 3]
@@ -260,7 +260,7 @@ def test_texts_are_scored_with_or_without_a_question(tiny, talker):
         *[{"text": f"Number {i}"} for i in range(6)],
     ]
     found = ok(tiny, "/v1/score", input=items)
-    shapes.Scores.model_validate(found)
+    responses.Scores.model_validate(found)
     assert [d["index"] for d in found["data"]] == list(range(9))
     alone = talker.score("Paris.", "What is the capital of France?")
     assert found["data"][1]["risk"] == pytest.approx(alone.risk, abs=1e-9)
@@ -356,7 +356,7 @@ def test_a_list_of_texts_holds_up_nobody_else(tiny):
 
 def test_models_are_listed_and_told(atlas):
     found = atlas.get("/v1/models").json()
-    shapes.Models.model_validate(found)
+    responses.Models.model_validate(found)
     assert [m["id"] for m in found["data"]] == ["pocket"]
     assert found["data"][0]["risk"]["threshold"] > 0
     assert atlas.get("/v1/models/pocket").json() == found["data"][0]

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from selfdoubt.lm.answer import Alternative, Answer, Token
 from selfdoubt.lm.calibration import Calibration
-from selfdoubt.lm.colours import BOUNDS, level
-from selfdoubt.serve.chat import examples, tokens_html, words
+from selfdoubt.lm.risk_levels import BOUNDS, level
+from selfdoubt.serve.chat import examples, phrases, tokens_html
 from selfdoubt.serve.chat.conversation import Settings, Take, Turn
 from selfdoubt.serve.chat.page import is_pocket, name_of
 from selfdoubt.serve.chat.plot import plot
@@ -97,7 +97,7 @@ def test_a_token_has_the_colour_of_its_level_and_says_so_to_who_cannot_see_it(i)
     risk = [*BOUNDS, 9.0][i]
     (_, attributes), *_ = read(tokens_html.span(token(nll=risk), 0)).elements
     assert attributes["class"] == f"t t{i}"
-    assert attributes["aria-label"] == f"Paris: probability {words.percent(math.exp(-risk))}, {words.LEVELS[i]}"
+    assert attributes["aria-label"] == f"Paris: probability {phrases.percent(math.exp(-risk))}, {phrases.LEVELS[i]}"
 
 
 def test_the_alternatives_say_which_of_them_was_chosen():
@@ -167,16 +167,16 @@ def test_a_plot_tells_in_words_where_doubt_was_highest():
 
 def test_a_verdict_says_p_correct_then_the_percentile_then_the_threshold():
     calibration = Calibration("isotonic", ("sum_nll",), knots=((0, 1),), threshold=0.9)
-    assert words.verdict(answer(abstain=True), calibration) == [
+    assert phrases.verdict(answer(abstain=True), calibration) == [
         "Right with 87 %",
         "riskier than 93 % of the reference answers",
         "the calibrated threshold of 90 % would withhold it",
     ]
-    assert words.verdict(answer(p_correct=None, abstain=None, finish="length"), None) == [
+    assert phrases.verdict(answer(p_correct=None, abstain=None, finish="length"), None) == [
         "Riskier than 93 % of the reference answers",
         "cut at max tokens",
     ]
-    bare = words.verdict(answer(p_correct=None, abstain=None, percentile=None, risk=2.5), None)
+    bare = phrases.verdict(answer(p_correct=None, abstain=None, percentile=None, risk=2.5), None)
     assert bare == ["Risk 2.50 (sum_nll), with nothing to compare it with"]
 
 
@@ -192,31 +192,31 @@ def test_where_the_chance_is_not_known_the_reason_stands_in_its_place_and_nothin
     assert "riskier than 93 %" in verdict
     assert "gauge" not in parts["verdict0"]
     assert "Right with" not in parts["verdict0"]
-    assert NOTE in words.spoken(turn([unknown], way=way), None)
+    assert NOTE in phrases.spoken(turn([unknown], way=way), None)
     assert not turn([unknown], way="until").confident
     hidden = turn([unknown], way=way, at_least=0.01)
     assert hidden.withheld
-    assert NOTE in words.withheld(hidden)
+    assert NOTE in phrases.withheld(hidden)
     known = answer([token()], p_correct=0.01)
     assert turn([unknown, known], way="candidates").ranked[0].answer == known
 
 
 def test_a_chance_with_a_caveat_has_both():
-    said = words.verdict(replace(answer(), p_correct_note=NOTE), None)
+    said = phrases.verdict(replace(answer(), p_correct_note=NOTE), None)
     assert said[0] == f"Right with 87 % ({NOTE})"
 
 
 @given(st.floats(0, 1))
 def test_only_what_is_certain_is_called_so(share):
-    said = words.percent(share)
+    said = phrases.percent(share)
     assert (said == "100 %") == (share == 1)
     assert (said == "0 %") == (share == 0)
 
 
 def test_the_legend_tells_probabilities_for_surprisal_and_nats_for_the_rest():
-    assert words.bounds("nll")[1] == ("nearly sure", "over 78 %")
-    assert words.bounds("total")[1] == ("nearly sure", "up to 0.25")
-    assert "over 95 %" in read(tokens_html.legend(words.bounds("nll"))).text
+    assert phrases.bounds("nll")[1] == ("nearly sure", "over 78 %")
+    assert phrases.bounds("total")[1] == ("nearly sure", "up to 0.25")
+    assert "over 95 %" in read(tokens_html.legend(phrases.bounds("nll"))).text
 
 
 @given(st.lists(raw, min_size=1, max_size=6), texts)
@@ -286,18 +286,18 @@ def test_candidates_stand_the_least_doubtful_first():
 
 def test_where_a_chance_promises_too_much_that_is_said():
     sure = answer(p_correct=0.9)
-    assert words.tries(turn([sure], way="until")) == "Sure enough after 1 try"
+    assert phrases.tries(turn([sure], way="until")) == "Sure enough after 1 try"
     several = turn([answer(p_correct=0.1), sure], way="until")
-    assert words.tries(several) == "Sure enough after 2 tries; the best of several promises too much"
-    assert "the best of several promises too much" in words.spoken(several, None)
-    assert words.caveat(several, sure) == ""
+    assert phrases.tries(several) == "Sure enough after 2 tries; the best of several promises too much"
+    assert "the best of several promises too much" in phrases.spoken(several, None)
+    assert phrases.caveat(several, sure) == ""
     bare = answer(p_correct=None, abstain=None, percentile=None)
-    assert words.drawn(turn([sure, sure], way="candidates")).endswith("first; the best of several promises too much")
-    assert words.drawn(turn([bare, bare], way="candidates")).endswith("first")
+    assert phrases.drawn(turn([sure, sure], way="candidates")).endswith("first; the best of several promises too much")
+    assert phrases.drawn(turn([bare, bare], way="candidates")).endswith("first")
     later = turn([sure], before=({"role": "user", "content": "Before"},))
     assert "single questions" in View(later).draw()["parts"]["verdict0"]
-    assert "single questions" in words.spoken(later, None)
-    assert words.caveat(later, bare) == ""
+    assert "single questions" in phrases.spoken(later, None)
+    assert phrases.caveat(later, bare) == ""
 
 
 def test_examples_are_buttons_with_their_text_as_text():

@@ -10,10 +10,10 @@ import pytest
 from selfdoubt.errors import EngineError, PromptError
 from selfdoubt.lm.answer import UNSURE
 from selfdoubt.lm.model import RiskAwareLM
-from selfdoubt.serve.chat.asking import answer
+from selfdoubt.serve.chat.answers import answer
 from selfdoubt.serve.chat.conversation import Conversation, Settings, Take, history, recommended, sureness
-from selfdoubt.serve.engine import Engine
-from selfdoubt.serve.limits import Limits
+from selfdoubt.serve.engine.engine import Engine
+from selfdoubt.serve.engine.limits import Limits
 
 
 @pytest.fixture(scope="module")

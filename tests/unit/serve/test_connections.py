@@ -16,8 +16,8 @@ import uvicorn
 from uvicorn.protocols.http import auto
 
 from selfdoubt.errors import ConfigError
-from selfdoubt.serve import connections
-from selfdoubt.serve.settings import Settings
+from selfdoubt.serve.http import connections
+from selfdoubt.serve.http.settings import Settings
 
 WHOLE = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"
 HALF = b"GET / HTTP/1.1\r\nHost: loc"

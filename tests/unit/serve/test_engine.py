@@ -13,11 +13,11 @@ import torch
 
 from selfdoubt import RiskAwareLM, sample, sculpt, vote
 from selfdoubt.errors import BusyError, ConfigError, DeadlineError, EngineError, NonFiniteError, PromptError
-from selfdoubt.lm.prompt import Prompt
+from selfdoubt.lm.text.prompt import Prompt
 from selfdoubt.members import innermost
-from selfdoubt.serve.engine import Engine
-from selfdoubt.serve.job import Began, Ended, Grew
-from selfdoubt.serve.limits import Limits
+from selfdoubt.serve.engine.engine import Engine
+from selfdoubt.serve.engine.limits import Limits
+from selfdoubt.serve.engine.request import Began, Ended, Grew
 from tests import zoo
 
 POISON = 7  # a token id that breaks the model

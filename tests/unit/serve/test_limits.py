@@ -13,14 +13,14 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from selfdoubt.errors import BusyError, ConfigError, DeadlineError, EngineError, NonFiniteError, PromptError
-from selfdoubt.lm.prompt import Prompt
+from selfdoubt.lm.text.prompt import Prompt
 from selfdoubt.members import innermost
-from selfdoubt.serve import bodies
-from selfdoubt.serve.encoders import SHORT, Encoders, size_of
-from selfdoubt.serve.engine import Engine
-from selfdoubt.serve.faults import FIELD, MESSAGE, RequestError, fault_of, shortened
-from selfdoubt.serve.limits import CHARACTERS, Limits
-from selfdoubt.serve.wire import ChatRequest, CompletionRequest, ScoreRequest
+from selfdoubt.serve.engine.engine import Engine
+from selfdoubt.serve.engine.limits import CHARACTERS, Limits
+from selfdoubt.serve.http.body import FIELDS, ITEMS, check_body
+from selfdoubt.serve.http.encoders import SHORT, Encoders, size_of
+from selfdoubt.serve.openai.errors import FIELD, MESSAGE, RequestError, fault_of, shortened
+from selfdoubt.serve.openai.requests import ChatRequest, CompletionRequest, ScoreRequest
 from tests.unit.serve.test_app import CHAT, HELLO, TEXT, ask, fault, ok, slow
 
 LONG = "<script>" * 2500
@@ -287,19 +287,19 @@ def test_the_first_wrong_item_of_a_list_ends_its_check(kind, body, item):
 @pytest.mark.parametrize(
     ("data", "words"),
     [
-        ({f"a{i}": 0 for i in range(bodies.FIELDS + 1)}, "256 fields at most, got 257"),
-        ({"a": [[{str(i): 0 for i in range(bodies.FIELDS + 1)}]]}, "fields"),
-        ({"messages": [[]] * (bodies.ITEMS + 1)}, "4096 items at most unless they are numbers, got 4097"),
-        ([["a"] * (bodies.ITEMS + 1)], "items"),
+        ({f"a{i}": 0 for i in range(FIELDS + 1)}, "256 fields at most, got 257"),
+        ({"a": [[{str(i): 0 for i in range(FIELDS + 1)}]]}, "fields"),
+        ({"messages": [[]] * (ITEMS + 1)}, "4096 items at most unless they are numbers, got 4097"),
+        ([["a"] * (ITEMS + 1)], "items"),
     ],
 )
 def test_a_body_of_many_parts_is_refused_before_it_is_understood(data, words):
     with pytest.raises(ValueError, match=words):
-        bodies.check(json.dumps(data).encode(), 32)
+        check_body(json.dumps(data).encode(), 32)
 
 
 def test_a_body_of_many_token_ids_or_as_many_parts_as_allowed_is_taken():
-    bodies.check(json.dumps({"prompt": [5] * 100_000}).encode(), 32)
-    bodies.check(json.dumps([{str(i): 0 for i in range(bodies.FIELDS)}, [[]] * bodies.ITEMS]).encode(), 32)
+    check_body(json.dumps({"prompt": [5] * 100_000}).encode(), 32)
+    check_body(json.dumps([{str(i): 0 for i in range(FIELDS)}, [[]] * ITEMS]).encode(), 32)
     largest = Limits()
-    assert max(largest.messages, largest.parts, largest.prompts, largest.texts) <= bodies.ITEMS
+    assert max(largest.messages, largest.parts, largest.prompts, largest.texts) <= ITEMS

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from openai.types.chat.chat_completion import ChoiceLogprobs
 from openai.types.completion_choice import Logprobs
 
-from selfdoubt.serve import logprobs
+from selfdoubt.serve.openai import logprobs
 from tests import zoo
 
 

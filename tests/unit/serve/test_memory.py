@@ -18,10 +18,10 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from selfdoubt import RiskAwareLM, sample, sculpt, vote
-from selfdoubt.lm.lora import add_lora
+from selfdoubt.lm.adapters.lora import add_lora
 from selfdoubt.members import Wrapped
 from selfdoubt.rows import expand
-from selfdoubt.serve import memory
+from selfdoubt.serve.engine.engine import memory
 from tests import zoo
 
 ON_GLIBC = hasattr(ctypes.CDLL(None), "gnu_get_libc_version")
@@ -157,7 +157,7 @@ def test_what_loads_a_served_model_bounds_its_process(given, kept):
 @pytest.mark.skipif(not ON_GLIBC, reason="needs glibc")
 def test_free_memory_goes_back_when_a_process_has_grown():
     code = """
-        from selfdoubt.serve.memory import GiveBack, resident
+        from selfdoubt.serve.engine.memory import GiveBack, resident
         keeper = GiveBack(slack=30 * 2**20)
         assert keeper.look() and keeper.times == 1
         assert keeper.look() and keeper.times == 1

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from prometheus_client.parser import text_string_to_metric_families as parse
 
-from selfdoubt.serve.meter import Meter
-from selfdoubt.serve.metrics import Metrics
+from selfdoubt.serve.engine.stats import Meter
+from selfdoubt.serve.http.metrics import Metrics
 from tests.unit.serve.test_app import CHAT, TEXT, UNKNOWN, ask, events, ok
 
 

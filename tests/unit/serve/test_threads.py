@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from selfdoubt.serve.threads import share
+from selfdoubt.serve.engine.threads import share
 
 
 @pytest.fixture(autouse=True)

@@ -9,7 +9,7 @@ import pytest
 
 from selfdoubt.errors import ConfigError, DataError
 from selfdoubt.lm.load import stop_ids
-from selfdoubt.lm.prompt import encode as encode_question
+from selfdoubt.lm.text.prompt import encode as encode_question
 from selfdoubt.train.config import TrainConfig
 from selfdoubt.train.encode import ALPACA, encode, prepare_tokenizer, splits
 from tests.zoo import talker, tokenizer

@@ -1,1 +1,1 @@
-"""Judges."""
+"""Judges: rules, multiple choice and other models, which say whether an answer is right."""

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 
-from selfdoubt.qa.answers import UNKNOWN
-from selfdoubt.qa.judge import needs_answers
-from selfdoubt.qa.llm_judge import LLMJudge
-from selfdoubt.qa.records import Question, Record
-from selfdoubt.qa.verdict import Judge, Verdict
+from selfdoubt.eval.external import UNKNOWN
+from selfdoubt.eval.judges.llm import LLMJudge
+from selfdoubt.eval.judges.rules import needs_answers
+from selfdoubt.eval.judges.verdict import Judge, Verdict
+from selfdoubt.eval.records import Question, Record
 
 
 def judge_records(

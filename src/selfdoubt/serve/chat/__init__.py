@@ -9,7 +9,7 @@ from selfdoubt.errors import require
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
-    from selfdoubt.serve.desk import Desk
+    from selfdoubt.serve.engine.client import Desk
 
 __all__ = ["mount"]
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from selfdoubt.lm.answer import UNSURE, Answer, Token
 from selfdoubt.lm.calibration import Calibration
-from selfdoubt.serve.job import Job
+from selfdoubt.serve.engine.request import Job
 
 #: One answer; answers one after the other until one is sure enough; several answers side by side.
 Way = Literal["once", "until", "candidates"]

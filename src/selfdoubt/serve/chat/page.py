@@ -22,16 +22,16 @@ import gradio as gr
 
 from selfdoubt import __version__
 from selfdoubt.errors import SelfdoubtError
-from selfdoubt.lm.colours import COLOURS
 from selfdoubt.lm.load import POCKET, resolve
 from selfdoubt.lm.model import RiskAwareLM
-from selfdoubt.serve.chat import examples, tokens_html, words
-from selfdoubt.serve.chat.asking import answer
+from selfdoubt.lm.risk_levels import COLOURS
+from selfdoubt.serve.chat import examples, phrases, tokens_html
+from selfdoubt.serve.chat.answers import answer
 from selfdoubt.serve.chat.conversation import Conversation, Settings, Turn, Way, recommended
 from selfdoubt.serve.chat.turn_html import Shown, View
-from selfdoubt.serve.desk import Desk
-from selfdoubt.serve.encoders import Encoders
-from selfdoubt.serve.faults import shortened
+from selfdoubt.serve.engine.client import Desk
+from selfdoubt.serve.http.encoders import Encoders
+from selfdoubt.serve.openai.errors import shortened
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -94,7 +94,7 @@ class Page:
 
     def build(self, title: str) -> Any:
         """Lay it out and connect it."""
-        legend = tokens_html.legend(words.bounds(self.engine.lm.token_risk))
+        legend = tokens_html.legend(phrases.bounds(self.engine.lm.token_risk))
         with gr.Blocks(title=title, analytics_enabled=False) as page:
             gr.HTML(
                 HEADER.format(model=escape(self.model)), elem_id="sd-head", js_on_load=None, apply_default_css=False
@@ -151,7 +151,7 @@ class Page:
         if not knows:
             note = "This model has neither a calibration nor reference answers: selfdoubt calibrate gives it both."
         elif self.recommended is not None:
-            note += f"Calibrated threshold: {words.percent(self.recommended)}."
+            note += f"Calibrated threshold: {phrases.percent(self.recommended)}."
         else:
             note += "Without a calibration this counts reference answers that are riskier."
         sure = gr.Slider(
@@ -160,7 +160,7 @@ class Page:
         )  # fmt: skip
         if self.recommended is not None:
             use = gr.Button(
-                f"Use the recommended {words.percent(self.recommended)}", size="sm", elem_id="sd-recommended"
+                f"Use the recommended {phrases.percent(self.recommended)}", size="sm", elem_id="sd-recommended"
             )
             use.click(None, None, sure, js=f"() => {self.recommended * 100:g}", api_visibility="private")
         top = min(self.engine.limits.answer_tokens, 1024)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 from selfdoubt.lm.answer import Token
-from selfdoubt.lm.colours import COLOURS, level
+from selfdoubt.lm.risk_levels import COLOURS, level
 
 #: Tops of the y axis, in nats; above them, multiples of ten.
 TOPS = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 10.0)

@@ -8,8 +8,8 @@ from collections.abc import Iterable
 from html import escape
 
 from selfdoubt.lm.answer import Token
-from selfdoubt.lm.colours import level
-from selfdoubt.serve.chat.words import LEVELS, percent
+from selfdoubt.lm.risk_levels import level
+from selfdoubt.serve.chat.phrases import LEVELS, percent
 
 #: A person's words surprise a model more than its own: their surprisal counts a quarter, as it does on a terminal.
 OF_A_QUESTION = 1 / 4

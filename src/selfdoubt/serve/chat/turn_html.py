@@ -11,7 +11,7 @@ from html import escape
 from typing import TypedDict
 
 from selfdoubt.lm.calibration import Calibration
-from selfdoubt.serve.chat import tokens_html, words
+from selfdoubt.serve.chat import phrases, tokens_html
 from selfdoubt.serve.chat.conversation import Take, Turn, sureness
 from selfdoubt.serve.chat.plot import plot
 
@@ -47,15 +47,15 @@ class View:
             self._asked = tokens_html.question(turn.question, turn.asked)
         parts = {"ask": self._asked or tokens_html.question(turn.question, [])}
         if turn.state == "running" and all(turn.hides(t) for t in turn.takes):
-            parts["status"] = f'<span class="pulse" aria-hidden="true"></span>{escape(words.thinking(turn))}'
+            parts["status"] = f'<span class="pulse" aria-hidden="true"></span>{escape(phrases.thinking(turn))}'
         elif turn.withheld and turn.takes:
             parts["unsure"] = (
-                f'<p class="unsure">{escape(turn.shown)}</p><p class="why">{escape(words.withheld(turn))}</p>'
+                f'<p class="unsure">{escape(turn.shown)}</p><p class="why">{escape(phrases.withheld(turn))}</p>'
             )
         elif turn.way == "until":
-            parts["status"] = escape(words.tries(turn))
+            parts["status"] = escape(phrases.tries(turn))
         elif turn.way == "candidates" and turn.state == "done":
-            parts["status"] = escape(words.drawn(turn))
+            parts["status"] = escape(phrases.drawn(turn))
         elif turn.state == "stopped":
             parts["status"] = "Stopped"
         seen = self._seen()
@@ -71,7 +71,7 @@ class View:
             "state": turn.state,
             "frame": _frame(turn, seen),
             "parts": parts,
-            "spoken": words.spoken(turn, self.calibration),
+            "spoken": phrases.spoken(turn, self.calibration),
         }
 
     def _seen(self) -> list[Take]:
@@ -94,14 +94,14 @@ class View:
         answer = take.answer
         assert answer is not None
         several = self.turn.way == "candidates"
-        said = words.verdict(answer, self.calibration, short=several)
+        said = phrases.verdict(answer, self.calibration, short=several)
         sure = sureness(answer)
         line = f"<strong>{escape(said[0])}</strong>" + "".join(f" · {escape(s)}" for s in said[1:])
         if several:
             line += f" · seed {take.seed}"
         elif self.turn.temperature:
             line += f" · drawn at temperature {self.turn.temperature:g}, seed {take.seed}"
-        if caveat := words.caveat(self.turn, answer):
+        if caveat := phrases.caveat(self.turn, answer):
             line += f" · {escape(caveat)}"
         if sure is None:
             return f'<p class="words">{line}</p>'

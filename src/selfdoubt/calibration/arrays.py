@@ -1,0 +1,149 @@
+"""From records to arrays that heads learn from; which part they learn from, and which topics are left out in turn."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from selfdoubt.calibration import heads
+from selfdoubt.calibration.heads import Answers, Rows
+from selfdoubt.errors import ConfigError, DataError
+from selfdoubt.eval.records import Record
+from selfdoubt.lm.answer import ANSWER_SCORES
+
+#: Least number of answers a head learns from, and of right and of wrong ones among them.
+LEAST, LEAST_OF_CLASS = 20, 5
+#: Most topics that are left out in turn; more are merged to so many groups.
+TOPIC_GROUPS = 8
+
+
+def usable(records: Sequence[Record]) -> tuple[Rows, dict[str, int]]:
+    """Places of the records that can be learnt from, and why how many others cannot.
+
+    Raises:
+        DataError: If there are none.
+    """
+    kept = []
+    left_out: Counter[str] = Counter()
+    for i, record in enumerate(records):
+        if record.correct is None:
+            left_out["unjudged"] += 1
+        elif record.answer is None:
+            left_out["without an answer"] += 1
+        elif "sum_nll" not in record.scores:
+            left_out["without the score sum_nll"] += 1
+        else:
+            kept.append(i)
+    if not kept:
+        why = ", ".join(f"{n} {what}" for what, n in left_out.items()) or "there are none at all"
+        raise DataError(f"calibrating needs judged answers with scores, got none ({why}); judge some first")
+    return np.array(kept), dict(left_out)
+
+
+def as_arrays(records: Sequence[Record], kept: Rows, states: Mapping[str, Any]) -> Answers:
+    """The records at these places, with the scores that all of them have and that vary.
+
+    Raises:
+        ConfigError: If a state is not named "position.layer".
+        DataError: If a score or a state is not finite, ``sum_nll`` is always the same, or states do not fit.
+    """
+    own = [records[i] for i in kept]
+    # Only what comes with one answer: samples and P(True) are not asked for when p_correct is.
+    names = sorted(set(ANSWER_SCORES).intersection(*(set(r.scores) for r in own)))
+    table = np.array([[r.scores[name] for name in names] for r in own], np.float64)
+    if not np.isfinite(table).all():
+        row, column = np.argwhere(~np.isfinite(table))[0]
+        raise DataError(
+            f"the score {names[column]} of question {own[row].question.id} is {table[row, column]}, not a number; "
+            "ask that question again"
+        )
+    varies = np.ptp(table, axis=0) > 1e-9 * np.maximum(1, np.abs(table).max(0))
+    if not varies[names.index("sum_nll")]:
+        raise DataError(
+            f"the score sum_nll is {table[0, names.index('sum_nll')]:.4g} for all answers: nothing to learn"
+        )
+    return Answers(
+        names=tuple(name for name, v in zip(names, varies, strict=True) if v),
+        scores=table[:, varies],
+        states={key: _state(key, value, len(records))[kept] for key, value in states.items()},
+        correct=np.array([r.correct for r in own], bool),
+        questions=numbered(own),
+    )
+
+
+def numbered(records: Sequence[Record]) -> Int[np.ndarray, " records"]:
+    """A number for each question, the same where the text is, but for case and spaces."""
+    texts = [" ".join(r.question.text.casefold().split()) for r in records]
+    return np.unique(texts, return_inverse=True)[1]
+
+
+def _state(key: str, value: Any, n: int) -> Float[np.ndarray, "records width"]:
+    try:
+        heads.split_key(key)
+    except ValueError:
+        raise ConfigError(f"states are named like 'first.2' (position.layer), got {key!r}") from None
+    found = np.asarray(value)
+    if found.ndim != 2 or len(found) != n:
+        raise DataError(f"the states {key} must be one row for each of {n} records, got the shape {found.shape}")
+    if not np.isfinite(found).all():
+        raise DataError(f"the states {key} of record {np.argwhere(~np.isfinite(found))[0][0]} are not finite")
+    return found.astype(np.float32)
+
+
+def split(
+    questions: Int[np.ndarray, " n"], share: float, seed: int
+) -> tuple[Bool[np.ndarray, " n"], Bool[np.ndarray, " n"]]:
+    """Which answers the head learns from; and one answer of each question. Nothing but the questions is looked at."""
+    draw = np.random.default_rng([seed, 1])
+    unique, place = np.unique(questions, return_inverse=True)
+    tested = np.zeros(len(unique), bool)
+    tested[draw.permutation(len(unique))[: round(share * len(unique))]] = True
+    order = draw.permutation(len(place))
+    once = np.zeros(len(place), bool)
+    once[order[np.unique(place[order], return_index=True)[1]]] = True
+    return ~tested[place], once
+
+
+def check_enough(answers: Answers, split: bool) -> None:
+    """That a head can be learnt at all.
+
+    Raises:
+        DataError: If there are too few answers, or none of one kind.
+    """
+    wrong, right = answers.classes
+    if len(answers) >= LEAST and min(wrong, right) >= LEAST_OF_CLASS:
+        return
+    part = " in the part that the head learns from (the other part tests the threshold)" if split else ""
+    if not min(wrong, right):
+        raise DataError(
+            f"all {len(answers)} answers{part} are {'right' if right else 'wrong'}: calibrating needs both kinds"
+        )
+    raise DataError(
+        f"calibrating needs at least {LEAST} judged answers{part}, with {LEAST_OF_CLASS} questions answered right and "
+        f"{LEAST_OF_CLASS} wrong; got {len(answers)} answers, {right} and {wrong}: judge more"
+    )
+
+
+def topic_groups(topics: Sequence[str | None], answers: Answers) -> list[Rows]:
+    """Rows of each topic, or of some topics together; none if fewer than two have enough answers of both kinds.
+
+    A topic is not there if too little is left to learn from without it, and without questions that it shares.
+    """
+    names = np.array(["" if t is None else t for t in topics])
+    sizes = Counter(n for n in names.tolist() if n)
+    enough = [t for t in sizes if min(answers.at(names == t).classes) >= LEAST_OF_CLASS]
+    groups: list[list[str]] = [[] for _ in range(min(TOPIC_GROUPS, len(sizes)))]
+    for topic, _ in sorted(sizes.items(), key=lambda item: (-item[1], item[0])):
+        min(groups, key=lambda g: sum(sizes[t] for t in g)).append(topic)
+    parts = [np.flatnonzero(np.isin(names, group)) for group in groups]
+    found = [
+        rows
+        for (rest, _), rows in zip(heads.rests(answers, parts), parts, strict=True)
+        if min(rest.classes) >= LEAST_OF_CLASS
+    ]
+    told = answers.at(np.concatenate(found)).classes if len(found) > 1 else (0, 0)
+    return found if len(enough) > 1 and min(told) >= LEAST_OF_CLASS else []

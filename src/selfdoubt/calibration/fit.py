@@ -1,0 +1,276 @@
+"""Learns p_correct, and the threshold of a promise, from judged answers; puts both into an adapter."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+
+from selfdoubt import storage
+from selfdoubt.calibration import heads
+from selfdoubt.calibration.arrays import as_arrays, check_enough, numbered, split, topic_groups, usable
+from selfdoubt.calibration.heads import Answers, Fit, fit_logistic, fit_one_score, held_out, losses, within_one_error
+from selfdoubt.calibration.quality import CalibrationReport, CandidateReport, quality
+from selfdoubt.calibration.threshold import Grid, Promise, find_threshold, grid_from, shortfall
+from selfdoubt.errors import ConfigError
+from selfdoubt.eval.records import Record
+from selfdoubt.lm.calibration import Calibration, States
+from selfdoubt.lm.conditions import Conditions
+
+#: From the simplest head to the richest. "score": isotonic on one score; the others are logistic on the answer's
+#: surprisal and entropy, the question's too, members' scores too, and one hidden state too.
+CANDIDATES = ("score", "answer", "question", "members", "state")
+#: Scores that only members (or a sculpt) have.
+OF_MEMBERS = ("epistemic", "aleatoric", "disagreement", "spread", "scale")
+#: Those of them that a head reads. All together add noise: on the pocket (see experiments/LOG.md) what members say
+#: while they read the question adds to the other scores, what they say of the answer is there already.
+MEMBER_SCORES = ("question_mean_epistemic", "sum_scale")
+WITHOUT_QUESTION = ("sum_epistemic",)
+
+
+def calibrate(
+    records: Sequence[Record],
+    states: Mapping[str, Any] | None = None,
+    *,
+    target_accuracy: float | None = None,
+    confidence: float = 0.95,
+    seed: int = 0,
+    folds: int = 5,
+    candidates: Sequence[str] | None = None,
+    threshold_share: float = 0.5,
+    conditions: Conditions | None = None,
+) -> tuple[Calibration, CalibrationReport]:
+    """Learn p_correct from judged answers, and with a target the threshold that keeps it.
+
+    All candidates are fitted in ``folds`` folds (equal questions in one); the one of least held-out log loss is fitted
+    on all. With at least two topics of enough right and wrong answers, each topic is also left out in turn: how well a
+    head does on a subject that it was not calibrated on.
+
+    With a target, questions are split at random: on one part the head is chosen and fitted; on the other, which it
+    never sees, the threshold is tested (``qa.threshold`` says what is promised and why). The stored head is the one
+    that was tested. The price is a head, and report, from ``1 - threshold_share`` of the questions only.
+
+    Args:
+        records: Judged answers. Left out and counted: unjudged ones, those without an answer or its ``sum_nll``; and in
+            the tested part all but one answer of the same question.
+        states: Hidden states in the order of ``records``: ``"first.2" -> (records, width)``.
+        target_accuracy: Least accuracy of the answers that are given, in (0, 1); None for no threshold.
+        confidence: Of keeping it, in (0, 1).
+        seed: Of splits and folds.
+        folds: At least 2.
+        candidates: Some of ``CANDIDATES``; all that the records allow if None.
+        threshold_share: Share of questions that tests the threshold, in (0, 1).
+        conditions: How the answers were made, and by which model (``Conditions.of_model``): others will have no number.
+            Answers cut at max tokens are found in the records. None stores no record of it, and each number says so.
+
+    Returns:
+        What to store, and what to tell people. Where no threshold qualifies, ``threshold`` is None and the report says
+        why.
+
+    Raises:
+        ConfigError: If an option is out of range, or a candidate is unknown or cannot be had from these records.
+        DataError: If there are too few answers, only right or only wrong ones, no score varies, or one is not finite.
+    """
+    _check_options(folds, target_accuracy, confidence, threshold_share, candidates)
+    places, left_out = usable(records)
+    learning, once = np.ones(len(places), bool), np.ones(len(places), bool)
+    if target_accuracy is not None:
+        learning, once = split(numbered([records[i] for i in places]), threshold_share, seed)
+    kept = places[learning]
+    own = as_arrays(records, kept, states or {})  # of no other answer anything is known while a head is fitted
+    check_enough(own, target_accuracy is not None)
+    options = _options(own, candidates)
+
+    parts = heads.folds(own, folds, seed)
+    inside = {name: held_out(own, parts, fit, seed) for name, fit in options.items()}
+    groups = topic_groups([records[i].question.topic for i in kept], own)
+    outside = {name: held_out(own, groups, fit, seed) for name, fit in options.items()} if groups else {}
+    chosen = _choose({name: losses(p, own.correct) for name, p in inside.items()})
+    fitted = {name: fit(own, seed) for name, fit in options.items()}
+
+    found = np.full(len(records), np.nan)
+    found[kept] = inside[chosen]
+    head = fitted[chosen]
+    for i, record in enumerate(records):
+        if np.isnan(found[i]):
+            p = head.p_correct(record.scores, _states_at(head, states or {}, i))
+            found[i] = np.nan if p is None else p
+    promise, refusal = None, None
+    if target_accuracy is not None:
+        again, tested = places[~learning & ~once], places[~learning & once]
+        scored = np.array([all(name in records[i].scores for name in head.features) for i in tested], bool)
+        left_out |= {"asked again, so not tested": len(again), "without a score that the head reads": sum(~scored)}
+        tested = tested[scored]
+        right = np.array([records[i].correct for i in tested], bool)
+        p_tested = np.nan_to_num(found[tested], nan=0.0)  # too far from all that was learnt: withheld
+        promise, refusal = _promise(p_tested, right, target_accuracy, confidence, inside[chosen], threshold_share)
+    reports = tuple(
+        CandidateReport(
+            name=name,
+            features=fitted[name].features,
+            state=_state_name(fitted[name]),
+            inside=quality(inside[name], own.correct),
+            outside=quality(outside[name], own.correct) if outside else None,
+        )
+        for name in options
+    )
+    report = CalibrationReport(
+        answers=len(places),
+        left_out={why: int(n) for why, n in left_out.items() if n},
+        learnt_from=len(own),
+        chosen=chosen,
+        candidates=reports,
+        topics=len(groups),
+        warnings=_warnings(chosen, outside, own.correct),
+        promise=promise,
+        refusal=refusal,
+        out_of_fold=_told(found),
+        out_of_topic=_told(_at(kept, outside.get(chosen), len(records))),
+    )
+    head = replace(
+        head,
+        threshold=None if promise is None else promise.threshold,
+        promise=None if promise is None else promise.to_json(),
+        about=report.about(),
+        conditions=None if conditions is None else replace(conditions, cut=_fewest_when_cut(records, places)),
+    )
+    return head, report
+
+
+def _fewest_when_cut(records: Sequence[Record], places: heads.Rows) -> int | None:
+    """Return the fewest tokens of an answer that was cut at max tokens; None where none was."""
+    own = [records[i] for i in places]
+    return min((len(r.tokens) for r in own if r.finish == "length" and r.tokens), default=None)
+
+
+def _at(rows: Int[np.ndarray, " rows"], p: Float[np.ndarray, " rows"] | None, n: int) -> Float[np.ndarray, " records"]:
+    found = np.full(n, np.nan)
+    if p is not None:
+        found[rows] = p
+    return found
+
+
+def _told(p: Float[np.ndarray, " records"]) -> tuple[float | None, ...]:
+    return tuple(None if math.isnan(value) else float(value) for value in p)
+
+
+def store(calibration: Calibration, adapter_folder: str | os.PathLike[str]) -> Path:
+    """Put a calibration into an adapter's ``selfdoubt.json``, in place of one that is there; the rest stays.
+
+    Returns:
+        The file.
+
+    Raises:
+        LoadError: If the folder is no adapter, or its files are not those that were saved.
+    """
+    card = storage.read_card(adapter_folder)
+    storage.verify(adapter_folder, card)
+    return storage.write_card(adapter_folder, {**card, "calibration": calibration.to_json()})
+
+
+def _check_options(
+    folds: int, target: float | None, confidence: float, share: float, candidates: Sequence[str] | None
+) -> None:
+    if folds < 2:
+        raise ConfigError(f"folds must be at least 2, got {folds}")
+    named = {"the target accuracy": target, "the confidence": confidence, "the threshold's share": share}
+    for what, value in named.items():
+        if value is not None and not 0 < value < 1:
+            raise ConfigError(f"{what} is a share between 0 and 1 (90 % is 0.9), got {value}")
+    unknown = [name for name in candidates or () if name not in CANDIDATES]
+    if unknown or (candidates is not None and not candidates):
+        what = f"no candidate is called {unknown[0]!r}" if unknown else "candidates must not be empty"
+        raise ConfigError(f"{what}; choose of {', '.join(CANDIDATES)}")
+
+
+def _options(answers: Answers, wanted: Sequence[str] | None) -> dict[str, Fit]:
+    """How to fit each candidate that these answers allow, from the simplest to the richest."""
+    members = [name for name in answers.names if name.rpartition("_")[2] in OF_MEMBERS]
+    plain = [name for name in answers.names if name not in members]
+    own = [name for name in plain if not name.startswith(("question_", "both_"))]
+    asked = [name for name in plain if name.startswith("question_")]
+    new = [name for name in MEMBER_SCORES if name in members] or [n for n in WITHOUT_QUESTION if n in members]
+    new = [name for name in new if not _is_another(answers, name, plain)]
+    single = tuple(name for name in heads.SINGLE if name in answers.names)
+    found: dict[str, Fit] = {"score": partial(fit_one_score, names=single), "answer": partial(fit_logistic, names=own)}
+    read = own
+    if asked:
+        read = [*read, *asked]
+        found["question"] = partial(fit_logistic, names=read)
+    if new:
+        read = [*read, *new]
+        found["members"] = partial(fit_logistic, names=read)
+    if answers.states:
+        found["state"] = partial(fit_logistic, names=read, keys=sorted(answers.states))
+    lacking = [name for name in wanted or () if name not in found]
+    if lacking:
+        needs = {"question": "scores of the question", "members": "scores of members that differ", "state": "states"}
+        raise ConfigError(f"the candidate {lacking[0]!r} needs {needs[lacking[0]]}, and these records have none")
+    return {name: fit for name, fit in found.items() if wanted is None or name in wanted}
+
+
+def _is_another(answers: Answers, name: str, names: Sequence[str]) -> bool:
+    """Whether a score is only another name of one of these: without members, aleatoric is total."""
+    column = answers.columns([name])
+    return bool(np.isclose(answers.columns(names), column, rtol=1e-6, atol=1e-9).all(0).any())
+
+
+def _choose(loss: Mapping[str, Float[np.ndarray, " n"]]) -> str:
+    """The best; of equals the simplest.
+
+    The simplest within one standard error of the best was no better: of the pocket's questions, by heads from 100, 250
+    and 600 of them (12, 10 and 5 draws), log loss on the others was .425, .386 and .347, and .422, .376 and .343 so.
+    """
+    return min(loss, key=lambda name: float(loss[name].mean()))
+
+
+def _warnings(
+    chosen: str, outside: Mapping[str, Float[np.ndarray, " n"]], correct: Bool[np.ndarray, " n"]
+) -> tuple[str, ...]:
+    if not outside:
+        return ()
+    seen = ~np.isnan(outside[chosen])
+    loss = {name: losses(p[seen], correct[seen]) for name, p in outside.items()}
+    simpler = list(outside)[: list(outside).index(chosen)]
+    better = [name for name in simpler if not within_one_error(loss[chosen], loss[name])]
+    if not better:
+        return ()
+    best = min(better, key=lambda name: loss[name].mean())
+    return (
+        f"the head {chosen!r} does best on questions like these, but on topics that it was not calibrated on the "
+        f"simpler {best!r} does better (log loss {loss[best].mean():.3f} against {loss[chosen].mean():.3f}): where "
+        f"other topics will be asked, calibrate with candidates up to {best!r}",
+    )
+
+
+def _promise(
+    p: Float[np.ndarray, " n"],
+    correct: Bool[np.ndarray, " n"],
+    target: float,
+    confidence: float,
+    elsewhere: Float[np.ndarray, " others"],
+    share: float,
+) -> tuple[Promise | None, str | None]:
+    grid: Grid = grid_from(elsewhere, len(p), target, confidence)
+    promise = find_threshold(p, correct, target, confidence, grid=grid)
+    return promise, None if promise else shortfall(p, correct, target, confidence, grid=grid, share=share)
+
+
+def _states_at(head: Calibration, states: Mapping[str, Any], row: int) -> States | None:
+    """What ``head`` reads of one record's states."""
+    if head.state is None:
+        return None
+    hidden = torch.as_tensor(np.asarray(states[f"{head.state.position}.{head.state.layer}"])[row])[None].float()
+    return States((head.state.layer,), hidden, hidden, hidden)
+
+
+def _state_name(head: Calibration) -> str | None:
+    return None if head.state is None else f"{head.state.position}.{head.state.layer}"

@@ -1,0 +1,129 @@
+"""What a calibration is worth, in numbers that no head was fitted on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Float
+
+from selfdoubt.calibration.heads import losses
+from selfdoubt.calibration.threshold import Promise
+from selfdoubt.metrics.calibration import brier, ece
+from selfdoubt.metrics.selective import auroc
+
+
+@dataclass(frozen=True)
+class Quality:
+    """Of probabilities, held against judgements."""
+
+    answers: int
+    log_loss: float  #: nats; probabilities count as at least 1e-6 away from 0 and 1
+    brier: float  #: mean squared error, in [0, 1]
+    auroc: float  #: chance that a right answer has a higher p_correct than a wrong one
+    ece: float  #: mean distance of accuracy and p_correct in 15 bins of equal width, in [0, 1]
+
+
+@dataclass(frozen=True)
+class CandidateReport:
+    """One kind of head: what it reads when it is fitted on all, and how it does on answers that it has not seen."""
+
+    name: str
+    features: tuple[str, ...]
+    state: str | None  #: "position.layer"
+    inside: Quality  #: on answers of the same topics: out of fold
+    outside: Quality | None  #: on answers of topics that it has not seen; None with too few topics
+
+
+@dataclass(frozen=True)
+class CalibrationReport:
+    """How p_correct was learnt, and what it is worth."""
+
+    answers: int  #: judged and usable
+    left_out: Mapping[str, int]  #: reasons
+    learnt_from: int  #: the rest tests the threshold
+    chosen: str
+    candidates: tuple[CandidateReport, ...]  #: from the simplest to the richest
+    topics: int  #: topics (or groups of them) left out in turn; 0 if there are too few
+    warnings: tuple[str, ...]
+    promise: Promise | None  #: of a threshold, where one was asked for and found
+    refusal: str | None  #: why none was found
+    #: p_correct of each record in its order, by a head that was fitted without it: out of fold for those the head
+    #: learnt from, by the head itself for the others. None where a score is missing.
+    out_of_fold: tuple[float | None, ...]
+    #: By a head that was fitted without the record's topic; None for all where there are too few topics.
+    out_of_topic: tuple[float | None, ...]
+
+    def about(self) -> dict[str, Any]:
+        """For ``Calibration.about``: enough to know later what a stored head is worth."""
+        best = self.best
+        return {
+            "candidate": self.chosen,
+            "answers": self.learnt_from,
+            "inside": asdict(best.inside),
+            "outside": None if best.outside is None else asdict(best.outside),
+            "warnings": list(self.warnings),
+        }
+
+    @property
+    def best(self) -> CandidateReport:
+        """The chosen candidate's."""
+        return next(c for c in self.candidates if c.name == self.chosen)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data, without the single probabilities, which belong to the records."""
+        found = asdict(self)
+        del found["out_of_fold"], found["out_of_topic"]
+        return found
+
+    def rows(self) -> tuple[list[str], list[list[str]]]:
+        """A table of the candidates: its head, and a row each; the chosen one is starred."""
+        head = ["head", "reads", "log loss", "Brier", "AUROC", "ECE"]
+        if self.topics:
+            head += [f"{name}, other topics" for name in ("log loss", "AUROC", "ECE")]
+        table = []
+        for c in self.candidates:
+            reads = c.features[0] if len(c.features) == 1 else f"{len(c.features)} scores"
+            row = [c.name + " *" * (c.name == self.chosen), reads + (f", state {c.state}" if c.state else "")]
+            row += [f"{x:.3f}" for x in (c.inside.log_loss, c.inside.brier, c.inside.auroc, c.inside.ece)]
+            if self.topics and c.outside is not None:
+                row += [f"{x:.3f}" for x in (c.outside.log_loss, c.outside.auroc, c.outside.ece)]
+            table.append(row)
+        return head, table
+
+    def lines(self) -> list[str]:
+        """For a terminal, as plain text."""
+        head, table = self.rows()
+        widths = [max(len(row[i]) for row in (head, *table)) for i in range(len(head))]
+        found = [f"learnt from {self.learnt_from} of {self.answers} judged answers (held-out numbers; * is chosen)"]
+        if self.left_out:
+            found.append("left out: " + ", ".join(f"{n} {why}" for why, n in self.left_out.items()))
+        for row in (head, *table):
+            cells = [row[i].ljust(widths[i]) if i < 2 else row[i].rjust(widths[i]) for i in range(len(row))]
+            found.append("  ".join(cells).rstrip())
+        found += [f"warning: {text}" for text in self.warnings]
+        if self.promise is not None:
+            p = self.promise
+            found.append(
+                f"answers with p_correct >= {p.threshold:.4f} are given: {p.right} of {p.answered} were right, "
+                f"{100 * p.coverage:.1f} % of {p.answers} questions; at least {100 * p.target_accuracy:g} % are, with "
+                f"{100 * p.confidence:g} % confidence, for questions drawn as these were"
+            )
+        elif self.refusal is not None:
+            found.append(self.refusal)
+        return found
+
+
+def quality(p: Float[np.ndarray, " n"], correct: Bool[np.ndarray, " n"]) -> Quality:
+    """Of those probabilities that are there (not NaN); right and wrong answers must be among them."""
+    seen = ~np.isnan(p)
+    p, correct = p[seen], correct[seen]
+    return Quality(
+        answers=len(p),
+        log_loss=float(losses(p, correct).mean()),
+        brier=brier(p, correct),
+        auroc=auroc(1 - p, correct),
+        ece=ece(p, correct),
+    )

@@ -1,0 +1,177 @@
+"""Instruction data from a file or the hub, as chats: which columns there are, and where a record is broken.
+
+Three layouts are known by their columns: instruction (``instruction``, ``output``, and ``input`` that may be empty),
+question and answer (as ``selfdoubt evaluate`` reads them; of several right answers the first is learnt), and chats
+(``messages``, a list of objects with ``role`` and ``content``).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+from selfdoubt.data.cells import required_text, whole_text
+from selfdoubt.data.questions import (
+    AS_USUAL,
+    Columns,
+    decide_naming,
+    find,
+    is_record,
+    lower,
+    of_record,
+    question_of,
+    with_choices,
+)
+from selfdoubt.data.readers import SUFFIXES, Placed, Row, read_file, read_hub
+from selfdoubt.errors import DataError
+
+Chat = list[dict[str, str]]
+
+#: The role of a text that an instruction works on. The Alpaca prompt has a place for it; other templates get it after
+#: the instruction.
+INPUT = "input"
+
+LAYOUTS = {
+    "instruction": ("instruction", "output"),
+    "question and answer": ("question", "answer"),
+    "chat": ("messages",),
+}
+#: Flags of ``selfdoubt train`` that name a column.
+FLAGS = {"question": "--question-column", "answers": "--answer-column"}
+
+
+def read(source: str, *, limit: int | None = None, columns: Columns = AS_USUAL) -> Iterator[Chat]:
+    """Yield the chats of a file (JSON, JSONL, CSV, TSV or Parquet) or of a data set on the hub, one by one.
+
+    Args:
+        source: A file, or a name on the hub.
+        limit: At most this many.
+        columns: Which columns hold question and answer, where their names do not say it.
+
+    Raises:
+        DataError: If it cannot be read, lacks the columns of every layout, or a record is broken; the message names the
+            place.
+    """
+    return islice(_chats(source, columns), limit)
+
+
+def _chats(source: str, columns: Columns) -> Iterator[Chat]:
+    rows = _rows(source)
+    first = next(rows, None)
+    if first is None:
+        raise DataError(f"{source} holds no records; give a file with at least two")
+    to_chat: Callable[[str, Row], Chat]
+    layout = _layout(first[1]) if columns == AS_USUAL else "question and answer"
+    if layout == "instruction":
+        names = {lower(name): name for name in reversed([*first[1]])}
+        first_name, last_name, more_name = (names.get(n, n) for n in (*LAYOUTS[layout], INPUT))
+        to_chat = partial(_instruction, first_name, last_name, more_name)
+    elif layout == "chat":
+        to_chat = partial(_messages, next(name for name in first[1] if lower(name) == "messages"))
+    elif columns == AS_USUAL and is_record(first[1]):
+        to_chat = _answered
+    else:
+        found = _columns(source, first[1], columns)
+        if found.choices is not None:  # how answers name them, the whole file says
+            rest = [*rows]
+            rows, found = iter(rest), decide_naming([first, *rest], found)
+        to_chat = partial(_asked, found)
+    for place, row in chain([first], rows):
+        yield to_chat(place, row)
+
+
+def _rows(source: str) -> Iterator[Placed]:
+    path = Path(source).expanduser()
+    if path.is_dir() or (
+        not path.exists() and (path.suffix.lower() in SUFFIXES or path.is_absolute() or source.startswith("."))
+    ):
+        names = "JSON, JSONL, CSV, TSV or Parquet file"
+        raise DataError(f"no data file at {source!r}; give a {names}, or a name on the hub")
+    return read_file(path) if path.exists() else read_hub(source, None, "train", None, splits=(), extra="train")
+
+
+def _layout(row: Row) -> str:
+    """Return which layout the columns of the first record are, without regard to case."""
+    columns = {lower(name) for name in row}
+    fits = (layout for layout, wanted in LAYOUTS.items() if columns.issuperset(wanted))
+    return next(fits, "question and answer")
+
+
+def _columns(source: str, row: Row, given: Columns) -> Columns:
+    try:
+        return find(source, row if given.choices else with_choices(row), given, flags=FLAGS)
+    except DataError as error:
+        if given != AS_USUAL or "that looks like" not in str(error):
+            raise
+    columns = {lower(name) for name in row}
+    lacks = {name: [c for c in wanted if c not in columns] for name, wanted in LAYOUTS.items()}
+    raise DataError(
+        f"{source} has the columns {sorted(columns)}; "
+        + ", ".join(f"as {name} it lacks {' and '.join(missing)}" for name, missing in lacks.items())
+    )
+
+
+def _asked(columns: Columns, place: str, row: Row) -> Chat:
+    name = columns.answers or "answer"
+    if not columns.choices and isinstance(row.get(name), str) and not row[name].strip():
+        answers: tuple[str, ...] = ("",)
+        question = required_text(place, row, columns.question or "question")
+    else:
+        found = question_of(place, with_choices(row), columns)
+        question, answers = found.text, found.answers
+    return _pair(place, name, question, answers, row.get(name))
+
+
+def _answered(place: str, row: Row) -> Chat:
+    question = of_record(place, row)
+    return _pair(place, "answers", question.text, question.answers, row.get("answers"))
+
+
+def _pair(place: str, name: str, question: str, answers: tuple[str, ...], cell: Any) -> Chat:
+    if not answers:
+        raise DataError(f"{place}: {name} is an empty list, so there is nothing to learn; remove the record")
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": _raw(cell, answers[0])}]
+
+
+def _raw(cell: Any, stripped: str) -> str:
+    """Return the text with the white space that it has in its cell: the indentation of code is learnt, too."""
+    texts = cell if isinstance(cell, (list, tuple)) else [cell]
+    return next((text for text in texts if isinstance(text, str) and text.strip() == stripped), stripped)
+
+
+def _instruction(first: str, last: str, more: str, place: str, row: Row) -> Chat:
+    texts = []
+    for column, text in ((first, row.get(first)), (last, row.get(last)), (more, row.get(more) or "")):
+        if not isinstance(text, str):
+            raise DataError(f"{place}: {column} must be text, found {type(text).__name__}; mend or remove the record")
+        texts.append(whole_text(place, column, text))
+    if not texts[0].strip():
+        raise DataError(f"{place}: {first} is empty; mend or remove the record")
+    chat = [{"role": "user", "content": texts[0]}]
+    if texts[2].strip():
+        chat.append({"role": INPUT, "content": texts[2]})
+    return [*chat, {"role": "assistant", "content": texts[1]}]
+
+
+def _messages(column: str, place: str, row: Row) -> Chat:
+    messages: Any = row.get(column)
+    if isinstance(messages, str):  # a cell of a CSV file
+        try:
+            messages = json.loads(messages)
+        except json.JSONDecodeError as error:
+            raise DataError(f"{place}: messages is not JSON ({error.msg}); mend the record") from None
+    if not isinstance(messages, list) or not messages:
+        raise DataError(f"{place}: messages must be a list of objects with role and content; mend the record")
+    chat = []
+    for message in messages:
+        role, content = (message.get(k) if isinstance(message, Mapping) else None for k in ("role", "content"))
+        if not isinstance(role, str) or not isinstance(content, str):
+            raise DataError(f"{place}: each message needs a role and a content, both text; mend the record")
+        chat.append({"role": role, "content": whole_text(place, column, content)})
+    if not any(m["role"] == "assistant" for m in chat):
+        raise DataError(f"{place}: no message is the assistant's, so there is nothing to learn; mend the record")
+    return chat

@@ -1,0 +1,63 @@
+"""Ids and orders that follow from a text and a seed alone: the same on every machine, for every part of a file."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import replace
+
+from selfdoubt.data.questions import Question
+from selfdoubt.data.readers import Row
+from selfdoubt.errors import DataError
+
+Draft = tuple[Question, Row]
+
+
+def text_id(text: str, context: str | None = None) -> str:
+    """A short name of a question: 12 hexadecimal digits.
+
+    Example:
+        >>> text_id("What is the capital of France?")
+        '6479a5612731'
+    """
+    return _digest(text, context or "")[:12]
+
+
+def rank(seed: int, *parts: str) -> str:
+    """What to sort by for a random order that depends on the seed and on nothing around."""
+    return _digest(str(seed), *parts)
+
+
+def subset(drafts: list[Draft], limit: int | None, seed: int) -> list[Draft]:
+    """A random ``limit`` of them in their order; a greater limit keeps those of a smaller one."""
+    if limit is None or limit >= len(drafts):
+        return drafts
+    kept = sorted(range(len(drafts)), key=lambda i: rank(seed, drafts[i][0].id))[:limit]
+    return [drafts[i] for i in sorted(kept)]
+
+
+def unique(source: str, drafts: list[Draft]) -> list[Draft]:
+    """The same with an id each: their own, or one made of the text. A repeated question gets "-2", "-3" behind it.
+
+    Raises:
+        DataError: If two different questions have the same id.
+    """
+    seen: dict[str, str] = {}
+    found = []
+    for question, row in drafts:
+        own = question.id or text_id(question.text, question.context)
+        if own in seen and question.id and seen[own] != question.text:
+            raise DataError(
+                f"{source}: the id {own!r} comes twice, for {seen[own][:60]!r} and {question.text[:60]!r}; "
+                "give every question its own"
+            )
+        name, times = own, 1
+        while name in seen:
+            times += 1
+            name = f"{own}-{times}"
+        seen[name] = question.text
+        found.append((replace(question, id=name), row))
+    return found
+
+
+def _digest(*parts: str) -> str:
+    return hashlib.sha256("\0".join(parts).encode("utf-8", "surrogatepass")).hexdigest()

@@ -1,0 +1,155 @@
+"""Question sets by name or by file, as ``Question``s: TruthfulQA, Natural Questions, SQuAD 2, your own, ..."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from selfdoubt.data import truthfulqa
+from selfdoubt.data.order import Draft, subset, unique
+from selfdoubt.data.questions import (
+    AS_USUAL,
+    Columns,
+    Question,
+    decide_naming,
+    find,
+    is_record,
+    of_record,
+    question_of,
+    with_choices,
+)
+from selfdoubt.data.readers import SUFFIXES, Placed, read_file_rows, read_hub_rows
+from selfdoubt.errors import ConfigError, DataError
+
+
+@dataclass(frozen=True)
+class Hub:
+    """Where a known set lies on the hub."""
+
+    name: str
+    config: str | None = None
+    split: str = "validation"
+    columns: Columns = AS_USUAL
+
+
+TRUTHFULQA, POCKET = "truthfulqa", "pocket"
+KNOWN: dict[str, Hub] = {
+    TRUTHFULQA: Hub(truthfulqa.HUB),
+    "nq_open": Hub("google-research-datasets/nq_open"),
+    "webquestions": Hub("stanfordnlp/web_questions", split="test"),
+    "triviaqa": Hub("mandarjoshi/trivia_qa", "rc.nocontext"),
+    "squad2": Hub("rajpurkar/squad_v2", columns=Columns(topic="title")),
+}
+
+
+def load(
+    source: str | os.PathLike[str],
+    *,
+    task: str | None = None,
+    limit: int | None = None,
+    seed: int = 0,
+    columns: Columns = AS_USUAL,
+    separator: str | None = None,
+    config: str | None = None,
+    split: str | None = None,
+    revision: str | None = None,
+) -> list[Question]:
+    """The questions of a set, in the order of their file.
+
+    A file is known by what it holds: TruthfulQA's two, SQuAD's and TriviaQA's JSON, a file of answers (its questions),
+    or any JSONL, JSON, CSV, TSV or Parquet with a question and its answers, or choices, in columns.
+
+    Args:
+        source: A name (``KNOWN``, or "pocket"), a file, a folder with TruthfulQA's files, or a name on the hub.
+        task: For TruthfulQA gen, mc1 or mc2.
+        limit: Take this many at random by ``seed``, at least 1; they keep their order, and more hold those of fewer.
+        seed: Of the limit, and of the order of TruthfulQA's choices, which hangs on question and seed alone.
+        columns: Which columns hold what, where their names do not say it.
+        separator: What parts several answers in one cell, e.g. ";"; without it a cell is one answer, or a JSON list.
+        config: A configuration on the hub.
+        split: A split on the hub; None takes the usual one.
+        revision: A branch, tag or commit on the hub.
+
+    Raises:
+        DataError: If it cannot be read, lacks columns, or a question is broken; the message names the place.
+        ConfigError: If the limit is below 1, or there is no such task.
+        MissingExtraError: If a set of the hub is wanted without the package ``datasets``.
+    """
+    if limit is not None and limit < 1:
+        raise ConfigError(f"the limit must be at least 1 question, got {limit}; leave it out for all")
+    drafts = _read(
+        os.fspath(source), task=task, seed=seed, columns=columns, separator=separator, config=config, split=split,
+        revision=revision,
+    )  # fmt: skip
+    return [question for question, _ in subset(drafts, limit, seed)]
+
+
+def column(source: str | os.PathLike[str], name: str, **options: Any) -> dict[str, Any]:
+    """The cells of one more column by question id, e.g. a person's judgement for
+    ``selfdoubt.eval.judges.rules.Column``.
+
+    Args:
+        source: As in ``load``.
+        name: The column.
+        **options: As in ``load``, but for the limit.
+
+    Raises:
+        DataError: As ``load``, and if there is no such column.
+    """
+    drafts = _read(os.fspath(source), **options)
+    if not any(name in row for _, row in drafts):
+        raise DataError(f"{source} has no column {name!r}; it has {', '.join(map(repr, drafts[0][1]))}")
+    return {question.id: row.get(name) for question, row in drafts}
+
+
+def _read(
+    source: str,
+    *,
+    task: str | None = None,
+    seed: int = 0,
+    columns: Columns = AS_USUAL,
+    separator: str | None = None,
+    config: str | None = None,
+    split: str | None = None,
+    revision: str | None = None,
+) -> list[Draft]:
+    path = Path(source).expanduser()
+    if source == POCKET:
+        path = Path(str(files("selfdoubt") / "pocket" / "evaluation.jsonl"))
+    if source in (TRUTHFULQA, truthfulqa.HUB):
+        return unique(source, truthfulqa.from_the_hub(task, seed, split, revision))
+    if source not in KNOWN and path.is_dir():
+        if not any((path / name).is_file() for name in (truthfulqa.CSV, truthfulqa.JSON)):
+            raise DataError(f"{source} is a folder without {truthfulqa.CSV} or {truthfulqa.JSON}; give one file")
+        return unique(source, truthfulqa.from_path(path, task, seed))
+    rows = _rows(source, path, config, split, revision)
+    if source in KNOWN and columns == AS_USUAL:
+        columns = KNOWN[source].columns
+    first = rows[0][1]
+    if path.is_file() and columns == AS_USUAL and (truthfulqa.is_generation(first) or truthfulqa.is_choice(first)):
+        return unique(source, truthfulqa.from_path(path, task, seed))
+    if task is not None:
+        raise ConfigError(f"only TruthfulQA has tasks, and {source} is something else; leave the task {task!r} out")
+    if columns == AS_USUAL and is_record(first):
+        return unique(source, [(of_record(place, row), row) for place, row in rows])
+    if columns.choices is None:
+        rows = [(place, with_choices(row)) for place, row in rows]
+    columns = decide_naming(rows, find(source, rows[0][1], columns))
+    return unique(source, [(question_of(place, row, columns, separator), row) for place, row in rows])
+
+
+def _rows(source: str, path: Path, config: str | None, split: str | None, revision: str | None) -> list[Placed]:
+    known = KNOWN.get(source)
+    if known is not None:
+        return read_hub_rows(known.name, config or known.config, split or known.split, revision)
+    if path.is_file():
+        return read_file_rows(path)
+    if path.suffix.lower() in SUFFIXES or path.is_absolute() or source.startswith(".") or "/" not in source:
+        names = ", ".join((POCKET, *KNOWN))
+        raise DataError(
+            f"no question file at {source!r}; give a {', '.join(SUFFIXES)} file, one of {names}, or owner/name"
+        )
+    return read_hub_rows(source, config, split, revision)

@@ -1,0 +1,130 @@
+"""What a model is asked: a question and examples as chat messages, or as plain text to continue. Pure functions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from selfdoubt.errors import ConfigError
+from selfdoubt.eval.records import Question
+
+STYLES = ("chat", "qa")
+Message = dict[str, str]
+
+#: An answer in the style "qa" ends where the line ends.
+STOP = "\n"
+UNANSWERABLE = "unanswerable"
+FROM_PASSAGE = (
+    "Answer from the passage alone, in as few words as possible. "
+    f'If the passage does not hold the answer, say "{UNANSWERABLE}".'
+)
+BY_LETTER = "Answer with the letter of the right option."
+
+
+@dataclass(frozen=True)
+class Prompting:
+    """How to ask."""
+
+    style: str = "chat"  #: one of ``STYLES``
+    instruction: str | None = (
+        None  #: a line before everything; None takes the usual one of the kind of question, "" none
+    )
+    system: bool = (
+        True  #: in a chat, give the instruction as the system's message and not as part of the first question
+    )
+    options: bool = False  #: show the choices, with letters
+
+    def __post_init__(self) -> None:
+        if self.style not in STYLES:
+            raise ConfigError(f"no style of prompts is called {self.style!r}; choose one of {', '.join(STYLES)}")
+
+
+CHAT = Prompting()
+
+
+def prompt(question: Question, shots: Sequence[Question] = (), how: Prompting = CHAT) -> list[Message] | str:
+    r"""What the model is asked.
+
+    Args:
+        question: The question; its context comes before it.
+        shots: Examples, answered: see ``selfdoubt.eval.few_shot.choose_examples``.
+        how: Style, instruction, and whether choices are shown.
+
+    Returns:
+        Messages with ``role`` and ``content`` for the style "chat"; for "qa" a text to continue as it is, whose answer
+        ends at the first ``STOP``: ``Q: ...\nA: ...\n\nQ: ...\nA:``.
+
+    Raises:
+        ConfigError: If choices are to be shown and the question, or an example, has none, or more than 26.
+    """
+    instruction = usual_instruction(question, how.options) if how.instruction is None else how.instruction
+    if how.style == "qa":
+        blocks = [f"{_line_by_line(_body(s, how, 'Q: '))}\nA: {_one_line(shown_answer(s, how.options))}" for s in shots]
+        last = f"{_line_by_line(_body(question, how, 'Q: '))}\nA:"
+        return "\n\n".join(([instruction] if instruction else []) + [*blocks, last])
+    turns: list[Message] = []
+    for shot in shots:
+        turns += [_user(_body(shot, how, "")), {"role": "assistant", "content": shown_answer(shot, how.options)}]
+    turns.append(_user(_body(question, how, "")))
+    if not instruction:
+        return turns
+    if how.system:
+        return [{"role": "system", "content": instruction}, *turns]
+    return [_user(f"{instruction}\n\n{turns[0]['content']}"), *turns[1:]]
+
+
+def usual_instruction(question: Question, options: bool) -> str:
+    """The line that goes before questions of this kind; empty where they need none."""
+    if options and question.choices:
+        return BY_LETTER
+    return FROM_PASSAGE if question.context else ""
+
+
+def shown_answer(question: Question, options: bool = False) -> str:
+    """The answer that an example shows: the first accepted one, a letter and its choice, or that there is none."""
+    if options and question.choices:
+        index = question.right[0]
+        return f"{letter(index)}. {question.choices[index]}"
+    return question.answers[0] if question.answers else UNANSWERABLE
+
+
+def letter(index: int) -> str:
+    """A, B, C, ... for the choice of this index."""
+    return chr(ord("A") + index)
+
+
+def answer_text(text: str, how: Prompting = CHAT) -> str:
+    r"""The answer in what the model wrote: stripped, and in the style "qa" its first line that is not empty.
+
+    Example:
+        >>> answer_text(" Paris.\n\nQ: What next?", Prompting("qa"))
+        'Paris.'
+    """
+    bare = text.strip()
+    return bare.partition(STOP)[0].strip() if how.style == "qa" else bare
+
+
+def _body(question: Question, how: Prompting, mark: str) -> str:
+    passage = f"Passage: {question.context}" if question.context else ""
+    lines = [f"{mark}{question.text}"]
+    if how.options:
+        if not 0 < len(question.choices) <= 26:
+            raise ConfigError(
+                f"question {question.id} has {len(question.choices)} choices, and 1 to 26 can be shown with letters; "
+                "ask without options"
+            )
+        lines += [f"{letter(i)}. {choice}" for i, choice in enumerate(question.choices)]
+    return "\n".join(([passage, *lines] if mark else [passage, "", *lines]) if passage else lines)
+
+
+def _user(content: str) -> Message:
+    return {"role": "user", "content": content}
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.splitlines()) if "\n" in text or "\r" in text else text
+
+
+def _line_by_line(text: str) -> str:
+    """Without empty lines, which part the examples."""
+    return "\n".join(line for line in text.splitlines() if line.strip())

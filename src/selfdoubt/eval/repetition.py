@@ -1,0 +1,38 @@
+"""Does an answer repeat itself? Loops of a broken model please judges that count shared words. Pure functions."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from selfdoubt.eval.judges.signs import HANGUL, UNSPACED
+
+#: A loop is a part that stands so many times in a row (two whole ones and half of a third will do), that has at
+#: least so many units (words, or characters of scripts without spaces) in all, and that fills such a share of all.
+TIMES, SHORTEST, SHARE = 2.5, 6, 0.5
+_UNIT = re.compile(rf"[{UNSPACED}{HANGUL}]|[^\W{UNSPACED}{HANGUL}]+")
+
+
+def repeats(text: str) -> bool:
+    """Return whether an answer is mostly a loop: one part two and a half times in a row or more.
+
+    Parts are made of words in lower case without signs, of scripts without spaces of characters. A loop may begin after
+    some words, and end within a part as answers that are cut do; it has at least six words and fills at least half of
+    the answer. A list whose lines begin alike, a refrain, and a short answer do not count.
+
+    Example:
+        >>> repeats("I'm not a game. I'm a game. I'm a game. I'm a game."), repeats("No, no, no!"), repeats("Paris")
+        (True, False, False)
+    """
+    units = _UNIT.findall(text.lower())
+    longest = max((_run(units, period) for period in range(1, int(len(units) / TIMES) + 1)), default=0)
+    return longest >= max(SHARE * len(units), SHORTEST)
+
+
+def _run(units: Sequence[str], period: int) -> int:
+    """Return the longest stretch that equals itself ``period`` units later, and its first part; 0 if it is no loop."""
+    best = now = 0
+    for i in range(period, len(units)):
+        now = now + 1 if units[i] == units[i - period] else 0
+        best = max(best, now)
+    return best + period if best >= (TIMES - 1) * period else 0

@@ -1,0 +1,1 @@
+"""Scores from several answers to one question: semantic entropy, self-consistency, P(True)."""

@@ -1,0 +1,215 @@
+"""Doubt from several sampled answers to the same question: how far they agree, in meaning or in words. Pure functions.
+
+Every score grows with doubt. Two answers are the same by a rule (``Same``): equal in normal form, alike in words, or
+each entailing the other by an NLI model (``selfdoubt.eval.scores.entailment``).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+
+from selfdoubt.errors import ConfigError, NonFiniteError, ShapeError
+from selfdoubt.eval.judges.text import rouge_l, same_key, token_f1
+
+AGREEMENT_SCORES = (
+    "self_consistency", "semantic_entropy", "semantic_entropy_weighted", "n_clusters", "lexical_dissimilarity",
+)  # fmt: skip
+
+
+#: A rule that says which pairs of answers to a question mean the same: one truth value a pair. The order within a pair
+#: does not matter.
+Same = Callable[[Sequence[tuple[str, str]], str], list[bool]]
+
+
+@dataclass(frozen=True)
+class SameText:
+    """Equal in SQuAD's normal form, and in the signs that change a meaning: -5 is not 5, C++ is not C."""
+
+    def __call__(self, pairs: Sequence[tuple[str, str]], _question: str = "", /) -> list[bool]:
+        """One truth value a pair."""
+        return [same_key(a) == same_key(b) for a, b in pairs]
+
+
+@dataclass(frozen=True)
+class SameWords:
+    """Token F1 of at least ``threshold``."""
+
+    threshold: float = 0.5  #: in (0, 1]
+
+    def __post_init__(self) -> None:
+        if not 0 < self.threshold <= 1:
+            raise ConfigError(f"the F1 threshold must be in (0, 1], got {self.threshold}; 0.5 is usual")
+
+    def __call__(self, pairs: Sequence[tuple[str, str]], _question: str = "", /) -> list[bool]:
+        """One truth value a pair."""
+        return [token_f1(a, b) >= self.threshold for a, b in pairs]
+
+
+_SAME_TEXT = SameText()
+
+
+def same(spec: str) -> Same:
+    """The rule of a name: exact, f1, f1:0.5, or nli:FOLDER_OR_HUB_NAME.
+
+    Raises:
+        ConfigError: If there is no such rule, or its setting is wrong.
+    """
+    name, colon, setting = spec.partition(":")
+    if name == "exact" and not colon:
+        return _SAME_TEXT
+    if name == "f1":
+        try:
+            return SameWords(float(setting)) if colon else SameWords()
+        except ValueError:
+            raise ConfigError(
+                f"the F1 threshold must be a number in (0, 1], got {setting!r}; write e.g. f1:0.5"
+            ) from None
+    if name == "nli" and setting:
+        from selfdoubt.eval.scores.entailment import SameMeaning
+
+        return SameMeaning(setting)
+    raise ConfigError(f"no rule is called {spec!r}; choose one of exact, f1:0.5, nli:FOLDER_OR_HUB_NAME")
+
+
+def clusters(texts: Sequence[str], alike: Same = _SAME_TEXT, question: str = "") -> list[int]:
+    """The cluster of each text, numbered in the order in which they appear.
+
+    A text joins the first cluster whose first text means the same, else it starts one (Kuhn et al., 2023, algorithm 1).
+
+    Example:
+        >>> clusters(["Paris", "Rome", "paris."])
+        [0, 1, 0]
+    """
+    apart = list(dict.fromkeys(texts))
+    pairs = list(combinations(apart, 2))
+    known = dict(zip(pairs, alike(pairs, question), strict=True)) if pairs else {}
+    leaders: list[str] = []
+    cluster: dict[str, int] = {}
+    for text in apart:
+        cluster[text] = next((i for i, leader in enumerate(leaders) if known[leader, text]), len(leaders))
+        if cluster[text] == len(leaders):
+            leaders.append(text)
+    return [cluster[text] for text in texts]
+
+
+def self_consistency(greedy: str, samples: Sequence[str], alike: Same = _SAME_TEXT, question: str = "") -> float:
+    """The share of samples that do not mean the same as the answer, in [0, 1] (after Wang et al., 2023).
+
+    Raises:
+        ConfigError: If there are no samples.
+    """
+    _at_least(1, samples)
+    apart = [text for text in dict.fromkeys(samples) if text != greedy]
+    known = dict(zip(apart, alike([(greedy, text) for text in apart], question), strict=True)) if apart else {}
+    return sum(not known.get(text, True) for text in samples) / len(samples)
+
+
+def semantic_entropy(of: Sequence[int]) -> float:
+    """Entropy of the clusters' shares of samples, in nats, in [0, log n] (Farquhar et al., 2024, the discrete form).
+
+    Args:
+        of: The cluster of each sample.
+
+    Raises:
+        ConfigError: If there are no samples.
+    """
+    _at_least(1, of)
+    shares = [of.count(c) / len(of) for c in set(of)]
+    return max(0.0, -math.fsum(p * math.log(p) for p in sorted(shares)))
+
+
+def semantic_entropy_weighted(of: Sequence[int], nll: Sequence[float]) -> float:
+    """Entropy of the clusters weighted by likelihood, in nats, in [0, log clusters] (Kuhn et al., 2023).
+
+    p(c) is the sum of exp(-nll) over its samples, normalised over the clusters (the Rao-Blackwellised form of Farquhar
+    et al., 2024). A text drawn twice counts twice, as in theirs.
+
+    Args:
+        of: The cluster of each sample.
+        nll: Of each sample, in nats: ``sum_nll``, or ``mean_nll`` for the form normalised by length.
+
+    Raises:
+        ConfigError: If there are no samples.
+        ShapeError: If there is not one number a sample.
+        NonFiniteError: If one is NaN or infinite.
+    """
+    _at_least(1, of)
+    if len(of) != len(nll):
+        raise ShapeError(f"wanted one nll for each of {len(of)} samples, got {len(nll)}")
+    if not all(map(math.isfinite, nll)):
+        raise NonFiniteError(f"a sample's nll is NaN or infinite: {[*nll]}")
+    least = min(nll)
+    mass = [math.fsum(math.exp(least - v) for c, v in zip(of, nll, strict=True) if c == one) for one in sorted(set(of))]
+    whole = math.fsum(mass)
+    return max(0.0, -math.fsum(m / whole * math.log(m / whole) for m in mass if m > 0))
+
+
+def lexical_dissimilarity(samples: Sequence[str], measure: str = "rouge") -> float:
+    """One minus the mean similarity over all pairs of samples, in [0, 1] (Fomicheva et al., 2020; Kuhn et al., 2023).
+
+    Args:
+        samples: At least two.
+        measure: "rouge" for ROUGE-L, "f1" for token F1. Equal texts are alike, even without words.
+
+    Raises:
+        ConfigError: If there are fewer than two samples, or no such measure.
+    """
+    _at_least(2, samples)
+    measures = {"rouge": rouge_l, "f1": token_f1}
+    if measure not in measures:
+        raise ConfigError(f"no similarity is called {measure!r}; choose one of {', '.join(measures)}")
+    pairs = list(combinations(sorted(samples), 2))
+    return max(0.0, 1 - math.fsum(1.0 if a == b else measures[measure](a, b) for a, b in pairs) / len(pairs))
+
+
+def majority(texts: Sequence[str], alike: Same = _SAME_TEXT, question: str = "") -> int:
+    """The index of the first text of the largest cluster; of equally large ones, of the one that appears first.
+
+    Raises:
+        ConfigError: If there are no texts.
+    """
+    _at_least(1, texts)
+    of = clusters(texts, alike, question)
+    return of.index(max(range(max(of) + 1), key=of.count))
+
+
+def agreement_scores(
+    greedy: str,
+    samples: Sequence[str],
+    nll: Sequence[float] | None = None,
+    alike: Same = _SAME_TEXT,
+    question: str = "",
+) -> dict[str, float]:
+    """All scores by the names in ``AGREEMENT_SCORES``: without ``nll``, or of one sample, some are absent.
+
+    Args:
+        greedy: The answer whose risk this is.
+        samples: Answers drawn at temperature 1, or as you like.
+        nll: ``sum_nll`` of each sample.
+        alike: Which answers mean the same.
+        question: What they answer; only an NLI model reads it.
+
+    Raises:
+        ConfigError: If there are no samples.
+        ShapeError: If there is not one ``nll`` a sample.
+        NonFiniteError: If an ``nll`` is NaN or infinite.
+    """
+    of = clusters(samples, alike, question)
+    found = {
+        "self_consistency": self_consistency(greedy, samples, alike, question),
+        "semantic_entropy": semantic_entropy(of),
+        "n_clusters": float(len(set(of))),
+    }
+    if nll is not None:
+        found["semantic_entropy_weighted"] = semantic_entropy_weighted(of, nll)
+    if len(samples) > 1:
+        found["lexical_dissimilarity"] = lexical_dissimilarity(samples)
+    return found
+
+
+def _at_least(n: int, samples: Sequence[object]) -> None:
+    if len(samples) < n:
+        raise ConfigError(f"agreement needs at least {n} sample{'s' * (n > 1)}, got {len(samples)}; draw more answers")

@@ -1,0 +1,58 @@
+"""P(True): the model is asked whether its own answer is true (after Kadavath et al., 2022, "Language models (mostly)
+know what they know"); the share of "true" against "false" in what it would say next."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from selfdoubt import risk
+from selfdoubt.errors import ConfigError
+from selfdoubt.eval.records import Question
+from selfdoubt.lm.prefill import read
+from selfdoubt.lm.stepper import HFStepper
+from selfdoubt.lm.text.encoder import get_encoder
+from selfdoubt.lm.text.prompt import encode
+
+if TYPE_CHECKING:
+    from selfdoubt.eval.generate import Plan
+    from selfdoubt.lm.model import RiskAwareLM
+
+_TEXT = """\
+{context}Question: {question}
+Proposed answer: {answer}
+Is the proposed answer true or false? Say only True or False."""
+#: How the two words may begin: as a word of its own, after a space, in lower case.
+_FORMS = {"true": ("True", " True", "true", " true"), "false": ("False", " False", "false", " false")}
+
+
+def p_true(lm: RiskAwareLM, pairs: Sequence[tuple[Question, str]], plan: Plan) -> list[float]:
+    """The probability of "true" against "false", in [0, 1], for each question with its answer.
+
+    Raises:
+        ConfigError: If the vocabulary does not tell the two words apart by their first token.
+    """
+    end = "\nVerdict:" if plan.raw else ""
+    prompts = [encode(lm.tokenizer, _prompt(q, a) + end, raw=plan.raw).ids for q, a in pairs]
+    true, false = (_first_ids(lm.tokenizer, forms) for forms in _FORMS.values())
+    both = true & false  # such as a token of one space
+    if not true - both or not false - both:
+        raise ConfigError("this vocabulary has no token that tells true from false; ask without --p-true")
+    found: list[float] = []
+    for first in range(0, len(prompts), plan.batch_size):
+        _, following = read(HFStepper(lm.model), prompts[first : first + plan.batch_size])
+        logp = risk.mixture(following.logits).double().log_softmax(-1)
+        mass = [logp[:, sorted(ids - both)].logsumexp(-1) for ids in (true, false)]
+        found += torch.stack(mass, -1).softmax(-1)[:, 0].tolist()
+    return found
+
+
+def _prompt(question: Question, answer: str) -> str:
+    context = f"{question.context}\n\n" if question.context else ""
+    return _TEXT.format(context=context, question=question.text, answer=answer or "(none)")
+
+
+def _first_ids(tokenizer: Any, forms: Sequence[str]) -> set[int]:
+    return {get_encoder(tokenizer).encode(form).ids[0] for form in forms}

@@ -1,0 +1,94 @@
+"""A run in parts, so that it can be cut off and shared out: a batch of questions is a file, there as a whole or not.
+
+::
+
+    OUT/parts/plan.json           what was asked, and how; a run that goes on must have the same
+    OUT/parts/00007.jsonl         the records of batch 7; written last
+    OUT/parts/00007.safetensors   their hidden states, where they are wanted
+    OUT/parts/00007.json          what they cost
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+from safetensors.torch import save as serialize
+
+from selfdoubt.errors import ConfigError, DataError
+from selfdoubt.eval import records
+from selfdoubt.eval.generate import Asked
+from selfdoubt.storage import write
+
+FOLDER, PLAN = "parts", "plan.json"
+
+
+class Parts:
+    """The finished batches of a run.
+
+    Args:
+        out: The run's folder.
+        about: What the answers depend on, as plain data.
+
+    Raises:
+        ConfigError: If the folder holds parts of another run.
+    """
+
+    def __init__(self, out: Path, about: Mapping[str, Any]) -> None:
+        self.folder = out / FOLDER
+        plan = self.folder / PLAN
+        text = json.dumps(about, indent=1, sort_keys=True, ensure_ascii=False)
+        if plan.is_file():
+            differs = _difference(_read(plan), json.loads(text))
+            if differs:
+                raise ConfigError(
+                    f"{out} holds answers of another run ({differs}); give another --out, or remove the folder"
+                )
+        else:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write(plan, text.encode("utf-8", "backslashreplace"))
+
+    def has(self, batch: int) -> bool:
+        """Whether a batch is finished."""
+        return self._path(batch, "jsonl").is_file()
+
+    def put(self, batch: int, asked: Asked) -> None:
+        """Keep a finished batch."""
+        if asked.states:
+            write(self._path(batch, "safetensors"), serialize({k: v.contiguous() for k, v in asked.states.items()}))
+        write(self._path(batch, "json"), json.dumps(asked.costs).encode())
+        records.save(self._path(batch, "jsonl"), asked.records)
+
+    def get(self, batch: int) -> Asked:
+        """A finished batch.
+
+        Raises:
+            DataError: If a file of it is broken.
+        """
+        states = self._path(batch, "safetensors")
+        return Asked(
+            records.read(self._path(batch, "jsonl")),
+            load_file(states) if states.is_file() else {},
+            _read(self._path(batch, "json")),
+        )
+
+    def _path(self, batch: int, kind: str) -> Path:
+        return self.folder / f"{batch:05d}.{kind}"
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read ({error}); remove {path.parent} and ask again") from None
+
+
+def _difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    for name in sorted({*old, *new}):
+        if old.get(name) != new.get(name):
+            was, now = (str(side.get(name, "nothing"))[:60] for side in (old, new))
+            return f"{name} was {was}, and is {now}"
+    return ""

@@ -1,0 +1,1 @@
+"""Adapter folders: voters, LoRA in PEFT's own files, and their export for other tools."""

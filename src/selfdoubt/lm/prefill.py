@@ -1,0 +1,176 @@
+"""Token ids that are there already: a prompt or a text is read, and each token scored. No text, no model library."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Generator, Sequence
+from typing import NamedTuple, TypeVar, cast
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from selfdoubt import risk
+from selfdoubt.lm.hidden_states import StatePool
+from selfdoubt.lm.stepper import Logits, Stepper
+
+T = TypeVar("T")
+
+
+class ScoredId(NamedTuple):
+    """A token id with its scores (see ``risk.TokenScores``) and the most probable ids in its place."""
+
+    id: int
+    logprob: float
+    total: float
+    aleatoric: float
+    epistemic: float
+    disagreement: float
+    spread: float
+    scale: float | None
+    gap: float  #: log-probability of the most probable id less this one's, nats, >= 0; of a prompt's own ids 0
+    alternatives: tuple[tuple[int, float], ...]  #: (id, log-probability), the most probable first
+
+
+def reading(
+    stepper: Stepper, prompts: Sequence[Sequence[int]], alternatives: int = 0, pool: StatePool | None = None
+) -> Generator[None, None, tuple[list[list[ScoredId | None]], Logits]]:
+    """Read prompts piece by piece, and score every token of them but the first, which nothing predicts (None).
+
+    Args:
+        stepper: Fresh, or done with what it read before.
+        prompts: Token ids.
+        alternatives: How many of the most probable tokens are told with each token.
+        pool: Takes the hidden states, where the stepper has them.
+
+    Yields:
+        Nothing, after each piece but the last.
+
+    Returns:
+        The scored tokens of each prompt, and what comes next, ``(members, batch, classes)``.
+    """
+    width = max(len(p) for p in prompts)
+    scored: list[list[ScoredId | None]] = [[None] for _ in prompts]
+    ids = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts])
+    last: Logits | None = None
+    for first, piece in stepper.start(prompts):
+        columns = piece.logits.shape[2]
+        # Column c predicts the token at c + 1; the last column of all predicts the first new token.
+        known = min(columns, width - 1 - first)
+        if known > 0:
+            chosen = ids[:, first + 1 : first + 1 + known].to(piece.logits.device)
+            now = piece.at(slice(known))
+            for sequence, tokens in enumerate(scored_ids(now, chosen, alternatives)):
+                start = width - len(prompts[sequence])
+                scored[sequence] += [t for c, t in enumerate(tokens) if first + c >= start]
+        if pool is not None and piece.states is not None:
+            pool.add(first, piece.states[0])
+        last = piece.at(-1)
+        if first + columns < width:
+            yield
+    assert last is not None
+    return scored, last
+
+
+def read(
+    stepper: Stepper, prompts: Sequence[Sequence[int]], alternatives: int = 0, pool: StatePool | None = None
+) -> tuple[list[list[ScoredId | None]], Logits]:
+    """``reading``, in one go."""
+    return whole(reading(stepper, prompts, alternatives, pool))
+
+
+def whole(pieces: Generator[None, None, T]) -> T:
+    """What a generator that works piece by piece returns in the end."""
+    while True:
+        try:
+            next(pieces)
+        except StopIteration as end:
+            return cast("T", end.value)
+
+
+def follow_in_pieces(
+    stepper: Stepper,
+    following: Logits,
+    texts: Sequence[Sequence[int]],
+    alternatives: int = 0,
+    pool: StatePool | None = None,
+    ends: Collection[int] = (),
+) -> Generator[None, None, list[list[ScoredId]]]:
+    """Score a text after each prompt that was read, piece by piece. No token can be chosen afterwards.
+
+    Args:
+        stepper: Has read the prompts.
+        following: What comes next after the prompts.
+        texts: Token ids, at least one for each prompt.
+        alternatives: How many of the most probable tokens are told with each token.
+        pool: Takes the hidden states in which the texts' tokens but the first are predicted, right-padded.
+        ends: Ids that would end a text. With some, each text has one more token: the most probable of them, behind it.
+
+    Yields:
+        Nothing, after each piece but the last.
+
+    Returns:
+        The scored tokens of each text.
+    """
+    last = sorted(ends)
+    width = max(len(t) for t in texts) + bool(last)
+    ids = torch.tensor([list(t) + [0] * (width - len(t)) for t in texts]).to(following.logits.device)
+    found = scored_ids(following.at(None), ids[:, :1], alternatives, risk.mixture(following.logits)[:, None])
+    # Without ends the last token predicts nothing that is asked for.
+    for first, piece in stepper.extend(texts if last else [t[:-1] for t in texts]) if width > 1 else ():
+        if pool is not None and piece.states is not None:
+            pool.add(first, piece.states[0])
+        columns = piece.logits.shape[2]
+        mixed = risk.mixture(piece.logits)
+        chosen = ids[:, first + 1 : first + 1 + columns]
+        for row, text in enumerate(texts) if last else ():
+            if 0 <= (place := len(text) - 1 - first) < columns:
+                chosen[row, place] = last[int(mixed[row, place, last].argmax())]
+        for tokens, more in zip(found, scored_ids(piece, chosen, alternatives, mixed), strict=True):
+            tokens += more
+        if first + columns < width - 1:
+            yield
+    return [tokens[: len(text) + bool(last)] for tokens, text in zip(found, texts, strict=True)]
+
+
+def scored_ids(
+    following: Logits,
+    chosen: Int[Tensor, "batch t"],
+    alternatives: int,
+    mixed: Float[Tensor, "batch t classes"] | None = None,
+) -> list[list[ScoredId]]:
+    """Scores of chosen tokens, moved to the host in one go.
+
+    Args:
+        following: What came next.
+        chosen: The ids that were taken.
+        alternatives: How many of the most probable tokens are told with each token.
+        mixed: What ``risk.mixture`` makes of the logits, where it is at hand.
+    """
+    others: list[Tensor] = []
+    if alternatives:
+        mixed = risk.mixture(following.logits) if mixed is None else mixed
+        top = mixed.topk(min(alternatives, mixed.shape[-1]), -1).indices
+        scores, logprobs = risk.scores_among(following.logits, chosen, top, mixed)
+        others = [*top.double().unbind(-1), *logprobs.unbind(-1)]
+    else:
+        scores = risk.token_scores(following.logits, chosen)
+    columns = [s.double() for s in scores]
+    if following.scale is not None:
+        index = chosen[None, ..., None].expand(len(following.scale), -1, -1, 1)
+        columns.append(following.scale.gather(-1, index).squeeze(-1).double().square().mean(0).sqrt())
+    columns += others
+    gaps = torch.zeros_like(columns[0])
+    if mixed is not None:
+        gaps = (mixed.amax(-1) - mixed.gather(-1, chosen[..., None]).squeeze(-1)).double()
+    table = torch.stack([*columns, gaps, chosen.double()], -1).tolist()
+    has_scale = following.scale is not None
+
+    def token(row: list[float]) -> ScoredId:
+        named = dict(zip(risk.TokenScores._fields, row, strict=False))
+        rest = row[len(named) + has_scale : -2]
+        half = len(rest) // 2
+        options = tuple((int(i), p) for i, p in zip(rest[:half], rest[half:], strict=True))
+        scale = row[len(named)] if has_scale else None
+        return ScoredId(id=int(row[-1]), **named, scale=scale, alternatives=options, gap=row[-2])
+
+    return [[token(row) for row in rows] for rows in table]

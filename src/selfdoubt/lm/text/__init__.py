@@ -1,0 +1,1 @@
+"""Text and token ids: chat templates, prompts, encoders, detokenizers, stop texts."""

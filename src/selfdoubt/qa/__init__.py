@@ -1,1 +1,0 @@
-"""Selective question answering: ask a set of questions, judge the answers, measure each score, calibrate, report."""

@@ -1,0 +1,1 @@
+"""The web application and its process: routes, streaming, authorization, limits on connections, metrics."""

@@ -1,0 +1,228 @@
+"""Who may ask, and how much at once: the gate before the application, in plain ASGI."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+import hashlib
+import hmac
+import ipaddress
+import json
+import logging
+import time
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any, Protocol, runtime_checkable
+
+from selfdoubt.serve.http.body import check_body
+from selfdoubt.serve.http.settings import Settings
+from selfdoubt.serve.openai.errors import INVALID, RequestError, fault_of, shortened
+
+log = logging.getLogger("selfdoubt.serve")
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+
+#: Open to those who have no key: whether the server works, and nothing else.
+OPEN = ("/healthz", "/readyz")
+#: For programs, which send the key as a bearer; a browser is asked for a password elsewhere.
+PROGRAMS = ("/v1/", "/metrics", "/openapi.json")
+#: Seconds in which a body must arrive.
+BODY_SECONDS = 30.0
+#: A body that is too long is read on, and dropped, up to so many times the limit, so that the client hears why.
+LINGER = 16
+
+#: A body of so many bytes is checked in a thread.
+_LONG = 1 << 16
+
+
+@runtime_checkable
+class Counts(Protocol):
+    """Who counts requests."""
+
+    def arrived(self, path: str) -> None:
+        """A request is here."""
+
+    def answered(self, path: str, status: int, seconds: float) -> None:
+        """A request has been answered, to its last byte."""
+
+
+class Access:
+    """Checks keys, hosts and bodies; the application sees only what passes.
+
+    Args:
+        app: The application.
+        settings: Who may ask, and for how much.
+        metrics: Who counts.
+    """
+
+    def __init__(self, app: Any, settings: Settings, metrics: Counts) -> None:
+        self.app, self.settings, self.metrics = app, settings, metrics
+        self._digests = [hashlib.sha256(key.encode()).digest() for key in settings.keys]
+        self._hosts = {"localhost", *(host.lower() for host in settings.hosts)}
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        """See ASGI."""
+        if scope["type"] == "websocket":
+            await send({"type": "websocket.close", "code": 1008})
+            return
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        began, status, started = time.monotonic(), 499, False
+
+        async def sending(message: Message) -> None:
+            nonlocal status, started
+            if message["type"] == "http.response.start":
+                status, started = message["status"], True
+                message["headers"] = [*message.get("headers", ()), (b"x-content-type-options", b"nosniff")]
+            await send(message)
+
+        self.metrics.arrived(scope["path"])
+        try:
+            try:
+                scope["client_id"] = self._client(scope)
+                receive = await self._body(scope, receive)
+            except RequestError as fault:
+                await _refuse(sending, fault)
+            except _HungUpError:
+                return
+            else:
+                await self.app(scope, receive, sending)
+        except Exception as error:
+            log.exception("%s %r failed", scope["method"], shortened(scope["path"]))
+            if started:
+                raise
+            await _refuse(sending, fault_of(error))
+        finally:
+            took = time.monotonic() - began
+            self.metrics.answered(scope["path"], status, took)
+            if self.settings.log_requests:
+                peer = (scope.get("client") or ("-",))[0]
+                log.info("%s %s %r %s %.3fs", peer, scope["method"], shortened(scope["path"]), status, took)
+
+    def _client(self, scope: Message) -> str:
+        """Who asks: those of one key, or of one address, take turns with others."""
+        headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
+        peer = str((scope.get("client") or ("",))[0])
+        origin = headers.get(b"origin")
+        if scope["method"] not in ("GET", "HEAD", "OPTIONS") and origin is not None:
+            own = origin.partition("://")[2].lower() == headers.get(b"host", "").lower()
+            if not own and not {"*", origin} & set(self.settings.origins):
+                raise RequestError(403, "this web page may not ask here; see --cors", code="origin_not_allowed")
+        if not self._digests:
+            if not self._addressed(headers.get(b"host", "")):
+                raise RequestError(403, "this server has no such Host; see --allow-host", code="host_not_allowed")
+            return peer
+        if scope["path"] in OPEN:
+            return peer
+        found = _key(headers.get(b"authorization", ""), basic=not scope["path"].startswith(PROGRAMS))
+        digest = hashlib.sha256(found.encode("utf-8", "surrogateescape")).digest()
+        known = [hmac.compare_digest(digest, own) for own in self._digests]  # all of them, whichever it is
+        if not any(known):
+            raise self._unknown(scope["path"], given=bool(found))
+        return digest.hex()[:16]
+
+    def _addressed(self, host: str) -> bool:
+        """Whether a Host names this machine: a web page elsewhere may let its own name point here."""
+        name = host.rpartition(":")[0] if host.rpartition(":")[2].isdigit() and not host.endswith("]") else host
+        name = name.strip("[]").lower()
+        if name in self._hosts:
+            return True
+        try:
+            return ipaddress.ip_address(name).is_loopback
+        except ValueError:
+            return False
+
+    def _unknown(self, path: str, *, given: bool) -> RequestError:
+        message = "Incorrect API key provided" if given else "You didn't provide an API key"
+        scheme = "Bearer" if path.startswith(PROGRAMS) else 'Basic realm="selfdoubt: any name, a key as password"'
+        headers = {"WWW-Authenticate": scheme}
+        return RequestError(401, f"{message}; send it as Authorization: Bearer KEY", INVALID, code="invalid_api_key",
+                     headers=headers)  # fmt: skip
+
+    async def _body(self, scope: Message, receive: Receive) -> Receive:
+        """The body, read and checked, to be received again by the application."""
+        headers = dict(scope["headers"])
+        if b"content-length" not in headers and b"transfer-encoding" not in headers:
+            if scope["method"] == "POST" and scope["path"].startswith("/v1/"):
+                raise RequestError(400, "the body is empty; send a JSON object")
+            return receive
+        most = self.settings.body_bytes
+        too_long = RequestError(413, f"the body is longer than {most} bytes", code="body_too_large")
+        length = headers.get(b"content-length", b"0")
+        if not length.isdigit() or (int(length) > most and b"expect" in headers):
+            raise too_long
+        try:
+            async with asyncio.timeout(BODY_SECONDS):
+                body = await _read(receive, most)
+        except TimeoutError:
+            raise RequestError(408, f"the body took longer than {BODY_SECONDS:g} s to arrive") from None
+        if body is None:
+            raise too_long
+        if scope["path"].startswith("/v1/"):
+            kind = headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
+            if kind != b"application/json":
+                raise RequestError(400, "the body must be JSON, with the header Content-Type: application/json")
+            try:
+                if len(body) < _LONG:
+                    check_body(body, self.settings.depth)
+                else:
+                    await asyncio.to_thread(check_body, body, self.settings.depth)
+            except ValueError as error:
+                raise RequestError(400, str(error), code="invalid_json") from None
+        return _again(body, receive)
+
+
+class _HungUpError(Exception):
+    """The client went away before all was said."""
+
+
+async def _read(receive: Receive, most: int) -> bytes | None:
+    """A body, or None where it is longer."""
+    parts: list[bytes] = []
+    size = 0
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise _HungUpError
+        size += len(message.get("body", b""))
+        if size <= most:
+            parts.append(message.get("body", b""))
+        if size > LINGER * most or not message.get("more_body", False):
+            return b"".join(parts) if size <= most else None
+
+
+def _again(body: bytes, receive: Receive) -> Receive:
+    told = False
+
+    async def again() -> Message:
+        nonlocal told
+        if told:
+            return await receive()
+        told = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return again
+
+
+def _key(authorization: str, *, basic: bool) -> str:
+    """The key in a header: a bearer, or where a browser asks the password of basic authentication."""
+    scheme, _, value = authorization.partition(" ")
+    if scheme.lower() == "bearer":
+        return value.strip()
+    if basic and scheme.lower() == "basic":
+        try:
+            return base64.b64decode(value.strip(), validate=True).decode().partition(":")[2]
+        except (binascii.Error, UnicodeDecodeError):
+            return ""
+    return ""
+
+
+async def _refuse(send: Send, fault: RequestError) -> None:
+    body = json.dumps(fault.body).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    headers += [(name.lower().encode(), value.encode()) for name, value in fault.headers.items()]
+    await send({"type": "http.response.start", "status": fault.status, "headers": headers})
+    await send({"type": "http.response.body", "body": body, "more_body": False})

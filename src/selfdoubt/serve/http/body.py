@@ -1,0 +1,81 @@
+"""What a request's body must be before anything else looks at it: JSON in UTF-8, of numbers and of bounded depth."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any, NoReturn
+
+#: Most fields of an object, and most items of a list that does not begin with a number, as lists of token ids do: to
+#: check what no request can mean would take seconds.
+FIELDS, ITEMS = 256, 4096
+
+
+def check_body(body: bytes, depth: int) -> None:
+    """Refuse a body that is no JSON as the standard defines it.
+
+    Args:
+        body: All of it.
+        depth: Deepest nesting.
+
+    Raises:
+        ValueError: With one line that says what is wrong.
+    """
+    try:
+        text = body.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"the body is not UTF-8: byte {body[error.start]:#04x} at position {error.start}") from None
+    if not text.strip():
+        raise ValueError("the body is empty; send a JSON object")
+    try:
+        data = json.loads(text, parse_constant=_constant, parse_float=_float)
+    except RecursionError:
+        raise ValueError(f"the body is nested deeper than {depth} levels") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"the body is not JSON: {error.msg} at line {error.lineno}, column {error.colno}") from None
+    _walk(data, depth, pairs="\\u" in text)
+
+
+def _walk(data: Any, depth: int, *, pairs: bool) -> None:
+    """Level by level. Half a surrogate pair, which only an escape can write, is no text that can be sent back."""
+    level, left = [data], depth
+    while level:
+        below: list[Any] = []
+        for item in level:
+            if isinstance(item, dict | list):
+                if left == 0:
+                    raise ValueError(f"the body is nested deeper than {depth} levels")
+                _count(item)
+                below += item.values() if isinstance(item, dict) else item
+                if pairs and isinstance(item, dict):
+                    below += item
+            elif pairs and isinstance(item, str) and not _whole(item):
+                raise ValueError("the body holds half a surrogate pair, which is no character")
+        level, left = below, left - 1
+
+
+def _count(item: dict[str, Any] | list[Any]) -> None:
+    if isinstance(item, dict):
+        if len(item) > FIELDS:
+            raise ValueError(f"an object in the body may have {FIELDS} fields at most, got {len(item)}")
+    elif len(item) > ITEMS and not isinstance(item[0], int | float):
+        raise ValueError(f"a list in the body may have {ITEMS} items at most unless they are numbers, got {len(item)}")
+
+
+def _whole(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _constant(name: str) -> NoReturn:
+    raise ValueError(f"the body is not JSON: {name} is no JSON number")
+
+
+def _float(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"the body is not JSON that can be read: {text[:20]} is too large a number")
+    return value

@@ -1,0 +1,81 @@
+"""Threads that turn texts into token ids: the event loop goes on meanwhile, and a long text holds up no short one."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, TypeVar
+
+from selfdoubt.errors import BusyError
+from selfdoubt.lm.text.prompt import Prompt
+
+T = TypeVar("T")
+#: Characters of a short text, and how many of them a message counts as: the template runs for each.
+SHORT, MESSAGE = 16_384, 100
+
+
+def size_of(question: Any) -> int:
+    """Return how much work a question, a chat or ready-made ids are to encode, in characters."""
+    if isinstance(question, str):
+        return len(question)
+    if question is None or isinstance(question, Prompt):
+        return 0
+    return sum(MESSAGE + len(message["content"]) for message in question)
+
+
+class Encoders:
+    """Two threads, one for short texts and one for long ones.
+
+    Args:
+        most: Texts that may wait for each; more are refused.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._short, self._long = (
+            (ThreadPoolExecutor(1, f"encode-{kind}"), threading.Semaphore(most)) for kind in ("short", "long")
+        )
+
+    async def run(self, work: Callable[[], T], size: int, undo: Callable[[T], object] = lambda _: None) -> T:
+        """Do some work in a thread.
+
+        Args:
+            work: What to do.
+            size: Of its text, in characters.
+            undo: Gets the outcome where the caller was cancelled in the middle of the work.
+
+        Raises:
+            BusyError: If too many texts wait already.
+        """
+        threads, free = self._short if size <= SHORT else self._long
+        if not free.acquire(blocking=False):
+            raise BusyError(f"{self._most} requests wait to be read already; try again in a moment")
+        try:
+            running = threads.submit(work)
+        except BaseException:
+            free.release()
+            raise
+        running.add_done_callback(lambda _: free.release())
+        try:
+            return await asyncio.shield(asyncio.wrap_future(running))
+        except asyncio.CancelledError:
+            if not running.cancel():
+                running.add_done_callback(lambda done: _undo(done, undo))
+            raise
+
+    def close(self) -> None:
+        """Take no more; what waits is dropped."""
+        for threads, _ in (self._short, self._long):
+            threads.shutdown(wait=False, cancel_futures=True)
+
+
+def _undo(done: Future[T], undo: Callable[[T], object]) -> None:
+    if not done.cancelled() and done.exception() is None:
+        undo(done.result())
+
+
+def total_size(pairs: Sequence[tuple[Any, str]]) -> int:
+    """Return the size of texts with their questions."""
+    return sum(size_of(question) + len(text) for question, text in pairs)

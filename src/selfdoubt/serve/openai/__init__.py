@@ -1,0 +1,1 @@
+"""OpenAI's API as data: requests, responses, errors and the schema, with risk next to every token."""

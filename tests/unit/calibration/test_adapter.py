@@ -1,0 +1,114 @@
+"""From a run to an adapter and back: the same kind of prompt has a p_correct then, and no other has."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+
+from selfdoubt import RiskAwareLM, vote
+from selfdoubt.calibration.adapter import NO_CONDITIONS
+from selfdoubt.errors import ConfigError, DataError
+from selfdoubt.eval import run_folder
+from selfdoubt.eval.generate import Plan
+from selfdoubt.eval.prompts import Prompting
+from selfdoubt.eval.records import Question
+from selfdoubt.eval.run import evaluate
+from selfdoubt.lm.calibration import stored
+from selfdoubt.workflow import calibrate_runs
+from tests.zoo import talker, tokenizer
+
+SHOTS = (Question("s1", "Who was first?", answers=("Ada",)), Question("s2", "Who was last?", answers=("Alan",)))
+PLANS = {
+    "chat": Plan(),
+    "system": Plan(Prompting(instruction="Be brief.")),
+    "shots": Plan(shots=SHOTS),
+    "plain": Plan(Prompting("qa")),
+    "plain shots": Plan(Prompting("qa"), SHOTS),
+}
+QUESTIONS = [Question(f"q{i}", f"What is {i} and {i * i}?", answers=("this",)) for i in range(40)]
+CHOICES = [replace(q, choices=("this", "that", f"number {i}"), right=(0,)) for i, q in enumerate(QUESTIONS)]
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    return vote.Wrapper(n_voters=2, rank=2, weight_noise=0.5)(talker()).eval()
+
+
+def ask_all(model, out, plan, questions=QUESTIONS, **about):
+    """A run; what is right is made up, so that both kinds are there."""
+    lm = RiskAwareLM(model, tokenizer(), **about)
+    plan = replace(plan, max_tokens=6)
+    asked = evaluate(lm, questions, plan, out)
+    risks = sorted(r.scores["sum_nll"] for r in asked.records)
+    records = [
+        replace(r, correct=(r.scores["sum_nll"] < risks[20]) != (i % 5 == 0)) for i, r in enumerate(asked.records)
+    ]
+    run_folder.keep(asked, records, {"model": "talker", "conditions": plan.conditions(lm, questions).to_json()}, out)
+    return records
+
+
+def learnt(model, tmp_path, *folders):
+    lines = calibrate_runs(
+        folders, tmp_path / "adapter", lambda _: RiskAwareLM(model, tokenizer()), draws=0,
+        candidates=["score", "answer"],
+    )  # fmt: skip
+    card = json.loads((tmp_path / "adapter" / "selfdoubt.json").read_text(encoding="utf-8"))
+    return RiskAwareLM(model, tokenizer(), calibration=stored(card)), lines
+
+
+@pytest.mark.parametrize("form", PLANS)
+def test_a_run_gives_numbers_to_prompts_of_its_form_and_to_no_others(model, tmp_path, form):
+    ask_all(model, tmp_path / "run", PLANS[form])
+    lm, _ = learnt(model, tmp_path, tmp_path / "run")
+    for name, plan in PLANS.items():
+        prompts = [plan.prompt(q) for q in QUESTIONS[:8]]
+        options = {"max_tokens": 6, "raw": plan.raw, "stop": ["\n"] if plan.raw else []}
+        own = lm.generate(prompts, **options)
+        given = lm.score_batch([(p, a.text) for p, a in zip(prompts, own, strict=True) if a.text.strip()], raw=plan.raw)
+        if name == form:
+            assert sum(a.p_correct is not None for a in own) >= 7
+            again = ask_all(model, tmp_path / "again", plan, QUESTIONS[:24], calibration=lm.calibration)
+            assert sum(r.p_correct is not None for r in again) >= 22
+        else:
+            for answer in (*own, *given):
+                assert answer.p_correct is None
+                assert re.search("ask in the same way|single questions only", answer.p_correct_note)
+
+
+def test_choices_have_numbers_where_choices_were_learnt_from_and_own_answers_none(model, tmp_path):
+    ask_all(model, tmp_path / "run", Plan(), CHOICES)
+    lm, _ = learnt(model, tmp_path, tmp_path / "run")
+    again = ask_all(model, tmp_path / "again", Plan(), CHOICES, calibration=lm.calibration)
+    assert all(r.p_correct is not None for r in again)
+    for answer in (lm.generate(QUESTIONS[0].text), lm.score("that", QUESTIONS[0].text)):
+        assert answer.p_correct is None
+        assert "answers picked among choices" in answer.p_correct_note
+
+
+def test_runs_of_several_forms_are_learnt_together_but_not_of_several_makes(model, tmp_path):
+    for name in ("chat", "shots"):
+        ask_all(model, tmp_path / name, PLANS[name])
+    ask_all(model, tmp_path / "choices", Plan(), CHOICES)
+    lm, lines = learnt(model, tmp_path, tmp_path / "chat", tmp_path / "shots")
+    assert len(lm.calibration.conditions.forms) == 2
+    assert NO_CONDITIONS not in lines
+    with pytest.raises(ConfigError, match=r"were made otherwise than those of .*calibrate each alone"):
+        learnt(model, tmp_path / "other", tmp_path / "chat", tmp_path / "choices")
+
+
+def test_a_run_of_an_earlier_version_is_learnt_from_and_says_what_it_lacks(model, tmp_path):
+    ask_all(model, tmp_path / "run", Plan())
+    about = tmp_path / "run" / "run.json"
+    about.write_text('{"model": "talker", "costs": {}}', encoding="utf-8")
+    lm, lines = learnt(model, tmp_path, tmp_path / "run")
+    assert NO_CONDITIONS in lines
+    assert lm.calibration.conditions is None
+    assert "no record" in lm.generate(QUESTIONS[0].text, max_tokens=6).p_correct_note
+    about.write_text('{"model": "talker", "conditions": {"made": "up"}}', encoding="utf-8")
+    with pytest.raises(DataError, match="conditions that cannot be read"):
+        learnt(model, tmp_path / "other", tmp_path / "run")

@@ -1,0 +1,41 @@
+"""What is printed where a chance is not known: why, on a terminal and as JSON."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from selfdoubt.cli.output import printer
+from selfdoubt.cli.terminal import summary
+from selfdoubt.lm.answer import Answer, Token
+
+TOKEN = Token("Lima", 7, -9.0, 1.0, 1.0, 0.0, 0.0, 0.0, None, 9.0)
+NOTE = "the text is far from what the calibration has seen"
+
+
+def answer(p=None, note=NOTE, abstain=True, finish="given"):
+    return Answer("Lima", (TOKEN,), (), {"sum_nll": 9.0}, 9.0, "sum_nll", None, finish, p, abstain, None, note)
+
+
+@pytest.mark.parametrize(
+    ("given", "ends"),
+    [
+        (answer(), f"; right with probability: not known here ({NOTE})"),
+        (answer(0.5, None), "; right with probability 50%, too little to answer"),
+        (answer(0.9, NOTE, abstain=False), f"; right with probability 90% ({NOTE})"),
+        (answer(None, None, None), "risk 9.000 (sum_nll)"),
+    ],
+)
+def test_a_summary_says_the_chance_or_why_there_is_none(given, ends):
+    assert summary(given).endswith(ends)
+
+
+@pytest.mark.parametrize("unsure", ["hidden", "told", "as any"])
+@pytest.mark.parametrize("finish", ["given", "stop"])
+def test_both_printers_tell_it(capsys, unsure, finish):
+    printer(as_json=False, unsure=unsure).whole("Where?", answer(finish=finish))
+    assert NOTE in " ".join(capsys.readouterr().out.split())
+    printer(as_json=True, unsure=unsure).whole("Where?", answer(finish=finish))
+    last = json.loads(capsys.readouterr().out.strip().split("\n")[-1])
+    assert (last["p_correct"], last["p_correct_note"], last["abstain"]) == (None, NOTE, True)
