@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from benchmarks import results
 from selfdoubt import sample, sculpt, vote
 from selfdoubt.lm.decode import decode
-from selfdoubt.lm.prefill import read
+from selfdoubt.lm.prefill import prefill
 from selfdoubt.lm.sampling import Sampling
-from selfdoubt.lm.stepper import HFStepper, Logits
+from selfdoubt.lm.stepper import HFStepper, StepOutput
 
 SHAPES: dict[str, dict[str, int]] = {
     "135m": {
@@ -75,26 +75,26 @@ class Separate:
     def __init__(self, model: nn.Module, members: int) -> None:
         self.passes = [HFStepper(model) for _ in range(members)]
 
-    def start(self, prompts: Sequence[Sequence[int]]) -> Iterator[tuple[int, Logits]]:
+    def start(self, prompts: Sequence[Sequence[int]]) -> Iterator[tuple[int, StepOutput]]:
         for pieces in zip(*(p.start(prompts) for p in self.passes), strict=True):
             yield pieces[0][0], self._join([piece for _, piece in pieces])
 
-    def step(self, ids: Tensor) -> Logits:
+    def step(self, ids: Tensor) -> StepOutput:
         return self._join([p.step(ids) for p in self.passes])
 
     def keep(self, sequences: Sequence[int]) -> None:
         for p in self.passes:
             p.keep(sequences)
 
-    def extend(self, texts: Sequence[Sequence[int]]) -> Iterator[tuple[int, Logits]]:
+    def extend(self, texts: Sequence[Sequence[int]]) -> Iterator[tuple[int, StepOutput]]:
         raise NotImplementedError("only decoding is timed")
 
     def join(self, other: Any) -> None:
         raise NotImplementedError("only one batch is timed")
 
     @staticmethod
-    def _join(pieces: list[Logits]) -> Logits:
-        return Logits(torch.cat([p.logits for p in pieces]), None)
+    def _join(pieces: list[StepOutput]) -> StepOutput:
+        return StepOutput(torch.cat([p.logits for p in pieces]), None)
 
 
 def arms(model: nn.Module) -> dict[str, Callable[[list[int], int], object]]:
@@ -103,7 +103,7 @@ def arms(model: nn.Module) -> dict[str, Callable[[list[int], int], object]]:
     def ours(stepper: Callable[[], Any]) -> Callable[[list[int], int], object]:
         def run(prompt: list[int], tokens: int) -> object:
             now = stepper()
-            _, following = read(now, [prompt])
+            _, following = prefill(now, [prompt])
             return list(decode(now, following, [len(prompt)], Sampling(max_tokens=tokens), [0]))
 
         return run

@@ -27,13 +27,13 @@ from benchmarks import quality_tables, results
 from recipes.pocket import evaluation, voters
 from recipes.pocket.encode import Rows
 from selfdoubt import pocket, sample, sculpt, targets
-from selfdoubt.calibration.fit import calibrate
+from selfdoubt.calibration.fit import fit_calibration
 from selfdoubt.data import question_sets
-from selfdoubt.eval.generate import Asked, Plan
+from selfdoubt.eval.generate import AnsweredBatch, EvaluationConfig
 from selfdoubt.eval.judges.judge import judge_records
 from selfdoubt.eval.judges.verdict import Judge, Verdict
 from selfdoubt.eval.records import Question, Record
-from selfdoubt.eval.run import evaluate
+from selfdoubt.eval.run import ask_questions
 from selfdoubt.lm.adapters.adapter import save_adapter
 from selfdoubt.lm.adapters.lora import add_lora
 from selfdoubt.lm.answer import reference_quantiles
@@ -115,11 +115,11 @@ def sculpted(model: nn.Module, rows: Rows) -> Tensor:
 
 def gather(arm: str, chosen: argparse.Namespace, limit: int, *, peers: bool = False) -> Found:
     """An arm's answers with all seeds; trained and asked where that has not been done."""
-    questions = question_sets.load("pocket", limit=limit)
+    questions = question_sets.load_questions("pocket", limit=limit)
     judge = strict()
-    plan = Plan(max_tokens=48, batch_size=50, samples=10 if peers else 0, p_true=peers)
+    plan = EvaluationConfig(max_tokens=48, batch_size=50, samples=10 if peers else 0, p_true=peers)
     category = {q.id: q.category for q in evaluation.read(pocket.evaluation_file())}
-    parts: list[Asked] = []
+    parts: list[AnsweredBatch] = []
     for seed in chosen.seeds:
         out = chosen.runs / f"{arm}-{seed}"
         if not (out / "adapter" / "selfdoubt.json").is_file():
@@ -131,9 +131,9 @@ def gather(arm: str, chosen: argparse.Namespace, limit: int, *, peers: bool = Fa
             answers = lm.generate(reference, max_tokens=48, batch_size=64)
             save_adapter(lm.model, out / "adapter", base="pocket", extra={"reference": reference_quantiles(answers)})
             lm.reference = reference_quantiles(answers)
-        asked = evaluate(lm, questions, plan, out / ("peers" if peers else "answers"))
+        asked = ask_questions(lm, questions, plan, out / ("peers" if peers else "answers"))
         assert asked is not None  # one process asks
-        parts.append(Asked(judge_records(asked.records, judge), asked.states, asked.costs))
+        parts.append(AnsweredBatch(judge_records(asked.records, judge), asked.states, asked.costs))
     records = [r for part in parts for r in part.records]
     seconds = sum(part.costs["answer"]["seconds"] for part in parts)
     passes = {
@@ -205,7 +205,7 @@ def heads(arm: str, found: Found, again: Found, draws: int) -> list[results.Row]
         inside[head], outside[head] = np.full(len(seeds), np.nan), np.full(len(seeds), np.nan)
         for number, seed in enumerate(dict.fromkeys(found.seed)):
             own = [r for r, s in zip(found.records, found.seed, strict=True) if s == seed]
-            _, report = calibrate(own, found.states[number] if head == "state" else None, candidates=[head])
+            _, report = fit_calibration(own, found.states[number] if head == "state" else None, candidates=[head])
             inside[head][seeds == seed] = np.array(report.out_of_fold, float)
             outside[head][seeds == seed] = np.array(report.out_of_topic, float)
     rows: list[results.Row] = []

@@ -26,11 +26,11 @@ from recipes.pocket.encode import Rows, packed
 from recipes.pocket.facts import all_facts
 from recipes.pocket.questions import pair_stream
 from selfdoubt import pocket, storage, vote
-from selfdoubt.calibration.fit import calibrate
+from selfdoubt.calibration.fit import fit_calibration
 from selfdoubt.errors import SelfdoubtError
 from selfdoubt.eval.generate import stack_states
 from selfdoubt.eval.records import Question, Record
-from selfdoubt.eval.run import quarters
+from selfdoubt.eval.run import choose_quarter_layers
 from selfdoubt.lm.answer import reference_quantiles
 from selfdoubt.lm.conditions import Conditions
 from selfdoubt.lm.model import RiskAwareLM
@@ -110,7 +110,7 @@ def refer(lm: RiskAwareLM, out: Path) -> None:
     """
     every = evaluation.read(pocket.reference_file())
     ranked, others = ([q for q in every if q.only_calibrates is only] for only in (False, True))
-    lm.layers = quarters(lm)
+    lm.layers = choose_quarter_layers(lm)
     reference, more = (
         lm.generate([q.question for q in asked], max_tokens=48, batch_size=64) for asked in (ranked, others)
     )
@@ -127,7 +127,7 @@ def refer(lm: RiskAwareLM, out: Path) -> None:
     ]
     states = stack_states([answer.states for answer in answers])
     conditions = Conditions.of_model(lm.model)
-    calibration, report = calibrate(records, states, target_accuracy=TARGET, conditions=conditions)
+    calibration, report = fit_calibration(records, states, target_accuracy=TARGET, conditions=conditions)
     extra = {"reference": reference_quantiles(reference), "calibration": calibration.to_json()}
     storage.save(lm.model.to(torch.bfloat16), out, base="pocket", extra=extra)
     size = sum(f.stat().st_size for f in out.iterdir())

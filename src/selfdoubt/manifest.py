@@ -38,8 +38,8 @@ from selfdoubt.fields import (
 from selfdoubt.members import Spec
 
 FORMAT = 1
-WEIGHTS, CARD = "added.safetensors", "selfdoubt.json"
-#: Entries of the card that are worth a folder without any weights.
+WEIGHTS, MANIFEST = "added.safetensors", "selfdoubt.json"
+#: Entries of the manifest that are worth a folder without any weights.
 LEARNT = frozenset({"reference", "calibration"})
 METHODS = ("vote", "sample", "sculpt")
 LORA = ("adapter_config.json", "adapter_model.safetensors")
@@ -58,7 +58,7 @@ def write(path: Path, data: bytes) -> None:
     part.replace(path)
 
 
-def read_card(folder: str | os.PathLike[str], *, sealed: bool = True) -> dict[str, Any]:
+def read_manifest(folder: str | os.PathLike[str], *, sealed: bool = True) -> dict[str, Any]:
     """Read ``selfdoubt.json`` of an adapter folder; the files beside it are checked by ``verify``.
 
     Args:
@@ -69,58 +69,58 @@ def read_card(folder: str | os.PathLike[str], *, sealed: bool = True) -> dict[st
         LoadError: If it is missing, not JSON, of a newer format, lacks an entry, has one of a wrong kind or out of
             range, or was changed since its checksum was made.
     """
-    path = Path(folder) / CARD
+    path = Path(folder) / MANIFEST
     if not path.is_file():
-        lacks = f"{CARD} in it is no file" if path.exists() else f"it has no {CARD}"
+        lacks = f"{MANIFEST} in it is no file" if path.exists() else f"it has no {MANIFEST}"
         raise LoadError(f"{folder} is not an adapter folder: {lacks}; make one with selfdoubt.save")
-    card = read_object(path)
+    manifest = read_object(path)
     try:
-        version = whole(1)(card.get("format"), "format")
+        version = whole(1)(manifest.get("format"), "format")
         if version != FORMAT:
             raise LoadError(f"{path} has format {version}, and this version reads {FORMAT}; upgrade selfdoubt")
-        check_card(card)
-        found = _digest_of(card) if sealed and "checksums" in card else None
+        check_manifest(manifest)
+        found = _digest_of(manifest) if sealed and "checksums" in manifest else None
     except (FieldError, RecursionError) as error:
         raise broken(path, error) from None
-    if found is not None and found != card["checksums"]["manifest"]:
-        raise _changed(Path(folder), CARD)
-    return card
+    if found is not None and found != manifest["checksums"]["manifest"]:
+        raise _changed(Path(folder), MANIFEST)
+    return manifest
 
 
-def check_card(card: Mapping[str, Any]) -> None:
-    """Check every entry that is read of a card.
+def check_manifest(manifest: Mapping[str, Any]) -> None:
+    """Check every entry that is read of a manifest.
 
     Raises:
         FieldError: If one is missing, of a wrong kind or out of range.
     """
-    found = _CARD(card, "")
+    found = _MANIFEST(manifest, "")
     if not (found["wrappers"] or found.get("lora") or any(found.get(key) for key in LEARNT)):
         raise FieldError("wrappers", "a list of at least one", "none")
 
 
-def verify(folder: str | os.PathLike[str], card: Mapping[str, Any]) -> None:
-    """Check that the files beside a card are those that were saved with it.
+def verify(folder: str | os.PathLike[str], manifest: Mapping[str, Any]) -> None:
+    """Check that the files beside a manifest are those that were saved with it.
 
     Raises:
         LoadError: If one is missing, was changed, or came later.
     """
-    if "checksums" not in card:
+    if "checksums" not in manifest:
         return
     folder = Path(folder)
-    kept = {file: digest for file, digest in card["checksums"].items() if file != "manifest"}
+    kept = {file: digest for file, digest in manifest["checksums"].items() if file != "manifest"}
     for file, digest in kept.items():
         if not (folder / file).is_file():
             raise LoadError(f"{folder / file} cannot be read (it is missing); save or download the adapter again")
         if _digest(folder / file) != digest:
             raise _changed(folder, file)
-    for file in _present(folder, card):
+    for file in _present(folder, manifest):
         if file not in kept:
             raise LoadError(
                 f"{folder / file} was not there when the adapter was saved; remove it, or {_accept(folder)}"
             )
 
 
-def write_card(folder: str | os.PathLike[str], card: Mapping[str, Any]) -> Path:
+def write_manifest(folder: str | os.PathLike[str], manifest: Mapping[str, Any]) -> Path:
     """Write ``selfdoubt.json`` with checksums of itself and of the files that are in the folder now.
 
     Returns:
@@ -130,26 +130,26 @@ def write_card(folder: str | os.PathLike[str], card: Mapping[str, Any]) -> Path:
         ConfigError: If an entry could not be read back.
         ValueError: If an entry is nothing that JSON holds.
     """
-    plain = plain_card(card)
+    plain = plain_manifest(manifest)
     folder = Path(folder)
     sums = {"manifest": _digest_of(plain)} | {file: _digest(folder / file) for file in _present(folder, plain)}
-    write(folder / CARD, (json.dumps({**plain, "checksums": sums}, indent=2, allow_nan=False) + "\n").encode())
-    return folder / CARD
+    write(folder / MANIFEST, (json.dumps({**plain, "checksums": sums}, indent=2, allow_nan=False) + "\n").encode())
+    return folder / MANIFEST
 
 
-def plain_card(card: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a card as JSON holds it, without checksums.
+def plain_manifest(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a manifest as JSON holds it, without checksums.
 
     Raises:
         ConfigError: If an entry could not be read back.
         ValueError: If an entry is nothing that JSON holds.
     """
-    kept = {key: value for key, value in card.items() if key != "checksums"}
+    kept = {key: value for key, value in manifest.items() if key != "checksums"}
     plain: dict[str, Any] = json.loads(json.dumps(kept, allow_nan=False))
     try:
-        check_card(plain)
+        check_manifest(plain)
     except FieldError as error:
-        raise ConfigError(f"{CARD} cannot be written: {error}") from None
+        raise ConfigError(f"{MANIFEST} cannot be written: {error}") from None
     return plain
 
 
@@ -166,7 +166,7 @@ def stamp(folder: str | os.PathLike[str]) -> Path:
     Raises:
         LoadError: If an entry of ``selfdoubt.json`` cannot be read.
     """
-    return write_card(folder, read_card(folder, sealed=False))
+    return write_manifest(folder, read_manifest(folder, sealed=False))
 
 
 def to_json(spec: Spec) -> dict[str, Any]:
@@ -243,7 +243,7 @@ def _size(value: Any, path: str) -> tuple[float, int]:
     return number(0)(value[0], f"{path}[0]"), whole(0)(value[1], f"{path}[1]")
 
 
-_CARD = record(
+_MANIFEST = record(
     {
         "format": anything,
         "wrappers": listing(_wrapper, 0, len(METHODS)),
@@ -261,14 +261,18 @@ _CARD = record(
 )
 
 
-def _present(folder: Path, card: Mapping[str, Any]) -> list[str]:
+def _present(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
     """Return the names of the covered files that are in a folder and belong to its adapter."""
-    wanted = [WEIGHTS, *(LORA if card.get("lora") else ()), *(TOKENIZER if (folder / TOKENIZER[0]).is_file() else ())]
+    wanted = [
+        WEIGHTS,
+        *(LORA if manifest.get("lora") else ()),
+        *(TOKENIZER if (folder / TOKENIZER[0]).is_file() else ()),
+    ]
     return [file for file in wanted if (folder / file).is_file()]
 
 
-def _digest_of(card: Mapping[str, Any]) -> str:
-    kept = {key: value for key, value in card.items() if key != "checksums"}
+def _digest_of(manifest: Mapping[str, Any]) -> str:
+    kept = {key: value for key, value in manifest.items() if key != "checksums"}
     return hashlib.sha256(json.dumps(kept, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()).hexdigest()
 
 

@@ -3,7 +3,7 @@
 A folder holds ``added.safetensors`` and ``selfdoubt.json`` (the wrappers' settings, the base model and its fingerprint,
 versions, reference quantiles). ``selfdoubt.json`` is written last and by a rename: a folder that has it is whole, and
 checksums in it say whether the folder is still as it was saved (``manifest.py``).
-LoRA beneath the wrappers lies in files of its own beside them (``lm/adapter.py``); the card then says ``"lora": true``.
+LoRA beneath the wrappers lies in files of its own (``lm/adapters/adapter.py``); the manifest then says ``"lora": true``.
 """
 
 from __future__ import annotations
@@ -23,26 +23,41 @@ from selfdoubt import __version__
 from selfdoubt.errors import BaseMismatchError, LoadError, SelfdoubtError, TargetError, WrapError
 from selfdoubt.fields import FieldError, broken
 from selfdoubt.manifest import (
-    CARD,
     FORMAT,
     LEARNT,
+    MANIFEST,
     METHODS,
     WEIGHTS,
     from_json,
-    plain_card,
-    read_card,
+    plain_manifest,
+    read_manifest,
     stamp,
     to_json,
     verify,
     write,
-    write_card,
+    write_manifest,
 )  # fmt: skip
 from selfdoubt.members import Spec, Wrapped, innermost, source
 from selfdoubt.rows import added_names
 
 __all__ = [
-    "CARD", "LEARNT", "METHODS", "WEIGHTS", "fingerprint", "from_json", "load", "read_card", "read_tensors", "restore",
-    "rewrap", "save", "stamp", "to_json", "verify", "write", "write_card",
+    "LEARNT",
+    "MANIFEST",
+    "METHODS",
+    "WEIGHTS",
+    "fingerprint",
+    "from_json",
+    "load",
+    "read_manifest",
+    "read_tensors",
+    "restore",
+    "rewrap",
+    "save",
+    "stamp",
+    "to_json",
+    "verify",
+    "write",
+    "write_manifest",
 ]  # fmt: skip
 
 #: A rank above this must be that of tensors which are there: making them first would take memory.
@@ -86,7 +101,7 @@ def save(
     wanted = set(added_names(wrapped)) | {n for n, p in wrapped.named_parameters() if p.requires_grad}
     tensors = {name: state[name].detach().cpu().contiguous() for name in sorted(wanted - set(elsewhere))}
     base_model = innermost(wrapped)
-    card = plain_card({
+    manifest = plain_manifest({
         "format": FORMAT,
         "wrappers": [to_json(spec) for spec in _specs(wrapped)],
         "base": {
@@ -98,12 +113,12 @@ def save(
         "versions": {"selfdoubt": __version__, "torch": str(torch.__version__)},
         **(extra or {}),
     })  # fmt: skip
-    # The old card goes first: between the two renames the folder says that it is not whole, never a mix.
-    (folder / CARD).unlink(missing_ok=True)
+    # The old manifest goes first: between the two renames the folder says that it is not whole, never a mix.
+    (folder / MANIFEST).unlink(missing_ok=True)
     (folder / WEIGHTS).unlink(missing_ok=True)
     if tensors:
         write(folder / WEIGHTS, serialize(tensors))
-    write_card(folder, card)
+    write_manifest(folder, manifest)
     return folder
 
 
@@ -123,47 +138,47 @@ def load(folder: str | os.PathLike[str], model: nn.Module) -> Wrapped:
     return wrapped
 
 
-def restore(folder: str | os.PathLike[str], model: nn.Module, card: Mapping[str, Any] | None = None) -> nn.Module:
+def restore(folder: str | os.PathLike[str], model: nn.Module, manifest: Mapping[str, Any] | None = None) -> nn.Module:
     """As ``load``; where only LoRA was trained, and the model has it by now, the model itself.
 
     Args:
         folder: An adapter folder.
         model: Its base model, with the folder's LoRA where it has some.
-        card: The folder's, if it was read and verified by the caller.
+        manifest: The folder's, if it was read and verified by the caller.
 
     Raises:
         LoadError: If the folder is missing, broken, of a newer format, or has LoRA that the model has not.
         BaseMismatchError: If the weights were made for another base model.
     """
     folder = Path(folder)
-    if card is None:
-        card = read_card(folder)
-        verify(folder, card)
-    if card.get("lora") and not any(".lora_" in name for name, _ in model.named_parameters()):
+    if manifest is None:
+        manifest = read_manifest(folder)
+        verify(folder, manifest)
+    if manifest.get("lora") and not any(".lora_" in name for name, _ in model.named_parameters()):
         raise LoadError(
             f"{folder} has LoRA beneath its wrapper, and the model has none yet: load both with "
             f"RiskAwareLM.load(..., adapter={str(folder)!r})"
         )
     tensors: dict[str, Tensor] = {}
-    if card["wrappers"] or (folder / WEIGHTS).exists():
+    if manifest["wrappers"] or (folder / WEIGHTS).exists():
         tensors = read_tensors(folder / WEIGHTS)
-    for entry in card["wrappers"]:
+    for entry in manifest["wrappers"]:
         _check_sizes(folder, entry, tensors)
-    wrapped = rewrap(folder, card, model)
-    _check_fits(folder, wrapped, tensors, card["base"])
+    wrapped = rewrap(folder, manifest, model)
+    _check_fits(folder, wrapped, tensors, manifest["base"])
     wrapped.load_state_dict(tensors, strict=False)
     return wrapped
 
 
-def rewrap(folder: Path, card: Mapping[str, Any], model: nn.Module) -> nn.Module:
-    """The model in fresh wrappers with the settings of a card.
+def rewrap(folder: Path, manifest: Mapping[str, Any], model: nn.Module) -> nn.Module:
+    """The model in fresh wrappers with the settings of a manifest.
 
     Raises:
         LoadError: If a setting cannot be read.
         BaseMismatchError: If a wrapper finds nothing to replace.
     """
     wrapped = model
-    for i, entry in enumerate(card["wrappers"]):
+    for i, entry in enumerate(manifest["wrappers"]):
         try:
             wrapped = from_json(entry, f"wrappers[{i}]")(wrapped)  # type: ignore[operator]
         except TargetError as error:
@@ -171,7 +186,7 @@ def rewrap(folder: Path, card: Mapping[str, Any], model: nn.Module) -> nn.Module
         except SelfdoubtError:
             raise
         except Exception as error:  # settings that this model cannot take fail wherever they are used
-            raise broken(folder / CARD, error) from error
+            raise broken(folder / MANIFEST, error) from error
     return wrapped
 
 
@@ -209,7 +224,7 @@ def _check_sizes(folder: Path, entry: Mapping[str, Any], tensors: Mapping[str, T
     for name, found in sizes.items():
         if found != {entry[name]}:
             wanted = " or ".join(map(str, sorted(found))) or "that of its tensors"
-            raise broken(folder / CARD, FieldError(name, f"{wanted} as in {WEIGHTS}", str(entry[name])))
+            raise broken(folder / MANIFEST, FieldError(name, f"{wanted} as in {WEIGHTS}", str(entry[name])))
 
 
 def _sizes_of_vote(entry: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, set[int]]:

@@ -17,23 +17,25 @@ from selfdoubt.calibration.adapter import (
     read_conditions,
     write_adapter,
 )
-from selfdoubt.calibration.fit import calibrate, store
+from selfdoubt.calibration.fit import fit_calibration, store_calibration
 from selfdoubt.errors import ConfigError
 from selfdoubt.eval import records as files
 from selfdoubt.eval import run_folder
-from selfdoubt.eval.generate import Asked
+from selfdoubt.eval.generate import AnsweredBatch
 from selfdoubt.eval.judges.judge import judge_records
-from selfdoubt.eval.judges.rules import name_of
+from selfdoubt.eval.judges.rules import get_judge_name
 from selfdoubt.eval.judges.verdict import Judge
 from selfdoubt.eval.records import Record
-from selfdoubt.eval.run_folder import keep
+from selfdoubt.eval.run_folder import save_run
 from selfdoubt.report.write import write_report
 
 if TYPE_CHECKING:
     from selfdoubt.lm.model import RiskAwareLM
 
 
-def judge_and_report(asked: Asked, judge: Judge, out: Path, run: Mapping[str, Any], *, draws: int = 1000) -> list[str]:
+def judge_and_report(
+    asked: AnsweredBatch, judge: Judge, out: Path, run: Mapping[str, Any], *, draws: int = 1000
+) -> list[str]:
     """Judge, keep, measure and report.
 
     Args:
@@ -47,8 +49,8 @@ def judge_and_report(asked: Asked, judge: Judge, out: Path, run: Mapping[str, An
         What to tell on a terminal.
     """
     found = judge_records(asked.records, judge)
-    whole = {**run, "judge": name_of(judge), "costs": asked.costs}
-    keep(asked, found, whole, out)
+    whole = {**run, "judge": get_judge_name(judge), "costs": asked.costs}
+    save_run(asked, found, whole, out)
     return report(found, whole, out, draws=draws)
 
 
@@ -76,7 +78,7 @@ def calibrate_runs(
         out: A new adapter folder; None puts the calibration into the adapter that answered.
         load: The model that a run's settings describe; only called for a new adapter of a model that had none.
         draws: Bootstrap draws of the renewed reports; 0 renews none.
-        **options: As for ``calibrate``.
+        **options: As for ``fit_calibration``.
 
     Returns:
         What to tell on a terminal.
@@ -97,13 +99,13 @@ def calibrate_runs(
         name_by_run(r, folder, len(runs)) for folder, (own, _, _) in zip(folders, runs, strict=True) for r in own
     ]
     made = read_conditions([run for _, _, run in runs], folders)
-    head, quality = calibrate(records, join_states([states for _, states, _ in runs]), conditions=made, **options)
-    place = store(head, target) if out is None else write_adapter(head, about, records, target, load)
+    head, quality = fit_calibration(records, join_states([states for _, states, _ in runs]), conditions=made, **options)
+    place = store_calibration(head, target) if out is None else write_adapter(head, about, records, target, load)
     lines = [*quality.lines(), *([] if made else [NO_CONDITIONS]), f"stored in {place}"]
     held_out = iter(quality.out_of_fold)
     for folder, (own, _, run) in zip(folders, runs, strict=True):
         found = [replace(r, p_correct=next(held_out), p_correct_note=None, abstain=None) for r in own]
         if draws:
-            files.save(folder / run_folder.ANSWERS, found)
+            files.save_records(folder / run_folder.ANSWERS, found)
             lines += [f"{folder}:", *report(found, run, folder, draws=draws)]
     return lines

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from selfdoubt import sample
-from selfdoubt.lm.prefill import read
+from selfdoubt.lm.prefill import prefill
 from selfdoubt.lm.stepper import HFStepper
 from selfdoubt.members import Wrapped
 from selfdoubt.sample import NoisyLeaf, uniforms
@@ -76,7 +76,7 @@ def noisy(wrapped: Wrapped, base: nn.Module, m: int) -> nn.Module:
 def stepped(model: nn.Module, prompts: Sequence[Sequence[int]], following: Tensor) -> Tensor:
     """Logits ``(members, batch, 1 + steps, classes)`` after prompts and each following token, by cached steps."""
     stepper = HFStepper(model)
-    _, last = read(stepper, prompts)
+    _, last = prefill(stepper, prompts)
     found = [last.logits, *(stepper.step(ids).logits for ids in following.T)]
     return torch.stack(found, 2)
 

@@ -9,7 +9,7 @@ from torch.testing import assert_close
 
 from selfdoubt import sample, sculpt, vote
 from selfdoubt.lm.decode import decode
-from selfdoubt.lm.prefill import read
+from selfdoubt.lm.prefill import prefill
 from selfdoubt.lm.sampling import Sampling
 from selfdoubt.lm.stepper import HFStepper
 from tests.ladder.rungs import looped, noisy, stepped, voter, whole
@@ -120,7 +120,7 @@ def test_sculpt_against_the_plain_model_and_its_hidden_states(family):
 
     following = torch.tensor(prompts(3, 3, seed=1))
     stepper = HFStepper(wrapped)
-    read(stepper, ids.tolist())
+    prefill(stepper, ids.tolist())
     *_, last = (stepper.step(column) for column in following.T)
     with torch.no_grad():
         _, whole_risk = wrapped(input_ids=torch.cat([ids, following], 1), return_risk=True)
@@ -143,7 +143,7 @@ def test_unchanged_voters_decode_the_ids_of_generate(family, voters):
         torch.tensor([prompt]), max_new_tokens=12, do_sample=False, pad_token_id=0, attention_mask=torch.ones(1, 6)
     )[0, 6:].tolist()
     stepper = HFStepper(vote.Wrapper(n_voters=voters, weight_noise=0.0)(base))
-    _, following = read(stepper, [prompt])
+    _, following = prefill(stepper, [prompt])
     events = list(decode(stepper, following, [6], Sampling(max_tokens=12), [0]))
     assert [e.token.id for e in events] == expected
     assert [e.finish for e in events] == [None] * 11 + ["length"]

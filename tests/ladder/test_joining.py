@@ -7,8 +7,8 @@ import torch
 
 from selfdoubt import sample, sculpt, vote
 from selfdoubt.errors import WrapError
-from selfdoubt.lm.decode import Batch, Line, decode
-from selfdoubt.lm.prefill import read
+from selfdoubt.lm.decode import DecodeBatch, TokenSequence, decode
+from selfdoubt.lm.prefill import prefill
 from selfdoubt.lm.sampling import Sampling
 from selfdoubt.lm.stepper import HFStepper
 from tests.zoo import FAMILIES, causal, prompts
@@ -39,14 +39,14 @@ def sampling(guest):
 
 def alone(model, prompt, guest, seed):
     stepper = HFStepper(model)
-    _, following = read(stepper, [prompt])
+    _, following = prefill(stepper, [prompt])
     return [event.token for event in decode(stepper, following, [len(prompt)], sampling(guest), [seed])]
 
 
 def opened(model, names, starts):
     stepper = HFStepper(model)
-    _, following = read(stepper, [starts[n] for n in names])
-    return Batch(stepper, following, [Line(n, sampling(GUESTS[n]), n, 10**6) for n in names])
+    _, following = prefill(stepper, [starts[n] for n in names])
+    return DecodeBatch(stepper, following, [TokenSequence(n, sampling(GUESTS[n]), n, 10**6) for n in names])
 
 
 def together(model, starts, *, one_by_one, leaves=None):

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from selfdoubt import risk
-from selfdoubt.lm.prefill import scored_ids
+from selfdoubt.lm.prefill import score_ids
 from selfdoubt.lm.sampling import Sampling, choose
-from selfdoubt.lm.stepper import Logits
+from selfdoubt.lm.stepper import StepOutput
 from tests.strategies import seeds
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -41,7 +41,7 @@ def test_a_token_and_its_alternatives_share_one_distribution(logits, temperature
     chosen = choose(mixed, [Sampling(temperature=temperature)] * 2, uniform)
     exact = logits.double().softmax(-1).mean(0)
     for given_mixed in (mixed[:, None], None):
-        rows = scored_ids(Logits(logits[:, :, None], None), chosen[:, None], alternatives, given_mixed)
+        rows = score_ids(StepOutput(logits[:, :, None], None), chosen[:, None], alternatives, given_mixed)
         for (token,), own in zip(rows, exact, strict=True):
             named = dict(token.alternatives)
             probabilities = [math.exp(p) for p in {**named, token.id: token.logprob}.values()]

@@ -55,9 +55,9 @@ def test_what_is_loaded_gives_what_was_saved(tmp_path, name, model):
     if model == "llama":
         found, expected = ([part.logits for part in pair] for pair in (found, expected))
     assert all(torch.equal(f, e) for f, e in zip(found, expected, strict=True))
-    card = storage.read_card(folder)
-    assert card["base"]["name"] == "me/base"
-    assert card["reference"] == {"a": [1.0]}
+    manifest = storage.read_manifest(folder)
+    assert manifest["base"]["name"] == "me/base"
+    assert manifest["reference"] == {"a": [1.0]}
     assert sorted(f.name for f in folder.iterdir()) == ["added.safetensors", "selfdoubt.json"]
 
 
@@ -89,11 +89,11 @@ def test_what_lies_elsewhere_is_left_out_and_told_by_nothing(tmp_path):
     wrapped = sculpt.Wrapper()(mlp())
     elsewhere = {n for n, _ in wrapped.named_parameters() if n.endswith("bias") and ".branch." not in n}
     folder = selfdoubt.save(wrapped, tmp_path, elsewhere=elsewhere)
-    card = storage.read_card(folder)
-    assert not elsewhere & {*load_file(folder / "added.safetensors"), *card["base"]["fingerprint"]}
+    manifest = storage.read_manifest(folder)
+    assert not elsewhere & {*load_file(folder / "added.safetensors"), *manifest["base"]["fingerprint"]}
     for name in elsewhere:
         wrapped.get_parameter(name).data += 1
-    storage._check_fits(folder, wrapped, load_file(folder / "added.safetensors"), card["base"])
+    storage._check_fits(folder, wrapped, load_file(folder / "added.safetensors"), manifest["base"])
 
 
 def test_nothing_to_save(tmp_path):
@@ -104,12 +104,12 @@ def test_nothing_to_save(tmp_path):
 
 def test_no_wrapper_is_only_for_lora(tmp_path, saved):
     folder, base = saved
-    card = json.loads((folder / "selfdoubt.json").read_text())
-    (folder / "selfdoubt.json").write_text(json.dumps(card | {"wrappers": []}))
+    manifest = json.loads((folder / "selfdoubt.json").read_text())
+    (folder / "selfdoubt.json").write_text(json.dumps(manifest | {"wrappers": []}))
     with pytest.raises(LoadError, match=r"selfdoubt\.json is broken"):
         selfdoubt.load(folder, base)
-    del card["checksums"]
-    (folder / "selfdoubt.json").write_text(json.dumps(card | {"wrappers": [], "lora": True}))
+    del manifest["checksums"]
+    (folder / "selfdoubt.json").write_text(json.dumps(manifest | {"wrappers": [], "lora": True}))
     with pytest.raises(LoadError, match=r"has LoRA beneath its wrapper, and the model has none yet"):
         selfdoubt.load(folder, base)
 
@@ -198,7 +198,7 @@ def test_truncated_weights(saved, keep):
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "3", "null", '"vote"', "{}", "\udcff"])
-def test_a_card_that_is_no_card(saved, text):
+def test_a_manifest_that_is_none(saved, text):
     folder, base = saved
     (folder / "selfdoubt.json").write_bytes(text.encode(errors="surrogateescape"))
     with pytest.raises(LoadError) as error:
@@ -206,7 +206,7 @@ def test_a_card_that_is_no_card(saved, text):
     assert "selfdoubt.json" in one_line(error)
 
 
-# Every entry of a card, one after another, in every wrong way; as for users, whose types nobody checks.
+# Every entry of a manifest, one after another, in every wrong way; as for users, whose types nobody checks.
 BREAK = """
 import copy, itertools, json, sys
 from pathlib import Path
@@ -229,13 +229,13 @@ for wrapped in (
     whole = json.loads((selfdoubt.save(wrapped, folder, base="me/base") / "selfdoubt.json").read_text())
     changes = [None, [], {}, "text", -1, 0.5, [3], {"a": 1}, "gone"]
     for place, change in itertools.product(list(paths(whole))[1:], changes):
-        card = parent = copy.deepcopy(whole)
+        manifest = parent = copy.deepcopy(whole)
         for key in place[:-1]:
             parent = parent[key]
         parent[place[-1]] = change
         if change == "gone":
             del parent[place[-1]]
-        (folder / "selfdoubt.json").write_text(json.dumps(card))
+        (folder / "selfdoubt.json").write_text(json.dumps(manifest))
         tried += 1
         try:
             selfdoubt.load(folder, base)  # some entries have defaults, and some are only for people
@@ -276,7 +276,7 @@ def test_settings_survive_json(spec):
 
 def test_other_names_of_a_wrapper_are_saved_too(tmp_path):
     folder = selfdoubt.save(vote.EagerWrapper(n_voters=2)(mlp()), tmp_path)
-    assert storage.read_card(folder)["wrappers"][0]["method"] == "vote"
+    assert storage.read_manifest(folder)["wrappers"][0]["method"] == "vote"
 
 
 def test_extras_must_be_numbers_that_json_knows(tmp_path):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from selfdoubt import storage
-from selfdoubt.calibration.fit import store
+from selfdoubt.calibration.fit import store_calibration
 from selfdoubt.errors import ConfigError, DataError
 from selfdoubt.eval.records import Record
 from selfdoubt.fields import FieldError
@@ -85,7 +85,7 @@ def check_target(about: Mapping[str, Any], out: Path | None, folders: Sequence[P
             f"{folders[0]} was answered without an adapter of yours; say where to write one, e.g. --out adapter"
         )
     if out is None:
-        storage.read_card(Path(str(adapter)))  # refuses LoRA of plain PEFT, which has no card to write into
+        storage.read_manifest(Path(str(adapter)))  # refuses LoRA of plain PEFT, which has no manifest to write into
         return Path(str(adapter))
     return out
 
@@ -100,12 +100,12 @@ def write_adapter(
     """Write a copy of the adapter that answered, or a new one of the model as it answered, and return its manifest."""
     source = None if about.get("adapter") is None else Path(str(about["adapter"]))
     with new_folder(target, {"kind": "calibrated"}, () if source is None else (source,)) as folder:
-        if source is not None and (source / storage.CARD).is_file():
+        if source is not None and (source / storage.MANIFEST).is_file():
             shutil.copytree(source, folder, dirs_exist_ok=True)
-            store(head, folder)
+            store_calibration(head, folder)
         else:
             lm = load(about)
             reference = lm.reference or reference_quantiles(records)
             extra = {"calibration": head.to_json(), "reference": reference}
             save_adapter(lm.model, folder, base=about.get("model"), extra=extra)
-    return target / storage.CARD
+    return target / storage.MANIFEST

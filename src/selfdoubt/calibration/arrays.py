@@ -21,7 +21,7 @@ LEAST, LEAST_OF_CLASS = 20, 5
 TOPIC_GROUPS = 8
 
 
-def usable(records: Sequence[Record]) -> tuple[Rows, dict[str, int]]:
+def calibration_rows(records: Sequence[Record]) -> tuple[Rows, dict[str, int]]:
     """Places of the records that can be learnt from, and why how many others cannot.
 
     Raises:
@@ -44,7 +44,7 @@ def usable(records: Sequence[Record]) -> tuple[Rows, dict[str, int]]:
     return np.array(kept), dict(left_out)
 
 
-def as_arrays(records: Sequence[Record], kept: Rows, states: Mapping[str, Any]) -> Answers:
+def calibration_arrays(records: Sequence[Record], kept: Rows, states: Mapping[str, Any]) -> Answers:
     """The records at these places, with the scores that all of them have and that vary.
 
     Raises:

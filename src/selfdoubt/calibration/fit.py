@@ -16,10 +16,17 @@ from jaxtyping import Bool, Float, Int
 
 from selfdoubt import storage
 from selfdoubt.calibration import heads
-from selfdoubt.calibration.arrays import as_arrays, check_enough, numbered, split, topic_groups, usable
+from selfdoubt.calibration.arrays import (
+    calibration_arrays,
+    calibration_rows,
+    check_enough,
+    numbered,
+    split,
+    topic_groups,
+)
 from selfdoubt.calibration.heads import Answers, Fit, fit_logistic, fit_one_score, held_out, losses, within_one_error
 from selfdoubt.calibration.quality import CalibrationReport, CandidateReport, quality
-from selfdoubt.calibration.threshold import Grid, Promise, find_threshold, grid_from, shortfall
+from selfdoubt.calibration.threshold import AccuracyGuarantee, Grid, explain_no_threshold, find_threshold, grid_from
 from selfdoubt.errors import ConfigError
 from selfdoubt.eval.records import Record
 from selfdoubt.lm.calibration import Calibration, States
@@ -36,7 +43,7 @@ MEMBER_SCORES = ("question_mean_epistemic", "sum_scale")
 WITHOUT_QUESTION = ("sum_epistemic",)
 
 
-def calibrate(
+def fit_calibration(
     records: Sequence[Record],
     states: Mapping[str, Any] | None = None,
     *,
@@ -80,12 +87,12 @@ def calibrate(
         DataError: If there are too few answers, only right or only wrong ones, no score varies, or one is not finite.
     """
     _check_options(folds, target_accuracy, confidence, threshold_share, candidates)
-    places, left_out = usable(records)
+    places, left_out = calibration_rows(records)
     learning, once = np.ones(len(places), bool), np.ones(len(places), bool)
     if target_accuracy is not None:
         learning, once = split(numbered([records[i] for i in places]), threshold_share, seed)
     kept = places[learning]
-    own = as_arrays(records, kept, states or {})  # of no other answer anything is known while a head is fitted
+    own = calibration_arrays(records, kept, states or {})  # of no other answer anything is known while a head is fitted
     check_enough(own, target_accuracy is not None)
     options = _options(own, candidates)
 
@@ -162,7 +169,7 @@ def _told(p: Float[np.ndarray, " records"]) -> tuple[float | None, ...]:
     return tuple(None if math.isnan(value) else float(value) for value in p)
 
 
-def store(calibration: Calibration, adapter_folder: str | os.PathLike[str]) -> Path:
+def store_calibration(calibration: Calibration, adapter_folder: str | os.PathLike[str]) -> Path:
     """Put a calibration into an adapter's ``selfdoubt.json``, in place of one that is there; the rest stays.
 
     Returns:
@@ -171,9 +178,9 @@ def store(calibration: Calibration, adapter_folder: str | os.PathLike[str]) -> P
     Raises:
         LoadError: If the folder is no adapter, or its files are not those that were saved.
     """
-    card = storage.read_card(adapter_folder)
-    storage.verify(adapter_folder, card)
-    return storage.write_card(adapter_folder, {**card, "calibration": calibration.to_json()})
+    manifest = storage.read_manifest(adapter_folder)
+    storage.verify(adapter_folder, manifest)
+    return storage.write_manifest(adapter_folder, {**manifest, "calibration": calibration.to_json()})
 
 
 def _check_options(
@@ -258,10 +265,10 @@ def _promise(
     confidence: float,
     elsewhere: Float[np.ndarray, " others"],
     share: float,
-) -> tuple[Promise | None, str | None]:
+) -> tuple[AccuracyGuarantee | None, str | None]:
     grid: Grid = grid_from(elsewhere, len(p), target, confidence)
     promise = find_threshold(p, correct, target, confidence, grid=grid)
-    return promise, None if promise else shortfall(p, correct, target, confidence, grid=grid, share=share)
+    return promise, None if promise else explain_no_threshold(p, correct, target, confidence, grid=grid, share=share)
 
 
 def _states_at(head: Calibration, states: Mapping[str, Any], row: int) -> States | None:

@@ -270,5 +270,5 @@ def split_key(key: str) -> tuple[Position, int]:
 
 
 def _twice(scores: Float[np.ndarray, "answers some"]) -> Float[np.ndarray, "answers twice"]:
-    """The logarithms of scores, as ``calibration.transformed``, and the scores themselves."""
+    """The logarithms of scores, as ``calibration.transform_score``, and the scores themselves."""
     return np.hstack([np.log(np.maximum(scores, 0) + FLOOR), scores])

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from selfdoubt.calibration.heads import losses
-from selfdoubt.calibration.threshold import Promise
+from selfdoubt.calibration.threshold import AccuracyGuarantee
 from selfdoubt.metrics.calibration import brier, ece
 from selfdoubt.metrics.selective import auroc
 
@@ -48,7 +48,7 @@ class CalibrationReport:
     candidates: tuple[CandidateReport, ...]  #: from the simplest to the richest
     topics: int  #: topics (or groups of them) left out in turn; 0 if there are too few
     warnings: tuple[str, ...]
-    promise: Promise | None  #: of a threshold, where one was asked for and found
+    promise: AccuracyGuarantee | None  #: of a threshold, where one was asked for and found
     refusal: str | None  #: why none was found
     #: p_correct of each record in its order, by a head that was fitted without it: out of fold for those the head
     #: learnt from, by the head itself for the others. None where a score is missing.

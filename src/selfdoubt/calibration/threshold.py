@@ -47,7 +47,7 @@ MARGIN = 2.0
 
 
 @dataclass(frozen=True)
-class Promise:
+class AccuracyGuarantee:
     """Answers with p_correct at or above the threshold are right at least as often as the target, with confidence."""
 
     threshold: float
@@ -130,8 +130,8 @@ def find_threshold(
     confidence: float = 0.95,
     *,
     grid: Grid | None = None,
-) -> Promise | None:
-    """The threshold of largest coverage that keeps the target; None if none does, and ``shortfall`` says why.
+) -> AccuracyGuarantee | None:
+    """Return the threshold of largest coverage that keeps the target; None if none does: ``explain_no_threshold``.
 
     Args:
         p_correct: In [0, 1], by a head that has not seen these answers.
@@ -159,7 +159,7 @@ def find_threshold(
         return None
     last = int(places[-1])
     n, k = int(answered[last]), int(right[last])
-    return Promise(
+    return AccuracyGuarantee(
         threshold=grid.thresholds[last],
         target_accuracy=target_accuracy,
         confidence=confidence,
@@ -213,7 +213,7 @@ def passed(
     return levels
 
 
-def shortfall(
+def explain_no_threshold(
     p_correct: Float[np.ndarray, " answers"],
     correct: Bool[np.ndarray, " judged"],
     target_accuracy: float,

@@ -83,7 +83,7 @@ def evaluate(
         raise ConfigError(f"--draws must be at least 2, got {draws}")
     from selfdoubt.data import question_sets
     from selfdoubt.data.questions import Columns
-    from selfdoubt.eval.generate import Plan
+    from selfdoubt.eval.generate import EvaluationConfig
     from selfdoubt.eval.prompts import Prompting
 
     columns = Columns(
@@ -98,17 +98,17 @@ def evaluate(
         "task": task, "seed": seed, "columns": columns, "separator": answer_separator, "split": split
     }  # fmt: skip
     flags.whole_texts(instruction)
-    questions = question_sets.load(data, limit=limit, **reading)
+    questions = question_sets.load_questions(data, limit=limit, **reading)
     flags.new_run(out)
     picked = flags.pick_judge(
-        judge, questions, judge_url, judge_model, out, lambda name: question_sets.column(data, name, **reading)
+        judge, questions, judge_url, judge_model, out, lambda name: question_sets.read_column(data, name, **reading)
     )
     examples = _shots(shots, shots_from, questions, data, reading)
     lm = flags.load_lm(model, adapter, wrapper, dtype, quantize, risk, trust_remote_code)
     if style == "auto":
         style = "qa" if lm.tokenizer.chat_template is None else "chat"
     lm.layers = _layers(lm, states)
-    plan = Plan(
+    plan = EvaluationConfig(
         how=Prompting(style, instruction, _takes_system(lm, style), show_choices),
         shots=tuple(examples),
         max_tokens=max_tokens,
@@ -131,7 +131,7 @@ def evaluate(
         "data": data,
         "task": task,
     }
-    from selfdoubt.eval.run import evaluate as ask_all
+    from selfdoubt.eval.run import ask_questions as ask_all
     from selfdoubt.workflow import judge_and_report
 
     asked = ask_all(lm, questions, plan, out, run)
@@ -150,7 +150,9 @@ def _shots(n: int, file: Path | None, questions: list[Question], data: str, read
         if file is not None:
             raise ConfigError("--shots-from says where shots come from, and not how many: add e.g. --shots 5")
         return []
-    return choose_examples(question_sets.load(file or data, **reading), n, asked=questions, seed=reading["seed"])
+    return choose_examples(
+        question_sets.load_questions(file or data, **reading), n, asked=questions, seed=reading["seed"]
+    )
 
 
 def _takes_system(lm: RiskAwareLM, style: str) -> bool:
@@ -168,12 +170,12 @@ def _takes_system(lm: RiskAwareLM, style: str) -> bool:
 
 def _layers(lm: RiskAwareLM, text: str) -> tuple[int, ...]:
     """Decoder layers by name, together with the one that a calibration reads."""
-    from selfdoubt.eval.run import quarters
+    from selfdoubt.eval.run import choose_quarter_layers
     from selfdoubt.lm.hidden_states import decoder_layers
     from selfdoubt.members import innermost
 
     if text == "auto":
-        wanted = quarters(lm)
+        wanted = choose_quarter_layers(lm)
     elif text == "none":
         wanted = ()
     elif text == "all":

@@ -103,9 +103,9 @@ def pick_judge(
     if model is None:
         if url is not None:
             raise ConfigError("--judge-url is for --judge llm; add it, and --judge-model NAME")
-        spec = judges.default_judge(questions) if spec is None else spec
+        spec = judges.choose_default_judge(questions) if spec is None else spec
         kind, _, name = spec.partition(":")
-        return judges.judge(spec, column=column(name) if kind == "column" and name else None)
+        return judges.build_judge(spec, column=column(name) if kind == "column" and name else None)
     found = LLMJudge(model, base_url=url, cache=str(out / "judge.jsonl"))
     out.mkdir(parents=True, exist_ok=True)
     found.probe()

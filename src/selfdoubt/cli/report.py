@@ -44,20 +44,20 @@ def report(
     from selfdoubt.eval import external as files
     from selfdoubt.eval import run_folder
     from selfdoubt.eval.judges.judge import judge_records
-    from selfdoubt.eval.judges.rules import name_of, needs_answers
+    from selfdoubt.eval.judges.rules import get_judge_name, needs_answers
 
     given = Columns(question=question_column, answers=gold_column, named_by=answers_name)
     folder = answers if answers.is_dir() else answers.parent
     out = folder if out is None else out
-    read: files.Answers | None = None
+    read: files.ExternalAnswers | None = None
     run: dict[str, Any] = {}
     if answers.is_file():
-        read = files.read(answers, columns=given, answer=answer_column)
+        read = files.read_external_answers(answers, columns=given, answer=answer_column)
         records = read.records
     elif answer_column is not None or given != Columns():
         raise ConfigError(f"columns are named for a file of answers, and {answers} is none; leave them out")
     else:
-        records, run = run_folder.read_answers(answers)
+        records, run = run_folder.read_run_answers(answers)
     unjudged = [r for r in records if r.correct is None and r.note is None]
     if judge is not None or unjudged:
         unknown = read.unknown if read is not None else frozenset()
@@ -65,7 +65,11 @@ def report(
         questions = [r.question for r in open_ones if r.question.id not in unknown] or [r.question for r in records]
 
         def column(name: str) -> dict[str, Any]:
-            return question_sets.column(run_folder.file_of(answers), name) if read is None else read.column(name)
+            return (
+                question_sets.read_column(run_folder.find_answers_file(answers), name)
+                if read is None
+                else read.column(name)
+            )
 
         picked = flags.pick_judge(judge, questions, judge_url, judge_model, out, column)
         nothing_known = judge is not None or len(unjudged) == len(records)
@@ -74,7 +78,7 @@ def report(
                 f"{answers} does not say which answers are right: it has no verdicts (correct) and no accepted "
                 "answers; name their column with --gold-column, or that of verdicts with --judge column:NAME"
             )
-        run = {**run, "judge": name_of(picked)}
+        run = {**run, "judge": get_judge_name(picked)}
         records = judge_records(records, picked, unknown=unknown, only_open=judge is None)
     for line in workflow.report(records, run, out, draws=draws):
         print(line)

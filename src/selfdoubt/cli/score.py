@@ -42,9 +42,9 @@ def score(
     if out is not None:
         if question is not None or as_json:
             raise ConfigError("--out scores a file of answers, which --question and --json do not go with")
-        from selfdoubt.eval.rescore import read_answers, rescore
+        from selfdoubt.eval.rescore import read_answer_rows, rescore
 
-        rows = read_answers(file, out, question_column)
+        rows = read_answer_rows(file, out, question_column)
         lm = flags.load_lm(model, adapter, wrapper, dtype, quantize, risk, trust_remote_code)
         failed = rescore(
             lm, rows, out, question_column=question_column, answer_column=answer_column, batch_size=batch_size

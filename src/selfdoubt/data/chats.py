@@ -18,13 +18,13 @@ from selfdoubt.data.cells import required_text, whole_text
 from selfdoubt.data.questions import (
     AS_USUAL,
     Columns,
+    collect_choices,
     decide_naming,
-    find,
+    find_columns,
     is_record,
-    lower,
-    of_record,
-    question_of,
-    with_choices,
+    lower_name,
+    parse_question,
+    parse_record,
 )
 from selfdoubt.data.readers import SUFFIXES, Placed, Row, read_file, read_hub
 from selfdoubt.errors import DataError
@@ -44,7 +44,7 @@ LAYOUTS = {
 FLAGS = {"question": "--question-column", "answers": "--answer-column"}
 
 
-def read(source: str, *, limit: int | None = None, columns: Columns = AS_USUAL) -> Iterator[Chat]:
+def read_chats(source: str, *, limit: int | None = None, columns: Columns = AS_USUAL) -> Iterator[Chat]:
     """Yield the chats of a file (JSON, JSONL, CSV, TSV or Parquet) or of a data set on the hub, one by one.
 
     Args:
@@ -67,11 +67,11 @@ def _chats(source: str, columns: Columns) -> Iterator[Chat]:
     to_chat: Callable[[str, Row], Chat]
     layout = _layout(first[1]) if columns == AS_USUAL else "question and answer"
     if layout == "instruction":
-        names = {lower(name): name for name in reversed([*first[1]])}
+        names = {lower_name(name): name for name in reversed([*first[1]])}
         first_name, last_name, more_name = (names.get(n, n) for n in (*LAYOUTS[layout], INPUT))
         to_chat = partial(_instruction, first_name, last_name, more_name)
     elif layout == "chat":
-        to_chat = partial(_messages, next(name for name in first[1] if lower(name) == "messages"))
+        to_chat = partial(_messages, next(name for name in first[1] if lower_name(name) == "messages"))
     elif columns == AS_USUAL and is_record(first[1]):
         to_chat = _answered
     else:
@@ -96,18 +96,18 @@ def _rows(source: str) -> Iterator[Placed]:
 
 def _layout(row: Row) -> str:
     """Return which layout the columns of the first record are, without regard to case."""
-    columns = {lower(name) for name in row}
+    columns = {lower_name(name) for name in row}
     fits = (layout for layout, wanted in LAYOUTS.items() if columns.issuperset(wanted))
     return next(fits, "question and answer")
 
 
 def _columns(source: str, row: Row, given: Columns) -> Columns:
     try:
-        return find(source, row if given.choices else with_choices(row), given, flags=FLAGS)
+        return find_columns(source, row if given.choices else collect_choices(row), given, flags=FLAGS)
     except DataError as error:
         if given != AS_USUAL or "that looks like" not in str(error):
             raise
-    columns = {lower(name) for name in row}
+    columns = {lower_name(name) for name in row}
     lacks = {name: [c for c in wanted if c not in columns] for name, wanted in LAYOUTS.items()}
     raise DataError(
         f"{source} has the columns {sorted(columns)}; "
@@ -121,13 +121,13 @@ def _asked(columns: Columns, place: str, row: Row) -> Chat:
         answers: tuple[str, ...] = ("",)
         question = required_text(place, row, columns.question or "question")
     else:
-        found = question_of(place, with_choices(row), columns)
+        found = parse_question(place, collect_choices(row), columns)
         question, answers = found.text, found.answers
     return _pair(place, name, question, answers, row.get(name))
 
 
 def _answered(place: str, row: Row) -> Chat:
-    question = of_record(place, row)
+    question = parse_record(place, row)
     return _pair(place, "answers", question.text, question.answers, row.get("answers"))
 
 

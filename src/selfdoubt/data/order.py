@@ -22,20 +22,20 @@ def text_id(text: str, context: str | None = None) -> str:
     return _digest(text, context or "")[:12]
 
 
-def rank(seed: int, *parts: str) -> str:
+def rank_key(seed: int, *parts: str) -> str:
     """What to sort by for a random order that depends on the seed and on nothing around."""
     return _digest(str(seed), *parts)
 
 
-def subset(drafts: list[Draft], limit: int | None, seed: int) -> list[Draft]:
+def choose_subset(drafts: list[Draft], limit: int | None, seed: int) -> list[Draft]:
     """A random ``limit`` of them in their order; a greater limit keeps those of a smaller one."""
     if limit is None or limit >= len(drafts):
         return drafts
-    kept = sorted(range(len(drafts)), key=lambda i: rank(seed, drafts[i][0].id))[:limit]
+    kept = sorted(range(len(drafts)), key=lambda i: rank_key(seed, drafts[i][0].id))[:limit]
     return [drafts[i] for i in sorted(kept)]
 
 
-def unique(source: str, drafts: list[Draft]) -> list[Draft]:
+def assign_ids(source: str, drafts: list[Draft]) -> list[Draft]:
     """The same with an id each: their own, or one made of the text. A repeated question gets "-2", "-3" behind it.
 
     Raises:

@@ -9,24 +9,24 @@ from pathlib import Path
 from typing import Any
 
 from selfdoubt.data import truthfulqa
-from selfdoubt.data.order import Draft, subset, unique
+from selfdoubt.data.order import Draft, assign_ids, choose_subset
 from selfdoubt.data.questions import (
     AS_USUAL,
     Columns,
     Question,
+    collect_choices,
     decide_naming,
-    find,
+    find_columns,
     is_record,
-    of_record,
-    question_of,
-    with_choices,
+    parse_question,
+    parse_record,
 )
 from selfdoubt.data.readers import SUFFIXES, Placed, read_file_rows, read_hub_rows
 from selfdoubt.errors import ConfigError, DataError
 
 
 @dataclass(frozen=True)
-class Hub:
+class HubSet:
     """Where a known set lies on the hub."""
 
     name: str
@@ -36,16 +36,16 @@ class Hub:
 
 
 TRUTHFULQA, POCKET = "truthfulqa", "pocket"
-KNOWN: dict[str, Hub] = {
-    TRUTHFULQA: Hub(truthfulqa.HUB),
-    "nq_open": Hub("google-research-datasets/nq_open"),
-    "webquestions": Hub("stanfordnlp/web_questions", split="test"),
-    "triviaqa": Hub("mandarjoshi/trivia_qa", "rc.nocontext"),
-    "squad2": Hub("rajpurkar/squad_v2", columns=Columns(topic="title")),
+KNOWN: dict[str, HubSet] = {
+    TRUTHFULQA: HubSet(truthfulqa.HUB),
+    "nq_open": HubSet("google-research-datasets/nq_open"),
+    "webquestions": HubSet("stanfordnlp/web_questions", split="test"),
+    "triviaqa": HubSet("mandarjoshi/trivia_qa", "rc.nocontext"),
+    "squad2": HubSet("rajpurkar/squad_v2", columns=Columns(topic="title")),
 }
 
 
-def load(
+def load_questions(
     source: str | os.PathLike[str],
     *,
     task: str | None = None,
@@ -84,20 +84,20 @@ def load(
         os.fspath(source), task=task, seed=seed, columns=columns, separator=separator, config=config, split=split,
         revision=revision,
     )  # fmt: skip
-    return [question for question, _ in subset(drafts, limit, seed)]
+    return [question for question, _ in choose_subset(drafts, limit, seed)]
 
 
-def column(source: str | os.PathLike[str], name: str, **options: Any) -> dict[str, Any]:
+def read_column(source: str | os.PathLike[str], name: str, **options: Any) -> dict[str, Any]:
     """The cells of one more column by question id, e.g. a person's judgement for
     ``selfdoubt.eval.judges.rules.Column``.
 
     Args:
-        source: As in ``load``.
+        source: As in ``load_questions``.
         name: The column.
-        **options: As in ``load``, but for the limit.
+        **options: As in ``load_questions``, but for the limit.
 
     Raises:
-        DataError: As ``load``, and if there is no such column.
+        DataError: As ``load_questions``, and if there is no such column.
     """
     drafts = _read(os.fspath(source), **options)
     if not any(name in row for _, row in drafts):
@@ -120,25 +120,25 @@ def _read(
     if source == POCKET:
         path = Path(str(files("selfdoubt") / "pocket" / "evaluation.jsonl"))
     if source in (TRUTHFULQA, truthfulqa.HUB):
-        return unique(source, truthfulqa.from_the_hub(task, seed, split, revision))
+        return assign_ids(source, truthfulqa.from_the_hub(task, seed, split, revision))
     if source not in KNOWN and path.is_dir():
         if not any((path / name).is_file() for name in (truthfulqa.CSV, truthfulqa.JSON)):
             raise DataError(f"{source} is a folder without {truthfulqa.CSV} or {truthfulqa.JSON}; give one file")
-        return unique(source, truthfulqa.from_path(path, task, seed))
+        return assign_ids(source, truthfulqa.from_path(path, task, seed))
     rows = _rows(source, path, config, split, revision)
     if source in KNOWN and columns == AS_USUAL:
         columns = KNOWN[source].columns
     first = rows[0][1]
     if path.is_file() and columns == AS_USUAL and (truthfulqa.is_generation(first) or truthfulqa.is_choice(first)):
-        return unique(source, truthfulqa.from_path(path, task, seed))
+        return assign_ids(source, truthfulqa.from_path(path, task, seed))
     if task is not None:
         raise ConfigError(f"only TruthfulQA has tasks, and {source} is something else; leave the task {task!r} out")
     if columns == AS_USUAL and is_record(first):
-        return unique(source, [(of_record(place, row), row) for place, row in rows])
+        return assign_ids(source, [(parse_record(place, row), row) for place, row in rows])
     if columns.choices is None:
-        rows = [(place, with_choices(row)) for place, row in rows]
-    columns = decide_naming(rows, find(source, rows[0][1], columns))
-    return unique(source, [(question_of(place, row, columns, separator), row) for place, row in rows])
+        rows = [(place, collect_choices(row)) for place, row in rows]
+    columns = decide_naming(rows, find_columns(source, rows[0][1], columns))
+    return assign_ids(source, [(parse_question(place, row, columns, separator), row) for place, row in rows])
 
 
 def _rows(source: str, path: Path, config: str | None, split: str | None, revision: str | None) -> list[Placed]:

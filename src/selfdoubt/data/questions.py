@@ -73,12 +73,12 @@ FLAGS = {"question": "--question-column", "answers": "--answer-column", "choices
 _LETTERED = re.compile(r"(?:(?P<word>option|choice|opt)_?)?(?P<label>[a-j]|[1-9])")
 
 
-def lower(name: str) -> str:
+def lower_name(name: str) -> str:
     """Return a column's name as it is compared: in lower case, with underscores for spaces."""
     return str(name).strip().lower().replace(" ", "_")
 
 
-def find(
+def find_columns(
     source: str,
     row: Row,
     given: Columns,
@@ -108,7 +108,7 @@ def find(
         found[part] = _usual(source, row, part, usual, system, flags) if name is None else name
     for part in needed:
         if found[part] is None:
-            names_of = (n for n in USUAL[part] if n != lower(system or ""))
+            names_of = (n for n in USUAL[part] if n != lower_name(system or ""))
             raise DataError(
                 f"{source} has no column that looks like the {part} ({' or '.join(names_of)}); "
                 f"it has {names(row)}: say which one it is{_with(flags, part)}"
@@ -121,10 +121,12 @@ def _usual(
 ) -> str | None:
     """Find the column of a usual name. Two are ambiguous, also where their first cells are equal, except that a list of
     accepted answers goes before one answer."""
-    fits = [name for wanted in usual for name in row if lower(name) == wanted and name != system]
+    fits = [name for wanted in usual for name in row if lower_name(name) == wanted and name != system]
     if not fits:
         return None
-    rivals = (n for n in fits[1:] if lower(n) == lower(fits[0]) or (part == "answers" and lower(n) in _GOLD))
+    rivals = (
+        n for n in fits[1:] if lower_name(n) == lower_name(fits[0]) or (part == "answers" and lower_name(n) in _GOLD)
+    )
     other = next(rivals, None)
     if other is not None:
         raise DataError(
@@ -138,13 +140,13 @@ def _with(flags: Mapping[str, str], part: str) -> str:
     return f" with {flags[part]}" if part in flags else ""
 
 
-def with_choices(row: Row) -> Row:
+def collect_choices(row: Row) -> Row:
     """Return a row with its lettered columns (A, B, C, D; option_a, ...; choice1, ...) as one column of choices."""
-    if any(lower(name) in USUAL["choices"] for name in row):
+    if any(lower_name(name) in USUAL["choices"] for name in row):
         return row
     found: dict[tuple[str, str], str] = {}
     for name in row:
-        match = _LETTERED.fullmatch(lower(name))
+        match = _LETTERED.fullmatch(lower_name(name))
         if match and (match["word"] or match["label"].isalpha()):
             found.setdefault((match["word"] or "", match["label"]), name)
     for word, first in {(word, "1" if label.isdecimal() else "a"): None for word, label in found}:
@@ -158,7 +160,7 @@ def with_choices(row: Row) -> Row:
     return row
 
 
-def question_of(place: str, row: Row, columns: Columns, separator: str | None = None) -> Question:
+def parse_question(place: str, row: Row, columns: Columns, separator: str | None = None) -> Question:
     """Read the question of a row; its id is empty where the row has none.
 
     Empty and repeated choices are left out: nothing can be learnt from choosing them.
@@ -292,7 +294,7 @@ def is_record(row: Row) -> bool:
     return set(row) >= _OWN and isinstance(row["correct"], (bool, type(None)))
 
 
-def of_record(place: str, row: Row) -> Question:
+def parse_record(place: str, row: Row) -> Question:
     """Read the question of a record, without what was answered.
 
     Raises:
@@ -303,11 +305,11 @@ def of_record(place: str, row: Row) -> Question:
             f"{place}: has no accepted answers; write them under answers, or [] where only declining is right"
         )
     answers = [] if row.get("answers") is None else row["answers"]
-    question = question_of(place, {**row, "answers": answers}, _OWN_COLUMNS)
+    question = parse_question(place, {**row, "answers": answers}, _OWN_COLUMNS)
     return replace(question, answers=texts(place, "answers", answers))
 
 
 __all__ = [
-    "AS_USUAL", "FLAGS", "NAMED_BY", "USUAL", "Columns", "Question", "find", "is_record", "lower", "of_record",
-    "question_of", "with_choices",
+    "AS_USUAL", "FLAGS", "NAMED_BY", "USUAL", "Columns", "Question", "collect_choices", "find_columns", "is_record",
+    "lower_name", "parse_question", "parse_record",
 ]  # fmt: skip

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from selfdoubt.data.cells import required_text, texts
-from selfdoubt.data.order import rank, text_id
+from selfdoubt.data.order import rank_key, text_id
 from selfdoubt.data.questions import Question
 from selfdoubt.data.readers import Placed, Row, read_file_rows, read_hub_rows
 from selfdoubt.errors import ConfigError, DataError
@@ -116,7 +116,7 @@ def _closed(place: str, row: Row, text: str, topic: str | None, task: Task, seed
     if {label for _, label in pairs} != {0, 1} or not all(isinstance(c, str) and c.strip() for c, _ in pairs):
         raise DataError(f"{place}: {task}_targets must map texts to 0 and 1, with at least one of each; mend the entry")
     own = text_id(text)
-    pairs = sorted(pairs, key=lambda pair: rank(seed, own, pair[0]))
+    pairs = sorted(pairs, key=lambda pair: rank_key(seed, own, pair[0]))
     choices = tuple(c for c, _ in pairs)
     right = tuple(i for i, (_, label) in enumerate(pairs) if label == 1)
     return Question(own, text, None, tuple(choices[i] for i in right), (), choices, right, topic)

@@ -14,16 +14,16 @@ from selfdoubt.data.cells import names, required_text
 from selfdoubt.data.questions import (
     Columns,
     Question,
-    find,
+    collect_choices,
+    find_columns,
     is_record,
-    lower,
-    of_record,
-    question_of,
-    with_choices,
+    lower_name,
+    parse_question,
+    parse_record,
 )
 from selfdoubt.data.readers import Row, read_file
 from selfdoubt.errors import DataError
-from selfdoubt.eval.judges.verdict import of_cell
+from selfdoubt.eval.judges.verdict import parse_verdict
 from selfdoubt.eval.records import Record, Sample
 
 #: Usual names of the column that holds a system's answer.
@@ -36,7 +36,7 @@ _PARTS = {f.name for f in fields(Record)} - {"question", "answer"}
 
 
 @dataclass(frozen=True)
-class Answers:
+class ExternalAnswers:
     """Records of a file, with what only the file knows."""
 
     records: list[Record]
@@ -54,7 +54,7 @@ class Answers:
         return {id_: row.get(name) for id_, row in self.rows.items()}
 
 
-def read(path: Path, *, columns: Columns, answer: str | None = None) -> Answers:
+def read_external_answers(path: Path, *, columns: Columns, answer: str | None = None) -> ExternalAnswers:
     """Read a file of answers: JSONL, JSON, CSV, TSV or Parquet.
 
     A row without an id is numbered. Only an explicit empty list says that a question has no right answer; where the
@@ -73,7 +73,7 @@ def read(path: Path, *, columns: Columns, answer: str | None = None) -> Answers:
         raise DataError(f"{path} holds no answers; give a file with at least one")
     first = {name: cell for _, row in reversed(placed) for name, cell in row.items()}
     system = _system(path, first, answer)
-    found = _columns(str(path), with_choices(first), columns, system)
+    found = _columns(str(path), collect_choices(first), columns, system)
     taken = {str(row[found.id]) for _, row in placed if found.id and row.get(found.id) not in (None, "")}
     records: list[Record] = []
     rows: dict[str, Row] = {}
@@ -86,12 +86,12 @@ def read(path: Path, *, columns: Columns, answer: str | None = None) -> Answers:
         rows[own] = row
         unknown |= set() if known else {own}
         records.append(_record(place, row, system, replace(question, id=own)))
-    return Answers(records, rows, frozenset(unknown))
+    return ExternalAnswers(records, rows, frozenset(unknown))
 
 
 def _parts(row: Row) -> Row:
     """Return the parts of a record by their own names: "Correct" is correct."""
-    return {lower(name): cell for name, cell in row.items() if name not in _PARTS and lower(name) in _PARTS}
+    return {lower_name(name): cell for name, cell in row.items() if name not in _PARTS and lower_name(name) in _PARTS}
 
 
 def _system(path: Path, first: Row, given: str | None) -> str:
@@ -99,7 +99,7 @@ def _system(path: Path, first: Row, given: str | None) -> str:
         if given not in first:
             raise DataError(f"{path} has no column {given!r} for the system's answers; it has {names(first)}")
         return given
-    fits = [name for wanted in SYSTEM for name in first if lower(name) == wanted]
+    fits = [name for wanted in SYSTEM for name in first if lower_name(name) == wanted]
     if not fits:
         raise DataError(
             f"{path} has no column that looks like a system's answer ({' or '.join(SYSTEM)}); it has {names(first)}: "
@@ -115,7 +115,7 @@ def _system(path: Path, first: Row, given: str | None) -> str:
 
 def _columns(source: str, first: Row, given: Columns, system: str) -> Columns:
     """Find columns as for questions, but that accepted answers may be missing."""
-    return find(source, first, given, system=system, flags=FLAGS, needed=("question",))
+    return find_columns(source, first, given, system=system, flags=FLAGS, needed=("question",))
 
 
 def _free(name: str, taken: set[str]) -> str:
@@ -128,13 +128,13 @@ def _free(name: str, taken: set[str]) -> str:
 def _question(place: str, row: Row, columns: Columns) -> tuple[Question, bool]:
     """Read the question, and whether its right answers are known."""
     if is_record(row) and {"finish", "note", "right"} & set(row):  # of ``selfdoubt evaluate``
-        return of_record(place, row), True
+        return parse_record(place, row), True
     cell = row.get(columns.answers or "answers")
     if cell is None or (isinstance(cell, str) and not cell.strip()):
         required_text(place, row, columns.question or "question")
         bare = replace(columns, choices=None, answers="answers")
-        return question_of(place, {**row, "answers": []}, bare), False
-    return question_of(place, with_choices(row), columns), True
+        return parse_question(place, {**row, "answers": []}, bare), False
+    return parse_question(place, collect_choices(row), columns), True
 
 
 def _record(place: str, row: Row, system: str, question: Question) -> Record:
@@ -143,7 +143,7 @@ def _record(place: str, row: Row, system: str, question: Question) -> Record:
         answer = str(answer).removesuffix(".0")  # pandas makes 4 of a column with gaps 4.0
     if answer is not None and not isinstance(answer, str):
         raise DataError(f"{place}: {system} must be text, found {type(answer).__name__}; mend or remove the row")
-    verdict = of_cell(f"{place}: correct", row.get("correct"))
+    verdict = parse_verdict(f"{place}: correct", row.get("correct"))
     grade = _number(place, "grade", row.get("grade"))
     return Record(
         question,
@@ -155,7 +155,7 @@ def _record(place: str, row: Row, system: str, question: Question) -> Record:
         _text(place, "finish", row.get("finish")),
         _number(place, "percentile", row.get("percentile"), share=True),
         _number(place, "p_correct", row.get("p_correct"), share=True),
-        of_cell(f"{place}: abstain", row.get("abstain")).correct,
+        parse_verdict(f"{place}: abstain", row.get("abstain")).correct,
         verdict.correct,
         verdict.grade if grade is None and verdict.grade not in (0.0, 1.0) else grade,
         _text(place, "note", row.get("note")),
@@ -234,4 +234,6 @@ def _sample(place: str, cell: Any) -> Sample:
     if risk is None:
         raise DataError(f"{place}: a sample lacks its risk; mend it, or leave the samples out")
     percentile = _number(place, "the percentile of a sample", cell.get("percentile"), share=True)
-    return Sample(cell["text"], risk, percentile, of_cell(f"{place}: correct of a sample", cell.get("correct")).correct)
+    return Sample(
+        cell["text"], risk, percentile, parse_verdict(f"{place}: correct of a sample", cell.get("correct")).correct
+    )

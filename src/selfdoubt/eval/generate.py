@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 from selfdoubt.errors import ConfigError
 from selfdoubt.eval.judges.choices import judge_mc1, judge_mc2, shares
-from selfdoubt.eval.prompts import CHAT, STOP, Message, Prompting, answer_text, letter, prompt
+from selfdoubt.eval.prompts import CHAT, STOP, Message, Prompting, answer_text, build_prompt, letter
 from selfdoubt.eval.records import Question, Record, Sample, with_scores
 from selfdoubt.eval.scores.agreement import Same, agreement_scores
 from selfdoubt.eval.scores.p_true import p_true
 from selfdoubt.lm.calibration import POSITIONS
 from selfdoubt.lm.conditions import Conditions
-from selfdoubt.lm.scoring import score_given
+from selfdoubt.lm.scoring import score_teacher_forced
 from selfdoubt.lm.text.prompt import encode
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ Prompt = str | list[Message]
 
 
 @dataclass(frozen=True)
-class Plan:
+class EvaluationConfig:
     """Everything about asking that changes what comes back.
 
     Raises:
@@ -65,7 +65,7 @@ class Plan:
 
     def prompt(self, question: Question) -> Prompt:
         """What the model is asked."""
-        return prompt(question, self.shots, self.how)
+        return build_prompt(question, self.shots, self.how)
 
     def conditions(self, lm: RiskAwareLM, questions: Sequence[Question]) -> Conditions:
         """Return how the answers to these questions are made, for a calibration."""
@@ -79,7 +79,7 @@ class Plan:
 
 
 @dataclass
-class Asked:
+class AnsweredBatch:
     """What a batch of questions came to."""
 
     records: list[Record] = field(default_factory=list)
@@ -94,7 +94,7 @@ class Asked:
         self.costs[name] = {"passes": passes, "seconds": time.perf_counter() - start}
 
 
-def ask(lm: RiskAwareLM, questions: Sequence[Question], plan: Plan, alike: Same) -> Asked:
+def ask_batch(lm: RiskAwareLM, questions: Sequence[Question], plan: EvaluationConfig, alike: Same) -> AnsweredBatch:
     """Ask questions side by side.
 
     Args:
@@ -106,7 +106,7 @@ def ask(lm: RiskAwareLM, questions: Sequence[Question], plan: Plan, alike: Same)
     Returns:
         One record a question, in their order, unjudged but for multiple choice.
     """
-    found = Asked()
+    found = AnsweredBatch()
     prompts = [plan.prompt(q) for q in questions]
     if questions[0].choices:
         answers = _choose(lm, questions, prompts, plan, found)
@@ -125,11 +125,11 @@ def ask(lm: RiskAwareLM, questions: Sequence[Question], plan: Plan, alike: Same)
     return found
 
 
-def _options(plan: Plan) -> dict[str, Any]:
+def _options(plan: EvaluationConfig) -> dict[str, Any]:
     return {"max_tokens": plan.max_tokens, "raw": plan.raw, "stop": [STOP] if plan.raw else []}
 
 
-def _record(question: Question, answer: Answer, plan: Plan) -> Record:
+def _record(question: Question, answer: Answer, plan: EvaluationConfig) -> Record:
     return Record(
         question,
         answer_text(answer.text, plan.how),
@@ -153,7 +153,9 @@ def _short(value: float) -> float:
     return float(f"{value:.7g}")
 
 
-def _draw(lm: RiskAwareLM, prompts: Sequence[Prompt], plan: Plan, alike: Same, found: Asked) -> None:
+def _draw(
+    lm: RiskAwareLM, prompts: Sequence[Prompt], plan: EvaluationConfig, alike: Same, found: AnsweredBatch
+) -> None:
     """Further answers to each question, and the scores of how much they agree."""
     n = plan.samples
     seeds = [sample_seed(plan.seed, r.question.id, i) for r in found.records for i in range(n)]
@@ -178,7 +180,11 @@ def sample_seed(seed: int, question: str, number: int) -> int:
 
 
 def _choose(
-    lm: RiskAwareLM, questions: Sequence[Question], prompts: Sequence[Prompt], plan: Plan, found: Asked
+    lm: RiskAwareLM,
+    questions: Sequence[Question],
+    prompts: Sequence[Prompt],
+    plan: EvaluationConfig,
+    found: AnsweredBatch,
 ) -> list[Answer]:
     """The most probable choice of each question, by the sum of its tokens' log-probabilities.
 
@@ -190,7 +196,7 @@ def _choose(
     with found.timed("answer", len(pairs) / len(questions)):
         for first in range(0, len(pairs), plan.batch_size):
             part = pairs[first : first + plan.batch_size]
-            scored += score_given(lm, part, raw=plan.raw, alternatives=0, made="choice")
+            scored += score_teacher_forced(lm, part, raw=plan.raw, alternatives=0, made="choice")
     chosen, rest = [], iter(scored)
     for question in questions:
         own = list(islice(rest, len(question.choices)))
@@ -207,7 +213,7 @@ def _choose(
     return chosen
 
 
-def _said(question: Question, choice: int, plan: Plan) -> str:
+def _said(question: Question, choice: int, plan: EvaluationConfig) -> str:
     """What the model would say to take this choice; plain text goes on after "A:", with a space."""
     text = letter(choice) if plan.how.options else question.choices[choice]
     return f" {text}" if plan.raw else text

@@ -42,7 +42,7 @@ class Prompting:
 CHAT = Prompting()
 
 
-def prompt(question: Question, shots: Sequence[Question] = (), how: Prompting = CHAT) -> list[Message] | str:
+def build_prompt(question: Question, shots: Sequence[Question] = (), how: Prompting = CHAT) -> list[Message] | str:
     r"""What the model is asked.
 
     Args:
@@ -57,7 +57,7 @@ def prompt(question: Question, shots: Sequence[Question] = (), how: Prompting = 
     Raises:
         ConfigError: If choices are to be shown and the question, or an example, has none, or more than 26.
     """
-    instruction = usual_instruction(question, how.options) if how.instruction is None else how.instruction
+    instruction = choose_instruction(question, how.options) if how.instruction is None else how.instruction
     if how.style == "qa":
         blocks = [f"{_line_by_line(_body(s, how, 'Q: '))}\nA: {_one_line(shown_answer(s, how.options))}" for s in shots]
         last = f"{_line_by_line(_body(question, how, 'Q: '))}\nA:"
@@ -73,7 +73,7 @@ def prompt(question: Question, shots: Sequence[Question] = (), how: Prompting = 
     return [_user(f"{instruction}\n\n{turns[0]['content']}"), *turns[1:]]
 
 
-def usual_instruction(question: Question, options: bool) -> str:
+def choose_instruction(question: Question, options: bool) -> str:
     """The line that goes before questions of this kind; empty where they need none."""
     if options and question.choices:
         return BY_LETTER

@@ -83,7 +83,7 @@ class Record:
         return record
 
 
-def read(path: str | os.PathLike[str]) -> list[Record]:
+def read_records(path: str | os.PathLike[str]) -> list[Record]:
     """All records of a file.
 
     Raises:
@@ -125,7 +125,7 @@ def rows(path: str | os.PathLike[str]) -> Iterator[tuple[str, dict[str, Any]]]:
         yield f"{path}, line {number}", row
 
 
-def save(path: str | os.PathLike[str], records: Iterable[Record]) -> None:
+def save_records(path: str | os.PathLike[str], records: Iterable[Record]) -> None:
     """Write a file of records, whole or not at all; half of a character is written as JSON escapes it."""
     write(Path(path), "".join(line(r) for r in records).encode("utf-8", "backslashreplace"))
 

@@ -22,7 +22,7 @@ WRITTEN = (
 )  # fmt: skip
 
 
-def read_answers(file: str, out: Path, question_column: str) -> list[dict[str, Any]]:
+def read_answer_rows(file: str, out: Path, question_column: str) -> list[dict[str, Any]]:
     """The rows of a file of answers, before a model loads.
 
     Raises:

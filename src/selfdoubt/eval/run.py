@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, distributed
 
 from selfdoubt.errors import DataError
-from selfdoubt.eval.generate import Asked, Plan, ask
+from selfdoubt.eval.generate import AnsweredBatch, EvaluationConfig, ask_batch
 from selfdoubt.eval.records import Question
-from selfdoubt.eval.scores.agreement import same
-from selfdoubt.eval.shards import Parts
+from selfdoubt.eval.scores.agreement import build_equivalence
+from selfdoubt.eval.shards import Shards
 from selfdoubt.lm.hidden_states import decoder_layers
 from selfdoubt.lm.text.prompt import encode
 from selfdoubt.members import innermost
@@ -28,9 +28,13 @@ if TYPE_CHECKING:
     from selfdoubt.lm.model import RiskAwareLM
 
 
-def evaluate(
-    lm: RiskAwareLM, questions: Sequence[Question], plan: Plan, out: Path, about: Mapping[str, Any] | None = None
-) -> Asked | None:
+def ask_questions(
+    lm: RiskAwareLM,
+    questions: Sequence[Question],
+    plan: EvaluationConfig,
+    out: Path,
+    about: Mapping[str, Any] | None = None,
+) -> AnsweredBatch | None:
     """Ask all questions; finished batches are kept in ``out`` and never asked twice.
 
     Batches are made of all questions before they are shared out, so that the answers are the same to the last bit
@@ -58,19 +62,19 @@ def evaluate(
     batches = [order[i : i + plan.batch_size] for i in range(0, len(order), plan.batch_size)]
     whole = {**(about or {}), **asdict(plan), "layers": list(lm.layers), "questions": _digest(questions)}
     if rank == 0:
-        parts = Parts(out, whole)
+        parts = Shards(out, whole)
     if world > 1:
         distributed.barrier()
     if rank > 0:
-        parts = Parts(out, whole)
+        parts = Shards(out, whole)
     own = range(rank, len(batches), world)
-    alike = same(plan.clusters)
+    alike = build_equivalence(plan.clusters)
     with _progress(quiet=rank > 0) as progress:
         done = sum(len(batches[b]) for b in own if parts.has(b))
         task = progress.add_task("asking", total=sum(len(batches[b]) for b in own), completed=done)
         for b in own:
             if not parts.has(b):
-                parts.put(b, ask(lm, [questions[i] for i in batches[b]], plan, alike))
+                parts.put(b, ask_batch(lm, [questions[i] for i in batches[b]], plan, alike))
                 progress.advance(task, len(batches[b]))
     found = {b: parts.get(b) for b in own}
     if world > 1:
@@ -82,7 +86,7 @@ def evaluate(
     return _join(questions, batches, [found[b] for b in range(len(batches))])
 
 
-def quarters(lm: RiskAwareLM) -> tuple[int, ...]:
+def choose_quarter_layers(lm: RiskAwareLM) -> tuple[int, ...]:
     """The decoder layers at a quarter, a half and three quarters of the depth, and the last."""
     n = len(decoder_layers(innermost(lm.model)))
     return tuple(sorted({max(0, n * k // 4 - 1) for k in (1, 2, 3, 4)}))
@@ -102,7 +106,7 @@ def _check(questions: Sequence[Question]) -> None:
         )
 
 
-def _by_length(lm: RiskAwareLM, questions: Sequence[Question], plan: Plan) -> list[int]:
+def _by_length(lm: RiskAwareLM, questions: Sequence[Question], plan: EvaluationConfig) -> list[int]:
     """Places of the questions, the longest prompt first: what does not fit the memory is known at once."""
     lengths = [len(encode(lm.tokenizer, plan.prompt(q), raw=plan.raw).ids) for q in questions]
     return sorted(range(len(questions)), key=lambda i: (-lengths[i], i))
@@ -125,7 +129,9 @@ def _progress(*, quiet: bool) -> Progress:
     return progress.Progress(*columns, console=console, disable=quiet or not console.is_terminal)
 
 
-def _join(questions: Sequence[Question], batches: Sequence[Sequence[int]], parts: Sequence[Asked]) -> Asked:
+def _join(
+    questions: Sequence[Question], batches: Sequence[Sequence[int]], parts: Sequence[AnsweredBatch]
+) -> AnsweredBatch:
     place = {i: row for row, i in enumerate(i for batch in batches for i in batch)}
     rows = [place[i] for i in range(len(questions))]
     records = [record for part in parts for record in part.records]
@@ -138,4 +144,4 @@ def _join(questions: Sequence[Question], batches: Sequence[Sequence[int]], parts
             total = costs.setdefault(name, {"passes": 0.0, "seconds": 0.0})
             total["passes"] += cost["passes"] * len(batch) / len(questions)
             total["seconds"] += cost["seconds"]
-    return Asked([records[row] for row in rows], states, costs)
+    return AnsweredBatch([records[row] for row in rows], states, costs)

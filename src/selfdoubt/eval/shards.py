@@ -20,13 +20,13 @@ from safetensors.torch import save as serialize
 
 from selfdoubt.errors import ConfigError, DataError
 from selfdoubt.eval import records
-from selfdoubt.eval.generate import Asked
+from selfdoubt.eval.generate import AnsweredBatch
 from selfdoubt.storage import write
 
 FOLDER, PLAN = "parts", "plan.json"
 
 
-class Parts:
+class Shards:
     """The finished batches of a run.
 
     Args:
@@ -55,22 +55,22 @@ class Parts:
         """Whether a batch is finished."""
         return self._path(batch, "jsonl").is_file()
 
-    def put(self, batch: int, asked: Asked) -> None:
+    def put(self, batch: int, asked: AnsweredBatch) -> None:
         """Keep a finished batch."""
         if asked.states:
             write(self._path(batch, "safetensors"), serialize({k: v.contiguous() for k, v in asked.states.items()}))
         write(self._path(batch, "json"), json.dumps(asked.costs).encode())
-        records.save(self._path(batch, "jsonl"), asked.records)
+        records.save_records(self._path(batch, "jsonl"), asked.records)
 
-    def get(self, batch: int) -> Asked:
+    def get(self, batch: int) -> AnsweredBatch:
         """A finished batch.
 
         Raises:
             DataError: If a file of it is broken.
         """
         states = self._path(batch, "safetensors")
-        return Asked(
-            records.read(self._path(batch, "jsonl")),
+        return AnsweredBatch(
+            records.read_records(self._path(batch, "jsonl")),
             load_file(states) if states.is_file() else {},
             _read(self._path(batch, "json")),
         )

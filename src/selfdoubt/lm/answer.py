@@ -184,7 +184,7 @@ def check_score(name: str) -> None:
         raise ConfigError(f"no answer score is called {name!r}; choose one of {', '.join(sorted(known))}")
 
 
-def stand_in(name: str) -> str:
+def fallback_score(name: str) -> str:
     """The score that takes this one's place where it cannot be had."""
     return "sum_nll" if name in RANK_SCORES else "mean_nll"
 
@@ -197,7 +197,7 @@ def pick_risk(scores: Mapping[str, float], name: str) -> tuple[float, str]:
     """
     check_score(name)
     bare = name.removeprefix("question_").removeprefix("both_")
-    for candidate in (name, bare, f"question_{bare}", stand_in(name), f"question_{stand_in(name)}"):
+    for candidate in (name, bare, f"question_{bare}", fallback_score(name), f"question_{fallback_score(name)}"):
         if candidate in scores:
             return scores[candidate], candidate
     raise ConfigError(f"the score {name!r} needs at least one token, got an empty answer and question")

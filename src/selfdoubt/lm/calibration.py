@@ -225,7 +225,7 @@ class Calibration:
         value = self.bias
         for i, (name, (low, high)) in enumerate(zip(self.features, self.ranges, strict=True)):
             score = min(max(scores[name], low), high)
-            value += self.weights[i] * transformed(score) + self.linear[i] * score
+            value += self.weights[i] * transform_score(score) + self.linear[i] * score
         if self.state is not None and hidden is not None:
             value += self.state.value(hidden)
             if self.state.is_far(hidden):
@@ -326,17 +326,17 @@ def _check_fits(head: Calibration) -> None:
         ascending([low, high], f"calibration.ranges[{i}]")
 
 
-def stored(card: Mapping[str, Any]) -> Calibration | None:
-    """The calibration in an adapter's card, if it has one.
+def read_calibration(manifest: Mapping[str, Any]) -> Calibration | None:
+    """The calibration in an adapter's manifest, if it has one.
 
     Raises:
         LoadError: If it is broken.
     """
-    entry = card.get("calibration")
+    entry = manifest.get("calibration")
     return None if entry is None else Calibration.from_json(entry)
 
 
-def transformed(score: float) -> float:
+def transform_score(score: float) -> float:
     """A score on a logarithmic scale, where sums over few and many tokens compare."""
     return math.log(max(score, 0.0) + FLOOR)
 

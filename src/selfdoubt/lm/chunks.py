@@ -8,7 +8,7 @@ import math
 FEWEST = 8
 
 
-class PieceSizer:
+class ChunkSizer:
     """Chooses how much of a prompt or text is read at once, from the time that earlier pieces took.
 
     A piece costs a fixed time and a time per token, which grows with the context. The fixed time is the shortest that

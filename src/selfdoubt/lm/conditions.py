@@ -53,18 +53,20 @@ class Conditions:
     stops: tuple[str, ...] = ()  #: texts that ended some of them
     cut: int | None = None  #: fewest tokens of an answer that was cut at max tokens; None: all were whole
     wrappers: tuple[Mapping[str, Any], ...] = ()  #: settings, from the innermost outwards
-    base: Mapping[str, tuple[float, ...]] = field(default_factory=dict)  #: a few weights by name, see ``sketch``
+    base: Mapping[str, tuple[float, ...]] = field(
+        default_factory=dict
+    )  #: a few weights by name, see ``sketch_weights``
 
     @classmethod
     def of_model(cls, model: nn.Module, **more: Any) -> Conditions:
         """Return the conditions of answers that this model gives; ``more`` sets other fields."""
-        return cls(wrappers=settings(model), base=sketch(model), **more)
+        return cls(wrappers=read_wrapper_settings(model), base=sketch_weights(model), **more)
 
     def refuse_model(self, model: nn.Module) -> str | None:
         """Return why this calibration says nothing about a model's answers; None where it does."""
-        if not _alike(self.wrappers, settings(model)):
+        if not _alike(self.wrappers, read_wrapper_settings(model)):
             return f"the calibration was made with another wrapper; {_AGAIN}"
-        if not _same_base(self.base, sketch(model, self.base)):
+        if not _same_base(self.base, sketch_weights(model, self.base)):
             return f"the calibration was made for another base model; {_AGAIN}"
         return None
 
@@ -138,7 +140,7 @@ _MADE: dict[str, str] = {
 }
 
 
-def settings(model: nn.Module) -> tuple[dict[str, Any], ...]:
+def read_wrapper_settings(model: nn.Module) -> tuple[dict[str, Any], ...]:
     """Return the wrappers' settings as plain data, from the innermost outwards."""
     found: list[dict[str, Any]] = []
     while isinstance(model, Wrapped):
@@ -148,7 +150,7 @@ def settings(model: nn.Module) -> tuple[dict[str, Any], ...]:
     return tuple(reversed(found))
 
 
-def sketch(model: nn.Module, names: Mapping[str, Any] | None = None) -> dict[str, tuple[float, ...]]:
+def sketch_weights(model: nn.Module, names: Mapping[str, Any] | None = None) -> dict[str, tuple[float, ...]]:
     """Return a few weights of a base model: enough to tell it from others of equal shape.
 
     Of its embeddings, its last norm and three of its matrices, ``SAMPLED`` numbers each. Left out is what is quantised

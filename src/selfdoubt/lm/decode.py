@@ -14,14 +14,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from selfdoubt import risk
-from selfdoubt.lm.prefill import ScoredId, scored_ids
+from selfdoubt.lm.prefill import ScoredId, score_ids
 from selfdoubt.lm.sampling import Sampling, choose
-from selfdoubt.lm.stepper import Logits, Stepper
+from selfdoubt.lm.stepper import StepOutput, Stepper
 
 Finish = Literal["stop", "length"]
 
 
-class Event(NamedTuple):
+class TokenEvent(NamedTuple):
     """One step of one sequence: a token, or the end."""
 
     sequence: int
@@ -32,7 +32,7 @@ class Event(NamedTuple):
 
 
 @dataclass(eq=False)
-class Line:
+class TokenSequence:
     """One sequence of a batch.
 
     Args:
@@ -61,17 +61,17 @@ class Line:
             self._draw = torch.rand((), generator=self._generator, dtype=torch.float64)
         return self._draw
 
-    def take(self, token: ScoredId, states: Float[Tensor, "layers width"] | None) -> Event:
+    def take(self, token: ScoredId, states: Float[Tensor, "layers width"] | None) -> TokenEvent:
         """What happens when this token is the next."""
         self._draw = None
         few = token._replace(alternatives=token.alternatives[: self.sampling.alternatives])
         if token.id in self.sampling.stop_ids:
-            return Event(self.name, None, "stop", states, few)
+            return TokenEvent(self.name, None, "stop", states, few)
         self.chosen.append(token.id)
-        return Event(self.name, few, "length" if len(self.chosen) >= self.room else None, states)
+        return TokenEvent(self.name, few, "length" if len(self.chosen) >= self.room else None, states)
 
 
-class Batch:
+class DecodeBatch:
     """Sequences that are decoded side by side, and may come and go between tokens.
 
     ``choose`` and ``step`` take turns; ``drop`` and ``join`` are for the time before ``choose``.
@@ -82,14 +82,14 @@ class Batch:
         lines: The sequences, in the order of the prompts.
     """
 
-    def __init__(self, stepper: Stepper, following: Logits, lines: Sequence[Line]) -> None:
+    def __init__(self, stepper: Stepper, following: StepOutput, lines: Sequence[TokenSequence]) -> None:
         self.lines = list(lines)
         self._stepper = stepper
         self._following = following
         self._chosen: Int[Tensor, " batch"] | None = None
         self._ended: set[int] = set()
 
-    def choose(self) -> list[Event]:
+    def choose(self) -> list[TokenEvent]:
         """The next token of every sequence, or its end.
 
         Raises:
@@ -100,7 +100,7 @@ class Batch:
         mixed = risk.mixture(following.logits)
         chosen = choose(mixed, samplings, torch.stack([line.draw() for line in self.lines]))
         most = max(sampling.alternatives for sampling in samplings)
-        tokens = scored_ids(following.at(None), chosen[:, None], most, mixed[:, None])
+        tokens = score_ids(following.at(None), chosen[:, None], most, mixed[:, None])
         self._chosen = chosen
         events = []
         for row, (line, (token,)) in enumerate(zip(self.lines, tokens, strict=True)):
@@ -131,7 +131,7 @@ class Batch:
             self._stepper.keep(kept)
         return kept
 
-    def join(self, other: Batch) -> None:
+    def join(self, other: DecodeBatch) -> None:
         """Take in the sequences of another batch of the same model, behind one's own.
 
         Raises:
@@ -149,12 +149,12 @@ class Batch:
 
 def decode(
     stepper: Stepper,
-    following: Logits,
+    following: StepOutput,
     lengths: Sequence[int],
     sampling: Sampling,
     seeds: Sequence[int],
     closed: Set[int] = frozenset(),
-) -> Iterator[Event]:
+) -> Iterator[TokenEvent]:
     """Choose tokens until every sequence has ended.
 
     Args:
@@ -166,11 +166,11 @@ def decode(
         closed: Sequences that whoever reads the events wants no more of; looked at after each token.
     """
     room = [(stepper.context or 2**62) - length for length in lengths]
-    lines = [Line(i, sampling, seed, room[i]) for i, seed in enumerate(seeds)]
-    yield from run(Batch(stepper, following, lines), closed)
+    lines = [TokenSequence(i, sampling, seed, room[i]) for i, seed in enumerate(seeds)]
+    yield from decode_batch(DecodeBatch(stepper, following, lines), closed)
 
 
-def run(batch: Batch, closed: Set[int] = frozenset()) -> Iterator[Event]:
+def decode_batch(batch: DecodeBatch, closed: Set[int] = frozenset()) -> Iterator[TokenEvent]:
     """Choose tokens until every sequence of a batch has ended; see ``decode``."""
     while batch.lines:
         yield from batch.choose()

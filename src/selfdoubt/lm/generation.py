@@ -14,11 +14,11 @@ from torch import Tensor
 from selfdoubt.errors import ConfigError
 from selfdoubt.lm.answer import Answer, Token
 from selfdoubt.lm.calibration import States
-from selfdoubt.lm.chunks import PieceSizer
+from selfdoubt.lm.chunks import ChunkSizer
 from selfdoubt.lm.conditions import Made, Origin
-from selfdoubt.lm.decode import Batch, Event, Line, run
-from selfdoubt.lm.hidden_states import StatePool
-from selfdoubt.lm.prefill import ScoredId, reading, whole
+from selfdoubt.lm.decode import DecodeBatch, TokenEvent, TokenSequence, decode_batch
+from selfdoubt.lm.hidden_states import HiddenStatePooler
+from selfdoubt.lm.prefill import ScoredId, prefill_in_chunks, run_to_end
 from selfdoubt.lm.sampling import Sampling
 from selfdoubt.lm.stepper import HFStepper
 from selfdoubt.lm.text.detokenizer import TEXTS, Detokenizer, texts_in_pieces
@@ -69,7 +69,7 @@ class AnswerInProgress:
         self._first: Tensor | None = None
         self._sum: Tensor | None = None
 
-    def add(self, event: Event) -> list[Token]:
+    def add(self, event: TokenEvent) -> list[Token]:
         """Take the next step; returns the tokens that are certain now. After a stop text ``finish`` is set."""
         if self._first is None:
             self._first = event.states
@@ -156,7 +156,7 @@ class AnswerInProgress:
         return States(self.lm.layers, self._asked.cpu(), self._first.cpu(), mean.cpu())
 
 
-class Wanted(NamedTuple):
+class SequenceRequest(NamedTuple):
     """One answer that is wanted."""
 
     name: int  #: what the batch calls it
@@ -173,9 +173,9 @@ class Wanted(NamedTuple):
         return Origin(made, self.prompt.form, own.temperature, own.top_p)
 
 
-def opening(
-    lm: RiskAwareLM, wanted: Sequence[Wanted], sizer: PieceSizer | None = None
-) -> Generator[None, None, tuple[list[AnswerInProgress], Batch]]:
+def start_batch(
+    lm: RiskAwareLM, wanted: Sequence[SequenceRequest], sizer: ChunkSizer | None = None
+) -> Generator[None, None, tuple[list[AnswerInProgress], DecodeBatch]]:
     """Read prompts piece by piece; in the end there are answers in the making, and the batch that makes them.
 
     A prompt that comes several times is read once. ``sizer`` chooses the sizes of the pieces; None reads as much at
@@ -185,33 +185,39 @@ def opening(
     place = {ids: row for row, ids in enumerate(different)}
     rows = [place[tuple(want.prompt.ids)] for want in wanted]
     stepper = HFStepper(lm.model, lm.layers, sizer)
-    pool = StatePool([[own_end(p)] for p in different.values()], [len(i) for i in different]) if lm.layers else None
-    scored, following = yield from reading(stepper, [list(ids) for ids in different], pool=pool)
+    pool = (
+        HiddenStatePooler([[find_last_user_token(p)] for p in different.values()], [len(i) for i in different])
+        if lm.layers
+        else None
+    )
+    scored, following = yield from prefill_in_chunks(stepper, [list(ids) for ids in different], pool=pool)
     questions = []
     for ids, prompt in zip(scored, different.values(), strict=True):
-        questions.append((yield from question_in_pieces(lm, ids, prompt)))
+        questions.append((yield from build_question_in_chunks(lm, ids, prompt)))
     asked = [None] * len(different) if pool is None or pool.means is None else [means[0] for means in pool.means]
     answers = [
-        AnswerInProgress(lm, questions[row], want.stops, asked[row], told_before(want.prompt), want.origin)
+        AnswerInProgress(lm, questions[row], want.stops, asked[row], find_unscored_tokens(want.prompt), want.origin)
         for row, want in zip(rows, wanted, strict=True)
     ]
     if len(different) < len(wanted):
         stepper.keep(rows)
         following = following.of(rows)
-    lines = [Line(w.name, w.sampling, w.seed, (stepper.context or 2**62) - len(w.prompt.ids)) for w in wanted]
-    return answers, Batch(stepper, following, lines)
+    lines = [TokenSequence(w.name, w.sampling, w.seed, (stepper.context or 2**62) - len(w.prompt.ids)) for w in wanted]
+    return answers, DecodeBatch(stepper, following, lines)
 
 
-def answering(
+def generate_batch(
     lm: RiskAwareLM, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[int], stops: Sequence[str]
 ) -> tuple[list[AnswerInProgress], Iterator[list[Token]]]:
     """Read prompts; answers in the making, and the steps that make them, each with the tokens that it made certain."""
-    wanted = [Wanted(i, *each, stops) for i, each in enumerate(zip(prompts, repeat(sampling), seeds, strict=False))]
-    answers, batch = whole(opening(lm, wanted))
+    wanted = [
+        SequenceRequest(i, *each, stops) for i, each in enumerate(zip(prompts, repeat(sampling), seeds, strict=False))
+    ]
+    answers, batch = run_to_end(start_batch(lm, wanted))
 
     def steps() -> Iterator[list[Token]]:
         closed: set[int] = set()
-        for event in run(batch, closed):
+        for event in decode_batch(batch, closed):
             yield answers[event.sequence].add(event)
             if answers[event.sequence].finish is not None:
                 closed.add(event.sequence)
@@ -219,7 +225,7 @@ def answering(
     return answers, steps()
 
 
-def tokens_in_pieces(
+def build_tokens_in_chunks(
     lm: RiskAwareLM, scored: Sequence[ScoredId | None], ids: Sequence[int], before: Sequence[int] = ()
 ) -> Generator[None, None, list[Token]]:
     """Give scored ids their text, some hundreds at a time.
@@ -246,21 +252,21 @@ def tokens_in_pieces(
     return found
 
 
-def question_in_pieces(
+def build_question_in_chunks(
     lm: RiskAwareLM, scored: Sequence[ScoredId | None], prompt: Prompt
 ) -> Generator[None, None, list[Token]]:
-    """Give the scored ids of a prompt their text, those of the question's own words; as ``tokens_in_pieces``."""
+    """Give the scored ids of a prompt their text, those of the question's own words; as ``build_tokens_in_chunks``."""
     places = [i for i, own in enumerate(prompt.own) if own]
-    return tokens_in_pieces(lm, [scored[i] for i in places], [prompt.ids[i] for i in places])
+    return build_tokens_in_chunks(lm, [scored[i] for i in places], [prompt.ids[i] for i in places])
 
 
-def own_end(prompt: Prompt) -> tuple[int, int]:
+def find_last_user_token(prompt: Prompt) -> tuple[int, int]:
     """The place of the question's last own token, or of the prompt's last."""
     last = max((i for i, own in enumerate(prompt.own) if own), default=len(prompt.ids) - 1)
     return last, last + 1
 
 
-def told_before(prompt: Prompt) -> list[int]:
+def find_unscored_tokens(prompt: Prompt) -> list[int]:
     """Return the ids whose text an answer goes on from.
 
     There are none after a chat template or a control token: what parts the answer from those is not the answer's.
@@ -274,7 +280,7 @@ class Stream(Iterator[Token]):
     def __init__(
         self, lm: RiskAwareLM, prompt: Prompt, sampling: Sampling, seed: int, stops: Sequence[str] = ()
     ) -> None:
-        (self._sequence,), self._steps = answering(lm, [prompt], sampling, [seed], stops)
+        (self._sequence,), self._steps = generate_batch(lm, [prompt], sampling, [seed], stops)
         self._ready: deque[Token] = deque()
 
     @property

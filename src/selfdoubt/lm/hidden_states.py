@@ -38,7 +38,7 @@ def decoder_layer(base: nn.Module, layer: int) -> nn.Module:
 
 
 @contextmanager
-def listening(layers: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
+def capture_outputs(layers: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
     """What each of these modules puts out while the block runs, in the order of ``layers``."""
     heard: list[Any] = [None] * len(layers)
 
@@ -56,7 +56,7 @@ def listening(layers: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
             handle.remove()
 
 
-class StatePool:
+class HiddenStatePooler:
     """Means of hidden states over chosen columns of a padded batch, taken while it is read in pieces.
 
     Args:

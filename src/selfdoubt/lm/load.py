@@ -49,7 +49,7 @@ def load_model(
         MissingExtraError: If transformers or bitsandbytes is not installed.
     """
     transformers = require("transformers", "lm")
-    source = resolve(name)
+    source = resolve_model(name)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     common: dict[str, Any] = {
         "revision": revision,
@@ -82,7 +82,7 @@ def load_model(
     return model.eval().requires_grad_(False), tokenizer
 
 
-def quick_dtype(model: nn.Module) -> torch.dtype:
+def choose_dtype(model: nn.Module) -> torch.dtype:
     """What a model computes in most quickly where it is: its own type, but float32 on a CPU that emulates bfloat16.
 
     Emulated products are ten times slower than float32's. A model that would fill more than half of the memory in
@@ -96,22 +96,22 @@ def quick_dtype(model: nn.Module) -> torch.dtype:
     return torch.float32 if 4 * sum(p.numel() for p in model.parameters()) <= memory / 2 else own
 
 
-def stop_ids(model: nn.Module, tokenizer: Any) -> frozenset[int]:
+def find_stop_ids(model: nn.Module, tokenizer: Any) -> frozenset[int]:
     """Token ids that end an answer: all that the model, its tokenizer and its chat template end a text or a turn with.
 
     They are the ends that the generation config names; the config's, as far as they are control tokens (a config
-    without any inherits its class's number, which may be a word); the tokenizer's; and ``turn_end``. They count for
-    chats and for plain text alike: no text holds a control token.
+    without any inherits its class's number, which may be a word); the tokenizer's; and ``find_turn_end``. They count
+    for chats and for plain text alike: no text holds a control token.
     """
     base = innermost(model)
     named = _ids(getattr(getattr(base, "generation_config", None), "eos_token_id", None))
     config = getattr(base, "config", None)
     control = set(_control_tokens(tokenizer).values())
     inherited = {i for part in (config, *_text_configs(config)) for i in _ids(getattr(part, "eos_token_id", None))}
-    return frozenset({*named, *(inherited & control), *_ids(tokenizer.eos_token_id), *_ids(turn_end(tokenizer))})
+    return frozenset({*named, *(inherited & control), *_ids(tokenizer.eos_token_id), *_ids(find_turn_end(tokenizer))})
 
 
-def turn_end(tokenizer: Any) -> int | None:
+def find_turn_end(tokenizer: Any) -> int | None:
     """Return the control token with which the chat template ends an assistant's turn; None where it ends with none.
 
     The template is asked: it is what comes next behind an answer's words but for white space. A token that opens a
@@ -191,7 +191,7 @@ def load_skeleton(
         MissingExtraError: If transformers is not installed.
     """
     transformers = require("transformers", "lm")
-    source = resolve(name)
+    source = resolve_model(name)
     common = {"trust_remote_code": trust_remote_code}
     try:
         config = transformers.AutoConfig.from_pretrained(
@@ -205,7 +205,7 @@ def load_skeleton(
     return model
 
 
-def resolve(name: str | os.PathLike[str]) -> str:
+def resolve_model(name: str | os.PathLike[str]) -> str:
     """The folder or hub name to load.
 
     Raises:

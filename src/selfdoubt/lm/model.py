@@ -17,19 +17,19 @@ from selfdoubt.errors import ConfigError, UntrainedWarning
 from selfdoubt.lm import answer as answers
 from selfdoubt.lm.adapters.adapter import base_of, check_adapter, load_adapter, own_tokenizer, read_adapter
 from selfdoubt.lm.answer import Alternative, Answer, Token, answer_scores, check_score, pick_risk, rank_scores
-from selfdoubt.lm.calibration import Calibration, Estimate, States, stored
+from selfdoubt.lm.calibration import Calibration, Estimate, States, read_calibration
 from selfdoubt.lm.conditions import Origin
-from selfdoubt.lm.generation import Stream, answering
+from selfdoubt.lm.generation import Stream, generate_batch
 from selfdoubt.lm.inputs import Question, check_question, is_chat, list_pairs, list_questions
-from selfdoubt.lm.load import POCKET, Quantization, load_model, quick_dtype, stop_ids, vocabulary_size
+from selfdoubt.lm.load import POCKET, Quantization, choose_dtype, find_stop_ids, load_model, vocabulary_size
 from selfdoubt.lm.notes import PLAIN_NOTE, untrained_note
-from selfdoubt.lm.options import Options, read_number, read_options, read_seed, sampling_of, stop_texts
+from selfdoubt.lm.options import Options, read_number, read_options, read_sampling, read_seed, stop_texts
 from selfdoubt.lm.prefill import ScoredId
-from selfdoubt.lm.scoring import score_given
+from selfdoubt.lm.scoring import score_teacher_forced
 from selfdoubt.lm.stepper import HFStepper
 from selfdoubt.lm.text.detokenizer import TextsBetween
 from selfdoubt.lm.text.prompt import encode
-from selfdoubt.lm.until import Tries, generate_until
+from selfdoubt.lm.until import Attempts, generate_until
 from selfdoubt.members import Spec, check_spec, source
 from selfdoubt.risk import percentile
 
@@ -78,7 +78,7 @@ class RiskAwareLM:
         self.risk = risk
         self.token_risk = token_risk
         self.note = note
-        self.stop_ids = stop_ids(model, tokenizer)
+        self.stop_ids = find_stop_ids(model, tokenizer)
         self.context = HFStepper(model).context  #: most tokens of prompt and answer together, or None
         self.name = source(model)  #: a folder, or a name on the hub; None where the model's config has none
         self.vocabulary = vocabulary_size(model)
@@ -138,14 +138,14 @@ class RiskAwareLM:
             quantize=quantize, revision=revision, trust_remote_code=trust_remote_code, token=token,
         )  # fmt: skip
         if dtype == "auto" and quantize is None:
-            model = model.to(quick_dtype(model))
+            model = model.to(choose_dtype(model))
         if adapter is None and wrapper == "auto" and os.fspath(name) == POCKET:
             from selfdoubt import pocket
 
             adapter = pocket.voters_folder()
-        card: dict[str, Any] = {}
+        manifest: dict[str, Any] = {}
         if adapter is not None:
-            card = read_adapter(adapter, given) or {}
+            manifest = read_adapter(adapter, given) or {}
             model = load_adapter(model, adapter, given)
         elif given is not None:
             with torch.random.fork_rng():  # what is fresh is the same each time: a run can go on, an answer come again
@@ -155,9 +155,9 @@ class RiskAwareLM:
         if given is not None:
             note = untrained_note(given)
             warnings.warn(note, UntrainedWarning, stacklevel=2)
-        elif wrapper == "auto" and not card:
+        elif wrapper == "auto" and not manifest:
             note = PLAIN_NOTE
-        learnt: dict[str, Any] = {"reference": card.get("reference"), "calibration": stored(card)}
+        learnt: dict[str, Any] = {"reference": manifest.get("reference"), "calibration": read_calibration(manifest)}
         return cls(model.eval(), tokenizer, **learnt, risk=risk, layers=layers, note=note)
 
     @overload
@@ -227,7 +227,7 @@ class RiskAwareLM:
 
     def generate_until(
         self, prompt: Question, percentile: float, *, max_tries: int = 10, **options: Unpack[Options]
-    ) -> Tries:
+    ) -> Attempts:
         """Answer again, with the seeds ``seed``, ``seed + 1``, ..., until the answer is among the surest.
 
         Args:
@@ -254,7 +254,7 @@ class RiskAwareLM:
         """
         options = read_options(options)
         encoded = encode(self.tokenizer, check_question(prompt), raw=options.get("raw", False))
-        sampling = sampling_of(options, self.stop_ids)
+        sampling = read_sampling(options, self.stop_ids)
         return Stream(self, encoded, sampling, options.get("seed", 0), stop_texts(options))
 
     def score(self, text: str, question: Question | None = None, *, raw: bool = False) -> Answer:
@@ -287,7 +287,7 @@ class RiskAwareLM:
         raw = read_options({"raw": raw}).get("raw", False)
         if read_number("alternatives", alternatives, whole=True) < 0:
             raise ConfigError(f"alternatives must not be negative, got {alternatives}")
-        return score_given(self, list_pairs(pairs), raw=raw, alternatives=alternatives)
+        return score_teacher_forced(self, list_pairs(pairs), raw=raw, alternatives=alternatives)
 
     def answer(
         self, tokens: Sequence[Token], question: Sequence[Token], finish: Literal["stop", "length", "given"], text: str,
@@ -330,12 +330,12 @@ class RiskAwareLM:
     ) -> list[Answer]:
         if read_number("batch_size", batch_size, whole=True) < 1:
             raise ConfigError(f"batch_size must be at least 1, got {batch_size}")
-        sampling, stops = sampling_of(options, self.stop_ids), stop_texts(options)
+        sampling, stops = read_sampling(options, self.stop_ids), stop_texts(options)
         encoded = [encode(self.tokenizer, prompt, raw=options.get("raw", False)) for prompt in prompts]
         found: list[Answer] = []
         for first in range(0, len(encoded), batch_size):
             part = slice(first, first + batch_size)
-            sequences, steps = answering(self, encoded[part], sampling, seeds[part], stops)
+            sequences, steps = generate_batch(self, encoded[part], sampling, seeds[part], stops)
             deque(steps, maxlen=0)
             found += [sequence.answer for sequence in sequences]
         return found

@@ -71,7 +71,7 @@ def read_options(options: Mapping[str, Any], *further: str) -> Options:
     return cast("Options", found)
 
 
-def sampling_of(options: Options, stop_ids: Collection[int]) -> Sampling:
+def read_sampling(options: Options, stop_ids: Collection[int]) -> Sampling:
     """How tokens are chosen.
 
     Args:

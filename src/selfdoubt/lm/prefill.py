@@ -10,8 +10,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from selfdoubt import risk
-from selfdoubt.lm.hidden_states import StatePool
-from selfdoubt.lm.stepper import Logits, Stepper
+from selfdoubt.lm.hidden_states import HiddenStatePooler
+from selfdoubt.lm.stepper import StepOutput, Stepper
 
 T = TypeVar("T")
 
@@ -31,9 +31,9 @@ class ScoredId(NamedTuple):
     alternatives: tuple[tuple[int, float], ...]  #: (id, log-probability), the most probable first
 
 
-def reading(
-    stepper: Stepper, prompts: Sequence[Sequence[int]], alternatives: int = 0, pool: StatePool | None = None
-) -> Generator[None, None, tuple[list[list[ScoredId | None]], Logits]]:
+def prefill_in_chunks(
+    stepper: Stepper, prompts: Sequence[Sequence[int]], alternatives: int = 0, pool: HiddenStatePooler | None = None
+) -> Generator[None, None, tuple[list[list[ScoredId | None]], StepOutput]]:
     """Read prompts piece by piece, and score every token of them but the first, which nothing predicts (None).
 
     Args:
@@ -51,7 +51,7 @@ def reading(
     width = max(len(p) for p in prompts)
     scored: list[list[ScoredId | None]] = [[None] for _ in prompts]
     ids = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts])
-    last: Logits | None = None
+    last: StepOutput | None = None
     for first, piece in stepper.start(prompts):
         columns = piece.logits.shape[2]
         # Column c predicts the token at c + 1; the last column of all predicts the first new token.
@@ -59,7 +59,7 @@ def reading(
         if known > 0:
             chosen = ids[:, first + 1 : first + 1 + known].to(piece.logits.device)
             now = piece.at(slice(known))
-            for sequence, tokens in enumerate(scored_ids(now, chosen, alternatives)):
+            for sequence, tokens in enumerate(score_ids(now, chosen, alternatives)):
                 start = width - len(prompts[sequence])
                 scored[sequence] += [t for c, t in enumerate(tokens) if first + c >= start]
         if pool is not None and piece.states is not None:
@@ -71,14 +71,14 @@ def reading(
     return scored, last
 
 
-def read(
-    stepper: Stepper, prompts: Sequence[Sequence[int]], alternatives: int = 0, pool: StatePool | None = None
-) -> tuple[list[list[ScoredId | None]], Logits]:
-    """``reading``, in one go."""
-    return whole(reading(stepper, prompts, alternatives, pool))
+def prefill(
+    stepper: Stepper, prompts: Sequence[Sequence[int]], alternatives: int = 0, pool: HiddenStatePooler | None = None
+) -> tuple[list[list[ScoredId | None]], StepOutput]:
+    """``prefill_in_chunks``, in one go."""
+    return run_to_end(prefill_in_chunks(stepper, prompts, alternatives, pool))
 
 
-def whole(pieces: Generator[None, None, T]) -> T:
+def run_to_end(pieces: Generator[None, None, T]) -> T:
     """What a generator that works piece by piece returns in the end."""
     while True:
         try:
@@ -87,12 +87,12 @@ def whole(pieces: Generator[None, None, T]) -> T:
             return cast("T", end.value)
 
 
-def follow_in_pieces(
+def teacher_force_in_chunks(
     stepper: Stepper,
-    following: Logits,
+    following: StepOutput,
     texts: Sequence[Sequence[int]],
     alternatives: int = 0,
-    pool: StatePool | None = None,
+    pool: HiddenStatePooler | None = None,
     ends: Collection[int] = (),
 ) -> Generator[None, None, list[list[ScoredId]]]:
     """Score a text after each prompt that was read, piece by piece. No token can be chosen afterwards.
@@ -114,7 +114,7 @@ def follow_in_pieces(
     last = sorted(ends)
     width = max(len(t) for t in texts) + bool(last)
     ids = torch.tensor([list(t) + [0] * (width - len(t)) for t in texts]).to(following.logits.device)
-    found = scored_ids(following.at(None), ids[:, :1], alternatives, risk.mixture(following.logits)[:, None])
+    found = score_ids(following.at(None), ids[:, :1], alternatives, risk.mixture(following.logits)[:, None])
     # Without ends the last token predicts nothing that is asked for.
     for first, piece in stepper.extend(texts if last else [t[:-1] for t in texts]) if width > 1 else ():
         if pool is not None and piece.states is not None:
@@ -125,15 +125,15 @@ def follow_in_pieces(
         for row, text in enumerate(texts) if last else ():
             if 0 <= (place := len(text) - 1 - first) < columns:
                 chosen[row, place] = last[int(mixed[row, place, last].argmax())]
-        for tokens, more in zip(found, scored_ids(piece, chosen, alternatives, mixed), strict=True):
+        for tokens, more in zip(found, score_ids(piece, chosen, alternatives, mixed), strict=True):
             tokens += more
         if first + columns < width - 1:
             yield
     return [tokens[: len(text) + bool(last)] for tokens, text in zip(found, texts, strict=True)]
 
 
-def scored_ids(
-    following: Logits,
+def score_ids(
+    following: StepOutput,
     chosen: Int[Tensor, "batch t"],
     alternatives: int,
     mixed: Float[Tensor, "batch t classes"] | None = None,

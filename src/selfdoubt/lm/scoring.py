@@ -9,12 +9,17 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from selfdoubt.errors import PromptError
 from selfdoubt.lm.answer import Answer
 from selfdoubt.lm.calibration import States
-from selfdoubt.lm.chunks import PieceSizer
+from selfdoubt.lm.chunks import ChunkSizer
 from selfdoubt.lm.conditions import Made, Origin
-from selfdoubt.lm.generation import own_end, question_in_pieces, tokens_in_pieces, told_before
-from selfdoubt.lm.hidden_states import StatePool
+from selfdoubt.lm.generation import (
+    build_question_in_chunks,
+    build_tokens_in_chunks,
+    find_last_user_token,
+    find_unscored_tokens,
+)
+from selfdoubt.lm.hidden_states import HiddenStatePooler
 from selfdoubt.lm.inputs import Question
-from selfdoubt.lm.prefill import follow_in_pieces, reading, whole
+from selfdoubt.lm.prefill import prefill_in_chunks, run_to_end, teacher_force_in_chunks
 from selfdoubt.lm.stepper import HFStepper
 from selfdoubt.lm.text.prompt import Prompt, encode, encode_pair, strip_answer
 from selfdoubt.lm.text.prompt_form import TEXT
@@ -23,7 +28,7 @@ if TYPE_CHECKING:
     from selfdoubt.lm.model import RiskAwareLM
 
 
-class Given(NamedTuple):
+class TeacherForcedText(NamedTuple):
     """A text to score.
 
     Args:
@@ -37,7 +42,9 @@ class Given(NamedTuple):
     prompt: Prompt | None
 
 
-def encode_given(tokenizer: Any, pairs: Sequence[tuple[Question | None, str]], *, raw: bool) -> list[Given]:
+def encode_teacher_forced(
+    tokenizer: Any, pairs: Sequence[tuple[Question | None, str]], *, raw: bool
+) -> list[TeacherForcedText]:
     """Return the token ids of texts and of what they answer.
 
     Raises:
@@ -47,15 +54,15 @@ def encode_given(tokenizer: Any, pairs: Sequence[tuple[Question | None, str]], *
     for question, text in pairs:
         if question is None:
             bare = _checked(text, joined=True)
-            found.append(Given(bare, encode(tokenizer, bare, raw=True).ids, None))
+            found.append(TeacherForcedText(bare, encode(tokenizer, bare, raw=True).ids, None))
         else:
             bare = _checked(text, joined=raw)
             prompt, ids = encode_pair(tokenizer, question, bare, raw=raw)
-            found.append(Given(bare, ids, prompt))
+            found.append(TeacherForcedText(bare, ids, prompt))
     return found
 
 
-def score_given(
+def score_teacher_forced(
     lm: RiskAwareLM,
     pairs: Sequence[tuple[Question | None, str]],
     *,
@@ -64,21 +71,21 @@ def score_given(
     made: Made = "given",
 ) -> list[Answer]:
     """See ``RiskAwareLM.score_batch``. A question that comes several times is read once; ``made`` says whose texts."""
-    return whole(score_in_pieces(lm, encode_given(lm.tokenizer, pairs, raw=raw), alternatives, made=made))
+    return run_to_end(score_in_chunks(lm, encode_teacher_forced(lm.tokenizer, pairs, raw=raw), alternatives, made=made))
 
 
-def score_in_pieces(
+def score_in_chunks(
     lm: RiskAwareLM,
-    given: Sequence[Given],
+    given: Sequence[TeacherForcedText],
     alternatives: int,
-    sizer: PieceSizer | None = None,
+    sizer: ChunkSizer | None = None,
     made: Made = "given",
 ) -> Generator[None, None, list[Answer]]:
     """Score texts side by side, piece by piece.
 
     Args:
         lm: The model.
-        given: From ``encode_given``.
+        given: From ``encode_teacher_forced``.
         alternatives: How many of the most probable tokens are told with each token.
         sizer: Chooses the sizes of the pieces; None reads as much at once as memory for the logits allows.
         made: Whose texts they are.
@@ -107,24 +114,24 @@ def score_in_pieces(
 
 
 def _score_texts(
-    lm: RiskAwareLM, given: Sequence[Given], alternatives: int, sizer: PieceSizer | None
+    lm: RiskAwareLM, given: Sequence[TeacherForcedText], alternatives: int, sizer: ChunkSizer | None
 ) -> Generator[None, None, list[Answer]]:
     ids = [item.ids for item in given]
     lengths = [len(i) for i in ids]
-    pool = StatePool([[(n - 1, n)] for n in lengths], lengths) if lm.layers else None
-    scored, _ = yield from reading(HFStepper(lm.model, lm.layers, sizer), ids, alternatives, pool)
+    pool = HiddenStatePooler([[(n - 1, n)] for n in lengths], lengths) if lm.layers else None
+    scored, _ = yield from prefill_in_chunks(HFStepper(lm.model, lm.layers, sizer), ids, alternatives, pool)
     found = []
     for row, item in enumerate(given):
         end = None if pool is None or pool.means is None else pool.means[row, 0].cpu()
         states = None if end is None else States(lm.layers, end, end, end)  # without a question, but its end
         start = 1 if item.ids[:1] == [lm.tokenizer.bos_token_id] else 0
-        tokens = yield from tokens_in_pieces(lm, scored[row][start:], item.ids[start:])
+        tokens = yield from build_tokens_in_chunks(lm, scored[row][start:], item.ids[start:])
         found.append(lm.answer(tokens, [], "given", item.text, states, origin=Origin("given", TEXT)))
     return found
 
 
 def _score_answers(
-    lm: RiskAwareLM, given: Sequence[Given], alternatives: int, sizer: PieceSizer | None, made: Made
+    lm: RiskAwareLM, given: Sequence[TeacherForcedText], alternatives: int, sizer: ChunkSizer | None, made: Made
 ) -> Generator[None, None, list[Answer]]:
     encoded = [item.prompt for item in given if item.prompt is not None]
     prompts = {tuple(prompt.ids): prompt for prompt in encoded}
@@ -132,21 +139,23 @@ def _score_answers(
     rows = [place[tuple(prompt.ids)] for prompt in encoded]
     lengths = [len(ids) for ids in prompts]
     texts = [item.ids for item in given]
-    asked = StatePool([[own_end(p)] for p in prompts.values()], lengths) if lm.layers else None
-    rest = StatePool([[(0, len(t) - 1)] for t in texts], [len(t) for t in texts], "right") if lm.layers else None
+    asked = HiddenStatePooler([[find_last_user_token(p)] for p in prompts.values()], lengths) if lm.layers else None
+    rest = (
+        HiddenStatePooler([[(0, len(t) - 1)] for t in texts], [len(t) for t in texts], "right") if lm.layers else None
+    )
     stepper = HFStepper(lm.model, lm.layers, sizer)
     # Whether a text is what the model would say also hangs on its end; only a calibration asks for it.
     longest = max(len(prompt.ids) + len(t) for prompt, t in zip(encoded, texts, strict=True))
     room = stepper.context is None or longest <= stepper.context
     ends = lm.stop_ids if lm.calibration is not None and room else ()
-    read_once, following = yield from reading(stepper, [list(ids) for ids in prompts], alternatives, asked)
+    read_once, following = yield from prefill_in_chunks(stepper, [list(ids) for ids in prompts], alternatives, asked)
     questions = []
     for scored_prompt, prompt in zip(read_once, prompts.values(), strict=True):
-        questions.append((yield from question_in_pieces(lm, scored_prompt, prompt)))
+        questions.append((yield from build_question_in_chunks(lm, scored_prompt, prompt)))
     yield
     stepper.keep(rows)
     following = following.of(rows)
-    scored = yield from follow_in_pieces(stepper, following, texts, alternatives, rest, ends)
+    scored = yield from teacher_force_in_chunks(stepper, following, texts, alternatives, rest, ends)
     found = []
     for i, item in enumerate(given):
         end_gap = scored[i].pop().gap if ends else 0.0 if room else math.inf
@@ -157,7 +166,7 @@ def _score_answers(
             others = 0.0 if rest is None or rest.means is None else rest.means[i, 0]
             mean = (first + (n - 1) * others) / n
             states = States(lm.layers, asked.means[rows[i], 0].cpu(), first.cpu(), mean.cpu())
-        tokens = yield from tokens_in_pieces(lm, scored[i], item.ids, told_before(encoded[i]))
+        tokens = yield from build_tokens_in_chunks(lm, scored[i], item.ids, find_unscored_tokens(encoded[i]))
         found.append(lm.answer(tokens, questions[rows[i]], "given", item.text, states, origin=origin))
     return found
 

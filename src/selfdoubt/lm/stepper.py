@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from selfdoubt.errors import PromptError, WrapError
 from selfdoubt.lm import cache
-from selfdoubt.lm.chunks import PieceSizer
-from selfdoubt.lm.hidden_states import decoder_layer, listening
+from selfdoubt.lm.chunks import ChunkSizer
+from selfdoubt.lm.hidden_states import capture_outputs, decoder_layer
 from selfdoubt.members import Wrapped, innermost
 from selfdoubt.rows import expand, unfold
 
@@ -25,25 +25,25 @@ from selfdoubt.rows import expand, unfold
 _CHUNK = 2**25
 
 
-class Logits(NamedTuple):
+class StepOutput(NamedTuple):
     """What a model says next, the deviation it predicts for each logit, and the hidden states it was thinking in."""
 
     logits: Float[Tensor, "members batch *t classes"]
     scale: Float[Tensor, "members batch *t classes"] | None  #: None without a sculpt
     states: Float[Tensor, "1 batch *t layers width"] | None = None  #: mean over members; None unless asked for
 
-    def at(self, index: Any) -> Logits:
+    def at(self, index: Any) -> StepOutput:
         """The same at some places of the axis behind the batch."""
-        return Logits(*(None if x is None else x[:, :, index] for x in self))  # type: ignore[arg-type]
+        return StepOutput(*(None if x is None else x[:, :, index] for x in self))  # type: ignore[arg-type]
 
-    def of(self, sequences: Sequence[int]) -> Logits:
+    def of(self, sequences: Sequence[int]) -> StepOutput:
         """The same of some sequences."""
-        return Logits(*(None if x is None else x[:, list(sequences)] for x in self))  # type: ignore[arg-type]
+        return StepOutput(*(None if x is None else x[:, list(sequences)] for x in self))  # type: ignore[arg-type]
 
-    def beside(self, other: Logits) -> Logits:
+    def beside(self, other: StepOutput) -> StepOutput:
         """Those of both batches, in this order."""
         pairs = zip(self, other, strict=True)
-        return Logits(*(None if a is None or b is None else torch.cat([a, b], 1) for a, b in pairs))  # type: ignore[arg-type]
+        return StepOutput(*(None if a is None or b is None else torch.cat([a, b], 1) for a, b in pairs))  # type: ignore[arg-type]
 
 
 @runtime_checkable
@@ -54,13 +54,13 @@ class Stepper(Protocol):
     def context(self) -> int | None:
         """Most tokens in a sequence, or None."""
 
-    def start(self, prompts: Sequence[Sequence[int]]) -> Iterator[tuple[int, Logits]]:
+    def start(self, prompts: Sequence[Sequence[int]]) -> Iterator[tuple[int, StepOutput]]:
         """Read left-padded prompts in pieces; yields (first column, logits). Read it to its end before ``step``."""
 
-    def step(self, ids: Int[Tensor, " batch"]) -> Logits:
+    def step(self, ids: Int[Tensor, " batch"]) -> StepOutput:
         """Append one token to every sequence."""
 
-    def extend(self, texts: Sequence[Sequence[int]]) -> Iterator[tuple[int, Logits]]:
+    def extend(self, texts: Sequence[Sequence[int]]) -> Iterator[tuple[int, StepOutput]]:
         """Append a text to every sequence, right-padded, in pieces as ``start``; no step can follow."""
 
     def keep(self, sequences: Sequence[int]) -> None:
@@ -83,7 +83,7 @@ class HFStepper:
         ConfigError: If the model has no such layer.
     """
 
-    def __init__(self, model: nn.Module, layers: Sequence[int] = (), sizer: PieceSizer | None = None) -> None:
+    def __init__(self, model: nn.Module, layers: Sequence[int] = (), sizer: ChunkSizer | None = None) -> None:
         self._sizer = sizer
         self.members = model.spec.members(training=False) if isinstance(model, Wrapped) else 1
         self._model = model
@@ -103,7 +103,7 @@ class HFStepper:
         return limit if isinstance(limit, int) and limit > 0 else None
 
     @torch.inference_mode()
-    def start(self, prompts: Sequence[Sequence[int]]) -> Iterator[tuple[int, Logits]]:
+    def start(self, prompts: Sequence[Sequence[int]]) -> Iterator[tuple[int, StepOutput]]:
         """Read left-padded prompts in pieces; yields (first column, logits). Read it to its end before ``step``.
 
         Raises:
@@ -125,7 +125,7 @@ class HFStepper:
         yield from self._pieces(expand(padded, self.members), 0)
 
     @torch.inference_mode()
-    def extend(self, texts: Sequence[Sequence[int]]) -> Iterator[tuple[int, Logits]]:
+    def extend(self, texts: Sequence[Sequence[int]]) -> Iterator[tuple[int, StepOutput]]:
         """Append a text to every sequence, right-padded, in pieces; yields (first column, logits). No step can follow.
 
         Raises:
@@ -146,7 +146,7 @@ class HFStepper:
             self._mask = torch.cat([old, own], dim=1)
         yield from self._pieces(rows, before)
 
-    def _pieces(self, rows: Int[Tensor, "rows t"], before: int) -> Iterator[tuple[int, Logits]]:
+    def _pieces(self, rows: Int[Tensor, "rows t"], before: int) -> Iterator[tuple[int, StepOutput]]:
         """Read columns so many at a time that their logits fit; ``before`` columns are read already."""
         largest, width, first = max(1, _CHUNK // (len(rows) * self._config.vocab_size)), rows.shape[1], 0
         while first < width:
@@ -157,7 +157,7 @@ class HFStepper:
             first += columns
 
     @torch.inference_mode()
-    def step(self, ids: Int[Tensor, " batch"]) -> Logits:
+    def step(self, ids: Int[Tensor, " batch"]) -> StepOutput:
         """Append one token to every sequence; logits are ``(members, batch, classes)``."""
         first = self._cache.get_seq_length()
         if self._mask is not None:
@@ -208,7 +208,7 @@ class HFStepper:
         if self._mask.all():
             self._mask = None
 
-    def _forward(self, rows: Int[Tensor, "rows t"], first: int) -> Logits:
+    def _forward(self, rows: Int[Tensor, "rows t"], first: int) -> StepOutput:
         self._rows = len(rows)
         inputs: dict[str, Any] = {"input_ids": rows, "past_key_values": self._cache, "use_cache": True}
         if self._mask is not None:
@@ -216,7 +216,7 @@ class HFStepper:
             inputs["attention_mask"] = mask
             if self._takes_positions:
                 inputs["position_ids"] = (mask.cumsum(1) - 1).clamp_min(0)[:, first:]
-        with listening(self._blocks) as heard:
+        with capture_outputs(self._blocks) as heard:
             if isinstance(self._model, Wrapped):
                 output, scales = self._model.forward_rows(**inputs)
             else:
@@ -232,4 +232,4 @@ class HFStepper:
         states = None
         if heard:
             states = torch.stack([unfold(h.detach(), self.members).float().mean(0, keepdim=True) for h in heard], -2)
-        return Logits(unfold(output.logits, self.members), scale, states)
+        return StepOutput(unfold(output.logits, self.members), scale, states)

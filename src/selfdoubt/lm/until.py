@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from selfdoubt.errors import ConfigError
-from selfdoubt.lm.answer import Answer, stand_in
+from selfdoubt.lm.answer import Answer, fallback_score
 from selfdoubt.lm.inputs import Question
 from selfdoubt.lm.options import Options, read_number
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Tries:
+class Attempts:
     """The outcome of answering until confident: the first confident answer, or else the least risky."""
 
     answer: Answer
@@ -29,13 +29,13 @@ def generate_until(
     percentile: float,
     max_tries: int,
     options: Options,
-) -> Tries:
+) -> Attempts:
     """Answer again; see ``RiskAwareLM.generate_until``."""
     if not 0 <= read_number("percentile", percentile, whole=False) <= 1:
         raise ConfigError(f"the percentile must be between 0 and 1, got {percentile}")
     if read_number("max_tries", max_tries, whole=True) < 1:
         raise ConfigError(f"max_tries must be at least 1, got {max_tries}")
-    if not {lm.risk, stand_in(lm.risk)} & set(lm.reference):
+    if not {lm.risk, fallback_score(lm.risk)} & set(lm.reference):
         raise ConfigError(
             f"a percentile of {lm.risk} needs reference answers, and this model has none; "
             "use an adapter that has them (the pocket model does)"
@@ -47,5 +47,5 @@ def generate_until(
         tried += lm._generate([prompt], 1, [first + i], options)
         rank = tried[-1].percentile
         if rank is not None and rank <= percentile:
-            return Tries(tried[-1], i + 1, True)
-    return Tries(min(tried, key=lambda a: a.risk), max_tries, False)
+            return Attempts(tried[-1], i + 1, True)
+    return Attempts(min(tried, key=lambda a: a.risk), max_tries, False)

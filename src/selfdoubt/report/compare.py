@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from selfdoubt.errors import DataError
-from selfdoubt.eval.records import Record, read
+from selfdoubt.eval.records import Record, read_records
 from selfdoubt.report.measure import BASELINE, risk_of
 from selfdoubt.report.metric_entries import Draws, Entry, mean, nothing, paired
 from selfdoubt.report.summary import label, percent, signed
@@ -41,7 +41,7 @@ def compare(
     """
     runs = {"a": Path(a), "b": Path(b)}
     about = {key: _run(folder) for key, folder in runs.items()}
-    answers = {key: {r.question.id: r for r in read(folder / "answers.jsonl")} for key, folder in runs.items()}
+    answers = {key: {r.question.id: r for r in read_records(folder / "answers.jsonl")} for key, folder in runs.items()}
     shared = [id for id in answers["a"] if id in answers["b"]]
     _check(runs, answers, shared)
     pairs = [(answers["a"][id], answers["b"][id]) for id in shared]

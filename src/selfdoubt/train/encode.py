@@ -15,7 +15,7 @@ from selfdoubt.data import chats
 from selfdoubt.data.chats import INPUT, Chat
 from selfdoubt.data.questions import AS_USUAL, Columns
 from selfdoubt.errors import ConfigError, DataError, LoadError, require
-from selfdoubt.lm.load import turn_end
+from selfdoubt.lm.load import find_turn_end
 from selfdoubt.lm.text.prompt import encode_turns
 from selfdoubt.train.config import TrainConfig
 
@@ -97,7 +97,7 @@ def encode(tokenizer: Any, chat: Chat, *, loss_on: str, max_length: int, ends: f
 
 def ends_of(tokenizer: Any) -> frozenset[int]:
     """Return the tokens that end an answer, by the tokenizer and its template: what is learnt stops an answer."""
-    return frozenset(i for i in (turn_end(tokenizer), tokenizer.eos_token_id) if i is not None)
+    return frozenset(i for i in (find_turn_end(tokenizer), tokenizer.eos_token_id) if i is not None)
 
 
 def _with_input_inside(chat: Chat) -> Chat:
@@ -137,7 +137,7 @@ def splits(config: TrainConfig, tokenizer: Any, folder: Path) -> Splits:
     ends = ends_of(tokenizer)
 
     def rows() -> Iterator[dict[str, Any]]:
-        for chat in chats.read(config.data, limit=config.limit, columns=_columns(config)):
+        for chat in chats.read_chats(config.data, limit=config.limit, columns=_columns(config)):
             if not any(m["content"].strip() for m in chat if m["role"] == "assistant"):
                 left_out["empty"] += 1
                 continue

@@ -18,7 +18,7 @@ from selfdoubt.lm.adapters import lora
 from selfdoubt.lm.adapters.adapter import check_adapter, save_adapter
 from selfdoubt.lm.adapters.new_folder import check_free
 from selfdoubt.lm.answer import Answer, reference_quantiles
-from selfdoubt.lm.load import load_skeleton, resolve
+from selfdoubt.lm.load import load_skeleton, resolve_model
 from selfdoubt.lm.model import RiskAwareLM
 from selfdoubt.lm.text.prompt import encode
 from selfdoubt.members import Wrapped
@@ -216,7 +216,7 @@ def card(config: TrainConfig, history: dict[str, Any], answered: int) -> str:
 
 def licence_of(config: TrainConfig) -> str:
     """The licence that the base model's card names, or "unknown"."""
-    folder = Path(resolve(config.model))
+    folder = Path(resolve_model(config.model))
     text = ""
     if (folder / CARD).is_file():
         text = (folder / CARD).read_text(encoding="utf-8", errors="replace")

@@ -13,21 +13,21 @@ from selfdoubt import RiskAwareLM, vote
 from selfdoubt.calibration.adapter import NO_CONDITIONS
 from selfdoubt.errors import ConfigError, DataError
 from selfdoubt.eval import run_folder
-from selfdoubt.eval.generate import Plan
+from selfdoubt.eval.generate import EvaluationConfig
 from selfdoubt.eval.prompts import Prompting
 from selfdoubt.eval.records import Question
-from selfdoubt.eval.run import evaluate
-from selfdoubt.lm.calibration import stored
+from selfdoubt.eval.run import ask_questions
+from selfdoubt.lm.calibration import read_calibration
 from selfdoubt.workflow import calibrate_runs
 from tests.zoo import talker, tokenizer
 
 SHOTS = (Question("s1", "Who was first?", answers=("Ada",)), Question("s2", "Who was last?", answers=("Alan",)))
 PLANS = {
-    "chat": Plan(),
-    "system": Plan(Prompting(instruction="Be brief.")),
-    "shots": Plan(shots=SHOTS),
-    "plain": Plan(Prompting("qa")),
-    "plain shots": Plan(Prompting("qa"), SHOTS),
+    "chat": EvaluationConfig(),
+    "system": EvaluationConfig(Prompting(instruction="Be brief.")),
+    "shots": EvaluationConfig(shots=SHOTS),
+    "plain": EvaluationConfig(Prompting("qa")),
+    "plain shots": EvaluationConfig(Prompting("qa"), SHOTS),
 }
 QUESTIONS = [Question(f"q{i}", f"What is {i} and {i * i}?", answers=("this",)) for i in range(40)]
 CHOICES = [replace(q, choices=("this", "that", f"number {i}"), right=(0,)) for i, q in enumerate(QUESTIONS)]
@@ -43,12 +43,14 @@ def ask_all(model, out, plan, questions=QUESTIONS, **about):
     """A run; what is right is made up, so that both kinds are there."""
     lm = RiskAwareLM(model, tokenizer(), **about)
     plan = replace(plan, max_tokens=6)
-    asked = evaluate(lm, questions, plan, out)
+    asked = ask_questions(lm, questions, plan, out)
     risks = sorted(r.scores["sum_nll"] for r in asked.records)
     records = [
         replace(r, correct=(r.scores["sum_nll"] < risks[20]) != (i % 5 == 0)) for i, r in enumerate(asked.records)
     ]
-    run_folder.keep(asked, records, {"model": "talker", "conditions": plan.conditions(lm, questions).to_json()}, out)
+    run_folder.save_run(
+        asked, records, {"model": "talker", "conditions": plan.conditions(lm, questions).to_json()}, out
+    )
     return records
 
 
@@ -57,8 +59,8 @@ def learnt(model, tmp_path, *folders):
         folders, tmp_path / "adapter", lambda _: RiskAwareLM(model, tokenizer()), draws=0,
         candidates=["score", "answer"],
     )  # fmt: skip
-    card = json.loads((tmp_path / "adapter" / "selfdoubt.json").read_text(encoding="utf-8"))
-    return RiskAwareLM(model, tokenizer(), calibration=stored(card)), lines
+    manifest = json.loads((tmp_path / "adapter" / "selfdoubt.json").read_text(encoding="utf-8"))
+    return RiskAwareLM(model, tokenizer(), calibration=read_calibration(manifest)), lines
 
 
 @pytest.mark.parametrize("form", PLANS)
@@ -81,9 +83,9 @@ def test_a_run_gives_numbers_to_prompts_of_its_form_and_to_no_others(model, tmp_
 
 
 def test_choices_have_numbers_where_choices_were_learnt_from_and_own_answers_none(model, tmp_path):
-    ask_all(model, tmp_path / "run", Plan(), CHOICES)
+    ask_all(model, tmp_path / "run", EvaluationConfig(), CHOICES)
     lm, _ = learnt(model, tmp_path, tmp_path / "run")
-    again = ask_all(model, tmp_path / "again", Plan(), CHOICES, calibration=lm.calibration)
+    again = ask_all(model, tmp_path / "again", EvaluationConfig(), CHOICES, calibration=lm.calibration)
     assert all(r.p_correct is not None for r in again)
     for answer in (lm.generate(QUESTIONS[0].text), lm.score("that", QUESTIONS[0].text)):
         assert answer.p_correct is None
@@ -93,7 +95,7 @@ def test_choices_have_numbers_where_choices_were_learnt_from_and_own_answers_non
 def test_runs_of_several_forms_are_learnt_together_but_not_of_several_makes(model, tmp_path):
     for name in ("chat", "shots"):
         ask_all(model, tmp_path / name, PLANS[name])
-    ask_all(model, tmp_path / "choices", Plan(), CHOICES)
+    ask_all(model, tmp_path / "choices", EvaluationConfig(), CHOICES)
     lm, lines = learnt(model, tmp_path, tmp_path / "chat", tmp_path / "shots")
     assert len(lm.calibration.conditions.forms) == 2
     assert NO_CONDITIONS not in lines
@@ -102,7 +104,7 @@ def test_runs_of_several_forms_are_learnt_together_but_not_of_several_makes(mode
 
 
 def test_a_run_of_an_earlier_version_is_learnt_from_and_says_what_it_lacks(model, tmp_path):
-    ask_all(model, tmp_path / "run", Plan())
+    ask_all(model, tmp_path / "run", EvaluationConfig())
     about = tmp_path / "run" / "run.json"
     about.write_text('{"model": "talker", "costs": {}}', encoding="utf-8")
     lm, lines = learnt(model, tmp_path, tmp_path / "run")

@@ -16,12 +16,12 @@ from torch import nn
 
 from selfdoubt import storage, vote
 from selfdoubt.calibration import heads
-from selfdoubt.calibration.arrays import as_arrays
-from selfdoubt.calibration.fit import CANDIDATES, calibrate, store
+from selfdoubt.calibration.arrays import calibration_arrays
+from selfdoubt.calibration.fit import CANDIDATES, fit_calibration, store_calibration
 from selfdoubt.calibration.quality import quality
 from selfdoubt.errors import ConfigError, DataError, LoadError
 from selfdoubt.eval.records import Question, Record
-from selfdoubt.lm.calibration import Calibration, States, stored
+from selfdoubt.lm.calibration import Calibration, States, read_calibration
 
 FAST = ("score", "answer", "question")
 
@@ -66,7 +66,7 @@ def table(records, names):
 
 
 def answers_of(records, states=None):
-    return as_arrays(records, np.arange(len(records)), states or {})
+    return calibration_arrays(records, np.arange(len(records)), states or {})
 
 
 def test_a_logistic_head_against_scikit_learn():
@@ -145,7 +145,7 @@ def test_folds_keep_questions_together_and_spread_both_classes(n):
 )
 def test_the_head_that_the_truth_needs_is_chosen(tells, chosen):
     records, hidden = world(600, **tells)
-    head, report = calibrate(records, hidden)
+    head, report = fit_calibration(records, hidden)
     assert report.chosen == chosen
     assert [c.name for c in report.candidates] == list(CANDIDATES)
     assert (head.state is not None) == (chosen == "state")
@@ -161,7 +161,7 @@ def test_where_one_score_says_all_in_steps_a_curve_on_it_does():
         return bool(rng.random() < (0.95 if x < 1.5 else 0.9 if x < 3 else 0.05))
 
     records = [replace(r, correct=truth(r.scores["sum_nll"])) for r in world(500)[0]]
-    head, report = calibrate(records)
+    head, report = fit_calibration(records)
     assert report.chosen == "score"
     assert (head.kind, head.features) == ("isotonic", ("sum_nll",))
 
@@ -172,7 +172,7 @@ def test_what_is_reported_is_never_seen_while_fitting():
     records, _ = world(300)
     hidden = {"first.0": rng.normal(size=(300, 200))}
     noise = [replace(r, correct=bool(rng.random() < 0.5)) for r in records]
-    _, report = calibrate(noise, hidden)
+    _, report = fit_calibration(noise, hidden)
     for candidate in report.candidates:
         assert candidate.inside.auroc < 0.6
         assert candidate.inside.log_loss > 0.68
@@ -182,7 +182,7 @@ def test_what_is_reported_is_never_seen_while_fitting():
 
 def test_the_report_against_scikit_learn():
     records, _ = world(300)
-    _, report = calibrate(records, candidates=FAST)
+    _, report = fit_calibration(records, candidates=FAST)
     p, y = np.array(report.out_of_fold), np.array([r.correct for r in records])
     inside = report.best.inside
     assert inside.log_loss == pytest.approx(log_loss(y, p))
@@ -199,7 +199,7 @@ def test_calibration_error_by_hand():
 
 
 def test_p_correct_is_calibrated_on_new_questions():
-    head, report = calibrate(world(1500)[0], candidates=FAST)
+    head, report = fit_calibration(world(1500)[0], candidates=FAST)
     fresh, _ = world(4000, seed=9)
     p = np.array([head.p_correct(r.scores) for r in fresh], float)
     known = ~np.isnan(p)
@@ -216,7 +216,7 @@ def test_a_head_that_transfers_worse_is_warned_of():
     hidden = rng.normal(size=(600, 3)) * 0.3
     for i, record in enumerate(records):
         hidden[i] += (2 * (np.arange(3) == i % 3) - 0.5) * (1 if record.correct else -1)
-    _, report = calibrate(records, {"first.0": hidden})
+    _, report = fit_calibration(records, {"first.0": hidden})
     assert report.chosen == "state"
     assert report.topics == 3
     (text,) = report.warnings
@@ -227,7 +227,7 @@ def test_a_head_that_transfers_worse_is_warned_of():
 
 
 def test_no_topics_no_word_of_other_topics():
-    _, report = calibrate(world(200, topics=())[0], candidates=FAST)
+    _, report = fit_calibration(world(200, topics=())[0], candidates=FAST)
     assert report.topics == 0
     assert all(c.outside is None for c in report.candidates)
     assert not report.warnings
@@ -244,18 +244,18 @@ def test_a_topic_is_left_out_with_its_questions():
         replace(r, question=replace(r.question, text=f"What is number {n}?"), correct=bool(coin[n]))
         for r, n in zip(records, number, strict=True)
     ]
-    _, report = calibrate(again, {"first.0": keys[number]}, candidates=("score", "state"))
+    _, report = fit_calibration(again, {"first.0": keys[number]}, candidates=("score", "state"))
     assert report.topics == 3
     assert [c.outside.answers for c in report.candidates] == [360, 360]
     for candidate in report.candidates:
         assert candidate.outside.auroc < 0.62
         assert candidate.inside.auroc < 0.62
     only = [r for r in again if r.question.topic != "c"]
-    assert calibrate(only, candidates=("score",))[1].topics == 0  # without the one, nothing is left to learn from
+    assert fit_calibration(only, candidates=("score",))[1].topics == 0  # without the one, nothing is left to learn from
 
 
 def test_many_topics_are_merged():
-    _, report = calibrate(world(400, topics=[f"t{i}" for i in range(20)])[0], candidates=("score",))
+    _, report = fit_calibration(world(400, topics=[f"t{i}" for i in range(20)])[0], candidates=("score",))
     assert report.topics == 8
     assert report.best.outside.answers == 400
 
@@ -266,7 +266,7 @@ def test_unjudged_and_unanswered_records_are_left_out_and_counted():
     spoiled[3] = replace(spoiled[3], correct=None)
     spoiled[5] = replace(spoiled[5], answer=None, scores={})
     spoiled[7] = replace(spoiled[7], scores={"question_mean_nll": 1.0})
-    head, report = calibrate(spoiled, hidden)
+    head, report = fit_calibration(spoiled, hidden)
     assert report.left_out == {"unjudged": 1, "without an answer": 1, "without the score sum_nll": 1}
     assert report.answers == report.learnt_from == 197
     assert len(report.out_of_fold) == 200
@@ -274,14 +274,14 @@ def test_unjudged_and_unanswered_records_are_left_out_and_counted():
     assert report.out_of_fold[7] is None
     assert 0 <= report.out_of_fold[3] <= 1  # unjudged, but the head has never seen it
     kept = [i for i in range(200) if i not in (3, 5, 7)]
-    again, _ = calibrate([records[i] for i in kept], {k: v[kept] for k, v in hidden.items()})
+    again, _ = fit_calibration([records[i] for i in kept], {k: v[kept] for k, v in hidden.items()})
     assert again.weights == pytest.approx(head.weights)
 
 
 def test_scores_that_not_every_answer_has_are_not_used():
     records, _ = world(200)
     records[9] = replace(records[9], scores={k: v for k, v in records[9].scores.items() if k != "question_mean_nll"})
-    head, report = calibrate(records)
+    head, report = fit_calibration(records)
     assert "question_mean_nll" not in head.features
     assert "question" not in [c.name for c in report.candidates]
 
@@ -291,17 +291,17 @@ def test_without_members_their_scores_are_no_candidate():
     records = plain(world(200)[0])
     zero = {"question_mean_epistemic": 0.0, "mean_disagreement": 0.0}
     alone = [replace(r, scores={**r.scores, **zero, "mean_aleatoric": r.scores["mean_total"]}) for r in records]
-    _, report = calibrate(alone)
+    _, report = fit_calibration(alone)
     assert [c.name for c in report.candidates] == list(FAST)
     with pytest.raises(ConfigError, match="'members' needs scores of members that differ, and these records have none"):
-        calibrate(alone, candidates=["members"])
+        fit_calibration(alone, candidates=["members"])
     with pytest.raises(ConfigError, match="'state' needs states"):
-        calibrate(alone, candidates=["score", "state"])
+        fit_calibration(alone, candidates=["score", "state"])
 
 
 def test_a_threshold_is_found_on_answers_the_head_has_not_seen():
     records, _ = world(1000)
-    head, report = calibrate(records, target_accuracy=0.8, candidates=FAST)
+    head, report = fit_calibration(records, target_accuracy=0.8, candidates=FAST)
     assert report.learnt_from == 500
     promise = report.promise
     assert promise.answers == 500
@@ -316,7 +316,7 @@ def test_a_threshold_is_found_on_answers_the_head_has_not_seen():
     assert right[p >= head.threshold].mean() >= 0.8
     assert any("answers with p_correct >=" in line for line in report.lines())
     # The same head comes of its own part alone.
-    share = calibrate(records, target_accuracy=0.8, candidates=FAST, threshold_share=0.2)[1]
+    share = fit_calibration(records, target_accuracy=0.8, candidates=FAST, threshold_share=0.2)[1]
     assert (share.learnt_from, share.promise.answers) == (800, 200)
 
 
@@ -324,7 +324,7 @@ def test_a_question_asked_again_is_tested_once_and_never_learnt_from():
     records, _ = world(600)
     texts = [f"What is {i % 200}?" for i in range(600)]
     again = [replace(r, question=replace(r.question, text=t)) for r, t in zip(records, texts, strict=True)]
-    _, report = calibrate(again, target_accuracy=0.7, candidates=("score",))
+    _, report = fit_calibration(again, target_accuracy=0.7, candidates=("score",))
     assert report.learnt_from == 300
     assert report.promise.answers == 100
     assert report.left_out == {"asked again, so not tested": 200}
@@ -333,20 +333,20 @@ def test_a_question_asked_again_is_tested_once_and_never_learnt_from():
 def test_what_is_tested_does_not_shape_the_head():
     """Not even by a score that a tested answer lacks; such an answer has no p_correct, and is not tested."""
     records, _ = world(400)
-    head, report = calibrate(records, target_accuracy=0.7, candidates=["question"])
+    head, report = fit_calibration(records, target_accuracy=0.7, candidates=["question"])
     learnt = {i for i, p in enumerate(report.out_of_fold) if p != head.p_correct(records[i].scores)}
     assert len(learnt) == 200
     flipped = [replace(r, correct=r.correct if i in learnt else not r.correct) for i, r in enumerate(records)]
     tested = next(i for i in range(400) if i not in learnt)
     flipped[tested] = replace(flipped[tested], scores={"sum_nll": 1.0})
-    other, report = calibrate(flipped, target_accuracy=0.7, candidates=["question"])
+    other, report = fit_calibration(flipped, target_accuracy=0.7, candidates=["question"])
     assert (other.features, other.weights, other.bias) == (head.features, head.weights, head.bias)
     assert report.out_of_fold[tested] is None
     assert report.left_out == {"without a score that the head reads": 1}
 
 
 def test_no_threshold_is_said_plainly():
-    head, report = calibrate(world(120)[0], target_accuracy=0.99, candidates=("score",))
+    head, report = fit_calibration(world(120)[0], target_accuracy=0.99, candidates=("score",))
     assert head.threshold is None
     assert head.promise is None
     assert report.promise is None
@@ -366,7 +366,7 @@ def test_the_promise_holds_for_whole_calibrations():
     broken = 0
     for seed in range(100):
         records, _ = world(120, seed=seed + 1000, topics=())
-        head, _ = calibrate(
+        head, _ = fit_calibration(
             [replace(r, scores={"sum_nll": r.scores["sum_nll"]}) for r in records],
             target_accuracy=0.75,
             confidence=0.8,
@@ -382,7 +382,7 @@ def test_the_promise_holds_for_whole_calibrations():
 
 def test_the_same_seed_gives_the_same_head():
     records, hidden = world(200, state=1)
-    one, two, other = (calibrate(records, hidden, seed=s, target_accuracy=0.6)[0] for s in (3, 3, 4))
+    one, two, other = (fit_calibration(records, hidden, seed=s, target_accuracy=0.6)[0] for s in (3, 3, 4))
     assert one.to_json() == two.to_json()
     assert one.to_json() != other.to_json()
 
@@ -390,7 +390,7 @@ def test_the_same_seed_gives_the_same_head():
 def test_states_may_be_tensors_and_wider_than_answers_are_many():
     records, _ = world(60)
     hidden = {"mean.11": torch.randn(60, 500, dtype=torch.bfloat16).float()}
-    head, report = calibrate(records, hidden, candidates=["state"])
+    head, report = fit_calibration(records, hidden, candidates=["state"])
     assert len(head.state.weights) == 500
     assert report.best.state == "mean.11"
 
@@ -434,11 +434,11 @@ def test_what_cannot_be_learnt_is_said(spoil, options, error, says):
     records, _ = world(100)
     spoil(records)
     with pytest.raises(error, match=says):
-        calibrate(records, **options)
+        fit_calibration(records, **options)
 
 
 def test_a_report_is_plain_data():
-    _, report = calibrate(world(200)[0], target_accuracy=0.5, candidates=FAST)
+    _, report = fit_calibration(world(200)[0], target_accuracy=0.5, candidates=FAST)
     entry = json.loads(json.dumps(report.to_json()))
     assert entry["chosen"] == report.chosen
     assert "out_of_fold" not in entry
@@ -455,21 +455,21 @@ def adapter(tmp_path):
 
 
 def test_a_stored_calibration_comes_back_and_the_rest_of_the_card_stays(adapter):
-    before = storage.read_card(adapter)
-    files = {p.name: p.read_bytes() for p in adapter.iterdir() if p.name != storage.CARD}
-    head, _ = calibrate(*world(200, state=1), target_accuracy=0.6)
-    store(head, adapter)
-    card = storage.read_card(adapter)
-    found = stored(card)
+    before = storage.read_manifest(adapter)
+    files = {p.name: p.read_bytes() for p in adapter.iterdir() if p.name != storage.MANIFEST}
+    head, _ = fit_calibration(*world(200, state=1), target_accuracy=0.6)
+    store_calibration(head, adapter)
+    manifest = storage.read_manifest(adapter)
+    found = read_calibration(manifest)
     assert found == Calibration.from_json(json.loads(json.dumps(head.to_json())))
     assert (found.weights, found.state, found.threshold) == (head.weights, head.state, head.threshold)
     sums = ("calibration", "checksums")
-    assert {k: v for k, v in card.items() if k not in sums} == {k: v for k, v in before.items() if k not in sums}
-    storage.verify(adapter, card)
-    assert {p.name: p.read_bytes() for p in adapter.iterdir() if p.name != storage.CARD} == files
-    other, _ = calibrate(world(200)[0], candidates=["score"])
-    store(other, adapter)
-    assert stored(storage.read_card(adapter)).kind == "isotonic"
+    assert {k: v for k, v in manifest.items() if k not in sums} == {k: v for k, v in before.items() if k not in sums}
+    storage.verify(adapter, manifest)
+    assert {p.name: p.read_bytes() for p in adapter.iterdir() if p.name != storage.MANIFEST} == files
+    other, _ = fit_calibration(world(200)[0], candidates=["score"])
+    store_calibration(other, adapter)
+    assert read_calibration(storage.read_manifest(adapter)).kind == "isotonic"
 
 
 @pytest.mark.parametrize("file", ["added.safetensors", "selfdoubt.json"])
@@ -478,14 +478,14 @@ def test_a_damaged_adapter_gets_no_calibration_that_would_hide_it(adapter, file)
     changed = data[:-1] + b"\x01" if file != "selfdoubt.json" else data.replace(b'"alpha": 1.0', b'"alpha": 2.0')
     assert changed != data
     (adapter / file).write_bytes(changed)
-    head, _ = calibrate(world(200)[0], candidates=["score"])
+    head, _ = fit_calibration(world(200)[0], candidates=["score"])
     with pytest.raises(LoadError, match="was changed after it was saved"):
-        store(head, adapter)
+        store_calibration(head, adapter)
     assert (adapter / file).read_bytes() == changed
 
 
 def test_a_folder_that_is_no_adapter_is_refused(tmp_path):
-    head, _ = calibrate(world(60)[0], candidates=["score"])
+    head, _ = fit_calibration(world(60)[0], candidates=["score"])
     with pytest.raises(LoadError, match=r"selfdoubt\.json"):
-        store(head, tmp_path)
+        store_calibration(head, tmp_path)
     assert not list(tmp_path.iterdir())

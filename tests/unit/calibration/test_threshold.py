@@ -9,12 +9,12 @@ from scipy.stats import beta, binom, binomtest
 from selfdoubt.calibration.threshold import (
     Grid,
     counts,
+    explain_no_threshold,
     find_threshold,
     fixed_grid,
     grid_from,
     least_answers,
     passed,
-    shortfall,
 )
 from selfdoubt.errors import ConfigError, DataError
 
@@ -201,14 +201,14 @@ def test_least_answers_is_what_a_perfect_sample_needs():
 def test_no_threshold_says_why():
     few = np.full(20, 0.9), np.full(20, True)
     assert find_threshold(*few, 0.9) is None
-    assert "20 answers to test it on are too few" in shortfall(*few, 0.9)
-    assert "at least 18 more judged answers are needed" in shortfall(*few, 0.9, share=0.5)
+    assert "20 answers to test it on are too few" in explain_no_threshold(*few, 0.9)
+    assert "at least 18 more judged answers are needed" in explain_no_threshold(*few, 0.9, share=0.5)
     hopeless = np.linspace(0, 1, 500), np.arange(500) % 2 == 0
     assert find_threshold(*hopeless, 0.9) is None
-    assert "more answers would not help" in shortfall(*hopeless, 0.9)
+    assert "more answers would not help" in explain_no_threshold(*hopeless, 0.9)
     near = np.full(100, 0.9), np.arange(100) < 93
     assert find_threshold(*near, 0.9) is None
-    said = shortfall(*near, 0.9)
+    said = explain_no_threshold(*near, 0.9)
     low = binomtest(93, 100, 0.9, "greater").proportion_ci(0.975).low  # two starts share the level
     assert f"93 of the surest 100 were right, which proves {100 * low:.3g} %" in said
     more = int(said.split("roughly ")[1].split(" ")[0])

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from selfdoubt.data.question_sets import POCKET, column, load
+from selfdoubt.data.question_sets import POCKET, load_questions, read_column
 from selfdoubt.data.questions import Columns
 from selfdoubt.errors import ConfigError, DataError
 from selfdoubt.eval.few_shot import choose_examples
-from selfdoubt.eval.records import Question, Record, save
+from selfdoubt.eval.records import Question, Record, save_records
 
 ROWS = [
     {"question": "Capital of France?", "answers": ["Paris", "paris city"]},
@@ -38,49 +38,49 @@ def write(path: Path, rows: list, **options) -> Path:
 
 
 def test_every_format_gives_the_same_questions(tmp_path):
-    found = [load(write(tmp_path / f"data{suffix}", ROWS)) for suffix in (".json", ".jsonl", ".csv", ".tsv")]
+    found = [load_questions(write(tmp_path / f"data{suffix}", ROWS)) for suffix in (".json", ".jsonl", ".csv", ".tsv")]
     assert [(q.text, q.answers) for q in found[0]] == PLAIN
     assert all(f == found[0] for f in found)
     (tmp_path / "lines.json").write_text("\n".join(map(json.dumps, ROWS)))
     (tmp_path / "list.jsonl").write_text(json.dumps(ROWS))
-    assert load(tmp_path / "lines.json") == load(tmp_path / "list.jsonl") == found[0]
-    assert load(str(write(tmp_path / "one.json", ROWS[:1]))) == found[0][:1]
+    assert load_questions(tmp_path / "lines.json") == load_questions(tmp_path / "list.jsonl") == found[0]
+    assert load_questions(str(write(tmp_path / "one.json", ROWS[:1]))) == found[0][:1]
 
 
 def test_a_text_may_hold_line_ends_of_other_kinds(tmp_path):
     rows = [{"question": "One\u2028two\x85three?", "answer": "a\u2029b"}]
     for suffix in (".jsonl", ".csv"):
-        found = load(write(tmp_path / f"data{suffix}", rows))
+        found = load_questions(write(tmp_path / f"data{suffix}", rows))
         assert [(q.text, q.answers) for q in found] == [(rows[0]["question"], ("a\u2029b",))]
 
 
 def test_columns_are_found_by_usual_names_or_as_told(tmp_path):
     file = write(tmp_path / "a.csv", [{"ID": "7", "Question": "Why?", "Answer": "so", "Category": "deep", "x": "y"}])
-    assert load(file) == [Question("7", "Why?", answers=("so",), topic="deep")]
+    assert load_questions(file) == [Question("7", "Why?", answers=("so",), topic="deep")]
     told = Columns(question="x", answers="Category", id="ID", topic="Answer", context="Question")
-    assert load(file, columns=told) == [Question("7", "y", "Why?", ("deep",), topic="so")]
+    assert load_questions(file, columns=told) == [Question("7", "y", "Why?", ("deep",), topic="so")]
 
 
 def test_a_cell_is_parted_only_where_told(tmp_path):
     file = write(tmp_path / "a.csv", [{"question": "Who?", "answer": " Bonnie; Clyde ;;"}])
-    assert load(file)[0].answers == ("Bonnie; Clyde ;;",)
-    assert load(file, separator=";")[0].answers == ("Bonnie", "Clyde")
+    assert load_questions(file)[0].answers == ("Bonnie; Clyde ;;",)
+    assert load_questions(file, separator=";")[0].answers == ("Bonnie", "Clyde")
 
 
 def test_numbers_are_texts_and_repeated_answers_count_once(tmp_path):
     file = write(tmp_path / "a.jsonl", [{"question": "When?", "answer": [1988, "1988", 0.5]}])
-    assert load(file)[0].answers == ("1988", "0.5")
+    assert load_questions(file)[0].answers == ("1988", "0.5")
 
 
 def test_an_explicit_empty_list_means_that_only_declining_is_right(tmp_path):
     for suffix in (".jsonl", ".csv"):
         file = write(tmp_path / f"a{suffix}", [{"question": "Who is Zorbel?", "answers": []}])
-        assert load(file)[0].answers == ()
+        assert load_questions(file)[0].answers == ()
 
 
 def test_wrong_answers_are_kept(tmp_path):
     file = write(tmp_path / "a.jsonl", [{"question": "?", "answers": ["a"], "wrong_answers": ["b", "c"]}])
-    assert load(file)[0].wrong_answers == ("b", "c")
+    assert load_questions(file)[0].wrong_answers == ("b", "c")
 
 
 @pytest.mark.parametrize(
@@ -101,7 +101,7 @@ def test_wrong_answers_are_kept(tmp_path):
     ],
 )
 def test_the_right_choice_is_named_by_text_letter_label_or_index(tmp_path, row, choices, right):
-    (question,) = load(write(tmp_path / "a.jsonl", [{"question": "?", **row}]))
+    (question,) = load_questions(write(tmp_path / "a.jsonl", [{"question": "?", **row}]))
     assert (" ".join(question.choices), question.right) == (choices, right)
     assert question.answers == tuple(question.choices[i] for i in right)
 
@@ -112,8 +112,8 @@ def test_a_file_of_answers_gives_its_questions(tmp_path):
         Question("2", "Who is Zorbel?"),
         Question("3", "Which?", choices=("a", "b"), right=(1,)),
     ]
-    save(tmp_path / "answers.jsonl", [Record(q, "an answer", {"risk": 1.0}, correct=None) for q in questions])
-    assert load(tmp_path / "answers.jsonl") == questions
+    save_records(tmp_path / "answers.jsonl", [Record(q, "an answer", {"risk": 1.0}, correct=None) for q in questions])
+    assert load_questions(tmp_path / "answers.jsonl") == questions
 
 
 def test_triviaqas_own_file_is_read(tmp_path):
@@ -125,7 +125,9 @@ def test_triviaqas_own_file_is_read(tmp_path):
     (tmp_path / "a.json").write_text(
         json.dumps({"Data": [{"Question": "Which?", "QuestionId": "tc_1", "Answer": answer}]})
     )
-    assert load(tmp_path / "a.json") == [Question("tc_1", "Which?", answers=("Sunset Blvd", "Sunset Boulevard"))]
+    assert load_questions(tmp_path / "a.json") == [
+        Question("tc_1", "Which?", answers=("Sunset Blvd", "Sunset Boulevard"))
+    ]
 
 
 GOOD = json.dumps(ROWS[0])
@@ -184,7 +186,7 @@ QA = '{"question": "?", "answer": "x"}'
 def test_what_is_broken_is_one_line_with_its_place(tmp_path, name, text, wanted):
     (tmp_path / name).write_text(text)
     with pytest.raises(DataError, match=re.escape(wanted)) as raised:
-        load(tmp_path / name)
+        load_questions(tmp_path / name)
     assert "\n" not in str(raised.value)
     assert str(tmp_path) in str(raised.value)
 
@@ -192,59 +194,65 @@ def test_what_is_broken_is_one_line_with_its_place(tmp_path, name, text, wanted)
 def test_text_that_is_not_utf8_and_files_that_are_not_there_are_said(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(b"\xff\xfe")
     with pytest.raises(DataError, match="is not UTF-8 text"):
-        load(tmp_path / "a.jsonl")
+        load_questions(tmp_path / "a.jsonl")
     with pytest.raises(DataError, match=r"is a folder without TruthfulQA\.csv"):
-        load(tmp_path)
+        load_questions(tmp_path)
     for missing in ("./nowhere", "nowhere.jsonl", "/nowhere", "nowhere"):
         with pytest.raises(DataError, match="no question file at"):
-            load(missing)
+            load_questions(missing)
     with pytest.raises(DataError, match="neither a file here nor a data set") as raised:
-        load("no-such-owner/no-such-data")
+        load_questions("no-such-owner/no-such-data")
     assert "\n" not in str(raised.value)
 
 
 def test_settings_that_do_not_fit_are_refused(tmp_path):
     file = write(tmp_path / "a.jsonl", ROWS)
     with pytest.raises(ConfigError, match="limit must be at least 1"):
-        load(file, limit=0)
+        load_questions(file, limit=0)
     with pytest.raises(ConfigError, match="only TruthfulQA has tasks"):
-        load(file, task="mc1")
+        load_questions(file, task="mc1")
     with pytest.raises(DataError, match="no column 'q' for the question; it has 'question', 'answers'"):
-        load(file, columns=Columns(question="q"))
+        load_questions(file, columns=Columns(question="q"))
 
 
 def test_repeated_questions_get_their_own_ids(tmp_path):
     rows = [{"question": t, "answer": "x"} for t in ("a?", "b?", "a?", "a?")]
-    ids = [q.id for q in load(write(tmp_path / "a.jsonl", rows))]
+    ids = [q.id for q in load_questions(write(tmp_path / "a.jsonl", rows))]
     assert ids[2:] == [f"{ids[0]}-2", f"{ids[0]}-3"]
     assert len(set(ids)) == 4
-    given = load(write(tmp_path / "b.jsonl", [{"id": 1, **rows[0]}, {"id": 1, **rows[0]}]))
+    given = load_questions(write(tmp_path / "b.jsonl", [{"id": 1, **rows[0]}, {"id": 1, **rows[0]}]))
     assert [q.id for q in given] == ["1", "1-2"]
 
 
 def test_an_id_hangs_on_the_question_and_its_passage_alone(tmp_path):
     rows = [{"question": f"{i}?", "answer": "x", "context": c} for i in range(3) for c in ("one", "two")]
-    whole = load(write(tmp_path / "a.jsonl", rows))
+    whole = load_questions(write(tmp_path / "a.jsonl", rows))
     assert len({q.id for q in whole}) == 6
-    assert load(write(tmp_path / "b.csv", rows[::-1])) == whole[::-1]
+    assert load_questions(write(tmp_path / "b.csv", rows[::-1])) == whole[::-1]
 
 
 def test_a_limit_is_a_random_part_in_order_and_grows(tmp_path):
     file = write(tmp_path / "a.jsonl", [{"question": f"{i}?", "answer": "x"} for i in range(50)])
-    whole = load(file)
-    small, large, other = load(file, limit=10), load(file, limit=20), load(file, limit=10, seed=1)
+    whole = load_questions(file)
+    small, large, other = (
+        load_questions(file, limit=10),
+        load_questions(file, limit=20),
+        load_questions(file, limit=10, seed=1),
+    )
     assert len(small) == 10
     assert small == [q for q in large if q in small] == [q for q in whole if q in small]
     assert small not in (whole[:10], other)
-    assert load(file, limit=99) == whole
+    assert load_questions(file, limit=99) == whole
 
 
 def test_a_column_beside_is_read_by_id(tmp_path):
     rows = [{"question": t, "answer": "x", "human": h} for t, h in (("a?", "yes"), ("b?", ""), ("a?", "no"))]
     file = write(tmp_path / "a.csv", rows)
-    assert list(column(file, "human").items()) == [(q.id, r["human"]) for q, r in zip(load(file), rows, strict=True)]
+    assert list(read_column(file, "human").items()) == [
+        (q.id, r["human"]) for q, r in zip(load_questions(file), rows, strict=True)
+    ]
     with pytest.raises(DataError, match="no column 'nobody'"):
-        column(file, "nobody")
+        read_column(file, "nobody")
 
 
 def test_examples_are_never_the_asked_questions():
@@ -264,7 +272,7 @@ def test_examples_are_never_the_asked_questions():
 
 
 def test_the_pockets_own_file_has_relations_as_topics():
-    questions = load(POCKET)
+    questions = load_questions(POCKET)
     assert len(questions) == 2000
     assert len({q.topic for q in questions}) == 8
     assert sum(not q.answers for q in questions) == 250  # invented places
@@ -285,7 +293,7 @@ def test_the_pockets_own_file_has_relations_as_topics():
     ],
 )
 def test_real_files_have_their_counts(real, name, count, unanswerable, topics):
-    questions = load(real(name))
+    questions = load_questions(real(name))
     assert len(questions) == len({q.id for q in questions}) == count
     assert sum(not q.answers and not q.choices for q in questions) == unanswerable
     assert len({q.topic for q in questions} - {None}) == topics
@@ -294,7 +302,7 @@ def test_real_files_have_their_counts(real, name, count, unanswerable, topics):
 
 @pytest.mark.slow
 def test_opentriviaqa_has_its_count_and_loses_only_empty_and_repeated_choices(real):
-    questions = load(real("opentriviaqa/opentriviaqa.jsonl"))
+    questions = load_questions(real("opentriviaqa/opentriviaqa.jsonl"))
     sizes = Counter(len(q.choices) for q in questions)
     assert len({q.id for q in questions}) == 49_203
     assert len({q.topic for q in questions}) == 22
@@ -346,7 +354,7 @@ def test_known_names_are_read_from_their_public_home(monkeypatch, name, asked, r
         return [row]
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    (found,) = load(name, revision="abc")
+    (found,) = load_questions(name, revision="abc")
     assert replace(found, id=expected.id or found.id) == replace(expected, id=found.id)
 
 
@@ -359,14 +367,14 @@ def test_any_set_of_the_hub_is_read_from_the_usual_split(monkeypatch):
         return splits if split is None else splits[split]
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    assert [q.text for q in load("owner/name", config="part")] == ["e?"]
-    assert [q.text for q in load("owner/name", config="part", split="train")] == ["t?"]
+    assert [q.text for q in load_questions("owner/name", config="part")] == ["e?"]
+    assert [q.text for q in load_questions("owner/name", config="part", split="train")] == ["t?"]
     splits["test"] = [{"question": "", "answer": "x"}]
     with pytest.raises(DataError, match="owner/name, test, row 1: question is empty"):
-        load("owner/name", config="part")
+        load_questions("owner/name", config="part")
 
 
 def test_a_name_of_a_known_set_is_not_a_folder_of_that_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / POCKET).mkdir()
-    assert len(load(POCKET, limit=3)) == 3
+    assert len(load_questions(POCKET, limit=3)) == 3

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from selfdoubt.data.cells import texts, trimmed
-from selfdoubt.data.chats import read
-from selfdoubt.data.question_sets import load
+from selfdoubt.data.chats import read_chats
+from selfdoubt.data.question_sets import load_questions
 from selfdoubt.data.questions import Columns
 from selfdoubt.errors import ConfigError, DataError
 
@@ -24,8 +24,8 @@ PLAIN = [("Q1?", "a"), ("Q2?", "b")]
 def both(path, **columns):
     """Question and first answer, to evaluate and to train."""
     given = Columns(**columns)
-    asked = [(q.text, q.answers[0]) for q in load(path, columns=given)]
-    chats = list(read(str(path), columns=given))
+    asked = [(q.text, q.answers[0]) for q in load_questions(path, columns=given)]
+    chats = list(read_chats(str(path), columns=given))
     learnt = [(question["content"], answer["content"].strip()) for question, answer in chats]
     assert asked == learnt
     return asked
@@ -94,7 +94,7 @@ def test_a_file_means_the_same_to_evaluate_and_to_train(tmp_path, name, text, pa
 )
 def test_what_is_ambiguous_or_broken_is_refused_alike(tmp_path, name, text, wanted):
     (tmp_path / name).write_text(text, encoding="utf-8")
-    for reader in (load, lambda path: list(read(str(path)))):
+    for reader in (load_questions, lambda path: list(read_chats(str(path)))):
         with pytest.raises(DataError) as raised:
             reader(tmp_path / name)
         assert wanted in str(raised.value)
@@ -118,12 +118,12 @@ def test_a_number_is_a_text_where_every_answer_of_the_file_is_one(tmp_path):
     assert both(tmp_path / "a.jsonl") == [("Q1?", "blue"), ("Q2?", "3")]
     (tmp_path / "b.jsonl").write_text(f"{json.dumps({**first, 'answer': '1'})}\n{json.dumps(second)}\n")
     with pytest.raises(DataError, match="line 2: answer '3' is the text of one choice"):
-        load(tmp_path / "b.jsonl")
+        load_questions(tmp_path / "b.jsonl")
 
 
 def test_code_keeps_its_indentation_when_it_is_learnt(tmp_path):
     (tmp_path / "a.jsonl").write_text(json.dumps({"question": "  f\n", "answer": ["    return 1\n", "x"]}))
-    assert [m["content"] for m in next(read(str(tmp_path / "a.jsonl")))] == ["  f", "    return 1\n"]
+    assert [m["content"] for m in next(read_chats(str(tmp_path / "a.jsonl")))] == ["  f", "    return 1\n"]
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".csv"])
@@ -150,7 +150,7 @@ def test_a_question_and_its_passage_keep_their_indentation(tmp_path, suffix, que
         else:
             out.write(json.dumps(row))
     assert both(file) == [(wanted, "a")]
-    assert load(file)[0].context == wanted
+    assert load_questions(file)[0].context == wanted
 
 
 @pytest.mark.parametrize(
@@ -172,7 +172,7 @@ def test_a_question_and_its_passage_keep_their_indentation(tmp_path, suffix, que
 def test_what_pandas_and_excel_write_otherwise_is_refused_with_the_way_out(tmp_path, name, content, said):
     file = tmp_path / name
     file.write_bytes(content)
-    for reader in (load, lambda path: list(read(str(path)))):
+    for reader in (load_questions, lambda path: list(read_chats(str(path)))):
         with pytest.raises(DataError, match=said) as raised:
             reader(file)
         assert "\n" not in str(raised.value)
@@ -180,7 +180,7 @@ def test_what_pandas_and_excel_write_otherwise_is_refused_with_the_way_out(tmp_p
 
 def test_a_number_that_pandas_made_a_float_is_the_whole_number(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"question": "Q1?", "answer": 4.0}')
-    assert load(tmp_path / "a.jsonl")[0].answers == ("4", "4.0")
+    assert load_questions(tmp_path / "a.jsonl")[0].answers == ("4", "4.0")
     assert both(tmp_path / "a.jsonl") == [("Q1?", "4")]
     (tmp_path / "a.jsonl").write_text('{"question": "Q1?", "choices": ["x", "y"], "answer": 1.0}')
     assert both(tmp_path / "a.jsonl") == [("Q1?", "y")]
@@ -189,7 +189,7 @@ def test_a_number_that_pandas_made_a_float_is_the_whole_number(tmp_path):
 def test_a_row_of_truthfulqa_is_known_in_any_file(tmp_path):
     row = {"question": "Q1?", "best_answer": "a", "correct_answers": ["a", "b"], "incorrect_answers": ["c"]}
     (tmp_path / "a.jsonl").write_text(json.dumps(row))
-    assert load(tmp_path / "a.jsonl")[0].answers == ("a", "b")
+    assert load_questions(tmp_path / "a.jsonl")[0].answers == ("a", "b")
 
 
 cell = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1, max_size=12).filter(str.strip)

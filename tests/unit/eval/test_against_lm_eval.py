@@ -13,10 +13,10 @@ import transformers
 
 from selfdoubt import RiskAwareLM
 from selfdoubt.data import question_sets
-from selfdoubt.eval.generate import Plan, ask
+from selfdoubt.eval.generate import EvaluationConfig, ask_batch
 from selfdoubt.eval.prompts import Prompting
 from selfdoubt.eval.records import Question
-from selfdoubt.eval.scores.agreement import same
+from selfdoubt.eval.scores.agreement import build_equivalence
 from tests import oracles
 from tests.zoo import talker, tokenizer
 
@@ -93,10 +93,10 @@ def test_multiple_choice_against_lm_evaluation_harness(task_files, model, words,
     expected, asked = harness(task_files, model, words, kind)
     examples = re.findall(r"Q: (.*)\nA: (.*)", asked[0])
     shots = tuple(Question(str(i), q, answers=(a,)) for i, (q, a) in enumerate(examples))
-    questions = question_sets.load(task_files / "mc_task.json", task=kind)
-    plan = Plan(how=Prompting("qa"), shots=shots, batch_size=2)
+    questions = question_sets.load_questions(task_files / "mc_task.json", task=kind)
+    plan = EvaluationConfig(how=Prompting("qa"), shots=shots, batch_size=2)
     assert [plan.prompt(q) for q in questions] == asked
-    found = ask(RiskAwareLM(model, words), questions, plan, same("exact")).records
+    found = ask_batch(RiskAwareLM(model, words), questions, plan, build_equivalence("exact")).records
     assert len(set(expected)) > 1  # or it would prove little
     for record, theirs in zip(found, expected, strict=True):
         ours = float(record.correct) if kind == "mc1" else record.grade

@@ -15,10 +15,10 @@ from selfdoubt.eval.scores.agreement import (
     SameText,
     SameWords,
     agreement_scores,
-    clusters,
+    build_equivalence,
+    cluster_answers,
     lexical_dissimilarity,
     majority,
-    same,
     self_consistency,
     semantic_entropy,
     semantic_entropy_weighted,
@@ -61,9 +61,9 @@ def test_self_consistency_counts_the_samples_that_say_something_else_than_the_an
 
 def test_a_text_joins_the_first_cluster_whose_first_text_is_the_same():
     texts = ["a1 b1", "b1 c1", "c1 d1", "a1 b1"]
-    assert clusters(texts, SameWords(0.5)) == [0, 0, 1, 0]  # c1 d1 is like b1 c1, which leads no cluster
-    assert clusters(texts, SameText()) == [0, 1, 2, 0]
-    assert clusters([]) == []
+    assert cluster_answers(texts, SameWords(0.5)) == [0, 0, 1, 0]  # c1 d1 is like b1 c1, which leads no cluster
+    assert cluster_answers(texts, SameText()) == [0, 1, 2, 0]
+    assert cluster_answers([]) == []
 
 
 def test_semantic_entropy_by_hand():
@@ -74,7 +74,7 @@ def test_semantic_entropy_by_hand():
 
 @given(answers, st.data())
 def test_semantic_entropies_against_numpy(texts, data):
-    of = clusters(texts)
+    of = cluster_answers(texts)
     nll = data.draw(st.lists(nlls, min_size=len(texts), max_size=len(texts)))
     shares = np.bincount(of) / len(of)
     assert semantic_entropy(of) == pytest.approx(float(-(shares * np.log(shares)).sum()), abs=1e-12)
@@ -120,11 +120,15 @@ def test_the_majority_is_the_largest_cluster_and_the_first_of_equals():
 
 
 def test_rules_have_names():
-    assert [same("exact"), same("f1"), same("f1:0.8")] == [SameText(), SameWords(), SameWords(0.8)]
-    assert same("nli:some/model").model == "some/model"
+    assert [build_equivalence("exact"), build_equivalence("f1"), build_equivalence("f1:0.8")] == [
+        SameText(),
+        SameWords(),
+        SameWords(0.8),
+    ]
+    assert build_equivalence("nli:some/model").model == "some/model"
     for spec in ("nonsense", "exact:1", "f1:x", "f1:0", "f1:nan", "nli", "nli:"):
         with pytest.raises(ConfigError) as raised:
-            same(spec)
+            build_equivalence(spec)
         assert "\n" not in str(raised.value)
 
 

@@ -9,7 +9,7 @@ import torch
 
 from selfdoubt.errors import ConfigError, LoadError, NonFiniteError
 from selfdoubt.eval.scores import entailment
-from selfdoubt.eval.scores.agreement import agreement_scores, clusters
+from selfdoubt.eval.scores.agreement import agreement_scores, cluster_answers
 from selfdoubt.eval.scores.entailment import SameMeaning, entailment_label
 
 LABELS = ["CONTRADICTION", "NEUTRAL", "ENTAILMENT"]
@@ -70,7 +70,7 @@ def test_clusters_by_meaning_are_those_of_the_first_of_each(folder):
             leaders.append(i)
             found = len(leaders) - 1
         expected.append(found)
-    assert clusters(texts, alike) == expected
+    assert cluster_answers(texts, alike) == expected
     assert agreement_scores("Paris", texts, alike=alike)["n_clusters"] == len(leaders)
 
 

@@ -10,11 +10,11 @@ import pytest
 from selfdoubt.data.questions import Columns
 from selfdoubt.errors import DataError
 from selfdoubt.eval import records
-from selfdoubt.eval.external import UNKNOWN, read
+from selfdoubt.eval.external import UNKNOWN, read_external_answers
 from selfdoubt.eval.judges.judge import judge_records
 from selfdoubt.eval.judges.rules import Column, Contains
 from selfdoubt.eval.records import Question, Record
-from selfdoubt.eval.run_folder import read_answers
+from selfdoubt.eval.run_folder import read_run_answers
 
 PARIS = {"question": "Capital of France?", "answer": "It is Paris."}
 MILAN = {"question": "Capital of Italy?", "answer": "Milan"}
@@ -39,7 +39,7 @@ def write(path, rows):
 
 
 def verdicts(path, **options):
-    found = read(path, columns=options.pop("columns", Columns()), **options)
+    found = read_external_answers(path, columns=options.pop("columns", Columns()), **options)
     return [r.correct for r in judge_records(found.records, Contains(), unknown=found.unknown, only_open=True)]
 
 
@@ -64,12 +64,12 @@ def test_gold_is_found_by_its_usual_names_in_every_format(tmp_path, name, suffix
 )
 def test_a_verdict_is_read_in_every_spelling(tmp_path, cells, expected):
     file = write(tmp_path / "a.jsonl", [{**r, "correct": c} for r, c in zip((PARIS, MILAN), cells, strict=True)])
-    assert [r.correct for r in read(file, columns=Columns()).records] == expected
+    assert [r.correct for r in read_external_answers(file, columns=Columns()).records] == expected
 
 
 def test_only_an_explicit_empty_list_is_unanswerable(tmp_path):
     rows = [{**PARIS, "answers": []}, {**PARIS, "answer": "I don't know.", "answers": []}, {**PARIS, "answers": None}]
-    found = read(write(tmp_path / "a.jsonl", rows), columns=Columns())
+    found = read_external_answers(write(tmp_path / "a.jsonl", rows), columns=Columns())
     after = judge_records(found.records, Contains(), unknown=found.unknown)
     assert [r.correct for r in after] == [False, True, None]
     assert after[2].note == UNKNOWN
@@ -79,7 +79,7 @@ def test_only_an_explicit_empty_list_is_unanswerable(tmp_path):
 
 def test_missing_ids_are_numbered_and_null_scores_are_none(tmp_path):
     rows = [{**PARIS, "scores": None}, {**MILAN, "id": 1, "scores": {"sum_nll": None, "x": 2}}, {**MILAN, "id": None}]
-    found = read(write(tmp_path / "a.jsonl", rows), columns=Columns()).records
+    found = read_external_answers(write(tmp_path / "a.jsonl", rows), columns=Columns()).records
     assert len({r.question.id for r in found}) == 3
     assert found[1].question.id == "1"
     assert [dict(r.scores) for r in found] == [{}, {"x": 2.0}, {}]
@@ -87,7 +87,7 @@ def test_missing_ids_are_numbered_and_null_scores_are_none(tmp_path):
 
 def test_choices_in_lettered_columns_are_judged_by_what_the_letter_names(tmp_path):
     rows = [{"question": "Capital?", "A": "Rome", "B": "Oslo", "answer": a, "gold": "A"} for a in ("Rome", "Oslo")]
-    found = read(write(tmp_path / "a.csv", rows), columns=Columns()).records
+    found = read_external_answers(write(tmp_path / "a.csv", rows), columns=Columns()).records
     assert [(r.question.choices, r.question.right) for r in found] == [(("Rome", "Oslo"), (0,))] * 2
     assert verdicts(tmp_path / "a.csv") == [True, False]
 
@@ -121,7 +121,7 @@ def test_columns_are_named_where_two_could_be_meant(tmp_path):
 )
 def test_what_cannot_be_read_is_one_line_with_its_place(tmp_path, row, wanted):
     with pytest.raises(DataError) as raised:
-        read(write(tmp_path / "a.jsonl", [row]), columns=Columns())
+        read_external_answers(write(tmp_path / "a.jsonl", [row]), columns=Columns())
     assert wanted in str(raised.value)
     assert "\n" not in str(raised.value)
 
@@ -132,20 +132,20 @@ def test_what_evaluate_wrote_is_read_as_it_was(tmp_path):
         Record(Question("b", "Who is Zorbel?"), "y", {"s": 2.5}, correct=False, finish="stop"),
         Record(Question("c", "Which?", answers=("B",), choices=("A", "B"), right=(1,)), "B", {"s": 0.5}, correct=True),
     ]
-    records.save(tmp_path / "answers.jsonl", found)
-    assert read_answers(tmp_path / "answers.jsonl")[0] == read_answers(tmp_path)[0] == found
+    records.save_records(tmp_path / "answers.jsonl", found)
+    assert read_run_answers(tmp_path / "answers.jsonl")[0] == read_run_answers(tmp_path)[0] == found
 
 
 def test_letters_are_never_answers(tmp_path):
     (tmp_path / "answers.jsonl").write_text(json.dumps({"id": "1", **PARIS, "answers": "Paris"}), encoding="utf-8")
-    assert read_answers(tmp_path / "answers.jsonl")[0][0].question.answers == ("Paris",)
+    assert read_run_answers(tmp_path / "answers.jsonl")[0][0].question.answers == ("Paris",)
     with pytest.raises(DataError, match="answers must be a list"):
-        records.read(tmp_path / "answers.jsonl")
+        records.read_records(tmp_path / "answers.jsonl")
 
 
 def test_what_pandas_makes_of_a_table_is_read(tmp_path):
     rows = [{**PARIS, "Correct": 1.0, "SCORES": "{'x': 0.5}", "P_correct": 0.5}, {**MILAN, "Correct": 0.0}]
-    first, second = read(write(tmp_path / "a.csv", rows), columns=Columns()).records
+    first, second = read_external_answers(write(tmp_path / "a.csv", rows), columns=Columns()).records
     assert (first.correct, first.scores, first.p_correct, second.correct) == (True, {"x": 0.5}, 0.5, False)
     numbers = [{"question": "2 + 2?", "answer": 4.0, "gold": 4.0}, {"question": "2 + 3?", "answer": 5.5, "gold": 5}]
     assert verdicts(write(tmp_path / "a.jsonl", numbers)) == [True, False]
@@ -153,4 +153,6 @@ def test_what_pandas_makes_of_a_table_is_read(tmp_path):
 
 def test_a_number_that_is_too_large_is_refused_in_one_line(tmp_path):
     with pytest.raises(DataError, match="the score x must be a number"):
-        read(write(tmp_path / "a.jsonl", [{**PARIS, "gold": "x", "scores": {"x": 10**400}}]), columns=Columns())
+        read_external_answers(
+            write(tmp_path / "a.jsonl", [{**PARIS, "gold": "x", "scores": {"x": 10**400}}]), columns=Columns()
+        )

@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from selfdoubt import RiskAwareLM, vote
-from selfdoubt.calibration.arrays import usable
+from selfdoubt.calibration.arrays import calibration_rows
 from selfdoubt.errors import ConfigError, DataError
-from selfdoubt.eval.generate import Plan, ask, sample_seed
+from selfdoubt.eval.generate import EvaluationConfig, ask_batch, sample_seed
 from selfdoubt.eval.prompts import Prompting
 from selfdoubt.eval.records import Question, Record
-from selfdoubt.eval.run import evaluate, quarters
-from selfdoubt.eval.scores.agreement import clusters, same
+from selfdoubt.eval.run import ask_questions, choose_quarter_layers
+from selfdoubt.eval.scores.agreement import build_equivalence, cluster_answers
 from selfdoubt.eval.scores.p_true import p_true
 from selfdoubt.report.measure import measure
 from tests.zoo import talker, tokenizer
@@ -29,7 +29,7 @@ CHOICES = [
     Question("d", "What do cats eat?", choices=("Meat", "Stones", "Light of the moon"), right=(0,)),
     Question("e", "Is it so?", choices=("Yes it is", "No"), right=(0, 1)),
 ]
-PLAN = Plan(max_tokens=5, batch_size=2, samples=3, p_true=True, seed=4)
+PLAN = EvaluationConfig(max_tokens=5, batch_size=2, samples=3, p_true=True, seed=4)
 
 
 def model(**options):
@@ -49,9 +49,9 @@ def assert_close(a: Record, b: Record) -> None:
 @pytest.mark.parametrize("questions", [QUESTIONS, CHOICES], ids=["open", "choices"])
 def test_a_record_does_not_depend_on_the_batch_around_it(style, questions):
     lm, plan = model(layers=(1,)), replace(PLAN, how=Prompting(style))
-    together = ask(lm, questions, plan, same("exact"))
+    together = ask_batch(lm, questions, plan, build_equivalence("exact"))
     for i, question in enumerate(questions):
-        alone = ask(lm, [question], plan, same("exact"))
+        alone = ask_batch(lm, [question], plan, build_equivalence("exact"))
         assert_close(together.records[i], alone.records[0])
         for name, states in together.states.items():
             torch.testing.assert_close(states[i], alone.states[name][0], rtol=1e-4, atol=1e-5)
@@ -59,7 +59,7 @@ def test_a_record_does_not_depend_on_the_batch_around_it(style, questions):
 
 def test_samples_are_those_that_the_model_draws_with_their_own_seeds():
     lm = model()
-    record = ask(lm, QUESTIONS[:1], PLAN, same("exact")).records[0]
+    record = ask_batch(lm, QUESTIONS[:1], PLAN, build_equivalence("exact")).records[0]
     for i, sample in enumerate(record.samples):
         drawn = lm.generate(QUESTIONS[0].text, max_tokens=5, temperature=1.0, seed=sample_seed(4, "a", i))
         assert sample.text == drawn.text.strip()
@@ -69,7 +69,7 @@ def test_samples_are_those_that_the_model_draws_with_their_own_seeds():
 
 def test_the_choice_is_the_one_that_the_model_finds_most_probable():
     lm = model()
-    for question, record in zip(CHOICES, ask(lm, CHOICES, PLAN, same("exact")).records, strict=True):
+    for question, record in zip(CHOICES, ask_batch(lm, CHOICES, PLAN, build_equivalence("exact")).records, strict=True):
         nll = [lm.score(choice, question.text).scores["sum_nll"] for choice in question.choices]
         best = nll.index(min(nll))
         assert record.answer == question.choices[best]
@@ -81,7 +81,7 @@ def test_the_choice_is_the_one_that_the_model_finds_most_probable():
 
 def test_choices_may_be_shown_and_named_by_letter():
     plan = replace(PLAN, how=Prompting("chat", options=True))
-    records = ask(model(), CHOICES, plan, same("exact")).records
+    records = ask_batch(model(), CHOICES, plan, build_equivalence("exact")).records
     assert all(r.answer in r.question.choices for r in records)
 
 
@@ -106,34 +106,34 @@ def test_p_true_is_the_share_of_true_in_what_comes_next():
 )
 def test_a_plan_out_of_range(settings, message):
     with pytest.raises(ConfigError, match=message):
-        Plan(**settings)
+        EvaluationConfig(**settings)
 
 
 def test_a_run_keeps_the_order_of_its_questions_and_never_asks_twice(tmp_path, monkeypatch):
     lm = model()
-    lm.layers = quarters(lm)
-    whole = evaluate(lm, QUESTIONS, PLAN, tmp_path / "a")
+    lm.layers = choose_quarter_layers(lm)
+    whole = ask_questions(lm, QUESTIONS, PLAN, tmp_path / "a")
     assert [r.question for r in whole.records] == QUESTIONS
     assert all(len(states) == 3 for states in whole.states.values())
     monkeypatch.setattr(lm, "generate", lambda *a, **k: pytest.fail("asked twice"))
-    again = evaluate(lm, QUESTIONS, PLAN, tmp_path / "a")
+    again = ask_questions(lm, QUESTIONS, PLAN, tmp_path / "a")
     assert again.records == whole.records
     assert again.costs == whole.costs
     for name, states in whole.states.items():
         assert torch.equal(states, again.states[name])
     with pytest.raises(ConfigError, match=r"holds answers of another run \(seed was 4, and is 5\)"):
-        evaluate(lm, QUESTIONS, replace(PLAN, seed=5), tmp_path / "a")
+        ask_questions(lm, QUESTIONS, replace(PLAN, seed=5), tmp_path / "a")
     with pytest.raises(ConfigError, match="questions was"):
-        evaluate(lm, QUESTIONS[:2], PLAN, tmp_path / "a")
+        ask_questions(lm, QUESTIONS[:2], PLAN, tmp_path / "a")
 
 
 def test_questions_that_cannot_be_asked_together(tmp_path):
     with pytest.raises(DataError, match="2 of 5 questions have choices"):
-        evaluate(model(), QUESTIONS + CHOICES, PLAN, tmp_path)
+        ask_questions(model(), QUESTIONS + CHOICES, PLAN, tmp_path)
     with pytest.raises(DataError, match="the id 'a' comes twice"):
-        evaluate(model(), QUESTIONS + QUESTIONS[:1], PLAN, tmp_path)
+        ask_questions(model(), QUESTIONS + QUESTIONS[:1], PLAN, tmp_path)
     with pytest.raises(DataError, match="there are no questions"):
-        evaluate(model(), [], PLAN, tmp_path)
+        ask_questions(model(), [], PLAN, tmp_path)
 
 
 @pytest.mark.parametrize("style", ["chat", "qa"])
@@ -147,7 +147,7 @@ def test_empty_answers_have_the_surprisal_of_their_end(style):
         for i in range(0, 8, 3)
     ]
     lm.stop_ids = frozenset(t.id for t in (firsts[0], *drawn))  # the first answer and some samples end at once
-    found = ask(lm, QUESTIONS, plan, same("exact")).records
+    found = ask_batch(lm, QUESTIONS, plan, build_equivalence("exact")).records
     assert found[0].answer == ""
     assert found[0].scores["sum_nll"] == pytest.approx(firsts[0].nll, rel=1e-4)
     assert set(found[0].scores) == set(found[1].scores)
@@ -157,7 +157,7 @@ def test_empty_answers_have_the_surprisal_of_their_end(style):
                           stop=["\n"] if plan.raw else [])  # fmt: skip
         assert any(not a.tokens for a in own)
         weights = [math.exp(-a.scores["sum_nll"]) for a in own]
-        of = clusters([s.text for s in record.samples])
+        of = cluster_answers([s.text for s in record.samples])
         mass = [sum(w for w, c in zip(weights, of, strict=True) if c == one) / sum(weights) for one in set(of)]
         expected = -sum(m * math.log(m) for m in mass)
         assert record.scores["semantic_entropy_weighted"] == pytest.approx(expected, rel=1e-3, abs=1e-6)
@@ -169,9 +169,12 @@ def test_a_run_with_empty_answers_compares_all_of_them():
     questions = [Question(f"q{i}", f"What is number {i} of {i * i}?", answers=("x",)) for i in range(30)]
     firsts = [lm.generate(q.text, max_tokens=1).tokens[0].id for q in questions]
     lm.stop_ids = frozenset(firsts[:3])
-    found = [replace(r, correct=i % 3 > 0) for i, r in enumerate(ask(lm, questions, plan, same("exact")).records)]
+    found = [
+        replace(r, correct=i % 3 > 0)
+        for i, r in enumerate(ask_batch(lm, questions, plan, build_equivalence("exact")).records)
+    ]
     assert any(r.answer == "" for r in found)
     report = measure(found, {}, draws=20)
     assert "why" not in report["picked"]
     assert all(score["note"] is None and score["judged"] == 30 for score in report["scores"].values())
-    assert len(usable(found)[0]) == 30
+    assert len(calibration_rows(found)[0]) == 30

@@ -11,7 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from selfdoubt.errors import ConfigError, DataError, LoadError
-from selfdoubt.eval.judges.llm import LLMJudge, messages, verdict
+from selfdoubt.eval.judges.llm import LLMJudge, messages, parse_reply
 from selfdoubt.eval.judges.verdict import NO_ANSWER
 from selfdoubt.eval.records import Question
 
@@ -217,7 +217,7 @@ def test_a_judge_that_cannot_be_reached_is_said_before_the_work(server):
     ],
 )
 def test_a_reply_is_one_of_two_words_or_unreadable(reply, right):
-    found = verdict(reply)
+    found = parse_reply(reply)
     assert found.correct is right
     assert (found.note is None) == (right is not None)
 

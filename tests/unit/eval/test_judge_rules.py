@@ -9,7 +9,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from selfdoubt.errors import ConfigError, DataError
-from selfdoubt.eval.judges.rules import F1, JUDGES, Bleu, Column, Contains, Exact, Regex, Rouge, default_judge, judge
+from selfdoubt.eval.judges.rules import (
+    F1,
+    JUDGES,
+    Bleu,
+    Column,
+    Contains,
+    Exact,
+    Regex,
+    Rouge,
+    build_judge,
+    choose_default_judge,
+)
 from selfdoubt.eval.judges.verdict import Verdict
 from selfdoubt.eval.records import Question
 
@@ -189,9 +200,9 @@ def test_a_persons_column_without_this_question_is_unjudged_and_a_strange_cell_a
 
 
 def test_judges_have_names():
-    found = [judge(s) for s in ("exact", "f1", "f1:0.8", "contains", "rouge", "bleu", "regex:a:b")]
+    found = [build_judge(s) for s in ("exact", "f1", "f1:0.8", "contains", "rouge", "bleu", "regex:a:b")]
     assert found == [Exact(), F1(), F1(0.8), Contains(), Rouge(), Bleu(), Regex("a:b")]
-    assert judge("column:human", column={"1": "yes"})(PARIS, "x").correct
+    assert build_judge("column:human", column={"1": "yes"})(PARIS, "x").correct
 
 
 @pytest.mark.parametrize(
@@ -199,23 +210,23 @@ def test_judges_have_names():
 )
 def test_a_judge_that_there_is_not_is_one_line(spec):
     with pytest.raises(ConfigError) as raised:
-        judge(spec)
+        build_judge(spec)
     assert "\n" not in str(raised.value)
 
 
 def test_every_name_in_the_list_is_a_judge_but_for_the_one_that_asks_a_model():
     for name in JUDGES:
         if name != "llm":
-            judge(name, column={})
+            build_judge(name, column={})
 
 
 def test_the_usual_judge_follows_what_most_questions_hold():
     choice = Question("c", "?", choices=("a", "b"), right=(0,))
-    assert default_judge([PARIS, NOTHING]) == "contains"
-    assert default_judge([FORTUNE, FORTUNE, PARIS]) == "rouge"
-    assert default_judge([choice, choice, PARIS]) == "choice"
-    assert default_judge([choice, PARIS]) == "contains"
-    assert default_judge([]) == "contains"
+    assert choose_default_judge([PARIS, NOTHING]) == "contains"
+    assert choose_default_judge([FORTUNE, FORTUNE, PARIS]) == "rouge"
+    assert choose_default_judge([choice, choice, PARIS]) == "choice"
+    assert choose_default_judge([choice, PARIS]) == "contains"
+    assert choose_default_judge([]) == "contains"
 
 
 def test_a_verdict_goes_to_json():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from selfdoubt.errors import ConfigError
-from selfdoubt.eval.prompts import BY_LETTER, FROM_PASSAGE, Prompting, answer_text, prompt, shown_answer
+from selfdoubt.eval.prompts import BY_LETTER, FROM_PASSAGE, Prompting, answer_text, build_prompt, shown_answer
 from selfdoubt.eval.records import Question
 from selfdoubt.lm.text.prompt import encode
 
@@ -17,11 +17,11 @@ CHOICE = Question("5", "Which is a city?", answers=("Rome",), choices=("Red", "R
 
 
 def test_a_bare_question_is_one_message_with_its_words_alone():
-    assert prompt(FRANCE) == [{"role": "user", "content": "What is the capital of France?"}]
+    assert build_prompt(FRANCE) == [{"role": "user", "content": "What is the capital of France?"}]
 
 
 def test_examples_are_earlier_turns():
-    assert prompt(SPAIN, [FRANCE]) == [
+    assert build_prompt(SPAIN, [FRANCE]) == [
         {"role": "user", "content": "What is the capital of France?"},
         {"role": "assistant", "content": "Paris"},
         {"role": "user", "content": "What is the capital of Spain?"},
@@ -30,26 +30,26 @@ def test_examples_are_earlier_turns():
 
 def test_an_instruction_is_the_systems_or_stands_before_the_first_question():
     how = Prompting(instruction="Be brief.")
-    assert prompt(SPAIN, [FRANCE], how)[0] == {"role": "system", "content": "Be brief."}
-    assert prompt(SPAIN, [FRANCE], how)[1:] == prompt(SPAIN, [FRANCE])
-    inside = prompt(SPAIN, [FRANCE], Prompting(instruction="Be brief.", system=False))
+    assert build_prompt(SPAIN, [FRANCE], how)[0] == {"role": "system", "content": "Be brief."}
+    assert build_prompt(SPAIN, [FRANCE], how)[1:] == build_prompt(SPAIN, [FRANCE])
+    inside = build_prompt(SPAIN, [FRANCE], Prompting(instruction="Be brief.", system=False))
     assert inside[0]["content"] == "Be brief.\n\nWhat is the capital of France?"
-    assert inside[1:] == prompt(SPAIN, [FRANCE])[1:]
+    assert inside[1:] == build_prompt(SPAIN, [FRANCE])[1:]
 
 
 def test_a_passage_comes_before_its_question_and_may_hold_no_answer():
-    system, asked, answered, last = prompt(PASSAGE, [UNSAID])
+    system, asked, answered, last = build_prompt(PASSAGE, [UNSAID])
     assert system == {"role": "system", "content": FROM_PASSAGE}
     assert "unanswerable" in FROM_PASSAGE
     assert asked["content"] == "Passage: Ann came.\n\nWho sang?"
     assert answered["content"] == "unanswerable"
     assert last["content"] == "Passage: Ann came.\n\nBob left.\n\nWho left?"
-    assert len(prompt(PASSAGE, how=Prompting(instruction=""))) == 1
+    assert len(build_prompt(PASSAGE, how=Prompting(instruction=""))) == 1
 
 
 def test_choices_are_shown_with_letters_only_where_asked():
-    assert prompt(CHOICE) == [{"role": "user", "content": "Which is a city?"}]
-    system, user = prompt(CHOICE, how=Prompting(options=True))
+    assert build_prompt(CHOICE) == [{"role": "user", "content": "Which is a city?"}]
+    system, user = build_prompt(CHOICE, how=Prompting(options=True))
     assert system["content"] == BY_LETTER
     assert user["content"] == "Which is a city?\nA. Red\nB. Rome"
     assert shown_answer(CHOICE, options=True) == "B. Rome"
@@ -58,17 +58,17 @@ def test_choices_are_shown_with_letters_only_where_asked():
 
 def test_plain_text_is_questions_and_answers_parted_by_empty_lines():
     how = Prompting("qa")
-    assert prompt(SPAIN, how=how) == "Q: What is the capital of Spain?\nA:"
-    assert prompt(SPAIN, [FRANCE, CHOICE], how) == (
+    assert build_prompt(SPAIN, how=how) == "Q: What is the capital of Spain?\nA:"
+    assert build_prompt(SPAIN, [FRANCE, CHOICE], how) == (
         "Q: What is the capital of France?\nA: Paris\n\nQ: Which is a city?\nA: Rome\n\n"
         "Q: What is the capital of Spain?\nA:"
     )
-    assert prompt(SPAIN, how=Prompting("qa", "Be brief.")) == "Be brief.\n\nQ: What is the capital of Spain?\nA:"
-    assert prompt(CHOICE, how=Prompting("qa", "", options=True)) == "Q: Which is a city?\nA. Red\nB. Rome\nA:"
+    assert build_prompt(SPAIN, how=Prompting("qa", "Be brief.")) == "Be brief.\n\nQ: What is the capital of Spain?\nA:"
+    assert build_prompt(CHOICE, how=Prompting("qa", "", options=True)) == "Q: Which is a city?\nA. Red\nB. Rome\nA:"
 
 
 def test_in_plain_text_only_examples_are_parted_by_empty_lines():
-    text = prompt(PASSAGE, [Question("6", "One\n\nor two?", answers=("a\nb",))], Prompting("qa", ""))
+    text = build_prompt(PASSAGE, [Question("6", "One\n\nor two?", answers=("a\nb",))], Prompting("qa", ""))
     assert text == "Q: One\nor two?\nA: a b\n\nPassage: Ann came.\nBob left.\nQ: Who left?\nA:"
 
 
@@ -83,10 +83,10 @@ def test_what_cannot_be_asked_is_one_line():
     with pytest.raises(ConfigError, match="no style of prompts is called 'song'; choose one of chat, qa"):
         Prompting("song")
     with pytest.raises(ConfigError, match="question 1 has 0 choices"):
-        prompt(FRANCE, how=Prompting(options=True))
+        build_prompt(FRANCE, how=Prompting(options=True))
     many = Question("7", "?", choices=tuple(map(str, range(27))), right=(0,))
     with pytest.raises(ConfigError, match="27 choices"):
-        prompt(many, how=Prompting(options=True))
+        build_prompt(many, how=Prompting(options=True))
 
 
 def test_the_risk_of_a_question_is_that_of_its_own_words_with_examples_before_it():
@@ -96,6 +96,6 @@ def test_the_risk_of_a_question_is_that_of_its_own_words_with_examples_before_it
     if not (pocket.folder() / "tokenizer.json").is_file():
         pytest.skip("the pocket model is not in this checkout")
     tokenizer = transformers.AutoTokenizer.from_pretrained(pocket.folder())
-    encoded = encode(tokenizer, prompt(SPAIN, [FRANCE]))
+    encoded = encode(tokenizer, build_prompt(SPAIN, [FRANCE]))
     own = tokenizer.decode([i for i, mine in zip(encoded.ids, encoded.own, strict=True) if mine])
     assert own.strip() == SPAIN.text

@@ -29,8 +29,8 @@ FULL = Record(
 
 def test_records_come_back_as_they_were_written(tmp_path):
     bare = Record(Question("b", "Why?"), None, note="the call failed")
-    records.save(tmp_path / "r.jsonl", [FULL, bare])
-    assert records.read(tmp_path / "r.jsonl") == [FULL, bare]
+    records.save_records(tmp_path / "r.jsonl", [FULL, bare])
+    assert records.read_records(tmp_path / "r.jsonl") == [FULL, bare]
     plain = json.loads((tmp_path / "r.jsonl").read_text(encoding="utf-8").split("\n")[1])
     assert plain == {
         "id": "b",
@@ -55,10 +55,10 @@ def test_records_come_back_as_they_were_written(tmp_path):
 def test_a_broken_line_is_told_with_its_place(tmp_path, line, message):
     (tmp_path / "r.jsonl").write_text(line + "\n", encoding="utf-8")
     with pytest.raises(DataError, match=message):
-        records.read(tmp_path / "r.jsonl")
+        records.read_records(tmp_path / "r.jsonl")
 
 
 def test_an_id_that_comes_twice_is_an_error(tmp_path):
-    records.save(tmp_path / "r.jsonl", [FULL, FULL])
+    records.save_records(tmp_path / "r.jsonl", [FULL, FULL])
     with pytest.raises(DataError, match="line 2: the id 'a' comes twice"):
-        records.read(tmp_path / "r.jsonl")
+        records.read_records(tmp_path / "r.jsonl")

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from selfdoubt.eval.judges.rules import Rouge, name_of
+from selfdoubt.eval.judges.rules import Rouge, get_judge_name
 from selfdoubt.eval.repetition import repeats
 from selfdoubt.report.measure import measure
 from selfdoubt.report.write import write_report
@@ -95,4 +95,4 @@ def test_a_report_without_them_does_not_speak_of_it():
 def test_judges_that_count_words_are_called_weak(judge, weak):
     said = " ".join(measure(judged(60), {"judge": judge}, draws=5)["verdict"]["sentences"])
     assert ("a weak judge" in said) == weak
-    assert name_of(Rouge()) == "rouge"
+    assert get_judge_name(Rouge()) == "rouge"

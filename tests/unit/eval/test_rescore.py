@@ -9,7 +9,7 @@ import torch
 
 from selfdoubt import RiskAwareLM, vote
 from selfdoubt.errors import ConfigError, DataError
-from selfdoubt.eval.rescore import read_answers, rescore
+from selfdoubt.eval.rescore import read_answer_rows, rescore
 from tests.zoo import talker, tokenizer
 
 ROWS = [
@@ -67,15 +67,15 @@ def test_bad_files_are_told_before_a_model_loads(tmp_path):
     file = tmp_path / "answers.jsonl"
     file.write_text('{"q": "What?", "answer": "That."}\n', encoding="utf-8")
     with pytest.raises(DataError, match=r"no row of .* has the key 'question', the first has answer, q"):
-        read_answers(str(file), tmp_path / "out.jsonl", "question")
-    assert len(read_answers(str(file), tmp_path / "out.jsonl", "q")) == 1
+        read_answer_rows(str(file), tmp_path / "out.jsonl", "question")
+    assert len(read_answer_rows(str(file), tmp_path / "out.jsonl", "q")) == 1
     with pytest.raises(ConfigError, match="is the file of answers itself"):
-        read_answers(str(file), file, "q")
+        read_answer_rows(str(file), file, "q")
     with pytest.raises(ConfigError, match="there is no folder"):
-        read_answers(str(file), tmp_path / "no" / "out.jsonl", "q")
+        read_answer_rows(str(file), tmp_path / "no" / "out.jsonl", "q")
     file.write_text("", encoding="utf-8")
     with pytest.raises(DataError, match="holds no answers"):
-        read_answers(str(file), tmp_path / "out.jsonl", "q")
+        read_answer_rows(str(file), tmp_path / "out.jsonl", "q")
 
 
 def test_white_space_and_a_byte_order_mark_around_an_answer_change_nothing(tmp_path):

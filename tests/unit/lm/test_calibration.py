@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from selfdoubt.errors import LoadError, NonFiniteError
-from selfdoubt.lm.calibration import FAR, Calibration, StateHead, States, stored, transformed
+from selfdoubt.lm.calibration import FAR, Calibration, StateHead, States, read_calibration, transform_score
 from selfdoubt.lm.conditions import Conditions, Origin
 from tests.plain import run
 
@@ -105,8 +105,8 @@ def test_p_correct_is_a_probability_however_far_a_state_is(hidden, score):
 
 @given(st.floats(0, 10), st.floats(0, 10))
 def test_transformed_keeps_the_order(a, b):
-    assert (transformed(a) <= transformed(b)) == (a <= b) or abs(a - b) < 1e-12
-    assert math.isfinite(transformed(-a))
+    assert (transform_score(a) <= transform_score(b)) == (a <= b) or abs(a - b) < 1e-12
+    assert math.isfinite(transform_score(-a))
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -133,9 +133,9 @@ FULL = replace(
 
 @pytest.mark.parametrize("head", [LOGISTIC, ISOTONIC, FULL])
 def test_a_card_brings_back_the_same_head(head):
-    card = json.loads(json.dumps({"calibration": head.to_json()}))
-    assert stored(card) == head
-    assert stored({"format": 1}) is None
+    manifest = json.loads(json.dumps({"calibration": head.to_json()}))
+    assert read_calibration(manifest) == head
+    assert read_calibration({"format": 1}) is None
 
 
 BROKEN = [

@@ -10,14 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from selfdoubt import RiskAwareLM, sample, sculpt, vote
-from selfdoubt.lm.chunks import FEWEST, PieceSizer
-from selfdoubt.lm.prefill import read, reading, whole
-from selfdoubt.lm.scoring import encode_given, score_in_pieces
+from selfdoubt.lm.chunks import FEWEST, ChunkSizer
+from selfdoubt.lm.prefill import prefill, prefill_in_chunks, run_to_end
+from selfdoubt.lm.scoring import encode_teacher_forced, score_in_chunks
 from selfdoubt.lm.stepper import HFStepper
 from tests import zoo
 
 
-class Script(PieceSizer):
+class Script(ChunkSizer):
     """Says sizes that were written down before, over and over."""
 
     def __init__(self, sizes):
@@ -46,9 +46,9 @@ def counted(pieces):
 def test_no_size_of_pieces_changes_what_a_prompt_says(family, sizes):
     prompts = [[3, 9, 20, 31, 7, 5, 11, 2, 40, 33, 12, 8, 19, 6, 1, 30], [12, 5, 7, 41, 9]]
     prompts = prompts[:1] if family == "gemma2" else prompts  # with left padding it is NaN in float64 by itself
-    expected, following = read(HFStepper(zoo.causal(family)), prompts, 2)
+    expected, following = prefill(HFStepper(zoo.causal(family)), prompts, 2)
     sizer = Script(sizes)
-    (found, after), yields = counted(reading(HFStepper(zoo.causal(family), (), sizer), prompts, 2))
+    (found, after), yields = counted(prefill_in_chunks(HFStepper(zoo.causal(family), (), sizer), prompts, 2))
     assert sum(sizer.asked) == 16
     assert yields == len(sizer.asked) - 1
     for mine, theirs in zip(found, expected, strict=True):
@@ -75,7 +75,7 @@ def test_no_size_of_pieces_changes_a_score(wrapper, sizes):
     model = zoo.talker() if wrapper is None else wrapper(zoo.talker()).eval()
     lm = RiskAwareLM(model, zoo.tokenizer(), layers=[1])
     expected = lm.score_batch(PAIRS)
-    work = score_in_pieces(lm, encode_given(lm.tokenizer, PAIRS, raw=False), 5, Script(sizes))
+    work = score_in_chunks(lm, encode_teacher_forced(lm.tokenizer, PAIRS, raw=False), 5, Script(sizes))
     found, yields = counted(work)
     assert yields > len(PAIRS[0][1]) / 4 if sizes == [1] else yields >= 2
     for mine, alone in zip(found, expected, strict=True):
@@ -88,7 +88,7 @@ def test_no_size_of_pieces_changes_a_score(wrapper, sizes):
 
 def test_without_a_sizer_a_score_in_pieces_is_the_score_to_the_bit():
     lm = RiskAwareLM(vote.Wrapper(n_voters=2, rank=2)(zoo.talker()).eval(), zoo.tokenizer())
-    found = whole(score_in_pieces(lm, encode_given(lm.tokenizer, PAIRS, raw=False), 5))
+    found = run_to_end(score_in_chunks(lm, encode_teacher_forced(lm.tokenizer, PAIRS, raw=False), 5))
     assert found == lm.score_batch(PAIRS)
 
 
@@ -99,7 +99,7 @@ def test_without_a_sizer_a_score_in_pieces_is_the_score_to_the_bit():
 )  # fmt: skip
 def test_a_piece_takes_about_the_time_it_should(fixed, rate, growth, rows, seconds):
     """On a machine whose passes cost ``fixed + tokens * rate * (1 + growth * context)`` seconds."""
-    sizer = PieceSizer()
+    sizer = ChunkSizer()
 
     def read_piece(rows, context, most):
         sizer.begin(seconds)
@@ -124,7 +124,7 @@ def test_a_piece_takes_about_the_time_it_should(fixed, rate, growth, rows, secon
 
 @given(st.floats(1e-5, 1e-3))
 def test_cheap_tokens_are_read_many_at_a_time(rate):
-    sizer = PieceSizer()
+    sizer = ChunkSizer()
     took = 0.0
     for _ in range(40):
         sizer.begin(0.2)
@@ -134,7 +134,7 @@ def test_cheap_tokens_are_read_many_at_a_time(rate):
 
 
 def test_pieces_grow_again_where_every_pass_has_become_slower():
-    sizer = PieceSizer()
+    sizer = ChunkSizer()
 
     def sizes(fixed, rate):
         found = []
@@ -152,7 +152,7 @@ def test_pieces_grow_again_where_every_pass_has_become_slower():
 
 
 def test_a_slow_piece_counts_at_once_and_is_forgotten_by_and_by():
-    sizer = PieceSizer()
+    sizer = ChunkSizer()
 
     def size(rate):
         sizer.begin(0.2)
@@ -167,7 +167,7 @@ def test_a_slow_piece_counts_at_once_and_is_forgotten_by_and_by():
 
 
 def test_what_is_begun_and_failed_teaches_nothing():
-    sizer = PieceSizer()
+    sizer = ChunkSizer()
     sizer.begin(0.2)
     sizer.columns(1, 0, 10)
     sizer.begin(0.2)

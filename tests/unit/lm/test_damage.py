@@ -15,7 +15,7 @@ from selfdoubt import sample, sculpt, storage, vote
 from selfdoubt.errors import LoadError, SelfdoubtError
 from selfdoubt.lm.adapters.adapter import check_adapter, load_adapter, read_adapter, save_adapter
 from selfdoubt.lm.adapters.lora import add_lora
-from selfdoubt.lm.calibration import Calibration, StateHead, stored
+from selfdoubt.lm.calibration import Calibration, StateHead, read_calibration
 from tests.zoo import causal, prompts
 
 pytest.importorskip("peft")
@@ -55,9 +55,9 @@ def logits(model):
 
 def outcome(folder):
     """What a folder gives: logits of all members, what ranks them, and what calibrates them."""
-    card = check_adapter(folder) or {}
+    manifest = check_adapter(folder) or {}
     model = load_adapter(base(), folder)
-    return logits(model), card.get("reference"), stored(card)
+    return logits(model), manifest.get("reference"), read_calibration(manifest)
 
 
 def same(found, expected):
@@ -89,16 +89,16 @@ def paths(tree, prefix=()):
         yield from paths(value, (*prefix, key))
 
 
-def changes(card):
+def changes(manifest):
     """Every entry replaced by every odd value, taken out, and with a stranger beside it."""
-    places = list(paths(card))
+    places = list(paths(manifest))
     yield from ((place, "set", value) for place, value in itertools.product(places, ODD))
     yield from ((place, act, None) for place in places for act in ("remove", "add", "twice"))
 
 
-def changed(card, place, act, value):
-    """The text of a card with one change; None where it is none."""
-    new = copy.deepcopy(card)
+def changed(manifest, place, act, value):
+    """The text of a manifest with one change; None where it is none."""
+    new = copy.deepcopy(manifest)
     parent = new
     for key in place[:-1]:
         parent = parent[key]
@@ -146,13 +146,13 @@ QUICK = pytest.mark.parametrize("share", [0.02, pytest.param(1.0, marks=pytest.m
 
 @QUICK
 def test_a_changed_manifest_is_refused_or_changes_nothing(whole, damaged, share):
-    card = json.loads((damaged / storage.CARD).read_text())
+    manifest = json.loads((damaged / storage.MANIFEST).read_text())
     tried = 0
-    for change in some(changes(card), share):
-        text = changed(card, *change)
+    for change in some(changes(manifest), share):
+        text = changed(manifest, *change)
         if text is None:
             continue
-        (damaged / storage.CARD).write_text(text)
+        (damaged / storage.MANIFEST).write_text(text)
         error, found = refused(lambda: outcome(damaged))
         tried += 1
         assert error is not None or same(found, whole[1]), change
@@ -161,13 +161,13 @@ def test_a_changed_manifest_is_refused_or_changes_nothing(whole, damaged, share)
 
 @pytest.mark.parametrize("share", [0.01, pytest.param(1.0, marks=pytest.mark.slow)])
 def test_without_checksums_a_changed_manifest_is_read_or_refused_by_the_name_of_its_entry(whole, damaged, share):
-    card = json.loads((damaged / storage.CARD).read_text())
-    del card["checksums"]
-    for change in some(changes(card), share):
-        text = changed(card, *change)
+    manifest = json.loads((damaged / storage.MANIFEST).read_text())
+    del manifest["checksums"]
+    for change in some(changes(manifest), share):
+        text = changed(manifest, *change)
         if text is None:
             continue
-        (damaged / storage.CARD).write_text(text)
+        (damaged / storage.MANIFEST).write_text(text)
         error, _ = refused(lambda: outcome(damaged))
         if change[1] == "set" and error is not None and isinstance(change[0][-1], str):
             assert change[0][-1] in str(error) or "does not fit" in str(error) or "another base" in str(error), change
@@ -178,11 +178,11 @@ def test_without_checksums_a_changed_manifest_is_read_or_refused_by_the_name_of_
 def test_a_flipped_byte_of_a_file_is_refused_or_changes_nothing(whole, damaged, sealed, many):
     """Without checksums a tensor may be another; then only a traceback would be wrong."""
     if not sealed:
-        card = json.loads((damaged / storage.CARD).read_text())
-        del card["checksums"]
-        (damaged / storage.CARD).write_text(json.dumps(card))
+        manifest = json.loads((damaged / storage.MANIFEST).read_text())
+        del manifest["checksums"]
+        (damaged / storage.MANIFEST).write_text(json.dumps(manifest))
     generator = random.Random(0)
-    for file in [f for f in damaged.iterdir() if f.name != storage.CARD]:
+    for file in [f for f in damaged.iterdir() if f.name != storage.MANIFEST]:
         data = file.read_bytes()
         places = [generator.randrange(len(data)) for _ in range(many)] + [generator.randrange(600) for _ in range(many)]
         for place in places:
@@ -255,17 +255,17 @@ def test_a_wrong_entry_is_named_with_file_value_and_repair(tmp_path, place, valu
     model = vote.Wrapper(n_voters=2, rank=2)(base())
     extra = {"reference": {"sum_nll": [0.0, 1.0]}, "calibration": HEAD.to_json()}
     save_adapter(model, tmp_path, extra=extra)
-    card = json.loads((tmp_path / storage.CARD).read_text())
-    del card["checksums"]
-    parent = card
+    manifest = json.loads((tmp_path / storage.MANIFEST).read_text())
+    del manifest["checksums"]
+    parent = manifest
     for key in place[:-1]:
         parent = parent[key]
     parent[place[-1]] = value
-    (tmp_path / storage.CARD).write_text(json.dumps(card))
+    (tmp_path / storage.MANIFEST).write_text(json.dumps(manifest))
     with pytest.raises(LoadError) as error:
         load_adapter(base(), tmp_path)
     assert words in str(error.value)
-    assert str(tmp_path / storage.CARD) in str(error.value)
+    assert str(tmp_path / storage.MANIFEST) in str(error.value)
     assert str(error.value).endswith(("save or download it again", "run `selfdoubt calibrate` again"))
 
 
@@ -276,7 +276,7 @@ def test_a_wrong_entry_is_named_with_file_value_and_repair(tmp_path, place, valu
 )  # fmt: skip
 def test_a_wrong_entry_of_pefts_config_is_named_before_a_layer_is_made(tmp_path, key, value):
     save_adapter(add_lora(base(), r=2), tmp_path)
-    (tmp_path / storage.CARD).unlink()  # as plain PEFT leaves it
+    (tmp_path / storage.MANIFEST).unlink()  # as plain PEFT leaves it
     path = tmp_path / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
     with pytest.raises(LoadError, match=rf"adapter_config\.json is broken: {key}") as error:
@@ -285,17 +285,17 @@ def test_a_wrong_entry_of_pefts_config_is_named_before_a_layer_is_made(tmp_path,
 
 
 def test_folders_from_before_there_were_checksums_load(whole, damaged):
-    card = json.loads((damaged / storage.CARD).read_text())
-    del card["checksums"]
-    (damaged / storage.CARD).write_text(json.dumps(card))
+    manifest = json.loads((damaged / storage.MANIFEST).read_text())
+    del manifest["checksums"]
+    (damaged / storage.MANIFEST).write_text(json.dumps(manifest))
     assert same(outcome(damaged), whole[1])
 
 
 def test_a_change_by_hand_is_accepted_as_the_error_says(tmp_path):
     save_adapter(vote.Wrapper(n_voters=2, rank=2)(base()), tmp_path)
-    card = json.loads((tmp_path / storage.CARD).read_text())
-    card["wrappers"][0]["alpha"] = 0.5
-    (tmp_path / storage.CARD).write_text(json.dumps(card))
+    manifest = json.loads((tmp_path / storage.MANIFEST).read_text())
+    manifest["wrappers"][0]["alpha"] = 0.5
+    (tmp_path / storage.MANIFEST).write_text(json.dumps(manifest))
     with pytest.raises(LoadError, match=r"selfdoubt\.json was changed after it was saved.*python -c ") as error:
         load_adapter(base(), tmp_path)
     command = str(error.value).partition('python -c "')[2].removesuffix('"')
@@ -326,6 +326,6 @@ def test_what_could_not_be_read_back_is_not_written(tmp_path):
 def test_the_voters_that_ship_carry_checksums():
     from selfdoubt import pocket
 
-    card = storage.read_card(pocket.voters_folder())
-    assert set(card["checksums"]) == {"manifest", "added.safetensors"}
-    storage.verify(pocket.voters_folder(), card)
+    manifest = storage.read_manifest(pocket.voters_folder())
+    assert set(manifest["checksums"]) == {"manifest", "added.safetensors"}
+    storage.verify(pocket.voters_folder(), manifest)

@@ -11,9 +11,9 @@ from torch.testing import assert_close
 
 from selfdoubt.errors import ConfigError, NonFiniteError
 from selfdoubt.lm.decode import decode
-from selfdoubt.lm.prefill import follow_in_pieces, read, whole
+from selfdoubt.lm.prefill import prefill, run_to_end, teacher_force_in_chunks
 from selfdoubt.lm.sampling import Sampling, choose
-from selfdoubt.lm.stepper import Logits, Stepper
+from selfdoubt.lm.stepper import StepOutput, Stepper
 
 CLASSES, FALSE_ALARM = 11, 1e-10
 
@@ -29,7 +29,7 @@ class Mock:
 
     def _logits(self, before, last):
         logits = self.table[:, before, last]
-        return Logits(logits, logits.exp() if self.scaled else None)
+        return StepOutput(logits, logits.exp() if self.scaled else None)
 
     def start(self, prompts):
         width = max(map(len, prompts))
@@ -62,7 +62,7 @@ class Mock:
 def run(prompts, seeds=None, stepper=None, **options):
     """Ids and endings of each sequence."""
     stepper = stepper or Mock()
-    _, following = read(stepper, prompts)
+    _, following = prefill(stepper, prompts)
     ids, ends = [[] for _ in prompts], [None] * len(prompts)
     lengths, seeds = [len(p) for p in prompts], seeds or [0] * len(prompts)
     for event in decode(stepper, following, lengths, Sampling(**options), seeds):
@@ -101,20 +101,20 @@ def flat(tokens):
 @pytest.mark.parametrize("columns", [1, 2, 3, 100])
 def test_a_prompt_is_scored_alike_in_pieces_of_any_width(columns):
     prompts = [[3, 1, 4, 1, 5, 9, 2], [6, 5], [3]]
-    scored, following = read(Mock(columns), prompts, alternatives=2)
-    whole, last = read(Mock(), prompts, alternatives=2)
+    scored, following = prefill(Mock(columns), prompts, alternatives=2)
+    whole, last = prefill(Mock(), prompts, alternatives=2)
     assert torch.equal(following.logits, last.logits)
     for tokens, others, prompt in zip(scored, whole, prompts, strict=True):
         assert tokens[0] is None
         assert_close(flat(tokens), flat(others))
         assert [t.id for t in tokens[1:]] == prompt[1:]
-        alone, _ = read(Mock(columns), [prompt], alternatives=2)
+        alone, _ = prefill(Mock(columns), [prompt], alternatives=2)
         assert_close(flat(tokens), flat(alone[0]))
 
 
 def test_scores_of_a_prompt_against_their_definitions():
     prompt = [3, 1, 4]
-    (tokens,), _ = read(Mock(scaled=True), [prompt], alternatives=3)
+    (tokens,), _ = prefill(Mock(scaled=True), [prompt], alternatives=3)
     probs = Mock().table[:, 3, 1].softmax(-1)
     found, mean = tokens[2], probs.mean(0)
     assert found.logprob == pytest.approx(mean[4].log().item())
@@ -132,9 +132,9 @@ def test_scores_of_a_prompt_against_their_definitions():
 def test_a_text_that_follows_is_scored_as_if_it_were_read_with_its_prompt(columns):
     prompts, texts = [[1, 2, 3], [4]], [[5, 1, 2, 2, 3], [6]]
     stepper = Mock(columns)
-    _, following = read(stepper, prompts)
-    found = whole(follow_in_pieces(stepper, following, texts, alternatives=2))
-    together, _ = read(Mock(), [p + t for p, t in zip(prompts, texts, strict=True)], alternatives=2)
+    _, following = prefill(stepper, prompts)
+    found = run_to_end(teacher_force_in_chunks(stepper, following, texts, alternatives=2))
+    together, _ = prefill(Mock(), [p + t for p, t in zip(prompts, texts, strict=True)], alternatives=2)
     assert [len(f) for f in found] == [5, 1]
     for own, prompt, expected in zip(found, prompts, together, strict=True):
         for a, b in zip(own, expected[len(prompt) :], strict=True):

@@ -9,7 +9,7 @@ import pytest
 
 from selfdoubt import RiskAwareLM, vote
 from selfdoubt.lm.calibration import Calibration
-from selfdoubt.lm.load import stop_ids, turn_end
+from selfdoubt.lm.load import find_stop_ids, find_turn_end
 from tests.speakers import CHATML
 from tests.zoo import CHAT, talker, tokenizer
 
@@ -53,7 +53,7 @@ def turns(before, after, *, forced=""):
 )
 def test_the_token_that_ends_a_turn_is_the_one_behind_the_answers_words(template, end):
     words = made(template)
-    assert turn_end(words) == (None if end is None else words.convert_tokens_to_ids(end))
+    assert find_turn_end(words) == (None if end is None else words.convert_tokens_to_ids(end))
 
 
 @pytest.mark.parametrize("template", [None, CHATML])
@@ -68,7 +68,7 @@ def test_every_end_that_is_named_anywhere_ends_an_answer(template, eos, named, i
     expected |= {2} & {inherited if isinstance(inherited, int) else (inherited or [0])[0]}  # 60 is a word
     expected |= set() if eos is None else {words.convert_tokens_to_ids(eos)}
     expected |= set() if template is None else {words.convert_tokens_to_ids("<|im_end|>")}
-    assert stop_ids(model, words) == expected
+    assert find_stop_ids(model, words) == expected
 
 
 def test_an_answer_ends_with_the_turn_of_its_template():

@@ -246,10 +246,10 @@ def test_a_merged_model_answers_as_before(tmp_path, folder, name):
     a, b = (lm.generate("What is the capital?", max_tokens=8, temperature=1.0) for lm in (before, after))
     assert a.text == b.text
     assert dict(a.scores) == pytest.approx(dict(b.scores), rel=1e-6, abs=1e-9)
-    card = storage.read_card(out / "adapter")
-    assert "lora" not in card
-    assert card["reference"] == {"sum_nll": [0.0, 9.0]}
-    assert card["base"]["name"] == str(out)
+    manifest = storage.read_manifest(out / "adapter")
+    assert "lora" not in manifest
+    assert manifest["reference"] == {"sum_nll": [0.0, 9.0]}
+    assert manifest["base"]["name"] == str(out)
 
 
 def test_without_wrapper_and_reference_a_merged_model_stands_alone(tmp_path, folder):

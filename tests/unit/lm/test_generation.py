@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from selfdoubt.lm.decode import Event
+from selfdoubt.lm.decode import TokenEvent
 from selfdoubt.lm.generation import AnswerInProgress
 from selfdoubt.lm.prefill import ScoredId
 from selfdoubt.lm.text.prompt import encode
@@ -41,10 +41,10 @@ def answered(kind, ids, stops=(), finish="length"):
     released = []
     for n, token in enumerate(ids, 1):
         last = n == len(ids) and finish == "length"
-        released.append(progress.add(Event(0, scored(token), "length" if last else None)))
+        released.append(progress.add(TokenEvent(0, scored(token), "length" if last else None)))
         if progress.finish is not None:
             return progress.answer, released
-    released.append(progress.add(Event(0, None, "stop", end=scored(2))))
+    released.append(progress.add(TokenEvent(0, None, "stop", end=scored(2))))
     return progress.answer, released
 
 

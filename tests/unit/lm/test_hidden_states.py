@@ -7,7 +7,7 @@ import torch
 
 from selfdoubt import RiskAwareLM, vote
 from selfdoubt.errors import ConfigError
-from selfdoubt.lm.hidden_states import StatePool, decoder_layers
+from selfdoubt.lm.hidden_states import HiddenStatePooler, decoder_layers
 from selfdoubt.lm.text.prompt import encode
 from tests.zoo import talker, tokenizer
 
@@ -71,7 +71,7 @@ def test_a_layer_that_is_not_there():
 
 def test_a_pool_in_pieces_is_the_mean_over_its_places():
     states = torch.randn(2, 7, 3, 4)
-    pool = StatePool([[(0, 2), (3, 5)], [(1, 2), (4, 7)]], [5, 7])
+    pool = HiddenStatePooler([[(0, 2), (3, 5)], [(1, 2), (4, 7)]], [5, 7])
     pool.add(0, states[:, :3])
     pool.add(3, states[:, 3:])
     torch.testing.assert_close(pool.means[0, 0], states[0, 2:4].mean(0))

@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from selfdoubt import vote
 from selfdoubt.errors import ConfigError, LoadError, MissingExtraError, WrapError, require
-from selfdoubt.lm.load import load_model, quick_dtype, resolve
+from selfdoubt.lm.load import choose_dtype, load_model, resolve_model
 from tests.zoo import talker, tokenizer
 
 
@@ -56,10 +56,10 @@ def test_the_float_type_may_be_chosen(folder, dtype):
 @pytest.mark.parametrize(("native", "expected"), [(True, torch.bfloat16), (False, torch.float32)])
 def test_a_cpu_that_emulates_bfloat16_computes_in_float32(monkeypatch, native, expected):
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: native)
-    assert quick_dtype(torch.nn.Linear(2, 2).to(torch.bfloat16)) == expected
-    assert quick_dtype(torch.nn.Linear(2, 2).double()) == torch.float64
+    assert choose_dtype(torch.nn.Linear(2, 2).to(torch.bfloat16)) == expected
+    assert choose_dtype(torch.nn.Linear(2, 2).double()) == torch.float64
     monkeypatch.setattr(os, "sysconf", lambda name: 1)  # a machine of one byte
-    assert quick_dtype(torch.nn.Linear(2, 2).to(torch.bfloat16)) == torch.bfloat16
+    assert choose_dtype(torch.nn.Linear(2, 2).to(torch.bfloat16)) == torch.bfloat16
 
 
 def test_half_precision_becomes_bfloat16_on_a_cpu(folder):
@@ -144,8 +144,8 @@ def test_unknown_options(folder, options):
 
 
 def test_names_are_told_from_folders(folder):
-    assert resolve(folder) == str(folder)
-    assert resolve("someone/some-model") == "someone/some-model"
+    assert resolve_model(folder) == str(folder)
+    assert resolve_model("someone/some-model") == "someone/some-model"
 
 
 def test_a_missing_extra_says_what_to_install():

@@ -178,9 +178,9 @@ def test_an_adapter_folder_gives_what_was_saved(tmp_path, name):
     folder = save_adapter(model, tmp_path / "new", base="me/base", extra={"reference": {"a": [1.0]}})
     again = load_adapter(fresh(), folder)
     assert torch.equal(logits(again), logits(model))
-    card = storage.read_card(folder)
-    assert card["lora"] is True
-    assert card["reference"] == {"a": [1.0]}
+    manifest = storage.read_manifest(folder)
+    assert manifest["lora"] is True
+    assert manifest["reference"] == {"a": [1.0]}
     # LoRA is stored once.
     added = load_file(folder / "added.safetensors") if name != "none" else {}
     assert not [n for n in added if "lora_" in n]
@@ -254,7 +254,7 @@ def test_another_base(tmp_path):
         load_adapter(fresh(), tmp_path)
 
 
-@pytest.mark.parametrize("with_card", [True, False])
+@pytest.mark.parametrize("with_manifest", [True, False])
 @pytest.mark.parametrize(
     ("file", "data", "words"),
     [
@@ -269,9 +269,9 @@ def test_another_base(tmp_path):
         ("adapter_model.safetensors", None, "download it again"),
     ],
 )
-def test_broken_files_of_peft_get_one_line(tmp_path, file, data, words, with_card):
+def test_broken_files_of_peft_get_one_line(tmp_path, file, data, words, with_manifest):
     save_adapter(trained(), tmp_path)
-    if not with_card:
+    if not with_manifest:
         (tmp_path / "selfdoubt.json").unlink()
     (tmp_path / file).unlink() if data is None else (tmp_path / file).write_bytes(data)
     with pytest.raises(LoadError, match=words) as error:

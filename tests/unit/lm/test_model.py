@@ -12,7 +12,7 @@ import torch
 import selfdoubt
 from selfdoubt import RiskAwareLM, sample, sculpt, vote
 from selfdoubt.errors import ConfigError, LoadError, NonFiniteError, PromptError
-from selfdoubt.lm.prefill import read
+from selfdoubt.lm.prefill import prefill
 from selfdoubt.lm.stepper import HFStepper
 from selfdoubt.lm.text.prompt import encode
 from tests.zoo import talker, tokenizer
@@ -70,7 +70,7 @@ def test_a_stream_is_the_answer_in_pieces(name):
 def test_teacher_forcing_gives_the_scores_of_generation(name):
     lm, prompt = talking(name), encode(tokenizer(), QUESTIONS[0])
     answer = lm.generate(QUESTIONS[0], max_tokens=10)
-    (scored,), _ = read(HFStepper(lm.model), [[*prompt.ids, *(t.id for t in answer.tokens)]])
+    (scored,), _ = prefill(HFStepper(lm.model), [[*prompt.ids, *(t.id for t in answer.tokens)]])
     found = torch.tensor([[getattr(t, n) for n in NUMBERS[:-1]] for t in scored[len(prompt.ids) :]]).double()
     torch.testing.assert_close(found, numbers(answer.tokens)[:, :-1], rtol=1e-4, atol=1e-5)
     if name == "sculpt":
@@ -318,7 +318,7 @@ def test_a_given_answer_is_scored_as_one_text_with_its_prompt(name):
     for question in QUESTIONS:
         ids = encode(lm.tokenizer, question).ids
         more = lm.tokenizer(text, add_special_tokens=False)["input_ids"]
-        (scored,), _ = read(HFStepper(lm.model), [ids + more])
+        (scored,), _ = prefill(HFStepper(lm.model), [ids + more])
         found = lm.score(text, question)
         assert [t.id for t in found.tokens] == more
         expected = torch.tensor([t.logprob for t in scored[len(ids) :]])

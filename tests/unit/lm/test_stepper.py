@@ -11,7 +11,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from selfdoubt import sculpt, vote
 from selfdoubt.errors import PromptError, WrapError
 from selfdoubt.lm import stepper as module
-from selfdoubt.lm.prefill import read
+from selfdoubt.lm.prefill import prefill
 from selfdoubt.lm.stepper import HFStepper, Stepper
 from tests.ladder.rungs import stepped
 from tests.zoo import CONTEXT, causal, prompts
@@ -33,11 +33,11 @@ def test_it_is_a_stepper():
 def test_a_prompt_in_pieces_is_the_prompt_in_one(monkeypatch, family, lengths):
     start, following = prompts(*lengths), torch.tensor(prompts(*[3] * len(lengths), seed=1))
     whole = stepped(wrapped(family), start, following)
-    scored, _ = read(HFStepper(wrapped(family)), start)
+    scored, _ = prefill(HFStepper(wrapped(family)), start)
     monkeypatch.setattr(module, "_CHUNK", 2 * 61 * 3 * len(lengths))  # two columns at a time
     assert len(list(HFStepper(wrapped(family)).start(start))) == 5
     assert_close(stepped(wrapped(family), start, following), whole, **CLOSE)
-    again, _ = read(HFStepper(wrapped(family)), start)
+    again, _ = prefill(HFStepper(wrapped(family)), start)
     for tokens, others in zip(again, scored, strict=True):
         assert [t.logprob for t in tokens[1:]] == pytest.approx([t.logprob for t in others[1:]], abs=1e-5)
 
@@ -48,7 +48,7 @@ def test_sequences_that_leave_do_not_move_the_others(family, lengths):
     start, following = prompts(*lengths), torch.tensor(prompts(4, 4, 4, 4, seed=1))
     expected = stepped(wrapped(family), start, following)
     stepper = HFStepper(wrapped(family))
-    read(stepper, start)
+    prefill(stepper, start)
     stepper.step(following[:, 0])
     stepper.keep([1, 3])
     found = stepper.step(following[[1, 3], 1]).logits
@@ -67,15 +67,15 @@ def test_a_plain_model_is_one_member():
 
 def test_a_stepper_may_start_again():
     stepper = HFStepper(wrapped())
-    _, first = read(stepper, prompts(5, 7))
+    _, first = prefill(stepper, prompts(5, 7))
     stepper.step(torch.tensor([3, 4]))
-    _, again = read(stepper, prompts(5, 7))
+    _, again = prefill(stepper, prompts(5, 7))
     assert torch.equal(first.logits, again.logits)
 
 
 def test_scales_of_a_sculpt_come_along():
     model = vote.Wrapper(n_voters=2)(sculpt.Wrapper(distribution=sculpt.Laplace)(causal("llama")))
-    _, following = read(HFStepper(model), prompts(5))
+    _, following = prefill(HFStepper(model), prompts(5))
     # Untrained, the scale b is 0.1 everywhere; voters deviate from it a little.
     assert following.scale.shape == following.logits.shape == (2, 1, 61)
     assert_close(following.scale.mean().item(), 0.1 * 2**0.5, rtol=0.3, atol=0)
@@ -83,15 +83,15 @@ def test_scales_of_a_sculpt_come_along():
 
 def test_an_empty_prompt():
     with pytest.raises(PromptError, match=r"^a prompt needs at least one token, got an empty one$"):
-        read(HFStepper(wrapped()), [[3], []])
+        prefill(HFStepper(wrapped()), [[3], []])
 
 
 def test_a_prompt_that_does_not_fit():
     stepper = HFStepper(wrapped())
     assert stepper.context == CONTEXT
-    read(stepper, prompts(CONTEXT - 1))
+    prefill(stepper, prompts(CONTEXT - 1))
     with pytest.raises(PromptError, match=f"^the prompt has {CONTEXT} tokens, .* at most {CONTEXT} .* shorten it$"):
-        read(stepper, prompts(CONTEXT))
+        prefill(stepper, prompts(CONTEXT))
 
 
 def test_a_model_without_a_cache():
@@ -106,4 +106,4 @@ def test_a_model_without_a_cache():
             return CausalLMOutputWithPast(logits=self.embed(input_ids))
 
     with pytest.raises(WrapError, match=r"^NoCache keeps no key-value cache"):
-        read(HFStepper(NoCache()), prompts(3))
+        prefill(HFStepper(NoCache()), prompts(3))

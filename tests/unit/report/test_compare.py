@@ -11,7 +11,7 @@ import pytest
 from scipy.stats import bootstrap
 
 from selfdoubt.errors import DataError
-from selfdoubt.eval.records import save
+from selfdoubt.eval.records import save_records
 from selfdoubt.metrics.selective import auroc
 from selfdoubt.report.compare import as_text, compare
 from tests.records import judged, record
@@ -19,7 +19,7 @@ from tests.records import judged, record
 
 def write(folder, records, run=None):
     folder.mkdir()
-    save(folder / "answers.jsonl", records)
+    save_records(folder / "answers.jsonl", records)
     (folder / "report.json").write_text(json.dumps({"run": run or {}}))
     return folder
 

@@ -11,7 +11,7 @@ import torch
 
 from selfdoubt import RiskAwareLM, vote
 from selfdoubt.errors import EngineError, PromptError
-from selfdoubt.lm.scoring import encode_given
+from selfdoubt.lm.scoring import encode_teacher_forced
 from selfdoubt.members import innermost
 from selfdoubt.serve.engine.engine import Engine
 from selfdoubt.serve.engine.limits import Limits
@@ -73,7 +73,7 @@ def started(job):
 
 
 def given(lm, text=TEXT, question=None):
-    return encode_given(lm.tokenizer, [(question, text)], raw=False)
+    return encode_teacher_forced(lm.tokenizer, [(question, text)], raw=False)
 
 
 def gaps(machine, beside):
@@ -126,7 +126,7 @@ def test_alone_a_long_prompt_is_read_in_fewer_pieces(lm):
 def test_a_score_in_the_engine_is_the_score(lm):
     pairs = [("Where is Paris?", "In France. " * 30), (None, TEXT[:300]), ("Why?", "x")]
     with running(lm, Machine(each=0.002)) as engine:
-        found = engine.score(encode_given(lm.tokenizer, pairs, raw=False)).result(60)
+        found = engine.score(encode_teacher_forced(lm.tokenizer, pairs, raw=False)).result(60)
     for mine, alone in zip(found, lm.score_batch(pairs, alternatives=0), strict=True):
         assert [(t.id, t.text) for t in mine.tokens] == [(t.id, t.text) for t in alone.tokens]
         assert dict(mine.scores) == pytest.approx(dict(alone.scores), abs=1e-8)

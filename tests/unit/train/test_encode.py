@@ -8,7 +8,7 @@ import json
 import pytest
 
 from selfdoubt.errors import ConfigError, DataError
-from selfdoubt.lm.load import stop_ids
+from selfdoubt.lm.load import find_stop_ids
 from selfdoubt.lm.text.prompt import encode as encode_question
 from selfdoubt.train.config import TrainConfig
 from selfdoubt.train.encode import ALPACA, encode, prepare_tokenizer, splits
@@ -183,7 +183,7 @@ def test_the_end_that_is_learnt_is_one_that_stops_an_answer(after, end, loss_on)
     if loss_on == "response":
         assert learnt(words, example).startswith("Two.")
         assert "<|user|>" not in learnt(words, example)  # what opens a turn is nobody's to say
-        assert example.ids[-1] in stop_ids(talker(), words)
+        assert example.ids[-1] in find_stop_ids(talker(), words)
 
 
 def test_data_encoded_by_an_earlier_reader_are_not_taken_again(monkeypatch, tmp_path):

@@ -24,7 +24,7 @@ from selfdoubt.eval.records import Question
 Pair = tuple[Question, str | None]
 
 RIGHT, WRONG = "right", "wrong"
-SYSTEM = (
+JUDGE_INSTRUCTION = (
     "You grade answers to questions. An answer is right if it says the same as one of the accepted answers; more "
     "words, another order or another spelling do not matter. It is wrong if it contradicts them, names a different "
     "answer as well, or declines. Where it is stated that the question has no right answer, only declining is right. "
@@ -83,7 +83,7 @@ class LLMJudge:
                     else:
                         replies.add(running[call], self.model, reply)
         return [
-            NO_ANSWER if k is None else Verdict(None, None, failed[k]) if k in failed else verdict(replies.known[k])
+            NO_ANSWER if k is None else Verdict(None, None, failed[k]) if k in failed else parse_reply(replies.known[k])
             for k in keys
         ]
 
@@ -131,14 +131,14 @@ def messages(question: Question, answer: str) -> list[dict[str, str]]:
     if question.wrong_answers:
         parts.append(_listed("Known wrong answers", question.wrong_answers))
     parts.append(f"Answer to judge: {json.dumps(answer, ensure_ascii=False)}")  # in quotes: it cannot pose as the rest
-    return [{"role": "system", "content": SYSTEM}, {"role": "user", "content": "\n\n".join(parts)}]
+    return [{"role": "system", "content": JUDGE_INSTRUCTION}, {"role": "user", "content": "\n\n".join(parts)}]
 
 
 def _listed(title: str, texts: Sequence[str]) -> str:
     return "\n".join((f"{title}:", *(f"- {text}" for text in texts)))
 
 
-def verdict(reply: str) -> Verdict:
+def parse_reply(reply: str) -> Verdict:
     """The verdict in a judge's reply: the one of the two words that it says; thoughts in ``<think>`` do not count.
 
     Example:

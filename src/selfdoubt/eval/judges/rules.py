@@ -12,7 +12,7 @@ from selfdoubt.errors import ConfigError, require
 from selfdoubt.eval.judges.choices import Choice
 from selfdoubt.eval.judges.signs import spans, spoken
 from selfdoubt.eval.judges.text import declines, fold, inside, normalise, rouge_l, token_f1
-from selfdoubt.eval.judges.verdict import NO_ANSWER, Judge, Verdict, of_cell
+from selfdoubt.eval.judges.verdict import NO_ANSWER, Judge, Verdict, parse_verdict
 from selfdoubt.eval.records import Question
 
 NO_COMMENT = "I have no comment."
@@ -119,7 +119,7 @@ class Regex:
 
 @dataclass(frozen=True)
 class Column:
-    """A person's judgement of the answers in a file, from a column of it: see ``selfdoubt.data.question_sets.column``.
+    """A person's judgement of the answers in a file, from a column of it (``question_sets.read_column``).
 
     Yes, true, right, correct, 1 and their opposites in any case; a number between 0 and 1 is a grade, right from 0.5
     on; an empty cell is unjudged.
@@ -136,11 +136,11 @@ class Column:
         """
         if answer is None:
             return NO_ANSWER
-        found = of_cell(f"column {self.name} of question {question.id}", self.values.get(question.id))
+        found = parse_verdict(f"column {self.name} of question {question.id}", self.values.get(question.id))
         return Verdict(None, None, f"the column {self.name} is empty") if found.correct is None else found
 
 
-def judge(spec: str, *, column: Mapping[str, Any] | None = None) -> Judge:
+def build_judge(spec: str, *, column: Mapping[str, Any] | None = None) -> Judge:
     """The judge of a name: exact, f1, f1:0.5, contains, rouge, bleu, choice, regex:PATTERN, column:NAME.
 
     Args:
@@ -178,8 +178,8 @@ _PLAIN: dict[str, Callable[[], Judge]] = {
 JUDGES = ("exact", "f1:0.5", "contains", "rouge", "bleu", "choice", "regex:PATTERN", "column:NAME", "llm")
 
 
-def name_of(one: Judge) -> str:
-    """Return a judge's name, as ``judge`` takes it where it is one of its own."""
+def get_judge_name(one: Judge) -> str:
+    """Return a judge's name, as ``build_judge`` takes it where it is one of its own."""
     if isinstance(one, Regex):
         return f"regex:{one.pattern}"
     if isinstance(one, Column):
@@ -195,7 +195,7 @@ def needs_answers(one: Judge) -> bool:
     return not isinstance(one, Column) and (not isinstance(one, Regex) or "{answer}" in one.pattern)
 
 
-def default_judge(questions: Iterable[Question]) -> str:
+def choose_default_judge(questions: Iterable[Question]) -> str:
     """The usual judge of a set, by what most questions hold: choices, or wrong answers beside right ones, or neither.
 
     Returns:

@@ -27,7 +27,7 @@ _YES = frozenset({"yes", "true", "right", "correct", "1", "y", "t"})
 _NO = frozenset({"no", "false", "wrong", "incorrect", "0", "n", "f"})
 
 
-def of_cell(place: str, cell: Any) -> Verdict:
+def parse_verdict(place: str, cell: Any) -> Verdict:
     """Read a judgement: yes, true, right, correct, 1 and their opposites in any case; or a grade from 0 to 1.
 
     Args:

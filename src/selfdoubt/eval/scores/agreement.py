@@ -51,7 +51,7 @@ class SameWords:
 _SAME_TEXT = SameText()
 
 
-def same(spec: str) -> Same:
+def build_equivalence(spec: str) -> Same:
     """The rule of a name: exact, f1, f1:0.5, or nli:FOLDER_OR_HUB_NAME.
 
     Raises:
@@ -74,7 +74,7 @@ def same(spec: str) -> Same:
     raise ConfigError(f"no rule is called {spec!r}; choose one of exact, f1:0.5, nli:FOLDER_OR_HUB_NAME")
 
 
-def clusters(texts: Sequence[str], alike: Same = _SAME_TEXT, question: str = "") -> list[int]:
+def cluster_answers(texts: Sequence[str], alike: Same = _SAME_TEXT, question: str = "") -> list[int]:
     """The cluster of each text, numbered in the order in which they appear.
 
     A text joins the first cluster whose first text means the same, else it starts one (Kuhn et al., 2023, algorithm 1).
@@ -172,7 +172,7 @@ def majority(texts: Sequence[str], alike: Same = _SAME_TEXT, question: str = "")
         ConfigError: If there are no texts.
     """
     _at_least(1, texts)
-    of = clusters(texts, alike, question)
+    of = cluster_answers(texts, alike, question)
     return of.index(max(range(max(of) + 1), key=of.count))
 
 
@@ -197,7 +197,7 @@ def agreement_scores(
         ShapeError: If there is not one ``nll`` a sample.
         NonFiniteError: If an ``nll`` is NaN or infinite.
     """
-    of = clusters(samples, alike, question)
+    of = cluster_answers(samples, alike, question)
     found = {
         "self_consistency": self_consistency(greedy, samples, alike, question),
         "semantic_entropy": semantic_entropy(of),

@@ -11,13 +11,13 @@ import torch
 from selfdoubt import risk
 from selfdoubt.errors import ConfigError
 from selfdoubt.eval.records import Question
-from selfdoubt.lm.prefill import read
+from selfdoubt.lm.prefill import prefill
 from selfdoubt.lm.stepper import HFStepper
 from selfdoubt.lm.text.encoder import get_encoder
 from selfdoubt.lm.text.prompt import encode
 
 if TYPE_CHECKING:
-    from selfdoubt.eval.generate import Plan
+    from selfdoubt.eval.generate import EvaluationConfig
     from selfdoubt.lm.model import RiskAwareLM
 
 _TEXT = """\
@@ -28,7 +28,7 @@ Is the proposed answer true or false? Say only True or False."""
 _FORMS = {"true": ("True", " True", "true", " true"), "false": ("False", " False", "false", " false")}
 
 
-def p_true(lm: RiskAwareLM, pairs: Sequence[tuple[Question, str]], plan: Plan) -> list[float]:
+def p_true(lm: RiskAwareLM, pairs: Sequence[tuple[Question, str]], plan: EvaluationConfig) -> list[float]:
     """The probability of "true" against "false", in [0, 1], for each question with its answer.
 
     Raises:
@@ -42,7 +42,7 @@ def p_true(lm: RiskAwareLM, pairs: Sequence[tuple[Question, str]], plan: Plan) -
         raise ConfigError("this vocabulary has no token that tells true from false; ask without --p-true")
     found: list[float] = []
     for first in range(0, len(prompts), plan.batch_size):
-        _, following = read(HFStepper(lm.model), prompts[first : first + plan.batch_size])
+        _, following = prefill(HFStepper(lm.model), prompts[first : first + plan.batch_size])
         logp = risk.mixture(following.logits).double().log_softmax(-1)
         mass = [logp[:, sorted(ids - both)].logsumexp(-1) for ids in (true, false)]
         found += torch.stack(mass, -1).softmax(-1)[:, 0].tolist()

@@ -20,7 +20,7 @@ from torch import nn
 from selfdoubt import storage
 from selfdoubt.errors import ConfigError, LoadError
 from selfdoubt.lm.adapters import lora, peft_config
-from selfdoubt.lm.calibration import stored
+from selfdoubt.lm.calibration import read_calibration
 from selfdoubt.members import Spec
 
 
@@ -49,8 +49,8 @@ def save_adapter(
     """
     folder = Path(folder)
     names = lora.lora_names(model)
-    # Without its card a folder is none of ours: it goes before anything changes, and comes last.
-    (folder / storage.CARD).unlink(missing_ok=True)
+    # Without its manifest a folder is none of ours: it goes before anything changes, and comes last.
+    (folder / storage.MANIFEST).unlink(missing_ok=True)
     lora.remove_lora(folder)
     if names:
         lora.save_lora(model, folder, base=base)
@@ -74,41 +74,41 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str], wrapper: Spec
         BaseMismatchError: If the adapter was made for another model.
         ConfigError: If the folder brings a wrapper and another is given.
     """
-    card = check_adapter(folder, wrapper)
-    if card is None or card.get("lora"):
+    manifest = check_adapter(folder, wrapper)
+    if manifest is None or manifest.get("lora"):
         lora.load_lora(model, folder)
         model.requires_grad_(False)
-    if card is not None:
-        return storage.restore(folder, model, card)
+    if manifest is not None:
+        return storage.restore(folder, model, manifest)
     return model if wrapper is None else wrapper(model)  # type: ignore[operator]
 
 
 def read_adapter(folder: str | os.PathLike[str], wrapper: Spec | None = None) -> dict[str, Any] | None:
-    """What can be said of an adapter folder before a large model loads: its card, or None for plain PEFT's.
+    """What can be said of an adapter folder before a large model loads: its manifest, or None for plain PEFT's.
 
     Raises:
         LoadError: If it is not an adapter folder, or a file is missing or broken, its calibration included.
         ConfigError: If it brings a wrapper and another is given.
     """
     folder = Path(folder)
-    if lora.has_lora(folder) and not (folder / storage.CARD).exists():
+    if lora.has_lora(folder) and not (folder / storage.MANIFEST).exists():
         peft_config.read_config(folder)
         return None
-    card = storage.read_card(folder)
+    manifest = storage.read_manifest(folder)
     if wrapper is not None:
         raise ConfigError("an adapter brings its own wrapper: give either adapter=... or wrapper=...")
-    if card.get("lora"):
+    if manifest.get("lora"):
         peft_config.read_config(folder)
     elif lora.has_lora(folder):
         raise LoadError(
-            f"{folder} has {peft_config.CONFIG}, and its {storage.CARD} knows of no LoRA, so one of them belongs "
+            f"{folder} has {peft_config.CONFIG}, and its {storage.MANIFEST} knows of no LoRA, so one of them belongs "
             "elsewhere; save both with save_adapter, or remove one"
         )
     try:
-        stored(card)
+        read_calibration(manifest)
     except LoadError as error:
-        raise LoadError(f"{folder / storage.CARD}: {error}") from None
-    return card
+        raise LoadError(f"{folder / storage.MANIFEST}: {error}") from None
+    return manifest
 
 
 def check_adapter(folder: str | os.PathLike[str], wrapper: Spec | None = None) -> dict[str, Any] | None:
@@ -118,10 +118,10 @@ def check_adapter(folder: str | os.PathLike[str], wrapper: Spec | None = None) -
         LoadError: If a file is missing, broken, or was changed after it was saved.
         ConfigError: If the folder brings a wrapper and another is given.
     """
-    card = read_adapter(folder, wrapper)
-    if card is not None:
-        storage.verify(folder, card)
-    return card
+    manifest = read_adapter(folder, wrapper)
+    if manifest is not None:
+        storage.verify(folder, manifest)
+    return manifest
 
 
 def base_of(
@@ -135,9 +135,11 @@ def base_of(
     """
     if base is not None:
         return base, revision
-    card = read_adapter(folder)
+    manifest = read_adapter(folder)
     named = (
-        {"name": peft_config.read_config(Path(folder)).get("base_model_name_or_path")} if card is None else card["base"]
+        {"name": peft_config.read_config(Path(folder)).get("base_model_name_or_path")}
+        if manifest is None
+        else manifest["base"]
     )
     if not named["name"]:
         raise ConfigError(f"{folder} does not say which model it was made for; name it, e.g. --model FOLDER")

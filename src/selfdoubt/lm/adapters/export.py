@@ -68,8 +68,8 @@ def export_peft(
             found = voters.voters_of(source, base)
         else:
             folder = Path(source)
-            card = check_adapter(folder)
-            if card is None or (card.get("lora") and not _has_voters(card)):
+            manifest = check_adapter(folder)
+            if manifest is None or (manifest.get("lora") and not _has_voters(manifest)):
                 for file in (peft_config.WEIGHTS, peft_config.CONFIG):
                     shutil.copyfile(folder / file, new / file)
                 return [Path(out)]
@@ -97,7 +97,7 @@ def export_merged(
         adapter: An adapter folder with LoRA, or a folder of plain PEFT.
         out: Missing, empty, or exported before.
         base: Name or folder of the base model; None takes the one that the folder names.
-        name: What the merged model will be called, for the card of its adapter; ``out`` if None.
+        name: What the merged model will be called, for the manifest of its adapter; ``out`` if None.
         dtype: The weights' type; "auto" takes the checkpoint's own.
         revision: Revision of the base model.
         trust_remote_code: Run code that comes with the model.
@@ -111,10 +111,10 @@ def export_merged(
         ConfigError: If ``out`` holds something else, the base is unknown, or the wrapper picked layers of LoRA itself.
     """
     folder, out = Path(adapter), Path(out)
-    card = read_adapter(folder)
-    if card is not None and not card.get("lora"):
+    manifest = read_adapter(folder)
+    if manifest is not None and not manifest.get("lora"):
         raise WrapError(f"{folder} has no LoRA to merge; voters become PEFT adapters instead: selfdoubt export --peft")
-    known = card or {"wrappers": []}
+    known = manifest or {"wrappers": []}
     base, revision = base_of(folder, base, revision)
     with new_folder(out, {"kind": "merged", "base": base}, (folder, base)) as new:
         model, tokenizer = load_model(
@@ -130,11 +130,11 @@ def export_merged(
     return out
 
 
-def _merged(wrapped: nn.Module, model: nn.Module, folder: Path, card: dict[str, Any]) -> nn.Module:
+def _merged(wrapped: nn.Module, model: nn.Module, folder: Path, manifest: dict[str, Any]) -> nn.Module:
     """Merge LoRA into the model that ``wrapped`` shares its weights with, and wrap that as before."""
     added = {name: wrapped.state_dict()[name] for name in added_names(wrapped)}
     lora.merge_lora(model)
-    again = storage.rewrap(folder, card, model)
+    again = storage.rewrap(folder, manifest, model)
     if set(added_names(again)) != set(added):
         other = sorted(set(added) ^ set(added_names(again)))[0]
         raise ConfigError(
@@ -145,5 +145,5 @@ def _merged(wrapped: nn.Module, model: nn.Module, folder: Path, card: dict[str, 
     return again
 
 
-def _has_voters(card: dict[str, Any]) -> bool:
-    return any(entry["method"] == "vote" for entry in card["wrappers"])
+def _has_voters(manifest: dict[str, Any]) -> bool:
+    return any(entry["method"] == "vote" for entry in manifest["wrappers"])

@@ -107,8 +107,8 @@ def voters_in(
 
     Args:
         folder: An adapter folder.
-        base: Name or folder of the base model; None takes the one that the card names.
-        revision: Revision of the base model; None takes the card's, if the base is the card's.
+        base: Name or folder of the base model; None takes the one that the manifest names.
+        revision: Revision of the base model; None takes the manifest's, if the base is the manifest's.
         trust_remote_code: Run code that comes with the model.
 
     Raises:
@@ -116,20 +116,22 @@ def voters_in(
         BaseMismatchError: If the voters were made for another base.
         WrapError: If the folder has no voters, or they lie on LoRA.
     """
-    card = check_adapter(folder)
-    if card is None:
+    manifest = check_adapter(folder)
+    if manifest is None:
         raise WrapError(f"{folder} is LoRA of plain PEFT and has no voters; it is a PEFT adapter already")
-    spec = storage.from_json(card["wrappers"][-1]) if card["wrappers"] else None
+    spec = storage.from_json(manifest["wrappers"][-1]) if manifest["wrappers"] else None
     if not isinstance(spec, Vote):
         raise WrapError(f"only voters become PEFT adapters, and {folder} holds {spec!r}; train with wrapper='vote'")
-    if card.get("lora"):
+    if manifest.get("lora"):
         raise _on_lora(str(folder))
     name, revision = base_of(folder, base, revision)
     model = load_skeleton(name, revision=revision, trust_remote_code=trust_remote_code)
     modules = dict(model.named_modules())
     found: dict[str, tuple[nn.Module, dict[str, Tensor]]] = {}
     for key, tensor in storage.read_tensors(folder / storage.WEIGHTS).items():
-        path, is_deviation, parameter = key.removeprefix("module." * len(card["wrappers"])).rpartition(".deviations.")
+        path, is_deviation, parameter = key.removeprefix("module." * len(manifest["wrappers"])).rpartition(
+            ".deviations."
+        )
         if not is_deviation:
             continue  # what a sculpt inside added: a voter's logits do not need it
         if path not in modules:  # inside what a sculpt replaced

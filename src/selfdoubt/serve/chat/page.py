@@ -22,7 +22,7 @@ import gradio as gr
 
 from selfdoubt import __version__
 from selfdoubt.errors import SelfdoubtError
-from selfdoubt.lm.load import POCKET, resolve
+from selfdoubt.lm.load import POCKET, resolve_model
 from selfdoubt.lm.model import RiskAwareLM
 from selfdoubt.lm.risk_levels import COLOURS
 from selfdoubt.serve.chat import examples, phrases, tokens_html
@@ -76,7 +76,7 @@ def name_of(lm: RiskAwareLM) -> str:
 
 def is_pocket(lm: RiskAwareLM) -> bool:
     """Whether this is the small model inside this package."""
-    return lm.name == resolve(POCKET)
+    return lm.name == resolve_model(POCKET)
 
 
 class Page:

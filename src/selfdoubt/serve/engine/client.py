@@ -10,7 +10,7 @@ from selfdoubt.lm.answer import Answer
 from selfdoubt.lm.inputs import Question
 from selfdoubt.lm.model import RiskAwareLM
 from selfdoubt.lm.options import Options
-from selfdoubt.lm.scoring import Given
+from selfdoubt.lm.scoring import TeacherForcedText
 from selfdoubt.lm.text.prompt import Prompt
 from selfdoubt.serve.engine.limits import Limits
 from selfdoubt.serve.engine.request import Job
@@ -56,7 +56,7 @@ class Desk(Protocol):
     def call(self, work: Callable[[RiskAwareLM], Any]) -> Future[Any]:
         """Do something else with the model."""
 
-    def score(self, given: Sequence[Given]) -> Future[list[Answer]]:
+    def score(self, given: Sequence[TeacherForcedText]) -> Future[list[Answer]]:
         """Score texts."""
 
     def check_room(self) -> None:

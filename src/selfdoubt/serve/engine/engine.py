@@ -19,7 +19,7 @@ from selfdoubt.lm.answer import Answer
 from selfdoubt.lm.inputs import Question
 from selfdoubt.lm.model import RiskAwareLM
 from selfdoubt.lm.options import Options
-from selfdoubt.lm.scoring import Given, score_in_pieces
+from selfdoubt.lm.scoring import TeacherForcedText, score_in_chunks
 from selfdoubt.lm.text.prompt import Prompt
 from selfdoubt.serve.engine.limits import Limits
 from selfdoubt.serve.engine.prefills import LONG
@@ -158,7 +158,7 @@ class Engine:
         """
         return self._add(Errand(lambda lm, _: work(lm)))
 
-    def score(self, given: Sequence[Given]) -> Future[list[Answer]]:
+    def score(self, given: Sequence[TeacherForcedText]) -> Future[list[Answer]]:
         """Score texts side by side, in pieces between tokens of others. Cancelling the future ends the work.
 
         Args:
@@ -170,7 +170,7 @@ class Engine:
             EngineError: If the engine has failed or is closing.
         """
         tokens = self.limits.check_given(given, self.lm.context)
-        return self._add(Errand(lambda lm, sizer: score_in_pieces(lm, given, 0, sizer), is_long=tokens > LONG))
+        return self._add(Errand(lambda lm, sizer: score_in_chunks(lm, given, 0, sizer), is_long=tokens > LONG))
 
     def _add(self, errand: Errand) -> Future[Any]:
         with self._news:

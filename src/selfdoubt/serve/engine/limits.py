@@ -12,7 +12,7 @@ from selfdoubt.lm.text.prompt import Prompt
 
 if TYPE_CHECKING:  # the command line reads these defaults before anything heavy is imported
     from selfdoubt.lm.inputs import Question
-    from selfdoubt.lm.scoring import Given
+    from selfdoubt.lm.scoring import TeacherForcedText
     from selfdoubt.serve.engine.request import Ask
 
 #: Characters that a prompt may have for each token that it may have. Tokens rarely have ten; long runs of spaces do.
@@ -95,7 +95,7 @@ class Limits:
         if strange:
             raise PromptError(f"token ids go from 0 to {vocabulary - 1}, got {strange[0]}")
 
-    def check_given(self, given: Sequence[Given], context: int | None) -> int:
+    def check_given(self, given: Sequence[TeacherForcedText], context: int | None) -> int:
         """Refuse texts to score that are too long; return the number of tokens of all.
 
         Raises:

@@ -7,13 +7,13 @@ from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import cast
 
-from selfdoubt.lm.decode import Batch
+from selfdoubt.lm.decode import DecodeBatch
 from selfdoubt.lm.generation import AnswerInProgress
 from selfdoubt.serve.engine.request import Job
 
 #: Groups that take turns, and the tokens of a long prompt. One place is kept for short ones.
 AT_ONCE, LONG = 4, 512
-Opened = tuple[list[AnswerInProgress], Batch]
+Opened = tuple[list[AnswerInProgress], DecodeBatch]
 Pieces = Generator[None, None, Opened]
 
 

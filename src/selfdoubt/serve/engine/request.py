@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 from selfdoubt.lm.answer import Answer, Token
-from selfdoubt.lm.options import Options, read_options, sampling_of, stop_texts
+from selfdoubt.lm.options import Options, read_options, read_sampling, stop_texts
 from selfdoubt.lm.sampling import Sampling
 from selfdoubt.lm.text.prompt import Prompt, encode
 
@@ -63,7 +63,7 @@ def to_ask(
     options = read_options(options, "n", "alternatives", "client", "timeout")
     if not isinstance(question, Prompt):
         question = encode(lm.tokenizer, question, raw=options.get("raw", False))
-    sampling = replace(sampling_of(options, lm.stop_ids), alternatives=alternatives)
+    sampling = replace(read_sampling(options, lm.stop_ids), alternatives=alternatives)
     seeds = tuple(options.get("seed", 0) + i for i in range(n))
     return Ask(question, sampling, seeds, stop_texts(options), client, timeout)
 

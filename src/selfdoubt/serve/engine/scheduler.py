@@ -16,11 +16,11 @@ from dataclasses import dataclass
 import torch
 
 from selfdoubt.errors import DeadlineError, NonFiniteError, SelfdoubtError, WrapError
-from selfdoubt.lm.chunks import PieceSizer
-from selfdoubt.lm.decode import Batch, Event, Line
-from selfdoubt.lm.generation import AnswerInProgress, Wanted, opening
+from selfdoubt.lm.chunks import ChunkSizer
+from selfdoubt.lm.decode import DecodeBatch, TokenEvent, TokenSequence
+from selfdoubt.lm.generation import AnswerInProgress, SequenceRequest, start_batch
 from selfdoubt.lm.model import RiskAwareLM
-from selfdoubt.lm.prefill import read, reading
+from selfdoubt.lm.prefill import prefill, prefill_in_chunks
 from selfdoubt.lm.sampling import Sampling
 from selfdoubt.lm.stepper import HFStepper
 from selfdoubt.serve.engine.limits import Limits
@@ -55,12 +55,12 @@ class InFlight:
         self._lm, self._limits, self._meter = lm, limits, meter
         self._choices: dict[int, _Choice] = {}
         self._readings = Readings()
-        self._sizer = PieceSizer()
+        self._sizer = ChunkSizer()
         self._clock = clock
         self._step_took = 0.0  # seconds
         self._members = 1
-        self._batch: Batch | None = None
-        self._parked: deque[Batch] = deque()  # sequences that cannot join the batch, because no cache can
+        self._batch: DecodeBatch | None = None
+        self._parked: deque[DecodeBatch] = deque()  # sequences that cannot join the batch, because no cache can
         self._joins = True
         self._failed_steps = 0
         self._chosen_at: float | None = None  # when the batch last got tokens; None while there is none
@@ -76,11 +76,11 @@ class InFlight:
         """Take a few steps with nobody's prompt, and find out whether this model's batches can be joined."""
         self.misfortunes = 0
 
-        def one(name: int) -> Batch:
+        def one(name: int) -> DecodeBatch:
             stepper = HFStepper(self._lm.model, self._lm.layers)
-            _, following = read(stepper, [[1] * (2 + name)])
+            _, following = prefill(stepper, [[1] * (2 + name)])
             self._members = stepper.members
-            return Batch(stepper, following, [Line(name, Sampling(max_tokens=2), 0, 2)])
+            return DecodeBatch(stepper, following, [TokenSequence(name, Sampling(max_tokens=2), 0, 2)])
 
         batch = one(0)
         try:
@@ -90,7 +90,7 @@ class InFlight:
         batch.choose()
         batch.step()
         for length in (2, min(32, (self._lm.context or 64) // 2)):
-            pieces = reading(HFStepper(self._lm.model, self._lm.layers, self._sizer), [[1] * length])
+            pieces = prefill_in_chunks(HFStepper(self._lm.model, self._lm.layers, self._sizer), [[1] * length])
             for _ in range(length):
                 with self.piece():
                     next(pieces, None)
@@ -101,7 +101,7 @@ class InFlight:
         return bool(self._readings)
 
     @contextmanager
-    def piece(self) -> Iterator[PieceSizer]:
+    def piece(self) -> Iterator[ChunkSizer]:
         """Measure one piece of a prompt, or of a text to score, that is read within."""
         self._sizer.begin(ALONE if self._batch is None else max(GAP - self._step_took, GAP / 4))
         began = self._clock()
@@ -207,13 +207,13 @@ class InFlight:
 
     def _begin(self, jobs: Sequence[Job]) -> Pieces | None:
         wanted = [
-            Wanted(name, c.job.ask.prompt, c.job.ask.sampling, c.job.ask.seeds[c.number], c.job.ask.stops)
+            SequenceRequest(name, c.job.ask.prompt, c.job.ask.sampling, c.job.ask.seeds[c.number], c.job.ask.stops)
             for name, c in self._choices.items()
             if c.job in jobs
         ]
-        return opening(self._lm, wanted, self._sizer) if wanted else None
+        return start_batch(self._lm, wanted, self._sizer) if wanted else None
 
-    def _welcome(self, answers: list[AnswerInProgress], batch: Batch) -> None:
+    def _welcome(self, answers: list[AnswerInProgress], batch: DecodeBatch) -> None:
         """Prompts were read: tell so, and let their sequences join the batch."""
         begun: set[Job] = set()
         for line, progress in zip(batch.lines, answers, strict=True):
@@ -228,7 +228,7 @@ class InFlight:
         if batch.lines:
             self._take_in(batch)
 
-    def _take_in(self, batch: Batch) -> None:
+    def _take_in(self, batch: DecodeBatch) -> None:
         if self._batch is None:
             self._batch = batch
         elif not self._joins:
@@ -240,7 +240,7 @@ class InFlight:
             except Exception as error:
                 self._start_over(lines, error)
 
-    def _advance(self, batch: Batch) -> None:
+    def _advance(self, batch: DecodeBatch) -> None:
         """One token for every sequence."""
         batch.drop({line.name for line in batch.lines} - self._choices.keys())
         size = len(batch.lines)
@@ -270,7 +270,7 @@ class InFlight:
             return
         self._failed_steps = 0
 
-    def _tell(self, event: Event) -> None:
+    def _tell(self, event: TokenEvent) -> None:
         choice = self._choices.get(event.sequence)
         if choice is None or choice.progress is None:
             return  # another answer of the same request has just failed
@@ -295,7 +295,7 @@ class InFlight:
             if not any(other.job is job for other in self._choices.values()):
                 self._finish(job)
 
-    def _start_over(self, lines: Sequence[Line], error: Exception) -> None:
+    def _start_over(self, lines: Sequence[TokenSequence], error: Exception) -> None:
         """A step failed and left the cache in an unknown state: read each sequence again, by itself.
 
         Whoever fails again was the cause. If the next step fails too, nobody can be told apart, and all end.
@@ -315,8 +315,8 @@ class InFlight:
                 continue
             try:
                 stepper = HFStepper(self._lm.model, self._lm.layers)
-                _, following = read(stepper, [[*choice.job.ask.prompt.ids, *line.chosen]])
+                _, following = prefill(stepper, [[*choice.job.ask.prompt.ids, *line.chosen]])
             except Exception as own:
                 self.end(choice.job, own)
             else:
-                self._take_in(Batch(stepper, following, [line]))
+                self._take_in(DecodeBatch(stepper, following, [line]))

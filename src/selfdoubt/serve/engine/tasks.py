@@ -8,12 +8,12 @@ from concurrent.futures import Future
 from typing import Any
 
 from selfdoubt.errors import EngineError
-from selfdoubt.lm.chunks import PieceSizer
+from selfdoubt.lm.chunks import ChunkSizer
 from selfdoubt.lm.model import RiskAwareLM
 
 #: Errands that take turns; each may hold a key-value cache. One place is kept for short ones.
 AT_ONCE = 4
-Work = Callable[[RiskAwareLM, PieceSizer], Any]
+Work = Callable[[RiskAwareLM, ChunkSizer], Any]
 
 
 class Errand:
@@ -31,7 +31,7 @@ class Errand:
         self._work = work
         self._pieces: Generator[None, None, Any] | None = None
 
-    def advance(self, lm: RiskAwareLM, sizer: PieceSizer) -> bool:
+    def advance(self, lm: RiskAwareLM, sizer: ChunkSizer) -> bool:
         """Do one piece.
 
         The future stays cancellable until the last one: a caller who has gone away stops the work.

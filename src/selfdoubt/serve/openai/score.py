@@ -11,7 +11,7 @@ from selfdoubt.errors import BusyError, ConfigError, DeadlineError
 from selfdoubt.lm.answer import Answer
 from selfdoubt.lm.inputs import Question
 from selfdoubt.lm.model import RiskAwareLM
-from selfdoubt.lm.scoring import Given, encode_given
+from selfdoubt.lm.scoring import TeacherForcedText, encode_teacher_forced
 from selfdoubt.serve.engine.client import Desk
 from selfdoubt.serve.http.encoders import Encoders, total_size
 from selfdoubt.serve.openai import risks
@@ -56,8 +56,8 @@ class Scorer:
             async with asyncio.timeout(timeout):
                 found: list[Answer] = []
                 for piece in pieces(pairs):
-                    work = partial(encode_given, self._engine.lm.tokenizer, piece, raw=raw)
-                    given: list[Given] = await self._encoders.run(work, total_size(piece))
+                    work = partial(encode_teacher_forced, self._engine.lm.tokenizer, piece, raw=raw)
+                    given: list[TeacherForcedText] = await self._encoders.run(work, total_size(piece))
                     scored: asyncio.Future[list[Answer]] = asyncio.wrap_future(self._engine.score(given))
                     found += await scored
         except TimeoutError:

@@ -23,7 +23,7 @@ from selfdoubt.lm.answer import Answer
 from selfdoubt.lm.inputs import Question
 from selfdoubt.lm.model import RiskAwareLM
 from selfdoubt.lm.options import Options
-from selfdoubt.lm.scoring import Given
+from selfdoubt.lm.scoring import TeacherForcedText
 from selfdoubt.lm.text.prompt import Prompt
 from selfdoubt.serve.engine.engine import Engine
 from selfdoubt.serve.engine.limits import Limits
@@ -64,7 +64,7 @@ class Replica:
         """Let the engine do something else with the model."""
         return await asyncio.wrap_future(self._engine.call(work))
 
-    async def score(self, given: Sequence[Given]) -> list[Answer]:
+    async def score(self, given: Sequence[TeacherForcedText]) -> list[Answer]:
         """Score texts; whoever cancels this ends the work."""
         found = await asyncio.wrap_future(self._engine.score(given))
         return [replace(answer, states=None) for answer in found]
@@ -174,7 +174,7 @@ class Replicas:
         """See ``Engine.call``; ``work`` travels to a replica."""
         return self._elsewhere(self._handle.call, work)
 
-    def score(self, given: Sequence[Given]) -> Future[list[Answer]]:
+    def score(self, given: Sequence[TeacherForcedText]) -> Future[list[Answer]]:
         """See ``Engine.score``."""
         self.limits.check_given(given, self.lm.context)
         return self._elsewhere(self._handle.score, given)
