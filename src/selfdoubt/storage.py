@@ -3,7 +3,7 @@
 A folder holds ``added.safetensors`` and ``selfdoubt.json`` (the wrappers' settings, the base model and its fingerprint,
 versions, reference quantiles). ``selfdoubt.json`` is written last and by a rename: a folder that has it is whole, and
 checksums in it say whether the folder is still as it was saved (``manifest.py``).
-LoRA beneath the wrappers lies in files of its own (``lm/adapters/adapter.py``); the manifest then says ``"lora": true``.
+LoRA beneath the wrappers has files of its own (``lm/adapters/adapter.py``); the manifest then says ``"lora": true``.
 """
 
 from __future__ import annotations

@@ -142,7 +142,7 @@ def parse_reply(reply: str) -> Verdict:
     """The verdict in a judge's reply: the one of the two words that it says; thoughts in ``<think>`` do not count.
 
     Example:
-        >>> verdict("**Wrong.**").correct, verdict("It is not right.").note
+        >>> parse_reply("**Wrong.**").correct, parse_reply("It is not right.").note
         (False, "the judge's reply is unreadable: 'It is not right.'")
     """
     said = re.sub(r"<think>.*?(</think>|$)", "", reply, flags=re.S).lower()

@@ -80,7 +80,7 @@ def cluster_answers(texts: Sequence[str], alike: Same = _SAME_TEXT, question: st
     A text joins the first cluster whose first text means the same, else it starts one (Kuhn et al., 2023, algorithm 1).
 
     Example:
-        >>> clusters(["Paris", "Rome", "paris."])
+        >>> cluster_answers(["Paris", "Rome", "paris."])
         [0, 1, 0]
     """
     apart = list(dict.fromkeys(texts))
