@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.golden import gold
-from tests.golden.run import selfdoubt, unpack_written
+from tests.golden.run import Done, selfdoubt, unpack_written
 
 Golden = dict[str, Any]
 KNOWN, RARE, INVENTED = "What is the capital of France?", "In which country is Tartu?", "In which country is Qarzovia?"
@@ -23,7 +23,9 @@ def ask() -> Golden:
     return {
         "ask": selfdoubt("ask", KNOWN, "--json", *greedy).json(),
         "ask_plain_model": selfdoubt("ask", KNOWN, "--json", "--wrapper", "none", *greedy).json(),
-        "ask_several": selfdoubt("ask", RARE, INVENTED, "--json", "--show-withheld", *greedy).json(),
+        "ask_several": selfdoubt(
+            "ask", RARE, INVENTED, "--json", "--show-withheld", "--max-tokens", "5", *greedy
+        ).json(),
         "ask_text": selfdoubt("ask", KNOWN, INVENTED, *greedy).text(),
         "ask_raw": selfdoubt("ask", "The capital of", "--raw", "--json", "--max-tokens", "4", *greedy).json(),
     }
@@ -31,7 +33,7 @@ def ask() -> Golden:
 
 def ask_untrained() -> Golden:
     """Answers under untrained wrappers of each kind: their random numbers are those of the seed."""
-    options = ("--json", "--temperature", "0", "--max-tokens", "6", *FIXED)
+    options = ("--json", "--temperature", "0", "--max-tokens", "3", *FIXED)
     wrappers = ("vote:n_voters=2,rank=4", "sample:n_samples=2", "sculpt")
     return {f"ask_{w.partition(':')[0]}": selfdoubt("ask", KNOWN, "--wrapper", w, *options).json() for w in wrappers}
 
@@ -47,17 +49,17 @@ def score() -> Golden:
         "score": selfdoubt("score", "text.txt", "--question", KNOWN, "--json", *FIXED).json(),
         "score_alone": selfdoubt("score", "text.txt", "--wrapper", "none", "--json", *FIXED).json(),
         "score_text": selfdoubt("score", "text.txt", "--question", KNOWN, *FIXED).text(),
-        "score_file": {**whole.text(), "rows": _rows(Path("scored.jsonl")),
-                       "bytes": gold.file_hash(Path("scored.jsonl"))},
+        **command("score_file", whole, {"rows": _rows(Path("scored.jsonl")),
+                                        "bytes": gold.file_hash(Path("scored.jsonl"))}),
     }  # fmt: skip
 
 
 def evaluate() -> Golden:
     """A run with samples and hidden states: all files of its folder."""
     done = selfdoubt("evaluate", "--data", "questions.jsonl", "--out", "run", "--samples", "2", "--batch-size", "8",
-                     "--limit", "10", "--draws", "20", *FIXED)  # fmt: skip
+                     "--limit", "8", "--draws", "20", *FIXED)  # fmt: skip
     return {
-        "evaluate_text": {"code": done.code, "err": gold.text(done.err), "lines": len(done.out.splitlines())},
+        "evaluate_done": {"code": done.code, "err": done.err, "lines": len(done.out.splitlines())},
         **{f"evaluate_{name}": value for name, value in run_folder(Path("run")).items()},
     }
 
@@ -69,7 +71,7 @@ def evaluate_choices() -> Golden:
     return {
         "choices": {
             "code": done.code,
-            "err": gold.text(done.err),
+            "err": done.err,
             "files": gold.names(Path("run")),
             "answers": _rows(Path("run/answers.jsonl")),
             "run": _json(Path("run/run.json")),
@@ -104,10 +106,10 @@ def _report(path: Path) -> Any:
     """Return a report, of all but three of its scores only their numbers."""
     report = json.loads(path.read_text(encoding="utf-8"))
     kept = set(list(report["scores"])[:3])
-    report["scores"] = {
-        name: item if name in kept else {"shape": gold.shape_of(item["metrics"]), "values": gold.numbers_in(item)}
-        for name, item in report["scores"].items()
-    }
+    shape = gold.shape_of(gold.normalise(report["scores"]))
+    for name in report["scores"].keys() - kept:
+        report["scores"][name] = gold.numbers_in(report["scores"][name])
+    report["scores"] = {"~shape": shape, **report["scores"]}
     return gold.normalise(report)
 
 
@@ -122,11 +124,11 @@ def report() -> Golden:
     again = selfdoubt("report", "written/run", "--out", "again", "--draws", "20")
     compared = ("compare", "written/run", "written/other", "--draws", "20")
     return {
-        "report_theirs": {"text": theirs.text(), "files": gold.names(Path("theirs")),
-                          "report": _report(Path("theirs/report.json"))},
+        **command("report_theirs", theirs, {"files": gold.names(Path("theirs")),
+                                            "report": _report(Path("theirs/report.json"))}),
         "report_theirs_page": gold.page(Path("theirs/report.html").read_text(encoding="utf-8")),
-        "report_written": {"text": again.text(), "files": gold.names(Path("again")),
-                           "report": _report(Path("again/report.json"))},
+        **command("report_written", again, {"files": gold.names(Path("again")),
+                                            "report": _report(Path("again/report.json"))}),
         "compare": selfdoubt(*compared, "--json").json(),
         "compare_text": selfdoubt(*compared).text(),
     }  # fmt: skip
@@ -138,13 +140,13 @@ def calibrate() -> Golden:
     done = selfdoubt("calibrate", "written/run", "--out", "calibrated", "--draws", "20", "--target-accuracy", "0.5",
                      "--heads", "score,answer,question")  # fmt: skip
     answers = [
-        selfdoubt("ask", INVENTED, "--adapter", a, "--json", "--temperature", "0", *FIXED).json()
+        selfdoubt("ask", INVENTED, "--adapter", a, "--json", "--max-tokens", "4", "--temperature", "0", *FIXED).json()
         for a in ("calibrated", "written/calibrated")
     ]
     return {
-        "calibrate": {**done.text(), **adapter(Path("calibrated"))},
+        **command("calibrate", done, adapter(Path("calibrated"))),
         "calibrate_run_after": {"files": gold.names(Path("written/run")),
-                                "answers": _rows(Path("written/run/answers.jsonl"))[:6],
+                                "answers": _rows(Path("written/run/answers.jsonl"))[:2],
                                 "bytes": gold.file_hash(Path("written/run/answers.jsonl"))},
         "ask_calibrated": answers[0],
         "ask_written_calibrated": answers[1],
@@ -152,20 +154,30 @@ def calibrate() -> Golden:
 
 
 def adapter(folder: Path) -> Golden:
-    """Return all files of an adapter folder or of a model's."""
+    """Return all files of an adapter folder or of a model's, but checkpoints, prepared data, and words for people."""
     found: Golden = {"files": gold.names(folder)}
-    for name in found["files"]:
-        path = folder / name
+    for path in sorted(folder.rglob("*")):
+        name = str(path.relative_to(folder))
         if path.suffix == ".safetensors":
             found[name] = gold.tensors(path)
-        elif path.suffix == ".json" and path.name != "tokenizer.json":
+        elif path.name == "selfdoubt.json":
+            manifest = json.loads(path.read_text(encoding="utf-8"))
+            if "reference" in manifest:
+                quantiles = manifest["reference"]
+                manifest["reference"] = {"~keys": " ".join(quantiles), "values": gold.numbers_in(quantiles)}
+            found[name] = gold.normalise(manifest)
+        elif path.suffix == ".json" and path.name != "tokenizer.json" and path.parent.name != "data":
             found[name] = _json(path)
-        elif path.suffix in (".toml", ".md", ".csv"):
+        elif path.suffix == ".toml":
             found[name] = gold.text(path.read_text(encoding="utf-8"))
-        else:
-            found[name] = gold.file_hash(path)
+        elif path.suffix in (".jinja", ".json"):
+            found[name] = gold.file_hash(path) if path.parent.name != "data" else "~"
     return found
 
 
-QUICK = (ask, ask_untrained, score, evaluate, evaluate_choices, report, calibrate)
-ALL = QUICK
+def command(name: str, done: Done, value: Golden) -> Golden:
+    """Return what a command left, and apart from it its words for people."""
+    return {name: value, f"{name}_text": done.text()}
+
+
+CASES = (ask, ask_untrained, score, evaluate, evaluate_choices, report, calibrate)

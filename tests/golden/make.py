@@ -16,7 +16,7 @@ import tarfile
 import tempfile
 from pathlib import Path
 
-from tests.golden import cases, gold
+from tests.golden import cases, gold, trained, web
 from tests.golden.run import WRITTEN, folder, selfdoubt
 
 
@@ -25,7 +25,7 @@ def main(arguments: list[str]) -> None:
     if "--written" in arguments:
         write_archive()
         arguments.remove("--written")
-    for case in cases.ALL:
+    for case in (*cases.CASES, *trained.CASES, web.serve):
         if arguments and case.__name__ not in arguments:
             continue
         with tempfile.TemporaryDirectory() as work, folder(Path(work).resolve()):

@@ -1,4 +1,7 @@
-"""Stored formats and printed replies are those of the golden files."""
+"""Stored formats, printed answers and replies of the server are those of the golden files.
+
+When one may make them again is said in ``tests/golden/make.py``.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +11,15 @@ from typing import Any
 
 import pytest
 
-from tests.golden import cases, gold
+from tests.golden import cases, gold, trained, web
 from tests.golden.run import folder
 
+Case = Callable[[], dict[str, Any]]
 
-@pytest.mark.parametrize("case", cases.QUICK, ids=lambda case: case.__name__)
-def test_it_is_as_it_was(case: Callable[[], dict[str, Any]], tmp_path: Path) -> None:
+
+@pytest.mark.parametrize("case", [*cases.CASES, *trained.CASES, web.serve], ids=lambda case: case.__name__)
+def test_it_is_as_it_was(case: Case, tmp_path: Path) -> None:
     with folder(tmp_path.resolve()):
         found = case()
-        for name, value in found.items():
-            gold.check(name, value)
+    for name, value in found.items():
+        gold.check(name, value)
