@@ -74,11 +74,25 @@ def pack(numbers: list[float]) -> dict[str, Value]:
     return {
         "~numbers": len(numbers),
         "first": numbers[:3],
-        "last": numbers[-2:],
+        "last": numbers[-1],
         "sum": math.fsum(numbers),
         "size": math.fsum(map(abs, numbers)),
-        "hash": hashlib.sha256(json.dumps(numbers).encode()).hexdigest()[:16],
+        "hash": _hash(numbers, 8),
     }
+
+
+def _hash(value: Value, length: int) -> str:
+    """Return a hash of JSON, of all digits of its numbers."""
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:length]
+
+
+def _rounded(value: Value) -> Value:
+    """Return JSON with ten digits of its floats, more than a float32 has."""
+    if isinstance(value, dict):
+        return {key: _rounded(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_rounded(item) for item in value]
+    return float(f"{value:.10g}") if isinstance(value, float) else value
 
 
 def tensors(path: Path) -> dict[str, Value]:
@@ -169,7 +183,7 @@ def write(name: str, value: Value) -> Path:
     """Write a golden file."""
     FILES.mkdir(exist_ok=True)
     path = FILES / f"{name}.json"
-    path.write_text(_dump(value) + "\n", encoding="utf-8")
+    path.write_text(_dump({"hash": _hash(value, 16), "value": _rounded(value)}) + "\n", encoding="utf-8")
     return path
 
 
@@ -191,11 +205,16 @@ def check(name: str, value: Value) -> None:
     Raises:
         AssertionError: Where they differ, with the first places.
     """
-    wanted = json.loads((FILES / f"{name}.json").read_text(encoding="utf-8"))
+    wanted = read(name)
     exact = os.environ.get(EXACT) == "1"
-    found = json.loads(json.dumps(value))
-    places = list(differences(wanted, found, _same if exact else _near, name))
+    places = list(differences(wanted["value"], _rounded(value), is_same if exact else is_near, name))
     assert not places, f"{len(places)} places differ from the golden file:\n" + "\n".join(places[:12])
+    assert not exact or wanted["hash"] == _hash(value, 16), f"{name} differs from the golden file in its last digits"
+
+
+def read(name: str) -> Value:
+    """Return a golden file: its value, floats to ten digits, and a hash of all digits."""
+    return json.loads((FILES / f"{name}.json").read_text(encoding="utf-8"))
 
 
 def differences(
@@ -204,7 +223,7 @@ def differences(
     """Yield the places where two values differ."""
     if isinstance(wanted, bool) or isinstance(found, bool) or type(wanted) is not type(found):
         numbers = all(isinstance(v, int | float) and not isinstance(v, bool) for v in (wanted, found))
-        if numbers and same is _near and same(wanted, found, room):
+        if numbers and same is is_near and same(wanted, found, room):
             return
         if type(wanted) is not type(found) or wanted != found:
             yield f"{at}: golden {wanted!r:.200}, found {found!r:.200}"
@@ -216,7 +235,7 @@ def differences(
             )
         scale = RELATIVE * wanted["size"] if "~numbers" in wanted and "hash" in wanted else 0.0
         for key in wanted.keys() & found.keys():
-            if key == "hash" and same is _near:
+            if key == "hash" and same is is_near:
                 continue
             if key == "~numbers" and isinstance(wanted[key], list):
                 yield from _differing_texts(wanted[key], found[key], same, f"{at}.{key}")
@@ -231,7 +250,7 @@ def differences(
     elif isinstance(wanted, float):
         if not same(wanted, found, room):
             yield f"{at}: golden {wanted!r}, found {found!r}"
-    elif isinstance(wanted, str) and same is _near and _HASH.fullmatch(wanted) and _HASH.fullmatch(found):
+    elif isinstance(wanted, str) and same is is_near and _HASH.fullmatch(wanted) and _HASH.fullmatch(found):
         if len(wanted) != len(found):
             yield f"{at}: golden {wanted}, found {found}"
     elif wanted != found:
@@ -250,13 +269,13 @@ def _differing_texts(
         digits = len(a.partition("e")[0].partition(".")[2])
         exponent = int(a.partition("e")[2] or 0)
         unit = 1.01 * 10.0 ** (exponent - digits)
-        if same is _same or not (same(float(a), float(b), 0.0) or abs(float(a) - float(b)) <= unit):
+        if same is is_same or not (same(float(a), float(b), 0.0) or abs(float(a) - float(b)) <= unit):
             yield f"{at}[{i}]: golden {a}, found {b}"
 
 
-def _near(wanted: float, found: float, room: float) -> bool:
+def is_near(wanted: float, found: float, room: float) -> bool:
     return math.isclose(wanted, found, rel_tol=RELATIVE, abs_tol=ABSOLUTE + room)
 
 
-def _same(wanted: float, found: float, room: float) -> bool:
+def is_same(wanted: float, found: float, room: float) -> bool:
     return wanted == found

@@ -16,6 +16,7 @@ import tarfile
 import tempfile
 from pathlib import Path
 
+import selfdoubt as package
 from tests.golden import cases, gold, trained, web
 from tests.golden.run import WRITTEN, folder, selfdoubt
 
@@ -34,16 +35,23 @@ def main(arguments: list[str]) -> None:
 
 
 def write_archive() -> None:
-    """Let the product write two runs and a calibrated adapter, and keep them."""
+    """Let the product write two runs and several adapters, and keep them."""
     asked = ("evaluate", "--data", "questions.jsonl", "--draws", "2", "--dtype", "float32", "--states", "none")
     with tempfile.TemporaryDirectory() as work, folder(Path(work).resolve()):
         for done in (
             selfdoubt(*asked, "--out", "written/run", "--wrapper", "none"),
             selfdoubt(*asked, "--out", "written/other", "--wrapper", "vote:n_voters=2,rank=2", "--limit", "12"),
             selfdoubt("calibrate", "written/run", "--out", "written/calibrated", "--draws", "2"),
+            selfdoubt("train", *trained.LORA, "--out", "lora"),
+            selfdoubt("export", "lora", "written/peft", "--peft"),
         ):
             if done.code:
                 sys.exit(done.err)
+        for name, wrapped in trained.wrapped_mlps().items():
+            package.save(wrapped, f"written/mlp/{name}", base="an-mlp", extra=trained.EXTRA)
+        voters = package.vote.Wrapper(n_voters=2, rank=1, param_filter=trained.ONE_LAYER)
+        lm = package.RiskAwareLM.load("pocket", wrapper=voters, dtype="float32", device="cpu")
+        package.save(lm.model, "written/voters", base="pocket")
         for image in Path("written").rglob("*.png"):
             image.unlink()
         with tarfile.open(WRITTEN, "w:xz") as archive:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from tests.golden import cases, gold
-from tests.golden.run import selfdoubt
+from tests.golden.run import selfdoubt, unpack_written
 
 SMALL = (
     "--data", "instructions.jsonl", "--accelerator", "cpu", "--precision", "32-true", "--dtype", "float32",
@@ -17,33 +17,46 @@ SMALL = (
     "--max-steps", "3", "--batch-size", "4", "--val-share", "0.2", "--lr", "5e-5",
 )  # fmt: skip
 ONE_LAYER = r"layers\.1\.self_attn\.q_proj"
+LORA = (*SMALL, "--wrapper", "sample", "--n-samples", "2", "--lora-r", "2", "--lora-targets", ONE_LAYER)
+EXTRA = {"reference": {"sum_nll": [0.0, 0.5, 2.0]}}
 
 
 def save() -> dict[str, Any]:
     """Folders of wrapped networks of each kind; what was saved must load again, with the same outputs."""
     import selfdoubt as package
+
+    unpack_written()
+    x = torch.tensor([[0.5, -1.0, 2.0, 0.0], [1.5, 0.25, -0.75, 1.0]])
+    found: dict[str, Any] = {}
+    for name, wrapped in wrapped_mlps().items():
+        folder = package.save(wrapped, name, base="an-mlp", extra=EXTRA)
+        torch.manual_seed(2)
+        outputs = wrapped(x, return_risk=True)
+        torch.manual_seed(2)
+        torch.testing.assert_close(package.load(folder, mlp())(x, return_risk=True), outputs, rtol=0, atol=0)
+        torch.manual_seed(2)
+        written = package.load(Path("written/mlp") / name, mlp())
+        torch.testing.assert_close(written(x, return_risk=True), outputs, rtol=gold.RELATIVE, atol=gold.ABSOLUTE)
+        output, risk = outputs
+        found[name] = {**cases.adapter(folder), "output": output.tolist(), "risk": risk.tolist()}
+    return {"save": gold.normalise(found)}
+
+
+def wrapped_mlps() -> dict[str, nn.Module]:
+    """Return a small network wrapped in each way, always with the same weights."""
     from selfdoubt import sample, sculpt, vote
 
-    torch.manual_seed(0)
-    x = torch.randn(2, 4)
     wrappers = {
         "vote": vote.Wrapper(n_voters=2, rank=1),
         "vote_full": vote.Wrapper(n_voters=2, rank=None, finetune=False),
         "sample": sample.Wrapper(n_samples=3),
         "sculpt": sculpt.Wrapper(),
     }
-    found: dict[str, Any] = {}
+    found = {}
     for name, wrapper in wrappers.items():
         torch.manual_seed(1)
-        wrapped = wrapper(mlp()).eval()
-        folder = package.save(wrapped, name, base="an-mlp", extra={"reference": {"sum_nll": [0.0, 0.5, 2.0]}})
-        torch.manual_seed(2)
-        outputs = wrapped(x, return_risk=True)
-        torch.manual_seed(2)
-        torch.testing.assert_close(package.load(folder, mlp())(x, return_risk=True), outputs, rtol=0, atol=0)
-        output, risk = outputs
-        found[name] = {**cases.adapter(folder), "output": output.tolist(), "risk": risk.tolist()}
-    return {"save": gold.normalise(found)}
+        found[name] = wrapper(mlp()).eval()
+    return found
 
 
 def mlp() -> nn.Module:
@@ -70,8 +83,7 @@ def train_voters() -> dict[str, Any]:
 
 def train_lora() -> dict[str, Any]:
     """An adapter of LoRA under sampling noise, its answers, and its exports."""
-    done = selfdoubt("train", *SMALL, "--out", "lora", "--wrapper", "sample", "--n-samples", "2", "--lora-r", "2",
-                     "--lora-targets", ONE_LAYER)  # fmt: skip
+    done = selfdoubt("train", *LORA, "--out", "lora")
     peft = selfdoubt("export", "lora", "peft", "--peft")
     merged = selfdoubt("export", "lora", "merged", "--merge", "--dtype", "float32")
     return {
@@ -82,9 +94,15 @@ def train_lora() -> dict[str, Any]:
     }
 
 
+def written_adapters() -> dict[str, Any]:
+    """Answers with adapters that were written earlier: of voters, and of LoRA in PEFT's format."""
+    unpack_written()
+    return {f"ask_written_{name}": _ask(f"written/{name}") for name in ("voters", "peft")}
+
+
 def _ask(adapter: str) -> dict[str, Any]:
     options = ("--json", "--temperature", "0", "--max-tokens", "4", "--dtype", "float32")
     return selfdoubt("ask", "What is the capital of Peru?", "--adapter", adapter, *options).json()
 
 
-CASES = (save, train_voters, train_lora)
+CASES = (save, train_voters, train_lora, written_adapters)
