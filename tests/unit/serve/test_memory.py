@@ -21,7 +21,7 @@ from selfdoubt import RiskAwareLM, sample, sculpt, vote
 from selfdoubt.lm.adapters.lora import add_lora
 from selfdoubt.members import Wrapped
 from selfdoubt.rows import expand
-from selfdoubt.serve.engine.engine import memory
+from selfdoubt.serve.engine import memory
 from tests import zoo
 
 ON_GLIBC = hasattr(ctypes.CDLL(None), "gnu_get_libc_version")
