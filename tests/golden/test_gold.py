@@ -36,7 +36,7 @@ def changed(value: Any, path: tuple[Any, ...]) -> Any:
     if isinstance(old, bool) or old is None:
         place[key] = "other"
     elif isinstance(old, int | float):
-        place[key] = type(old)(1.5 * old + 1)
+        place[key] = 2 * old + type(old)(1_000_000)
     elif isinstance(old, str):
         # Of a printed number the first digit: the last may differ by one.
         place[key] = re.sub(r"\d", r"7\g<0>", old, count=1) if "~numbers" in path else f"{old}x"
