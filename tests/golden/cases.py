@@ -192,8 +192,8 @@ def adapter(folder: Path) -> Golden:
             found[name] = _json(path)
         elif path.suffix == ".toml":
             found[name] = gold.text(path.read_text(encoding="utf-8"))
-        elif path.suffix in (".jinja", ".json"):
-            found[name] = gold.file_hash(path) if path.parent.name != "data" else "~"
+        elif path.suffix in (".jinja", ".json") and path.parent.name != "data":
+            found[name] = gold.file_hash(path)
     return found
 
 
