@@ -13,7 +13,6 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 from pathlib import Path
 
 import httpx
@@ -22,6 +21,7 @@ import torch
 
 from selfdoubt import RiskAwareLM
 from tests.served import Served
+from tests.waiting import wait_until
 
 pytest.importorskip("ray", reason="the extra [ray] is not installed")
 pytestmark = pytest.mark.slow
@@ -61,7 +61,7 @@ def test_one_of_two_replicas_is_killed_under_load():
         people = [threading.Thread(target=person) for _ in range(8)]
         for thread in people:
             thread.start()
-        time.sleep(1)
+        wait_until(lambda: outcomes)
         os.kill(engines(served.process.pid)[0], signal.SIGKILL)
         for thread in people:
             thread.join()
