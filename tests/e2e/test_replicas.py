@@ -24,7 +24,6 @@ from tests.served import Served
 from tests.waiting import wait_until
 
 pytest.importorskip("ray", reason="the extra [ray] is not installed")
-pytestmark = pytest.mark.slow
 ASK = {"messages": [{"role": "user", "content": "What is the capital of France?"}], "temperature": 0, "stream": True}
 
 
@@ -73,6 +72,7 @@ def test_one_of_two_replicas_is_killed_under_load():
         served.process.kill()
 
 
+@pytest.mark.slow
 def test_replicas_score_texts_and_end_those_whose_time_is_over():
     served = Served("--replicas", "2", "--drain", "5")
 
@@ -126,6 +126,7 @@ def cluster(tmp_path):
     shutil.rmtree(place, ignore_errors=True)
 
 
+@pytest.mark.slow
 def test_a_cluster_of_two_nodes_runs_a_replica_each(cluster):
     address, own, nodes = cluster
     served = Served("--replicas", "2", "--drain", "5", "--ray-address", address, **own)
@@ -139,6 +140,7 @@ def test_a_cluster_of_two_nodes_runs_a_replica_each(cluster):
         served.process.kill()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

@@ -93,7 +93,7 @@ def test_a_process_killed_in_the_middle_goes_on_as_if_nothing_had_happened(geogr
         ("vote", "ddp"),
         pytest.param("sculpt", "ddp", marks=pytest.mark.slow),
         pytest.param("vote", "fsdp", marks=pytest.mark.slow),
-        pytest.param("none", "fsdp", marks=pytest.mark.slow),
+        ("none", "fsdp"),
     ],
 )
 def test_two_processes_give_the_losses_of_one(geography, tmp_path, wrapper, strategy):
