@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ import openai
 import pytest
 
 from selfdoubt import pocket
-from tests import oracles, zoo
+from tests import oracles
 from tests.served import KEY, Served
 from tests.waiting import wait_until
 
@@ -41,13 +42,11 @@ def client(served: Served) -> Iterator[openai.OpenAI]:
 
 
 @pytest.fixture(scope="module")
-def babbler(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def babbler(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model whose answers are long."""
-    folder = tmp_path_factory.mktemp("babbler")
-    model = zoo.talker()
-    model.config.max_position_embeddings = 4096
-    model.save_pretrained(folder)
-    zoo.tokenizer().save_pretrained(folder)
+    folder = shutil.copytree(model_folder, tmp_path_factory.mktemp("babbler") / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 4096}))
     return folder
 
 
