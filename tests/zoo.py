@@ -87,7 +87,8 @@ def _share(name: str, model: nn.Module) -> nn.Module:
 
 
 def _describe(model: nn.Module) -> str:
-    """Return a checksum of a model's weights, their types, modes and layers, and its config without what saving adds."""
+    """Return a checksum of the weights, types, modes and layers of a model, and of its config."""
+    # Saving a model adds its architectures.
     config = {name: value for name, value in model.config.to_dict().items() if name != "architectures"}
     found = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
