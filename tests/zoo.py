@@ -92,7 +92,8 @@ def _describe(model: nn.Module) -> str:
     config = {name: value for name, value in model.config.to_dict().items() if name != "architectures"}
     found = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        found.update(f"{name} {tensor.dtype} {tensor.requires_grad}".encode() + tensor.detach().numpy().tobytes())
+        found.update(f"{name} {tensor.dtype} {tensor.requires_grad}".encode())
+        found.update(tensor.detach().reshape(-1).view(torch.uint8).numpy().tobytes())  # numpy knows no bfloat16
     found.update(str([(name, type(m).__name__, m.training) for name, m in model.named_modules()]).encode())
     return found.hexdigest()
 
