@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constr
 # Tests run side by side: one thread each, two 2-thread processes on two cores ruin each other.
 WORKERS ?= auto
 
-.PHONY: ask test test-all lint format bench clean
+.PHONY: ask test test-all coverage build lint format bench clean
 .DEFAULT_GOAL := ask
 
 $(BIN)/python:
@@ -50,6 +50,15 @@ test: lint
 
 test-all: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
+
+# The tests of `make test`, with the share of lines that they run and those that they do not. It takes about 1.6 times as long.
+coverage: .venv/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m "not slow" --cov
+
+# A source distribution and a wheel, in dist/.
+build: .venv/.dev
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation
 
 format: .venv/.dev
 	$(BIN)/ruff check --fix .

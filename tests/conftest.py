@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -26,6 +28,16 @@ settings.register_profile(
 settings.load_profile("laws")
 
 
+SLOW_SECONDS = 1800
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Give slow tests a longer limit than the one of pyproject.toml, unless they set their own."""
+    for item in items:
+        if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(SLOW_SECONDS))
+
+
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
@@ -42,6 +54,26 @@ def real():
         return found
 
     return path
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random language model with its tokenizer, in float64; shared, so copy it to change it."""
+    from tests.zoo import talker, tokenizer
+
+    path = tmp_path_factory.mktemp("model")
+    talker().save_pretrained(path)
+    tokenizer().save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _shared_models_stay_as_they_are() -> Iterator[None]:
+    """Fail where a file of tests changes a model that other tests share: cast, trained, or configured in place."""
+    yield
+    zoo = sys.modules.get("tests.zoo")
+    if zoo is not None:
+        zoo.check_shared()
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from functools import cache
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -56,7 +58,7 @@ def causal(family: str, dtype: torch.dtype = torch.float64) -> nn.Module:
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
         for parameter in model.parameters():  # new biases are 0 and new norms 1: nothing would show a wrong one
             parameter.data += 0.1 * torch.randn_like(parameter)
-    return model.eval().requires_grad_(False)
+    return _share(f"causal {family} {dtype}", model.eval().requires_grad_(False))
 
 
 @cache
@@ -72,7 +74,42 @@ def encoder(kind: str) -> nn.Module:
         model = auto.from_config(transformers.AutoConfig.for_model(kind, **sizes | own)).double()
         for parameter in model.parameters():
             parameter.data += 0.1 * torch.randn_like(parameter)
-    return model.eval()
+    return _share(f"encoder {kind}", model.eval())
+
+
+#: Every model that is shared, by the name of what made it, and how it was when it was made.
+_SHARED: dict[str, tuple[nn.Module, str]] = {}
+
+
+def _share(name: str, model: nn.Module) -> nn.Module:
+    _SHARED[name] = model, _describe(model)
+    return model
+
+
+def _describe(model: nn.Module) -> str:
+    """Return a checksum of the weights, types, modes and layers of a model, and of its config."""
+    # Saving a model adds its architectures.
+    config = {name: value for name, value in model.config.to_dict().items() if name != "architectures"}
+    found = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        found.update(f"{name} {tensor.dtype} {tensor.requires_grad}".encode())
+        found.update(tensor.detach().reshape(-1).view(torch.uint8).numpy().tobytes())  # numpy knows no bfloat16
+    found.update(str([(name, type(m).__name__, m.training) for name, m in model.named_modules()]).encode())
+    return found.hexdigest()
+
+
+def check_shared() -> None:
+    """Fail if a shared model is no longer as it was made.
+
+    Raises:
+        AssertionError: With the name of the model. It is made again for the tests that follow.
+    """
+    changed = [name for name, (model, before) in _SHARED.items() if _describe(model) != before]
+    if changed:
+        _SHARED.clear()
+        for make in (causal, encoder, talker):
+            make.cache_clear()
+    assert not changed, f"these shared models were changed: {changed}; change a copy.deepcopy"
 
 
 def prompts(*lengths: int, seed: int = 0) -> list[list[int]]:
@@ -157,7 +194,7 @@ def talker() -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(2)
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float64)
-    return model.eval().requires_grad_(False)
+    return _share("talker", model.eval().requires_grad_(False))
 
 
 def packable() -> nn.Module:

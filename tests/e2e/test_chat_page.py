@@ -7,7 +7,6 @@ import os
 import re
 import subprocess
 import sys
-import time
 import urllib.request
 from pathlib import Path
 
@@ -15,8 +14,9 @@ import pytest
 
 from selfdoubt import pocket
 from tests.browser import chromium
+from tests.waiting import wait_until
 
-pytestmark = [pytest.mark.browser, pytest.mark.slow]
+pytestmark = pytest.mark.browser
 
 ROOT = Path(__file__).parents[2]
 EVIL = "<script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\"> **bold** &amp;"
@@ -91,7 +91,7 @@ def page(browser, window, url, request):
     """A fresh tab; at the end nothing may have been said on the console, and no other host asked."""
     special = getattr(request, "param", None)
     context = window if special is None else browser.new_context(**{**WINDOW, **special})
-    context.set_default_timeout(10_000)
+    context.set_default_timeout(60_000)
     opened = context.new_page()
     heard, asked = [], []
     opened.on("console", lambda message: heard.append(message.text))
@@ -125,7 +125,7 @@ def type_and_ask(page, question):
 def ended(page, n=1, state="done"):
     """The n-th turn, when it has ended."""
     turn = page.locator(".turn").nth(n - 1)
-    page.locator(f".turn:nth-child({n})[data-state={state}]").wait_for(timeout=20_000)
+    page.locator(f".turn:nth-child({n})[data-state={state}]").wait_for()
     page.locator("#sd-send").wait_for()
     return turn
 
@@ -301,10 +301,7 @@ def test_closing_the_tab_cancels_its_request(page, browser, url):
     type_and_ask(tab, "Go on.")
     tab.locator(".say .t").first.wait_for()
     context.close()
-    until = time.monotonic() + 5
-    while not jobs(url)[before]["cancelled"] and time.monotonic() < until:
-        time.sleep(0.1)
-    assert jobs(url)[before]["cancelled"]
+    wait_until(lambda: jobs(url)[before]["cancelled"])
 
 
 def test_retry_draws_another_answer_and_edit_asks_another_question(page):
@@ -326,7 +323,7 @@ def test_retry_draws_another_answer_and_edit_asks_another_question(page):
 def test_several_candidates_come_the_least_doubtful_first(page):
     turn = ask(page, "Where is Valencia?")
     turn.get_by_role("button", name="Show candidates").click()
-    page.locator(".turn[data-turn='2'][data-state=done]").wait_for(timeout=20_000)
+    page.locator(".turn[data-turn='2'][data-state=done]").wait_for()
     turn = ended(page)
     assert turn.locator(".take").count() == 5
     sure = [float(w) for w in turn.locator(".gauge i").evaluate_all("all => all.map(i => parseFloat(i.style.width))")]
@@ -339,7 +336,7 @@ def test_trying_until_sure_tells_how_many_tries_it_took(page):
     set_slider(page, "Most tries until sure", 3)
     turn = ask(page, "In which country is Zorbelheim?")
     turn.get_by_role("button", name="Try until sure").click()
-    page.locator(".turn[data-turn='2'][data-state=done]").wait_for(timeout=20_000)
+    page.locator(".turn[data-turn='2'][data-state=done]").wait_for()
     said = ended(page).locator(".status").inner_text()
     assert re.fullmatch(r"Sure enough after (1 try|\d tries; the best .*)|After 3 tries not sure enough: .*", said)
 
@@ -466,6 +463,7 @@ def test_a_new_chat_is_empty_and_the_examples_are_back(page):
     assert "Germany" in text_of(ended(page).locator(".say"))
 
 
+@pytest.mark.slow  # a server of its own
 def test_the_page_of_a_model_without_an_adapter_says_what_its_risk_is(browser):
     """The note stands in a template of JavaScript, where its backticks would end everything."""
     command = [sys.executable, "-m", "selfdoubt", "chat", "--port", "0", "--no-open", "--model", str(pocket.folder())]

@@ -8,13 +8,13 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from selfdoubt import pocket
 from tests.e2e.test_cli import in_process, run
+from tests.waiting import wait_until
 
 ASK = ("evaluate", "--data", "pocket", "--limit", "24", "--batch-size", "6", "--states", "1", "--draws", "50")
 
@@ -62,9 +62,7 @@ def test_a_run_that_is_killed_and_goes_on_ends_in_the_same_files(whole, tmp_path
     out = tmp_path / "killed"
     arguments = (*ASK, "--candidates", "3", "--p-true", "--out", str(out))
     process = subprocess.Popen(command(*arguments), env=environment(), stdout=subprocess.DEVNULL)
-    deadline = time.monotonic() + 300
-    while len(list(out.glob("parts/*.jsonl"))) < 2 and time.monotonic() < deadline:
-        time.sleep(0.02)
+    wait_until(lambda: len(list(out.glob("parts/*.jsonl"))) >= 2, 240)
     process.send_signal(signal.SIGKILL)
     process.wait()
     kept = {p: p.stat().st_mtime_ns for p in out.glob("parts/*.jsonl")}

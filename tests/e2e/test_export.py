@@ -115,19 +115,14 @@ def test_large_adapters_are_said_to_be_large(tmp_path, monkeypatch, capsys):
         (["VOTERS", "OUT", "--peft", "--model", "OTHER"], "does not fit"),
     ],
 )
-def test_bad_input_gets_one_line_and_exit_code_2(arguments, wanted, tmp_path, noisy, monkeypatch, capsys):
-    from tests.zoo import talker, tokenizer
-
+def test_bad_input_gets_one_line_and_exit_code_2(arguments, wanted, tmp_path, noisy, model_folder, monkeypatch, capsys):
     monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("x")
     (tmp_path / "file").write_text("x")
-    if "OTHER" in arguments:
-        talker().save_pretrained(tmp_path / "other")
-        tokenizer().save_pretrained(tmp_path / "other")
     capsys.readouterr()
-    places = {"VOTERS": pocket.voters_folder(), "NOISY": noisy}
-    places |= {name: tmp_path / name.lower() for name in ("FULL", "FILE", "OUT", "OTHER")}
+    places = {"VOTERS": pocket.voters_folder(), "NOISY": noisy, "OTHER": model_folder}
+    places |= {name: tmp_path / name.lower() for name in ("FULL", "FILE", "OUT")}
     for name, place in places.items():
         arguments = [a.replace(name, str(place)) if a.split("/")[0] == name else a for a in arguments]
     assert in_process(monkeypatch, "export", *arguments) == 2

@@ -13,7 +13,6 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 from pathlib import Path
 
 import httpx
@@ -22,9 +21,9 @@ import torch
 
 from selfdoubt import RiskAwareLM
 from tests.served import Served
+from tests.waiting import wait_until
 
 pytest.importorskip("ray", reason="the extra [ray] is not installed")
-pytestmark = pytest.mark.slow
 ASK = {"messages": [{"role": "user", "content": "What is the capital of France?"}], "temperature": 0, "stream": True}
 
 
@@ -61,7 +60,7 @@ def test_one_of_two_replicas_is_killed_under_load():
         people = [threading.Thread(target=person) for _ in range(8)]
         for thread in people:
             thread.start()
-        time.sleep(1)
+        wait_until(lambda: outcomes)
         os.kill(engines(served.process.pid)[0], signal.SIGKILL)
         for thread in people:
             thread.join()
@@ -73,6 +72,7 @@ def test_one_of_two_replicas_is_killed_under_load():
         served.process.kill()
 
 
+@pytest.mark.slow
 def test_replicas_score_texts_and_end_those_whose_time_is_over():
     served = Served("--replicas", "2", "--drain", "5")
 
@@ -126,6 +126,7 @@ def cluster(tmp_path):
     shutil.rmtree(place, ignore_errors=True)
 
 
+@pytest.mark.slow
 def test_a_cluster_of_two_nodes_runs_a_replica_each(cluster):
     address, own, nodes = cluster
     served = Served("--replicas", "2", "--drain", "5", "--ray-address", address, **own)
@@ -139,6 +140,7 @@ def test_a_cluster_of_two_nodes_runs_a_replica_each(cluster):
         served.process.kill()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -17,20 +17,14 @@ import openai
 import pytest
 
 from selfdoubt import pocket
-from tests import oracles, zoo
+from tests import oracles
 from tests.served import KEY, Served
+from tests.waiting import wait_until
 
 QUESTION = "What is the capital of France?"
 TEXT = "The capital of France is Paris."
 CHAT = [{"role": "user", "content": QUESTION}]
 UNKNOWN = [{"role": "user", "content": "Where is Zorbelheim?"}]
-
-
-def wait_for(true: Callable[[], bool], seconds: float = 20) -> None:
-    until = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < until
-        time.sleep(0.05)
 
 
 @pytest.fixture(scope="module")
@@ -48,13 +42,11 @@ def client(served: Served) -> Iterator[openai.OpenAI]:
 
 
 @pytest.fixture(scope="module")
-def babbler(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def babbler(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model whose answers are long."""
-    folder = tmp_path_factory.mktemp("babbler")
-    model = zoo.talker()
-    model.config.max_position_embeddings = 4096
-    model.save_pretrained(folder)
-    zoo.tokenizer().save_pretrained(folder)
+    folder = shutil.copytree(model_folder, tmp_path_factory.mktemp("babbler") / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 4096}))
     return folder
 
 
@@ -277,7 +269,7 @@ def hang_up(url: str, number: int) -> None:
 def test_rows_return_when_clients_hang_up(served: Served, client: openai.OpenAI) -> None:
     before = served.measured(CANCELLED)
     hang_up(served.url, 30)
-    wait_for(served.is_idle)
+    wait_until(served.is_idle)
     assert served.measured(CANCELLED) >= before + 15  # others were gone before they were read
     reply = client.chat.completions.create(model="pocket", messages=CHAT, temperature=0)
     assert reply.choices[0].message.content == TEXT
@@ -286,7 +278,7 @@ def test_rows_return_when_clients_hang_up(served: Served, client: openai.OpenAI)
 @pytest.mark.slow
 def test_rows_and_memory_return_when_200_clients_hang_up(served: Served, client: openai.OpenAI) -> None:
     def memory() -> float:
-        wait_for(served.is_idle, 60)
+        wait_until(served.is_idle)
         return served.measured("process_resident_memory_bytes") / 1e6
 
     hang_up(served.url, 100)
@@ -334,7 +326,7 @@ def test_sigterm_lets_answers_finish_takes_no_new_ones_and_ends_with_0(locked: S
     stream = client.chat.completions.create(model="babbler", messages=CHAT, temperature=0, max_tokens=1500, stream=True)
     chunks = [next(stream), next(stream)]
     locked.process.terminate()
-    wait_for(lambda: httpx.get(f"{locked.url}/readyz").status_code == 503, 5)
+    wait_until(lambda: httpx.get(f"{locked.url}/readyz").status_code == 503)
     with pytest.raises(openai.InternalServerError) as caught:
         client.chat.completions.create(model="babbler", messages=CHAT, max_tokens=1)
     assert caught.value.status_code == 503

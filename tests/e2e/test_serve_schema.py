@@ -5,23 +5,21 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 
-from tests import oracles, zoo
+from tests import oracles
 from tests.served import Served
 
 SECONDS = 20
 
 
 @pytest.fixture(scope="module")
-def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def url(model_folder: Path) -> Iterator[str]:
     """A tiny model in a process of its own, whose answers are short."""
-    folder = tmp_path_factory.mktemp("tiny")
-    zoo.talker().save_pretrained(folder)
-    zoo.tokenizer().save_pretrained(folder)
-    arguments = ["--model", str(folder), "--wrapper", "vote:n_voters=2,rank=2", "--name", "tiny",
+    arguments = ["--model", str(model_folder), "--wrapper", "vote:n_voters=2,rank=2", "--name", "tiny",
                  "--answer-tokens", "4", "--choices", "4"]  # fmt: skip
     server = Served(*arguments)
     yield server.url

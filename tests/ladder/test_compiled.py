@@ -36,8 +36,10 @@ def check(base, name, *batches, field=None):
 """
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["vote", "low", "sample", "sculpt", "vote around a sculpt"])
+@pytest.mark.parametrize(
+    "name",
+    ["vote", *(pytest.param(n, marks=pytest.mark.slow) for n in ("low", "sample", "sculpt", "vote around a sculpt"))],
+)
 def test_a_compiled_perceptron_against_the_eager_one(name):
     code = """
 base = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3)).double().eval()
@@ -58,7 +60,6 @@ check(tests.zoo.causal("llama"), NAME, torch.tensor(tests.zoo.prompts(6, 6)), fi
     run(f"{SETUP}\nNAME = {name!r}\n{code}")
 
 
-@pytest.mark.slow
 def test_a_model_that_cannot_be_captured_names_the_line():
     code = """
 class Branches(nn.Module):

@@ -286,7 +286,7 @@ def test_extras_must_be_numbers_that_json_knows(tmp_path):
 
 
 def test_a_plain_model_is_saved_for_its_calibration_alone(tmp_path):
-    model = MODELS["llama"]()
+    model = copy.deepcopy(MODELS["llama"]())
     storage.save(model, tmp_path, extra={"calibration": {"kind": "isotonic"}})
     assert not (tmp_path / storage.WEIGHTS).exists()
     assert storage.restore(tmp_path, model) is model

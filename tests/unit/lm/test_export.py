@@ -122,11 +122,6 @@ def saved(path, model, words=None):
     return path
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return saved(tmp_path_factory.mktemp("model"), talker())
-
-
 @pytest.mark.parametrize("wrapper", ["vote", "vote-sculpt"])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_a_folder_of_voters_needs_no_weights_of_the_base(tmp_path, family, wrapper):
@@ -186,9 +181,9 @@ def test_biases_and_embeddings_do_not_go_together(tmp_path):
         export_peft(wrapped, tmp_path / "out")
 
 
-def test_folders_that_do_not_fit(tmp_path, folder):
+def test_folders_that_do_not_fit(tmp_path, model_folder):
     wrapped = vote.Wrapper(n_voters=2, rank=2)(talker())
-    adapter = save_adapter(wrapped, tmp_path / "adapter", base=str(folder))
+    adapter = save_adapter(wrapped, tmp_path / "adapter", base=str(model_folder))
     other = tmp_path / "other"
     causal("gpt2").save_pretrained(other)
     with pytest.raises(BaseMismatchError, match=r"it deviates in model\.layers\.0.*, which the model lacks"):
@@ -203,7 +198,7 @@ def test_folders_that_do_not_fit(tmp_path, folder):
     nameless = save_adapter(wrapped, tmp_path / "nameless")
     with pytest.raises(ConfigError, match=r"does not say which model it was made for; name it"):
         export_peft(nameless, tmp_path / "out")
-    noisy = save_adapter(sample.Wrapper()(talker()), tmp_path / "noisy", base=str(folder))
+    noisy = save_adapter(sample.Wrapper()(talker()), tmp_path / "noisy", base=str(model_folder))
     with pytest.raises(WrapError, match=r"only voters become PEFT adapters, and .*noisy holds Wrapper"):
         export_peft(noisy, tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -213,8 +208,8 @@ def trained():
     return shaken(add_lora(copy.deepcopy(talker()), r=4))
 
 
-def test_lora_is_exported_as_it_is(tmp_path, folder):
-    adapter = save_adapter(sample.Wrapper()(model := trained()), tmp_path / "adapter", base=str(folder))
+def test_lora_is_exported_as_it_is(tmp_path, model_folder):
+    adapter = save_adapter(sample.Wrapper()(model := trained()), tmp_path / "adapter", base=str(model_folder))
     assert export_peft(adapter, tmp_path / "out") == [tmp_path / "out"]
     assert sorted(f.name for f in (tmp_path / "out").iterdir()) == [
         "adapter_config.json", "adapter_model.safetensors", MARK,
@@ -234,13 +229,13 @@ WRAPPERS = {
 
 
 @pytest.mark.parametrize("name", WRAPPERS)
-def test_a_merged_model_answers_as_before(tmp_path, folder, name):
+def test_a_merged_model_answers_as_before(tmp_path, model_folder, name):
     adapter = save_adapter(
-        shaken(WRAPPERS[name](trained())), tmp_path / "adapter", base=str(folder),
+        shaken(WRAPPERS[name](trained())), tmp_path / "adapter", base=str(model_folder),
         extra={"reference": {"sum_nll": [0.0, 9.0]}},
     )  # fmt: skip
     out = export_merged(adapter, tmp_path / "out")
-    before = RiskAwareLM.load(folder, adapter=adapter)
+    before = RiskAwareLM.load(model_folder, adapter=adapter)
     after = RiskAwareLM.load(out, adapter=out / "adapter")
     assert not [n for n in after.model.state_dict() if "lora_" in n]
     a, b = (lm.generate("What is the capital?", max_tokens=8, temperature=1.0) for lm in (before, after))
@@ -252,45 +247,45 @@ def test_a_merged_model_answers_as_before(tmp_path, folder, name):
     assert manifest["base"]["name"] == str(out)
 
 
-def test_without_wrapper_and_reference_a_merged_model_stands_alone(tmp_path, folder):
-    adapter = save_adapter(shaken(trained()), tmp_path / "adapter", base=str(folder))
+def test_without_wrapper_and_reference_a_merged_model_stands_alone(tmp_path, model_folder):
+    adapter = save_adapter(shaken(trained()), tmp_path / "adapter", base=str(model_folder))
     out = export_merged(adapter, tmp_path / "out")
     assert not (out / "adapter").exists()
     assert RiskAwareLM.load(out, wrapper=None).generate("Why?", max_tokens=2).risk >= 0
 
 
-def test_voters_on_lora_become_peft_adapters_of_the_merged_model(tmp_path, folder):
+def test_voters_on_lora_become_peft_adapters_of_the_merged_model(tmp_path, model_folder):
     wrapped = shaken(WRAPPERS["vote"](trained()))
-    adapter = save_adapter(wrapped, tmp_path / "adapter", base=str(folder))
+    adapter = save_adapter(wrapped, tmp_path / "adapter", base=str(model_folder))
     with pytest.raises(WrapError, match=r"merge the LoRA first"):
         export_peft(adapter, tmp_path / "voters")
     merged = export_merged(adapter, tmp_path / "merged")
     assert_voters(wrapped, load_model(merged, device="cpu")[0], export_peft(merged / "adapter", tmp_path / "voters"))
 
 
-def test_plain_peft_is_merged_too(tmp_path, folder):
+def test_plain_peft_is_merged_too(tmp_path, model_folder):
     config = peft.LoraConfig(r=3, target_modules=["q_proj", "v_proj"])
-    theirs = shaken(peft.get_peft_model(load_model(folder, device="cpu")[0], config)).eval()
+    theirs = shaken(peft.get_peft_model(load_model(model_folder, device="cpu")[0], config)).eval()
     theirs.save_pretrained(tmp_path / "theirs")
     merged = load_model(export_merged(tmp_path / "theirs", tmp_path / "out"), device="cpu")[0]
     assert_close(merged(input_ids=IDS).logits, theirs(input_ids=IDS).logits)
 
 
-def test_the_float_type_of_a_merged_model(tmp_path, folder):
-    adapter = save_adapter(trained(), tmp_path / "adapter", base=str(folder))
+def test_the_float_type_of_a_merged_model(tmp_path, model_folder):
+    adapter = save_adapter(trained(), tmp_path / "adapter", base=str(model_folder))
     assert load_model(export_merged(adapter, tmp_path / "out", dtype="bfloat16"))[0].dtype == torch.bfloat16
 
 
-def test_what_cannot_be_merged(tmp_path, folder):
-    voters = save_adapter(vote.Wrapper(rank=2)(talker()), tmp_path / "voters", base=str(folder))
+def test_what_cannot_be_merged(tmp_path, model_folder):
+    voters = save_adapter(vote.Wrapper(rank=2)(talker()), tmp_path / "voters", base=str(model_folder))
     with pytest.raises(WrapError, match=r"has no LoRA to merge; voters become PEFT adapters instead"):
         export_merged(voters, tmp_path / "out")
     exact = sample.Wrapper(param_filter=r"base_layer|lora_A")(trained())
-    picky = save_adapter(exact, tmp_path / "picky", base=str(folder))
+    picky = save_adapter(exact, tmp_path / "picky", base=str(model_folder))
     with pytest.raises(LoadError, match=r"does not fit LlamaForCausalLM: .*matches none"):
         export_merged(picky, tmp_path / "out")
     some = sample.Wrapper(param_filter=r"lora_A|layers\.0\.")(trained())
-    picky = save_adapter(some, tmp_path / "some", base=str(folder))
+    picky = save_adapter(some, tmp_path / "some", base=str(model_folder))
     with pytest.raises(ConfigError, match=r"picks other layers once LoRA is merged \(as module\.model\.layers\.1"):
         export_merged(picky, tmp_path / "out")
     assert not [f.name for f in tmp_path.iterdir() if "out" in f.name]

@@ -17,17 +17,9 @@ from selfdoubt.lm.load import choose_dtype, load_model, resolve_model
 from tests.zoo import talker, tokenizer
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("model")
-    talker().save_pretrained(path)
-    tokenizer().save_pretrained(path)
-    return path
-
-
 @pytest.fixture
-def broken(folder, tmp_path):
-    return shutil.copytree(folder, tmp_path / "broken")
+def broken(model_folder, tmp_path):
+    return shutil.copytree(model_folder, tmp_path / "broken")
 
 
 def one_line(error):
@@ -36,8 +28,8 @@ def one_line(error):
     return text
 
 
-def test_a_folder_comes_back_frozen_and_in_evaluation_mode(folder):
-    model, words = load_model(folder)
+def test_a_folder_comes_back_frozen_and_in_evaluation_mode(model_folder):
+    model, words = load_model(model_folder)
     assert not model.training
     assert not any(p.requires_grad for p in model.parameters())
     assert model.dtype == torch.float64
@@ -48,9 +40,9 @@ def test_a_folder_comes_back_frozen_and_in_evaluation_mode(folder):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", torch.float32])
-def test_the_float_type_may_be_chosen(folder, dtype):
+def test_the_float_type_may_be_chosen(model_folder, dtype):
     wanted = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-    assert load_model(folder, dtype=dtype)[0].dtype == wanted
+    assert load_model(model_folder, dtype=dtype)[0].dtype == wanted
 
 
 @pytest.mark.parametrize(("native", "expected"), [(True, torch.bfloat16), (False, torch.float32)])
@@ -62,8 +54,8 @@ def test_a_cpu_that_emulates_bfloat16_computes_in_float32(monkeypatch, native, e
     assert choose_dtype(torch.nn.Linear(2, 2).to(torch.bfloat16)) == torch.bfloat16
 
 
-def test_half_precision_becomes_bfloat16_on_a_cpu(folder):
-    assert load_model(folder, dtype="float16", device="cpu")[0].dtype == torch.bfloat16
+def test_half_precision_becomes_bfloat16_on_a_cpu(model_folder):
+    assert load_model(model_folder, dtype="float16", device="cpu")[0].dtype == torch.bfloat16
 
 
 def test_a_tokenizer_without_padding_pads_with_its_end(broken):
@@ -107,9 +99,9 @@ def test_a_folder_that_holds_no_model(tmp_path):
         load_model(tmp_path)
 
 
-def test_a_file_is_no_folder(folder):
+def test_a_file_is_no_folder(model_folder):
     with pytest.raises(LoadError, match=r"no model folder"):
-        load_model(folder / "config.json")
+        load_model(model_folder / "config.json")
 
 
 def test_a_hub_name_without_a_network_says_so():
@@ -137,14 +129,14 @@ def test_a_truncated_file(broken, name, keep):
 
 
 @pytest.mark.parametrize("options", [{"dtype": "int8"}, {"dtype": "floaty"}])
-def test_unknown_options(folder, options):
+def test_unknown_options(model_folder, options):
     with pytest.raises(ConfigError) as error:
-        load_model(folder, **options)
+        load_model(model_folder, **options)
     assert repr(next(iter(options.values()))) in one_line(error)
 
 
-def test_names_are_told_from_folders(folder):
-    assert resolve_model(folder) == str(folder)
+def test_names_are_told_from_folders(model_folder):
+    assert resolve_model(model_folder) == str(model_folder)
     assert resolve_model("someone/some-model") == "someone/some-model"
 
 

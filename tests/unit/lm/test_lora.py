@@ -323,20 +323,12 @@ def test_lora_goes_in_once():
     add_lora(merge_lora(trained()), r=2)
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("model")
-    talker().save_pretrained(path)
-    tokenizer().save_pretrained(path)
-    return path
-
-
 @pytest.mark.filterwarnings("ignore::selfdoubt.errors.UntrainedWarning")
 @pytest.mark.parametrize("name", ["none", "sample", "sculpt"])
-def test_a_language_model_loads_base_lora_and_wrapper(folder, tmp_path, name):
+def test_a_language_model_loads_base_lora_and_wrapper(model_folder, tmp_path, name):
     model = WRAPPERS[name](shaken(add_lora(copy.deepcopy(talker()), r=4)))
-    save_adapter(model, tmp_path, base=str(folder), extra={"reference": {"sum_nll": [0.0, 1e9]}})
-    lm = RiskAwareLM.load(folder, adapter=tmp_path)
+    save_adapter(model, tmp_path, base=str(model_folder), extra={"reference": {"sum_nll": [0.0, 1e9]}})
+    lm = RiskAwareLM.load(model_folder, adapter=tmp_path)
     expected = RiskAwareLM(model.eval(), tokenizer())
     found = lm.generate("What is this?", max_tokens=6)
     assert found.text == expected.generate("What is this?", max_tokens=6).text
@@ -344,11 +336,13 @@ def test_a_language_model_loads_base_lora_and_wrapper(folder, tmp_path, name):
     assert lm.reference == {"sum_nll": [0.0, 1e9]}
     assert not any(p.requires_grad for n, p in lm.model.named_parameters() if "lora_" in n)
     with pytest.raises(ConfigError, match=r"^an adapter brings its own wrapper"):
-        RiskAwareLM.load(folder, adapter=tmp_path, wrapper=sample.Wrapper())
+        RiskAwareLM.load(model_folder, adapter=tmp_path, wrapper=sample.Wrapper())
     (tmp_path / "selfdoubt.json").unlink()
-    plain = RiskAwareLM.load(folder, adapter=tmp_path)
+    plain = RiskAwareLM.load(model_folder, adapter=tmp_path)
     assert not isinstance(plain.model, selfdoubt.Wrapped)
-    assert RiskAwareLM.load(folder, adapter=tmp_path, wrapper=sample.Wrapper(n_samples=2)).model.spec.n_samples == 2
+    assert (
+        RiskAwareLM.load(model_folder, adapter=tmp_path, wrapper=sample.Wrapper(n_samples=2)).model.spec.n_samples == 2
+    )
 
 
 def test_lora_beside_packed_weights(tmp_path):

@@ -229,37 +229,29 @@ def test_a_broken_model_never_gives_a_risk(bad):
         lm.generate("Hi")
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("model")
-    talker().save_pretrained(path)
-    tokenizer().save_pretrained(path)
-    return path
-
-
 untrained = pytest.mark.filterwarnings("ignore::selfdoubt.errors.UntrainedWarning")
 
 
 @untrained
-def test_loading_leaves_a_model_plain_unless_told(folder):
-    assert not isinstance(RiskAwareLM.load(folder).model, selfdoubt.Wrapped)
-    assert RiskAwareLM.load(folder, wrapper=WRAPPERS["sample"]).model.spec == WRAPPERS["sample"]
-    plain = RiskAwareLM.load(folder, wrapper=None)
+def test_loading_leaves_a_model_plain_unless_told(model_folder):
+    assert not isinstance(RiskAwareLM.load(model_folder).model, selfdoubt.Wrapped)
+    assert RiskAwareLM.load(model_folder, wrapper=WRAPPERS["sample"]).model.spec == WRAPPERS["sample"]
+    plain = RiskAwareLM.load(model_folder, wrapper=None)
     assert not isinstance(plain.model, selfdoubt.Wrapped)
     assert_same(plain.generate("Hi", max_tokens=5), talking(None).generate("Hi", max_tokens=5))
 
 
-def test_an_adapter_brings_its_wrapper_and_its_reference(folder, tmp_path):
+def test_an_adapter_brings_its_wrapper_and_its_reference(model_folder, tmp_path):
     model = WRAPPERS["vote"](talker())
     selfdoubt.save(model, tmp_path, extra={"reference": {"sum_nll": [0.0, 1000.0]}})
-    lm = RiskAwareLM.load(folder, adapter=tmp_path)
+    lm = RiskAwareLM.load(model_folder, adapter=tmp_path)
     answer = lm.generate("Hi there", max_tokens=5)
     assert answer.percentile == 0.5
     assert answer.text == talking().generate("Hi there", max_tokens=5).text
     with pytest.raises(ConfigError, match=r"^an adapter brings its own wrapper"):
-        RiskAwareLM.load(folder, adapter=tmp_path, wrapper=WRAPPERS["vote"])
+        RiskAwareLM.load(model_folder, adapter=tmp_path, wrapper=WRAPPERS["vote"])
     with pytest.raises(LoadError, match=r"is not an adapter folder"):
-        RiskAwareLM.load(folder, adapter=tmp_path / "nowhere")
+        RiskAwareLM.load(model_folder, adapter=tmp_path / "nowhere")
 
 
 def published(stories):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import json
 import logging
-import time
 
 import pytest
 from hypothesis import given
@@ -242,13 +241,12 @@ def test_any_bytes_either_pass_or_are_refused_in_one_line(data):
         assert "\n" not in refused
 
 
-def test_a_long_body_is_checked_quickly():
-    """Unclosed quotes, brackets and escapes: nothing takes quadratic time."""
-    began = time.monotonic()
+@pytest.mark.timeout(60)  # quadratic would be hours
+def test_a_long_body_is_checked_in_linear_time():
+    """Unclosed quotes, brackets and escapes: the limit ends what hangs, and does not measure."""
     for body in (b'"\\' * 500_000, b"[{}," * 250_000, b'{"a":' * 200_000, b'["' + b'\\"' * 500_000):
         with pytest.raises(ValueError, match="the body"):
             check_body(body, 32)
-    assert time.monotonic() - began < 20  # quadratic would be hours
 
 
 def test_without_a_key_only_this_machine_can_be_bound():

@@ -18,6 +18,7 @@ from uvicorn.protocols.http import auto
 from selfdoubt.errors import ConfigError
 from selfdoubt.serve.http import connections
 from selfdoubt.serve.http.settings import Settings
+from tests.waiting import wait_until
 
 WHOLE = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"
 HALF = b"GET / HTTP/1.1\r\nHost: loc"
@@ -72,8 +73,7 @@ def serving(module, **settings):
         client.sendall(data)
         return client
 
-    while not server.started:
-        time.sleep(0.01)
+    wait_until(lambda: server.started)
     try:
         yield connect, guard
     finally:
@@ -159,8 +159,7 @@ def test_beyond_the_cap_the_one_that_waited_longest_makes_room(module):
     with serving(module, connections=3) as (connect, guard):
         first, second, busy = connect(HALF), connect(WHOLE), connect(LATE)
         answer(second)
-        while len(guard.without_request) != 2:  # the first has sent half, the second is idle
-            time.sleep(0.01)
+        wait_until(lambda: len(guard.without_request) == 2)  # the first has sent half, the second is idle
         fourth = connect(WHOLE)
         assert b" 200 " in answer(fourth)
         assert error(rest(first))[1]["code"] == "too_many_connections"
@@ -174,8 +173,7 @@ def test_beyond_the_cap_the_one_that_waited_longest_makes_room(module):
 def test_where_all_are_busy_a_further_one_is_told_to_come_back(module):
     with serving(module, connections=2) as (connect, guard):
         busy = [connect(LATE), connect(LATE)]
-        while len(guard.open) != 2 or guard.without_request:
-            time.sleep(0.01)
+        wait_until(lambda: len(guard.open) == 2 and not guard.without_request)
         status, found = error(rest(connect(WHOLE)))
         assert (status, found["code"]) == (503, "too_many_connections")
         for client in busy:
@@ -205,12 +203,8 @@ def test_a_client_that_does_not_read_is_cut_off(module, monkeypatch):
     monkeypatch.setattr(module, "STALLED", 0.3)
     with serving(module) as (connect, guard):
         client = connect(WHOLE.replace(b"GET / ", b"GET /long "))
-        while not guard.open:
-            time.sleep(0.01)
-        until = time.monotonic() + 30
-        while guard.open:
-            assert time.monotonic() < until
-            time.sleep(0.05)
+        wait_until(lambda: guard.open)
+        wait_until(lambda: not guard.open)
         assert len(rest(client)) < 1 << 25
 
 

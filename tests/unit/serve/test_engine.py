@@ -19,6 +19,7 @@ from selfdoubt.serve.engine.engine import Engine
 from selfdoubt.serve.engine.limits import Limits
 from selfdoubt.serve.engine.request import Began, Ended, Grew
 from tests import zoo
+from tests.waiting import wait_until
 
 POISON = 7  # a token id that breaks the model
 
@@ -323,8 +324,7 @@ def test_closing_lets_the_others_finish():
         jobs = [engine.ask("What?", max_tokens=10) for _ in range(5)]
         closing = threading.Thread(target=engine.close)
         closing.start()
-        while engine.ready:
-            time.sleep(0.001)
+        wait_until(lambda: not engine.ready)
         with pytest.raises(EngineError, match=r"the engine is closing"):
             engine.ask("What?")
         assert all(job.answers()[0].tokens for job in jobs)

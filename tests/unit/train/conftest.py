@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 
@@ -11,11 +12,10 @@ TEXT = "what is the capital of France which currency do they use in Japan São P
 
 
 @pytest.fixture(scope="session")
-def model_folder(tmp_path_factory) -> str:
-    """A tiny random language model with its tokenizer, in float32 on disk."""
-    path = tmp_path_factory.mktemp("model")
-    talker().float().save_pretrained(path)
-    talker().double()
+def float32_folder(tmp_path_factory) -> str:
+    """The model of ``model_folder`` in float32, in which it is trained."""
+    path = tmp_path_factory.mktemp("float32")
+    copy.deepcopy(talker()).float().save_pretrained(path)
     tokenizer().save_pretrained(path)
     return str(path)
 

@@ -19,9 +19,9 @@ from tests.zoo import causal, talker, tokenizer
 
 
 @pytest.fixture
-def config(model_folder, data_file, tmp_path):
+def config(float32_folder, data_file, tmp_path):
     return TrainConfig(
-        model=model_folder, data=data_file, out=str(tmp_path / "adapter"), accelerator="cpu", precision="32-true",
+        model=float32_folder, data=data_file, out=str(tmp_path / "adapter"), accelerator="cpu", precision="32-true",
         batch_size=6, max_steps=2, lr=1e-2, loggers="none", progress=False, reference=2, reference_tokens=3, rank=4,
         lora_r=4, max_length=200,
     )  # fmt: skip

@@ -25,9 +25,9 @@ WRAPPERS = ("vote", "sample", "sculpt", "none")
 
 
 @pytest.fixture
-def config(model_folder, data_file, tmp_path):
+def config(float32_folder, data_file, tmp_path):
     return TrainConfig(
-        model=model_folder, data=data_file, out=str(tmp_path / "adapter"), accelerator="cpu", precision="32-true",
+        model=float32_folder, data=data_file, out=str(tmp_path / "adapter"), accelerator="cpu", precision="32-true",
         batch_size=6, max_steps=10, lr=1e-2, loggers="none", progress=False, reference=4, reference_tokens=4, rank=4,
         lora_r=4, weight_noise=0.5, checkpoint_every=4, max_length=200,
     )  # fmt: skip
