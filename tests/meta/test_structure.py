@@ -15,10 +15,23 @@ ROOT = Path(__file__).parents[2] / "src" / "selfdoubt"
 FILES = {".".join(p.relative_to(ROOT).with_suffix("").parts): p for p in sorted(ROOT.rglob("*.py"))}
 LONGEST = 350
 
-CORE = {"errors", "fields", "formatting", "targets", "tree", "risk", "forecast", "rows", "kernels", "members"}
+CORE = {
+    "version",
+    "errors",
+    "fields",
+    "formatting",
+    "targets",
+    "tree",
+    "risk",
+    "forecast",
+    "rows",
+    "kernels",
+    "members",
+}
 WRAPPERS = {"vote", "sample", "sculpt"}
 #: What a file may import of the package; others are free.
 ARROWS = {
+    "version": set(),
     "errors": set(),
     "fields": {"errors"},
     "formatting": set(),
@@ -31,7 +44,7 @@ ARROWS = {
     "members": CORE - {"kernels", "formatting"},
     **dict.fromkeys(sorted(WRAPPERS), CORE),
     "manifest": {"errors", "fields", "members"},
-    "storage": CORE | {"manifest", "__init__"},
+    "storage": CORE | {"manifest"},
 }
 #: Third-party packages that the core may import at its top.
 CORE_LIBRARIES = {"torch", "jaxtyping", "safetensors"}

@@ -51,8 +51,8 @@ NO_RECORD = "the calibration has no record of how it was made, so the number may
 AGAIN = "run `selfdoubt calibrate` again"
 
 
-class Estimate(NamedTuple):
-    """What a calibration says of an answer."""
+class ConfidenceEstimate(NamedTuple):
+    """The confidence of a calibration in one answer."""
 
     p_correct: float | None = None  #: in [0, 1]
     note: str | None = None  #: one line: why there is no number, or a caveat
@@ -137,7 +137,7 @@ class Calibration:
         finish: str,
         gaps: Sequence[float],
         misfit: str | None = None,
-    ) -> Estimate:
+    ) -> ConfidenceEstimate:
         """Return the probability that an answer is right, or why there is none.
 
         A calibration on the model's own most probable answers holds for these alone. An answer that is less probable by
@@ -163,9 +163,9 @@ class Calibration:
             note = NOT_OWN
         p = None if note else self.p_correct(scores, states)
         if p is None:
-            return Estimate(None, note or self._why_not(scores, states), self.abstains(None))
+            return ConfidenceEstimate(None, note or self._why_not(scores, states), self.abstains(None))
         p *= math.exp(-gap)
-        return Estimate(p, NO_RECORD if own is None else None, self.abstains(p))
+        return ConfidenceEstimate(p, NO_RECORD if own is None else None, self.abstains(p))
 
     def _why_not(self, scores: Mapping[str, float], states: AnswerStates | None) -> str:
         """Return why ``p_correct`` is None."""

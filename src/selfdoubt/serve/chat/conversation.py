@@ -6,10 +6,11 @@ import asyncio
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from selfdoubt.lm.answer import UNSURE, Answer, Token
 from selfdoubt.lm.calibration import Calibration
+from selfdoubt.lm.confidence import confidence_order, is_confident
 from selfdoubt.serve.engine.request import Job
 
 #: One answer; answers one after the other until one is sure enough; several answers side by side.
@@ -73,7 +74,11 @@ class Turn:
     @property
     def ranked(self) -> list[Take]:
         """The takes, the least doubtful first; those that have not ended come last, in their order."""
-        return sorted(self.takes, key=lambda t: _doubt(t.answer))
+        ended = [take for take in self.takes if take.answer is not None]
+        return [
+            *sorted(ended, key=lambda take: confidence_order(cast("Answer", take.answer))),
+            *(take for take in self.takes if take.answer is None),
+        ]
 
     @property
     def best(self) -> Take | None:
@@ -99,8 +104,7 @@ class Turn:
 
     def sure_enough(self, answer: Answer) -> bool:
         """Whether an answer ends the tries."""
-        sure = sureness(answer)
-        return sure is not None and sure >= self.need
+        return is_confident(sureness(answer), self.need)
 
     def hides(self, take: Take) -> bool:
         """Whether the text must not be seen: there is no verdict yet, or it was too doubtful; unless asked for."""
@@ -281,13 +285,3 @@ def _plain(turn: Turn) -> dict[str, Any]:
 
 def _tokens(tokens: Sequence[Token]) -> list[dict[str, Any]]:
     return [asdict(token) for token in tokens]
-
-
-def _doubt(answer: Answer | None) -> tuple[float, float]:
-    """For sorting: less is better."""
-    if answer is None:
-        return math.inf, math.inf
-    sure = sureness(answer)
-    if sure is None:
-        return (1.0 if answer.p_correct_note else answer.risk), answer.risk
-    return 1 - sure, answer.risk
