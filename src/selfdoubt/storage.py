@@ -21,7 +21,7 @@ from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
 from selfdoubt.errors import BaseMismatchError, ConfigError, LoadError, SelfdoubtError, TargetError, WrapError
-from selfdoubt.fields import FieldError, broken
+from selfdoubt.fields import FieldError, broken_file
 from selfdoubt.manifest import (
     FORMAT,
     LEARNT,
@@ -228,7 +228,7 @@ def rewrap(folder: Path, manifest: Mapping[str, Any], model: nn.Module) -> nn.Mo
         except SelfdoubtError:
             raise
         except Exception as error:  # settings that this model cannot take fail wherever they are used
-            raise broken(folder / MANIFEST, error) from error
+            raise broken_file(folder / MANIFEST, error) from error
     return wrapped
 
 
@@ -266,7 +266,7 @@ def _check_sizes(folder: Path, entry: Mapping[str, Any], tensors: Mapping[str, T
     for name, found in sizes.items():
         if found != {entry[name]}:
             wanted = " or ".join(map(str, sorted(found))) or "that of its tensors"
-            raise broken(folder / MANIFEST, FieldError(name, f"{wanted} as in {WEIGHTS}", str(entry[name])))
+            raise broken_file(folder / MANIFEST, FieldError(name, f"{wanted} as in {WEIGHTS}", str(entry[name])))
 
 
 def _sizes_of_vote(entry: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, set[int]]:

@@ -15,6 +15,7 @@ from torch import nn
 
 from selfdoubt import storage
 from selfdoubt.errors import ConfigError, UntrainedWarning
+from selfdoubt.lm import defaults
 from selfdoubt.lm.adapters.adapter import check_adapter, save_adapter
 from selfdoubt.lm.answer import Answer
 from selfdoubt.lm.calibration import Calibration
@@ -255,7 +256,7 @@ class RiskAwareLM:
         self,
         prompt: PromptLike | Iterable[PromptLike],
         *,
-        batch_size: int = 32,
+        batch_size: int = defaults.BATCH_SIZE,
         seeds: Sequence[int] | None = None,
         **options: Unpack[Options],
     ) -> Answer | list[Answer]:
@@ -277,7 +278,7 @@ class RiskAwareLM:
             NonFiniteError: If the model gives NaN or infinite logits.
         """
         options = read_options(options, "batch_size", "seeds")
-        seed = options.get("seed", 0)
+        seed = options.get("seed", defaults.SEED)
         if isinstance(prompt, str) or is_chat(prompt):
             return generate_answers(self, [cast("PromptLike", prompt)], 1, [seed], options)[0]
         prompts = list_questions(prompt)
@@ -287,7 +288,7 @@ class RiskAwareLM:
         return generate_answers(self, prompts, batch_size, seeds, options)
 
     def candidates(
-        self, prompt: PromptLike, n: int, *, batch_size: int = 32, **options: Unpack[Options]
+        self, prompt: PromptLike, n: int, *, batch_size: int = defaults.BATCH_SIZE, **options: Unpack[Options]
     ) -> list[Answer]:
         """Draw ``n`` answers to one question with the seeds ``seed``, ``seed + 1``, ..., the most confident first.
 
@@ -303,14 +304,19 @@ class RiskAwareLM:
         options.setdefault("temperature", 1.0)
         if options["temperature"] == 0 and n > 1:
             raise ConfigError("candidates at temperature 0 are all the same; use a temperature above 0, e.g. 1")
-        seeds = [options.get("seed", 0) + i for i in range(n)]
+        seeds = [options.get("seed", defaults.SEED) + i for i in range(n)]
         answers = generate_answers(self, [check_question(prompt)] * n, batch_size, seeds, options)
         # Candidates share their question: where only it makes the risk, the same score of the answer orders them.
         alone = self.risk if self.risk in RANK_SCORES else str(replace(Score.parse(self.risk), part="answer"))
         return sorted(answers, key=lambda a: (*confidence_order(a), a.scores.get(alone, math.inf)))
 
     def generate_until(
-        self, prompt: PromptLike, percentile: float, *, max_tries: int = 10, **options: Unpack[Options]
+        self,
+        prompt: PromptLike,
+        percentile: float,
+        *,
+        max_tries: int = defaults.MAX_ATTEMPTS,
+        **options: Unpack[Options],
     ) -> Attempts:
         """Answer again, with the seeds ``seed``, ``seed + 1``, ..., until the answer is among the surest.
 
@@ -337,7 +343,9 @@ class RiskAwareLM:
             As ``generate``.
         """
         options = read_options(options)
-        (request,) = build_requests(self._front, [check_question(prompt)], options, [options.get("seed", 0)])
+        (request,) = build_requests(
+            self._front, [check_question(prompt)], options, [options.get("seed", defaults.SEED)]
+        )
         return Stream(self, request)
 
     def score(self, text: str, question: PromptLike | None = None, *, raw: bool = False) -> Answer:
@@ -354,7 +362,11 @@ class RiskAwareLM:
         return self.score_batch([(question, text)], raw=raw)[0]
 
     def score_batch(
-        self, pairs: Sequence[tuple[PromptLike | None, str]], *, raw: bool = False, alternatives: int = 5
+        self,
+        pairs: Sequence[tuple[PromptLike | None, str]],
+        *,
+        raw: bool = False,
+        alternatives: int = defaults.ALTERNATIVES,
     ) -> list[Answer]:
         """Score several texts side by side, each the answer to its question or, with None, any text.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from selfdoubt.errors import ConfigError
+from selfdoubt.lm import defaults
 from selfdoubt.lm.answer import Answer
 from selfdoubt.lm.confidence import is_confident
 from selfdoubt.lm.front import ModelWithFront
@@ -42,7 +43,7 @@ def generate_until(
             "use an adapter that has them (the pocket model does)"
         )
     options.setdefault("temperature", 1.0)
-    first = options.get("seed", 0)
+    first = options.get("seed", defaults.SEED)
     answers: list[Answer] = []
     for i in range(max_tries):
         answers += generate_answers(lm, [prompt], 1, [first + i], options)

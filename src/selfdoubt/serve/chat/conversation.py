@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, cast
 
+from selfdoubt.lm import defaults
 from selfdoubt.lm.answer import UNSURE, Answer, Token
 from selfdoubt.lm.calibration import Calibration
 from selfdoubt.lm.confidence import confidence_order, is_confident
@@ -23,9 +24,9 @@ SURE_ENOUGH = 0.5
 class Settings:
     """What a person has set on the page."""
 
-    temperature: float = 0.0
-    max_tokens: int = 256
-    seed: int = 0
+    temperature: float = defaults.TEMPERATURE
+    max_tokens: int = defaults.MAX_TOKENS
+    seed: int = defaults.SEED
     at_least: float = 0.0  #: least sureness of an answer that is shown, in [0, 1]; 0 shows all
     candidates: int = 5
     tries: int = 8
