@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.utils.rnn import PackedSequence
 
+from selfdoubt.compat import is_quantized, is_transposed
 from selfdoubt.errors import WrapError
 from selfdoubt.rows import unfold
 from selfdoubt.targets import Leaf
@@ -124,16 +125,6 @@ def kernel_of(leaf: nn.Module) -> Kernel | None:
     if isinstance(leaf, nn.Embedding) and leaf.max_norm is not None:
         return None
     return KERNELS.get(type(leaf))
-
-
-def is_transposed(leaf: nn.Module) -> bool:
-    """Whether this is Hugging Face's ``Conv1D``: a linear layer with its weight stored as ``(in, out)``."""
-    return type(leaf).__name__ == "Conv1D" and type(leaf).__module__ == "transformers.pytorch_utils"
-
-
-def is_quantized(leaf: nn.Module) -> bool:
-    """Whether this is a linear layer with packed weights (bitsandbytes): its weight has neither shape nor gradient."""
-    return isinstance(leaf, nn.Linear) and type(leaf).__module__.startswith("bitsandbytes")
 
 
 def fans(leaf: nn.Module) -> tuple[int, int]:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from selfdoubt import targets
+from selfdoubt.compat import list_quantization_states
 from selfdoubt.errors import CaptureError, ConfigError, ShapeError, WrapError
 from selfdoubt.forecast import Forecast
 from selfdoubt.rows import Call, Replacement, added_names, expand, unfold
@@ -304,9 +305,8 @@ def _share(model: nn.Module, *, freeze: bool) -> nn.Module:
     training.
     """
     memo: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
-    # bitsandbytes keeps what belongs to packed weights in attributes, and moves it about: both need the same ones.
-    beside = (v for m in model.modules() for v in vars(m).values() if type(v).__module__.startswith("bitsandbytes"))
-    memo |= {id(v): v for v in beside}
+    # Quantisation states belong to the packed weights, which both trees share.
+    memo |= {id(state): state for state in list_quantization_states(model)}
     if freeze:
         added = set(added_names(model))
         for name, p in model.named_parameters():

@@ -22,7 +22,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from selfdoubt import kernels, targets
+from selfdoubt import compat, kernels, targets
 from selfdoubt.errors import ConfigError, WrapError
 from selfdoubt.fields import MEMBERS, SCALE, SHARED, FieldCheck, check_settings, choice, flag, number, whole
 from selfdoubt.members import wrap
@@ -174,7 +174,7 @@ class NoisyLeaf(Replacement):
 
     def __init__(self, leaf: Leaf, index: int, call: Call, spec: Wrapper) -> None:
         super().__init__(leaf.module, call)
-        base = targets.base_layer(leaf.module)
+        base = compat.get_base_layer(leaf.module)
         self.distribution = spec.distribution
         self.key = int(_mix(torch.tensor(spec.seed * 1_000_003 + index)))
         self.looks_up = isinstance(base, nn.Embedding)

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
+from selfdoubt.compat import is_lora_weight
 from selfdoubt.errors import BaseMismatchError, ConfigError, LoadError, SelfdoubtError, TargetError, WrapError
 from selfdoubt.fields import FieldError, broken_file
 from selfdoubt.manifest import (
@@ -196,7 +197,7 @@ def restore(folder: str | os.PathLike[str], model: nn.Module, manifest: Mapping[
     if manifest is None:
         manifest = read_manifest(folder)
         verify(folder, manifest)
-    if manifest.get("lora") and not any(".lora_" in name for name, _ in model.named_parameters()):
+    if manifest.get("lora") and not any(is_lora_weight(name) for name, _ in model.named_parameters()):
         raise LoadError(
             f"{folder} has LoRA beneath its wrapper, and the model has none yet: load both with "
             f"RiskAwareLM.load(..., adapter={str(folder)!r})"

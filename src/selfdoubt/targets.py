@@ -15,6 +15,7 @@ from difflib import SequenceMatcher
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from selfdoubt.compat import has_output_head, is_adapter_layer
 from selfdoubt.errors import ConfigError, TargetError
 
 #: Query and value projections, under the names that decoder families give them (some fuse them into one).
@@ -80,7 +81,7 @@ def outermost(leaves: list[Leaf]) -> list[Leaf]:
 
 def default_filter(model: nn.Module) -> str:
     """The filter that None stands for: attention's query and value in a decoder, everything elsewhere."""
-    is_decoder = any(callable(getattr(m, "get_output_embeddings", None)) for m in model.modules())
+    is_decoder = any(has_output_head(m) for m in model.modules())
     names = (name for name, _ in model.named_parameters())
     return DECODER_FILTER if is_decoder and any(re.search(DECODER_FILTER, n) for n in names) else EVERYTHING
 
@@ -89,12 +90,6 @@ def replace(model: nn.Module, name: str, new: nn.Module) -> None:
     """Put ``new`` where the module called ``name`` is."""
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, new)
-
-
-def base_layer(module: nn.Module) -> nn.Module:
-    """The layer inside an adapter layer, or the module itself."""
-    inner = getattr(module, "base_layer", None)
-    return base_layer(inner) if isinstance(inner, nn.Module) else module
 
 
 def _owner(modules: dict[str, nn.Module], full_name: str) -> str:
@@ -109,8 +104,7 @@ def _owner(modules: dict[str, nn.Module], full_name: str) -> str:
 
 
 def _is_whole(module: nn.Module) -> bool:
-    has_base = isinstance(getattr(module, "base_layer", None), nn.Module)
-    return has_base or is_parametrized(module) or isinstance(module, nn.MultiheadAttention)
+    return is_adapter_layer(module) or is_parametrized(module) or isinstance(module, nn.MultiheadAttention)
 
 
 def _nothing_matches(model: nn.Module, pattern: str) -> str:

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from selfdoubt.errors import WrapError, require
+from selfdoubt.compat import is_joinable_cache_layer
+from selfdoubt.errors import WrapError
 from selfdoubt.rows import unfold
 
 
@@ -21,9 +22,7 @@ def joined(mine: Any, theirs: Any, members: int) -> Any:
     Raises:
         WrapError: If a layer keeps something else than keys and values (a recurrent state, say).
     """
-    kinds = require("transformers.cache_utils", "lm")
-    known = (kinds.DynamicLayer, kinds.DynamicSlidingWindowLayer)
-    strange = [layer for layer in (*mine.layers, *theirs.layers) if type(layer) not in known]
+    strange = [layer for layer in (*mine.layers, *theirs.layers) if not is_joinable_cache_layer(layer)]
     if strange:
         raise WrapError(f"caches with a {type(strange[0]).__name__} cannot be joined: their sequences run one by one")
     length = max(mine.get_seq_length(), theirs.get_seq_length())

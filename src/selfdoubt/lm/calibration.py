@@ -235,7 +235,8 @@ class Calibration:
             share: Of the hidden state, see ``StateHead.value``; 0 without one.
         """
         value: Any = self.bias
-        for weight, linear, score, log in zip(self.weights, self.linear, scores, logs, strict=True):
+        features: Any = zip(self.weights, self.linear, scores, logs, strict=True)
+        for weight, linear, score, log in features:
             value = value + (weight * log + linear * score)
         logit: Numbers = value + share
         return logit

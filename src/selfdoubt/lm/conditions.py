@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from selfdoubt import storage
+from selfdoubt.compat import is_beneath_adapter, is_lora_weight
 from selfdoubt.fields import anything, choice, listing, nonempty, number, optional, record, string, table, whole
 from selfdoubt.lm.text.prompt_form import CHAT, RAW, TEXT
 from selfdoubt.members import Wrapped, base_name
@@ -162,17 +163,15 @@ def sketch_weights(model: nn.Module, names: Mapping[str, Any] | None = None) -> 
     """
     added = set(added_names(model))
     own = {base_name(model, name): p for name, p in model.named_parameters() if name not in added}
-    own = {name: p for name, p in own.items() if ".lora_" not in name}
+    own = {name: p for name, p in own.items() if not is_lora_weight(name)}
     if names is None:
         norms = [name for name, p in own.items() if p.ndim == 1]
         tables = [name for name, p in own.items() if p.ndim > 1]
         names = dict.fromkeys([*norms[-1:], *(tables[(len(tables) - 1) * k // 4] for k in range(4) if tables)])
-    readable = {name: own[name] for name in names if name in own and _is_plain(own[name]) and not _is_adapted(name)}
+    readable = {
+        name: own[name] for name in names if name in own and _is_plain(own[name]) and not is_beneath_adapter(name)
+    }
     return {name: _numbers(p) for name, p in readable.items()}
-
-
-def _is_adapted(name: str) -> bool:
-    return ".base_layer." in name  # merging LoRA changes it
 
 
 def _is_plain(p: Tensor) -> bool:

@@ -1,4 +1,4 @@
-"""From a name or a folder to a causal language model and its tokenizer. The only importer of bitsandbytes."""
+"""From a name or a folder to a causal language model and its tokenizer."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from selfdoubt import compat
 from selfdoubt.errors import ConfigError, LoadError, require
 from selfdoubt.members import innermost
-from selfdoubt.targets import base_layer
 
 POCKET = "pocket"
 Quantization = Literal["nf4"]
@@ -59,7 +59,7 @@ def load_model(
     }
     options = dict(common, dtype=_dtype(dtype), use_safetensors=True)
     if quantize is not None:
-        options |= _quantized(transformers, quantize, device)
+        options |= _quantized(quantize, device)
     transformers.utils.logging.disable_progress_bar()
     try:
         local = common if tokenizer is None else {"local_files_only": True}
@@ -67,11 +67,7 @@ def load_model(
         model = transformers.AutoModelForCausalLM.from_pretrained(source, **options)
     except Exception as error:
         raise LoadError(_why(str(name), error)) from error
-    for module in model.modules():
-        # On some CPUs a pass without gradients repacks 4-bit weights for good: what follows differs by 1e-2 from what
-        # was before, and no gradient comes through the layer any more.
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+    compat.forbid_repacking(model)
     if quantize is None:
         model = model.to(device)
         if model.dtype == torch.float16 and device.type == "cpu":
@@ -168,17 +164,7 @@ def _ids(found: Any) -> set[int]:
 def vocabulary_size(model: nn.Module) -> int:
     """Return how many token ids a model reads, whatever was put around its embedding (LoRA, a voter's deviation)."""
     embedding: Any = innermost(model).get_input_embeddings()  # type: ignore[operator]
-    return int(base_layer(embedding).num_embeddings)  # type: ignore[arg-type]
-
-
-def eight_bit_adamw() -> type:
-    """AdamW with its state in 8 bits, by bitsandbytes.
-
-    Raises:
-        MissingExtraError: If bitsandbytes is not installed.
-    """
-    found: type = require("bitsandbytes", "quant").optim.AdamW8bit
-    return found
+    return int(compat.get_base_layer(embedding).num_embeddings)  # type: ignore[arg-type]
 
 
 def load_skeleton(
@@ -249,17 +235,11 @@ def _dtype(dtype: torch.dtype | str) -> torch.dtype | str:
     return found
 
 
-def _quantized(transformers: Any, quantize: str, device: torch.device) -> dict[str, Any]:
+def _quantized(quantize: str, device: torch.device) -> dict[str, Any]:
+    """Return the options with which quantised weights are loaded."""
     if quantize != "nf4":
         raise ConfigError(f"quantize must be 'nf4' or None, got {quantize!r}")
-    require("bitsandbytes", "quant")
-    config = transformers.BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
-    )
-    return {"quantization_config": config, "device_map": {"": str(device)}}
+    return {"quantization_config": compat.build_nf4_config(), "device_map": {"": str(device)}}
 
 
 def _why(name: str, error: Exception) -> str:

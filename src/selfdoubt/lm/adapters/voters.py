@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from selfdoubt import kernels, storage, targets
+from selfdoubt import compat, kernels, storage
 from selfdoubt.errors import BaseMismatchError, WrapError, require
 from selfdoubt.lm.adapters.adapter import AdapterFolder
 from selfdoubt.lm.adapters.lora import lora_names, short_names, write_peft
@@ -56,7 +56,7 @@ def write_voters(voters: Voters, folder: Path) -> list[Path]:
     config = peft.LoraConfig(
         r=rank, lora_alpha=int(scale) if scale == int(scale) else scale, inference_mode=True, lora_bias=biased,
         target_modules=short_names(list(voters.leaves), voters.modules), base_model_name_or_path=voters.base,
-        fan_in_fan_out=any(kernels.is_transposed(layer) for layer, _ in voters.leaves.values()),
+        fan_in_fan_out=any(compat.is_transposed(layer) for layer, _ in voters.leaves.values()),
         task_type="CAUSAL_LM" if voters.is_causal else None,
     )  # fmt: skip
     folders = [folder / f"voter-{m}" for m in range(voters.spec.n_voters)]
@@ -95,7 +95,7 @@ def read_voters(wrapped: nn.Module, base: str | None = None) -> Voters:
         name = base_name(wrapped, path)
         if any(path.startswith(f"{r}.") and not f"{path}.".startswith(f"{r}.leaf.") for r in replaced):
             raise WrapError(f"voters deviate in {name}, which another wrapper added; narrow their param_filter")
-        leaves[name] = (targets.base_layer(leaf.leaf), dict(leaf.deviations))
+        leaves[name] = (compat.get_base_layer(leaf.leaf), dict(leaf.deviations))
     modules = {base_name(inner, name) for name, _ in inner.named_modules()}
     return Voters(wrapped.spec, leaves, modules, _is_causal(inner), base or source(inner))
 
@@ -161,7 +161,7 @@ def _lora(layer: nn.Module, deviation: dict[str, Tensor], rank: int, *, biased: 
         a, b = deviation["weight_a"], deviation["weight_b"].T
         a = a.T if looks_up else a
     elif "weight" in deviation:
-        weight = deviation["weight"].T if looks_up or kernels.is_transposed(layer) else deviation["weight"]
+        weight = deviation["weight"].T if looks_up or compat.is_transposed(layer) else deviation["weight"]
         one = torch.eye(min(fan_in, fan_out), dtype=weight.dtype)
         a, b = (one, weight) if fan_in <= fan_out else (weight, one)
     else:
@@ -197,9 +197,7 @@ def _check_fits(
     n, r = spec.n_voters, spec.rank or 0
     a = (n, fan_in, r) if isinstance(layer, nn.Embedding) else (n, r, fan_in)
     flat = (
-        (n, fan_in, fan_out)
-        if isinstance(layer, nn.Embedding) or kernels.is_transposed(layer)
-        else (n, fan_out, fan_in)
+        (n, fan_in, fan_out) if isinstance(layer, nn.Embedding) or compat.is_transposed(layer) else (n, fan_out, fan_in)
     )
     wanted = {"weight": flat, "bias": (n, fan_out), "weight_a": a, "weight_b": (n, r, fan_out)}
     for parameter, tensor in deviations.items():
@@ -211,8 +209,7 @@ def _check_fits(
 
 
 def _is_causal(model: nn.Module) -> bool:
-    head = getattr(model, "get_output_embeddings", None)
-    return callable(head) and head() is not None
+    return compat.get_output_head(model) is not None
 
 
 def _describe(model: nn.Module) -> str:
