@@ -26,7 +26,7 @@ from selfdoubt import compat, kernels, targets
 from selfdoubt.errors import ConfigError, WrapError
 from selfdoubt.fields import MEMBERS, SCALE, SHARED, FieldCheck, check_settings, choice, flag, number, whole
 from selfdoubt.members import wrap
-from selfdoubt.rows import Call, Replacement
+from selfdoubt.rows import ForwardContext, Replacement
 from selfdoubt.targets import Leaf
 
 
@@ -146,7 +146,7 @@ class Wrapper:
                 )
         return leaves
 
-    def make_leaf(self, leaf: Leaf, index: int, call: Call) -> nn.Module:
+    def make_leaf(self, leaf: Leaf, index: int, call: ForwardContext) -> nn.Module:
         """A leaf behind noise."""
         return NoisyLeaf(leaf, index, call, self)
 
@@ -172,7 +172,7 @@ class NoisyLeaf(Replacement):
 
     parameter: Tensor
 
-    def __init__(self, leaf: Leaf, index: int, call: Call, spec: Wrapper) -> None:
+    def __init__(self, leaf: Leaf, index: int, call: ForwardContext, spec: Wrapper) -> None:
         super().__init__(leaf.module, call)
         base = compat.get_base_layer(leaf.module)
         self.distribution = spec.distribution

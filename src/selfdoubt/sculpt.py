@@ -24,7 +24,7 @@ from selfdoubt import compat, targets
 from selfdoubt.errors import ConfigError, WrapError
 from selfdoubt.fields import SHARED, WIDTH, FieldCheck, check_settings, number, optional, whole
 from selfdoubt.members import wrap
-from selfdoubt.rows import Call, Replacement
+from selfdoubt.rows import ForwardContext, Replacement
 from selfdoubt.targets import Leaf
 from selfdoubt.tree import tree_map
 
@@ -164,7 +164,7 @@ class Wrapper:
             raise WrapError("no linear or convolution layer to serve as a head; name one with param_filter")
         return chosen
 
-    def make_leaf(self, leaf: Leaf, index: int, call: Call) -> nn.Module:
+    def make_leaf(self, leaf: Leaf, index: int, call: ForwardContext) -> nn.Module:
         """A head with a scale branch beside it."""
         if not _is_head(leaf):
             raise WrapError(
@@ -191,7 +191,7 @@ class Wrapper:
 class ScaledHead(Replacement):
     """A head and a branch that predicts the scale of each of its outputs."""
 
-    def __init__(self, leaf: Leaf, call: Call, spec: Wrapper) -> None:
+    def __init__(self, leaf: Leaf, call: ForwardContext, spec: Wrapper) -> None:
         super().__init__(leaf.module, call)
         self.branch = _branch(compat.get_base_layer(leaf.module), spec)
         parameter = next(leaf.module.parameters())

@@ -1,4 +1,4 @@
-"""Where a wrapper acts: a regex over full parameter names picks leaves.
+"""The leaves that a wrapper replaces: a regex over full parameter names picks them.
 
 A leaf is the smallest module that owns a matched parameter, usually an ``nn.Linear``. Three kinds of module are one
 leaf as a whole, since replacing a part of them would be ignored or wrong: adapter layers around a base layer (PEFT),
@@ -33,7 +33,7 @@ class Leaf:
 
 
 def find(model: nn.Module, param_filter: str | None) -> list[Leaf]:
-    """The leaves whose parameters match, in the model's own order.
+    """Find the leaves whose parameters match, in the model's own order.
 
     Args:
         model: Any module.
@@ -67,7 +67,7 @@ def find(model: nn.Module, param_filter: str | None) -> list[Leaf]:
 
 
 def outermost(leaves: list[Leaf]) -> list[Leaf]:
-    """Leaves inside other leaves join them, in the model's order: what runs once per member is one leaf as a whole."""
+    """Join leaves inside other leaves with them, in the model's order: a leaf runs once per member, as a whole."""
     joined: dict[str, Leaf] = {}
     for leaf in leaves:
         outer = next((name for name in joined if leaf.name.startswith(f"{name}.")), None)
@@ -80,7 +80,7 @@ def outermost(leaves: list[Leaf]) -> list[Leaf]:
 
 
 def default_filter(model: nn.Module) -> str:
-    """The filter that None stands for: attention's query and value in a decoder, everything elsewhere."""
+    """Return the filter that None stands for: attention's query and value in a decoder, everything elsewhere."""
     is_decoder = any(has_output_head(m) for m in model.modules())
     names = (name for name, _ in model.named_parameters())
     return DECODER_FILTER if is_decoder and any(re.search(DECODER_FILTER, n) for n in names) else EVERYTHING
@@ -93,11 +93,11 @@ def replace(model: nn.Module, name: str, new: nn.Module) -> None:
 
 
 def _owner(modules: dict[str, nn.Module], full_name: str) -> str:
-    """The leaf that owns a parameter: its module, or the outermost module that must stay whole."""
+    """Return the leaf that owns a parameter: its module, or the outermost module that must stay whole."""
     path = full_name.rpartition(".")[0]
-    parts = path.split(".")
-    for end in range(1, len(parts)):
-        ancestor = ".".join(parts[:end])
+    steps = path.split(".")
+    for end in range(1, len(steps)):
+        ancestor = ".".join(steps[:end])
         if _is_whole(modules[ancestor]):
             return ancestor
     return path
@@ -113,9 +113,9 @@ def _nothing_matches(model: nn.Module, pattern: str) -> str:
         return f"param_filter={pattern!r} matches nothing: the model has no parameters"
 
     def similarity(name: str) -> float:
-        parts = [name, *name.split(".")]
-        wanted = [w for w in re.split(r"[|().*+?^$\\]+", pattern) if w] or [pattern]
-        return max(SequenceMatcher(None, w, p).ratio() for w in wanted for p in parts)
+        pieces = [name, *name.split(".")]
+        words = [w for w in re.split(r"[|().*+?^$\\]+", pattern) if w] or [pattern]
+        return max(SequenceMatcher(None, w, p).ratio() for w in words for p in pieces)
 
     nearest = sorted(names, key=similarity, reverse=True)[:3]
     return (

@@ -36,7 +36,7 @@ from selfdoubt.fields import (
     whole,
 )
 from selfdoubt.members import wrap
-from selfdoubt.rows import Call, Replacement
+from selfdoubt.rows import ForwardContext, Replacement
 from selfdoubt.targets import Leaf
 
 
@@ -118,7 +118,7 @@ class Wrapper:
                 )
         return leaves
 
-    def make_leaf(self, leaf: Leaf, index: int, call: Call) -> nn.Module:
+    def make_leaf(self, leaf: Leaf, index: int, call: ForwardContext) -> nn.Module:
         """A leaf with one deviation per voter beside it."""
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + index)
         return VotingLeaf(leaf, call, self, generator)
@@ -143,7 +143,7 @@ class EagerWrapper(Wrapper):
 class VotingLeaf(Replacement):
     """A leaf and one deviation of its matched parameters per voter."""
 
-    def __init__(self, leaf: Leaf, call: Call, spec: Wrapper, generator: torch.Generator) -> None:
+    def __init__(self, leaf: Leaf, call: ForwardContext, spec: Wrapper, generator: torch.Generator) -> None:
         super().__init__(leaf.module, call)
         self.alpha = spec.alpha
         self.kernel = kernels.kernel_of(compat.get_base_layer(leaf.module))

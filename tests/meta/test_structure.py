@@ -14,7 +14,7 @@ import selfdoubt
 
 ROOT = Path(__file__).parents[2] / "src" / "selfdoubt"
 FILES = {".".join(p.relative_to(ROOT).with_suffix("").parts): p for p in sorted(ROOT.rglob("*.py"))}
-LONGEST = 350
+LONGEST, LONGEST_OF_A_CLASS = 350, 450
 
 CORE = {
     "version",
@@ -222,7 +222,9 @@ def test_all_is_what_is_exposed():
 
 @pytest.mark.parametrize("name", FILES)
 def test_files_are_small_enough_to_read(name):
-    assert len(FILES[name].read_text(encoding="utf-8").splitlines()) <= LONGEST
+    text = FILES[name].read_text(encoding="utf-8")
+    classes = [node for node in ast.parse(text).body if isinstance(node, ast.ClassDef)]
+    assert len(text.splitlines()) <= (LONGEST_OF_A_CLASS if len(classes) == 1 else LONGEST)
 
 
 def _has_pocket() -> bool:

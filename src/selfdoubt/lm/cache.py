@@ -15,7 +15,7 @@ from selfdoubt.rows import unfold
 
 
 def joined(mine: Any, theirs: Any, members: int) -> Any:
-    """``mine``, with the sequences of ``theirs`` behind its own, member by member; the shorter is padded on the left.
+    """Return ``mine`` with the sequences of ``theirs`` behind its own, member by member; the shorter is left-padded.
 
     What stands on padding is zero and must be masked. ``theirs`` is used up.
 
@@ -38,7 +38,7 @@ def joined(mine: Any, theirs: Any, members: int) -> Any:
 
 
 def trim(cache: Any, columns: int) -> None:
-    """Forget so many columns on the left, on which every sequence has padding."""
+    """Forget the first ``columns`` columns, on which every sequence has padding."""
     length = cache.get_seq_length() - columns
     for layer in cache.layers:
         if layer.is_initialized:

@@ -113,13 +113,13 @@ def load_lora(model: nn.Module, folder: str | os.PathLike[str], *, trainable: bo
         MissingExtraError: If PEFT is not installed.
     """
     folder = Path(folder)
-    own = read_config(folder)
+    settings = read_config(folder)
     peft = require("peft", "train")
     tensors = storage.read_tensors(folder / WEIGHTS)
-    check_ranks(folder, own, tensors)
+    check_ranks(folder, settings, tensors)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # settings of newer versions, which are told below where they matter
+            warnings.simplefilter("ignore")  # settings of newer versions; below is an error where they matter
             config = peft.LoraConfig.from_pretrained(str(folder))
     except Exception as error:
         raise broken_file(folder / CONFIG, error) from error
@@ -140,19 +140,19 @@ def load_lora(model: nn.Module, folder: str | os.PathLike[str], *, trainable: bo
 
 
 def has_lora(folder: str | os.PathLike[str]) -> bool:
-    """Whether a folder holds an adapter of PEFT."""
+    """Return True if a folder holds an adapter of PEFT."""
     return (Path(folder) / CONFIG).is_file()
 
 
 def lora_names(model: nn.Module) -> set[str]:
-    """Names in ``model.state_dict()`` that belong to LoRA, wrapped or not."""
+    """Return the names in ``model.state_dict()`` that belong to LoRA, wrapped or not."""
     layers = [name for name, _ in compat.list_lora_layers(model)]
     inside = {name for name in model.state_dict() if any(name.startswith(f"{layer}.") for layer in layers)}
     return {name for name in inside if not compat.is_beneath_adapter(name)}
 
 
 def leave_casts_to_autocast(model: nn.Module, *, active: bool) -> None:
-    """Whether LoRA takes its input as it comes, for autocast to cast, instead of in its own weights' type.
+    """Let LoRA take its input as it comes, for autocast to cast, or else in its own weights' type.
 
     Without this a float32 copy of every layer's input is made, and kept for the backward pass.
     """
@@ -229,14 +229,14 @@ def remove_lora(folder: Path) -> None:
 
 
 def short_names(names: Collection[str], among: Iterable[str]) -> list[str]:
-    """The last parts of layers' names where these say the same, as PEFT's files usually do; else the names."""
+    """Return the last parts of layers' names where these say the same, as PEFT's files usually do; else the names."""
     short = {name.rpartition(".")[2] for name in names}
     everywhere = {name for name in among if name.rpartition(".")[2] in short}
     return sorted(short if everywhere == set(names) else names)
 
 
 def _layers(model: nn.Module, regex: str | None) -> list[str]:
-    """Names of the layers that get LoRA."""
+    """Return the names of the layers that get LoRA."""
     if regex is None:
         head = compat.get_output_head(model)
         return [name for name, m in model.named_modules() if _is_linear(m) and m is not head]
@@ -260,7 +260,7 @@ def _is_linear(module: nn.Module) -> bool:
 
 
 def _inject(model: nn.Module, config: Any) -> None:
-    """PEFT's layers into the model, their weights in float32 where the model's are shorter."""
+    """Put PEFT's layers into the model, their weights in float32 where the model's are shorter."""
     peft = require("peft", "train")
     if hasattr(model, "peft_config") or any(True for _ in compat.list_lora_layers(model)):
         raise ConfigError("the model has LoRA already: merge it first with merge_lora(model), or load a fresh model")
@@ -278,7 +278,7 @@ def _quietly() -> Iterator[None]:
 
 
 def _tied(model: nn.Module) -> set[int]:
-    """Parameters that have more than one owner."""
+    """Return the ids of parameters that have more than one owner."""
     owners: dict[int, int] = {}
     for module in model.modules():
         for parameter in module.parameters(recurse=False):

@@ -127,7 +127,7 @@ def load_voters(
     name, revision = adapter.choose_base(base, revision)
     model = load_skeleton(name, revision=revision, trust_remote_code=trust_remote_code)
     modules = dict(model.named_modules())
-    found: dict[str, tuple[nn.Module, dict[str, Tensor]]] = {}
+    leaves: dict[str, tuple[nn.Module, dict[str, Tensor]]] = {}
     for key, tensor in storage.read_tensors(folder / storage.WEIGHTS).items():
         path, is_deviation, parameter = key.removeprefix("module." * len(manifest["wrappers"])).rpartition(
             ".deviations."
@@ -138,12 +138,12 @@ def load_voters(
             path = ".".join(part for part in path.split(".") if part != "leaf")
         if path not in modules:
             raise BaseMismatchError(f"{folder} does not fit {name}: it deviates in {path}, which the model lacks")
-        found.setdefault(path, (modules[path], {}))[1][parameter] = tensor
-    if not found:
+        leaves.setdefault(path, (modules[path], {}))[1][parameter] = tensor
+    if not leaves:
         raise BaseMismatchError(f"{folder} holds no deviations; save or download it again")
-    for path, (layer, deviations) in found.items():
+    for path, (layer, deviations) in leaves.items():
         _check_fits(folder, name, path, layer, deviations, spec)
-    return Voters(spec, found, modules, _is_causal(model), name)
+    return Voters(spec, leaves, modules, _is_causal(model), name)
 
 
 def _rank(layer: nn.Module, deviations: Mapping[str, Tensor]) -> int:
@@ -153,7 +153,7 @@ def _rank(layer: nn.Module, deviations: Mapping[str, Tensor]) -> int:
 
 
 def _lora(layer: nn.Module, deviation: dict[str, Tensor], rank: int, *, biased: bool) -> dict[str, Tensor]:
-    """One voter's deviation of one layer under PEFT's names; factors that are too short are filled with zeros."""
+    """Return one voter's deviation of one layer under PEFT's names; short factors are filled with zeros."""
     fan_in, fan_out = kernels.fans(layer)
     like = next(iter(deviation.values()))
     looks_up = isinstance(layer, nn.Embedding)
@@ -190,7 +190,7 @@ def _check_layer(name: str, layer: nn.Module, *, biased: bool) -> None:
 def _check_fits(
     folder: Path, base: str, name: str, layer: nn.Module, deviations: Mapping[str, Tensor], spec: Vote
 ) -> None:
-    """Deviations read from a file have the shapes that their layer wants."""
+    """Check that deviations read from a file have the shapes that their layer needs."""
     if kernels.kernel_of(layer) not in (kernels.linear, kernels.embedding):
         return
     fan_in, fan_out = kernels.fans(layer)
@@ -199,12 +199,12 @@ def _check_fits(
     flat = (
         (n, fan_in, fan_out) if isinstance(layer, nn.Embedding) or compat.is_transposed(layer) else (n, fan_out, fan_in)
     )
-    wanted = {"weight": flat, "bias": (n, fan_out), "weight_a": a, "weight_b": (n, r, fan_out)}
+    expected = {"weight": flat, "bias": (n, fan_out), "weight_a": a, "weight_b": (n, r, fan_out)}
     for parameter, tensor in deviations.items():
-        if wanted.get(parameter) != tuple(tensor.shape):
+        if expected.get(parameter) != tuple(tensor.shape):
             raise BaseMismatchError(
                 f"{folder} does not fit {base}: the deviation of {name}.{parameter} is {tuple(tensor.shape)}, "
-                f"and the model wants {wanted.get(parameter)}"
+                f"and the model wants {expected.get(parameter)}"
             )
 
 
