@@ -171,7 +171,7 @@ def _takes_system(lm: RiskAwareLM, style: str) -> bool:
 def _layers(lm: RiskAwareLM, text: str) -> tuple[int, ...]:
     """Decoder layers by name, together with the one that a calibration reads."""
     from selfdoubt.eval.run import choose_quarter_layers
-    from selfdoubt.lm.hidden_states import decoder_layers
+    from selfdoubt.lm.hidden_states import find_decoder_layers
     from selfdoubt.members import innermost
 
     if text == "auto":
@@ -179,7 +179,7 @@ def _layers(lm: RiskAwareLM, text: str) -> tuple[int, ...]:
     elif text == "none":
         wanted = ()
     elif text == "all":
-        wanted = tuple(range(len(decoder_layers(innermost(lm.model)))))
+        wanted = tuple(range(len(find_decoder_layers(innermost(lm.model)))))
     else:
         try:
             wanted = tuple(int(part) for part in text.split(","))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -136,8 +135,8 @@ def load_lm(
     """The model that the flags name; what its risk lacks is said in one line on standard error."""
     quiet()
     from selfdoubt.errors import UntrainedWarning
-    from selfdoubt.lm.answer import DEFAULT_RISK
     from selfdoubt.lm.model import RiskAwareLM
+    from selfdoubt.lm.scores import DEFAULT_RISK
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UntrainedWarning)  # the note says it, in one line
@@ -166,11 +165,9 @@ def whole_texts(*texts: str | None) -> None:
 
 def quiet() -> None:
     """Only errors of the libraries reach the terminal, and no progress bars."""
-    transformers = require("transformers", "lm")
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    require("huggingface_hub", "lm").utils.logging.set_verbosity_error()
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # peft imports it, and it tells of kernels it can miss
+    from selfdoubt.compat import silence_libraries
+
+    silence_libraries()
 
 
 def parse_wrapper(text: str) -> Any:

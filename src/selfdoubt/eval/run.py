@@ -18,7 +18,7 @@ from selfdoubt.eval.generate import AnsweredBatch, EvaluationConfig, ask_batch
 from selfdoubt.eval.records import Question
 from selfdoubt.eval.scores.agreement import build_equivalence
 from selfdoubt.eval.shards import Shards
-from selfdoubt.lm.hidden_states import decoder_layers
+from selfdoubt.lm.hidden_states import find_decoder_layers
 from selfdoubt.lm.text.prompt import encode
 from selfdoubt.members import innermost
 
@@ -88,7 +88,7 @@ def ask_questions(
 
 def choose_quarter_layers(lm: RiskAwareLM) -> tuple[int, ...]:
     """The decoder layers at a quarter, a half and three quarters of the depth, and the last."""
-    n = len(decoder_layers(innermost(lm.model)))
+    n = len(find_decoder_layers(innermost(lm.model)))
     return tuple(sorted({max(0, n * k // 4 - 1) for k in (1, 2, 3, 4)}))
 
 
