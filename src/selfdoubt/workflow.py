@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,15 +27,14 @@ from selfdoubt.eval.judges.rules import get_judge_name
 from selfdoubt.eval.judges.verdict import Judge
 from selfdoubt.eval.records import Record
 from selfdoubt.eval.run_folder import save_run
+from selfdoubt.eval.settings import Run
 from selfdoubt.report.write import write_report
 
 if TYPE_CHECKING:
     from selfdoubt.lm.model import RiskAwareLM
 
 
-def judge_and_report(
-    asked: AnsweredBatch, judge: Judge, out: Path, run: Mapping[str, Any], *, draws: int = 1000
-) -> list[str]:
+def judge_and_report(asked: AnsweredBatch, judge: Judge, out: Path, run: Run, *, draws: int = 1000) -> list[str]:
     """Judge, keep, measure and report.
 
     Args:
@@ -49,14 +48,14 @@ def judge_and_report(
         What to tell on a terminal.
     """
     found = judge_records(asked.records, judge)
-    whole = {**run, "judge": get_judge_name(judge), "costs": asked.costs}
+    whole = replace(run, judge=get_judge_name(judge), costs=asked.costs)
     save_run(asked, found, whole, out)
     return report(found, whole, out, draws=draws)
 
 
-def report(records: Sequence[Record], run: Mapping[str, Any], out: Path, *, draws: int) -> list[str]:
+def report(records: Sequence[Record], run: Run, out: Path, *, draws: int) -> list[str]:
     """Measure and report what is judged; returns what to tell on a terminal."""
-    paths = write_report(records, run, out, draws=draws)
+    paths = write_report(records, run.to_json(), out, draws=draws)
     said = json.loads(paths["report.json"].read_text(encoding="utf-8"))["verdict"]["sentences"]
     return [*said, *(str(path) for path in paths.values())]
 
@@ -64,7 +63,7 @@ def report(records: Sequence[Record], run: Mapping[str, Any], out: Path, *, draw
 def calibrate_runs(
     folders: Sequence[Path],
     out: Path | None,
-    load: Callable[[Mapping[str, Any]], RiskAwareLM],
+    load: Callable[[Run], RiskAwareLM],
     *,
     draws: int = 1000,
     **options: Any,
@@ -77,7 +76,7 @@ def calibrate_runs(
         folders: Evaluated with the same model.
         out: A new adapter folder; None puts the calibration into the adapter that answered.
         load: The model that a run's settings describe; only called for a new adapter of a model that had none.
-        draws: Bootstrap draws of the renewed reports; 0 renews none.
+        draws: Bootstrap draws of the renewed reports; 0 leaves reports, answers and ``run.json`` as they are.
         **options: As for ``fit_calibration``.
 
     Returns:
@@ -91,7 +90,7 @@ def calibrate_runs(
     runs = [run_folder.read_run(folder) for folder in folders]
     about = runs[0][2]
     for folder, (_, _, other) in zip(folders, runs, strict=True):
-        differs = [name for name in MODEL if other.get(name) != about.get(name)]
+        differs = [name for name in MODEL if getattr(other, name) != getattr(about, name)]
         if differs:
             raise ConfigError(f"{folder} was answered by another {differs[0]} than {folders[0]}; calibrate each alone")
     target = check_target(about, out, folders)
@@ -104,8 +103,15 @@ def calibrate_runs(
     lines = [*quality.lines(), *([] if made else [NO_CONDITIONS]), f"stored in {place}"]
     held_out = iter(quality.out_of_fold)
     for folder, (own, _, run) in zip(folders, runs, strict=True):
-        found = [replace(r, p_correct=next(held_out), p_correct_note=None, abstain=None) for r in own]
+        probabilities = [next(held_out) for _ in own]
+        renewed = [
+            replace(r, p_correct=p, p_correct_note=None, abstain=head.abstains(p))
+            for r, p in zip(own, probabilities, strict=True)
+        ]
         if draws:
-            files.save_records(folder / run_folder.ANSWERS, found)
-            lines += [f"{folder}:", *report(found, run, folder, draws=draws)]
+            settings = run.with_guarantee(head.threshold, head.promise)
+            files.save_records(folder / run_folder.ANSWERS, renewed)
+            if settings != run:
+                run_folder.save_settings(settings, folder)
+            lines += [f"{folder}:", *report(renewed, settings, folder, draws=draws)]
     return lines

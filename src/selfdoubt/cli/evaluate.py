@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -119,24 +120,25 @@ def evaluate(
         p_true=p_true,
         seed=seed,
     )
+    from selfdoubt.eval.settings import Run
     from selfdoubt.members import Wrapped
 
-    run: dict[str, Any] = {
-        "model": model or ("pocket" if adapter is None else None),
-        "adapter": None if adapter is None else str(adapter),
-        "wrapper": wrapper if adapter is not None or isinstance(lm.model, Wrapped) else "none",
-        "dtype": dtype,
-        "quantize": quantize,
-        "risk": lm.risk,
-        "data": data,
-        "task": task,
-    }
+    run = Run(
+        model=model or ("pocket" if adapter is None else None),
+        adapter=None if adapter is None else str(adapter),
+        wrapper=wrapper if adapter is not None or isinstance(lm.model, Wrapped) else "none",
+        dtype=dtype,
+        quantize=quantize,
+        risk=lm.risk,
+        data=data,
+        task=task,
+    )
     from selfdoubt.eval.run import ask_questions as ask_all
     from selfdoubt.workflow import judge_and_report
 
-    asked = ask_all(lm, questions, plan, out, run)
+    asked = ask_all(lm, questions, plan, out, run.to_json())
     if asked is not None:
-        run |= {"seed": seed, "conditions": plan.conditions(lm, questions).to_json()}
+        run = replace(run, seed=seed, conditions=plan.conditions(lm, questions).to_json())
         for line in judge_and_report(asked, picked, out, run, draws=draws):
             print(line)
     return 0

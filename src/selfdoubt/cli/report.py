@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -45,12 +46,13 @@ def report(
     from selfdoubt.eval import run_folder
     from selfdoubt.eval.judges.judge import judge_records
     from selfdoubt.eval.judges.rules import get_judge_name, needs_answers
+    from selfdoubt.eval.settings import Run
 
     given = Columns(question=question_column, answers=gold_column, named_by=answers_name)
     folder = answers if answers.is_dir() else answers.parent
     out = folder if out is None else out
     read: files.ExternalAnswers | None = None
-    run: dict[str, Any] = {}
+    run = Run.parse({})
     if answers.is_file():
         read = files.read_external_answers(answers, columns=given, answer=answer_column)
         records = read.records
@@ -78,7 +80,7 @@ def report(
                 f"{answers} does not say which answers are right: it has no verdicts (correct) and no accepted "
                 "answers; name their column with --gold-column, or that of verdicts with --judge column:NAME"
             )
-        run = {**run, "judge": get_judge_name(picked)}
+        run = replace(run, judge=get_judge_name(picked))
         records = judge_records(records, picked, unknown=unknown, only_open=judge is None)
     for line in workflow.report(records, run, out, draws=draws):
         print(line)

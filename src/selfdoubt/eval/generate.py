@@ -17,6 +17,7 @@ from selfdoubt.eval.prompts import CHAT, STOP, Message, Prompting, answer_text, 
 from selfdoubt.eval.records import Question, Record, Sample, with_scores
 from selfdoubt.eval.scores.agreement import Same, agreement_scores
 from selfdoubt.eval.scores.p_true import p_true
+from selfdoubt.eval.settings import Cost
 from selfdoubt.lm.calibration import POSITIONS
 from selfdoubt.lm.conditions import Conditions
 from selfdoubt.lm.scoring import score_teacher_forced
@@ -84,14 +85,14 @@ class AnsweredBatch:
 
     records: list[Record] = field(default_factory=list)
     states: dict[str, Tensor] = field(default_factory=dict)  #: "position.layer" -> (questions, width), float32
-    costs: dict[str, dict[str, float]] = field(default_factory=dict)  #: "answer" -> {"passes", "seconds"}, ...
+    costs: dict[str, Cost] = field(default_factory=dict)  #: of "answer", "samples", "agreement" and "p_true"
 
     @contextmanager
     def timed(self, name: str, passes: float) -> Iterator[None]:
         """Book the seconds of the block; ``passes`` are model runs a question."""
         start = time.perf_counter()
         yield
-        self.costs[name] = {"passes": passes, "seconds": time.perf_counter() - start}
+        self.costs[name] = Cost(passes, time.perf_counter() - start)
 
 
 def ask_batch(lm: RiskAwareLM, questions: Sequence[Question], plan: EvaluationConfig, alike: Same) -> AnsweredBatch:

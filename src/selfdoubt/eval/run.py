@@ -17,6 +17,7 @@ from selfdoubt.errors import DataError
 from selfdoubt.eval.generate import AnsweredBatch, EvaluationConfig, ask_batch
 from selfdoubt.eval.records import Question
 from selfdoubt.eval.scores.agreement import build_equivalence
+from selfdoubt.eval.settings import Cost
 from selfdoubt.eval.shards import Shards
 from selfdoubt.lm.hidden_states import decoder_layers
 from selfdoubt.lm.text.prompt import encode
@@ -138,10 +139,10 @@ def _join(
     states: dict[str, Tensor] = {
         name: torch.cat([part.states[name] for part in parts])[rows] for name in parts[0].states
     }
-    costs: dict[str, dict[str, float]] = {}
+    costs: dict[str, Cost] = {}
     for part, batch in zip(parts, batches, strict=True):
         for name, cost in part.costs.items():
-            total = costs.setdefault(name, {"passes": 0.0, "seconds": 0.0})
-            total["passes"] += cost["passes"] * len(batch) / len(questions)
-            total["seconds"] += cost["seconds"]
+            total = costs.get(name, Cost(0.0, 0.0))
+            passes = total.passes + cost.passes * len(batch) / len(questions)
+            costs[name] = Cost(passes, total.seconds + cost.seconds)
     return AnsweredBatch([records[row] for row in rows], states, costs)

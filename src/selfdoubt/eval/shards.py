@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from safetensors.torch import save as serialize
 from selfdoubt.errors import ConfigError, DataError
 from selfdoubt.eval import records
 from selfdoubt.eval.generate import AnsweredBatch
+from selfdoubt.eval.settings import Cost
 from selfdoubt.storage import write
 
 FOLDER, PLAN = "parts", "plan.json"
@@ -59,7 +61,9 @@ class Shards:
         """Keep a finished batch."""
         if asked.states:
             write(self._path(batch, "safetensors"), serialize({k: v.contiguous() for k, v in asked.states.items()}))
-        write(self._path(batch, "json"), json.dumps(asked.costs).encode())
+        write(
+            self._path(batch, "json"), json.dumps({name: asdict(cost) for name, cost in asked.costs.items()}).encode()
+        )
         records.save_records(self._path(batch, "jsonl"), asked.records)
 
     def get(self, batch: int) -> AnsweredBatch:
@@ -72,7 +76,7 @@ class Shards:
         return AnsweredBatch(
             records.read_records(self._path(batch, "jsonl")),
             load_file(states) if states.is_file() else {},
-            _read(self._path(batch, "json")),
+            {name: Cost(**cost) for name, cost in _read(self._path(batch, "json")).items()},
         )
 
     def _path(self, batch: int, kind: str) -> Path:
