@@ -29,7 +29,8 @@ from recipes.pocket.encode import Rows
 from selfdoubt import pocket, sample, sculpt, targets
 from selfdoubt.calibration.fit import fit_calibration
 from selfdoubt.data import question_sets
-from selfdoubt.eval.generate import AnsweredBatch, EvaluationConfig
+from selfdoubt.eval.config import EvaluationConfig
+from selfdoubt.eval.generate import AnsweredBatch
 from selfdoubt.eval.judges.judge import judge_records
 from selfdoubt.eval.judges.verdict import Judge, Verdict
 from selfdoubt.eval.records import Question, Record

@@ -32,8 +32,8 @@ NO_CONDITIONS = (
     "warning: a run of an earlier version does not say how its answers were made, so that prompts and models which it "
     "did not see get a number, too; evaluate again to change this"
 )
-#: What says which model answered.
-MODEL = ("model", "adapter", "wrapper", "quantize")
+#: Settings that say which model answered.
+SAME_MODEL = ("model", "adapter", "wrapper", "quantize")
 
 
 def read_conditions(runs: Sequence[Run], folders: Sequence[Path]) -> Conditions | None:
@@ -42,16 +42,16 @@ def read_conditions(runs: Sequence[Run], folders: Sequence[Path]) -> Conditions 
     if None in entries:
         return None
     try:
-        found = [Conditions.from_json(entry) for entry in entries if entry is not None]
+        conditions = [Conditions.from_json(entry) for entry in entries if entry is not None]
     except FieldError as error:
         raise DataError(f"run.json has conditions that cannot be read ({error}); evaluate again") from None
-    joined = found[0]
-    for folder, own in zip(folders[1:], found[1:], strict=True):
-        both = joined.joined(own)
+    joined = conditions[0]
+    for folder, other in zip(folders[1:], conditions[1:], strict=True):
+        both = joined.joined(other)
         if both is None:
             raise ConfigError(
-                f"the answers of {folder} ({own.made}) were made otherwise than those of {folders[0]} ({joined.made}), "
-                "or by another model; calibrate each alone"
+                f"the answers of {folder} ({other.made}) were made otherwise than those of {folders[0]} "
+                f"({joined.made}), or by another model; calibrate each alone"
             )
         joined = both
     return joined
@@ -61,14 +61,14 @@ def name_by_run(record: Record, folder: Path, runs: int) -> Record:
     """Return a record whose id and topic name its run, where there are several runs."""
     if runs == 1:
         return record
-    own = record.question
-    return replace(record, question=replace(own, id=f"{folder}:{own.id}", topic=str(folder)))
+    question = replace(record.question, id=f"{folder}:{record.question.id}", topic=str(folder))
+    return replace(record, question=question)
 
 
 def join_states(states: Sequence[Mapping[str, Tensor]]) -> dict[str, Any]:
     """Join the hidden states that all runs kept, by name."""
     names = [name for name in states[0] if all(name in other for other in states)]
-    return {name: torch.cat([own[name] for own in states]) for name in names}
+    return {name: torch.cat([other[name] for other in states]) for name in names}
 
 
 def check_target(run: Run, out: Path | None, folders: Sequence[Path]) -> Path:

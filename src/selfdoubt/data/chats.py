@@ -41,7 +41,7 @@ LAYOUTS = {
     "chat": ("messages",),
 }
 #: Flags of ``selfdoubt train`` that name a column.
-FLAGS = {"question": "--question-column", "answers": "--answer-column"}
+TRAIN_FLAGS = {"question": "--question-column", "answers": "--answer-column"}
 
 
 def read_chats(source: str, *, limit: int | None = None, columns: Columns = AS_USUAL) -> Iterator[Chat]:
@@ -103,7 +103,7 @@ def _layout(row: Row) -> str:
 
 def _columns(source: str, row: Row, given: Columns) -> Columns:
     try:
-        return find_columns(source, row if given.choices else collect_choices(row), given, flags=FLAGS)
+        return find_columns(source, row if given.choices else collect_choices(row), given, flags=TRAIN_FLAGS)
     except DataError as error:
         if given != AS_USUAL or "that looks like" not in str(error):
             raise

@@ -1,15 +1,16 @@
-"""What the columns of a row mean: a question, its accepted answers, its choices, its topic."""
+"""Columns of a row and what they mean: a question, its accepted answers, its choices, its topic."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
 from selfdoubt.data.cells import listed, names, optional_text, required_text, texts, whole_text
 from selfdoubt.data.readers import Row
 from selfdoubt.errors import ConfigError, DataError
+from selfdoubt.setting import setting
 
 
 @dataclass(frozen=True)
@@ -41,14 +42,22 @@ class Columns:
         ConfigError: If ``named_by`` is none of ``NAMED_BY``.
     """
 
-    question: str | None = None
-    answers: str | None = None  #: one text, a list of texts, or of choices: a text, a letter or an index from 0
+    question: str | None = setting(
+        None, "Column of the question, where its name does not say it.", flag="--question-column"
+    )
+    #: One text, a list of texts, or of choices: a text, a letter or an index from 0.
+    answers: str | None = setting(None, "Column of the accepted answers.", flag="--answer-column")
     id: str | None = None
-    topic: str | None = None
-    context: str | None = None
+    topic: str | None = setting(None, "Column of the topic.", flag="--topic-column")
+    context: str | None = setting(None, "Column of a passage to read first.", flag="--context-column")
     wrong_answers: str | None = None
-    choices: str | None = None
-    named_by: str | None = None  #: no column: how an answer names a choice, where that is ambiguous
+    choices: str | None = setting(None, "Column of the choices.", flag="--choice-column")
+    #: Not a column.
+    named_by: str | None = setting(
+        None,
+        "How an answer names one of the choices, where it could mean two: text, index (from 0), label or letter.",
+        flag="--answers-name",
+    )
 
     def __post_init__(self) -> None:
         if self.named_by is not None and self.named_by not in NAMED_BY:
@@ -67,9 +76,8 @@ USUAL: dict[str, tuple[str, ...]] = {
     "wrong_answers": ("wrong_answers", "incorrect_answers"),
     "choices": ("choices", "options"),
 }
-#: Flags of the command line that name a column.
-FLAGS = {"question": "--question-column", "answers": "--answer-column", "choices": "--choice-column",
-         "topic": "--topic-column", "context": "--context-column"}  # fmt: skip
+#: Flags of ``selfdoubt evaluate`` that name a column, for messages.
+COLUMN_FLAGS = {f.name: f.metadata["flag"] for f in fields(Columns) if f.name != "named_by" and "flag" in f.metadata}
 _LETTERED = re.compile(r"(?:(?P<word>option|choice|opt)_?)?(?P<label>[a-j]|[1-9])")
 
 
@@ -84,7 +92,7 @@ def find_columns(
     given: Columns,
     *,
     system: str | None = None,
-    flags: Mapping[str, str] = FLAGS,
+    flags: Mapping[str, str] = COLUMN_FLAGS,
     needed: Sequence[str] = ("question", "answers"),
 ) -> Columns:
     """Find the columns that hold what, from the first row.
@@ -310,6 +318,6 @@ def parse_record(place: str, row: Row) -> Question:
 
 
 __all__ = [
-    "AS_USUAL", "FLAGS", "NAMED_BY", "USUAL", "Columns", "Question", "collect_choices", "find_columns", "is_record",
-    "lower_name", "parse_question", "parse_record",
+    "AS_USUAL", "COLUMN_FLAGS", "NAMED_BY", "USUAL", "Columns", "Question", "collect_choices", "find_columns",
+    "is_record", "lower_name", "parse_question", "parse_record",
 ]  # fmt: skip

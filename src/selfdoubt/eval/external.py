@@ -29,7 +29,7 @@ from selfdoubt.eval.records import Record, Sample
 #: Usual names of the column that holds a system's answer.
 SYSTEM = ("answer", "prediction", "predicted_answer", "model_answer", "response", "output", "completion")
 #: Flags of ``selfdoubt report`` that name a column.
-FLAGS = {"question": "--question-column", "answers": "--gold-column"}
+REPORT_FLAGS = {"question": "--question-column", "answers": "--gold-column"}
 UNKNOWN = "no accepted answer is given"
 #: Columns that mean the same in any case.
 _PARTS = {f.name for f in fields(Record)} - {"question", "answer"}
@@ -115,7 +115,7 @@ def _system(path: Path, first: Row, given: str | None) -> str:
 
 def _columns(source: str, first: Row, given: Columns, system: str) -> Columns:
     """Find columns as for questions, but that accepted answers may be missing."""
-    return find_columns(source, first, given, system=system, flags=FLAGS, needed=("question",))
+    return find_columns(source, first, given, system=system, flags=REPORT_FLAGS, needed=("question",))
 
 
 def _free(name: str, taken: set[str]) -> str:

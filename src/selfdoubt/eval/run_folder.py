@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from safetensors.torch import save as serialize
 
 from selfdoubt.data.questions import AS_USUAL
-from selfdoubt.errors import DataError
+from selfdoubt.errors import ConfigError, DataError
 from selfdoubt.eval import external
 from selfdoubt.eval import records as files
 from selfdoubt.eval.records import Record
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from selfdoubt.eval.generate import AnsweredBatch
 
 ANSWERS, STATES, SETTINGS = "answers.jsonl", "states.safetensors", "run.json"
+CACHE = "judge.jsonl"  #: replies of a language model that judges
 
 
 def save_run(asked: AnsweredBatch, records: Sequence[Record], run: Run, out: Path) -> None:
@@ -75,6 +76,18 @@ def _read_settings(file: Path) -> Run:
         return Run.parse(entries)
     except (ValueError, DataError) as error:
         raise DataError(f"{file} is broken ({error}); evaluate again") from None
+
+
+def check_run_folder(out: Path) -> None:
+    """Refuse a folder that holds something else than a run.
+
+    Raises:
+        ConfigError: If it is a file, or holds other things.
+    """
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"--out {out} is a file; give a folder")
+    if out.is_dir() and any(out.iterdir()) and not any((out / name).exists() for name in ("parts", SETTINGS, CACHE)):
+        raise ConfigError(f"--out {out} holds other things than a run; give a new or empty folder")
 
 
 def find_answers_file(path: Path) -> Path:

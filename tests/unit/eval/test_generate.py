@@ -11,7 +11,8 @@ import torch
 from selfdoubt import RiskAwareLM, vote
 from selfdoubt.calibration.arrays import calibration_rows
 from selfdoubt.errors import ConfigError, DataError
-from selfdoubt.eval.generate import EvaluationConfig, ask_batch, sample_seed
+from selfdoubt.eval.config import EvaluationConfig
+from selfdoubt.eval.generate import ask_batch, sample_seed
 from selfdoubt.eval.prompts import Prompting
 from selfdoubt.eval.records import Question, Record
 from selfdoubt.eval.run import ask_questions, choose_quarter_layers
