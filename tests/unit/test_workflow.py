@@ -28,7 +28,7 @@ def lm():
     return RiskAwareLM(vote.Wrapper(n_voters=2, rank=2, weight_noise=0.5)(talker()).eval(), tokenizer())
 
 
-def is_even(question: Question, answer: str | None) -> Verdict:  # noqa: ARG001
+def is_even(question: Question, answer: str | None) -> Verdict:
     return Verdict(int(question.text.split()[2]) % 2 == 0)
 
 

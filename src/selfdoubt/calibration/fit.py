@@ -20,12 +20,20 @@ from selfdoubt.calibration.arrays import (
     calibration_arrays,
     calibration_rows,
     check_enough,
-    numbered,
-    split,
+    number_questions,
+    split_questions,
     topic_groups,
 )
-from selfdoubt.calibration.heads import Answers, Fit, fit_logistic, fit_one_score, held_out, losses, within_one_error
-from selfdoubt.calibration.quality import CalibrationReport, CandidateReport, quality
+from selfdoubt.calibration.heads import (
+    CalibrationAnswers,
+    Fit,
+    fit_logistic,
+    fit_one_score,
+    held_out,
+    losses,
+    within_one_error,
+)
+from selfdoubt.calibration.quality import CalibrationReport, CandidateReport, measure_quality
 from selfdoubt.calibration.threshold import AccuracyGuarantee, Grid, explain_no_threshold, find_threshold, grid_from
 from selfdoubt.errors import ConfigError
 from selfdoubt.eval.records import Record
@@ -90,7 +98,7 @@ def fit_calibration(
     places, left_out = calibration_rows(records)
     learning, once = np.ones(len(places), bool), np.ones(len(places), bool)
     if target_accuracy is not None:
-        learning, once = split(numbered([records[i] for i in places]), threshold_share, seed)
+        learning, once = split_questions(number_questions([records[i] for i in places]), threshold_share, seed)
     kept = places[learning]
     own = calibration_arrays(records, kept, states or {})  # of no other answer anything is known while a head is fitted
     check_enough(own, target_accuracy is not None)
@@ -124,8 +132,8 @@ def fit_calibration(
             name=name,
             features=fitted[name].features,
             state=_state_name(fitted[name]),
-            inside=quality(inside[name], own.correct),
-            outside=quality(outside[name], own.correct) if outside else None,
+            inside=measure_quality(inside[name], own.correct),
+            outside=measure_quality(outside[name], own.correct) if outside else None,
         )
         for name in options
     )
@@ -152,7 +160,7 @@ def fit_calibration(
     return head, report
 
 
-def _fewest_when_cut(records: Sequence[Record], places: heads.Rows) -> int | None:
+def _fewest_when_cut(records: Sequence[Record], places: heads.RowIndices) -> int | None:
     """Return the fewest tokens of an answer that was cut at max tokens; None where none was."""
     own = [records[i] for i in places]
     return min((len(r.tokens) for r in own if r.finish == "length" and r.tokens), default=None)
@@ -198,7 +206,7 @@ def _check_options(
         raise ConfigError(f"{what}; choose of {', '.join(CANDIDATES)}")
 
 
-def _options(answers: Answers, wanted: Sequence[str] | None) -> dict[str, Fit]:
+def _options(answers: CalibrationAnswers, wanted: Sequence[str] | None) -> dict[str, Fit]:
     """How to fit each candidate that these answers allow, from the simplest to the richest."""
     members = [name for name in answers.names if name.rpartition("_")[2] in OF_MEMBERS]
     plain = [name for name in answers.names if name not in members]
@@ -224,7 +232,7 @@ def _options(answers: Answers, wanted: Sequence[str] | None) -> dict[str, Fit]:
     return {name: fit for name, fit in found.items() if wanted is None or name in wanted}
 
 
-def _is_another(answers: Answers, name: str, names: Sequence[str]) -> bool:
+def _is_another(answers: CalibrationAnswers, name: str, names: Sequence[str]) -> bool:
     """Whether a score is only another name of one of these: without members, aleatoric is total."""
     column = answers.columns([name])
     return bool(np.isclose(answers.columns(names), column, rtol=1e-6, atol=1e-9).all(0).any())

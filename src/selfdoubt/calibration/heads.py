@@ -47,12 +47,12 @@ COMPONENTS = 128
 INNER_FOLDS = 3
 
 Fit = Callable[["Answers", int], Calibration]
-Rows = Int[np.ndarray, "_"]  #: places of some answers
+RowIndices = Int[np.ndarray, "_"]  #: places of some answers
 Probabilities = Float[np.ndarray, " answers"]
 
 
 @dataclass(frozen=True, eq=False)
-class Answers:
+class CalibrationAnswers:
     """Judged answers as arrays: one row each."""
 
     names: tuple[str, ...]  #: of scores; each varies
@@ -64,10 +64,10 @@ class Answers:
     def __len__(self) -> int:
         return len(self.correct)
 
-    def at(self, rows: Rows | Bool[np.ndarray, " answers"]) -> Answers:
+    def at(self, rows: RowIndices | Bool[np.ndarray, " answers"]) -> CalibrationAnswers:
         """Some of them."""
         states = {key: values[rows] for key, values in self.states.items()}
-        return Answers(self.names, self.scores[rows], states, self.correct[rows], self.questions[rows])
+        return CalibrationAnswers(self.names, self.scores[rows], states, self.correct[rows], self.questions[rows])
 
     def columns(self, names: Sequence[str]) -> Float[np.ndarray, "answers some"]:
         """Scores by name."""
@@ -79,7 +79,7 @@ class Answers:
         return len(set(self.questions[~self.correct])), len(set(self.questions[self.correct]))
 
 
-def folds(answers: Answers, n: int, seed: int) -> list[Rows]:
+def folds(answers: CalibrationAnswers, n: int, seed: int) -> list[RowIndices]:
     """Rows of up to ``n`` folds; equal questions lie in one, right and wrong answers are spread evenly over all.
 
     Questions are dealt in turn: first those with wrong answers only, then the mixed, then those with right ones only.
@@ -95,13 +95,13 @@ def folds(answers: Answers, n: int, seed: int) -> list[Rows]:
     return [np.flatnonzero(fold[place] == i) for i in range(n)]
 
 
-def rests(answers: Answers, parts: Sequence[Rows]) -> Iterator[tuple[Answers, Rows]]:
+def rests(answers: CalibrationAnswers, parts: Sequence[RowIndices]) -> Iterator[tuple[CalibrationAnswers, RowIndices]]:
     """For each part the answers to questions that are not in it, and its rows."""
     for rows in parts:
         yield answers.at(~np.isin(answers.questions, answers.questions[rows])), rows
 
 
-def held_out(answers: Answers, parts: Sequence[Rows], fit: Fit, seed: int) -> Probabilities:
+def held_out(answers: CalibrationAnswers, parts: Sequence[RowIndices], fit: Fit, seed: int) -> Probabilities:
     """p_correct of each answer by a head that was fitted without its part; NaN where it is in none."""
     found = np.full(len(answers), np.nan)
     for rest, rows in rests(answers, parts):
@@ -109,7 +109,7 @@ def held_out(answers: Answers, parts: Sequence[Rows], fit: Fit, seed: int) -> Pr
     return found
 
 
-def predict(head: Calibration, answers: Answers) -> Probabilities:
+def predict(head: Calibration, answers: CalibrationAnswers) -> Probabilities:
     """Return ``Calibration.p_correct`` of many answers at once; beyond what was seen, the number of its edge."""
     scores = answers.columns(head.features)
     if head.kind == "isotonic":
@@ -129,7 +129,7 @@ def losses(p: Probabilities, correct: Bool[np.ndarray, " answers"]) -> Probabili
     return np.asarray(-np.log(np.where(correct, p, 1 - p)))
 
 
-def fit_one_score(answers: Answers, seed: int, names: Sequence[str]) -> Calibration:
+def fit_one_score(answers: CalibrationAnswers, seed: int, names: Sequence[str]) -> Calibration:
     """Isotonic on the best of some scores by held-out log loss; the first of them where there is too little to tell."""
     best, least = names[0], np.inf
     if len(names) > 1 and min(answers.classes) >= 2:
@@ -142,7 +142,7 @@ def fit_one_score(answers: Answers, seed: int, names: Sequence[str]) -> Calibrat
     return isotonic(answers, best)
 
 
-def isotonic(answers: Answers, name: str) -> Calibration:
+def isotonic(answers: CalibrationAnswers, name: str) -> Calibration:
     """p falls as the score grows. One wrong answer is added at the surest end, and one right one at the other.
 
     So p is never 0 or 1, on which one surprise would cost an infinite loss.
@@ -154,7 +154,7 @@ def isotonic(answers: Answers, name: str) -> Calibration:
     return Calibration("isotonic", (name,), knots=tuple(knots))
 
 
-def fit_logistic(answers: Answers, seed: int, names: Sequence[str], keys: Sequence[str] = ()) -> Calibration:
+def fit_logistic(answers: CalibrationAnswers, seed: int, names: Sequence[str], keys: Sequence[str] = ()) -> Calibration:
     """Logistic on scores, and on the best of some hidden states.
 
     Strength of the penalty on scores, the state and the strength of its own penalty are chosen in this order by

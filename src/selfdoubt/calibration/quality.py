@@ -116,7 +116,7 @@ class CalibrationReport:
         return found
 
 
-def quality(p: Float[np.ndarray, " n"], correct: Bool[np.ndarray, " n"]) -> Quality:
+def measure_quality(p: Float[np.ndarray, " n"], correct: Bool[np.ndarray, " n"]) -> Quality:
     """Of those probabilities that are there (not NaN); right and wrong answers must be among them."""
     seen = ~np.isnan(p)
     p, correct = p[seen], correct[seen]

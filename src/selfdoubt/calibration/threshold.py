@@ -41,7 +41,7 @@ from jaxtyping import Bool, Float, Int
 from selfdoubt.errors import ConfigError, DataError, require
 
 #: Steps of coverage at which ``grid_from`` puts thresholds.
-LEVELS = 50
+COVERAGE_STEPS = 50
 #: A sequence starts where twice as many answers are expected as would do if all of them were right.
 MARGIN = 2.0
 
@@ -111,7 +111,7 @@ def grid_from(
     """
     _check_p(elsewhere)
     wanted = min(MARGIN * least_answers(target_accuracy, confidence), answers)
-    coverages = [i / LEVELS for i in range(1, LEVELS + 1) if answers * i / LEVELS >= wanted]
+    coverages = [i / COVERAGE_STEPS for i in range(1, COVERAGE_STEPS + 1) if answers * i / COVERAGE_STEPS >= wanted]
     found = np.quantile(elsewhere, [1 - c for c in coverages[:-1]], method="inverted_cdf")
     return Grid((*sorted({float(t) for t in found if t > 0}, reverse=True), 0.0))
 

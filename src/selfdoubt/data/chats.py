@@ -29,7 +29,7 @@ from selfdoubt.data.questions import (
 from selfdoubt.data.readers import SUFFIXES, Placed, Row, read_file, read_hub
 from selfdoubt.errors import DataError
 
-Chat = list[dict[str, str]]
+ChatMessages = list[dict[str, str]]
 
 #: The role of a text that an instruction works on. The Alpaca prompt has a place for it; other templates get it after
 #: the instruction.
@@ -44,7 +44,7 @@ LAYOUTS = {
 TRAIN_FLAGS = {"question": "--question-column", "answers": "--answer-column"}
 
 
-def read_chats(source: str, *, limit: int | None = None, columns: Columns = AS_USUAL) -> Iterator[Chat]:
+def read_chats(source: str, *, limit: int | None = None, columns: Columns = AS_USUAL) -> Iterator[ChatMessages]:
     """Yield the chats of a file (JSON, JSONL, CSV, TSV or Parquet) or of a data set on the hub, one by one.
 
     Args:
@@ -59,12 +59,12 @@ def read_chats(source: str, *, limit: int | None = None, columns: Columns = AS_U
     return islice(_chats(source, columns), limit)
 
 
-def _chats(source: str, columns: Columns) -> Iterator[Chat]:
+def _chats(source: str, columns: Columns) -> Iterator[ChatMessages]:
     rows = _rows(source)
     first = next(rows, None)
     if first is None:
         raise DataError(f"{source} holds no records; give a file with at least two")
-    to_chat: Callable[[str, Row], Chat]
+    to_chat: Callable[[str, Row], ChatMessages]
     layout = _layout(first[1]) if columns == AS_USUAL else "question and answer"
     if layout == "instruction":
         names = {lower_name(name): name for name in reversed([*first[1]])}
@@ -115,7 +115,7 @@ def _columns(source: str, row: Row, given: Columns) -> Columns:
     )
 
 
-def _asked(columns: Columns, place: str, row: Row) -> Chat:
+def _asked(columns: Columns, place: str, row: Row) -> ChatMessages:
     name = columns.answers or "answer"
     if not columns.choices and isinstance(row.get(name), str) and not row[name].strip():
         answers: tuple[str, ...] = ("",)
@@ -126,12 +126,12 @@ def _asked(columns: Columns, place: str, row: Row) -> Chat:
     return _pair(place, name, question, answers, row.get(name))
 
 
-def _answered(place: str, row: Row) -> Chat:
+def _answered(place: str, row: Row) -> ChatMessages:
     question = parse_record(place, row)
     return _pair(place, "answers", question.text, question.answers, row.get("answers"))
 
 
-def _pair(place: str, name: str, question: str, answers: tuple[str, ...], cell: Any) -> Chat:
+def _pair(place: str, name: str, question: str, answers: tuple[str, ...], cell: Any) -> ChatMessages:
     if not answers:
         raise DataError(f"{place}: {name} is an empty list, so there is nothing to learn; remove the record")
     return [{"role": "user", "content": question}, {"role": "assistant", "content": _raw(cell, answers[0])}]
@@ -143,7 +143,7 @@ def _raw(cell: Any, stripped: str) -> str:
     return next((text for text in texts if isinstance(text, str) and text.strip() == stripped), stripped)
 
 
-def _instruction(first: str, last: str, more: str, place: str, row: Row) -> Chat:
+def _instruction(first: str, last: str, more: str, place: str, row: Row) -> ChatMessages:
     texts = []
     for column, text in ((first, row.get(first)), (last, row.get(last)), (more, row.get(more) or "")):
         if not isinstance(text, str):
@@ -157,7 +157,7 @@ def _instruction(first: str, last: str, more: str, place: str, row: Row) -> Chat
     return [*chat, {"role": "assistant", "content": texts[1]}]
 
 
-def _messages(column: str, place: str, row: Row) -> Chat:
+def _messages(column: str, place: str, row: Row) -> ChatMessages:
     messages: Any = row.get(column)
     if isinstance(messages, str):  # a cell of a CSV file
         try:

@@ -18,7 +18,7 @@ from selfdoubt.errors import ConfigError, DataError
 
 HUB = "truthfulqa/truthful_qa"
 CSV, JSON = "TruthfulQA.csv", "mc_task.json"
-Task = Literal["gen", "mc1", "mc2"]
+TruthfulQATask = Literal["gen", "mc1", "mc2"]
 _GEN = ("question", "best_answer", "correct_answers", "incorrect_answers")
 
 
@@ -76,15 +76,17 @@ def _files(path: Path) -> dict[str, Path]:
     return found
 
 
-def _task(task: str | None, default: Task) -> Task:
-    names: tuple[Task, ...] = get_args(Task)
+def _task(task: str | None, default: TruthfulQATask) -> TruthfulQATask:
+    names: tuple[TruthfulQATask, ...] = get_args(TruthfulQATask)
     for name in names:
         if name == (task or default):
             return name
     raise ConfigError(f"TruthfulQA has no task {task!r}; choose one of {', '.join(names)}")
 
 
-def _questions(generation: list[Placed], choice: list[Placed], task: Task, seed: int) -> list[tuple[Question, Row]]:
+def _questions(
+    generation: list[Placed], choice: list[Placed], task: TruthfulQATask, seed: int
+) -> list[tuple[Question, Row]]:
     if task == "gen":
         return [(_open(place, row), row) for place, row in generation]
     topics = {required_text(place, low, "question"): low.get("category")
@@ -107,7 +109,7 @@ def _open(place: str, row: Row) -> Question:
     )
 
 
-def _closed(place: str, row: Row, text: str, topic: str | None, task: Task, seed: int) -> Question:
+def _closed(place: str, row: Row, text: str, topic: str | None, task: TruthfulQATask, seed: int) -> Question:
     targets = row.get(f"{task}_targets")
     if isinstance(targets, Mapping) and {"choices", "labels"} <= set(targets):
         pairs = list(zip(targets["choices"], targets["labels"], strict=True))

@@ -16,7 +16,7 @@ from selfdoubt.eval.judges.choices import judge_mc1, judge_mc2, shares
 from selfdoubt.eval.prompts import STOP, BuiltPrompt, answer_text, letter
 from selfdoubt.eval.records import Question, Record, Sample, with_scores
 from selfdoubt.eval.scores.agreement import Same, agreement_scores
-from selfdoubt.eval.scores.p_true import p_true
+from selfdoubt.eval.scores.p_true import estimate_p_true
 from selfdoubt.eval.settings import Cost
 from selfdoubt.lm.calibration import POSITIONS
 from selfdoubt.lm.scoring import score_teacher_forced
@@ -68,7 +68,7 @@ def ask_batch(lm: RiskAwareLM, questions: Sequence[Question], config: Evaluation
         _draw(lm, prompts, config, alike, found)
     if config.p_true:
         with found.timed("p_true", 1):
-            doubts = p_true(lm, [(r.question, r.answer or "") for r in found.records], config)
+            doubts = estimate_p_true(lm, [(r.question, r.answer or "") for r in found.records], config)
         found.records = [with_scores(r, {"p_false": 1 - p}) for r, p in zip(found.records, doubts, strict=True)]
     if answers[0].states is not None:
         found.states = stack_states([a.states for a in answers])

@@ -10,8 +10,8 @@ from selfdoubt.errors import ConfigError
 from selfdoubt.setting import setting
 
 PROMPT_STYLES = ("auto", "chat", "qa")
-ChatMessage = dict[str, str]
-BuiltPrompt = str | list[ChatMessage]  #: plain text in the style "qa", else messages
+PromptMessage = dict[str, str]
+BuiltPrompt = str | list[PromptMessage]  #: plain text in the style "qa", else messages
 
 #: An answer in the style "qa" ends where the line ends.
 STOP = "\n"
@@ -65,7 +65,7 @@ def build_prompt(question: Question, shots: Sequence[Question] = (), how: Prompt
         blocks = [f"{_line_by_line(_body(s, how, 'Q: '))}\nA: {_one_line(shown_answer(s, how.options))}" for s in shots]
         last = f"{_line_by_line(_body(question, how, 'Q: '))}\nA:"
         return "\n\n".join(([instruction] if instruction else []) + [*blocks, last])
-    turns: list[ChatMessage] = []
+    turns: list[PromptMessage] = []
     for shot in shots:
         turns += [_user(_body(shot, how, "")), {"role": "assistant", "content": shown_answer(shot, how.options)}]
     turns.append(_user(_body(question, how, "")))
@@ -120,7 +120,7 @@ def _body(question: Question, how: Prompting, mark: str) -> str:
     return "\n".join(([passage, *lines] if mark else [passage, "", *lines]) if passage else lines)
 
 
-def _user(content: str) -> ChatMessage:
+def _user(content: str) -> PromptMessage:
     return {"role": "user", "content": content}
 
 

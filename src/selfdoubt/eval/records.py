@@ -90,7 +90,7 @@ def read_records(path: str | os.PathLike[str]) -> list[Record]:
         DataError: If it cannot be read, a line is broken, or an id comes twice.
     """
     found: dict[str, Record] = {}
-    for place, row in rows(path):
+    for place, row in read_rows(path):
         try:
             record = Record.from_json(row)
         except DataError as error:
@@ -101,7 +101,7 @@ def read_records(path: str | os.PathLike[str]) -> list[Record]:
     return list(found.values())
 
 
-def rows(path: str | os.PathLike[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+def read_rows(path: str | os.PathLike[str]) -> Iterator[tuple[str, dict[str, Any]]]:
     """The objects of a JSONL file, each with its place in words.
 
     Raises:
@@ -127,10 +127,10 @@ def rows(path: str | os.PathLike[str]) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def save_records(path: str | os.PathLike[str], records: Iterable[Record]) -> None:
     """Write a file of records, whole or not at all; half of a character is written as JSON escapes it."""
-    write(Path(path), "".join(line(r) for r in records).encode("utf-8", "backslashreplace"))
+    write(Path(path), "".join(format_record(r) for r in records).encode("utf-8", "backslashreplace"))
 
 
-def line(record: Record) -> str:
+def format_record(record: Record) -> str:
     """One line of a file of records."""
     return json.dumps(record.to_json(), ensure_ascii=False, allow_nan=False) + "\n"
 

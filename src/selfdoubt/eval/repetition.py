@@ -13,7 +13,7 @@ TIMES, SHORTEST, SHARE = 2.5, 6, 0.5
 _UNIT = re.compile(rf"[{UNSPACED}{HANGUL}]|[^\W{UNSPACED}{HANGUL}]+")
 
 
-def repeats(text: str) -> bool:
+def is_repeating(text: str) -> bool:
     """Return whether an answer is mostly a loop: one part two and a half times in a row or more.
 
     Parts are made of words in lower case without signs, of scripts without spaces of characters. A loop may begin after
@@ -21,8 +21,10 @@ def repeats(text: str) -> bool:
     the answer. A list whose lines begin alike, a refrain, and a short answer do not count.
 
     Example:
-        >>> repeats("I'm not a game. I'm a game. I'm a game. I'm a game."), repeats("No, no, no!"), repeats("Paris")
-        (True, False, False)
+        >>> is_repeating("I'm not a game. I'm a game. I'm a game. I'm a game.")
+        True
+        >>> is_repeating("No, no, no!"), is_repeating("Paris")
+        (False, False)
     """
     units = _UNIT.findall(text.lower())
     longest = max((_run(units, period) for period in range(1, int(len(units) / TIMES) + 1)), default=0)

@@ -33,7 +33,7 @@ def read_answer_rows(file: str, out: Path, question_column: str) -> list[dict[st
         raise ConfigError(f"--out {out} is the file of answers itself; give another name")
     if not out.absolute().parent.is_dir():
         raise ConfigError(f"--out {out}: there is no folder {out.absolute().parent}; make it first")
-    rows = [row for _, row in records.rows(file)]
+    rows = [row for _, row in records.read_rows(file)]
     if not rows:
         raise DataError(f"{file} holds no answers; write one object a line")
     if not any(question_column in row for row in rows):

@@ -7,8 +7,8 @@ A number is an entry ``{"value", "low", "high"}`` with its 95 % interval; where 
     draws, seed, level      of the bootstrap
     counts                  asked, judged, right, wrong, abstained, unjudged, unjudged_because {reason: answers}
     accuracy                entry, of all judged answers
-    repetition              answers that repeat themselves (``repetition.repeats``): repeating, of (answers that there
-                            are), share, and right (judged right all the same)
+    repetition              answers that repeat themselves (``is_repeating``): repeating, of (answers that there are),
+                            share, and right (judged right all the same)
     baseline                the score that others are compared with
     scores                  by name: judged (answers that have the score), note, metrics {name: entry},
                             against {"auroc" | "prr": entry of the difference to the baseline}, cost
@@ -37,7 +37,7 @@ from typing import Any
 
 from selfdoubt.errors import DataError
 from selfdoubt.eval.records import Record
-from selfdoubt.eval.repetition import repeats
+from selfdoubt.eval.repetition import is_repeating
 from selfdoubt.report.best_of_n import tries
 from selfdoubt.report.metric_entries import (
     LEVEL,
@@ -142,7 +142,7 @@ def _counts(records: Sequence[Record]) -> dict[str, Any]:
 
 def _repetition(records: Sequence[Record]) -> dict[str, Any]:
     answers = [r for r in records if r.answer is not None and not r.question.choices]
-    found = [r for r in answers if repeats(r.answer or "")]
+    found = [r for r in answers if is_repeating(r.answer or "")]
     return {
         "repeating": len(found),
         "of": len(answers),

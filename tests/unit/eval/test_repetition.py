@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from selfdoubt.eval.judges.rules import Rouge, get_judge_name
-from selfdoubt.eval.repetition import repeats
+from selfdoubt.eval.repetition import is_repeating
 from selfdoubt.report.measure import measure
 from selfdoubt.report.write import write_report
 from tests.records import judged
@@ -31,7 +31,7 @@ from tests.records import judged
     ],
 )
 def test_loops_repeat(text):
-    assert repeats(text)
+    assert is_repeating(text)
 
 
 @pytest.mark.parametrize(
@@ -51,7 +51,7 @@ def test_loops_repeat(text):
     ],
 )
 def test_lists_refrains_and_short_answers_do_not(text):
-    assert not repeats(text)
+    assert not is_repeating(text)
 
 
 words = st.lists(st.sampled_from(["sun", "moon", "sea", "wind", "tree"]), min_size=2, max_size=6)
@@ -60,13 +60,13 @@ words = st.lists(st.sampled_from(["sun", "moon", "sea", "wind", "tree"]), min_si
 @given(words, st.integers(3, 8), st.sampled_from([" ", ". ", ", "]))
 def test_any_part_three_times_in_a_row_is_a_loop_wherever_it_is_cut(part, times, between):
     text = between.join([" ".join(part)] * times)
-    assert repeats(text)
-    assert repeats(f"Well, {text} sun")
+    assert is_repeating(text)
+    assert is_repeating(f"Well, {text} sun")
 
 
 @given(st.lists(st.integers(0, 10**6), unique=True, max_size=40))
 def test_what_never_comes_twice_is_no_loop(numbers):
-    assert not repeats(" ".join(map(str, numbers)))
+    assert not is_repeating(" ".join(map(str, numbers)))
 
 
 def loops(n):

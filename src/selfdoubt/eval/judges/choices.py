@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from selfdoubt.errors import NonFiniteError, ShapeError
-from selfdoubt.eval.judges.signs import spans
+from selfdoubt.eval.judges.signs import find_spans
 from selfdoubt.eval.judges.text import fold, inside
 from selfdoubt.eval.judges.verdict import NO_ANSWER, Verdict
 from selfdoubt.eval.records import Question
@@ -100,7 +100,7 @@ def chosen(choices: Sequence[str], answer: str) -> int | None:
     letter = _LETTER.match(answer)
     if letter and (index := ord(letter[1].upper()) - ord("A")) < len(choices):
         return index
-    stands = {i: spans(c, said) for i, c in enumerate(plain)}
+    stands = {i: find_spans(c, said) for i, c in enumerate(plain)}
     taken = [s for found in stands.values() for s in found]
     whole = {i for i, found in stands.items() for s in found if not any(inside(s, other) for other in taken)}
     return min(whole) if len({plain[i] for i in whole}) == 1 else None

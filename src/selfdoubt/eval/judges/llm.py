@@ -21,7 +21,7 @@ from selfdoubt.errors import ConfigError, DataError, LoadError, require
 from selfdoubt.eval.judges.verdict import NO_ANSWER, Verdict
 from selfdoubt.eval.records import Question
 
-Pair = tuple[Question, str | None]
+JudgedPair = tuple[Question, str | None]
 
 RIGHT, WRONG = "right", "wrong"
 JUDGE_INSTRUCTION = (
@@ -61,7 +61,7 @@ class LLMJudge:
         """The verdict on one answer."""
         return self.verdicts([(question, answer)])[0]
 
-    def verdicts(self, pairs: Sequence[Pair]) -> list[Verdict]:
+    def verdicts(self, pairs: Sequence[JudgedPair]) -> list[Verdict]:
         """The verdict on each answer, in their order. What is asked twice is sent once.
 
         Raises:

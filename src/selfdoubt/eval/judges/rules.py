@@ -10,7 +10,7 @@ from typing import Any
 
 from selfdoubt.errors import ConfigError, require
 from selfdoubt.eval.judges.choices import Choice
-from selfdoubt.eval.judges.signs import spans, spoken
+from selfdoubt.eval.judges.signs import find_spans, say_signs
 from selfdoubt.eval.judges.text import declines, fold, inside, normalise, rouge_l, token_f1
 from selfdoubt.eval.judges.verdict import NO_ANSWER, Judge, Verdict, parse_verdict
 from selfdoubt.eval.records import Question
@@ -252,7 +252,7 @@ def _contained(question: Question, answer: str, accepted: str) -> float:
 
 def _stands(name: str, text: str) -> list[tuple[int, int]]:
     """Find where a folded name stands, with its signs or with them said in words."""
-    return [span for way in (name, *spoken(name)) for span in spans(way, text)]
+    return [span for way in (name, *say_signs(name)) for span in find_spans(way, text)]
 
 
 def _name(text: str) -> str:

@@ -1,7 +1,7 @@
 """Signs that change what a short text means: -5 is not 5, C++ not C, 10⁶ not 106. Pure functions.
 
-``keep_signs`` marks such signs by where they stand, so that ``judges.text.fold`` drops only the others; ``spans``
-finds a folded name in a folded text; ``spoken`` says a sign in words.
+``keep_signs`` marks such signs by where they stand, so that ``judges.text.fold`` drops only the others; ``find_spans``
+finds a folded name in a folded text; ``say_signs`` says a sign in words.
 """
 
 # ruff: noqa: RUF001 (fullwidth signs are marks here)
@@ -190,7 +190,7 @@ def _pattern(word: str) -> str:
     return rf"{re.escape(core)}[{re.escape(units) or UNITS}]*"
 
 
-def spans(words: str, text: str) -> list[tuple[int, int]]:
+def find_spans(words: str, text: str) -> list[tuple[int, int]]:
     """Find where ``words`` stand as whole words in ``text``, both folded: their first character, and the one behind.
 
     A unit at a number may be missing in either, and must not differ. In scripts without spaces between words they may
@@ -223,11 +223,11 @@ _SPOKEN: tuple[tuple[re.Pattern[str], tuple[str, ...]], ...] = tuple(
 )
 
 
-def spoken(words: str) -> Iterator[str]:
+def say_signs(words: str) -> Iterator[str]:
     """Yield the folded name with a sign said in words, in each usual way; nothing where it holds none.
 
     Example:
-        >>> list(spoken("-5")), list(spoken("c#"))
+        >>> list(say_signs("-5")), list(say_signs("c#"))
         (['minus 5', 'negative 5'], ['c sharp'])
     """
     for pattern, said in _SPOKEN:

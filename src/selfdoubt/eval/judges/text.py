@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Sequence
 from functools import lru_cache
 
-from selfdoubt.eval.judges.signs import compose_negated, keep_forms, keep_signs, meaningful, spans
+from selfdoubt.eval.judges.signs import compose_negated, find_spans, keep_forms, keep_signs, meaningful
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = dict.fromkeys(map(ord, string.punctuation))
@@ -118,9 +118,9 @@ def same_key(text: str) -> tuple[str, str]:
 def places(words: str, text: str) -> list[int]:
     """Where ``words`` stand as whole words in ``text``, both folded: places of their first characters.
 
-    As ``selfdoubt.eval.judges.signs.spans``, which also gives their ends.
+    As ``selfdoubt.eval.judges.signs.find_spans``, which also gives their ends.
     """
-    return [start for start, _ in spans(words, text)]
+    return [start for start, _ in find_spans(words, text)]
 
 
 def inside(span: tuple[int, int], other: tuple[int, int]) -> bool:

@@ -165,7 +165,7 @@ def lexical_dissimilarity(samples: Sequence[str], measure: str = "rouge") -> flo
     return max(0.0, 1 - math.fsum(1.0 if a == b else measures[measure](a, b) for a, b in pairs) / len(pairs))
 
 
-def majority(texts: Sequence[str], alike: Same = _SAME_TEXT, question: str = "") -> int:
+def choose_majority(texts: Sequence[str], alike: Same = _SAME_TEXT, question: str = "") -> int:
     """The index of the first text of the largest cluster; of equally large ones, of the one that appears first.
 
     Raises:

@@ -28,7 +28,7 @@ Is the proposed answer true or false? Say only True or False."""
 _FORMS = {"true": ("True", " True", "true", " true"), "false": ("False", " False", "false", " false")}
 
 
-def p_true(lm: RiskAwareLM, pairs: Sequence[tuple[Question, str]], config: EvaluationConfig) -> list[float]:
+def estimate_p_true(lm: RiskAwareLM, pairs: Sequence[tuple[Question, str]], config: EvaluationConfig) -> list[float]:
     """Return the probability of "true" against "false", in [0, 1], for each question with its answer.
 
     Raises:
