@@ -31,7 +31,7 @@ from selfdoubt.errors import SelfdoubtError
 from selfdoubt.eval.generate import stack_states
 from selfdoubt.eval.records import Question, Record
 from selfdoubt.eval.run import choose_quarter_layers
-from selfdoubt.lm.answer import reference_quantiles
+from selfdoubt.lm.scores import reference_quantiles
 from selfdoubt.lm.conditions import Conditions
 from selfdoubt.lm.model import RiskAwareLM
 

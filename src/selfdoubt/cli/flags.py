@@ -114,8 +114,8 @@ def load_lm(
     """Load the model that the flags name; one line on standard error says what its risk lacks."""
     quiet()
     from selfdoubt.errors import UntrainedWarning
-    from selfdoubt.lm.answer import DEFAULT_RISK
     from selfdoubt.lm.model import RiskAwareLM
+    from selfdoubt.lm.scores import DEFAULT_RISK
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UntrainedWarning)  # the note says it, in one line

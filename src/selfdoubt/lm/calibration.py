@@ -30,12 +30,10 @@ from selfdoubt.fields import (
     whole,
 )
 from selfdoubt.lm.conditions import CONDITIONS, Conditions, Origin
+from selfdoubt.lm.hidden_states import POSITIONS, AnswerStates, Position, StateKey
+from selfdoubt.lm.scores import ANSWER_SCORES
 
 Kind = Literal["isotonic", "logistic"]
-Position = Literal["question", "first", "mean"]
-#: Where hidden states are taken: at the question's last own token; where the answer's first token is chosen; and the
-#: mean over all places where a token of the answer is chosen. Each is the mean over members.
-POSITIONS: tuple[Position, ...] = ("question", "first", "mean")
 #: Added to a score before its logarithm, in nats (or shares): doubts far below it all count as none. Of 1e-6 to 1e-2,
 #: the square root and no transform, 1e-2 had the least log loss in the domain and outside with members' scores, whose
 #: smallest values are noise.
@@ -61,15 +59,6 @@ class Estimate(NamedTuple):
     abstain: bool | None = None  #: None without a threshold
 
 
-class States(NamedTuple):
-    """Hidden states after some decoder layers, one row a layer, float32 on the host."""
-
-    layers: tuple[int, ...]  #: 0 is the first decoder layer
-    question: Float[Tensor, "layers width"]
-    first: Float[Tensor, "layers width"]
-    mean: Float[Tensor, "layers width"]
-
-
 @dataclass(frozen=True)
 class StateHead:
     """A linear function of one hidden state."""
@@ -81,6 +70,11 @@ class StateHead:
     center: tuple[float, ...] = ()  #: mean of their states, and the standard deviations; () in files made earlier
     spread: tuple[float, ...] = ()
     reach: float = math.inf  #: of their distances from the center, the greatest
+
+    @property
+    def key(self) -> StateKey:
+        """The name of the state that is read."""
+        return StateKey(self.position, self.layer)
 
     def value(self, hidden: Float[Tensor, " width"]) -> float:
         """Return its share of the logit, at most ``most``.
@@ -138,7 +132,7 @@ class Calibration:
     def estimate(
         self,
         scores: Mapping[str, float],
-        states: States | None,
+        states: AnswerStates | None,
         origin: Origin,
         finish: str,
         gaps: Sequence[float],
@@ -173,10 +167,10 @@ class Calibration:
         p *= math.exp(-gap)
         return Estimate(p, NO_RECORD if own is None else None, self.abstains(p))
 
-    def _why_not(self, scores: Mapping[str, float], states: States | None) -> str:
+    def _why_not(self, scores: Mapping[str, float], states: AnswerStates | None) -> str:
         """Return why ``p_correct`` is None."""
         lacking = [name for name in self.features if name not in scores]
-        if lacking and all(name.startswith(("question_", "both_")) for name in lacking):
+        if lacking and all(name in ANSWER_SCORES and ANSWER_SCORES[name].needs_question for name in lacking):
             return "the calibration reads the question, too; give the question"
         if lacking:
             return f"the calibration reads the score {lacking[0]}, which this answer lacks"
@@ -184,12 +178,9 @@ class Calibration:
             return f"the calibration reads the hidden state of layer {self.state.layer}, which was not kept"
         return FAR
 
-    def _hidden(self, states: States | None) -> Float[Tensor, " width"] | None:
+    def _hidden(self, states: AnswerStates | None) -> Float[Tensor, " width"] | None:
         """Return what the head reads of the states; None where it is missing."""
-        if self.state is None or states is None or self.state.layer not in states.layers:
-            return None
-        rows: Tensor = getattr(states, self.state.position)
-        return rows[states.layers.index(self.state.layer)]
+        return None if self.state is None or states is None else states.get(self.state.key)
 
     def _is_far(self, scores: Mapping[str, float]) -> bool:
         """Return whether a score is more doubtful than all that was seen."""
@@ -199,7 +190,7 @@ class Calibration:
             for name, (low, high) in zip(self.features, ranges, strict=True)
         )
 
-    def p_correct(self, scores: Mapping[str, float], states: States | None = None) -> float | None:
+    def p_correct(self, scores: Mapping[str, float], states: AnswerStates | None = None) -> float | None:
         """Return the probability that an answer is right, in [0, 1], if it was made as the calibration answers were.
 
         None where a score or the state is missing, or lies far outside of what was seen on the doubtful side.

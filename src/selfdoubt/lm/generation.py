@@ -13,11 +13,10 @@ from torch import Tensor
 
 from selfdoubt.errors import ConfigError
 from selfdoubt.lm.answer import Answer, Token
-from selfdoubt.lm.calibration import States
 from selfdoubt.lm.chunks import ChunkSizer
 from selfdoubt.lm.conditions import Made, Origin
 from selfdoubt.lm.decode import DecodeBatch, TokenEvent, TokenSequence, decode_batch
-from selfdoubt.lm.hidden_states import HiddenStatePooler
+from selfdoubt.lm.hidden_states import AnswerStates, HiddenStatePooler
 from selfdoubt.lm.prefill import ScoredId, prefill_in_chunks, run_to_end
 from selfdoubt.lm.sampling import Sampling
 from selfdoubt.lm.stepper import HFStepper
@@ -149,11 +148,11 @@ class AnswerInProgress:
             self.tokens, self.question, self.finish, text, self._states(), self._ending, origin=self._origin
         )
 
-    def _states(self) -> States | None:
+    def _states(self) -> AnswerStates | None:
         if self._asked is None or self._first is None:
             return None
         mean = self._first if self._sum is None else self._sum / max(1, len(self.tokens))
-        return States(self.lm.layers, self._asked.cpu(), self._first.cpu(), mean.cpu())
+        return AnswerStates(self.lm.layers, self._asked.cpu(), self._first.cpu(), mean.cpu())
 
 
 class SequenceRequest(NamedTuple):

@@ -8,23 +8,35 @@ import warnings
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from copy import copy
+from dataclasses import replace
 from typing import Any, Literal, Unpack, cast, overload
 
 import torch
 from torch import nn
 
 from selfdoubt.errors import ConfigError, UntrainedWarning
-from selfdoubt.lm import answer as answers
 from selfdoubt.lm.adapters.adapter import base_of, check_adapter, load_adapter, own_tokenizer, read_adapter
-from selfdoubt.lm.answer import Alternative, Answer, Token, answer_scores, check_score, pick_risk, rank_scores
-from selfdoubt.lm.calibration import Calibration, Estimate, States, read_calibration
+from selfdoubt.lm.answer import Alternative, Answer, Token
+from selfdoubt.lm.calibration import Calibration, Estimate, read_calibration
 from selfdoubt.lm.conditions import Origin
 from selfdoubt.lm.generation import Stream, generate_batch
+from selfdoubt.lm.hidden_states import AnswerStates
 from selfdoubt.lm.inputs import Question, check_question, is_chat, list_pairs, list_questions
 from selfdoubt.lm.load import POCKET, Quantization, choose_dtype, find_stop_ids, load_model, vocabulary_size
 from selfdoubt.lm.notes import PLAIN_NOTE, untrained_note
 from selfdoubt.lm.options import Options, read_number, read_options, read_sampling, read_seed, stop_texts
 from selfdoubt.lm.prefill import ScoredId
+from selfdoubt.lm.scores import (
+    DEFAULT_RISK,
+    RANK_SCORES,
+    TOKEN_RISK,
+    Score,
+    Signal,
+    answer_scores,
+    check_score,
+    pick_risk,
+    rank_scores,
+)
 from selfdoubt.lm.scoring import score_teacher_forced
 from selfdoubt.lm.stepper import HFStepper
 from selfdoubt.lm.text.detokenizer import TextsBetween
@@ -51,8 +63,8 @@ class RiskAwareLM:
         *,
         reference: Mapping[str, Sequence[float]] | None = None,
         calibration: Calibration | None = None,
-        risk: str = answers.DEFAULT_RISK,
-        token_risk: str = answers.TOKEN_RISK,
+        risk: str = DEFAULT_RISK,
+        token_risk: Signal = TOKEN_RISK,
         layers: Sequence[int] = (),
         note: str | None = None,
     ) -> None:
@@ -97,7 +109,7 @@ class RiskAwareLM:
         revision: str | None = None,
         trust_remote_code: bool = False,
         token: str | None = None,
-        risk: str = answers.DEFAULT_RISK,
+        risk: str = DEFAULT_RISK,
         layers: Sequence[int] = (),
     ) -> RiskAwareLM:
         """Load a model and make it aware of its risk.
@@ -222,7 +234,7 @@ class RiskAwareLM:
         seeds = [options.get("seed", 0) + i for i in range(n)]
         found = self._generate([check_question(prompt)] * n, batch_size, seeds, options)
         # Candidates share their question: where only it makes the risk, the same score of the answer orders them.
-        bare = self.risk.removeprefix("question_")
+        bare = self.risk if self.risk in RANK_SCORES else str(replace(Score.parse(self.risk), part="answer"))
         return sorted(found, key=lambda a: (a.risk, a.scores.get(bare, math.inf)))
 
     def generate_until(
@@ -291,7 +303,7 @@ class RiskAwareLM:
 
     def answer(
         self, tokens: Sequence[Token], question: Sequence[Token], finish: Literal["stop", "length", "given"], text: str,
-        states: States | None = None, ending: Sequence[Token] = (), *, origin: Origin,
+        states: AnswerStates | None = None, ending: Sequence[Token] = (), *, origin: Origin,
     ) -> Answer:  # fmt: skip
         """Put tokens together and score the whole.
 

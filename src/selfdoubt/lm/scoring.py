@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from selfdoubt.errors import PromptError
 from selfdoubt.lm.answer import Answer
-from selfdoubt.lm.calibration import States
 from selfdoubt.lm.chunks import ChunkSizer
 from selfdoubt.lm.conditions import Made, Origin
 from selfdoubt.lm.generation import (
@@ -17,7 +16,7 @@ from selfdoubt.lm.generation import (
     find_last_user_token,
     find_unscored_tokens,
 )
-from selfdoubt.lm.hidden_states import HiddenStatePooler
+from selfdoubt.lm.hidden_states import AnswerStates, HiddenStatePooler
 from selfdoubt.lm.inputs import Question
 from selfdoubt.lm.prefill import prefill_in_chunks, run_to_end, teacher_force_in_chunks
 from selfdoubt.lm.stepper import HFStepper
@@ -123,7 +122,7 @@ def _score_texts(
     found = []
     for row, item in enumerate(given):
         end = None if pool is None or pool.means is None else pool.means[row, 0].cpu()
-        states = None if end is None else States(lm.layers, end, end, end)  # without a question, but its end
+        states = None if end is None else AnswerStates(lm.layers, end, end, end)  # without a question, but its end
         start = 1 if item.ids[:1] == [lm.tokenizer.bos_token_id] else 0
         tokens = yield from build_tokens_in_chunks(lm, scored[row][start:], item.ids[start:])
         found.append(lm.answer(tokens, [], "given", item.text, states, origin=Origin("given", TEXT)))
@@ -165,7 +164,7 @@ def _score_answers(
             first, n = following.states[0, i], len(texts[i])
             others = 0.0 if rest is None or rest.means is None else rest.means[i, 0]
             mean = (first + (n - 1) * others) / n
-            states = States(lm.layers, asked.means[rows[i], 0].cpu(), first.cpu(), mean.cpu())
+            states = AnswerStates(lm.layers, asked.means[rows[i], 0].cpu(), first.cpu(), mean.cpu())
         tokens = yield from build_tokens_in_chunks(lm, scored[i], item.ids, find_unscored_tokens(encoded[i]))
         found.append(lm.answer(tokens, questions[rows[i]], "given", item.text, states, origin=origin))
     return found

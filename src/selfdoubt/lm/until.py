@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from selfdoubt.errors import ConfigError
-from selfdoubt.lm.answer import Answer, fallback_score
+from selfdoubt.lm.answer import Answer
 from selfdoubt.lm.inputs import Question
 from selfdoubt.lm.options import Options, read_number
+from selfdoubt.lm.scores import fallback_score
 
 if TYPE_CHECKING:
     from selfdoubt.lm.model import RiskAwareLM
@@ -35,7 +36,7 @@ def generate_until(
         raise ConfigError(f"the percentile must be between 0 and 1, got {percentile}")
     if read_number("max_tries", max_tries, whole=True) < 1:
         raise ConfigError(f"max_tries must be at least 1, got {max_tries}")
-    if not {lm.risk, fallback_score(lm.risk)} & set(lm.reference):
+    if not {lm.risk, str(fallback_score(lm.risk))} & set(lm.reference):
         raise ConfigError(
             f"a percentile of {lm.risk} needs reference answers, and this model has none; "
             "use an adapter that has them (the pocket model does)"

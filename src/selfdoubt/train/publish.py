@@ -17,9 +17,10 @@ from selfdoubt.errors import ConfigError, PromptError, SelfdoubtError, TargetErr
 from selfdoubt.lm.adapters import lora
 from selfdoubt.lm.adapters.adapter import check_adapter, save_adapter
 from selfdoubt.lm.adapters.new_folder import check_free
-from selfdoubt.lm.answer import Answer, reference_quantiles
+from selfdoubt.lm.answer import Answer
 from selfdoubt.lm.load import load_skeleton, resolve_model
 from selfdoubt.lm.model import RiskAwareLM
+from selfdoubt.lm.scores import reference_quantiles
 from selfdoubt.lm.text.prompt import encode
 from selfdoubt.members import Wrapped
 from selfdoubt.train.config import TrainConfig, to_toml

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from selfdoubt.lm.answer import ANSWER_SCORES, Answer, Token, answer_scores
+from selfdoubt.lm.answer import Answer, Token
+from selfdoubt.lm.scores import Score
 from selfdoubt.risk import percentile
 
 if TYPE_CHECKING:
@@ -27,10 +28,8 @@ def of_token(lm: RiskAwareLM, token: Token) -> dict[str, Any]:
 
 def of_question(lm: RiskAwareLM, question: Sequence[Token]) -> dict[str, Any] | None:
     """The risk of the question's own words, which is known before the answer begins; None without own words."""
-    name = f"question_mean_{lm.token_risk}"
-    if name not in ANSWER_SCORES:
-        name = "question_mean_nll"
-    value = answer_scores([], question).get(name)
+    score = Score("question", "mean", lm.token_risk)
+    value, name = score.compute([], question), str(score)
     if value is None:
         return None
     reference = lm.reference.get(name)
