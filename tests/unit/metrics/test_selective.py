@@ -160,13 +160,13 @@ def test_coverage_at_does_not_part_ties():
 
 
 def test_unjudged_answers_are_left_out_and_counted():
-    found = selective.judged([0.3, math.nan, 0.1], [False, None, True])
+    found = selective.drop_unjudged([0.3, math.nan, 0.1], [False, None, True])
     assert found.risk.tolist() == [0.3, 0.1]
     assert found.correct.tolist() == [False, True]
     assert found.n_unjudged == 1
-    assert selective.judged([], []).n_unjudged == 0
+    assert selective.drop_unjudged([], []).n_unjudged == 0
     with pytest.raises(MetricError, match=r"^risk and correct must be two lists of one length, got 1 and 2; .*None"):
-        selective.judged([0.3], [False, None])
+        selective.drop_unjudged([0.3], [False, None])
 
 
 @pytest.mark.parametrize("spacing", ["width", "mass"])
@@ -240,7 +240,7 @@ def test_lists_that_do_not_fit_are_an_error(name, unchecked):
             MetricError, match=r"must be two lists of one length, got shapes \(.*\) and \(.*\); give one"
         ):
             function(score, correct)
-    with pytest.raises(MetricError, match=r"^correct must hold booleans, got object; take .* with judged\("):
+    with pytest.raises(MetricError, match=r"^correct must hold booleans, got object; take .* with drop_unjudged\("):
         function(np.zeros(2), np.array([True, None]))
     with pytest.raises(MetricError, match=r"^correct must hold booleans, got int64; "):
         function(np.zeros(2), np.array([1, 0]))
