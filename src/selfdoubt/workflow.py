@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -36,7 +35,8 @@ from selfdoubt.eval.settings import Run
 from selfdoubt.lm.calibration import Calibration
 from selfdoubt.lm.load import POCKET, resolve_model
 from selfdoubt.members import Wrapped
-from selfdoubt.report.write import write_report
+from selfdoubt.report.results import Report
+from selfdoubt.report.write import read_report, write_report
 
 if TYPE_CHECKING:
     from selfdoubt.lm.model import RiskAwareLM
@@ -52,14 +52,14 @@ class Evaluation:
     folder: Path
     run: Run  #: its settings
     records: tuple[Record, ...]
-    report: Mapping[str, Any]  #: as ``report.json`` holds it
+    report: Report  #: all numbers of ``report.json``
     files: Mapping[str, Path]  #: ``report.json``, ``report.html`` and the plots
     lm: RiskAwareLM | None = field(default=None, repr=False, compare=False)  #: the model that answered
 
     @property
     def sentences(self) -> tuple[str, ...]:
         """The findings, in words."""
-        return tuple(self.report["verdict"]["sentences"])
+        return self.report.verdict.sentences
 
     def lines(self) -> list[str]:
         """Return the findings and the places of the files, for a terminal."""
@@ -227,9 +227,8 @@ def calibrate(
 
 def write_run_report(records: Sequence[Record], run: Run, folder: Path, *, draws: int) -> Evaluation:
     """Measure judged answers, and write the report into the folder."""
-    paths = write_report(records, run.to_json(), folder, draws=draws)
-    report = json.loads(paths["report.json"].read_text(encoding="utf-8"))
-    return Evaluation(folder, run, tuple(records), report, paths)
+    paths = write_report(records, run, folder, draws=draws)
+    return Evaluation(folder, run, tuple(records), read_report(folder), paths)
 
 
 def describe_run(lm: RiskAwareLM, data: Any) -> Run:

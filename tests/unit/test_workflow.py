@@ -43,11 +43,11 @@ def test_pairs_are_asked_judged_and_reported(evaluation):
     assert [record.question.text for record in evaluation.records] == [text for text, _ in QUESTIONS]
     assert evaluation.records[3].question.answers == ("this", "number 3")
     assert [record.correct for record in evaluation.records] == [i % 2 == 0 for i in range(60)]
-    assert evaluation.report == json.loads((evaluation.folder / "report.json").read_text(encoding="utf-8"))
+    assert evaluation.report.to_json() == json.loads((evaluation.folder / "report.json").read_text(encoding="utf-8"))
     written = (evaluation.folder / "run.json").read_text(encoding="utf-8")
     assert json.dumps(evaluation.run.to_json(), indent=1, ensure_ascii=False) + "\n" == written
     assert evaluation.run.judge == "is_even"
-    assert evaluation.sentences == tuple(evaluation.report["verdict"]["sentences"])
+    assert evaluation.sentences == evaluation.report.verdict.sentences
     assert all(path.is_file() for path in evaluation.files.values())
 
 
@@ -85,7 +85,7 @@ def test_renewed_reports_come_back(evaluation, tmp_path):
     [renewed] = result.evaluations
     assert renewed.folder == evaluation.folder
     assert all(record.p_correct is not None for record in renewed.records)
-    assert "p_correct" in renewed.report["probabilities"]
+    assert "p_correct" in renewed.report.probabilities
 
 
 def test_a_model_that_settings_do_not_describe_must_be_given(evaluation, tmp_path):

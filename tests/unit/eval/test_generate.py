@@ -18,7 +18,7 @@ from selfdoubt.eval.records import Question, Record
 from selfdoubt.eval.run import ask_questions, choose_quarter_layers
 from selfdoubt.eval.scores.agreement import build_equivalence, cluster_answers
 from selfdoubt.eval.scores.p_true import estimate_p_true
-from selfdoubt.report.measure import measure
+from tests.records import measured
 from tests.zoo import talker, tokenizer
 
 QUESTIONS = [
@@ -175,7 +175,7 @@ def test_a_run_with_empty_answers_compares_all_of_them():
         for i, r in enumerate(ask_batch(lm, questions, plan, build_equivalence("exact")).records)
     ]
     assert any(r.answer == "" for r in found)
-    report = measure(found, {}, draws=20)
+    report = measured(found, draws=20)
     assert "why" not in report["picked"]
     assert all(score["note"] is None and score["judged"] == 30 for score in report["scores"].values())
     assert len(calibration_rows(found)[0]) == 30
