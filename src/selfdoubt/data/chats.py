@@ -75,11 +75,11 @@ def _chats(source: str, columns: Columns) -> Iterator[ChatMessages]:
     elif columns == AS_USUAL and is_record(first[1]):
         to_chat = _answered
     else:
-        found = _columns(source, first[1], columns)
-        if found.choices is not None:  # how answers name them, the whole file says
+        resolved = _columns(source, first[1], columns)
+        if resolved.choices is not None:  # how answers name them, the whole file says
             rest = [*rows]
-            rows, found = iter(rest), decide_naming([first, *rest], found)
-        to_chat = partial(_asked, found)
+            rows, resolved = iter(rest), decide_naming([first, *rest], resolved)
+        to_chat = partial(_asked, resolved)
     for place, row in chain([first], rows):
         yield to_chat(place, row)
 
@@ -97,7 +97,7 @@ def _rows(source: str) -> Iterator[Placed]:
 def _layout(row: Row) -> str:
     """Return which layout the columns of the first record are, without regard to case."""
     columns = {lower_name(name) for name in row}
-    fits = (layout for layout, wanted in LAYOUTS.items() if columns.issuperset(wanted))
+    fits = (layout for layout, needed in LAYOUTS.items() if columns.issuperset(needed))
     return next(fits, "question and answer")
 
 
@@ -108,7 +108,7 @@ def _columns(source: str, row: Row, given: Columns) -> Columns:
         if given != AS_USUAL or "that looks like" not in str(error):
             raise
     columns = {lower_name(name) for name in row}
-    lacks = {name: [c for c in wanted if c not in columns] for name, wanted in LAYOUTS.items()}
+    lacks = {name: [c for c in needed if c not in columns] for name, needed in LAYOUTS.items()}
     raise DataError(
         f"{source} has the columns {sorted(columns)}; "
         + ", ".join(f"as {name} it lacks {' and '.join(missing)}" for name, missing in lacks.items())
@@ -121,8 +121,8 @@ def _asked(columns: Columns, place: str, row: Row) -> ChatMessages:
         answers: tuple[str, ...] = ("",)
         question = required_text(place, row, columns.question or "question")
     else:
-        found = parse_question(place, collect_choices(row), columns)
-        question, answers = found.text, found.answers
+        parsed = parse_question(place, collect_choices(row), columns)
+        question, answers = parsed.text, parsed.answers
     return _pair(place, name, question, answers, row.get(name))
 
 
@@ -147,10 +147,10 @@ def _instruction(first: str, last: str, more: str, place: str, row: Row) -> Chat
     texts = []
     for column, text in ((first, row.get(first)), (last, row.get(last)), (more, row.get(more) or "")):
         if not isinstance(text, str):
-            raise DataError(f"{place}: {column} must be text, found {type(text).__name__}; mend or remove the record")
+            raise DataError(f"{place}: {column} must be text, found {type(text).__name__}; fix or remove the record")
         texts.append(whole_text(place, column, text))
     if not texts[0].strip():
-        raise DataError(f"{place}: {first} is empty; mend or remove the record")
+        raise DataError(f"{place}: {first} is empty; fix or remove the record")
     chat = [{"role": "user", "content": texts[0]}]
     if texts[2].strip():
         chat.append({"role": INPUT, "content": texts[2]})
@@ -163,15 +163,15 @@ def _messages(column: str, place: str, row: Row) -> ChatMessages:
         try:
             messages = json.loads(messages)
         except json.JSONDecodeError as error:
-            raise DataError(f"{place}: messages is not JSON ({error.msg}); mend the record") from None
+            raise DataError(f"{place}: messages is not JSON ({error.msg}); fix the record") from None
     if not isinstance(messages, list) or not messages:
-        raise DataError(f"{place}: messages must be a list of objects with role and content; mend the record")
+        raise DataError(f"{place}: messages must be a list of objects with role and content; fix the record")
     chat = []
     for message in messages:
         role, content = (message.get(k) if isinstance(message, Mapping) else None for k in ("role", "content"))
         if not isinstance(role, str) or not isinstance(content, str):
-            raise DataError(f"{place}: each message needs a role and a content, both text; mend the record")
+            raise DataError(f"{place}: each message needs a role and a content, both text; fix the record")
         chat.append({"role": role, "content": whole_text(place, column, content)})
     if not any(m["role"] == "assistant" for m in chat):
-        raise DataError(f"{place}: no message is the assistant's, so there is nothing to learn; mend the record")
+        raise DataError(f"{place}: no message is the assistant's, so there is nothing to learn; fix the record")
     return chat

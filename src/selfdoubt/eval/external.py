@@ -142,7 +142,7 @@ def _record(place: str, row: Row, system: str, question: Question) -> Record:
     if isinstance(answer, (int, float)) and not isinstance(answer, bool) and math.isfinite(answer):
         answer = str(answer).removesuffix(".0")  # pandas makes 4 of a column with gaps 4.0
     if answer is not None and not isinstance(answer, str):
-        raise DataError(f"{place}: {system} must be text, found {type(answer).__name__}; mend or remove the row")
+        raise DataError(f"{place}: {system} must be text, found {type(answer).__name__}; fix or remove the row")
     verdict = parse_verdict(f"{place}: correct", row.get("correct"))
     grade = _number(place, "grade", row.get("grade"))
     return Record(
@@ -201,7 +201,7 @@ def _scores(place: str, cell: Any) -> dict[str, float]:
     if found is None:
         return {}
     if not isinstance(found, Mapping):
-        raise DataError(f"{place}: scores must map names to numbers, found {str(found)[:40]!r}; mend or remove it")
+        raise DataError(f"{place}: scores must map names to numbers, found {str(found)[:40]!r}; fix or remove it")
     values = {str(name): _number(place, f"the score {name}", value) for name, value in found.items()}
     return {name: value for name, value in values.items() if value is not None}
 
