@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class AnsweredBatch:
-    """What a batch of questions came to."""
+    """The answers to a batch of questions."""
 
     records: list[Record] = field(default_factory=list)
     states: dict[str, Tensor] = field(default_factory=dict)  #: "position.layer" -> (questions, width), float32
@@ -38,7 +38,7 @@ class AnsweredBatch:
 
     @contextmanager
     def timed(self, name: str, passes: float) -> Iterator[None]:
-        """Book the seconds of the block; ``passes`` are model runs a question."""
+        """Book the seconds of the block; ``passes`` are forward passes per question."""
         start = time.perf_counter()
         yield
         self.costs[name] = Cost(passes, time.perf_counter() - start)
@@ -51,28 +51,28 @@ def ask_batch(lm: RiskAwareLM, questions: Sequence[Question], config: Evaluation
         lm: The model.
         questions: With choices all, or none.
         config: How to ask.
-        alike: What ``config.clusters`` names.
+        alike: The rule that ``config.clusters`` names.
 
     Returns:
-        One record a question, in their order, unjudged but for multiple choice.
+        One record per question, in their order, unjudged but for multiple choice.
     """
-    found = AnsweredBatch()
+    batch = AnsweredBatch()
     prompts = [config.prompt(q) for q in questions]
     if questions[0].choices:
-        answers = _choose(lm, questions, prompts, config, found)
+        answers = _choose(lm, questions, prompts, config, batch)
     else:
-        with found.timed("answer", 1):
+        with batch.timed("answer", 1):
             answers = lm.generate(prompts, batch_size=config.batch_size, **_options(config))
-        found.records = [_record(q, a, config) for q, a in zip(questions, answers, strict=True)]
+        batch.records = [_record(q, a, config) for q, a in zip(questions, answers, strict=True)]
     if config.samples and not questions[0].choices:
-        _draw(lm, prompts, config, alike, found)
+        _draw(lm, prompts, config, alike, batch)
     if config.p_true:
-        with found.timed("p_true", 1):
-            doubts = estimate_p_true(lm, [(r.question, r.answer or "") for r in found.records], config)
-        found.records = [with_scores(r, {"p_false": 1 - p}) for r, p in zip(found.records, doubts, strict=True)]
+        with batch.timed("p_true", 1):
+            doubts = estimate_p_true(lm, [(r.question, r.answer or "") for r in batch.records], config)
+        batch.records = [with_scores(r, {"p_false": 1 - p}) for r, p in zip(batch.records, doubts, strict=True)]
     if answers[0].states is not None:
-        found.states = stack_states([a.states for a in answers])
-    return found
+        batch.states = stack_states([a.states for a in answers])
+    return batch
 
 
 def _options(config: EvaluationConfig) -> dict[str, Any]:
@@ -99,33 +99,33 @@ def _pairs(tokens: Sequence[Any]) -> tuple[tuple[str, float], ...]:
 
 
 def _short(value: float) -> float:
-    """Enough digits for any ranking; the rest is rounding noise of the machine."""
+    """Keep enough digits for any ranking; the rest is rounding noise of the machine."""
     return float(f"{value:.7g}")
 
 
 def _draw(
-    lm: RiskAwareLM, prompts: Sequence[BuiltPrompt], config: EvaluationConfig, alike: Same, found: AnsweredBatch
+    lm: RiskAwareLM, prompts: Sequence[BuiltPrompt], config: EvaluationConfig, alike: Same, batch: AnsweredBatch
 ) -> None:
-    """Further answers to each question, and the scores of how much they agree."""
+    """Draw further answers to each question, and add the scores of how much they agree."""
     n = config.samples
-    seeds = [sample_seed(config.seed, r.question.id, i) for r in found.records for i in range(n)]
-    with found.timed("samples", n):
-        many = [own for own in prompts for _ in range(n)]
+    seeds = [sample_seed(config.seed, r.question.id, i) for r in batch.records for i in range(n)]
+    with batch.timed("samples", n):
+        many = [prompt for prompt in prompts for _ in range(n)]
         drawn = lm.generate(
             many, batch_size=config.batch_size, seeds=seeds, temperature=config.temperature, **_options(config)
         )
-    with found.timed("agreement", 0):
-        for i, record in enumerate(found.records):
-            own = drawn[i * n : (i + 1) * n]
-            texts = [answer_text(a.text, config.how) for a in own]
-            nlls = [a.scores["sum_nll"] for a in own]
+    with batch.timed("agreement", 0):
+        for i, record in enumerate(batch.records):
+            answers = drawn[i * n : (i + 1) * n]
+            texts = [answer_text(a.text, config.how) for a in answers]
+            nlls = [a.scores["sum_nll"] for a in answers]
             scores = agreement_scores(record.answer or "", texts, nlls, alike, record.question.text)
-            samples = tuple(Sample(t, _short(a.risk), a.percentile) for t, a in zip(texts, own, strict=True))
-            found.records[i] = replace(with_scores(record, scores), samples=samples)
+            samples = tuple(Sample(t, _short(a.risk), a.percentile) for t, a in zip(texts, answers, strict=True))
+            batch.records[i] = replace(with_scores(record, scores), samples=samples)
 
 
 def sample_seed(seed: int, question: str, number: int) -> int:
-    """A seed that depends on nothing but the question: neither its place in the file nor the batch around it."""
+    """Return a seed that depends on nothing but the question: neither its place in the file nor the batch around it."""
     return zlib.crc32(f"{seed}:{question}:{number}".encode())
 
 
@@ -134,47 +134,49 @@ def _choose(
     questions: Sequence[Question],
     prompts: Sequence[BuiltPrompt],
     config: EvaluationConfig,
-    found: AnsweredBatch,
+    batch: AnsweredBatch,
 ) -> list[Answer]:
-    """The most probable choice of each question, by the sum of its tokens' log-probabilities.
+    """Choose the most probable choice of each question, by the sum of its tokens' log-probabilities.
 
     A record is correct where that choice is right (the mean over questions is TruthfulQA's MC1), and its grade is the
     share of probability on right choices (the mean is MC2).
     """
-    pairs = [(p, _said(q, i, config)) for q, p in zip(questions, prompts, strict=True) for i in range(len(q.choices))]
+    pairs = [
+        (p, _choice_text(q, i, config)) for q, p in zip(questions, prompts, strict=True) for i in range(len(q.choices))
+    ]
     scored: list[Answer] = []
-    with found.timed("answer", len(pairs) / len(questions)):
+    with batch.timed("answer", len(pairs) / len(questions)):
         for first in range(0, len(pairs), config.batch_size):
             part = pairs[first : first + config.batch_size]
             scored += score_teacher_forced(lm, part, raw=config.raw, alternatives=0, made="choice")
     chosen, rest = [], iter(scored)
     for question in questions:
-        own = list(islice(rest, len(question.choices)))
-        logprobs = [-answer.scores["sum_nll"] for answer in own]
-        best = max(range(len(own)), key=lambda i: logprobs[i])
+        answers = list(islice(rest, len(question.choices)))
+        logprobs = [-answer.scores["sum_nll"] for answer in answers]
+        best = max(range(len(answers)), key=lambda i: logprobs[i])
         record = replace(
-            with_scores(_record(question, own[best], config), _choice_scores(logprobs, best)),
+            with_scores(_record(question, answers[best], config), _choice_scores(logprobs, best)),
             answer=question.choices[best],
             correct=judge_mc1(question, logprobs).correct,
             grade=judge_mc2(question, logprobs).grade,
         )
-        found.records.append(record)
-        chosen.append(own[best])
+        batch.records.append(record)
+        chosen.append(answers[best])
     return chosen
 
 
-def _said(question: Question, choice: int, config: EvaluationConfig) -> str:
-    """What the model would say to take this choice; plain text goes on after "A:", with a space."""
+def _choice_text(question: Question, choice: int, config: EvaluationConfig) -> str:
+    """Return the text with which the model takes this choice; plain text goes on after "A:", with a space."""
     text = letter(choice) if config.how.options else question.choices[choice]
     return f" {text}" if config.raw else text
 
 
 def _choice_scores(logprobs: Sequence[float], best: int) -> dict[str, float]:
-    """Doubt among the choices, as if nothing else could be said: surprisal of the chosen one, and the entropy."""
-    own = shares(logprobs)
+    """Measure doubt among the choices, as if there were no others: surprisal of the chosen one, and the entropy."""
+    probabilities = shares(logprobs)
     return {
-        "choice_nll": _short(0.0 - math.log(own[best])),
-        "choice_entropy": _short(0.0 - math.fsum(p * math.log(p) for p in own if p > 0)),
+        "choice_nll": _short(0.0 - math.log(probabilities[best])),
+        "choice_entropy": _short(0.0 - math.fsum(p * math.log(p) for p in probabilities if p > 0)),
     }
 
 

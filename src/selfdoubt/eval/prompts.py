@@ -130,4 +130,4 @@ def _one_line(text: str) -> str:
 
 def _line_by_line(text: str) -> str:
     """Leave out empty lines, which separate the examples."""
-    return "\n".join(line for line in text.splitlines() if line.strip())
+    return "\n".join(filter(str.strip, text.splitlines()))

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 from selfdoubt.eval.judges.signs import HANGUL, UNSPACED
 
-#: A loop is a part that stands so many times in a row (two whole ones and half of a third will do), that has at
-#: least so many units (words, or characters of scripts without spaces) in all, and that fills such a share of all.
+#: A loop is a part that stands at least ``TIMES`` times in a row (two whole ones and half of a third), that has at
+#: least ``SHORTEST`` units (words, or characters of scripts without spaces) in all, and that fills ``SHARE`` of all.
 TIMES, SHORTEST, SHARE = 2.5, 6, 0.5
 _UNIT = re.compile(rf"[{UNSPACED}{HANGUL}]|[^\W{UNSPACED}{HANGUL}]+")
 
@@ -32,7 +32,7 @@ def is_repeating(text: str) -> bool:
 
 
 def _run(units: Sequence[str], period: int) -> int:
-    """Return the longest stretch that equals itself ``period`` units later, and its first part; 0 if it is no loop."""
+    """Return the longest stretch that equals itself ``period`` units later, with its first part; 0 without a loop."""
     best = now = 0
     for i in range(period, len(units)):
         now = now + 1 if units[i] == units[i - period] else 0

@@ -50,7 +50,7 @@ def read_run(folder: Path) -> tuple[list[Record], dict[str, Tensor], Run]:
     records, run = read_run_answers(folder)
     states = load_file(folder / STATES) if (folder / STATES).is_file() else {}
     if any(len(tensor) != len(records) for tensor in states.values()):
-        raise DataError(f"{folder / STATES} does not belong to {ANSWERS} beside it; evaluate again")
+        raise DataError(f"{folder / STATES} does not belong to {ANSWERS} next to it; evaluate again")
     return records, states, run
 
 
@@ -79,14 +79,18 @@ def _read_settings(file: Path) -> Run:
 
 
 def check_run_folder(out: Path) -> None:
-    """Refuse a folder that holds something else than a run.
+    """Refuse a folder that holds something other than a run.
 
     Raises:
         ConfigError: If it is a file, or holds other things.
     """
     if out.exists() and not out.is_dir():
         raise ConfigError(f"--out {out} is a file; give a folder")
-    if out.is_dir() and any(out.iterdir()) and not any((out / name).exists() for name in ("parts", SETTINGS, CACHE)):
+    if (
+        out.is_dir()
+        and any(out.iterdir())
+        and not any((out / name).exists() for name in (SHARDS_FOLDER, SETTINGS, CACHE))
+    ):
         raise ConfigError(f"--out {out} holds other things than a run; give a new or empty folder")
 
 

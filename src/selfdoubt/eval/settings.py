@@ -19,7 +19,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class Run:
-    """What a run asked, which model answered, how it was judged, and which threshold a calibration set.
+    """Settings of a run: its questions, its model, its judge, and the threshold that a calibration set.
 
     Keys of other versions are kept in ``more`` and written back.
     """

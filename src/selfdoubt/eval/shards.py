@@ -1,11 +1,11 @@
-"""A run in parts, so that it can be cut off and shared out: a batch of questions is a file, there as a whole or not.
+"""A run in shards, so that it can be cut off and shared out: a batch of questions is a file, there whole or not.
 
 ::
 
     OUT/parts/plan.json           what was asked, and how; a run that goes on must have the same
     OUT/parts/00007.jsonl         the records of batch 7; written last
-    OUT/parts/00007.safetensors   their hidden states, where they are wanted
-    OUT/parts/00007.json          what they cost
+    OUT/parts/00007.safetensors   their hidden states, where they are kept
+    OUT/parts/00007.json          their costs
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from selfdoubt.eval.generate import AnsweredBatch
 from selfdoubt.eval.settings import Cost
 from selfdoubt.storage import write
 
-FOLDER, PLAN = "parts", "plan.json"
+SHARDS_FOLDER, SHARDS_SETTINGS = "parts", "plan.json"
 
 
 class Shards:
@@ -36,25 +36,25 @@ class Shards:
         about: What the answers depend on, as plain data.
 
     Raises:
-        ConfigError: If the folder holds parts of another run.
+        ConfigError: If the folder holds shards of another run.
     """
 
     def __init__(self, out: Path, about: Mapping[str, Any]) -> None:
-        self.folder = out / FOLDER
-        plan = self.folder / PLAN
+        self.folder = out / SHARDS_FOLDER
+        file = self.folder / SHARDS_SETTINGS
         text = json.dumps(about, indent=1, sort_keys=True, ensure_ascii=False)
-        if plan.is_file():
-            differs = _difference(_read(plan), json.loads(text))
+        if file.is_file():
+            differs = _difference(_read(file), json.loads(text))
             if differs:
                 raise ConfigError(
                     f"{out} holds answers of another run ({differs}); give another --out, or remove the folder"
                 )
         else:
             self.folder.mkdir(parents=True, exist_ok=True)
-            write(plan, text.encode("utf-8", "backslashreplace"))
+            write(file, text.encode("utf-8", "backslashreplace"))
 
     def has(self, batch: int) -> bool:
-        """Whether a batch is finished."""
+        """Return whether a batch is finished."""
         return self._path(batch, "jsonl").is_file()
 
     def put(self, batch: int, asked: AnsweredBatch) -> None:
@@ -67,7 +67,7 @@ class Shards:
         records.save_records(self._path(batch, "jsonl"), asked.records)
 
     def get(self, batch: int) -> AnsweredBatch:
-        """A finished batch.
+        """Read a finished batch.
 
         Raises:
             DataError: If a file of it is broken.

@@ -40,13 +40,13 @@ def estimate_p_true(lm: RiskAwareLM, pairs: Sequence[tuple[Question, str]], conf
     both = true & false  # such as a token of one space
     if not true - both or not false - both:
         raise ConfigError("this vocabulary has no token that tells true from false; ask without --p-true")
-    found: list[float] = []
+    shares: list[float] = []
     for first in range(0, len(prompts), config.batch_size):
         _, following = prefill(HFStepper(lm.model), prompts[first : first + config.batch_size])
         logp = risk.mixture(following.logits).double().log_softmax(-1)
         mass = [logp[:, sorted(ids - both)].logsumexp(-1) for ids in (true, false)]
-        found += torch.stack(mass, -1).softmax(-1)[:, 0].tolist()
-    return found
+        shares += torch.stack(mass, -1).softmax(-1)[:, 0].tolist()
+    return shares
 
 
 def _prompt(question: Question, answer: str) -> str:
