@@ -30,7 +30,6 @@ from selfdoubt.calibration.heads import (
     fit_logistic,
     fit_one_score,
     held_out,
-    losses,
     within_one_error,
 )
 from selfdoubt.calibration.quality import CalibrationReport, CandidateReport, measure_quality
@@ -41,6 +40,7 @@ from selfdoubt.lm.calibration import Calibration
 from selfdoubt.lm.conditions import Conditions
 from selfdoubt.lm.hidden_states import AnswerStates
 from selfdoubt.lm.scores import Score
+from selfdoubt.metrics import log_losses
 
 #: From the simplest head to the richest. "score": isotonic on one score; the others are logistic on the answer's
 #: surprisal and entropy, the question's too, members' scores too, and one hidden state too.
@@ -110,7 +110,7 @@ def fit_calibration(
     inside = {name: held_out(own, parts, fit, seed) for name, fit in options.items()}
     groups = topic_groups([records[i].question.topic for i in kept], own)
     outside = {name: held_out(own, groups, fit, seed) for name, fit in options.items()} if groups else {}
-    chosen = _choose({name: losses(p, own.correct) for name, p in inside.items()})
+    chosen = _choose({name: log_losses(p, own.correct) for name, p in inside.items()})
     fitted = {name: fit(own, seed) for name, fit in options.items()}
 
     found = np.full(len(records), np.nan)
@@ -256,7 +256,7 @@ def _warnings(
     if not outside:
         return ()
     seen = ~np.isnan(outside[chosen])
-    loss = {name: losses(p[seen], correct[seen]) for name, p in outside.items()}
+    loss = {name: log_losses(p[seen], correct[seen]) for name, p in outside.items()}
     simpler = list(outside)[: list(outside).index(chosen)]
     better = [name for name in simpler if not within_one_error(loss[chosen], loss[name])]
     if not better:

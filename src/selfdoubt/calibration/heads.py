@@ -18,6 +18,7 @@ from jaxtyping import Bool, Float, Int
 from selfdoubt.errors import require
 from selfdoubt.lm.calibration import FLOOR, Calibration, StateHead
 from selfdoubt.lm.hidden_states import Position, StateKey
+from selfdoubt.metrics import log_losses
 
 #: Well-known scores, among which a head on one score chooses.
 SINGLE = (
@@ -124,12 +125,6 @@ def predict(head: Calibration, answers: CalibrationAnswers) -> Probabilities:
     return np.asarray(require("scipy.special", "qa").expit(logit))
 
 
-def losses(p: Probabilities, correct: Bool[np.ndarray, " answers"]) -> Probabilities:
-    """Log loss of each answer, in nats; a probability counts as at least 1e-6 away from 0 and 1."""
-    p = p.clip(1e-6, 1 - 1e-6)
-    return np.asarray(-np.log(np.where(correct, p, 1 - p)))
-
-
 def fit_one_score(answers: CalibrationAnswers, seed: int, names: Sequence[str]) -> Calibration:
     """Isotonic on the best of some scores by held-out log loss; the first of them where there is too little to tell."""
     best, least = names[0], np.inf
@@ -137,7 +132,7 @@ def fit_one_score(answers: CalibrationAnswers, seed: int, names: Sequence[str]) 
         parts = folds(answers, INNER_FOLDS, seed)
         for name in names:
             p = held_out(answers, parts, lambda rest, _, name=name: isotonic(rest, name), seed)  # type: ignore[misc]
-            loss = losses(p, answers.correct).mean()
+            loss = log_losses(p, answers.correct).mean()
             if loss < least - 1e-12:
                 best, least = name, loss
     return isotonic(answers, best)
@@ -173,7 +168,7 @@ def fit_logistic(answers: CalibrationAnswers, seed: int, names: Sequence[str], k
         for rows in parts:
             rest = ~np.isin(answers.questions, answers.questions[rows])
             p = _learner(c).fit(design[rest], answers.correct[rest]).predict_proba(design[rows])[:, 1]
-            found[rows] = losses(p, answers.correct[rows])
+            found[rows] = log_losses(p, answers.correct[rows])
         return found
 
     def joined(state: _Standard, size: float) -> Float[np.ndarray, "answers columns"]:

@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float
 
 from selfdoubt.errors import ConfigError, MetricError, require
 from selfdoubt.metrics.estimate import Estimate
-from selfdoubt.metrics.ranking import Order, check_answers
+from selfdoubt.metrics.ranking import JudgementsLike, Order, ScoresLike, check_answers
 from selfdoubt.metrics.resampling import bound_resamples, resamples, two_sided_p
 from selfdoubt.metrics.selective import METRICS
 
@@ -43,8 +43,8 @@ class SystemComparison(NamedTuple):
 
 def bootstrap_interval(
     metric: MetricLike,
-    risk: Float[np.ndarray, "answers"],
-    correct: Bool[np.ndarray, "answers"],
+    risk: ScoresLike,
+    correct: JudgementsLike,
     *,
     draws: int = 1000,
     level: float = 0.95,
@@ -81,9 +81,9 @@ def bootstrap_interval(
 
 def paired_difference(
     metric: MetricLike,
-    a: Float[np.ndarray, "answers"],
-    b: Float[np.ndarray, "answers"],
-    correct: Bool[np.ndarray, "answers"],
+    a: ScoresLike,
+    b: ScoresLike,
+    correct: JudgementsLike,
     *,
     draws: int = 1000,
     level: float = 0.95,
@@ -113,8 +113,8 @@ def paired_difference(
 
 
 def compare_scores(
-    scores: Mapping[str, Float[np.ndarray, "answers"]],
-    correct: Bool[np.ndarray, "answers"],
+    scores: Mapping[str, ScoresLike],
+    correct: JudgementsLike,
     metrics: Sequence[str] | Mapping[str, MetricLike],
     *,
     baseline: str | None = None,
@@ -147,8 +147,9 @@ def compare_scores(
     """
     named = dict(metrics) if isinstance(metrics, Mapping) else {name: name for name in metrics}
     _check(named, scores, baseline, draws, level)
-    values = {(s, m): _function(metric)(x, correct) for s, x in scores.items() for m, metric in named.items()}
-    drawn = _measure_draws(scores, correct, named, draws, seed, clusters)
+    arrays, right = {name: np.asarray(score) for name, score in scores.items()}, np.asarray(correct)
+    values = {(s, m): _function(metric)(x, right) for s, x in arrays.items() for m, metric in named.items()}
+    drawn = _measure_draws(arrays, right, named, draws, seed, clusters)
     compared = {}
     for (score, name), value in values.items():
         low, high, failed = bound_resamples(drawn[score, name], level, name)

@@ -10,10 +10,10 @@ from __future__ import annotations
 from typing import Literal, NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 
 from selfdoubt.errors import ConfigError, MetricError
-from selfdoubt.metrics.ranking import PerDraw, Ranked, rank_answers
+from selfdoubt.metrics.ranking import JudgementsLike, PerDraw, Ranked, ScoresLike, rank_answers
 
 Spacing = Literal["width", "mass"]
 #: Probabilities are kept this far from 0 and 1 in the log loss: a sure and wrong answer costs 16.1 nats, not infinity.
@@ -31,8 +31,8 @@ class Reliability(NamedTuple):
 
 
 def ece(
-    p_correct: Float[np.ndarray, "answers"],
-    correct: Bool[np.ndarray, "answers"],
+    p_correct: ScoresLike,
+    correct: JudgementsLike,
     *,
     bins: int = 15,
     spacing: Spacing = "width",
@@ -57,7 +57,7 @@ def ece(
     return _only(kernel(_ranked(p_correct, correct), bins))
 
 
-def brier(p_correct: Float[np.ndarray, "answers"], correct: Bool[np.ndarray, "answers"]) -> float:
+def brier(p_correct: ScoresLike, correct: JudgementsLike) -> float:
     """Return the Brier score: the mean of (p - correct)^2, in [0, 1], lower is better (Brier, 1950).
 
     Raises:
@@ -70,7 +70,7 @@ def brier(p_correct: Float[np.ndarray, "answers"], correct: Bool[np.ndarray, "an
     return _only(brier_over_draws(_ranked(p_correct, correct)))
 
 
-def nll(p_correct: Float[np.ndarray, "answers"], correct: Bool[np.ndarray, "answers"]) -> float:
+def nll(p_correct: ScoresLike, correct: JudgementsLike) -> float:
     """Return the log loss: the mean of -log of the probability given to what came true, in nats, lower is better.
 
     p is clipped to [1e-7, 1 - 1e-7] (``CLIP``), so the range is [1e-7, 16.12].
@@ -86,8 +86,8 @@ def nll(p_correct: Float[np.ndarray, "answers"], correct: Bool[np.ndarray, "answ
 
 
 def reliability(
-    p_correct: Float[np.ndarray, "answers"],
-    correct: Bool[np.ndarray, "answers"],
+    p_correct: ScoresLike,
+    correct: JudgementsLike,
     *,
     bins: int = 15,
     spacing: Spacing = "width",
@@ -146,16 +146,14 @@ def brier_over_draws(r: Ranked) -> PerDraw:
     return (r.right @ np.square(1 - r.score) + r.wrong @ np.square(r.score)) / r.n
 
 
-def log_losses(
-    p_correct: Float[np.ndarray, "answers"], correct: Bool[np.ndarray, "answers"]
-) -> Float[np.ndarray, "answers"]:
+def log_losses(p_correct: ScoresLike, correct: JudgementsLike) -> Float[np.ndarray, "answers"]:
     """Return the log loss of each answer, in nats: ``nll`` is their mean; NaN where p_correct is.
 
     Example:
         >>> log_losses(np.array([1.0, 0.5]), np.array([True, False])).round(4)
         array([0.    , 0.6931])
     """
-    p = p_correct.clip(CLIP, 1 - CLIP)
+    p = np.asarray(p_correct, np.float64).clip(CLIP, 1 - CLIP)
     return np.asarray(-np.log(np.where(correct, p, 1 - p)))
 
 
@@ -170,7 +168,7 @@ def _only(draws: PerDraw) -> float:
     return float(draws[0])
 
 
-def _ranked(p_correct: Float[np.ndarray, "answers"], correct: Bool[np.ndarray, "answers"]) -> Ranked:
+def _ranked(p_correct: ScoresLike, correct: JudgementsLike) -> Ranked:
     ranked = rank_answers(p_correct, correct, "p_correct")
     p = np.asarray(p_correct, np.float64)
     bad = np.flatnonzero((p < 0) | (p > 1))

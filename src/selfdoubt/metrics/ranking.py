@@ -12,6 +12,7 @@ accuracy of the ``k`` surest is then ``(right_before + (k - before) * mean) / k`
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -21,6 +22,10 @@ from jaxtyping import Bool, Float, Int, Shaped
 
 from selfdoubt.errors import MetricError
 
+#: One number per answer, as an array or any other sequence.
+ScoresLike = Float[np.ndarray, "answers"] | Sequence[float]
+#: Which answers are right.
+JudgementsLike = Bool[np.ndarray, "answers"] | Sequence[bool]
 PerDraw = Float[np.ndarray, "draws"]
 Table = Int[np.ndarray, "draws groups"]
 #: Shares of whole numbers are compared with this much room for rounding, of one answer.
@@ -125,7 +130,9 @@ class Order(NamedTuple):
 
 
 def check_answers(
-    score: Shaped[np.ndarray, "answers"], correct: Shaped[np.ndarray, "answers"], name: str = "risk"
+    score: ScoresLike | Shaped[np.ndarray, "answers"],
+    correct: JudgementsLike | Shaped[np.ndarray, "answers"],
+    name: str = "risk",
 ) -> tuple[Float[np.ndarray, "answers"], Bool[np.ndarray, "answers"]]:
     """Return scores in float64 and judgements, if any metric can be computed of them.
 
@@ -158,7 +165,9 @@ def check_answers(
 
 
 def rank_answers(
-    score: Shaped[np.ndarray, "answers"], correct: Shaped[np.ndarray, "answers"], name: str = "risk"
+    score: ScoresLike | Shaped[np.ndarray, "answers"],
+    correct: JudgementsLike | Shaped[np.ndarray, "answers"],
+    name: str = "risk",
 ) -> Ranked:
     """Return the groups of the answers as they are, as the only draw.
 

@@ -39,8 +39,10 @@ from selfdoubt.metrics.calibration import (
 )
 from selfdoubt.metrics.ranking import (
     ROUNDING,
+    JudgementsLike,
     PerDraw,
     Ranked,
+    ScoresLike,
     accuracy_at_over_draws,
     auarc_over_draws,
     auarc_trapezoid_over_draws,
@@ -56,15 +58,13 @@ from selfdoubt.metrics.ranking import (
 )
 
 Form = Literal["sum", "trapezoid"]
-Risk = Float[np.ndarray, "answers"]
-Correct = Bool[np.ndarray, "answers"]
 
 
 class JudgedAnswers(NamedTuple):
     """The answers that a judge could decide."""
 
-    risk: Risk
-    correct: Correct
+    risk: Float[np.ndarray, "answers"]
+    correct: Bool[np.ndarray, "answers"]
     n_unjudged: int  #: left out
 
 
@@ -75,9 +75,7 @@ class Curve(NamedTuple):
     accuracy: Float[np.ndarray, "answers"]  #: of the k surest, in [0, 1]
 
 
-def drop_unjudged(
-    risk: Sequence[float] | Float[np.ndarray, "answers"], correct: Sequence[bool | None]
-) -> JudgedAnswers:
+def drop_unjudged(risk: ScoresLike, correct: Sequence[bool | None]) -> JudgedAnswers:
     """Take out the answers without a judgement, and count them.
 
     Raises:
@@ -98,7 +96,7 @@ def drop_unjudged(
     return JudgedAnswers(values[known], right, len(verdicts) - len(right))
 
 
-def accuracy_coverage(risk: Risk, correct: Correct) -> Curve:
+def accuracy_coverage(risk: ScoresLike, correct: JudgementsLike) -> Curve:
     """Return the accuracy of the k surest answers for every k.
 
     It is the accuracy-rejection curve of Nadeem et al. (2009), mirrored. Its last point is the accuracy of all answers.
@@ -118,7 +116,7 @@ def accuracy_coverage(risk: Risk, correct: Correct) -> Curve:
     return Curve(k / len(k), right / k)
 
 
-def accuracy_at(risk: Risk, correct: Correct, *, coverage: float) -> float:
+def accuracy_at(risk: ScoresLike, correct: JudgementsLike, *, coverage: float) -> float:
     """Return the accuracy of the ``ceil(coverage * n)`` surest answers, in [0, 1].
 
     Raises:
@@ -134,7 +132,7 @@ def accuracy_at(risk: Risk, correct: Correct, *, coverage: float) -> float:
     return _only(accuracy_at_over_draws(rank_answers(risk, correct), coverage))
 
 
-def coverage_at(risk: Risk, correct: Correct, *, accuracy: float) -> float:
+def coverage_at(risk: ScoresLike, correct: JudgementsLike, *, accuracy: float) -> float:
     """Return the largest coverage at which the answers are right at least this often, in [0, 1]; 0 where none is.
 
     It stops only between groups of equal risk, where "answer if risk <= t" can stop; it may lie beyond lower
@@ -153,7 +151,7 @@ def coverage_at(risk: Risk, correct: Correct, *, accuracy: float) -> float:
     return _only(coverage_at_over_draws(rank_answers(risk, correct), accuracy))
 
 
-def aurc(risk: Risk, correct: Correct, *, form: Form = "sum") -> float:
+def aurc(risk: ScoresLike, correct: JudgementsLike, *, form: Form = "sum") -> float:
     """Return the area under the risk-coverage curve (Geifman and El-Yaniv, 2017), in [0, 1]: 1 - ``auarc``.
 
     Lower is better.
@@ -169,7 +167,7 @@ def aurc(risk: Risk, correct: Correct, *, form: Form = "sum") -> float:
     return 1 - auarc(risk, correct, form=form)
 
 
-def auarc(risk: Risk, correct: Correct, *, form: Form = "sum") -> float:
+def auarc(risk: ScoresLike, correct: JudgementsLike, *, form: Form = "sum") -> float:
     """Return the area under the accuracy-coverage curve (Nadeem et al., 2009), in [0, 1], higher is better.
 
     ``sum``: the mean of the n points, (1/n) sum_k a_k. ``trapezoid``: the area between its first point, coverage 1/n,
@@ -189,7 +187,7 @@ def auarc(risk: Risk, correct: Correct, *, form: Form = "sum") -> float:
     return _only((auarc_over_draws if form == "sum" else auarc_trapezoid_over_draws)(rank_answers(risk, correct)))
 
 
-def augrc(risk: Risk, correct: Correct) -> float:
+def augrc(risk: ScoresLike, correct: JudgementsLike) -> float:
     """Return the area under the generalized risk-coverage curve (Traub et al., 2024), in [0, 1/2], lower is better.
 
     The curve is the share of all questions that are answered and answered wrong. By trapezoids from coverage 0, so that
@@ -205,7 +203,7 @@ def augrc(risk: Risk, correct: Correct) -> float:
     return _only(augrc_over_draws(rank_answers(risk, correct)))
 
 
-def excess_aurc(risk: Risk, correct: Correct) -> float:
+def excess_aurc(risk: ScoresLike, correct: JudgementsLike) -> float:
     """Return AURC (sum) less that of the best order of the same answers, 0 at best (Geifman, Uziel and El-Yaniv, 2019).
 
     Raises:
@@ -218,7 +216,7 @@ def excess_aurc(risk: Risk, correct: Correct) -> float:
     return _only(excess_aurc_over_draws(_rank_both(risk, correct, "excess AURC")))
 
 
-def prr(risk: Risk, correct: Correct, *, max_rejection: float = 1.0) -> float:
+def prr(risk: ScoresLike, correct: JudgementsLike, *, max_rejection: float = 1.0) -> float:
     """Return the prediction rejection ratio: 1 for the best order, 0 for a random one, negative for a worse one.
 
     (A - A_random) / (A_best - A_random), with A the mean accuracy of the k surest over the first
@@ -244,7 +242,7 @@ def prr(risk: Risk, correct: Correct, *, max_rejection: float = 1.0) -> float:
     return _only(prr_over_draws(r, max_rejection))
 
 
-def auroc(risk: Risk, correct: Correct) -> float:
+def auroc(risk: ScoresLike, correct: JudgementsLike) -> float:
     """Return the chance that a wrong answer has a higher risk than a right one, in [0, 1] (Hanley and McNeil, 1982).
 
     1/2 is chance; ties count half.
@@ -259,7 +257,7 @@ def auroc(risk: Risk, correct: Correct) -> float:
     return _only(auroc_over_draws(_rank_both(risk, correct, "AUROC")))
 
 
-def auprc(risk: Risk, correct: Correct) -> float:
+def auprc(risk: ScoresLike, correct: JudgementsLike) -> float:
     """Return the average precision of finding the **wrong** answers by their risk, in (0, 1].
 
     A constant score has the error rate. Sum over thresholds of (recall step) x precision, without interpolation (Davis
@@ -318,7 +316,7 @@ METRICS: Mapping[str, Metric] = MappingProxyType(
 )
 
 
-def _rank_both(risk: Risk, correct: Correct, name: str) -> Ranked:
+def _rank_both(risk: ScoresLike, correct: JudgementsLike, name: str) -> Ranked:
     r = rank_answers(risk, correct)
     right, n = int(r.n_right[0]), int(r.n[0])
     if right in (0, n):
