@@ -118,11 +118,12 @@ def predict(head: Calibration, answers: CalibrationAnswers) -> Probabilities:
         x, y = np.array(head.knots).T
         return np.asarray(np.interp(scores[:, 0], x, y))
     low, high = np.array(head.ranges).reshape(-1, 2).T
-    logit = head.bias + _twice(np.clip(scores, low, high)) @ np.array([*head.weights, *head.linear])
+    logs, linear = np.hsplit(_twice(np.clip(scores, low, high)), 2)
+    share = np.zeros(len(scores))
     if head.state is not None:
         hidden = answers.states[str(head.state.key)]
-        logit = logit + np.minimum(hidden.astype(np.float64) @ np.array(head.state.weights), head.state.most)
-    return np.asarray(require("scipy.special", "qa").expit(logit))
+        share = np.minimum(hidden.astype(np.float64) @ np.array(head.state.weights), head.state.most)
+    return np.asarray(require("scipy.special", "qa").expit(head.logit([*linear.T], [*logs.T], share)))
 
 
 def fit_one_score(answers: CalibrationAnswers, seed: int, names: Sequence[str]) -> Calibration:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from selfdoubt.eval.generate import AnsweredBatch
 
 ANSWERS, STATES, SETTINGS = "answers.jsonl", "states.safetensors", "run.json"
+SHARDS_FOLDER = "parts"  #: see ``selfdoubt.eval.shards``
 CACHE = "judge.jsonl"  #: replies of a language model that judges
 
 

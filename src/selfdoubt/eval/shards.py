@@ -22,10 +22,11 @@ from safetensors.torch import save as serialize
 from selfdoubt.errors import ConfigError, DataError
 from selfdoubt.eval import records
 from selfdoubt.eval.generate import AnsweredBatch
+from selfdoubt.eval.run_folder import SHARDS_FOLDER
 from selfdoubt.eval.settings import Cost
 from selfdoubt.storage import write
 
-SHARDS_FOLDER, SHARDS_SETTINGS = "parts", "plan.json"
+SHARDS_SETTINGS = "plan.json"
 
 
 class Shards:

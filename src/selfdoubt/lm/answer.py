@@ -1,4 +1,4 @@
-"""What a person gets: tokens with their doubt, and an answer with named scores. All scores grow with doubt."""
+"""Tokens with their risk, and an answer with named scores. All scores grow with doubt."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from typing import Any, Literal
 
 from selfdoubt.lm.hidden_states import AnswerStates
 
-#: What is shown in place of an answer that is withheld.
+#: "stop": it ended by itself or at a stop; "length": it was cut; "given": it is a text that was there already.
+Finish = Literal["stop", "length", "given"]
+#: Shown in place of an answer from which the model abstains.
 UNSURE = "I'm not sure."
 
 
@@ -23,7 +25,7 @@ class Alternative:
 
 @dataclass(frozen=True)
 class Token:
-    """One token and the doubt about it. Entropies and log-probabilities are in nats.
+    """One token and its scores. Entropies and log-probabilities are in nats.
 
     ``text`` is the piece this token adds to the text; it is empty while a character of several bytes is not complete.
     """
@@ -49,7 +51,7 @@ class Token:
 
 @dataclass(frozen=True)
 class Answer:
-    """An answer (or any scored text), the question's own words, and what both say about doubt.
+    """An answer (or any scored text), the question's own words, and the scores of both.
 
     ``question`` holds only the words that a person wrote, not the chat template around them.
     """
@@ -61,7 +63,7 @@ class Answer:
     risk: float  #: the default score
     risk_name: str
     percentile: float | None  #: share of reference answers with a lower risk, in [0, 1]; None without reference answers
-    finish: Literal["stop", "length", "given"]
+    finish: Finish
     p_correct: float | None = None  #: calibrated probability that the answer is right; None without a calibration
     abstain: bool | None = None  #: p_correct is below the calibrated threshold; None without a threshold
     states: AnswerStates | None = field(default=None, repr=False, compare=False)  #: of the layers that were asked for
@@ -73,14 +75,21 @@ class Answer:
         return max(self.tokens, key=lambda token: token.risk, default=None)
 
     @property
-    def withheld(self) -> bool:
-        """Whether the model abstains from its own answer; text that it was given to score is never withheld."""
+    def confidence(self) -> float:
+        """Confidence in the answer, to compare it with others: p_correct, else 1 - percentile, else -risk."""
+        if self.p_correct is not None:
+            return self.p_correct
+        return -self.risk if self.percentile is None else 1 - self.percentile
+
+    @property
+    def abstained(self) -> bool:
+        """True if the model abstains from its own answer; from text that it was given to score it never does."""
         return bool(self.abstain) and self.finish != "given"
 
     @property
     def shown(self) -> str:
-        """What a person should see: the text, or that the model is not sure."""
-        return UNSURE if self.withheld else self.text
+        """The text to show: the answer's, or that the model is not sure."""
+        return UNSURE if self.abstained else self.text
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON, without the tokens."""

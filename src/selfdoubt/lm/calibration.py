@@ -9,7 +9,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
 import torch
 from jaxtyping import Float
@@ -29,11 +29,13 @@ from selfdoubt.fields import (
     table,
     whole,
 )
-from selfdoubt.lm.conditions import CONDITIONS, Conditions, Origin
+from selfdoubt.lm.conditions import CONDITIONS_ENTRY, Conditions, Origin
 from selfdoubt.lm.hidden_states import POSITIONS, AnswerStates, Position, StateKey
 from selfdoubt.lm.scores import ANSWER_SCORES
 
-Kind = Literal["isotonic", "logistic"]
+HeadKind = Literal["isotonic", "logistic"]
+#: A float, or an array of them.
+Numbers = TypeVar("Numbers")
 #: Added to a score before its logarithm, in nats (or shares): doubts far below it all count as none. Of 1e-6 to 1e-2,
 #: the square root and no transform, 1e-2 had the least log loss in the domain and outside with members' scores, whose
 #: smallest values are noise.
@@ -51,8 +53,8 @@ NO_RECORD = "the calibration has no record of how it was made, so the number may
 AGAIN = "run `selfdoubt calibrate` again"
 
 
-class Estimate(NamedTuple):
-    """What a calibration says of an answer."""
+class ConfidenceEstimate(NamedTuple):
+    """The confidence of a calibration in one answer."""
 
     p_correct: float | None = None  #: in [0, 1]
     note: str | None = None  #: one line: why there is no number, or a caveat
@@ -116,7 +118,7 @@ class Calibration:
     was seen that doubtful, there is no number.
     """
 
-    kind: Kind
+    kind: HeadKind
     features: tuple[str, ...]  #: names of answer scores
     weights: tuple[float, ...] = ()  #: of their logarithms
     linear: tuple[float, ...] = ()  #: of themselves
@@ -137,7 +139,7 @@ class Calibration:
         finish: str,
         gaps: Sequence[float],
         misfit: str | None = None,
-    ) -> Estimate:
+    ) -> ConfidenceEstimate:
         """Return the probability that an answer is right, or why there is none.
 
         A calibration on the model's own most probable answers holds for these alone. An answer that is less probable by
@@ -163,9 +165,9 @@ class Calibration:
             note = NOT_OWN
         p = None if note else self.p_correct(scores, states)
         if p is None:
-            return Estimate(None, note or self._why_not(scores, states), self.abstains(None))
+            return ConfidenceEstimate(None, note or self._why_not(scores, states), self.abstains(None))
         p *= math.exp(-gap)
-        return Estimate(p, NO_RECORD if own is None else None, self.abstains(p))
+        return ConfidenceEstimate(p, NO_RECORD if own is None else None, self.abstains(p))
 
     def _why_not(self, scores: Mapping[str, float], states: AnswerStates | None) -> str:
         """Return why ``p_correct`` is None."""
@@ -213,15 +215,30 @@ class Calibration:
             return None
         if self.kind == "isotonic":
             return _between(self.knots, scores[self.features[0]])
-        value = self.bias
-        for i, (name, (low, high)) in enumerate(zip(self.features, self.ranges, strict=True)):
-            score = min(max(scores[name], low), high)
-            value += self.weights[i] * transform_score(score) + self.linear[i] * score
+        clipped = [
+            min(max(scores[name], low), high) for name, (low, high) in zip(self.features, self.ranges, strict=True)
+        ]
+        share = 0.0
         if self.state is not None and hidden is not None:
-            value += self.state.value(hidden)
+            share = self.state.value(hidden)
             if self.state.is_far(hidden):
                 return None
+        value = self.logit(clipped, [transform_score(score) for score in clipped], share)
         return 1 / (1 + math.exp(-value)) if value > -700 else 0.0
+
+    def logit(self, scores: Sequence[Numbers], logs: Sequence[Numbers], share: Numbers | float) -> Numbers:
+        """Return the logit of p_correct of a logistic head, for one answer (floats) or for many (arrays).
+
+        Args:
+            scores: Of each feature, clipped to its range.
+            logs: The same on the logarithmic scale of ``transform_score``.
+            share: Of the hidden state, see ``StateHead.value``; 0 without one.
+        """
+        value: Any = self.bias
+        for weight, linear, score, log in zip(self.weights, self.linear, scores, logs, strict=True):
+            value = value + (weight * log + linear * score)
+        logit: Numbers = value + share
+        return logit
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -270,7 +287,7 @@ _pair = listing(_weight, 2, 2)
 #: Entries of a stored calibration; those that came later than others are in the second table.
 _ENTRY = record(
     {
-        "kind": choice(*get_args(Kind)),
+        "kind": choice(*get_args(HeadKind)),
         "features": listing(nonempty, 1),
         "weights": listing(_weight),
         "linear": listing(_weight),
@@ -290,7 +307,7 @@ _ENTRY = record(
         )),
         "about": table(anything),
     },
-    {"conditions": optional(CONDITIONS)},
+    {"conditions": optional(CONDITIONS_ENTRY)},
 )  # fmt: skip
 
 

@@ -110,6 +110,16 @@ def check_score(name: str) -> None:
         raise _unknown(name)
 
 
+def check_signal(name: str) -> None:
+    """Check that a signal has this name.
+
+    Raises:
+        ConfigError: If there is no such signal.
+    """
+    if name not in get_args(Signal):
+        raise ConfigError(f"no token signal is called {name!r}; choose one of {', '.join(get_args(Signal))}")
+
+
 def _unknown(name: str) -> ConfigError:
     known = sorted({*ANSWER_SCORES, *RANK_SCORES})
     return ConfigError(f"no answer score is called {name!r}; choose one of {', '.join(known)}")

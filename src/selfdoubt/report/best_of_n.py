@@ -8,6 +8,7 @@ from statistics import fmean
 from selfdoubt.eval.records import Record, Sample
 from selfdoubt.eval.scores.agreement import cluster_answers
 from selfdoubt.eval.settings import Run
+from selfdoubt.lm.confidence import is_confident
 from selfdoubt.metrics import Estimate, estimate_mean, estimate_share
 from selfdoubt.report.metric_entries import Bootstrap
 from selfdoubt.report.results import NoSamples, SampleResults, ScoreCost, UntilConfident
@@ -82,7 +83,7 @@ def _measure_until_confident(
         for number, sample in enumerate(record.samples, 1):
             ranked_here |= sample.percentile is None
             rank = percentile(sample.risk, reference) if sample.percentile is None else sample.percentile
-            if rank <= CONFIDENT:
+            if is_confident(1 - rank, 1 - CONFIDENT):
                 reached.append(bool(sample.correct))
                 count = number
                 break

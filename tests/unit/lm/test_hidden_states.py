@@ -43,7 +43,7 @@ def test_states_against_what_the_model_itself_calls_hidden():
     with torch.no_grad():
         hidden = plain(input_ids=torch.tensor([ids]), output_hidden_states=True).hidden_states
     hidden = [h.float() for h in hidden]
-    last, first = max(i for i, own in enumerate(prompt.own) if own), len(prompt.ids) - 1
+    last, first = max(i for i, own in enumerate(prompt.is_user_token) if own), len(prompt.ids) - 1
     # hidden_states[k + 1] is what layer k puts out, but for the last, which the model norms.
     torch.testing.assert_close(answer.states.question[0], hidden[1][0, last])
     torch.testing.assert_close(answer.states.first[0], hidden[1][0, first])

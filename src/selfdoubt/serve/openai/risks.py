@@ -10,12 +10,12 @@ from selfdoubt.lm.scores import Score
 from selfdoubt.risk import percentile
 
 if TYPE_CHECKING:
-    from selfdoubt.lm.model import RiskAwareLM
+    from selfdoubt.lm.front import LMFront
 
 
-def of_token(lm: RiskAwareLM, token: Token) -> dict[str, Any]:
+def of_token(front: LMFront, token: Token) -> dict[str, Any]:
     """The risk of one token; its percentile is None without reference tokens (``reference["token_nll"]``)."""
-    reference = lm.reference.get(f"token_{lm.token_risk}")
+    reference = front.reference.get(f"token_{front.token_risk}")
     return {
         "text": token.text,
         "risk": token.risk,
@@ -26,13 +26,13 @@ def of_token(lm: RiskAwareLM, token: Token) -> dict[str, Any]:
     }
 
 
-def of_question(lm: RiskAwareLM, question: Sequence[Token]) -> dict[str, Any] | None:
+def of_question(front: LMFront, question: Sequence[Token]) -> dict[str, Any] | None:
     """The risk of the question's own words, which is known before the answer begins; None without own words."""
-    score = Score("question", "mean", lm.token_risk)
+    score = Score("question", "mean", front.token_risk)
     value, name = score.compute([], question), str(score)
     if value is None:
         return None
-    reference = lm.reference.get(name)
+    reference = front.reference.get(name)
     return {
         "risk": value,
         "risk_name": name,
@@ -40,7 +40,7 @@ def of_question(lm: RiskAwareLM, question: Sequence[Token]) -> dict[str, Any] | 
     }
 
 
-def of_answer(lm: RiskAwareLM, answer: Answer) -> dict[str, Any]:
+def of_answer(front: LMFront, answer: Answer) -> dict[str, Any]:
     """The risk of a whole answer."""
     return {
         "risk": answer.risk,
@@ -50,5 +50,5 @@ def of_answer(lm: RiskAwareLM, answer: Answer) -> dict[str, Any]:
         "p_correct_note": answer.p_correct_note,
         "abstain": answer.abstain,
         "withheld": False,
-        "question": of_question(lm, answer.question),
+        "question": of_question(front, answer.question),
     }
