@@ -72,7 +72,7 @@ def ask(
         for question in questions:
             tried = lm.generate_until(question, until_percentile, max_tries=max_tries, **options)
             output.whole(question, tried.answer)
-            output.verdict(tried.tries, until_percentile, confident=tried.confident)
+            output.verdict(tried.attempts, until_percentile, confident=tried.confident)
             confident &= tried.confident
         return 0 if confident else 1
     withholds = lm.calibration is not None and lm.calibration.threshold is not None

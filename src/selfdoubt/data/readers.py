@@ -45,6 +45,12 @@ def read_file(path: Path) -> Iterator[Placed]:
     return _from_lines(path, text) if suffix == ".jsonl" else _from_json(path, text, start, at_line)
 
 
+def looks_like_file(source: str) -> bool:
+    """Return whether a source that does not exist was meant as a file: such a name is not looked up on the hub."""
+    path = Path(source).expanduser()
+    return path.suffix.lower() in SUFFIXES or path.is_absolute() or source.startswith(".")
+
+
 def read_json_lines(path: Path) -> Iterator[Placed]:
     """Yield the objects of a JSONL file of any name, one per line.
 
