@@ -23,7 +23,7 @@ _LIMITS, _SETTINGS = Limits(), Settings()
 
 
 def serve(
-    model: flags.Model = None,
+    model: flags.ModelFlag = None,
     adapter: flags.Adapter = None,
     wrapper: flags.WrapperText = "auto",
     dtype: flags.Dtype = "auto",
