@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Annotated, Any
 
 from selfdoubt.cli import flags
-from selfdoubt.cli.output import printer
+from selfdoubt.cli.output import build_printer
 from selfdoubt.errors import ConfigError, require
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def ask(
     if temperature is not None:
         options["temperature"] = temperature
     several = candidates is not None or until_percentile is not None  # who asks for several answers gets to see them
-    output = printer(as_json=as_json, unsure="as any" if several else "told" if show_withheld else "hidden")
+    output = build_printer(as_json=as_json, unsure="as any" if several else "told" if show_withheld else "hidden")
     if candidates is not None:
         for question in questions:
             for i, answer in enumerate(lm.candidates(question, candidates, **options)):

@@ -34,10 +34,10 @@ def chat(
         raise ConfigError(f"--max-tokens must be at least 1, got {max_tokens}")
     for module in ("fastapi", "uvicorn"):
         require(module, "serve")
-    from selfdoubt.serve.http.process import bind, run, url_of
+    from selfdoubt.serve.http.process import bind_socket, run_server, format_url
 
     advice = "use 127.0.0.1, or `selfdoubt serve --ui --api-key KEY` to serve others"
-    place = bind(host, port, keys=False, advice=advice)  # a taken port is said before a large model loads
+    place = bind_socket(host, port, keys=False, advice=advice)  # a taken port is said before a large model loads
     require("gradio", "serve")
     from fastapi import FastAPI
 
@@ -45,13 +45,13 @@ def chat(
 
     lm = flags.load_lm(model, adapter, wrapper, dtype, quantize, risk, trust_remote_code)
     from selfdoubt.serve.engine.engine import Engine
-    from selfdoubt.serve.engine.threads import share
+    from selfdoubt.serve.engine.threads import limit_threads
 
-    share(lm)
+    limit_threads(lm)
     engine = Engine(lm)
     app = mount(FastAPI(openapi_url=None), engine, max_tokens=max_tokens)
     engine.start()
-    url = f"{url_of(place)}/"
+    url = f"{format_url(place)}/"
 
     def begun() -> None:
         print(f"Chat at {url}  (Ctrl-C ends it)", flush=True)
@@ -60,7 +60,7 @@ def chat(
 
             threading.Thread(target=webbrowser.open, args=(url,), daemon=True).start()
 
-    run(app, place, engine, drain=5, started=begun)
+    run_server(app, place, engine, drain=5, started=begun)
     return 0
 
 

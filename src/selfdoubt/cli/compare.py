@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from selfdoubt.cli.output import as_line
+from selfdoubt.cli.output import to_json_line
 from selfdoubt.errors import require
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ def compare(
 
     found = side_by_side(a, b, draws=draws)
     if as_json:
-        print(as_line(found))
+        print(to_json_line(found))
     else:
         print("\n".join(as_text(found)))
     return 0

@@ -15,12 +15,12 @@ if TYPE_CHECKING:
 Unsure = Literal["hidden", "told", "as any"]
 
 
-def printer(*, as_json: bool, unsure: Unsure = "hidden") -> Lines | JsonLines:
+def build_printer(*, as_json: bool, unsure: Unsure = "hidden") -> TextPrinter | JsonPrinter:
     """The printer for people or for programs."""
-    return JsonLines(unsure) if as_json else Lines(unsure)
+    return JsonPrinter(unsure) if as_json else TextPrinter(unsure)
 
 
-class Lines:
+class TextPrinter:
     """Output for people."""
 
     def __init__(self, unsure: Unsure) -> None:
@@ -74,7 +74,7 @@ class Lines:
             self.screen.comparison(*zip(*self.seen, strict=True), hide=self.unsure == "hidden")
 
 
-class JsonLines:
+class JsonPrinter:
     """Output for programs: one object a line."""
 
     def __init__(self, unsure: Unsure) -> None:
@@ -114,10 +114,10 @@ class JsonLines:
         """All answers side by side, at the end."""
 
     def _print(self, item: dict[str, Any]) -> None:
-        print(as_line(item), flush=True)
+        print(to_json_line(item), flush=True)
 
 
-def as_line(item: dict[str, Any]) -> str:
+def to_json_line(item: dict[str, Any]) -> str:
     """Return an object as one line of JSON, escaped to ASCII where standard output could not hold its characters."""
     text = json.dumps(item, ensure_ascii=False, allow_nan=False)
     try:

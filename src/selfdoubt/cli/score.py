@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from selfdoubt.cli import flags
-from selfdoubt.cli.output import printer
+from selfdoubt.cli.output import build_printer
 from selfdoubt.errors import ConfigError, LoadError, require
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def score(
     text = _read(file)
     lm = flags.load_lm(model, adapter, wrapper, dtype, quantize, risk, trust_remote_code)
     answer = lm.score(text, question)
-    printer(as_json=as_json).whole(question, answer)
+    build_printer(as_json=as_json).whole(question, answer)
     return 0
 
 

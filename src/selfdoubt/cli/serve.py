@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from selfdoubt.cli import flags
 from selfdoubt.errors import ConfigError, require
 from selfdoubt.serve.engine.limits import Limits
-from selfdoubt.serve.http.settings import Settings, read_keys
+from selfdoubt.serve.http.settings import ServerSettings, read_keys
 
 if TYPE_CHECKING:
     import typer
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 else:
     typer = require("typer", "lm")
 
-_LIMITS, _SETTINGS = Limits(), Settings()
+_LIMITS, _SETTINGS = Limits(), ServerSettings()
 
 
 def serve(
@@ -103,7 +103,7 @@ def serve(
     """Serve a model to many at once, as OpenAI's API does, with a risk beside every token."""
     limits = Limits(batch, batch_tokens, queue, prompt_tokens, answer_tokens, choices, timeout)
     keys = read_keys([*(api_key or []), *filter(None, [os.environ.get("SELFDOUBT_API_KEY")])])
-    settings = Settings(
+    settings = ServerSettings(
         name=name or str(model or adapter or "pocket"),
         keys=keys,
         temperature=temperature,
@@ -125,12 +125,12 @@ def serve(
         raise ConfigError(f"--drain must be a number of seconds, got {drain}")
     for package in ("fastapi", "uvicorn", "prometheus_client", *(["gradio"] if ui else [])):
         require(package, "serve")
-    from selfdoubt.serve.http.process import bind, run, url_of
+    from selfdoubt.serve.http.process import bind_socket, run_server, format_url
 
-    own = bind(host, port, keys=bool(keys))
+    own = bind_socket(host, port, keys=bool(keys))
     access = "needs a key" if keys else "needs no key: only this machine can connect"
-    page = f"; the page is at {url_of(own)}/" if ui else ""
-    line = f"selfdoubt serves {settings.name} at {url_of(own)}/v1 ({access}){page}"
+    page = f"; the page is at {format_url(own)}/" if ui else ""
+    line = f"selfdoubt serves {settings.name} at {format_url(own)}/v1 ({access}){page}"
     load = partial(_load, threads, model, adapter, wrapper, dtype, quantize, risk, trust_remote_code)
     if ray_address is not None:
         from selfdoubt.serve.ray.token import offer_token
@@ -142,8 +142,8 @@ def serve(
         where = cluster.Cluster(replicas, ray_address, replica_gpus)
         address = own.getsockname()
         own.close()  # Ray's proxies listen there
-        cluster.run(
-            cluster.application(load, limits, settings, where, drain, ui=ui), where, address[0], address[1],
+        cluster.run_cluster(
+            cluster.build_application(load, limits, settings, where, drain, ui=ui), where, address[0], address[1],
             started=lambda: print(f"{line}, {replicas} replicas", flush=True), idle=idle_seconds,
         )  # fmt: skip
         return 0
@@ -162,7 +162,7 @@ def serve(
         logging.getLogger("selfdoubt.serve").setLevel(logging.INFO)
     engine.start(wait=True)
     begun = partial(print, line, flush=True)
-    ended = run(
+    ended = run_server(
         app, own, engine, drain=drain, started=begun, active=lambda: metrics.active, settings=settings
     )  # fmt: skip
     return 0 if ended else 1
@@ -171,10 +171,10 @@ def serve(
 def _load(threads: int | None, *model: Any) -> RiskAwareLM:
     """For this process, or for that of a replica."""
     from selfdoubt.serve.engine.engine import memory
-    from selfdoubt.serve.engine.threads import share
+    from selfdoubt.serve.engine.threads import limit_threads
 
     memory.bound_process()
     lm = flags.load_lm(*model)
-    share(lm, threads)
+    limit_threads(lm, threads)
     memory.limit_shapes(lm)
     return lm

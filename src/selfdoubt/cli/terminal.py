@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from selfdoubt.lm.answer import Answer, Token
 
 #: The last level is also bold and underlined.
-STYLES = (*(Style(color=c) for c in COLOURS[:-1]), Style(color=COLOURS[-1], bold=True, underline=True))
+LEVEL_STYLES = (*(Style(color=c) for c in COLOURS[:-1]), Style(color=COLOURS[-1], bold=True, underline=True))
 
 
 class Screen:
@@ -32,7 +32,7 @@ class Screen:
         if self.coloured:
             edges = ["0", *(f"{b:g}" for b in BOUNDS)]
             line = Text("risk of a token, in nats:  ")
-            for edge, style in zip(edges, STYLES, strict=True):
+            for edge, style in zip(edges, LEVEL_STYLES, strict=True):
                 line.append(f"≥{edge}" if edge != "0" else "sure", style).append("  ")
             self.console.print(line)
         else:
@@ -44,7 +44,7 @@ class Screen:
             line = Text("? ", style="bold")
             tokens = list(tokens)
             for token in tokens:
-                line.append(token.text, STYLES[level(token.nll / 4)])
+                line.append(token.text, LEVEL_STYLES[level(token.nll / 4)])
             if "".join(t.text for t in tokens).strip() != text.strip():
                 line = Text("? ", style="bold").append(text)
             self.console.print(line)
@@ -54,14 +54,14 @@ class Screen:
     def token(self, token: Token) -> None:
         """One token, as soon as it is there."""
         if self.coloured:
-            self.console.print(Text(token.text, STYLES[level(token.risk)]), end="")
+            self.console.print(Text(token.text, LEVEL_STYLES[level(token.risk)]), end="")
         else:
             self.console.print(Text(f"{token.text}{{{token.risk:.2f}}}"), end="")
 
     def answer(self, answer: Answer) -> None:
         """What follows the tokens: the answer's risk, its rank, and its most doubtful token."""
         self.console.print()
-        self.console.print(Text(f"  {summary(answer)}", style="dim" if self.coloured else ""))
+        self.console.print(Text(f"  {summarize_answer(answer)}", style="dim" if self.coloured else ""))
         token = answer.most_doubtful
         if token is not None:
             others = [a for a in token.alternatives if a.id != token.id][:4]
@@ -93,14 +93,14 @@ class Screen:
                 text.append(answer.shown)
             else:
                 for token in answer.tokens:
-                    text.append(token.text, STYLES[level(token.risk)] if self.coloured else "")
+                    text.append(token.text, LEVEL_STYLES[level(token.risk)] if self.coloured else "")
             right = [] if not calibrated else ["-" if answer.p_correct is None else f"{answer.p_correct:.0%}"]
             table.add_row(question, text, f"{answer.risk:.3f}", _percent(answer), *right)
         self.console.print()
         self.console.print(table)
 
 
-def summary(answer: Answer) -> str:
+def summarize_answer(answer: Answer) -> str:
     """One line about the whole answer."""
     line = f"risk {answer.risk:.3f} ({answer.risk_name})"
     if answer.percentile is not None:

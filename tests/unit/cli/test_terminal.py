@@ -6,8 +6,8 @@ import json
 
 import pytest
 
-from selfdoubt.cli.output import printer
-from selfdoubt.cli.terminal import summary
+from selfdoubt.cli.output import build_printer
+from selfdoubt.cli.terminal import summarize_answer
 from selfdoubt.lm.answer import Answer, Token
 
 TOKEN = Token("Lima", 7, -9.0, 1.0, 1.0, 0.0, 0.0, 0.0, None, 9.0)
@@ -28,14 +28,14 @@ def answer(p=None, note=NOTE, abstain=True, finish="given"):
     ],
 )
 def test_a_summary_says_the_chance_or_why_there_is_none(given, ends):
-    assert summary(given).endswith(ends)
+    assert summarize_answer(given).endswith(ends)
 
 
 @pytest.mark.parametrize("unsure", ["hidden", "told", "as any"])
 @pytest.mark.parametrize("finish", ["given", "stop"])
 def test_both_printers_tell_it(capsys, unsure, finish):
-    printer(as_json=False, unsure=unsure).whole("Where?", answer(finish=finish))
+    build_printer(as_json=False, unsure=unsure).whole("Where?", answer(finish=finish))
     assert NOTE in " ".join(capsys.readouterr().out.split())
-    printer(as_json=True, unsure=unsure).whole("Where?", answer(finish=finish))
+    build_printer(as_json=True, unsure=unsure).whole("Where?", answer(finish=finish))
     last = json.loads(capsys.readouterr().out.strip().split("\n")[-1])
     assert (last["p_correct"], last["p_correct_note"], last["abstain"]) == (None, NOTE, True)

@@ -64,7 +64,7 @@ def ok(client, path=CHAT, **body):
 
 def fault(reply, status):
     assert reply.status_code == status, reply.text
-    responses.Error.model_validate(reply.json())
+    responses.ErrorReply.model_validate(reply.json())
     assert reply.headers["x-content-type-options"] == "nosniff"
     return reply.json()["error"]
 
@@ -260,7 +260,7 @@ def test_texts_are_scored_with_or_without_a_question(tiny, talker):
         *[{"text": f"Number {i}"} for i in range(6)],
     ]
     found = ok(tiny, "/v1/score", input=items)
-    responses.Scores.model_validate(found)
+    responses.ScoreList.model_validate(found)
     assert [d["index"] for d in found["data"]] == list(range(9))
     alone = talker.score("Paris.", "What is the capital of France?")
     assert found["data"][1]["risk"] == pytest.approx(alone.risk, abs=1e-9)
@@ -356,7 +356,7 @@ def test_a_list_of_texts_holds_up_nobody_else(tiny):
 
 def test_models_are_listed_and_told(atlas):
     found = atlas.get("/v1/models").json()
-    responses.Models.model_validate(found)
+    responses.ModelList.model_validate(found)
     assert [m["id"] for m in found["data"]] == ["pocket"]
     assert found["data"][0]["risk"]["threshold"] > 0
     assert atlas.get("/v1/models/pocket").json() == found["data"][0]

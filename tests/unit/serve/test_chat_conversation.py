@@ -10,8 +10,15 @@ import pytest
 from selfdoubt.errors import EngineError, PromptError
 from selfdoubt.lm.answer import UNSURE
 from selfdoubt.lm.model import RiskAwareLM
-from selfdoubt.serve.chat.answers import answer
-from selfdoubt.serve.chat.conversation import Conversation, Settings, Take, history, recommended, sureness
+from selfdoubt.serve.chat.answers import run_turn
+from selfdoubt.serve.chat.conversation import (
+    Conversation,
+    ChatSettings,
+    Attempt,
+    build_history,
+    recommend_confidence,
+    confidence,
+)
 from selfdoubt.serve.engine.engine import Engine
 from selfdoubt.serve.engine.limits import Limits
 
@@ -36,12 +43,12 @@ def talk():
 
 def settings(**given):
     """The pocket model has only learnt single questions: it remembers nothing, unless a test says so."""
-    return Settings(**{"memory": False, **given})
+    return ChatSettings(**{"memory": False, **given})
 
 
 def run(engine, talk, turn, watch=lambda turn: None):
     async def all_of_it():
-        async for _ in answer(engine, talk, turn, period=0.0):
+        async for _ in run_turn(engine, talk, turn, period=0.0):
             watch(turn)
 
     asyncio.run(all_of_it())
@@ -82,14 +89,14 @@ def test_an_unsure_answer_is_withheld_until_somebody_asks_to_see_it(engine, talk
 def test_without_a_calibration_the_percentile_says_how_sure(engine, lm):
     plain = RiskAwareLM(lm.model, lm.tokenizer, reference=lm.reference)
     found = plain.generate("What is the capital of France?")
-    assert sureness(found) == pytest.approx(1 - found.percentile)
-    assert recommended(plain.calibration) is None
+    assert confidence(found) == pytest.approx(1 - found.percentile)
+    assert recommend_confidence(plain.calibration) is None
     nothing = RiskAwareLM(lm.model, lm.tokenizer).generate("What is the capital of France?")
-    assert sureness(nothing) is None
+    assert confidence(nothing) is None
 
 
 def test_the_recommended_sureness_withholds_what_the_threshold_does(lm):
-    assert lm.calibration.threshold <= recommended(lm.calibration) < lm.calibration.threshold + 0.01
+    assert lm.calibration.threshold <= recommend_confidence(lm.calibration) < lm.calibration.threshold + 0.01
 
 
 def test_trying_again_ends_with_the_first_sure_answer(engine, talk):
@@ -119,7 +126,7 @@ def test_candidates_are_those_of_the_model_in_its_order(engine, talk, lm):
     turn = run(engine, talk, talk.begin("Where is Valencia?", settings(candidates=4), "candidates"))
     alone = lm.candidates("Where is Valencia?", 4)
     assert sorted(t.answer.text for t in turn.takes) == sorted(a.text for a in alone)
-    sure = [sureness(t.answer) or 0.0 for t in turn.ranked]
+    sure = [confidence(t.answer) or 0.0 for t in turn.ranked]
     assert sure == sorted(sure, reverse=True)
     assert turn.said == turn.ranked[0].answer.text
     assert turn.shown.startswith(f"1. {turn.said}\n2. ")
@@ -146,7 +153,7 @@ def test_stopping_cancels_the_request_and_keeps_what_there_is(engine, talk):
 def test_who_stops_listening_cancels_the_request(engine, talk):
     async def leave():
         turn = talk.begin("Where is Valencia?", settings())
-        going = answer(engine, talk, turn, period=0.0)
+        going = run_turn(engine, talk, turn, period=0.0)
         await anext(going)
         job = talk.job
         await going.aclose()
@@ -199,9 +206,9 @@ def test_a_closed_engine_is_said(lm, talk):
 def test_history_leaves_out_what_runs_and_what_is_empty():
     talk = Conversation()
     talk.begin("a", settings())
-    assert history(talk.turns) == ()
-    talk.turns[0].state, talk.turns[0].takes = "stopped", [Take(0)]
-    assert history(talk.turns) == ()
+    assert build_history(talk.turns) == ()
+    talk.turns[0].state, talk.turns[0].takes = "stopped", [Attempt(0)]
+    assert build_history(talk.turns) == ()
 
 
 def test_a_conversation_is_plain_data_with_every_token(engine, talk):
@@ -222,7 +229,7 @@ def test_a_conversation_is_plain_data_with_every_token(engine, talk):
 def test_clearing_stops_what_runs(engine, talk):
     async def clear():
         turn = talk.begin("Where is Valencia?", settings())
-        async for _ in answer(engine, talk, turn, period=0.0):
+        async for _ in run_turn(engine, talk, turn, period=0.0):
             talk.clear()
         return turn
 

@@ -15,9 +15,9 @@ from selfdoubt.lm.scoring import encode_teacher_forced
 from selfdoubt.members import innermost
 from selfdoubt.serve.engine.engine import Engine
 from selfdoubt.serve.engine.limits import Limits
-from selfdoubt.serve.engine.request import Grew
-from selfdoubt.serve.engine.scheduler import GAP
-from selfdoubt.serve.engine.tasks import Errand, Errands
+from selfdoubt.serve.engine.request import TokensAdded
+from selfdoubt.serve.engine.scheduler import STREAM_GAP
+from selfdoubt.serve.engine.tasks import Task, TaskQueue
 from tests import zoo
 from tests.unit.serve.test_engine import prompt
 
@@ -68,7 +68,7 @@ def running(lm, machine, **limits):
 
 
 def started(job):
-    next(u for u in job.updates() if isinstance(u, Grew))
+    next(u for u in job.updates() if isinstance(u, TokensAdded))
     return job
 
 
@@ -105,7 +105,7 @@ def test_between_two_pieces_a_stream_gets_its_token_and_waits_for_no_more_than_t
         stream.cancel()
     found = gaps(machine, 2)
     assert len(found) > 5
-    assert max(found) <= 1.05 * GAP
+    assert max(found) <= 1.05 * STREAM_GAP
     assert max(columns for _, columns, _ in machine.passes) > 32  # no smaller than they must be
 
 
@@ -199,7 +199,7 @@ def test_texts_to_score_get_on_equally_while_prompts_are_read(lm, number):
         gate = Gate(machine)
         prompts = [engine.ask(LONG, max_tokens=1, client=str(i)) for i in range(2)]
         assert gate.reached.wait(30)
-        futures = [engine._add(Errand(lambda _, __, name=name: pieces(name))) for name in range(number)]
+        futures = [engine._add(Task(lambda _, __, name=name: pieces(name))) for name in range(number)]
         gate.opened.set()
         for future in futures:
             future.result(30)
@@ -210,8 +210,8 @@ def test_texts_to_score_get_on_equally_while_prompts_are_read(lm, number):
 
 
 def test_texts_that_wait_and_were_given_up_take_no_place():
-    errands = Errands()
-    texts = [Errand(lambda *_: None, is_long=True) for _ in range(8)]
+    errands = TaskQueue()
+    texts = [Task(lambda *_: None, is_long=True) for _ in range(8)]
     for text in texts:
         errands.add(text)
     assert errands.next() is texts[0]

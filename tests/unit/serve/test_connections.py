@@ -17,7 +17,7 @@ from uvicorn.protocols.http import auto
 
 from selfdoubt.errors import ConfigError
 from selfdoubt.serve.http import connections
-from selfdoubt.serve.http.settings import Settings
+from selfdoubt.serve.http.settings import ServerSettings
 
 WHOLE = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"
 HALF = b"GET / HTTP/1.1\r\nHost: loc"
@@ -54,7 +54,7 @@ def module(request, monkeypatch):
 
 @contextmanager
 def serving(module, **settings):
-    guard = module.Guard(Settings(**settings))
+    guard = module.Guard(ServerSettings(**settings))
     config = uvicorn.Config(
         app, http=partial(module.Guarded, guard=guard), log_config=None, log_level="critical", lifespan="off",
         timeout_keep_alive=1000,
@@ -217,4 +217,4 @@ def test_a_client_that_does_not_read_is_cut_off(module, monkeypatch):
 @pytest.mark.parametrize("wrong", [{"connections": 0}, {"header_seconds": 0.0}, {"idle_seconds": float("inf")}])
 def test_settings_of_connections_have_limits(wrong):
     with pytest.raises(ConfigError, match=next(iter(wrong))):
-        Settings(**wrong)
+        ServerSettings(**wrong)

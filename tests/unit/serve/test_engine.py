@@ -17,7 +17,7 @@ from selfdoubt.lm.text.prompt import Prompt
 from selfdoubt.members import innermost
 from selfdoubt.serve.engine.engine import Engine
 from selfdoubt.serve.engine.limits import Limits
-from selfdoubt.serve.engine.request import Began, Ended, Grew
+from selfdoubt.serve.engine.request import Started, Finished, TokensAdded
 from tests import zoo
 
 POISON = 7  # a token id that breaks the model
@@ -125,11 +125,11 @@ def test_every_wrapper_in_float64(name):
 def test_updates_come_in_their_order_and_add_up(pocket):
     with running(pocket) as engine:
         updates = list(engine.ask("What is the capital of Peru?", n=2, temperature=0.5).updates())
-    assert isinstance(updates[0], Began)
+    assert isinstance(updates[0], Started)
     assert "".join(t.text for t in updates[0].question) == "What is the capital of Peru?"
     for choice in range(2):
         own = [u for u in updates[1:] if u.choice == choice]
-        assert isinstance(own[-1], Ended)
+        assert isinstance(own[-1], Finished)
         assert [t for u in own[:-1] for t in u.tokens] == list(own[-1].answer.tokens)
 
 
@@ -142,14 +142,14 @@ def test_a_coroutine_reads_them_too(pocket):
 
     with running(pocket) as engine:
         for updates in asyncio.run(crowd(engine)):
-            assert sum(isinstance(u, Grew) for u in updates) > 3
+            assert sum(isinstance(u, TokensAdded) for u in updates) > 3
 
 
 def test_tokens_arrive_before_the_answer_is_complete(pocket):
     with running(pocket) as engine, hooked(pocket, slowly()):
         updates = engine.ask("What is the capital of France?").updates()
         seen = [next(updates) for _ in range(4)]
-        assert [type(u) for u in seen] == [Began, Grew, Grew, Grew]
+        assert [type(u) for u in seen] == [Started, TokensAdded, TokensAdded, TokensAdded]
         assert engine.running == 1
 
 
@@ -158,7 +158,7 @@ def test_who_goes_away_frees_the_rows_at_once():
     with running(lm, batch=4) as engine, hooked(lm, slowly()):
         jobs = [engine.ask("What?", max_tokens=50, stop=[]) for _ in range(4)]
         for job in jobs:
-            next(u for u in job.updates() if isinstance(u, Grew))
+            next(u for u in job.updates() if isinstance(u, TokensAdded))
         assert engine.running == 4
         for job in jobs:
             job.cancel()
@@ -414,7 +414,7 @@ def test_a_meter_is_told_what_happens():
     with running(lm, notes, batch=3) as engine, hooked(lm, slowly(0.005)):
         long, gone = (engine.ask("What?", max_tokens=n) for n in (9, 50))
         late = engine.ask("What?", max_tokens=50, timeout=0.1)
-        next(u for u in gone.updates() if isinstance(u, Grew))
+        next(u for u in gone.updates() if isinstance(u, TokensAdded))
         gone.cancel()
         assert len(long.answers()[0].tokens) == 9
         with pytest.raises(DeadlineError):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from prometheus_client.parser import text_string_to_metric_families as parse
 
-from selfdoubt.serve.engine.stats import Meter
+from selfdoubt.serve.engine.stats import EngineStats
 from selfdoubt.serve.http.metrics import Metrics
 from tests.unit.serve.test_app import CHAT, TEXT, UNKNOWN, ask, events, ok
 
@@ -21,7 +21,7 @@ def read(client):
 
 
 def test_it_is_a_meter():
-    assert isinstance(Metrics(), Meter)
+    assert isinstance(Metrics(), EngineStats)
 
 
 def test_what_an_engine_does_is_counted(serve, pocket):

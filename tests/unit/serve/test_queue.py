@@ -7,18 +7,18 @@ from hypothesis import strategies as st
 
 from selfdoubt.lm.sampling import Sampling
 from selfdoubt.lm.text.prompt import Prompt
-from selfdoubt.serve.engine.queue import Waiting
-from selfdoubt.serve.engine.request import Ask, Job
+from selfdoubt.serve.engine.queue import FairQueue
+from selfdoubt.serve.engine.request import GenerationRequest, RequestHandle
 
 CLIENTS = st.lists(st.sampled_from("abc"), max_size=12)
 
 
 def job(client):
-    return Job(Ask(Prompt([1], [True]), Sampling(), client=client))
+    return RequestHandle(GenerationRequest(Prompt([1], [True]), Sampling(), client=client))
 
 
 def queue(clients):
-    waiting, jobs = Waiting(), [job(c) for c in clients]
+    waiting, jobs = FairQueue(), [job(c) for c in clients]
     for each in jobs:
         waiting.add(each)
     return waiting, jobs

@@ -9,10 +9,16 @@ from pydantic import ValidationError
 
 from selfdoubt.errors import ConfigError
 from selfdoubt.serve.engine.limits import Limits
-from selfdoubt.serve.http.settings import Settings
+from selfdoubt.serve.http.settings import ServerSettings
 from selfdoubt.serve.openai.errors import RequestError
-from selfdoubt.serve.openai.params import plan
-from selfdoubt.serve.openai.requests import ADVICE, ChatRequest, CompletionRequest, ScoreRequest, complaint
+from selfdoubt.serve.openai.params import build_params
+from selfdoubt.serve.openai.requests import (
+    ADVICE,
+    ChatRequest,
+    CompletionRequest,
+    ScoreRequest,
+    describe_validation_error,
+)
 
 HELLO = [{"role": "user", "content": "Hello"}]
 
@@ -24,11 +30,11 @@ def chat(**parameters):
 def complaint_of(model, data):
     with pytest.raises(ValidationError) as caught:
         model.model_validate(data)
-    return complaint(caught.value.errors())
+    return describe_validation_error(caught.value.errors())
 
 
-def planned(request, lm, settings=Settings(), limits=Limits()):  # noqa: B008
-    return plan(request, settings, limits, lm)
+def planned(request, lm, settings=ServerSettings(), limits=Limits()):  # noqa: B008
+    return build_params(request, settings, limits, lm)
 
 
 def test_every_parameter_of_openai_is_known():
@@ -154,10 +160,10 @@ def test_the_defaults_are_those_of_openai_unless_the_server_has_others(talker):
     assert not first.stream
     assert not first.logprobs
     assert first.options["seed"] != second.options["seed"]
-    assert planned(chat(), talker, Settings(temperature=0)).options["temperature"] == 0
-    assert planned(chat(temperature=0.5), talker, Settings(temperature=0)).options["temperature"] == 0.5
+    assert planned(chat(), talker, ServerSettings(temperature=0)).options["temperature"] == 0
+    assert planned(chat(temperature=0.5), talker, ServerSettings(temperature=0)).options["temperature"] == 0.5
     assert planned(CompletionRequest(prompt="x"), talker).options["max_tokens"] == 16
-    assert planned(chat(), talker, Settings(max_tokens=40)).options["max_tokens"] == 40
+    assert planned(chat(), talker, ServerSettings(max_tokens=40)).options["max_tokens"] == 40
     assert planned(chat(), talker, limits=Limits(answer_tokens=7)).options["max_tokens"] == 7
 
 
@@ -197,13 +203,13 @@ def test_another_model_is_not_found(talker):
 
 
 def test_what_the_server_was_told_not_to_do_is_not_asked_for(talker, pocket):
-    assert not planned(chat(), talker, Settings(risk=False)).risk
+    assert not planned(chat(), talker, ServerSettings(risk=False)).risk
     with pytest.raises(RequestError, match="--no-risk"):
-        planned(chat(risk=True), talker, Settings(risk=False))
+        planned(chat(risk=True), talker, ServerSettings(risk=False))
     with pytest.raises(RequestError, match="selfdoubt calibrate"):
         planned(chat(withhold=True), talker)
     assert planned(chat(withhold=True), pocket).withhold
-    assert not planned(chat(withhold=False), pocket, Settings(withhold=True)).withhold
+    assert not planned(chat(withhold=False), pocket, ServerSettings(withhold=True)).withhold
 
 
 def test_texts_to_score_come_as_one_or_several():

@@ -9,14 +9,14 @@ from selfdoubt.errors import require
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
-    from selfdoubt.serve.engine.client import Desk
+    from selfdoubt.serve.engine.client import EngineClient
 
 __all__ = ["mount"]
 
 
 def mount(
     app: FastAPI,
-    engine: Desk,
+    engine: EngineClient,
     *,
     title: str | None = None,
     model: str | None = None,

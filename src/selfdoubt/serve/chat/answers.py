@@ -7,23 +7,23 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from functools import partial
 
-from selfdoubt.serve.chat.conversation import Conversation, Take, Turn
-from selfdoubt.serve.engine.client import Desk
-from selfdoubt.serve.engine.request import Began, Grew, Job, Update
-from selfdoubt.serve.http.encoders import Encoders, size_of
+from selfdoubt.serve.chat.conversation import Conversation, Attempt, Turn
+from selfdoubt.serve.engine.client import EngineClient
+from selfdoubt.serve.engine.request import Started, TokensAdded, RequestHandle, Update
+from selfdoubt.serve.http.encoders import EncoderThreads, measure_prompt
 
 #: Seconds between two looks at an answer that grows: quicker than an eye follows, slow enough for a page to keep up.
 PERIOD = 0.04
 
 
-async def answer(
-    engine: Desk,
+async def run_turn(
+    engine: EngineClient,
     conversation: Conversation,
     turn: Turn,
     *,
     client: str = "",
     period: float = PERIOD,
-    encoders: Encoders | None = None,
+    encoders: EncoderThreads | None = None,
 ) -> AsyncGenerator[None]:
     """Fill the turn, the last of the conversation; yields whenever it has changed, and ends when it has ended.
 
@@ -34,7 +34,7 @@ async def answer(
     """
     width = turn.settings.candidates if turn.way == "candidates" else 1
     rounds = turn.settings.tries if turn.way == "until" else 1
-    encoders, own = encoders or Encoders(1), encoders is None
+    encoders, own = encoders or EncoderThreads(1), encoders is None
     halted = conversation.halted  # this turn's own: the next one gets another
     try:
         for i in range(rounds):
@@ -48,11 +48,11 @@ async def answer(
                 max_tokens=turn.settings.max_tokens,
                 seed=first,
             )
-            job = await encoders.run(ask, size_of(turn.messages), undo=Job.cancel)
+            job = await encoders.run(ask, measure_prompt(turn.messages), undo=RequestHandle.cancel)
             conversation.job = job
             place = len(turn.takes)
-            turn.takes += [Take(first + j) for j in range(width)]
-            async with aclosing(paced(job, halted, period)) as news:
+            turn.takes += [Attempt(first + j) for j in range(width)]
+            async with aclosing(follow_updates(job, halted, period)) as news:
                 async for updates in news:
                     for update in updates:
                         _take(turn, place, update)
@@ -70,7 +70,7 @@ async def answer(
     yield
 
 
-async def paced(job: Job, halted: asyncio.Event, period: float) -> AsyncGenerator[list[Update]]:
+async def follow_updates(job: RequestHandle, halted: asyncio.Event, period: float) -> AsyncGenerator[list[Update]]:
     """What the job tells, gathered over ``period`` seconds; the job is cancelled as soon as nobody listens or
     ``halted`` is set.
     """
@@ -96,11 +96,11 @@ async def paced(job: Job, halted: asyncio.Event, period: float) -> AsyncGenerato
 
 
 def _take(turn: Turn, place: int, update: Update) -> None:
-    if isinstance(update, Began):
+    if isinstance(update, Started):
         turn.asked = turn.asked or update.question
         return
     take = turn.takes[place + update.choice]
-    if isinstance(update, Grew):
+    if isinstance(update, TokensAdded):
         take.tokens += update.tokens
     else:
         take.answer = update.answer

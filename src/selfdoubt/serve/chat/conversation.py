@@ -10,16 +10,16 @@ from typing import Any, Literal
 
 from selfdoubt.lm.answer import UNSURE, Answer, Token
 from selfdoubt.lm.calibration import Calibration
-from selfdoubt.serve.engine.request import Job
+from selfdoubt.serve.engine.request import RequestHandle
 
 #: One answer; answers one after the other until one is sure enough; several answers side by side.
-Way = Literal["once", "until", "candidates"]
+AnswerMode = Literal["once", "until", "candidates"]
 #: Where neither the person nor a calibration says how sure is sure enough.
-SURE_ENOUGH = 0.5
+DEFAULT_CONFIDENCE = 0.5
 
 
 @dataclass(frozen=True)
-class Settings:
+class ChatSettings:
     """What a person has set on the page."""
 
     temperature: float = 0.0
@@ -32,7 +32,7 @@ class Settings:
 
 
 @dataclass
-class Take:
+class Attempt:
     """One answer in the making."""
 
     seed: int
@@ -51,12 +51,12 @@ class Turn:
 
     id: int
     question: str
-    way: Way
-    settings: Settings
+    way: AnswerMode
+    settings: ChatSettings
     before: tuple[dict[str, str], ...] = ()  #: the messages that went before, where they are remembered
     need: float = 0.0  #: sureness at which answering again ends
     asked: list[Token] = field(default_factory=list)
-    takes: list[Take] = field(default_factory=list)
+    takes: list[Attempt] = field(default_factory=list)
     state: Literal["running", "done", "stopped"] = "running"
     revealed: bool = False
 
@@ -71,12 +71,12 @@ class Turn:
         return self.settings.temperature or (0.0 if self.way == "once" else 1.0)
 
     @property
-    def ranked(self) -> list[Take]:
+    def ranked(self) -> list[Attempt]:
         """The takes, the least doubtful first; those that have not ended come last, in their order."""
         return sorted(self.takes, key=lambda t: _doubt(t.answer))
 
     @property
-    def best(self) -> Take | None:
+    def best(self) -> Attempt | None:
         """The take that stands for the turn: one that is sure enough, or the least doubtful, or the one in the making.
 
         None before the first.
@@ -99,10 +99,10 @@ class Turn:
 
     def sure_enough(self, answer: Answer) -> bool:
         """Whether an answer ends the tries."""
-        sure = sureness(answer)
+        sure = confidence(answer)
         return sure is not None and sure >= self.need
 
-    def hides(self, take: Take) -> bool:
+    def hides(self, take: Attempt) -> bool:
         """Whether the text must not be seen: there is no verdict yet, or it was too doubtful; unless asked for."""
         if self.revealed:
             return False
@@ -112,7 +112,7 @@ class Turn:
             return False
         if self.state == "running" or take.answer is None:
             return True
-        sure = sureness(take.answer)
+        sure = confidence(take.answer)
         return sure is None or sure < self.settings.at_least
 
     @property
@@ -138,7 +138,7 @@ class Turn:
         return next((t.text for t in self.ranked if not self.hides(t)), "")
 
 
-def sureness(answer: Answer) -> float | None:
+def confidence(answer: Answer) -> float | None:
     """Return how sure an answer is, in [0, 1]: ``p_correct``, or without a calibration the share of reference answers
     that are riskier. None where there is neither, or where the calibration does not hold.
     """
@@ -147,11 +147,11 @@ def sureness(answer: Answer) -> float | None:
     return None if answer.percentile is None else 1 - answer.percentile
 
 
-def recommended(calibration: Calibration | None) -> float | None:
+def recommend_confidence(calibration: Calibration | None) -> float | None:
     """The calibrated threshold in whole percent, rounded up so that its promise holds; None without one.
 
     Example:
-        >>> recommended(Calibration("isotonic", ("sum_nll",), knots=((0, 1),), threshold=0.8364))
+        >>> recommend_confidence(Calibration("isotonic", ("sum_nll",), knots=((0, 1),), threshold=0.8364))
         0.84
     """
     if calibration is None or calibration.threshold is None:
@@ -159,7 +159,7 @@ def recommended(calibration: Calibration | None) -> float | None:
     return math.ceil(round(calibration.threshold * 100, 6)) / 100
 
 
-def history(turns: Iterable[Turn]) -> tuple[dict[str, str], ...]:
+def build_history(turns: Iterable[Turn]) -> tuple[dict[str, str], ...]:
     """Messages of turns that have ended, with what was shown of them."""
     found: list[dict[str, str]] = []
     for turn in turns:
@@ -175,7 +175,7 @@ class Conversation:
         self.turns: list[Turn] = []
         self.notice = ""  #: one line about what went wrong last
         self.editing: int | None = None  #: the turn whose question is being written anew
-        self.job: Job | None = None
+        self.job: RequestHandle | None = None
         self.halted = asyncio.Event()
         self._next = 1
         self._replaced: list[Turn] = []
@@ -192,8 +192,8 @@ class Conversation:
     def begin(
         self,
         question: str,
-        settings: Settings,
-        way: Way = "once",
+        settings: ChatSettings,
+        way: AnswerMode = "once",
         threshold: float | None = None,
         instead: int | None = None,
     ) -> Turn:
@@ -211,19 +211,21 @@ class Conversation:
         place = next((i for i, t in enumerate(self.turns) if t.id == instead), len(self.turns))
         self._replaced = self.turns[place:]
         del self.turns[place:]
-        before = history(self.turns) if settings.memory else ()
-        turn = Turn(self._next, question, way, settings, before, settings.at_least or threshold or SURE_ENOUGH)
+        before = build_history(self.turns) if settings.memory else ()
+        turn = Turn(self._next, question, way, settings, before, settings.at_least or threshold or DEFAULT_CONFIDENCE)
         self._next += 1
         self.turns.append(turn)
         return turn
 
-    def again(self, old: Turn, settings: Settings, way: Way, threshold: float | None = None) -> Turn:
+    def again(self, old: Turn, settings: ChatSettings, way: AnswerMode, threshold: float | None = None) -> Turn:
         """Ask an earlier question anew, in its place. One answer is drawn with the next seed: the same one again is no
         use, so a temperature of 0 counts as 1.
         """
         if way == "once":
             settings = replace(
-                settings, temperature=settings.temperature or 1.0, seed=max(t.seed for t in old.takes or [Take(0)]) + 1
+                settings,
+                temperature=settings.temperature or 1.0,
+                seed=max(t.seed for t in old.takes or [Attempt(0)]) + 1,
             )
         return self.begin(old.question, settings, way, threshold, instead=old.id)
 
@@ -269,7 +271,7 @@ def _plain(turn: Turn) -> dict[str, Any]:
             {
                 **({"text": take.text} if take.answer is None else take.answer.to_dict()),
                 "seed": take.seed,
-                "sure": None if take.answer is None else sureness(take.answer),
+                "sure": None if take.answer is None else confidence(take.answer),
                 "abstain": None if take.answer is None else take.answer.abstain,
                 "hidden": turn.hides(take),
                 "tokens": _tokens(take.tokens if take.answer is None else take.answer.tokens),
@@ -287,7 +289,7 @@ def _doubt(answer: Answer | None) -> tuple[float, float]:
     """For sorting: less is better."""
     if answer is None:
         return math.inf, math.inf
-    sure = sureness(answer)
+    sure = confidence(answer)
     if sure is None:
         return (1.0 if answer.p_correct_note else answer.risk), answer.risk
     return 1 - sure, answer.risk

@@ -26,18 +26,18 @@ from selfdoubt.lm.load import POCKET, resolve_model
 from selfdoubt.lm.model import RiskAwareLM
 from selfdoubt.lm.risk_levels import COLOURS
 from selfdoubt.serve.chat import examples, phrases, tokens_html
-from selfdoubt.serve.chat.answers import answer
-from selfdoubt.serve.chat.conversation import Conversation, Settings, Turn, Way, recommended
-from selfdoubt.serve.chat.turn_html import Shown, View
-from selfdoubt.serve.engine.client import Desk
-from selfdoubt.serve.http.encoders import Encoders
-from selfdoubt.serve.openai.errors import shortened
+from selfdoubt.serve.chat.answers import run_turn
+from selfdoubt.serve.chat.conversation import Conversation, ChatSettings, Turn, AnswerMode, recommend_confidence
+from selfdoubt.serve.chat.turn_html import RenderedTurn, TurnView
+from selfdoubt.serve.engine.client import EngineClient
+from selfdoubt.serve.http.encoders import EncoderThreads
+from selfdoubt.serve.openai.errors import shorten
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
 #: Most conversations that are kept; the one that was idle longest goes first.
-CONVERSATIONS = 1000
+MAX_CONVERSATIONS = 1000
 HEADER = """<header class="bar">
 <h1><span class="mark" aria-hidden="true"><i class="t0"></i><i class="t1"></i><i class="t2"></i><i class="t3"></i><i
  class="t4"></i></span>selfdoubt</h1><span class="model" title="The model that answers">{model}</span>
@@ -45,9 +45,11 @@ HEADER = """<header class="bar">
 <button type="button" data-do="drawer" aria-expanded="false" aria-controls="sd-side">Settings</button></header>"""
 
 
-def mount_page(app: FastAPI, engine: Desk, *, title: str | None, model: str | None, max_tokens: int, auth: Any) -> None:
+def mount_page(
+    app: FastAPI, engine: EngineClient, *, title: str | None, model: str | None, max_tokens: int, auth: Any
+) -> None:
     """See ``selfdoubt.serve.chat.mount``."""
-    page = Page(engine, model or name_of(engine.lm), max_tokens)
+    page = Page(engine, model or display_name(engine.lm), max_tokens)
     gr.mount_gradio_app(
         app,
         page.build(title or f"selfdoubt: {page.model}"),
@@ -66,7 +68,7 @@ def mount_page(app: FastAPI, engine: Desk, *, title: str | None, model: str | No
     )
 
 
-def name_of(lm: RiskAwareLM) -> str:
+def display_name(lm: RiskAwareLM) -> str:
     """What to call a model: its name, or the last part of its folder."""
     if is_pocket(lm):
         return POCKET
@@ -82,19 +84,19 @@ def is_pocket(lm: RiskAwareLM) -> bool:
 class Page:
     """The page and the conversations that are held on it."""
 
-    def __init__(self, engine: Desk, model: str, max_tokens: int) -> None:
+    def __init__(self, engine: EngineClient, model: str, max_tokens: int) -> None:
         self.engine = engine
-        self.encoders = Encoders(engine.limits.queue)
+        self.encoders = EncoderThreads(engine.limits.queue)
         self.model = model
         self.max_tokens = max_tokens
         self.calibration = engine.lm.calibration
-        self.recommended = recommended(self.calibration)
+        self.recommended = recommend_confidence(self.calibration)
         self.pocket = is_pocket(engine.lm)
         self.conversations: OrderedDict[str, Conversation] = OrderedDict()
 
     def build(self, title: str) -> Any:
         """Lay it out and connect it."""
-        legend = tokens_html.legend(phrases.bounds(self.engine.lm.token_risk))
+        legend = tokens_html.render_legend(phrases.describe_levels(self.engine.lm.token_risk))
         with gr.Blocks(title=title, analytics_enabled=False) as page:
             gr.HTML(
                 HEADER.format(model=escape(self.model)), elem_id="sd-head", js_on_load=None, apply_default_css=False
@@ -134,13 +136,13 @@ class Page:
 
     def _welcome(self) -> str:
         intro = "Every word comes in the colour of its doubt. Point at one, tap it, or move there with the arrow keys."
-        which = examples.POCKET if self.pocket else examples.OTHERS
+        which = examples.POCKET_EXAMPLES if self.pocket else examples.GENERAL_EXAMPLES
         # Gradio reads the whole as a template of JavaScript, in which a backtick would be the end.
         said = re.sub("`([^`]*)`", r"<code>\1</code>", escape(self.engine.lm.note or ""))
         note = f'<p class="note">Note: {said}.</p>' if said else ""
         return (
             '<div class="welcome"><p class="lead">Ask, and see how sure the model is.</p>'
-            f'<p>{intro}</p>{note}<div class="examples">{examples.cards(which)}</div></div>'
+            f'<p>{intro}</p>{note}<div class="examples">{examples.render_examples(which)}</div></div>'
             '<div class="turns"></div><p class="hint"></p><p class="notice" role="alert"></p>'
             '<p class="sr" aria-live="polite"></p>'
         )
@@ -201,13 +203,13 @@ class Page:
             yield self._outputs(talk)
         elif do == "reveal" and old is not None and not talk.busy:
             old.revealed = True
-            yield self._outputs(talk, [View(old, self.calibration).draw()])
+            yield self._outputs(talk, [TurnView(old, self.calibration).draw()])
         elif do == "ask" and not talk.busy:
             turn = talk.begin(_asked(str(what.get("text", ""))), _settings(values), "once", self.recommended)
             async for update in self._run(talk, turn, request, back=typed or turn.question):
                 yield update
         elif do in ("retry", "until", "candidates") and old is not None and not talk.busy:
-            way: Way = "once" if do == "retry" else do
+            way: AnswerMode = "once" if do == "retry" else do
             turn = talk.again(old, _settings(values), way, self.recommended)
             async for update in self._run(talk, turn, request):
                 yield update
@@ -216,11 +218,11 @@ class Page:
         self, talk: Conversation, turn: Turn, request: gr.Request, box: str | None = None, back: str | None = None
     ) -> AsyncGenerator[Any]:
         """Show the turn while it grows; ``box`` goes into the field to type in, ``back`` when it came to nothing."""
-        view = View(turn, self.calibration)
+        view = TurnView(turn, self.calibration)
         yield self._outputs(talk, [view.draw()], box)
         try:
             async with aclosing(
-                answer(self.engine, talk, turn, client=str(request.session_hash), encoders=self.encoders)
+                run_turn(self.engine, talk, turn, client=str(request.session_hash), encoders=self.encoders)
             ) as news:
                 async for _ in news:
                     yield self._outputs(talk, [view.draw()])
@@ -229,10 +231,12 @@ class Page:
             if not expected:
                 logging.getLogger(__name__).exception("an answer failed")
             old = talk.drop(turn)
-            talk.notice = shortened(str(error)) if expected else "The model failed; the server's log says how."
-            yield self._outputs(talk, [View(t, self.calibration).draw() for t in old], back)
+            talk.notice = shorten(str(error)) if expected else "The model failed; the server's log says how."
+            yield self._outputs(talk, [TurnView(t, self.calibration).draw() for t in old], back)
 
-    def _outputs(self, talk: Conversation, turns: Sequence[Shown] = (), box: str | None = None) -> tuple[Any, ...]:
+    def _outputs(
+        self, talk: Conversation, turns: Sequence[RenderedTurn] = (), box: str | None = None
+    ) -> tuple[Any, ...]:
         return (
             self._show(talk, turns),
             gr.skip() if box is None else box,
@@ -240,7 +244,7 @@ class Page:
             gr.Button(visible=talk.busy),
         )
 
-    def _show(self, talk: Conversation, turns: Sequence[Shown] = ()) -> dict[str, Any]:
+    def _show(self, talk: Conversation, turns: Sequence[RenderedTurn] = ()) -> dict[str, Any]:
         """What the page gets: the turns that changed, and which there are."""
         return {
             "order": [t.id for t in talk.turns],
@@ -278,7 +282,7 @@ class Page:
         key = str(request.session_hash)
         found = self.conversations.pop(key, None) or Conversation()
         self.conversations[key] = found
-        while len(self.conversations) > CONVERSATIONS:
+        while len(self.conversations) > MAX_CONVERSATIONS:
             self.conversations.popitem(last=False)[1].stop()
         return found
 
@@ -288,9 +292,9 @@ def _asked(typed: object) -> str:
     return str(typed or "").encode("utf-8", "replace").decode().rstrip().lstrip("\r\n")
 
 
-def _settings(values: tuple[Any, ...]) -> Settings:
+def _settings(values: tuple[Any, ...]) -> ChatSettings:
     sure, temperature, max_tokens, seed, candidates, tries, memory = values
-    return Settings(
+    return ChatSettings(
         temperature=float(temperature or 0),
         max_tokens=int(max_tokens),
         seed=int(seed or 0),

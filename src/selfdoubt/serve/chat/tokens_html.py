@@ -9,13 +9,13 @@ from html import escape
 
 from selfdoubt.lm.answer import Token
 from selfdoubt.lm.risk_levels import level
-from selfdoubt.serve.chat.phrases import LEVELS, percent
+from selfdoubt.serve.chat.phrases import LEVEL_NAMES, percent
 
 #: A person's words surprise a model more than its own: their surprisal counts a quarter, as it does on a terminal.
-OF_A_QUESTION = 1 / 4
+QUESTION_WEIGHT = 1 / 4
 
 
-def span(token: Token, number: int, *, asked: bool = False) -> str:
+def render_token(token: Token, number: int, *, asked: bool = False) -> str:
     """One token. Its numbers travel in ``data-d``, in the order that ``chat.js`` reads.
 
     Args:
@@ -23,12 +23,12 @@ def span(token: Token, number: int, *, asked: bool = False) -> str:
         number: Its place, from 0; the first can be reached by the tab key, the others by arrows from there.
         asked: It is part of the question.
     """
-    rank = level(token.nll * OF_A_QUESTION if asked else token.risk)
+    rank = level(token.nll * QUESTION_WEIGHT if asked else token.risk)
     numbers = [
         token.logprob, token.total, token.epistemic, token.aleatoric, token.disagreement, token.risk, rank,
         [[other.text, other.probability, other.id == token.id] for other in token.alternatives],
     ]  # fmt: skip
-    name = f"{token.text.strip() or 'no letter'}: probability {percent(math.exp(token.logprob))}, {LEVELS[rank]}"
+    name = f"{token.text.strip() or 'no letter'}: probability {percent(math.exp(token.logprob))}, {LEVEL_NAMES[rank]}"
     kind = f"t t{rank}" + ("" if token.text else " part")
     return (
         f'<span class="{kind}" role="button" tabindex="{0 if number == 0 else -1}" data-k="{number}" '
@@ -36,12 +36,12 @@ def span(token: Token, number: int, *, asked: bool = False) -> str:
     )
 
 
-def spans(tokens: Iterable[Token], *, asked: bool = False) -> str:
+def render_tokens(tokens: Iterable[Token], *, asked: bool = False) -> str:
     """Tokens in a row."""
-    return "".join(span(token, i, asked=asked) for i, token in enumerate(tokens))
+    return "".join(render_token(token, i, asked=asked) for i, token in enumerate(tokens))
 
 
-def question(text: str, tokens: list[Token]) -> str:
+def render_question(text: str, tokens: list[Token]) -> str:
     """A question in its colours: has the model met this subject? What has no number (yet) stands there plain."""
     own = text.strip()
     tokens = _last(tokens, own)
@@ -51,7 +51,7 @@ def question(text: str, tokens: list[Token]) -> str:
     gap = joined[: len(joined) - len(joined.lstrip())] if plain else ""
     if not known or not own.endswith(known) or not plain.endswith(gap):
         return escape(own)
-    return escape(plain.removesuffix(gap)) + spans(tokens, asked=True)
+    return escape(plain.removesuffix(gap)) + render_tokens(tokens, asked=True)
 
 
 def _last(tokens: list[Token], own: str) -> list[Token]:
@@ -64,7 +64,7 @@ def _last(tokens: list[Token], own: str) -> list[Token]:
     return tokens
 
 
-def legend(said: Iterable[tuple[str, str]]) -> str:
+def render_legend(said: Iterable[tuple[str, str]]) -> str:
     """What the colours mean: each level's name and bound, the surest first."""
     items = "".join(
         f'<li><span class="t t{i}">{escape(name)}</span> <small>{escape(bound)}</small></li>'

@@ -12,14 +12,14 @@ from typing import TypedDict
 
 from selfdoubt.lm.calibration import Calibration
 from selfdoubt.serve.chat import phrases, tokens_html
-from selfdoubt.serve.chat.conversation import Take, Turn, sureness
-from selfdoubt.serve.chat.plot import plot
+from selfdoubt.serve.chat.conversation import Attempt, Turn, confidence
+from selfdoubt.serve.chat.plot import render_risk_plot
 
 #: Seconds between two drawings of a plot that grows.
-REDRAW = 0.25
+REDRAW_SECONDS = 0.25
 
 
-class Shown(TypedDict):
+class RenderedTurn(TypedDict):
     """A turn as the page gets it."""
 
     id: int
@@ -29,7 +29,7 @@ class Shown(TypedDict):
     spoken: str  #: what a screen reader says at the end
 
 
-class View:
+class TurnView:
     """Draws one turn again and again, cheaply."""
 
     def __init__(self, turn: Turn, calibration: Calibration | None = None) -> None:
@@ -40,22 +40,22 @@ class View:
         self._plot = ""
         self._drawn = float("-inf")
 
-    def draw(self) -> Shown:
+    def draw(self) -> RenderedTurn:
         """As it is now."""
         turn = self.turn
         if turn.asked and not self._asked:
-            self._asked = tokens_html.question(turn.question, turn.asked)
-        parts = {"ask": self._asked or tokens_html.question(turn.question, [])}
+            self._asked = tokens_html.render_question(turn.question, turn.asked)
+        parts = {"ask": self._asked or tokens_html.render_question(turn.question, [])}
         if turn.state == "running" and all(turn.hides(t) for t in turn.takes):
-            parts["status"] = f'<span class="pulse" aria-hidden="true"></span>{escape(phrases.thinking(turn))}'
+            parts["status"] = f'<span class="pulse" aria-hidden="true"></span>{escape(phrases.describe_progress(turn))}'
         elif turn.withheld and turn.takes:
             parts["unsure"] = (
-                f'<p class="unsure">{escape(turn.shown)}</p><p class="why">{escape(phrases.withheld(turn))}</p>'
+                f'<p class="unsure">{escape(turn.shown)}</p><p class="why">{escape(phrases.explain_abstention(turn))}</p>'
             )
         elif turn.way == "until":
-            parts["status"] = escape(phrases.tries(turn))
+            parts["status"] = escape(phrases.describe_attempts(turn))
         elif turn.way == "candidates" and turn.state == "done":
-            parts["status"] = escape(phrases.drawn(turn))
+            parts["status"] = escape(phrases.describe_candidates(turn))
         elif turn.state == "stopped":
             parts["status"] = "Stopped"
         seen = self._seen()
@@ -71,37 +71,39 @@ class View:
             "state": turn.state,
             "frame": _frame(turn, seen),
             "parts": parts,
-            "spoken": phrases.spoken(turn, self.calibration),
+            "spoken": phrases.describe_aloud(turn, self.calibration),
         }
 
-    def _seen(self) -> list[Take]:
+    def _seen(self) -> list[Attempt]:
         turn = self.turn
         takes = turn.takes if turn.state == "running" else turn.ranked
         if turn.way != "candidates":
             takes = [turn.best] if turn.best is not None else []
         return [t for t in takes if not turn.hides(t)]
 
-    def _spans(self, take: Take) -> str:
+    def _spans(self, take: Attempt) -> str:
         pieces = self._pieces.setdefault(take.seed, [])
-        pieces += [tokens_html.span(token, i) for i, token in enumerate(take.tokens[len(pieces) :], len(pieces))]
+        pieces += [
+            tokens_html.render_token(token, i) for i, token in enumerate(take.tokens[len(pieces) :], len(pieces))
+        ]
         html = "".join(pieces)
         if take.answer is not None:
             rest = take.answer.text.removeprefix("".join(t.text for t in take.tokens))
             html += escape(rest) or ("" if take.answer.text else "<em>an empty answer</em>")
         return html
 
-    def _verdict(self, take: Take) -> str:
+    def _verdict(self, take: Attempt) -> str:
         answer = take.answer
         assert answer is not None
         several = self.turn.way == "candidates"
-        said = phrases.verdict(answer, self.calibration, short=several)
-        sure = sureness(answer)
+        said = phrases.describe_answer(answer, self.calibration, short=several)
+        sure = confidence(answer)
         line = f"<strong>{escape(said[0])}</strong>" + "".join(f" · {escape(s)}" for s in said[1:])
         if several:
             line += f" · seed {take.seed}"
         elif self.turn.temperature:
             line += f" · drawn at temperature {self.turn.temperature:g}, seed {take.seed}"
-        if caveat := phrases.caveat(self.turn, answer):
+        if caveat := phrases.warn_conversation(self.turn, answer):
             line += f" · {escape(caveat)}"
         if sure is None:
             return f'<p class="words">{line}</p>'
@@ -118,8 +120,8 @@ class View:
         if take is None or not take.tokens or (turn.way == "candidates" and turn.state == "running"):
             return ""
         now = time.monotonic()
-        if turn.state != "running" or now - self._drawn >= REDRAW:
-            self._plot, self._drawn = plot(take.tokens, f"say{take.seed}"), now
+        if turn.state != "running" or now - self._drawn >= REDRAW_SECONDS:
+            self._plot, self._drawn = render_risk_plot(take.tokens, f"say{take.seed}"), now
         return self._plot
 
     def _tools(self) -> str:
@@ -135,13 +137,13 @@ class View:
             f'<button type="button" data-do="edit" data-text="{escape(turn.question)}">Edit</button>'
             '<button type="button" data-act="retry">Retry</button>'
         )
-        if any(t.answer is not None and sureness(t.answer) is not None for t in turn.takes):
+        if any(t.answer is not None and confidence(t.answer) is not None for t in turn.takes):
             last += '<button type="button" data-act="until">Try until sure</button>'
         last += '<button type="button" data-act="candidates">Show candidates</button>'
         return f'{found}<span class="last">{last}</span>'
 
 
-def _frame(turn: Turn, seen: list[Take]) -> str:
+def _frame(turn: Turn, seen: list[Attempt]) -> str:
     """The places of a turn; static but for the seeds."""
     many = turn.way == "candidates"
     takes = "".join(

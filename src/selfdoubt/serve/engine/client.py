@@ -13,16 +13,16 @@ from selfdoubt.lm.options import Options
 from selfdoubt.lm.scoring import TeacherForcedText
 from selfdoubt.lm.text.prompt import Prompt
 from selfdoubt.serve.engine.limits import Limits
-from selfdoubt.serve.engine.request import Job
-from selfdoubt.serve.engine.stats import Meter
+from selfdoubt.serve.engine.request import RequestHandle
+from selfdoubt.serve.engine.stats import EngineStats
 
 
 @runtime_checkable
-class Desk(Protocol):
+class EngineClient(Protocol):
     """An ``Engine``, or ``Replicas`` of one; the methods are explained there."""
 
     limits: Limits
-    meter: Meter
+    meter: EngineStats
     failure: BaseException | None
 
     @property
@@ -50,7 +50,7 @@ class Desk(Protocol):
         client: str = "",
         timeout: float | None = None,
         **options: Unpack[Options],
-    ) -> Job:
+    ) -> RequestHandle:
         """Ask for answers."""
 
     def call(self, work: Callable[[RiskAwareLM], Any]) -> Future[Any]:

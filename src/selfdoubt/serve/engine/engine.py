@@ -1,6 +1,6 @@
 """Continuous batching: one thread owns the model, and requests join and leave its batch between two tokens.
 
-Requests come in from any thread and get their answers through ``Job``. Each turn of the engine reads one piece of the
+Requests come in from any thread and get their answers through ``RequestHandle``. Each turn of the engine reads one piece of the
 newcomers' prompts, or of a text to score, and chooses one token for every running sequence. Pieces are sized by the
 time they take, so that neither a long prompt nor a long text holds anybody up. What goes wrong with one request ends
 that request: a batch that failed is taken apart, and its sequences are read again one by one.
@@ -22,16 +22,16 @@ from selfdoubt.lm.options import Options
 from selfdoubt.lm.scoring import TeacherForcedText, score_in_chunks
 from selfdoubt.lm.text.prompt import Prompt
 from selfdoubt.serve.engine.limits import Limits
-from selfdoubt.serve.engine.prefills import LONG
-from selfdoubt.serve.engine.queue import Waiting
-from selfdoubt.serve.engine.request import Ask, Job, to_ask
-from selfdoubt.serve.engine.scheduler import InFlight
-from selfdoubt.serve.engine.stats import Meter, Silent
-from selfdoubt.serve.engine.tasks import Errand, Errands
+from selfdoubt.serve.engine.prefills import LONG_TEXT
+from selfdoubt.serve.engine.queue import FairQueue
+from selfdoubt.serve.engine.request import GenerationRequest, RequestHandle, build_request
+from selfdoubt.serve.engine.scheduler import Scheduler
+from selfdoubt.serve.engine.stats import EngineStats, NullStats
+from selfdoubt.serve.engine.tasks import Task, TaskQueue
 
 T = TypeVar("T")
 #: After so many requests in a row that failed in the model, the engine looks whether the model itself still works.
-LAST_STRAW = 5
+MAX_CONSECUTIVE_FAILURES = 5
 
 
 class Engine:
@@ -48,16 +48,16 @@ class Engine:
         self,
         lm: RiskAwareLM,
         limits: Limits | None = None,
-        meter: Meter | None = None,
+        meter: EngineStats | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.lm = lm
         self.limits = limits or Limits()
-        self.meter: Meter = meter or Silent()
+        self.meter: EngineStats = meter or NullStats()
         self.failure: BaseException | None = None  #: what ended the engine
-        self._inflight = InFlight(lm, self.limits, self.meter, clock)
-        self._waiting = Waiting()
-        self._errands = Errands()
+        self._inflight = Scheduler(lm, self.limits, self.meter, clock)
+        self._waiting = FairQueue()
+        self._errands = TaskQueue()
         self._was_errand = False  # whose the last piece was
         self._news = threading.Condition(threading.RLock())  # guards the three above and the flags below
         self._warm = self._closing = self._aborting = False
@@ -103,7 +103,7 @@ class Engine:
         client: str = "",
         timeout: float | None = None,
         **options: Unpack[Options],
-    ) -> Job:
+    ) -> RequestHandle:
         """Ask for ``n`` answers; they come back through the job.
 
         Args:
@@ -121,12 +121,12 @@ class Engine:
             EngineError: If the engine has failed or is closing.
         """
         self.limits.check(question, self.lm.context)
-        ask = to_ask(self.lm, question, n, alternatives, client, timeout, options)
+        ask = build_request(self.lm, question, n, alternatives, client, timeout, options)
         return self.submit(ask)
 
-    def submit(self, ask: Ask) -> Job:
+    def submit(self, ask: GenerationRequest) -> RequestHandle:
         """See ``ask``."""
-        job = Job(self.limits.checked(ask, self.lm.context, self.lm.vocabulary))
+        job = RequestHandle(self.limits.checked(ask, self.lm.context, self.lm.vocabulary))
         with self._news:
             self.check_room()
             self._waiting.add(job)
@@ -156,7 +156,7 @@ class Engine:
             BusyError: If too many wait already.
             EngineError: If the engine has failed or is closing.
         """
-        return self._add(Errand(lambda lm, _: work(lm)))
+        return self._add(Task(lambda lm, _: work(lm)))
 
     def score(self, given: Sequence[TeacherForcedText]) -> Future[list[Answer]]:
         """Score texts side by side, in pieces between tokens of others. Cancelling the future ends the work.
@@ -170,9 +170,9 @@ class Engine:
             EngineError: If the engine has failed or is closing.
         """
         tokens = self.limits.check_given(given, self.lm.context)
-        return self._add(Errand(lambda lm, sizer: score_in_chunks(lm, given, 0, sizer), is_long=tokens > LONG))
+        return self._add(Task(lambda lm, sizer: score_in_chunks(lm, given, 0, sizer), is_long=tokens > LONG_TEXT))
 
-    def _add(self, errand: Errand) -> Future[Any]:
+    def _add(self, errand: Task) -> Future[Any]:
         with self._news:
             self._check_open()
             if len(self._errands) >= self.limits.queue:
@@ -212,7 +212,7 @@ class Engine:
                 self._warm = True
                 self._news.notify_all()
             while self._turn():
-                if self._inflight.misfortunes >= LAST_STRAW:
+                if self._inflight.misfortunes >= MAX_CONSECUTIVE_FAILURES:
                     self._inflight.rehearse()
         except BaseException as error:
             self.failure = error

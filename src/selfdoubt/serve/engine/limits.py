@@ -13,10 +13,10 @@ from selfdoubt.lm.text.prompt import Prompt
 if TYPE_CHECKING:  # the command line reads these defaults before anything heavy is imported
     from selfdoubt.lm.inputs import Question
     from selfdoubt.lm.scoring import TeacherForcedText
-    from selfdoubt.serve.engine.request import Ask
+    from selfdoubt.serve.engine.request import GenerationRequest
 
 #: Characters that a prompt may have for each token that it may have. Tokens rarely have ten; long runs of spaces do.
-CHARACTERS = 64
+CHARACTERS_PER_TOKEN = 64
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class Limits:
         messages = [question] if isinstance(question, str) else [str(m.get("content") or "") for m in question]
         if len(messages) > self.messages:
             raise PromptError(f"a chat may have {self.messages} messages at most here, got {len(messages)}; drop some")
-        most, length = CHARACTERS * min(self.longest(context), self.batch_tokens), sum(map(len, messages))
+        most, length = CHARACTERS_PER_TOKEN * min(self.longest(context), self.batch_tokens), sum(map(len, messages))
         if length > most:
             raise PromptError(f"a prompt may have {most} characters at most here, got {length}; shorten it")
 
@@ -116,7 +116,7 @@ class Limits:
             total += own
         return total
 
-    def checked(self, ask: Ask, context: int | None, vocabulary: int) -> Ask:
+    def checked(self, ask: GenerationRequest, context: int | None, vocabulary: int) -> GenerationRequest:
         """The request with its timeout, if it is within these limits and the model's.
 
         Raises:

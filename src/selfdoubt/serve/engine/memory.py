@@ -27,26 +27,26 @@ from selfdoubt.members import Wrapped
 from selfdoubt.rows import Replacement
 
 #: Rows per member that a product may have; more are computed in pieces of the largest.
-SIZES = (*range(1, 13), 14, 16, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256)
+ROW_COUNTS = (*range(1, 13), 14, 16, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256)
 #: Compiled products that oneDNN keeps, where the environment does not say otherwise.
-CAPACITY, VARIABLE = 320, "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
+CACHE_CAPACITY, CACHE_VARIABLE = 320, "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
 #: Free memory goes back when a process has grown by so many bytes; it is looked at every so many seconds.
-SLACK, SECONDS = 32 * 2**20, 10.0
+TRIM_GROWTH, TRIM_INTERVAL = 32 * 2**20, 10.0
 
 
-def bound_process() -> None:
+def bound_process_memory() -> None:
     """Bound what this process keeps, whatever it is asked; call it before a model computes anything."""
-    limit_compiled()
-    GiveBack().start()
+    limit_compiled_products()
+    MemoryTrimmer().start()
 
 
-def limit_compiled() -> None:
-    """Let oneDNN keep at most ``CAPACITY`` compiled products; without effect once it has computed one."""
-    os.environ.setdefault(VARIABLE, str(CAPACITY))
+def limit_compiled_products() -> None:
+    """Let oneDNN keep at most ``CACHE_CAPACITY`` compiled products; without effect once it has computed one."""
+    os.environ.setdefault(CACHE_VARIABLE, str(CACHE_CAPACITY))
 
 
 def limit_shapes(lm: RiskAwareLM) -> None:
-    """Let the products of a model in half precision on a CPU have row counts of ``SIZES`` only, in place.
+    """Let the products of a model in half precision on a CPU have row counts of ``ROW_COUNTS`` only, in place.
 
     Rows of a product do not see each other: answers are those of another batch size. A compiled model keeps its shapes.
     """
@@ -64,12 +64,12 @@ def limit_shapes(lm: RiskAwareLM) -> None:
             module.forward = _filled(module.forward, members)
 
 
-def pieces(rows: int) -> list[tuple[int, int]]:
+def split_rows(rows: int) -> list[tuple[int, int]]:
     """Cut this many rows into pieces: (rows, the size that they are filled up to)."""
-    most = SIZES[-1]
+    most = ROW_COUNTS[-1]
     found = [(most, most)] * (rows // most)
     rest = rows % most
-    return [*found, (rest, SIZES[bisect_left(SIZES, rest)])] if rest else found
+    return [*found, (rest, ROW_COUNTS[bisect_left(ROW_COUNTS, rest)])] if rest else found
 
 
 def _is_half(parameter: Any) -> bool:
@@ -79,19 +79,19 @@ def _is_half(parameter: Any) -> bool:
 def _filled(forward: Callable[[Tensor], Tensor], members: int) -> Callable[[Tensor], Tensor]:
     """A linear layer's forward, on rows filled up."""
 
-    exact = {members * size for size in SIZES}
+    exact = {members * size for size in ROW_COUNTS}
 
     def run(x: Float[Tensor, "*rows in"]) -> Float[Tensor, "*rows out"]:
         count = x.shape[:-1].numel()
         if count in exact:
             return forward(x)
         each = members if count % members == 0 else 1
-        if x.shape[0] == count <= SIZES[-1] * each:  # one token per row, as in every step: no need to fold
-            extra = each * SIZES[bisect_left(SIZES, count // each)] - count
+        if x.shape[0] == count <= ROW_COUNTS[-1] * each:  # one token per row, as in every step: no need to fold
+            extra = each * ROW_COUNTS[bisect_left(ROW_COUNTS, count // each)] - count
             return forward(F.pad(x, (0, 0) * (x.ndim - 1) + (0, extra)))[:count]
         flat = x.reshape(count, x.shape[-1])
         found, first = [], 0
-        for rows, size in pieces(count // each):
+        for rows, size in split_rows(count // each):
             piece = flat[first : first + rows * each]
             first += rows * each
             if size > rows:
@@ -111,10 +111,10 @@ def _filled_kernel(kernel: kernels.Kernel) -> kernels.Kernel:
         members = len(next(iter(deviations.values())))
         tail = x.shape[-1:] if x.is_floating_point() else x.shape[:0]  # ids have no features
         folded = x.reshape(members, -1, *tail)
-        if folded.shape[1] in SIZES:
+        if folded.shape[1] in ROW_COUNTS:
             return kernel(leaf, x, deviations)
         found, first = [], 0
-        for rows, size in pieces(folded.shape[1]):
+        for rows, size in split_rows(folded.shape[1]):
             piece = folded[:, first : first + rows]
             first += rows
             if size > rows:
@@ -126,7 +126,7 @@ def _filled_kernel(kernel: kernels.Kernel) -> kernels.Kernel:
     return run
 
 
-class GiveBack(threading.Thread):
+class MemoryTrimmer(threading.Thread):
     """A thread that returns free memory, which glibc keeps in its heaps, to the system; elsewhere it ends at once.
 
     Args:
@@ -134,7 +134,7 @@ class GiveBack(threading.Thread):
         seconds: Time between two looks.
     """
 
-    def __init__(self, slack: int = SLACK, seconds: float = SECONDS) -> None:
+    def __init__(self, slack: int = TRIM_GROWTH, seconds: float = TRIM_INTERVAL) -> None:
         super().__init__(name="selfdoubt-memory", daemon=True)
         self.times = 0  #: how often memory was returned
         self._slack, self._seconds = slack, seconds
@@ -148,18 +148,18 @@ class GiveBack(threading.Thread):
 
     def look(self) -> bool:
         """Return free memory if the process has grown; False where that cannot be done."""
-        size = resident()
+        size = resident_bytes()
         if self._trim is None or size is None:
             return False
         if size - self._floor > self._slack:
             self._trim(0)  # without the interpreter's lock: only who allocates meanwhile waits, some 20 ms
             self.times += 1
-            self._floor = resident() or size
+            self._floor = resident_bytes() or size
         self._floor = min(self._floor, size)
         return True
 
 
-def resident() -> int | None:
+def resident_bytes() -> int | None:
     """Return the bytes that this process has in memory, or None where ``/proc`` does not say."""
     try:
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")

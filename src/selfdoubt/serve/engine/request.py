@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Ask:
+class GenerationRequest:
     """What a request wants.
 
     Args:
@@ -45,7 +45,7 @@ class Ask:
         return min(len(self.prompt.ids) + self.sampling.max_tokens, context or 2**62)
 
 
-def to_ask(
+def build_request(
     lm: RiskAwareLM,
     question: Question | Prompt,
     n: int,
@@ -53,7 +53,7 @@ def to_ask(
     client: str,
     timeout: float | None,
     options: Options,
-) -> Ask:
+) -> GenerationRequest:
     """What ``Engine.ask`` is asked, as data.
 
     Raises:
@@ -65,41 +65,41 @@ def to_ask(
         question = encode(lm.tokenizer, question, raw=options.get("raw", False))
     sampling = replace(read_sampling(options, lm.stop_ids), alternatives=alternatives)
     seeds = tuple(options.get("seed", 0) + i for i in range(n))
-    return Ask(question, sampling, seeds, stop_texts(options), client, timeout)
+    return GenerationRequest(question, sampling, seeds, stop_texts(options), client, timeout)
 
 
-class Began(NamedTuple):
+class Started(NamedTuple):
     """The question was read; it comes once, before all else."""
 
     question: list[Token]  #: its own words
 
 
-class Grew(NamedTuple):
+class TokensAdded(NamedTuple):
     """Tokens of one answer that are certain now."""
 
     choice: int
     tokens: list[Token]
 
 
-class Ended(NamedTuple):
+class Finished(NamedTuple):
     """One answer is complete."""
 
     choice: int
     answer: Answer
 
 
-Update = Began | Grew | Ended
+Update = Started | TokensAdded | Finished
 
 
 @dataclass(eq=False)
-class Job:
+class RequestHandle:
     """A request on its way. One reader, in a thread (``updates``) or in an event loop (``stream``).
 
     Both end after the last answer, and raise what ended the request instead: ``DeadlineError``, ``EngineError``,
     ``NonFiniteError``, ... A reader who goes away calls ``cancel``.
     """
 
-    ask: Ask
+    ask: GenerationRequest
     born: float = field(default_factory=time.monotonic)
     cancelled: bool = False  #: looked at by the engine between tokens
     begun: bool = False  #: the reader has been told something
@@ -179,7 +179,7 @@ class Job:
 
     def answers(self) -> list[Answer]:
         """Wait for all answers, in the order of ``ask.seeds``."""
-        found = {u.choice: u.answer for u in self.updates() if isinstance(u, Ended)}
+        found = {u.choice: u.answer for u in self.updates() if isinstance(u, Finished)}
         return [found[i] for i in sorted(found)]
 
     def _put(self, item: Update | BaseException | None) -> None:

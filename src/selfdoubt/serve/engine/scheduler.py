@@ -24,37 +24,37 @@ from selfdoubt.lm.prefill import prefill, prefill_in_chunks
 from selfdoubt.lm.sampling import Sampling
 from selfdoubt.lm.stepper import HFStepper
 from selfdoubt.serve.engine.limits import Limits
-from selfdoubt.serve.engine.prefills import Pieces, Readings
-from selfdoubt.serve.engine.queue import Waiting
-from selfdoubt.serve.engine.request import Began, Ended, Grew, Job
-from selfdoubt.serve.engine.stats import Meter
+from selfdoubt.serve.engine.prefills import PrefillChunks, PrefillQueue
+from selfdoubt.serve.engine.queue import FairQueue
+from selfdoubt.serve.engine.request import Started, Finished, TokensAdded, RequestHandle
+from selfdoubt.serve.engine.stats import EngineStats
 
 #: Seconds from one token of a stream to the next that prompts and texts to score may cause, a step included.
-GAP = 0.22
+STREAM_GAP = 0.22
 #: Seconds of a piece while no stream runs.
-ALONE = 0.5
+IDLE_CHUNK = 0.5
 
 
 @dataclass(eq=False)
-class _Choice:
+class _RunningAnswer:
     """One answer on its way; there is no progress before its prompt was read."""
 
-    job: Job
+    job: RequestHandle
     number: int
     progress: AnswerInProgress | None = None
 
 
-class InFlight:
+class Scheduler:
     """Requests that were let in. But for ``size`` and ``pace``, it is for the engine's thread alone."""
 
     def __init__(
-        self, lm: RiskAwareLM, limits: Limits, meter: Meter, clock: Callable[[], float] = time.perf_counter
+        self, lm: RiskAwareLM, limits: Limits, meter: EngineStats, clock: Callable[[], float] = time.perf_counter
     ) -> None:
         self.pace = 1.0  #: seconds between two requests that end, lately
         self.misfortunes = 0  #: requests in a row that failed in the model
         self._lm, self._limits, self._meter = lm, limits, meter
-        self._choices: dict[int, _Choice] = {}
-        self._readings = Readings()
+        self._choices: dict[int, _RunningAnswer] = {}
+        self._readings = PrefillQueue()
         self._sizer = ChunkSizer()
         self._clock = clock
         self._step_took = 0.0  # seconds
@@ -103,21 +103,21 @@ class InFlight:
     @contextmanager
     def piece(self) -> Iterator[ChunkSizer]:
         """Measure one piece of a prompt, or of a text to score, that is read within."""
-        self._sizer.begin(ALONE if self._batch is None else max(GAP - self._step_took, GAP / 4))
+        self._sizer.begin(IDLE_CHUNK if self._batch is None else max(STREAM_GAP - self._step_took, STREAM_GAP / 4))
         began = self._clock()
         yield self._sizer
         self._sizer.learn(self._clock() - began)
 
     @staticmethod
-    def is_over(job: Job) -> bool:
+    def is_over(job: RequestHandle) -> bool:
         """Whether nobody waits for this any more, or not in time."""
         return job.cancelled or time.monotonic() > job.deadline
 
-    def admit(self, waiting: Waiting) -> list[Job]:
+    def admit(self, waiting: FairQueue) -> list[RequestHandle]:
         """Let in as many as there is room for, and as are read well side by side; the rest keeps its order."""
         if self._readings.is_full or (self._choices and not self._joins):
             return []
-        found: list[Job] = []
+        found: list[RequestHandle] = []
         # Beside a stream, no more prompts at once than leave each piece some columns of each.
         most = float("inf") if self._batch is None else max(1, self._sizer.tokens(0) // (4 * self._members))
         while (
@@ -126,10 +126,10 @@ class InFlight:
             found.append(waiting.take(job))
         for job in found:
             for number in range(len(job.ask.seeds)):
-                self._choices[next(self._names)] = _Choice(job, number)
+                self._choices[next(self._names)] = _RunningAnswer(job, number)
         return found
 
-    def _fits(self, others: Sequence[Job], job: Job) -> bool:
+    def _fits(self, others: Sequence[RequestHandle], job: RequestHandle) -> bool:
         lengths = [len(other.ask.prompt.ids) for other in (*others, job)]
         if max(lengths) > 2 * min(lengths) + 32:  # beside a long prompt, a short one is mostly padding
             return False
@@ -138,7 +138,7 @@ class InFlight:
         longest = max(other.ask.length(self._lm.context) for other in (*running, *others, job))
         return answers <= self._limits.batch and answers * longest <= self._limits.batch_tokens
 
-    def work(self, newcomers: list[Job], *, reads: bool = True) -> None:
+    def work(self, newcomers: list[RequestHandle], *, reads: bool = True) -> None:
         """Read one piece of prompts, unless ``reads`` is False, and choose one token for every sequence."""
         if newcomers:
             self._readings.add(newcomers)
@@ -155,7 +155,7 @@ class InFlight:
             if not (self._batch and self._batch.lines):
                 self._batch = self._chosen_at = None
 
-    def end(self, job: Job, error: BaseException | None = None) -> None:
+    def end(self, job: RequestHandle, error: BaseException | None = None) -> None:
         """End a request because of an error, its deadline, or because nobody waits for it; its rows are freed."""
         if error is None and not job.cancelled:
             error = DeadlineError(
@@ -179,7 +179,7 @@ class InFlight:
         self._readings.clear()
         self._parked.clear()
 
-    def _finish(self, job: Job, error: BaseException | None = None) -> None:
+    def _finish(self, job: RequestHandle, error: BaseException | None = None) -> None:
         now = time.monotonic()
         self.pace += 0.1 * (now - self._last_end - self.pace)
         self._last_end = now
@@ -205,7 +205,7 @@ class InFlight:
         else:
             self._welcome(*opened)
 
-    def _begin(self, jobs: Sequence[Job]) -> Pieces | None:
+    def _begin(self, jobs: Sequence[RequestHandle]) -> PrefillChunks | None:
         wanted = [
             SequenceRequest(name, c.job.ask.prompt, c.job.ask.sampling, c.job.ask.seeds[c.number], c.job.ask.stops)
             for name, c in self._choices.items()
@@ -215,14 +215,14 @@ class InFlight:
 
     def _welcome(self, answers: list[AnswerInProgress], batch: DecodeBatch) -> None:
         """Prompts were read: tell so, and let their sequences join the batch."""
-        begun: set[Job] = set()
+        begun: set[RequestHandle] = set()
         for line, progress in zip(batch.lines, answers, strict=True):
             choice = self._choices.get(line.name)
             if choice is None:
                 continue
             choice.progress = progress
             if choice.job not in begun:
-                choice.job.put(Began(progress.question))
+                choice.job.put(Started(progress.question))
                 begun.add(choice.job)
         batch.drop({line.name for line in batch.lines} - self._choices.keys())
         if batch.lines:
@@ -283,14 +283,14 @@ class InFlight:
             self.end(job, error)
             return
         if tokens:
-            job.put(Grew(choice.number, tokens))
+            job.put(TokensAdded(choice.number, tokens))
             self._meter.grew(len(tokens))
             if is_first:
                 self._meter.first_token(time.monotonic() - job.born)
         if answer is not None:
             self.misfortunes = 0
             del self._choices[event.sequence]
-            job.put(Ended(choice.number, answer))
+            job.put(Finished(choice.number, answer))
             self._meter.ended("length" if answer.finish == "length" else "stop", answer)
             if not any(other.job is job for other in self._choices.values()):
                 self._finish(job)

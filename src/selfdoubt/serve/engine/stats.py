@@ -10,7 +10,7 @@ Outcome = Literal["stop", "length", "cancelled", "deadline", "error"]
 
 
 @runtime_checkable
-class Meter(Protocol):
+class EngineStats(Protocol):
     """Called from the engine's thread; must be quick and must not raise."""
 
     def waiting(self, requests: int) -> None:
@@ -29,20 +29,20 @@ class Meter(Protocol):
         """One answer is complete, or will not be (None)."""
 
 
-class Silent:
+class NullStats:
     """Nobody measures."""
 
     def waiting(self, requests: int) -> None:
-        """See ``Meter``."""
+        """See ``EngineStats``."""
 
     def stepped(self, sequences: int, seconds: float | None) -> None:
-        """See ``Meter``."""
+        """See ``EngineStats``."""
 
     def grew(self, tokens: int) -> None:
-        """See ``Meter``."""
+        """See ``EngineStats``."""
 
     def first_token(self, seconds: float) -> None:
-        """See ``Meter``."""
+        """See ``EngineStats``."""
 
     def ended(self, outcome: Outcome, answer: Answer | None) -> None:
-        """See ``Meter``."""
+        """See ``EngineStats``."""

@@ -12,11 +12,11 @@ from selfdoubt.lm.chunks import ChunkSizer
 from selfdoubt.lm.model import RiskAwareLM
 
 #: Errands that take turns; each may hold a key-value cache. One place is kept for short ones.
-AT_ONCE = 4
+MAX_RUNNING_TASKS = 4
 Work = Callable[[RiskAwareLM, ChunkSizer], Any]
 
 
-class Errand:
+class Task:
     """Some work, and the future of its outcome.
 
     Args:
@@ -76,39 +76,39 @@ class Errand:
             self._pieces = None
 
 
-class Errands:
+class TaskQueue:
     """Errands in their order, of which a few take turns. The caller guards it against other threads."""
 
     def __init__(self) -> None:
-        self._waiting: deque[Errand] = deque()
-        self._begun: deque[Errand] = deque()
+        self._waiting: deque[Task] = deque()
+        self._begun: deque[Task] = deque()
 
     def __len__(self) -> int:
         return len(self._waiting) + len(self._begun)
 
-    def add(self, errand: Errand) -> None:
+    def add(self, errand: Task) -> None:
         """Put one behind the others."""
         self._waiting.append(errand)
 
-    def next(self) -> Errand | None:
+    def next(self) -> Task | None:
         """Return the errand whose turn it is, or None; it stays until ``remove``. Cancelled ones stop waiting."""
         for errand in list(self._waiting):
             if errand.future.cancelled():
                 self._waiting.remove(errand)
                 continue
-            if len(self._begun) >= AT_ONCE:
+            if len(self._begun) >= MAX_RUNNING_TASKS:
                 continue
-            if not errand.is_long or sum(other.is_long for other in self._begun) < AT_ONCE - 1:
+            if not errand.is_long or sum(other.is_long for other in self._begun) < MAX_RUNNING_TASKS - 1:
                 self._waiting.remove(errand)
                 self._begun.append(errand)
         self._begun.rotate(-1)
         return self._begun[-1] if self._begun else None
 
-    def remove(self, errand: Errand) -> None:
+    def remove(self, errand: Task) -> None:
         """Take out an errand that has ended."""
         self._begun.remove(errand)
 
-    def clear(self) -> list[Errand]:
+    def clear(self) -> list[Task]:
         """Take out all of them."""
         found = [*self._begun, *self._waiting]
         self._begun.clear()

@@ -9,7 +9,7 @@ import torch
 from selfdoubt.lm.model import RiskAwareLM
 
 
-def share(lm: RiskAwareLM, threads: int | None = None) -> None:
+def limit_threads(lm: RiskAwareLM, threads: int | None = None) -> None:
     """Leave a core to whoever answers requests; on another device nothing changes.
 
     Threads of a step wait for each other many times a token. Where they take every core, each word that is sent pushes

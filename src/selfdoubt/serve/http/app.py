@@ -22,34 +22,41 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 import selfdoubt
 from selfdoubt.errors import ConfigError, DeadlineError, SelfdoubtError
-from selfdoubt.serve.engine.client import Desk
-from selfdoubt.serve.engine.request import Job
-from selfdoubt.serve.http.auth import Access
-from selfdoubt.serve.http.encoders import Encoders, size_of
+from selfdoubt.serve.engine.client import EngineClient
+from selfdoubt.serve.engine.request import RequestHandle
+from selfdoubt.serve.http.auth import AccessMiddleware
+from selfdoubt.serve.http.encoders import EncoderThreads, measure_prompt
 from selfdoubt.serve.http.metrics import Metrics
-from selfdoubt.serve.http.settings import Settings
-from selfdoubt.serve.http.streaming import EventStream, gather, prompt_tokens, told, unless_gone, updates
+from selfdoubt.serve.http.settings import ServerSettings
+from selfdoubt.serve.http.streaming import (
+    EventStream,
+    collect_answers,
+    count_prompt_tokens,
+    stream_events,
+    run_until_disconnect,
+    merge_updates,
+)
 from selfdoubt.serve.openai import responses, schema
-from selfdoubt.serve.openai.errors import SERVER, GoneError, RequestError, fault_of
-from selfdoubt.serve.openai.format import Teller
-from selfdoubt.serve.openai.params import Plan, check_model, plan, withholds
-from selfdoubt.serve.openai.requests import ChatRequest, CompletionRequest, ScoreRequest, complaint
+from selfdoubt.serve.openai.errors import SERVER_ERROR, ClientDisconnectedError, RequestError, to_request_error
+from selfdoubt.serve.openai.format import ResponseFormatter
+from selfdoubt.serve.openai.params import GenerationParams, check_model, build_params, can_abstain
+from selfdoubt.serve.openai.requests import ChatRequest, CompletionRequest, ScoreRequest, describe_validation_error
 from selfdoubt.serve.openai.schema import describe_replies
-from selfdoubt.serve.openai.score import Scorer, of_given
+from selfdoubt.serve.openai.score import Scorer, format_score
 
 log = logging.getLogger("selfdoubt.serve")
 router = APIRouter()
 
 
 @dataclass
-class House:
+class AppState:
     """What the endpoints share."""
 
-    engine: Desk
-    settings: Settings
+    engine: EngineClient
+    settings: ServerSettings
     metrics: Metrics
     scorer: Scorer
-    encoders: Encoders
+    encoders: EncoderThreads
     created: int = field(default_factory=lambda: int(time.time()))
 
     @property
@@ -59,7 +66,7 @@ class House:
         return "fp_" + hashlib.sha256(parts.encode()).hexdigest()[:10]
 
 
-def create_app(engine: Desk, settings: Settings | None = None) -> FastAPI:
+def create_app(engine: EngineClient, settings: ServerSettings | None = None) -> FastAPI:
     """The application that ``selfdoubt serve`` runs.
 
     Args:
@@ -69,8 +76,8 @@ def create_app(engine: Desk, settings: Settings | None = None) -> FastAPI:
     Raises:
         ConfigError: If answers are to be withheld and the model has no threshold to do so.
     """
-    settings = settings or Settings()
-    if settings.withhold and not withholds(engine.lm):
+    settings = settings or ServerSettings()
+    if settings.withhold and not can_abstain(engine.lm):
         raise ConfigError(
             "--withhold needs a model whose calibration has a threshold; run `selfdoubt calibrate` on its adapter first"
         )
@@ -86,16 +93,16 @@ def create_app(engine: Desk, settings: Settings | None = None) -> FastAPI:
         title="selfdoubt", version=selfdoubt.__version__, docs_url=None, redoc_url=None, lifespan=lifespan,
         description="OpenAI's chat and text completions, with a risk beside every token.",
     )  # fmt: skip
-    encoders = Encoders(engine.limits.queue)
-    app.state.house = House(engine, settings, metrics, Scorer(engine, encoders), encoders)
+    encoders = EncoderThreads(engine.limits.queue)
+    app.state.house = AppState(engine, settings, metrics, Scorer(engine, encoders), encoders)
     app.state.fingerprint = app.state.house.fingerprint
     app.include_router(router)
     app.add_exception_handler(RequestValidationError, _refused)
     app.add_exception_handler(HTTPException, _http)
-    app.add_exception_handler(GoneError, _gone)
+    app.add_exception_handler(ClientDisconnectedError, _gone)
     for kind in (RequestError, SelfdoubtError, Exception):
         app.add_exception_handler(kind, _failed)
-    app.add_middleware(Access, settings=settings, metrics=metrics)
+    app.add_middleware(AccessMiddleware, settings=settings, metrics=metrics)
     if settings.origins:  # outermost, so that a browser may read refusals
         app.add_middleware(
             CORSMiddleware,
@@ -103,26 +110,26 @@ def create_app(engine: Desk, settings: Settings | None = None) -> FastAPI:
             allow_methods=["GET", "POST"],
             allow_headers=["authorization", "content-type"],
         )
-    app.openapi = partial(schema.schema, app, keys=bool(settings.keys))  # type: ignore[method-assign]
+    app.openapi = partial(schema.build_schema, app, keys=bool(settings.keys))  # type: ignore[method-assign]
     return app
 
 
 @router.post("/v1/chat/completions", responses=describe_replies(responses.ChatCompletion, responses.ChatChunk))
-async def chat_completions(body: ChatRequest, request: Request) -> Response:
+async def create_chat_completion(body: ChatRequest, request: Request) -> Response:
     """Answer a chat."""
     return await _answer(body, request)
 
 
 @router.post("/v1/completions", responses=describe_replies(responses.Completion, responses.TextChunk))
-async def completions(body: CompletionRequest, request: Request) -> Response:
+async def create_completion(body: CompletionRequest, request: Request) -> Response:
     """Continue texts."""
     return await _answer(body, request)
 
 
 async def _answer(body: ChatRequest | CompletionRequest, request: Request) -> Response:
-    house: House = request.app.state.house
+    house: AppState = request.app.state.house
     engine, settings = house.engine, house.settings
-    wanted = plan(body, settings, engine.limits, engine.lm)
+    wanted = build_params(body, settings, engine.limits, engine.lm)
     if settings.log_prompts:
         log.info("prompt %s", json.dumps(wanted.questions, ensure_ascii=False))
     chat = isinstance(body, ChatRequest)
@@ -132,24 +139,26 @@ async def _answer(body: ChatRequest | CompletionRequest, request: Request) -> Re
         "model": settings.name,
         "system_fingerprint": request.app.state.fingerprint,
     }
-    teller = Teller(engine.lm, wanted, chat, head)
-    jobs: list[Job] = []
+    teller = ResponseFormatter(engine.lm, wanted, chat, head)
+    jobs: list[RequestHandle] = []
     try:
-        await unless_gone(request.receive, _ask(house, wanted, request.scope.get("client_id", ""), jobs))
+        await run_until_disconnect(request.receive, _ask(house, wanted, request.scope.get("client_id", ""), jobs))
         if wanted.stream:
-            rest = updates(jobs)
-            first = await unless_gone(request.receive, anext(rest))  # what ends it before then has a status of its own
-            events = told(teller, jobs, first, rest)
+            rest = merge_updates(jobs)
+            first = await run_until_disconnect(
+                request.receive, anext(rest)
+            )  # what ends it before then has a status of its own
+            events = stream_events(teller, jobs, first, rest)
             stream, jobs = EventStream(events, jobs, wanted.timeout + 30), []
             return stream
-        answers = await unless_gone(request.receive, gather(jobs, wanted.n))
-        return await asyncio.to_thread(lambda: JSONResponse(teller.whole(answers, prompt_tokens(jobs))))
+        answers = await run_until_disconnect(request.receive, collect_answers(jobs, wanted.n))
+        return await asyncio.to_thread(lambda: JSONResponse(teller.whole(answers, count_prompt_tokens(jobs))))
     finally:
         for job in jobs:
             job.cancel()
 
 
-async def _ask(house: House, wanted: Plan, client: str, jobs: list[Job]) -> None:
+async def _ask(house: AppState, wanted: GenerationParams, client: str, jobs: list[RequestHandle]) -> None:
     engine = house.engine
     try:
         async with asyncio.timeout(wanted.timeout):
@@ -159,42 +168,42 @@ async def _ask(house: House, wanted: Plan, client: str, jobs: list[Job]) -> None
                     engine.ask, question, n=wanted.n, alternatives=wanted.alternatives, client=client,
                     timeout=wanted.timeout, **wanted.options,
                 )  # fmt: skip
-                jobs.append(await house.encoders.run(ask, size_of(question), undo=Job.cancel))
+                jobs.append(await house.encoders.run(ask, measure_prompt(question), undo=RequestHandle.cancel))
     except TimeoutError:
         raise DeadlineError(f"the prompt was not read within {wanted.timeout:g} seconds; try again later") from None
 
 
-@router.post("/v1/score", responses=describe_replies(responses.Scores))
-async def score(body: ScoreRequest, request: Request) -> Response:
+@router.post("/v1/score", responses=describe_replies(responses.ScoreList))
+async def score_texts(body: ScoreRequest, request: Request) -> Response:
     """The risk of one text or several, each the answer to a question or to nothing."""
-    house: House = request.app.state.house
+    house: AppState = request.app.state.house
     check_model(body.model, house.settings)
     items = body.input if isinstance(body.input, list) else [body.input]
     limits = house.engine.limits
     work = house.scorer.score(items, raw=bool(body.raw), timeout=min(body.timeout or limits.timeout, limits.timeout))
-    found = await unless_gone(request.receive, work)
+    found = await run_until_disconnect(request.receive, work)
 
     def told() -> JSONResponse:
-        data = [of_given(house.engine.lm, i, answer) for i, answer in enumerate(found)]
+        data = [format_score(house.engine.lm, i, answer) for i, answer in enumerate(found)]
         return JSONResponse({"object": "list", "model": house.settings.name, "data": data})
 
     return await asyncio.to_thread(told)  # thousands of tokens take a while to write
 
 
-@router.get("/v1/models", responses=describe_replies(responses.Models))
-async def models(request: Request) -> Response:
+@router.get("/v1/models", responses=describe_replies(responses.ModelList))
+async def list_models(request: Request) -> Response:
     """The models that can be asked: one."""
     return JSONResponse({"object": "list", "data": [_model(request.app.state.house)]})
 
 
-@router.get("/v1/models/{name:path}", responses=describe_replies(responses.Model))
-async def model(name: str, request: Request) -> Response:
+@router.get("/v1/models/{name:path}", responses=describe_replies(responses.ModelInfo))
+async def get_model(name: str, request: Request) -> Response:
     """One model."""
     check_model(name, request.app.state.house.settings)
     return JSONResponse(_model(request.app.state.house))
 
 
-def _model(house: House) -> dict[str, Any]:
+def _model(house: AppState) -> dict[str, Any]:
     lm = house.engine.lm
     plain = {"id": house.settings.name, "object": "model", "created": house.created, "owned_by": "selfdoubt"}
     if not house.settings.risk:
@@ -204,27 +213,29 @@ def _model(house: House) -> dict[str, Any]:
                               "threshold": threshold}}  # fmt: skip
 
 
-@router.get("/healthz", responses={200: {"model": responses.Status}, 503: {"model": responses.Error}})
-async def healthz(request: Request) -> Response:
+@router.get("/healthz", responses={200: {"model": responses.Status}, 503: {"model": responses.ErrorReply}})
+async def check_health(request: Request) -> Response:
     """Whether the process is of use; 503 where it has to be started again."""
     failure = request.app.state.house.engine.failure
     if failure is not None:
-        raise RequestError(503, f"the engine has failed ({type(failure).__name__}); start the server again", SERVER)
+        raise RequestError(
+            503, f"the engine has failed ({type(failure).__name__}); start the server again", SERVER_ERROR
+        )
     return JSONResponse({"status": "ok"})
 
 
-@router.get("/readyz", responses={200: {"model": responses.Status}, 503: {"model": responses.Error}})
-async def readyz(request: Request) -> Response:
+@router.get("/readyz", responses={200: {"model": responses.Status}, 503: {"model": responses.ErrorReply}})
+async def check_ready(request: Request) -> Response:
     """Whether a request would be taken now."""
-    engine: Desk = request.app.state.house.engine
+    engine: EngineClient = request.app.state.house.engine
     if engine.ready:
         return JSONResponse({"status": "ready"})
     why = "is starting or closing" if engine.failure is None else f"has failed ({type(engine.failure).__name__})"
-    raise RequestError(503, f"the engine {why}", SERVER, code="engine_unavailable")
+    raise RequestError(503, f"the engine {why}", SERVER_ERROR, code="engine_unavailable")
 
 
-@router.get("/metrics", response_class=PlainTextResponse, responses={401: {"model": responses.Error}})
-async def metrics(request: Request) -> Response:
+@router.get("/metrics", response_class=PlainTextResponse, responses={401: {"model": responses.ErrorReply}})
+async def get_metrics(request: Request) -> Response:
     """For Prometheus."""
     found: Metrics = request.app.state.house.metrics
     return Response(found.text(), media_type=found.media_type)
@@ -236,7 +247,7 @@ def _reply(fault: RequestError) -> JSONResponse:
 
 async def _refused(_: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
-    message, param = complaint(error.errors())
+    message, param = describe_validation_error(error.errors())
     return _reply(RequestError(400, message, param=param))
 
 
@@ -251,4 +262,4 @@ async def _gone(_request: Request, _error: Exception) -> Response:
 
 
 async def _failed(_: Request, error: Exception) -> Response:
-    return _reply(fault_of(error))
+    return _reply(to_request_error(error))

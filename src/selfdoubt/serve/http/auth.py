@@ -15,8 +15,8 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any, Protocol, runtime_checkable
 
 from selfdoubt.serve.http.body import check_body
-from selfdoubt.serve.http.settings import Settings
-from selfdoubt.serve.openai.errors import INVALID, RequestError, fault_of, shortened
+from selfdoubt.serve.http.settings import ServerSettings
+from selfdoubt.serve.openai.errors import INVALID_REQUEST, RequestError, to_request_error, shorten
 
 log = logging.getLogger("selfdoubt.serve")
 
@@ -25,20 +25,20 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 
 #: Open to those who have no key: whether the server works, and nothing else.
-OPEN = ("/healthz", "/readyz")
+OPEN_PATHS = ("/healthz", "/readyz")
 #: For programs, which send the key as a bearer; a browser is asked for a password elsewhere.
-PROGRAMS = ("/v1/", "/metrics", "/openapi.json")
+API_PATHS = ("/v1/", "/metrics", "/openapi.json")
 #: Seconds in which a body must arrive.
 BODY_SECONDS = 30.0
 #: A body that is too long is read on, and dropped, up to so many times the limit, so that the client hears why.
-LINGER = 16
+DISCARD_FACTOR = 16
 
 #: A body of so many bytes is checked in a thread.
 _LONG = 1 << 16
 
 
 @runtime_checkable
-class Counts(Protocol):
+class RequestStats(Protocol):
     """Who counts requests."""
 
     def arrived(self, path: str) -> None:
@@ -48,7 +48,7 @@ class Counts(Protocol):
         """A request has been answered, to its last byte."""
 
 
-class Access:
+class AccessMiddleware:
     """Checks keys, hosts and bodies; the application sees only what passes.
 
     Args:
@@ -57,7 +57,7 @@ class Access:
         metrics: Who counts.
     """
 
-    def __init__(self, app: Any, settings: Settings, metrics: Counts) -> None:
+    def __init__(self, app: Any, settings: ServerSettings, metrics: RequestStats) -> None:
         self.app, self.settings, self.metrics = app, settings, metrics
         self._digests = [hashlib.sha256(key.encode()).digest() for key in settings.keys]
         self._hosts = {"localhost", *(host.lower() for host in settings.hosts)}
@@ -91,16 +91,16 @@ class Access:
             else:
                 await self.app(scope, receive, sending)
         except Exception as error:
-            log.exception("%s %r failed", scope["method"], shortened(scope["path"]))
+            log.exception("%s %r failed", scope["method"], shorten(scope["path"]))
             if started:
                 raise
-            await _refuse(sending, fault_of(error))
+            await _refuse(sending, to_request_error(error))
         finally:
             took = time.monotonic() - began
             self.metrics.answered(scope["path"], status, took)
             if self.settings.log_requests:
                 peer = (scope.get("client") or ("-",))[0]
-                log.info("%s %s %r %s %.3fs", peer, scope["method"], shortened(scope["path"]), status, took)
+                log.info("%s %s %r %s %.3fs", peer, scope["method"], shorten(scope["path"]), status, took)
 
     def _client(self, scope: Message) -> str:
         """Who asks: those of one key, or of one address, take turns with others."""
@@ -115,9 +115,9 @@ class Access:
             if not self._addressed(headers.get(b"host", "")):
                 raise RequestError(403, "this server has no such Host; see --allow-host", code="host_not_allowed")
             return peer
-        if scope["path"] in OPEN:
+        if scope["path"] in OPEN_PATHS:
             return peer
-        found = _key(headers.get(b"authorization", ""), basic=not scope["path"].startswith(PROGRAMS))
+        found = _key(headers.get(b"authorization", ""), basic=not scope["path"].startswith(API_PATHS))
         digest = hashlib.sha256(found.encode("utf-8", "surrogateescape")).digest()
         known = [hmac.compare_digest(digest, own) for own in self._digests]  # all of them, whichever it is
         if not any(known):
@@ -137,9 +137,9 @@ class Access:
 
     def _unknown(self, path: str, *, given: bool) -> RequestError:
         message = "Incorrect API key provided" if given else "You didn't provide an API key"
-        scheme = "Bearer" if path.startswith(PROGRAMS) else 'Basic realm="selfdoubt: any name, a key as password"'
+        scheme = "Bearer" if path.startswith(API_PATHS) else 'Basic realm="selfdoubt: any name, a key as password"'
         headers = {"WWW-Authenticate": scheme}
-        return RequestError(401, f"{message}; send it as Authorization: Bearer KEY", INVALID, code="invalid_api_key",
+        return RequestError(401, f"{message}; send it as Authorization: Bearer KEY", INVALID_REQUEST, code="invalid_api_key",
                      headers=headers)  # fmt: skip
 
     async def _body(self, scope: Message, receive: Receive) -> Receive:
@@ -190,7 +190,7 @@ async def _read(receive: Receive, most: int) -> bytes | None:
         size += len(message.get("body", b""))
         if size <= most:
             parts.append(message.get("body", b""))
-        if size > LINGER * most or not message.get("more_body", False):
+        if size > DISCARD_FACTOR * most or not message.get("more_body", False):
             return b"".join(parts) if size <= most else None
 
 

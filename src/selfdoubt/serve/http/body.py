@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 
 #: Most fields of an object, and most items of a list that does not begin with a number, as lists of token ids do: to
 #: check what no request can mean would take seconds.
-FIELDS, ITEMS = 256, 4096
+MAX_FIELDS, MAX_ITEMS = 256, 4096
 
 
 def check_body(body: bytes, depth: int) -> None:
@@ -56,10 +56,12 @@ def _walk(data: Any, depth: int, *, pairs: bool) -> None:
 
 def _count(item: dict[str, Any] | list[Any]) -> None:
     if isinstance(item, dict):
-        if len(item) > FIELDS:
-            raise ValueError(f"an object in the body may have {FIELDS} fields at most, got {len(item)}")
-    elif len(item) > ITEMS and not isinstance(item[0], int | float):
-        raise ValueError(f"a list in the body may have {ITEMS} items at most unless they are numbers, got {len(item)}")
+        if len(item) > MAX_FIELDS:
+            raise ValueError(f"an object in the body may have {MAX_FIELDS} fields at most, got {len(item)}")
+    elif len(item) > MAX_ITEMS and not isinstance(item[0], int | float):
+        raise ValueError(
+            f"a list in the body may have {MAX_ITEMS} items at most unless they are numbers, got {len(item)}"
+        )
 
 
 def _whole(text: str) -> bool:

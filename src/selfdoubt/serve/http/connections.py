@@ -8,32 +8,32 @@ from typing import Any
 
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
-from selfdoubt.serve.http.auth import LINGER
-from selfdoubt.serve.http.settings import Settings
-from selfdoubt.serve.openai.errors import INVALID, SERVER, RequestError
+from selfdoubt.serve.http.auth import DISCARD_FACTOR
+from selfdoubt.serve.http.settings import ServerSettings
+from selfdoubt.serve.openai.errors import INVALID_REQUEST, SERVER_ERROR, RequestError
 
 #: Longest head of a request, in bytes.
-HEAD_BYTES = 65_536
+MAX_HEAD_BYTES = 65_536
 #: Seconds after which a client that reads nothing of its answer is cut off.
-STALLED = 120.0
+STALLED_SECONDS = 120.0
 _FULL = "too many connections are open; try again in a moment"
 _REASONS = {408: "Request Timeout", 431: "Request Header Fields Too Large", 503: "Service Unavailable"}
 _Protocol: Any = AutoHTTPProtocol  # uvicorn takes httptools, or else h11
 
 
-class Guard:
+class ConnectionGuard:
     """Counts the connections of a server, and knows which of them have no request in progress.
 
     Args:
         settings: How many there may be, and for how long.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: ServerSettings) -> None:
         self.settings = settings
-        self.open: set[Guarded] = set()
-        self.without_request: dict[Guarded, None] = {}  # in the order in which they became so
+        self.open: set[GuardedConnection] = set()
+        self.without_request: dict[GuardedConnection, None] = {}  # in the order in which they became so
 
-    def admit(self, newcomer: Guarded) -> bool:
+    def admit(self, newcomer: GuardedConnection) -> bool:
         """Count a connection; return whether it may stay.
 
         Where there are too many, the one that has waited longest without a request makes room.
@@ -47,13 +47,13 @@ class Guard:
         oldest.make_room()
         return True
 
-    def forget(self, connection: Guarded) -> None:
+    def forget(self, connection: GuardedConnection) -> None:
         """Count a connection no more."""
         self.open.discard(connection)
         self.without_request.pop(connection, None)
 
 
-class Guarded(_Protocol):  # type: ignore[misc]
+class GuardedConnection(_Protocol):  # type: ignore[misc]
     """A connection that is closed where its request does not come, or its answer is not read.
 
     Args:
@@ -61,7 +61,7 @@ class Guarded(_Protocol):  # type: ignore[misc]
         options: For uvicorn.
     """
 
-    def __init__(self, *, guard: Guard, **options: Any) -> None:
+    def __init__(self, *, guard: ConnectionGuard, **options: Any) -> None:
         super().__init__(**options)
         self._guard = guard
         self._head = 0  # bytes since there was a request in progress
@@ -81,7 +81,7 @@ class Guarded(_Protocol):  # type: ignore[misc]
         if self._guard.admit(self):
             self._wait(self._guard.settings.header_seconds)
         else:
-            self._refuse(503, _FULL, SERVER, "too_many_connections")
+            self._refuse(503, _FULL, SERVER_ERROR, "too_many_connections")
 
     def data_received(self, data: bytes) -> None:
         """See ``asyncio.Protocol``."""
@@ -97,8 +97,10 @@ class Guarded(_Protocol):  # type: ignore[misc]
             self._head += len(data)
             # What is left of a body that nobody read before its request was refused is dropped, and may be longer.
             rest = self.cycle is not None and self.cycle.more_body
-            if self._head > HEAD_BYTES + rest * LINGER * self._guard.settings.body_bytes:
-                self._refuse(431, f"the head of the request is longer than {HEAD_BYTES} bytes", code="head_too_large")
+            if self._head > MAX_HEAD_BYTES + rest * DISCARD_FACTOR * self._guard.settings.body_bytes:
+                self._refuse(
+                    431, f"the head of the request is longer than {MAX_HEAD_BYTES} bytes", code="head_too_large"
+                )
 
     def on_response_complete(self) -> None:
         """See uvicorn."""
@@ -118,7 +120,7 @@ class Guarded(_Protocol):  # type: ignore[misc]
         """See ``asyncio.Protocol``."""
         super().pause_writing()
         self._stop_stall()
-        self._stall = self.loop.call_later(STALLED, self.transport.abort)
+        self._stall = self.loop.call_later(STALLED_SECONDS, self.transport.abort)
 
     def resume_writing(self) -> None:
         """See ``asyncio.Protocol``."""
@@ -128,7 +130,7 @@ class Guarded(_Protocol):  # type: ignore[misc]
     def make_room(self) -> None:
         """Close a connection without a request in progress, because there are too many; one half sent is told why."""
         if self._head:
-            self._refuse(503, _FULL, SERVER, "too_many_connections")
+            self._refuse(503, _FULL, SERVER_ERROR, "too_many_connections")
         else:
             self._close()
 
@@ -156,7 +158,7 @@ class Guarded(_Protocol):  # type: ignore[misc]
             self._stall.cancel()
             self._stall = None
 
-    def _refuse(self, status: int, message: str, kind: str = INVALID, code: str | None = None) -> None:
+    def _refuse(self, status: int, message: str, kind: str = INVALID_REQUEST, code: str | None = None) -> None:
         body = json.dumps(RequestError(status, message, kind, code=code).body).encode()
         head = (
             f"HTTP/1.1 {status} {_REASONS[status]}\r\ncontent-type: application/json\r\n"

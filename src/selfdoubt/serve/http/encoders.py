@@ -13,19 +13,19 @@ from selfdoubt.lm.text.prompt import Prompt
 
 T = TypeVar("T")
 #: Characters of a short text, and how many of them a message counts as: the template runs for each.
-SHORT, MESSAGE = 16_384, 100
+SHORT_TEXT, MESSAGE_OVERHEAD = 16_384, 100
 
 
-def size_of(question: Any) -> int:
+def measure_prompt(question: Any) -> int:
     """Return how much work a question, a chat or ready-made ids are to encode, in characters."""
     if isinstance(question, str):
         return len(question)
     if question is None or isinstance(question, Prompt):
         return 0
-    return sum(MESSAGE + len(message["content"]) for message in question)
+    return sum(MESSAGE_OVERHEAD + len(message["content"]) for message in question)
 
 
-class Encoders:
+class EncoderThreads:
     """Two threads, one for short texts and one for long ones.
 
     Args:
@@ -49,7 +49,7 @@ class Encoders:
         Raises:
             BusyError: If too many texts wait already.
         """
-        threads, free = self._short if size <= SHORT else self._long
+        threads, free = self._short if size <= SHORT_TEXT else self._long
         if not free.acquire(blocking=False):
             raise BusyError(f"{self._most} requests wait to be read already; try again in a moment")
         try:
@@ -76,6 +76,6 @@ def _undo(done: Future[T], undo: Callable[[T], object]) -> None:
         undo(done.result())
 
 
-def total_size(pairs: Sequence[tuple[Any, str]]) -> int:
+def measure_pairs(pairs: Sequence[tuple[Any, str]]) -> int:
     """Return the size of texts with their questions."""
-    return sum(size_of(question) + len(text) for question, text in pairs)
+    return sum(measure_prompt(question) + len(text) for question, text in pairs)

@@ -17,9 +17,9 @@ from typing import Any
 import uvicorn
 
 from selfdoubt.errors import ConfigError
-from selfdoubt.serve.engine.client import Desk
-from selfdoubt.serve.http.connections import HEAD_BYTES, Guard, Guarded
-from selfdoubt.serve.http.settings import Settings
+from selfdoubt.serve.engine.client import EngineClient
+from selfdoubt.serve.http.connections import MAX_HEAD_BYTES, ConnectionGuard, GuardedConnection
+from selfdoubt.serve.http.settings import ServerSettings
 
 #: How a server that others may reach is started.
 _ADVICE = "give one with --api-key (or SELFDOUBT_API_KEY), or bind to this machine only with --host 127.0.0.1"
@@ -27,7 +27,7 @@ _ADVICE = "give one with --api-key (or SELFDOUBT_API_KEY), or bind to this machi
 _LAST = 1
 
 
-def bind(host: str, port: int, *, keys: bool, advice: str = _ADVICE) -> socket.socket:
+def bind_socket(host: str, port: int, *, keys: bool, advice: str = _ADVICE) -> socket.socket:
     """Take a port, before a large model loads.
 
     Args:
@@ -66,7 +66,7 @@ def _loopback(address: str) -> bool:
     return ipaddress.ip_address(address.partition("%")[0]).is_loopback
 
 
-def url_of(own: socket.socket) -> str:
+def format_url(own: socket.socket) -> str:
     """Where a bound socket is reached."""
     host, port = own.getsockname()[:2]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
@@ -86,7 +86,7 @@ class Server(uvicorn.Server):
     def __init__(
         self,
         config: uvicorn.Config,
-        engine: Desk,
+        engine: EngineClient,
         active: Callable[[], int],
         drain: float,
         started: Callable[[], object],
@@ -128,33 +128,33 @@ class Server(uvicorn.Server):
             await asyncio.sleep(0.02)
 
 
-def run(
+def run_server(
     app: Any,
     own: socket.socket,
-    engine: Desk,
+    engine: EngineClient,
     *,
     drain: float,
     started: Callable[[], object],
     active: Callable[[], int] = lambda: 0,
-    settings: Settings | None = None,
+    settings: ServerSettings | None = None,
 ) -> bool:
     """Serve until a signal comes; whether it could end in peace.
 
     Args:
         app: An ASGI app.
-        own: From ``bind``.
+        own: From ``bind_socket``.
         engine: Has been started.
         drain: Seconds that running requests get at the end.
         started: Called when requests are taken.
         active: How many requests are not answered to their last byte, as far as anybody counts.
         settings: How many connections there may be, and for how long.
     """
-    settings = settings or Settings()
-    protocol: Any = partial(Guarded, guard=Guard(settings))
+    settings = settings or ServerSettings()
+    protocol: Any = partial(GuardedConnection, guard=ConnectionGuard(settings))
     config = uvicorn.Config(
         app, log_config=None, log_level="critical", access_log=False, server_header=False, ws="none", lifespan="on",
         timeout_graceful_shutdown=_LAST, http=protocol, timeout_keep_alive=math.ceil(settings.idle_seconds),
-        h11_max_incomplete_event_size=HEAD_BYTES,
+        h11_max_incomplete_event_size=MAX_HEAD_BYTES,
     )  # fmt: skip
     server = Server(config, engine, active, drain, started)
     server.run(sockets=[own])

@@ -12,7 +12,7 @@ from selfdoubt.errors import ConfigError
 
 
 @dataclass(frozen=True)
-class Settings:
+class ServerSettings:
     """How a server behaves.
 
     Args:

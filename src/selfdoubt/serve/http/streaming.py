@@ -9,16 +9,16 @@ from typing import Any, TypeVar
 from starlette.responses import Response
 
 from selfdoubt.lm.answer import Answer, Token
-from selfdoubt.serve.engine.request import Began, Ended, Grew, Job, Update
-from selfdoubt.serve.openai.errors import GoneError, fault_of
-from selfdoubt.serve.openai.format import Teller, event
+from selfdoubt.serve.engine.request import Started, Finished, TokensAdded, RequestHandle, Update
+from selfdoubt.serve.openai.errors import ClientDisconnectedError, to_request_error
+from selfdoubt.serve.openai.format import ResponseFormatter, format_event
 
 T = TypeVar("T")
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 
-async def unless_gone(receive: Receive, work: Awaitable[T]) -> T:
+async def run_until_disconnect(receive: Receive, work: Awaitable[T]) -> T:
     """The outcome of some work, which is cancelled when the client hangs up.
 
     Raises:
@@ -28,7 +28,7 @@ async def unless_gone(receive: Receive, work: Awaitable[T]) -> T:
     try:
         await asyncio.wait({working, gone}, return_when=asyncio.FIRST_COMPLETED)
         if not working.done():
-            raise GoneError
+            raise ClientDisconnectedError
         return working.result()
     finally:
         for task in (working, gone):
@@ -41,7 +41,7 @@ async def _gone(receive: Receive) -> None:
         pass
 
 
-async def updates(jobs: Sequence[Job]) -> AsyncIterator[tuple[int, Update]]:
+async def merge_updates(jobs: Sequence[RequestHandle]) -> AsyncIterator[tuple[int, Update]]:
     """What happens to several jobs, as it happens. Whoever stops reading cancels them; so does an error in one."""
     try:
         if len(jobs) == 1:
@@ -69,7 +69,7 @@ async def updates(jobs: Sequence[Job]) -> AsyncIterator[tuple[int, Update]]:
             job.cancel()
 
 
-async def _read(place: int, job: Job, news: asyncio.Queue[tuple[int, Update | BaseException | None]]) -> None:
+async def _read(place: int, job: RequestHandle, news: asyncio.Queue[tuple[int, Update | BaseException | None]]) -> None:
     try:
         async for update in job.stream():
             news.put_nowait((place, update))
@@ -78,22 +78,25 @@ async def _read(place: int, job: Job, news: asyncio.Queue[tuple[int, Update | Ba
         news.put_nowait((place, error))
 
 
-async def gather(jobs: Sequence[Job], n: int) -> list[Answer]:
+async def collect_answers(jobs: Sequence[RequestHandle], n: int) -> list[Answer]:
     """All answers, by question and then by choice."""
     found: dict[int, Answer] = {}
-    async for place, update in updates(jobs):
-        if isinstance(update, Ended):
+    async for place, update in merge_updates(jobs):
+        if isinstance(update, Finished):
             found[place * n + update.choice] = update.answer
     return [found[i] for i in sorted(found)]
 
 
-def prompt_tokens(jobs: Sequence[Job]) -> int:
+def count_prompt_tokens(jobs: Sequence[RequestHandle]) -> int:
     """Tokens of all prompts; one that is answered several times counts once."""
     return sum(len(job.ask.prompt.ids) for job in jobs)
 
 
-async def told(
-    teller: Teller, jobs: Sequence[Job], first: tuple[int, Update], rest: AsyncIterator[tuple[int, Update]]
+async def stream_events(
+    teller: ResponseFormatter,
+    jobs: Sequence[RequestHandle],
+    first: tuple[int, Update],
+    rest: AsyncIterator[tuple[int, Update]],
 ) -> AsyncIterator[bytes]:
     """A stream's events, several in one piece where they come together. An error is its last event."""
     sent: dict[int, str] = {}
@@ -102,11 +105,11 @@ async def told(
     n, hold = teller.plan.n, teller.plan.withhold
 
     def chunks(place: int, update: Update) -> list[dict[str, Any]]:
-        if isinstance(update, Began):
+        if isinstance(update, Started):
             return [c for i in range(n) for c in teller.began(place * n + i, update.question)]
         index = place * n + update.choice
         before = sent.setdefault(index, "")
-        if isinstance(update, Grew):
+        if isinstance(update, TokensAdded):
             if hold:  # its end says whether it may be shown
                 held.setdefault(index, []).extend(update.tokens)
                 return []
@@ -123,15 +126,15 @@ async def told(
     try:
         place, update = first
         if found := chunks(place, update):
-            yield b"".join(map(event, found))
+            yield b"".join(map(format_event, found))
         async for place, update in rest:
             if found := chunks(place, update):
-                yield b"".join(map(event, found))
+                yield b"".join(map(format_event, found))
         if teller.plan.usage:
-            yield event(teller.total(prompt_tokens(jobs), answers))
+            yield format_event(teller.total(count_prompt_tokens(jobs), answers))
         yield b"data: [DONE]\n\n"
     except Exception as error:
-        yield event(fault_of(error).body)
+        yield format_event(to_request_error(error).body)
 
 
 class EventStream(Response):
@@ -145,7 +148,7 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncIterator[bytes], jobs: Sequence[Job], patience: float) -> None:
+    def __init__(self, events: AsyncIterator[bytes], jobs: Sequence[RequestHandle], patience: float) -> None:
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})  # nginx waits otherwise
         del self.headers["content-length"]
         self.events, self.jobs, self.patience = events, jobs, patience
@@ -154,8 +157,8 @@ class EventStream(Response):
         """See ASGI."""
         try:
             async with asyncio.timeout(self.patience):
-                await unless_gone(receive, self._send(send))
-        except GoneError:
+                await run_until_disconnect(receive, self._send(send))
+        except ClientDisconnectedError:
             pass
         finally:
             for job in self.jobs:

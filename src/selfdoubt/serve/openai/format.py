@@ -10,21 +10,21 @@ from typing import Any
 from selfdoubt.lm.answer import Answer, Token
 from selfdoubt.lm.model import RiskAwareLM
 from selfdoubt.serve.openai import logprobs, risks
-from selfdoubt.serve.openai.params import Plan
+from selfdoubt.serve.openai.params import GenerationParams
 
 
-def dumps(data: Any) -> str:
+def to_json(data: Any) -> str:
     """JSON in one line; never NaN."""
     return json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 
 
-def event(data: Any) -> bytes:
+def format_event(data: Any) -> bytes:
     """One server-sent event."""
-    return f"data: {dumps(data)}\n\n".encode()
+    return f"data: {to_json(data)}\n\n".encode()
 
 
 @dataclass(frozen=True)
-class Teller:
+class ResponseFormatter:
     """Tells the answers to one request.
 
     Args:
@@ -35,7 +35,7 @@ class Teller:
     """
 
     lm: RiskAwareLM
-    plan: Plan
+    plan: GenerationParams
     chat: bool
     head: dict[str, Any]
 
@@ -45,7 +45,7 @@ class Teller:
             **self.head,
             "object": "chat.completion" if self.chat else "text_completion",
             "choices": [self._choice(i, answer) for i, answer in enumerate(answers)],
-            "usage": usage(prompt_tokens, answers),
+            "usage": count_usage(prompt_tokens, answers),
         }
 
     def _choice(self, index: int, answer: Answer) -> dict[str, Any]:
@@ -61,24 +61,24 @@ class Teller:
         }
         if self.plan.risk:
             choice["risk"] = {
-                **risks.of_answer(self.lm, answer),
+                **risks.format_answer_risk(self.lm, answer),
                 "withheld": withheld,
-                "tokens": [risks.of_token(self.lm, token) for token in tokens],
+                "tokens": [risks.format_token_risk(self.lm, token) for token in tokens],
             }
         return choice
 
     def began(self, index: int, question: Sequence[Token]) -> Iterator[dict[str, Any]]:
         """What a stream says before an answer's first token: who speaks, and the question's risk."""
         if self.chat:
-            about = {"question": risks.of_question(self.lm, question)}
+            about = {"question": risks.format_question_risk(self.lm, question)}
             yield self._chunk(index, {"role": "assistant", "content": "", "refusal": None}, about)
         elif self.plan.risk:
-            yield self._chunk(index, "", {"question": risks.of_question(self.lm, question)})
+            yield self._chunk(index, "", {"question": risks.format_question_risk(self.lm, question)})
 
     def grew(self, index: int, tokens: Sequence[Token], offset: int) -> Iterator[dict[str, Any]]:
         """One chunk a token; ``offset`` is the length of the text before them."""
         for token in tokens:
-            risk = risks.of_token(self.lm, token) if self.plan.risk else None
+            risk = risks.format_token_risk(self.lm, token) if self.plan.risk else None
             delta = {"content": token.text} if self.chat else token.text
             yield self._chunk(index, delta, risk, self._logprobs((token,), offset))
             offset += len(token.text)
@@ -90,12 +90,12 @@ class Teller:
         rest = text[len(sent) :]
         if rest:
             yield self._chunk(index, {"content": rest} if self.chat else rest, None)
-        risk = {**risks.of_answer(self.lm, answer), "withheld": withheld} if self.plan.risk else None
+        risk = {**risks.format_answer_risk(self.lm, answer), "withheld": withheld} if self.plan.risk else None
         yield self._chunk(index, {} if self.chat else "", risk, finish=answer.finish)
 
     def total(self, prompt_tokens: int, answers: Sequence[Answer]) -> dict[str, Any]:
         """The last chunk, where it is asked for: how many tokens."""
-        return {**self._stem(), "choices": [], "usage": usage(prompt_tokens, answers)}
+        return {**self._stem(), "choices": [], "usage": count_usage(prompt_tokens, answers)}
 
     def _chunk(
         self, index: int, delta: Any, risk: Any, probs: Any = None, *, finish: str | None = None
@@ -114,11 +114,11 @@ class Teller:
             return None
         words, top = self.lm.tokenizer, self.plan.alternatives
         if not self.chat:
-            return logprobs.of_text(words, list(tokens), top, offset)
-        return {"content": [logprobs.of_chat(words, token, top) for token in tokens], "refusal": None}
+            return logprobs.format_completion_logprobs(words, list(tokens), top, offset)
+        return {"content": [logprobs.format_chat_logprobs(words, token, top) for token in tokens], "refusal": None}
 
 
-def usage(prompt_tokens: int, answers: Sequence[Answer]) -> dict[str, int]:
+def count_usage(prompt_tokens: int, answers: Sequence[Answer]) -> dict[str, int]:
     """How many tokens were read and written."""
     written = sum(len(answer.tokens) for answer in answers)
     return {

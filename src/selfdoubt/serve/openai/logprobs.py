@@ -15,7 +15,7 @@ IMPOSSIBLE = -9999.0
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
-def of_chat(tokenizer: Any, token: Token, top: int) -> dict[str, Any]:
+def format_chat_logprobs(tokenizer: Any, token: Token, top: int) -> dict[str, Any]:
     """One token of ``logprobs.content``, with the ``top`` most probable ones in its place."""
     return {
         **_entry(tokenizer, token.id, token.text, token.logprob),
@@ -28,7 +28,7 @@ def of_chat(tokenizer: Any, token: Token, top: int) -> dict[str, Any]:
     }
 
 
-def of_text(tokenizer: Any, tokens: list[Token], top: int, offset: int = 0) -> dict[str, Any]:
+def format_completion_logprobs(tokenizer: Any, tokens: list[Token], top: int, offset: int = 0) -> dict[str, Any]:
     """``logprobs`` of a completion; ``offset`` is where its text begins."""
     found: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
     for token in tokens:
@@ -45,7 +45,7 @@ def of_text(tokenizer: Any, tokens: list[Token], top: int, offset: int = 0) -> d
     return {**found, "top_logprobs": found["top_logprobs"] if top else None}
 
 
-def token_bytes(tokenizer: Any, token: int) -> bytes | None:
+def find_token_bytes(tokenizer: Any, token: int) -> bytes | None:
     """Return the UTF-8 bytes of a token among others, or of its part of a character; None where they are unknown."""
     text = text_between(tokenizer, token)
     if "\ufffd" not in text:
@@ -61,7 +61,7 @@ def token_bytes(tokenizer: Any, token: int) -> bytes | None:
 
 def _entry(tokenizer: Any, token: int, text: str, logprob: float) -> dict[str, Any]:
     """A token; ``text`` is what it adds where it stands, with remains of others before it."""
-    raw = token_bytes(tokenizer, token)
+    raw = find_token_bytes(tokenizer, token)
     whole = None if raw is None else _text(raw)
     if text and whole is not None and (whole == f" {text}" or whole.startswith(text)):
         whole, raw = text, text.encode()  # as it stands in the answer: without its space, or cut at a stop

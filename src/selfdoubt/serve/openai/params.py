@@ -13,18 +13,18 @@ from selfdoubt.lm.options import Options
 from selfdoubt.lm.text.prompt import Prompt
 from selfdoubt.lm.text.prompt_form import text_form
 from selfdoubt.serve.engine.limits import Limits
-from selfdoubt.serve.http.settings import Settings
+from selfdoubt.serve.http.settings import ServerSettings
 from selfdoubt.serve.openai.errors import RequestError
-from selfdoubt.serve.openai.requests import ChatRequest, Common, CompletionRequest, Message
+from selfdoubt.serve.openai.requests import ChatRequest, GenerationBody, CompletionRequest, ChatMessageInput
 
 #: Most tokens of a completion that names no number, by OpenAI's definition.
-COMPLETION_TOKENS = 16
+DEFAULT_COMPLETION_TOKENS = 16
 #: What stands for top_p 0, which OpenAI allows: the most probable token alone.
 _SMALLEST = 1e-12
 
 
 @dataclass(frozen=True)
-class Plan:
+class GenerationParams:
     """What is wanted.
 
     Args:
@@ -52,7 +52,9 @@ class Plan:
     timeout: float
 
 
-def plan(request: ChatRequest | CompletionRequest, settings: Settings, limits: Limits, lm: RiskAwareLM) -> Plan:
+def build_params(
+    request: ChatRequest | CompletionRequest, settings: ServerSettings, limits: Limits, lm: RiskAwareLM
+) -> GenerationParams:
     """Read a request.
 
     Raises:
@@ -66,7 +68,7 @@ def plan(request: ChatRequest | CompletionRequest, settings: Settings, limits: L
         alternatives, logprobs = request.top_logprobs or 0, bool(request.logprobs)
         if request.top_logprobs is not None and not logprobs:
             raise ConfigError("top_logprobs needs logprobs: true")
-        questions: Any = [chat_of(request.messages, limits)]
+        questions: Any = [convert_messages(request.messages, limits)]
     else:
         alternatives, logprobs = request.logprobs or 0, request.logprobs is not None
         if request.best_of not in (None, request.n or 1):
@@ -85,7 +87,7 @@ def plan(request: ChatRequest | CompletionRequest, settings: Settings, limits: L
         "stop": [request.stop] if isinstance(request.stop, str) else request.stop or [],
         "raw": not chat,
     }
-    return Plan(
+    return GenerationParams(
         questions,
         options,
         request.n or 1,
@@ -99,7 +101,7 @@ def plan(request: ChatRequest | CompletionRequest, settings: Settings, limits: L
     )
 
 
-def chat_of(messages: Sequence[Message], limits: Limits) -> list[dict[str, str]]:
+def convert_messages(messages: Sequence[ChatMessageInput], limits: Limits) -> list[dict[str, str]]:
     """Messages for the chat template.
 
     Raises:
@@ -113,7 +115,7 @@ def chat_of(messages: Sequence[Message], limits: Limits) -> list[dict[str, str]]
     return [{"role": "system" if m.role == "developer" else m.role, "content": m.text} for m in messages]
 
 
-def check_model(name: str | None, settings: Settings) -> None:
+def check_model(name: str | None, settings: ServerSettings) -> None:
     """Refuse a model that is not here; no name takes the one that is.
 
     Raises:
@@ -124,23 +126,23 @@ def check_model(name: str | None, settings: Settings) -> None:
         raise RequestError(404, message, param="model", code="model_not_found")
 
 
-def _most_tokens(request: Common, settings: Settings, limits: Limits) -> int:
+def _most_tokens(request: GenerationBody, settings: ServerSettings, limits: Limits) -> int:
     names = ("max_completion_tokens", "max_tokens")
     given: dict[str, int] = {name: value for name in names if (value := getattr(request, name, None)) is not None}
     if len({*given.values()}) > 1:
         raise ConfigError("max_tokens and max_completion_tokens contradict each other; give one of them")
-    default = settings.max_tokens if isinstance(request, ChatRequest) else COMPLETION_TOKENS
+    default = settings.max_tokens if isinstance(request, ChatRequest) else DEFAULT_COMPLETION_TOKENS
     return next(iter(given.values()), min(default, limits.answer_tokens))
 
 
-def _risk(request: Common, settings: Settings) -> bool:
+def _risk(request: GenerationBody, settings: ServerSettings) -> bool:
     if request.risk and not settings.risk:
         raise RequestError(400, "this server tells no risks: it was started with --no-risk", param="risk")
     return settings.risk if request.risk is None else request.risk
 
 
-def _withhold(request: Common, settings: Settings, lm: RiskAwareLM) -> bool:
-    if request.withhold and not withholds(lm):
+def _withhold(request: GenerationBody, settings: ServerSettings, lm: RiskAwareLM) -> bool:
+    if request.withhold and not can_abstain(lm):
         raise RequestError(
             400,
             "withhold needs a model whose calibration has a threshold; see `selfdoubt calibrate`",
@@ -149,7 +151,7 @@ def _withhold(request: Common, settings: Settings, lm: RiskAwareLM) -> bool:
     return settings.withhold if request.withhold is None else request.withhold
 
 
-def withholds(lm: RiskAwareLM) -> bool:
+def can_abstain(lm: RiskAwareLM) -> bool:
     """Whether the model ever abstains."""
     return lm.calibration is not None and lm.calibration.threshold is not None
 

@@ -10,38 +10,38 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 Count = Annotated[int, Field(ge=1)]
-Nothing = Annotated[list[Any], Field(max_length=0)]
-Some = Field(min_length=1, fail_fast=True)  # the first item that is wrong ends the check of a list
+EmptyList = Annotated[list[Any], Field(max_length=0)]
+NON_EMPTY = Field(min_length=1, fail_fast=True)  # the first item that is wrong ends the check of a list
 Zero = Annotated[float, Field(ge=0, le=0)]
-Ids = Annotated[list[Annotated[int, Field(ge=0)]], Some]
+Ids = Annotated[list[Annotated[int, Field(ge=0)]], NON_EMPTY]
 Stop = Annotated[str, Field(min_length=1)]
 
 
-class Wire(BaseModel):
+class StrictModel(BaseModel):
     """An object that refuses what it does not know."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
-class TextPart(Wire):
+class TextPart(StrictModel):
     """A part of a message; only text is read."""
 
     type: Literal["text"]
     text: str
 
 
-class Message(Wire):
+class ChatMessageInput(StrictModel):
     """A turn of a chat. Parts of a content are lines of one text; ``developer`` is another word for ``system``."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[TextPart], Some]
+    content: str | Annotated[list[TextPart], NON_EMPTY]
     # What OpenAI's own answers carry, so that they can be sent back.
     name: None = None
     refusal: None = None
     audio: None = None
     function_call: None = None
-    tool_calls: Nothing | None = None
-    annotations: Nothing | None = None
+    tool_calls: EmptyList | None = None
+    annotations: EmptyList | None = None
 
     @property
     def text(self) -> str:
@@ -49,20 +49,20 @@ class Message(Wire):
         return self.content if isinstance(self.content, str) else "\n".join(part.text for part in self.content)
 
 
-class StreamOptions(Wire):
+class StreamOptions(StrictModel):
     """How to stream."""
 
     include_usage: bool | None = None
     include_obfuscation: bool | None = None
 
 
-class TextFormat(Wire):
+class TextFormat(StrictModel):
     """The one response format there is."""
 
     type: Literal["text"]
 
 
-class Common(Wire):
+class GenerationBody(StrictModel):
     """What chats and completions share."""
 
     model: str | None = None
@@ -95,17 +95,17 @@ class Common(Wire):
     logit_bias: Annotated[dict[str, Any], Field(max_length=0)] | None = None
 
 
-class ChatRequest(Common):
+class ChatRequest(GenerationBody):
     """``POST /v1/chat/completions``."""
 
-    messages: Annotated[list[Message], Some]
+    messages: Annotated[list[ChatMessageInput], NON_EMPTY]
     max_completion_tokens: Count | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     parallel_tool_calls: bool | None = None
-    tools: Nothing | None = None
+    tools: EmptyList | None = None
     tool_choice: Literal["none", "auto"] | None = None
-    functions: Nothing | None = None
+    functions: EmptyList | None = None
     function_call: Literal["none", "auto"] | None = None
     response_format: TextFormat | None = None
     modalities: Annotated[list[Literal["text"]], Field(max_length=1, fail_fast=True)] | None = None
@@ -117,14 +117,14 @@ class ChatRequest(Common):
     web_search_options: None = None
 
 
-class CompletionRequest(Common):
+class CompletionRequest(GenerationBody):
     """``POST /v1/completions``: continues texts as they are, without the chat template."""
 
     prompt: (
         str
-        | Annotated[list[str], Some]
+        | Annotated[list[str], NON_EMPTY]
         | Ids
-        | Annotated[list[Ids], Some]
+        | Annotated[list[Ids], NON_EMPTY]
     )  # fmt: skip
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
     best_of: Count | None = None
@@ -141,19 +141,19 @@ class CompletionRequest(Common):
         return [*self.prompt]
 
 
-class ScoreItem(Wire):
+class ScoreItem(StrictModel):
     """A text, and what it answers: a question, a chat, or nothing."""
 
     text: str
     question: str | None = None
-    messages: Annotated[list[Message], Some] | None = None
+    messages: Annotated[list[ChatMessageInput], NON_EMPTY] | None = None
 
 
-class ScoreRequest(Wire):
+class ScoreRequest(StrictModel):
     """``POST /v1/score``: the risk of texts that exist already."""
 
     model: str | None = None
-    input: ScoreItem | Annotated[list[ScoreItem], Some]
+    input: ScoreItem | Annotated[list[ScoreItem], NON_EMPTY]
     raw: bool | None = None
     timeout: Annotated[float, Field(ge=1)] | None = None
 
@@ -185,7 +185,7 @@ ADVICE = {
 }
 
 
-def complaint(errors: Any) -> tuple[str, str | None]:
+def describe_validation_error(errors: Any) -> tuple[str, str | None]:
     """One line for a person, and the name of the field that is wrong, of what pydantic found."""
     found = errors[0]
     place = [part for part in found["loc"] if part != "body"]

@@ -6,16 +6,16 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-NOTE = "One line: why a calibrated model has no p_correct for this answer, or a caveat; null otherwise."
+P_CORRECT_NOTE = "One line: why a calibrated model has no p_correct for this answer, or a caveat; null otherwise."
 
 
-class Shape(BaseModel):
+class StrictReply(BaseModel):
     """An object with these fields and no others."""
 
     model_config = ConfigDict(extra="forbid")
 
 
-class Problem(Shape):
+class ErrorDetail(StrictReply):
     """What went wrong."""
 
     message: str
@@ -24,13 +24,13 @@ class Problem(Shape):
     code: str | None
 
 
-class Error(Shape):
+class ErrorReply(StrictReply):
     """OpenAI's shape of an error."""
 
-    error: Problem
+    error: ErrorDetail
 
 
-class TokenRisk(Shape):
+class TokenRisk(StrictReply):
     """The doubt about one token, entropies in nats."""
 
     text: str
@@ -41,7 +41,7 @@ class TokenRisk(Shape):
     percentile: float | None
 
 
-class QuestionRisk(Shape):
+class QuestionRisk(StrictReply):
     """The doubt about the question's own words."""
 
     risk: float
@@ -49,20 +49,20 @@ class QuestionRisk(Shape):
     percentile: float | None
 
 
-class BeginRisk(Shape):
+class StartRisk(StrictReply):
     """What is known before an answer begins."""
 
     question: QuestionRisk | None
 
 
-class EndRisk(BeginRisk):
+class EndRisk(StartRisk):
     """The doubt about an answer whose tokens were told already."""
 
     risk: float
     risk_name: str
     percentile: float | None
     p_correct: float | None
-    p_correct_note: str | None = Field(description=NOTE)
+    p_correct_note: str | None = Field(description=P_CORRECT_NOTE)
     abstain: bool | None
     withheld: bool
 
@@ -73,7 +73,7 @@ class AnswerRisk(EndRisk):
     tokens: list[TokenRisk]
 
 
-class Usage(Shape):
+class Usage(StrictReply):
     """How many tokens."""
 
     prompt_tokens: int
@@ -81,7 +81,7 @@ class Usage(Shape):
     total_tokens: int
 
 
-class Alternative(Shape):
+class AlternativeLogprob(StrictReply):
     """A token and its log-probability."""
 
     token: str
@@ -89,20 +89,20 @@ class Alternative(Shape):
     bytes: list[int] | None
 
 
-class TokenLogprob(Alternative):
+class TokenLogprob(AlternativeLogprob):
     """A chosen token and what could have stood in its place."""
 
-    top_logprobs: list[Alternative]
+    top_logprobs: list[AlternativeLogprob]
 
 
-class ChatLogprobs(Shape):
+class ChatLogprobs(StrictReply):
     """Of a chat."""
 
     content: list[TokenLogprob]
     refusal: None
 
 
-class TextLogprobs(Shape):
+class TextLogprobs(StrictReply):
     """Of a completion."""
 
     tokens: list[str]
@@ -111,7 +111,7 @@ class TextLogprobs(Shape):
     text_offset: list[int]
 
 
-class Reply(Shape):
+class Reply(StrictReply):
     """What all replies to a request for answers say of themselves."""
 
     id: str
@@ -120,7 +120,7 @@ class Reply(Shape):
     system_fingerprint: str
 
 
-class ChatMessage(Shape):
+class ChatMessage(StrictReply):
     """The answer."""
 
     role: Literal["assistant"]
@@ -128,7 +128,7 @@ class ChatMessage(Shape):
     refusal: None
 
 
-class ChatChoice(Shape):
+class ChatChoice(StrictReply):
     """One of the answers. Without ``risk`` where it is not wanted."""
 
     index: int
@@ -146,7 +146,7 @@ class ChatCompletion(Reply):
     usage: Usage
 
 
-class Delta(Shape):
+class Delta(StrictReply):
     """A piece of an answer; the last is empty."""
 
     role: Literal["assistant"] = None  # type: ignore[assignment]
@@ -154,14 +154,14 @@ class Delta(Shape):
     refusal: None = None
 
 
-class ChatChunkChoice(Shape):
+class ChatChunkChoice(StrictReply):
     """A piece of one of the answers."""
 
     index: int
     delta: Delta
     logprobs: ChatLogprobs | None
     finish_reason: Literal["stop", "length"] | None
-    risk: BeginRisk | TokenRisk | EndRisk = None  # type: ignore[assignment]
+    risk: StartRisk | TokenRisk | EndRisk = None  # type: ignore[assignment]
 
 
 class ChatChunk(Reply):
@@ -172,7 +172,7 @@ class ChatChunk(Reply):
     usage: Usage | None = None
 
 
-class TextChoice(Shape):
+class TextChoice(StrictReply):
     """One of the answers. Without ``risk`` where it is not wanted."""
 
     index: int
@@ -190,14 +190,14 @@ class Completion(Reply):
     usage: Usage
 
 
-class TextChunkChoice(Shape):
+class TextChunkChoice(StrictReply):
     """A piece of one of the answers."""
 
     index: int
     text: str
     logprobs: TextLogprobs | None
     finish_reason: Literal["stop", "length"] | None
-    risk: BeginRisk | TokenRisk | EndRisk = None  # type: ignore[assignment]
+    risk: StartRisk | TokenRisk | EndRisk = None  # type: ignore[assignment]
 
 
 class TextChunk(Reply):
@@ -208,7 +208,7 @@ class TextChunk(Reply):
     usage: Usage | None = None
 
 
-class Score(Shape):
+class TextScore(StrictReply):
     """The doubt about a text that was given."""
 
     object: Literal["score"]
@@ -217,7 +217,7 @@ class Score(Shape):
     risk_name: str
     percentile: float | None
     p_correct: float | None
-    p_correct_note: str | None = Field(description=NOTE)
+    p_correct_note: str | None = Field(description=P_CORRECT_NOTE)
     abstain: bool | None
     scores: dict[str, float]
     tokens: list[TokenRisk]
@@ -225,15 +225,15 @@ class Score(Shape):
     question_tokens: list[TokenRisk]
 
 
-class Scores(Shape):
+class ScoreList(StrictReply):
     """One score a text, in their order."""
 
     object: Literal["list"]
     model: str
-    data: list[Score]
+    data: list[TextScore]
 
 
-class Model(BaseModel):
+class ModelInfo(BaseModel):
     """A model that can be asked."""
 
     id: str
@@ -243,14 +243,14 @@ class Model(BaseModel):
     risk: dict[str, Any] = None  # type: ignore[assignment]
 
 
-class Models(Shape):
+class ModelList(StrictReply):
     """The models that can be asked: one."""
 
     object: Literal["list"]
-    data: list[Model]
+    data: list[ModelInfo]
 
 
-class Status(Shape):
+class Status(StrictReply):
     """Whether the server works."""
 
     status: Literal["ok", "ready"]

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from selfdoubt.lm.model import RiskAwareLM
 
 
-def of_token(lm: RiskAwareLM, token: Token) -> dict[str, Any]:
+def format_token_risk(lm: RiskAwareLM, token: Token) -> dict[str, Any]:
     """The risk of one token; its percentile is None without reference tokens (``reference["token_nll"]``)."""
     reference = lm.reference.get(f"token_{lm.token_risk}")
     return {
@@ -25,7 +25,7 @@ def of_token(lm: RiskAwareLM, token: Token) -> dict[str, Any]:
     }
 
 
-def of_question(lm: RiskAwareLM, question: Sequence[Token]) -> dict[str, Any] | None:
+def format_question_risk(lm: RiskAwareLM, question: Sequence[Token]) -> dict[str, Any] | None:
     """The risk of the question's own words, which is known before the answer begins; None without own words."""
     name = f"question_mean_{lm.token_risk}"
     if name not in ANSWER_SCORES:
@@ -41,7 +41,7 @@ def of_question(lm: RiskAwareLM, question: Sequence[Token]) -> dict[str, Any] | 
     }
 
 
-def of_answer(lm: RiskAwareLM, answer: Answer) -> dict[str, Any]:
+def format_answer_risk(lm: RiskAwareLM, answer: Answer) -> dict[str, Any]:
     """The risk of a whole answer."""
     return {
         "risk": answer.risk,
@@ -51,5 +51,5 @@ def of_answer(lm: RiskAwareLM, answer: Answer) -> dict[str, Any]:
         "p_correct_note": answer.p_correct_note,
         "abstain": answer.abstain,
         "withheld": False,
-        "question": of_question(lm, answer.question),
+        "question": format_question_risk(lm, answer.question),
     }

@@ -12,7 +12,7 @@ from pydantic.json_schema import models_json_schema
 from selfdoubt.serve.openai import responses
 
 _ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"model": responses.Error} for status in (400, 401, 403, 404, 408, 413, 429, 500, 503, 504)
+    status: {"model": responses.ErrorReply} for status in (400, 401, 403, 404, 408, 413, 429, 500, 503, 504)
 }
 _REF = "#/components/schemas/{model}"
 
@@ -21,7 +21,7 @@ def describe_replies(whole: type[BaseModel], chunk: type[BaseModel] | None = Non
     """What an endpoint answers: JSON, where ``chunk`` is given also events that hold it, and errors."""
     if chunk is None:
         return {**_ERRORS, 200: {"model": whole}}
-    parts = [{"$ref": _REF.format(model=model.__name__)} for model in (chunk, responses.Error)]
+    parts = [{"$ref": _REF.format(model=model.__name__)} for model in (chunk, responses.ErrorReply)]
     data = {"contentMediaType": "application/json", "contentSchema": {"anyOf": parts}}
     event = {
         "type": "object",
@@ -31,7 +31,7 @@ def describe_replies(whole: type[BaseModel], chunk: type[BaseModel] | None = Non
     return {**_ERRORS, 200: {"model": whole, "content": {"text/event-stream": {"itemSchema": event}}}}
 
 
-def schema(app: FastAPI, *, keys: bool) -> dict[str, Any]:
+def build_schema(app: FastAPI, *, keys: bool) -> dict[str, Any]:
     """The schema: wrong input is 400, and with keys one is needed."""
     if app.openapi_schema is None:
         found = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)

@@ -12,15 +12,15 @@ from selfdoubt.lm.answer import Answer
 from selfdoubt.lm.inputs import Question
 from selfdoubt.lm.model import RiskAwareLM
 from selfdoubt.lm.scoring import TeacherForcedText, encode_teacher_forced
-from selfdoubt.serve.engine.client import Desk
-from selfdoubt.serve.http.encoders import Encoders, total_size
+from selfdoubt.serve.engine.client import EngineClient
+from selfdoubt.serve.http.encoders import EncoderThreads, measure_pairs
 from selfdoubt.serve.openai import risks
-from selfdoubt.serve.openai.params import chat_of
+from selfdoubt.serve.openai.params import convert_messages
 from selfdoubt.serve.openai.requests import ScoreItem
 
 #: Texts, and characters of them, that are scored side by side.
-PIECE, CHARACTERS = 4, 2000
-Pair = tuple[Question | None, str]
+PAIRS_AT_ONCE, CHARACTERS_AT_ONCE = 4, 2000
+ScoredPair = tuple[Question | None, str]
 
 
 class Scorer:
@@ -31,7 +31,7 @@ class Scorer:
         encoders: Who turns texts into token ids.
     """
 
-    def __init__(self, engine: Desk, encoders: Encoders) -> None:
+    def __init__(self, engine: EngineClient, encoders: EncoderThreads) -> None:
         self._engine, self._encoders = engine, encoders
         self._waiting = 0
 
@@ -55,9 +55,9 @@ class Scorer:
         try:
             async with asyncio.timeout(timeout):
                 found: list[Answer] = []
-                for piece in pieces(pairs):
+                for piece in split_pairs(pairs):
                     work = partial(encode_teacher_forced, self._engine.lm.tokenizer, piece, raw=raw)
-                    given: list[TeacherForcedText] = await self._encoders.run(work, total_size(piece))
+                    given: list[TeacherForcedText] = await self._encoders.run(work, measure_pairs(piece))
                     scored: asyncio.Future[list[Answer]] = asyncio.wrap_future(self._engine.score(given))
                     found += await scored
         except TimeoutError:
@@ -66,24 +66,24 @@ class Scorer:
             self._waiting -= 1
         return found
 
-    def _pair(self, item: ScoreItem) -> Pair:
+    def _pair(self, item: ScoreItem) -> ScoredPair:
         limits, context = self._engine.limits, self._engine.lm.context
         if item.question is not None and item.messages is not None:
             raise ConfigError("a text to score answers a question or messages, not both; give one of them")
-        question = item.question if item.messages is None else chat_of(item.messages, limits)
+        question = item.question if item.messages is None else convert_messages(item.messages, limits)
         for text in (question, item.text):
             if text is not None:
                 limits.check(text, context)
         return question, item.text
 
 
-def pieces(pairs: Sequence[Pair]) -> Iterator[list[Pair]]:
+def split_pairs(pairs: Sequence[ScoredPair]) -> Iterator[list[ScoredPair]]:
     """Pairs in their order, a few at a time."""
-    piece: list[Pair] = []
+    piece: list[ScoredPair] = []
     length = 0
     for pair in pairs:
-        size = total_size([pair])
-        if piece and (len(piece) == PIECE or length + size > CHARACTERS):
+        size = measure_pairs([pair])
+        if piece and (len(piece) == PAIRS_AT_ONCE or length + size > CHARACTERS_AT_ONCE):
             yield piece
             piece, length = [], 0
         piece.append(pair)
@@ -92,7 +92,7 @@ def pieces(pairs: Sequence[Pair]) -> Iterator[list[Pair]]:
         yield piece
 
 
-def of_given(lm: RiskAwareLM, index: int, answer: Answer) -> dict[str, Any]:
+def format_score(lm: RiskAwareLM, index: int, answer: Answer) -> dict[str, Any]:
     """A scored text."""
     return {
         "object": "score",
@@ -104,7 +104,7 @@ def of_given(lm: RiskAwareLM, index: int, answer: Answer) -> dict[str, Any]:
         "p_correct_note": answer.p_correct_note,
         "abstain": answer.abstain,
         "scores": dict(answer.scores),
-        "tokens": [risks.of_token(lm, token) for token in answer.tokens],
-        "question": risks.of_question(lm, answer.question),
-        "question_tokens": [risks.of_token(lm, token) for token in answer.question],
+        "tokens": [risks.format_token_risk(lm, token) for token in answer.tokens],
+        "question": risks.format_question_risk(lm, answer.question),
+        "question_tokens": [risks.format_token_risk(lm, token) for token in answer.question],
     }

@@ -19,8 +19,8 @@ from typing import Any
 from selfdoubt.errors import ConfigError, EngineError, require
 from selfdoubt.lm.model import RiskAwareLM
 from selfdoubt.serve.engine.limits import Limits
-from selfdoubt.serve.http.settings import Settings
-from selfdoubt.serve.ray.replicas import ENGINE, FRONT, NAME, Replica, Replicas
+from selfdoubt.serve.http.settings import ServerSettings
+from selfdoubt.serve.ray.replicas import ENGINE_NAME, FRONT_NAME, APP_NAME, Replica, Replicas
 
 ray = require("ray", "ray")
 serve = require("ray.serve", "ray")
@@ -52,13 +52,19 @@ class Cluster:
             raise ConfigError(f"a replica cannot take {self.gpus} GPUs and {self.cpus} CPUs")
 
 
-def application(
-    load: Callable[[], RiskAwareLM], limits: Limits, settings: Settings, cluster: Cluster, drain: float, *, ui: bool
+def build_application(
+    load: Callable[[], RiskAwareLM],
+    limits: Limits,
+    settings: ServerSettings,
+    cluster: Cluster,
+    drain: float,
+    *,
+    ui: bool,
 ) -> Any:
     """What Ray Serve runs."""
     engine = serve.deployment(
         Replica,
-        name=ENGINE,
+        name=ENGINE_NAME,
         num_replicas=cluster.replicas,
         max_ongoing_requests=2 * (limits.queue + limits.batch),  # an engine itself says when it is full
         max_queued_requests=limits.queue,
@@ -74,7 +80,7 @@ def application(
         from selfdoubt.serve.http.metrics import Metrics
 
         memory.bound_process()
-        desk = Replicas(serve.get_deployment_handle(ENGINE, app_name=NAME), limits, Metrics())
+        desk = Replicas(serve.get_deployment_handle(ENGINE_NAME, app_name=APP_NAME), limits, Metrics())
         desk.start()
         app = create_app(desk, settings)
         if ui:
@@ -85,20 +91,20 @@ def application(
 
     return serve.deployment(
         serve.ingress(front)(),
-        name=FRONT,
+        name=FRONT_NAME,
         max_ongoing_requests=10_000,
         graceful_shutdown_timeout_s=drain,
         ray_actor_options={"num_cpus": 0},
     ).bind(engine)
 
 
-def run(
+def run_cluster(
     application: Any, cluster: Cluster, host: str, port: int, *, started: Callable[[], object], idle: float = 75.0
 ) -> None:
     """Serve until SIGTERM or SIGINT comes; running requests are finished.
 
     Args:
-        application: From ``application``.
+        application: From ``build_application``.
         cluster: Is joined, or started here.
         host: Where Ray's proxies listen, on every machine of the cluster.
         port: The same.
@@ -145,7 +151,7 @@ def run(
             started()
             done.wait()
         finally:
-            serve.delete(NAME)  # also what has only begun: on a cluster it would go on without this process
+            serve.delete(APP_NAME)  # also what has only begun: on a cluster it would go on without this process
         if cluster.address is None:
             serve.shutdown()
     finally:
@@ -166,10 +172,10 @@ def _reach(address: str) -> None:
 def _deploy(application: Any, logs: dict[str, Any]) -> None:
     """Start the replicas; an error has the last line of what one of them said, or else what Ray says."""
     try:
-        serve.run(application, name=NAME, route_prefix="/", logging_config=logs)
+        serve.run(application, name=APP_NAME, route_prefix="/", logging_config=logs)
     except RuntimeError as error:
-        app = serve.status().applications.get(NAME)
-        engine = None if app is None else app.deployments.get(ENGINE)
+        app = serve.status().applications.get(APP_NAME)
+        engine = None if app is None else app.deployments.get(ENGINE_NAME)
         said = "" if engine is None else engine.message.strip()
         why = said.splitlines()[-1].removeprefix("selfdoubt.errors.") if said else str(error)
         raise EngineError(f"the replicas do not start: {why}") from None

@@ -27,17 +27,24 @@ from selfdoubt.lm.scoring import TeacherForcedText
 from selfdoubt.lm.text.prompt import Prompt
 from selfdoubt.serve.engine.engine import Engine
 from selfdoubt.serve.engine.limits import Limits
-from selfdoubt.serve.engine.request import Ask, Ended, Grew, Job, Update, to_ask
-from selfdoubt.serve.engine.stats import Meter, Silent
+from selfdoubt.serve.engine.request import (
+    GenerationRequest,
+    Finished,
+    TokensAdded,
+    RequestHandle,
+    Update,
+    build_request,
+)
+from selfdoubt.serve.engine.stats import EngineStats, NullStats
 
 ray = require("ray", "ray")
 serve = require("ray.serve", "ray")
 
 T = TypeVar("T")
 #: Of the application and of its deployments, in Ray.
-NAME, ENGINE, FRONT = "selfdoubt", "engine", "front"
+APP_NAME, ENGINE_NAME, FRONT_NAME = "selfdoubt", "engine", "front"
 #: How often a request is given to another replica, when the one that had it has died before its first word.
-TRIES = 4
+MAX_ATTEMPTS = 4
 
 
 class Replica:
@@ -47,7 +54,7 @@ class Replica:
         self._engine = Engine(load(), limits)
         self._engine.start(wait=True)
 
-    async def answer(self, ask: Ask) -> AsyncIterator[list[Update] | Exception]:
+    async def answer(self, ask: GenerationRequest) -> AsyncIterator[list[Update] | Exception]:
         """Bursts of updates; what ended the request instead comes as the last item."""
         job = None
         try:
@@ -81,7 +88,7 @@ class Replica:
 
 def _light(update: Update) -> Update:
     """Hidden states stay where they are: nobody who reads answers over a network reads them."""
-    return update._replace(answer=replace(update.answer, states=None)) if isinstance(update, Ended) else update
+    return update._replace(answer=replace(update.answer, states=None)) if isinstance(update, Finished) else update
 
 
 class Replicas:
@@ -93,13 +100,13 @@ class Replicas:
         meter: Is told of answers and first tokens; how full their batches are is the replicas' own affair.
     """
 
-    def __init__(self, handle: Any, limits: Limits, meter: Meter | None = None) -> None:
+    def __init__(self, handle: Any, limits: Limits, meter: EngineStats | None = None) -> None:
         self.limits = limits
-        self.meter: Meter = meter or Silent()
+        self.meter: EngineStats = meter or NullStats()
         self.failure: BaseException | None = None
         self._handle = handle
         self._lm: RiskAwareLM | None = None
-        self._jobs: set[Job] = set()
+        self._jobs: set[RequestHandle] = set()
         self._closing = False
         self._lock = threading.Lock()
         self._callers = ThreadPoolExecutor(8, "selfdoubt-call")
@@ -120,8 +127,8 @@ class Replicas:
 
     def _watch(self) -> None:
         while not self._closing:
-            app = serve.status().applications.get(NAME)
-            engine = None if app is None else app.deployments.get(ENGINE)
+            app = serve.status().applications.get(APP_NAME)
+            engine = None if app is None else app.deployments.get(ENGINE_NAME)
             self._alive = 0 if engine is None else engine.replica_states.get("RUNNING", 0)
             time.sleep(1)
 
@@ -149,14 +156,14 @@ class Replicas:
         client: str = "",
         timeout: float | None = None,
         **options: Unpack[Options],
-    ) -> Job:
+    ) -> RequestHandle:
         """See ``Engine.ask``."""
         self.limits.check(question, self.lm.context)
-        return self.submit(to_ask(self.lm, question, n, alternatives, client, timeout, options))
+        return self.submit(build_request(self.lm, question, n, alternatives, client, timeout, options))
 
-    def submit(self, ask: Ask) -> Job:
+    def submit(self, ask: GenerationRequest) -> RequestHandle:
         """See ``Engine.submit``."""
-        job = Job(self.limits.checked(ask, self.lm.context, self.lm.vocabulary))
+        job = RequestHandle(self.limits.checked(ask, self.lm.context, self.lm.vocabulary))
         with self._lock:
             self.check_room()
             self._jobs.add(job)
@@ -184,7 +191,7 @@ class Replicas:
         future: Future[Any] = Future()
 
         def on_any() -> Any:
-            for _ in range(TRIES):
+            for _ in range(MAX_ATTEMPTS):
                 if future.cancelled():
                     return None
                 response = method.remote(argument)
@@ -227,13 +234,13 @@ class Replicas:
             job.cancel()
         self._callers.shutdown(wait=False, cancel_futures=True)
 
-    def _carry(self, job: Job) -> None:
+    def _carry(self, job: RequestHandle) -> None:
         """Carry one request to a replica, and its answers back."""
         error: BaseException | None = _gone()
         try:
-            for _ in range(TRIES):
+            for _ in range(MAX_ATTEMPTS):
                 error = self._carry_once(job)
-                if not isinstance(error, _Untold):
+                if not isinstance(error, _NotStartedError):
                     break
                 error = _gone()
                 time.sleep(0.2)  # the router learns of a death a moment later
@@ -246,7 +253,7 @@ class Replicas:
                 self.meter.ended("cancelled" if job.cancelled else "error", None)
             job.end(error)
 
-    def _carry_once(self, job: Job) -> BaseException | None:
+    def _carry_once(self, job: RequestHandle) -> BaseException | None:
         """What ended the request, or None where its answers are complete."""
         begun = told = False
         try:
@@ -256,19 +263,19 @@ class Replicas:
                 if isinstance(burst, Exception):
                     return burst
                 for update in burst:
-                    if isinstance(update, Grew):
+                    if isinstance(update, TokensAdded):
                         if not told:
                             self.meter.first_token(time.monotonic() - job.born)
                         told = True
                         self.meter.grew(len(update.tokens))
-                    elif isinstance(update, Ended):
+                    elif isinstance(update, Finished):
                         self.meter.ended("length" if update.answer.finish == "length" else "stop", update.answer)
                     elif begun or job.begun:
                         continue  # by the replica that died before its first word
                     begun = True
                     job.put(update)
         except (ray.exceptions.RayActorError, serve.exceptions.ReplicaUnavailableError):
-            return _gone() if told or job.cancelled else _Untold()
+            return _gone() if told or job.cancelled else _NotStartedError()
         except serve.exceptions.BackPressureError:
             return _busy()
         except (ray.exceptions.TaskCancelledError, serve.exceptions.RequestCancelledError, CancelledError):
@@ -281,7 +288,7 @@ def _cancel_too(response: Any, done: Future[Any]) -> None:
         response.cancel()
 
 
-class _Untold(Exception):  # noqa: N818
+class _NotStartedError(Exception):  # noqa: N818
     """A replica died before it said a word."""
 
 
