@@ -1,4 +1,4 @@
-"""What a server keeps in memory while requests of every kind and size come and go.
+"""Memory of a server while requests of every kind and size come and go.
 
 One server process per arm, on the loopback address. A few clients send the same seeded requests to each: chats and
 streams with up to four answers, completions of several prompts, scores of several texts, and bodies of up to a megabyte
@@ -29,12 +29,12 @@ import httpx
 from benchmarks import results
 
 ARMS = {"bounded": "`selfdoubt serve`", "unbounded": "the same without its bounds"}
-#: What starts each arm.
+#: Arguments that start each arm.
 START = {
     "bounded": ["-m", "selfdoubt"],
     "unbounded": ["-c", (
-        "from selfdoubt.serve import memory; from selfdoubt.cli import main; "
-        "memory.bound_process = lambda: None; memory.limit_shapes = lambda lm: None; main()"
+        "from selfdoubt.serve.engine import memory; from selfdoubt.cli import main; "
+        "memory.bound_process_memory = lambda: None; memory.limit_shapes = lambda lm: None; main()"
     )],
 }  # fmt: skip
 SAMPLE_SECONDS = 10.0

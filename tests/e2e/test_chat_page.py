@@ -39,7 +39,7 @@ from selfdoubt.serve.http.process import bind, run, url_of
 lm = RiskAwareLM.load("pocket", dtype="float32")  # the same answers on every machine
 lm.model.register_forward_pre_hook(lambda *_: time.sleep(0.03))
 engine, jobs, app = Engine(lm), [], FastAPI()
-ask = engine.ask
+ask = engine.generate
 
 def remembered(messages, **options):
     stops = lm.stop_ids
@@ -51,7 +51,7 @@ def remembered(messages, **options):
         lm.stop_ids = stops
     return jobs[-1]
 
-engine.ask = remembered
+engine.generate = remembered
 app.get("/jobs")(lambda: [{"cancelled": j.cancelled, "ended": j.ended} for j in jobs])
 app.get("/calls")(lambda: calls)
 mount(app, engine)

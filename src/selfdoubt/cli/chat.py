@@ -26,7 +26,9 @@ def chat(
     trust_remote_code: flags.RemoteCode = False,
     host: Annotated[str, typer.Option(help="An address of this machine that no other can reach.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="0 takes a free one.")] = 7860,
-    max_tokens: Annotated[int, typer.Option(help="Most tokens of an answer, until the page says otherwise.")] = 256,
+    max_tokens: Annotated[
+        int, typer.Option(help="Most tokens of an answer, until the page sets another number.")
+    ] = 256,
     no_open: Annotated[bool, typer.Option("--no-open", help="Do not open a browser.")] = False,
 ) -> int:
     """Chat on a page of your own: every token in the colour of its risk. Nothing leaves this machine."""
@@ -34,10 +36,12 @@ def chat(
         raise ConfigError(f"--max-tokens must be at least 1, got {max_tokens}")
     for module in ("fastapi", "uvicorn"):
         require(module, "serve")
-    from selfdoubt.serve.http.process import bind_socket, run_server, format_url
+    from selfdoubt.serve.http.process import bind_socket, format_url, run_server
 
     advice = "use 127.0.0.1, or `selfdoubt serve --ui --api-key KEY` to serve others"
-    place = bind_socket(host, port, keys=False, advice=advice)  # a taken port is said before a large model loads
+    listener = bind_socket(
+        host, port, keys=False, advice=advice
+    )  # a port in use is reported before a large model loads
     require("gradio", "serve")
     from fastapi import FastAPI
 
@@ -51,19 +55,19 @@ def chat(
     engine = Engine(lm)
     app = mount(FastAPI(openapi_url=None), engine, max_tokens=max_tokens)
     engine.start()
-    url = f"{format_url(place)}/"
+    url = f"{format_url(listener)}/"
 
-    def begun() -> None:
+    def announce() -> None:
         print(f"Chat at {url}  (Ctrl-C ends it)", flush=True)
         if not no_open and _has_display():
             import webbrowser
 
             threading.Thread(target=webbrowser.open, args=(url,), daemon=True).start()
 
-    run_server(app, place, engine, drain=5, started=begun)
+    run_server(app, listener, engine, drain=5, started=announce)
     return 0
 
 
 def _has_display() -> bool:
-    """Whether there is a screen to open a browser on."""
+    """Return whether there is a screen to open a browser on."""
     return sys.platform in ("darwin", "win32") or bool(os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))

@@ -16,8 +16,8 @@ from selfdoubt.lm.answer import Alternative, Answer, Token
 from selfdoubt.lm.calibration import Calibration
 from selfdoubt.lm.risk_levels import BOUNDS, level
 from selfdoubt.serve.chat import examples, phrases, tokens_html
-from selfdoubt.serve.chat.conversation import ChatSettings, Attempt, Turn
-from selfdoubt.serve.chat.page import is_pocket, display_name
+from selfdoubt.serve.chat.conversation import Attempt, ChatSettings, Turn
+from selfdoubt.serve.chat.page import display_name, is_pocket
 from selfdoubt.serve.chat.plot import render_risk_plot
 from selfdoubt.serve.chat.turn_html import TurnView
 
@@ -67,10 +67,10 @@ def answer(found=(), p_correct=0.87, percentile=0.93, abstain=False, finish="sto
     return Answer(text, tuple(found), (), {"sum_nll": risk}, risk, "sum_nll", percentile, finish, p_correct, abstain)
 
 
-def turn(takes, state="done", **settings):
-    way, before = settings.pop("way", "once"), settings.pop("before", ())
-    asked = Turn(1, settings.pop("question", "Where?"), way, ChatSettings(**settings), before, need=0.5)
-    asked.takes, asked.state = [Attempt(i, list(a.tokens), a) for i, a in enumerate(takes)], state
+def turn(answers, state="done", **settings):
+    mode, before = settings.pop("mode", "once"), settings.pop("before", ())
+    asked = Turn(1, settings.pop("question", "Where?"), mode, ChatSettings(**settings), before, needed_confidence=0.5)
+    asked.attempts, asked.state = [Attempt(i, list(a.tokens), a) for i, a in enumerate(answers)], state
     return asked
 
 
@@ -98,7 +98,8 @@ def test_a_token_has_the_colour_of_its_level_and_says_so_to_who_cannot_see_it(i)
     (_, attributes), *_ = read(tokens_html.render_token(token(nll=risk), 0)).elements
     assert attributes["class"] == f"t t{i}"
     assert (
-        attributes["aria-label"] == f"Paris: probability {phrases.percent(math.exp(-risk))}, {phrases.LEVEL_NAMES[i]}"
+        attributes["aria-label"]
+        == f"Paris: probability {phrases.format_share(math.exp(-risk))}, {phrases.LEVEL_NAMES[i]}"
     )
 
 
@@ -172,7 +173,7 @@ def test_a_verdict_says_p_correct_then_the_percentile_then_the_threshold():
     assert phrases.describe_answer(answer(abstain=True), calibration) == [
         "Right with 87 %",
         "riskier than 93 % of the reference answers",
-        "the calibrated threshold of 90 % would withhold it",
+        "the calibrated threshold of 90 % would abstain",
     ]
     assert phrases.describe_answer(answer(p_correct=None, abstain=None, finish="length"), None) == [
         "Riskier than 93 % of the reference answers",
@@ -185,22 +186,22 @@ def test_a_verdict_says_p_correct_then_the_percentile_then_the_threshold():
 NOTE = "the text is far from <b>what</b> was seen"
 
 
-@pytest.mark.parametrize("way", ["once", "until", "candidates"])
-def test_where_the_chance_is_not_known_the_reason_stands_in_its_place_and_nothing_is_sure_enough(way):
+@pytest.mark.parametrize("mode", ["once", "until", "candidates"])
+def test_where_the_chance_is_not_known_the_reason_stands_in_its_place_and_nothing_is_sure_enough(mode):
     unknown = replace(answer([token()], p_correct=None, abstain=True), p_correct_note=NOTE)
-    parts = TurnView(turn([unknown], way=way)).draw()["parts"]
+    parts = TurnView(turn([unknown], mode=mode)).draw().places
     verdict = read(parts["verdict0"]).text
     assert verdict.startswith(f"Chance of being right not known here: {NOTE}")
     assert "riskier than 93 %" in verdict
     assert "gauge" not in parts["verdict0"]
     assert "Right with" not in parts["verdict0"]
-    assert NOTE in phrases.describe_aloud(turn([unknown], way=way), None)
-    assert not turn([unknown], way="until").confident
-    hidden = turn([unknown], way=way, at_least=0.01)
-    assert hidden.withheld
+    assert NOTE in phrases.describe_aloud(turn([unknown], mode=mode), None)
+    assert not turn([unknown], mode="until").is_confident
+    hidden = turn([unknown], mode=mode, at_least=0.01)
+    assert hidden.is_hidden
     assert NOTE in phrases.explain_abstention(hidden)
     known = answer([token()], p_correct=0.01)
-    assert turn([unknown, known], way="candidates").ranked[0].answer == known
+    assert turn([unknown, known], mode="candidates").ranked[0].answer == known
 
 
 def test_a_chance_with_a_caveat_has_both():
@@ -210,7 +211,7 @@ def test_a_chance_with_a_caveat_has_both():
 
 @given(st.floats(0, 1))
 def test_only_what_is_certain_is_called_so(share):
-    said = phrases.percent(share)
+    said = phrases.format_share(share)
     assert (said == "100 %") == (share == 1)
     assert (said == "0 %") == (share == 0)
 
@@ -226,15 +227,15 @@ def test_what_grows_is_only_added_to(parts, question):
     found = made(parts)
     growing = turn([], state="running", question=question)
     view = TurnView(growing)
-    growing.takes = [Attempt(0)]
+    growing.attempts = [Attempt(0)]
     before = ""
     for own in found:
-        growing.takes[0].tokens.append(own)
-        shown = view.draw()["parts"]["say0"]
+        growing.attempts[0].tokens.append(own)
+        shown = view.draw().places["say0"]
         assert shown.startswith(before)
         before = shown
-    growing.takes[0].answer, growing.state = answer(found), "done"
-    assert view.draw()["parts"]["say0"].startswith(before)
+    growing.attempts[0].answer, growing.state = answer(found), "done"
+    assert view.draw().places["say0"].startswith(before)
 
 
 @given(raw, texts)
@@ -242,7 +243,7 @@ def test_nothing_that_anybody_wrote_becomes_an_element(part, question):
     (own,) = made([part])
     found = answer([replace(own, text=own.text + EVIL)], text=own.text + EVIL + EVIL)
     shown = TurnView(turn([found], question=question + EVIL)).draw()
-    reader = read(shown["frame"] + "".join(shown["parts"].values()))
+    reader = read(shown.frame + "".join(shown.places.values()))
     assert {tag for tag, _ in reader.elements} <= {
         *("h2", "div", "p", "span", "strong", "i", "b", "em", "svg", "path", "figure", "figcaption", "button"),
     }
@@ -251,27 +252,27 @@ def test_nothing_that_anybody_wrote_becomes_an_element(part, question):
     assert copy["data-text"] == own.text + EVIL + EVIL
 
 
-@pytest.mark.parametrize("way", ["once", "until", "candidates"])
-def test_what_is_hidden_is_not_sent(way):
+@pytest.mark.parametrize("mode", ["once", "until", "candidates"])
+def test_what_is_hidden_is_not_sent(mode):
     found = [answer([token("SECRET")], p_correct=0.7), answer([token("SECRET")], p_correct=0.6)]
     for state in ("running", "done", "stopped"):
-        asked = turn(found[: 1 + (way != "once")], state=state, at_least=0.8, way=way)
-        assert "SECRET" not in json.dumps(TurnView(asked).draw())
+        asked = turn(found[: 1 + (mode != "once")], state=state, at_least=0.8, mode=mode)
+        assert "SECRET" not in json.dumps(TurnView(asked).draw().to_json())
     asked.revealed = True
-    assert "SECRET" in json.dumps(TurnView(asked).draw())
+    assert "SECRET" in json.dumps(TurnView(asked).draw().to_json())
 
 
 def test_while_nothing_may_be_seen_the_count_of_tokens_and_the_plot_are():
     asked = turn([], state="running", at_least=0.5)
-    asked.takes = [Attempt(0, [token("a"), token("b")])]
-    parts = TurnView(asked).draw()["parts"]
+    asked.attempts = [Attempt(0, [token("a"), token("b")])]
+    parts = TurnView(asked).draw().places
     assert "Thinking: 2 tokens so far" in parts["status"]
     assert "2 tokens" in parts["plot"]
     assert "say0" not in parts
 
 
 def test_a_withheld_answer_says_why_and_offers_to_be_shown():
-    parts = TurnView(turn([answer([token()], p_correct=0.7)], at_least=0.8)).draw()["parts"]
+    parts = TurnView(turn([answer([token()], p_correct=0.7)], at_least=0.8)).draw().places
     assert "I&#x27;m not sure." in parts["unsure"]
     assert "What it would say is right with 70 %, and you ask for at least 80 %." in parts["unsure"]
     assert 'data-act="reveal">Show anyway<' in parts["tools"]
@@ -280,26 +281,26 @@ def test_a_withheld_answer_says_why_and_offers_to_be_shown():
 
 def test_candidates_stand_the_least_doubtful_first():
     found = [answer([token(f"c{i}")], p_correct=p) for i, p in enumerate((0.4, 0.9, 0.6))]
-    shown = TurnView(turn(found, way="candidates")).draw()
-    places = [shown["frame"].index(f'"say{i}"') for i in (1, 2, 0)]
+    shown = TurnView(turn(found, mode="candidates")).draw()
+    places = [shown.frame.index(f'"say{i}"') for i in (1, 2, 0)]
     assert places == sorted(places)
-    assert "3 answers, drawn at temperature 1, the least doubtful first" in shown["parts"]["status"]
+    assert "3 answers, drawn at temperature 1, the least doubtful first" in shown.places["status"]
 
 
 def test_where_a_chance_promises_too_much_that_is_said():
     sure = answer(p_correct=0.9)
-    assert phrases.describe_attempts(turn([sure], way="until")) == "Sure enough after 1 try"
-    several = turn([answer(p_correct=0.1), sure], way="until")
+    assert phrases.describe_attempts(turn([sure], mode="until")) == "Sure enough after 1 try"
+    several = turn([answer(p_correct=0.1), sure], mode="until")
     assert phrases.describe_attempts(several) == "Sure enough after 2 tries; the best of several promises too much"
     assert "the best of several promises too much" in phrases.describe_aloud(several, None)
     assert phrases.warn_conversation(several, sure) == ""
     bare = answer(p_correct=None, abstain=None, percentile=None)
-    assert phrases.describe_candidates(turn([sure, sure], way="candidates")).endswith(
+    assert phrases.describe_candidates(turn([sure, sure], mode="candidates")).endswith(
         "first; the best of several promises too much"
     )
-    assert phrases.describe_candidates(turn([bare, bare], way="candidates")).endswith("first")
+    assert phrases.describe_candidates(turn([bare, bare], mode="candidates")).endswith("first")
     later = turn([sure], before=({"role": "user", "content": "Before"},))
-    assert "single questions" in TurnView(later).draw()["parts"]["verdict0"]
+    assert "single questions" in TurnView(later).draw().places["verdict0"]
     assert "single questions" in phrases.describe_aloud(later, None)
     assert phrases.warn_conversation(later, bare) == ""
 

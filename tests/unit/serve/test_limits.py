@@ -19,7 +19,7 @@ from selfdoubt.serve.engine.engine import Engine
 from selfdoubt.serve.engine.limits import CHARACTERS_PER_TOKEN, Limits
 from selfdoubt.serve.http.body import MAX_FIELDS, MAX_ITEMS, check_body
 from selfdoubt.serve.http.encoders import SHORT_TEXT, EncoderThreads, measure_prompt
-from selfdoubt.serve.openai.errors import MAX_FIELD, MAX_MESSAGE, RequestError, to_request_error, shorten
+from selfdoubt.serve.openai.errors import MAX_FIELD, MAX_MESSAGE, RequestError, shorten, to_request_error
 from selfdoubt.serve.openai.requests import ChatRequest, CompletionRequest, ScoreRequest
 from tests.unit.serve.test_app import CHAT, HELLO, TEXT, ask, fault, ok, slow
 
@@ -29,7 +29,9 @@ SCORE = "/v1/score"
 
 @pytest.fixture(scope="module")
 def small(serve, talker):
-    return serve(talker, Limits(answer_tokens=8, messages=3, parts=2, prompts=2, texts=3, stop_characters=10, stops=2))
+    return serve(
+        talker, Limits(answer_tokens=8, messages=3, message_parts=2, prompts=2, texts=3, stop_characters=10, stops=2)
+    )
 
 
 def user(content):
@@ -91,7 +93,7 @@ def test_the_engine_itself_refuses_it_too(talker, question, options, error):
     """The page and the replicas come in by this door."""
     limits = Limits(messages=3, stops=2, stop_characters=10)
     with pytest.raises(error, match="at most here"):
-        Engine(talker, limits).ask(question, **options)
+        Engine(talker, limits).generate(question, **options)
 
 
 @given(st.integers(1, 3000), st.integers(1, 3000), st.integers(1, 3000))
@@ -99,12 +101,12 @@ def test_nothing_that_fits_is_refused_for_its_characters(tokens, context, batch_
     """No token of any vocabulary in use is as long as what counts for one here, but for runs of spaces."""
     limits = Limits(prompt_tokens=tokens, batch_tokens=batch_tokens)
     most = min(tokens, context, batch_tokens)
-    limits.check("a" * CHARACTERS_PER_TOKEN * most, context + 1)
+    limits.check_prompt_size("a" * CHARACTERS_PER_TOKEN * most, context + 1)
     with pytest.raises(PromptError, match=f"got {CHARACTERS_PER_TOKEN * most + 1}; shorten it"):
-        limits.check("a" * (CHARACTERS_PER_TOKEN * most + 1), context + 1)
+        limits.check_prompt_size("a" * (CHARACTERS_PER_TOKEN * most + 1), context + 1)
 
 
-@pytest.mark.parametrize("name", ["stops", "stop_characters", "messages", "parts", "prompts", "texts"])
+@pytest.mark.parametrize("name", ["stops", "stop_characters", "messages", "message_parts", "prompts", "texts"])
 def test_every_limit_is_at_least_one(name):
     with pytest.raises(ConfigError, match=f"{name} must be at least 1, got 0"):
         Limits(**{name: 0})
@@ -176,10 +178,10 @@ def test_no_path_is_repeated_either(small, serve, talker, caplog, path):
 def test_a_full_queue_is_said_without_a_question(talker, monkeypatch):
     engine = Engine(talker, Limits(queue=1))
     monkeypatch.setattr(Engine, "_check_open", lambda self: None)  # its thread does not run: whoever comes waits
-    engine.check_room()
-    engine.ask("What?", max_tokens=2)
+    engine.check_capacity()
+    engine.generate("What?", max_tokens=2)
     with pytest.raises(BusyError, match="1 requests are waiting already"):
-        engine.check_room()
+        engine.check_capacity()
 
 
 def test_a_long_text_holds_up_no_short_one_and_too_many_are_refused():
@@ -241,7 +243,7 @@ def test_the_size_of_a_chat_counts_its_messages():
 def test_a_score_whose_time_is_over_ends(serve, talker):
     """The engine has nothing left to do soon after a 504."""
     client = serve(talker, Limits())
-    engine = client.app.state.house.engine
+    engine = client.app.state.shared.engine
     item = {"text": "Paris. " * 60}
     passes = []
     handle = innermost(talker.model).register_forward_pre_hook(lambda *_: passes.append(1))
@@ -249,7 +251,7 @@ def test_a_score_whose_time_is_over_ends(serve, talker):
         with slow(client, 0.05):
             assert fault(ask(client, SCORE, input=[item] * 400, timeout=1), 504)["code"] == "deadline_exceeded"
             until = time.monotonic() + 20
-            while len(engine._errands):
+            while len(engine._tasks):
                 assert time.monotonic() < until
                 time.sleep(0.01)
             seen = len(passes)
@@ -306,4 +308,4 @@ def test_a_body_of_many_token_ids_or_as_many_parts_as_allowed_is_taken():
     check_body(json.dumps({"prompt": [5] * 100_000}).encode(), 32)
     check_body(json.dumps([{str(i): 0 for i in range(MAX_FIELDS)}, [[]] * MAX_ITEMS]).encode(), 32)
     largest = Limits()
-    assert max(largest.messages, largest.parts, largest.prompts, largest.texts) <= MAX_ITEMS
+    assert max(largest.messages, largest.message_parts, largest.prompts, largest.texts) <= MAX_ITEMS

@@ -157,19 +157,19 @@ def test_what_loads_a_served_model_bounds_its_process(given, kept):
 @pytest.mark.skipif(not ON_GLIBC, reason="needs glibc")
 def test_free_memory_goes_back_when_a_process_has_grown():
     code = """
-        from selfdoubt.serve.engine.memory import GiveBack, resident
-        keeper = GiveBack(slack=30 * 2**20)
-        assert keeper.look() and keeper.times == 1
-        assert keeper.look() and keeper.times == 1
+        from selfdoubt.serve.engine.memory import MemoryTrimmer, resident_bytes
+        keeper = MemoryTrimmer(slack=30 * 2**20)
+        assert keeper.trim() and keeper.times == 1
+        assert keeper.trim() and keeper.times == 1
         import ctypes
         libc = ctypes.CDLL(None)
         libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
         blocks = [libc.malloc(50_000) for _ in range(2000)]
         for block in blocks: ctypes.memset(block, 1, 50_000)
         for block in blocks[:-1]: libc.free(block)  # the last one holds the heap's end
-        grown = resident()
-        assert keeper.look() and keeper.times == 2
-        print(grown - resident() > 60 * 2**20)
+        grown = resident_bytes()
+        assert keeper.trim() and keeper.times == 2
+        print(grown - resident_bytes() > 60 * 2**20)
     """
     assert fresh(code) == "True"
 
@@ -181,7 +181,7 @@ class Library:
 @pytest.mark.parametrize("library", [lambda _: Library(), lambda _: (_ for _ in ()).throw(OSError("no such thing"))])
 def test_other_c_libraries_are_left_alone(monkeypatch, library):
     monkeypatch.setattr(ctypes, "CDLL", library)
-    keeper = memory.GiveBack()
+    keeper = memory.MemoryTrimmer()
     keeper.start()
     keeper.join(10)
     assert not keeper.is_alive()

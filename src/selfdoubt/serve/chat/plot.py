@@ -10,16 +10,16 @@ from selfdoubt.lm.risk_levels import COLOURS, level
 
 #: Tops of the y axis, in nats; above them, multiples of ten.
 AXIS_TOPS = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 10.0)
-#: Beyond so many bars there is no room for gaps between them.
+#: Beyond this number of bars gaps between them would not be seen.
 CROWDED_TOKENS = 120
 
 
 def render_risk_plot(tokens: Sequence[Token], of: str = "") -> str:
-    """Bars of each token's risk in its colour, a line of its total doubt and a dashed one of the epistemic part.
+    """Draw bars of the tokens' risks in their colours, a line of total doubt and a dashed one of the epistemic part.
 
     Args:
         tokens: Of one answer; an empty picture for none.
-        of: The name of the place where these tokens stand, for whoever wants to point at one.
+        of: The name of the place where these tokens stand, so that the page can point at one.
     """
     n = len(tokens)
     top = _top(max((max(t.risk, t.total) for t in tokens), default=0.0))
@@ -33,7 +33,7 @@ def render_risk_plot(tokens: Sequence[Token], of: str = "") -> str:
         f'<figure class="plot{" crowded" if n > CROWDED_TOKENS else ""}" data-of="{of}" data-n="{n}">'
         f'<div class="area"><div class="ticks" aria-hidden="true">{ticks}</div>'
         f'<div class="canvas"><svg viewBox="0 0 {max(n, 1)} 100" preserveAspectRatio="none" role="img" '
-        f'aria-label="{_said(tokens)}">'
+        f'aria-label="{_describe(tokens)}">'
         f"{shapes}</svg></div></div>"
         f'<figcaption><span class="axis">nats, token 1 to {max(n, 1)}</span>'
         '<span><i class="key bar"></i>risk of the token</span><span><i class="key total"></i>total</span>'
@@ -64,7 +64,7 @@ def _steps(values: Sequence[float], top: float) -> str:
     )
 
 
-def _said(tokens: Sequence[Token]) -> str:
+def _describe(tokens: Sequence[Token]) -> str:
     if not tokens:
         return "Risk along the answer: no token yet"
     worst = max(range(len(tokens)), key=lambda i: tokens[i].risk)

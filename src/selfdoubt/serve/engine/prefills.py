@@ -1,4 +1,4 @@
-"""Prompts that are being read: groups of requests, each read side by side, that take turns piece by piece."""
+"""Prefills in progress: groups of requests, each read side by side, that take turns chunk by chunk."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ PrefillChunks = Generator[None, None, PrefilledBatch]
 class Prefill:
     """Prompts that are read side by side."""
 
-    jobs: Sequence[RequestHandle]
-    pieces: PrefillChunks
+    handles: Sequence[RequestHandle]
+    chunks: PrefillChunks
 
     @property
     def is_long(self) -> bool:
-        """Whether any of the prompts takes more than a few pieces."""
-        return any(map(_is_long, self.jobs))
+        """True if any of the prompts takes more than a few chunks."""
+        return any(map(_is_long, self.handles))
 
     def advance(self) -> PrefilledBatch | None:
-        """Read one piece; return the answers in the making and their batch after the last."""
+        """Read one chunk; return the answers in progress and their batch after the last."""
         try:
-            next(self.pieces)
+            next(self.chunks)
         except StopIteration as end:
             return cast("PrefilledBatch", end.value)
         return None
@@ -43,27 +43,27 @@ class PrefillQueue:
 
     def __init__(self) -> None:
         self._waiting: deque[Sequence[RequestHandle]] = deque()
-        self._begun: deque[Prefill] = deque()
+        self._running: deque[Prefill] = deque()
 
     def __bool__(self) -> bool:
-        return bool(self._waiting or self._begun)
+        return bool(self._waiting or self._running)
 
     @property
     def is_full(self) -> bool:
-        """Whether another group would have to wait."""
-        return bool(self._waiting) or len(self._begun) >= MAX_RUNNING_PREFILLS
+        """True if another group would have to wait."""
+        return bool(self._waiting) or len(self._running) >= MAX_RUNNING_PREFILLS
 
-    def has_place(self, job: RequestHandle) -> bool:
+    def has_place(self, handle: RequestHandle) -> bool:
         """Return whether long prompts leave a place to this one: a short one never waits for all of a long one."""
-        return not _is_long(job) or sum(group.is_long for group in self._begun) < MAX_RUNNING_PREFILLS - 1
+        return not _is_long(handle) or sum(group.is_long for group in self._running) < MAX_RUNNING_PREFILLS - 1
 
-    def add(self, jobs: Sequence[RequestHandle]) -> None:
+    def add(self, handles: Sequence[RequestHandle]) -> None:
         """Put a group behind the others."""
-        self._waiting.append(jobs)
+        self._waiting.append(handles)
 
-    def add_apart(self, jobs: Sequence[RequestHandle]) -> None:
-        """Put each of a group that failed before the others, by itself."""
-        self._waiting.extendleft([job] for job in reversed(jobs))
+    def add_apart(self, handles: Sequence[RequestHandle]) -> None:
+        """Put each request of a group that failed before the others, by itself."""
+        self._waiting.extendleft([handle] for handle in reversed(handles))
 
     def next(
         self,
@@ -73,28 +73,28 @@ class PrefillQueue:
         """Take out the group whose turn it is.
 
         Args:
-            begin: Begins to read a group; None where nobody wants it any more.
-            is_wanted: Whether a request goes on.
+            begin: Begins to read a group; returns None if all its requests have ended.
+            is_wanted: Returns whether a request goes on.
         """
         while self._waiting:
-            jobs = self._waiting.popleft()
-            pieces = begin(jobs)
-            if pieces is not None:
-                self._begun.append(Prefill(jobs, pieces))
-        for group in [group for group in self._begun if not any(map(is_wanted, group.jobs))]:
-            self._begun.remove(group)
-            group.pieces.close()
-        return self._begun.popleft() if self._begun else None
+            handles = self._waiting.popleft()
+            chunks = begin(handles)
+            if chunks is not None:
+                self._running.append(Prefill(handles, chunks))
+        for group in [group for group in self._running if not any(map(is_wanted, group.handles))]:
+            self._running.remove(group)
+            group.chunks.close()
+        return self._running.popleft() if self._running else None
 
     def put_back(self, group: Prefill) -> None:
         """Put a group that has more to read behind the others."""
-        self._begun.append(group)
+        self._running.append(group)
 
     def clear(self) -> None:
-        """Forget all of them."""
+        """Forget all groups."""
         self._waiting.clear()
-        self._begun.clear()
+        self._running.clear()
 
 
-def _is_long(job: RequestHandle) -> bool:
-    return len(job.ask.prompt.ids) > LONG_TEXT
+def _is_long(handle: RequestHandle) -> bool:
+    return len(handle.request.prompt.ids) > LONG_TEXT

@@ -1,4 +1,4 @@
-"""The web application: OpenAI's endpoints over an engine, and what operators look at."""
+"""The web application: OpenAI's endpoints over an engine, and those for operators."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 import selfdoubt
 from selfdoubt.errors import ConfigError, DeadlineError, SelfdoubtError
 from selfdoubt.serve.engine.client import EngineClient
-from selfdoubt.serve.engine.request import RequestHandle
+from selfdoubt.serve.engine.request import RequestHandle, cancel_on_exit
 from selfdoubt.serve.http.auth import AccessMiddleware
 from selfdoubt.serve.http.encoders import EncoderThreads, measure_prompt
 from selfdoubt.serve.http.metrics import Metrics
@@ -32,16 +32,16 @@ from selfdoubt.serve.http.streaming import (
     EventStream,
     collect_answers,
     count_prompt_tokens,
-    stream_events,
-    run_until_disconnect,
     merge_updates,
+    run_until_disconnect,
+    stream_events,
 )
-from selfdoubt.serve.openai import responses, schema
+from selfdoubt.serve.openai import responses
 from selfdoubt.serve.openai.errors import SERVER_ERROR, ClientDisconnectedError, RequestError, to_request_error
 from selfdoubt.serve.openai.format import ResponseFormatter
-from selfdoubt.serve.openai.params import GenerationParams, check_model, build_params, can_abstain
+from selfdoubt.serve.openai.params import GenerationParams, PromptInput, build_params, can_abstain, check_model
 from selfdoubt.serve.openai.requests import ChatRequest, CompletionRequest, ScoreRequest, describe_validation_error
-from selfdoubt.serve.openai.schema import describe_replies
+from selfdoubt.serve.openai.schema import build_schema, describe_replies
 from selfdoubt.serve.openai.score import Scorer, format_score
 
 log = logging.getLogger("selfdoubt.serve")
@@ -50,7 +50,7 @@ router = APIRouter()
 
 @dataclass
 class AppState:
-    """What the endpoints share."""
+    """Objects that the endpoints share."""
 
     engine: EngineClient
     settings: ServerSettings
@@ -61,47 +61,47 @@ class AppState:
 
     @property
     def fingerprint(self) -> str:
-        """Changes with the code and the model."""
-        parts = f"{selfdoubt.__version__} {self.settings.name} {self.engine.lm.model}"
-        return "fp_" + hashlib.sha256(parts.encode()).hexdigest()[:10]
+        """A text that changes with the code and the model."""
+        text = f"{selfdoubt.__version__} {self.settings.name} {self.engine.lm.model}"
+        return "fp_" + hashlib.sha256(text.encode()).hexdigest()[:10]
 
 
 def create_app(engine: EngineClient, settings: ServerSettings | None = None) -> FastAPI:
-    """The application that ``selfdoubt serve`` runs.
+    """Return the application that ``selfdoubt serve`` runs.
 
     Args:
-        engine: Has been started. What its meter counts is told at ``/metrics`` where the meter is a ``Metrics``.
-        settings: How it behaves.
+        engine: A started engine. If its stats are a ``Metrics``, ``/metrics`` shows them.
+        settings: Settings of the server.
 
     Raises:
-        ConfigError: If answers are to be withheld and the model has no threshold to do so.
+        ConfigError: If answers are to be replaced where the model abstains, and it has no threshold to do so.
     """
     settings = settings or ServerSettings()
-    if settings.withhold and not can_abstain(engine.lm):
+    if settings.hide_abstained and not can_abstain(engine.lm):
         raise ConfigError(
             "--withhold needs a model whose calibration has a threshold; run `selfdoubt calibrate` on its adapter first"
         )
-    metrics = engine.meter if isinstance(engine.meter, Metrics) else Metrics()
+    metrics = engine.stats if isinstance(engine.stats, Metrics) else Metrics()
     metrics.watch(engine)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         yield
-        app.state.house.encoders.close()
+        app.state.shared.encoders.close()
 
     app = FastAPI(
         title="selfdoubt", version=selfdoubt.__version__, docs_url=None, redoc_url=None, lifespan=lifespan,
-        description="OpenAI's chat and text completions, with a risk beside every token.",
+        description="OpenAI's chat and text completions, with a risk next to every token.",
     )  # fmt: skip
     encoders = EncoderThreads(engine.limits.queue)
-    app.state.house = AppState(engine, settings, metrics, Scorer(engine, encoders), encoders)
-    app.state.fingerprint = app.state.house.fingerprint
+    app.state.shared = AppState(engine, settings, metrics, Scorer(engine, encoders), encoders)
+    app.state.fingerprint = app.state.shared.fingerprint
     app.include_router(router)
-    app.add_exception_handler(RequestValidationError, _refused)
-    app.add_exception_handler(HTTPException, _http)
-    app.add_exception_handler(ClientDisconnectedError, _gone)
+    app.add_exception_handler(RequestValidationError, _reply_invalid)
+    app.add_exception_handler(HTTPException, _reply_http_error)
+    app.add_exception_handler(ClientDisconnectedError, _reply_disconnected)
     for kind in (RequestError, SelfdoubtError, Exception):
-        app.add_exception_handler(kind, _failed)
+        app.add_exception_handler(kind, _reply_error)
     app.add_middleware(AccessMiddleware, settings=settings, metrics=metrics)
     if settings.origins:  # outermost, so that a browser may read refusals
         app.add_middleware(
@@ -110,7 +110,7 @@ def create_app(engine: EngineClient, settings: ServerSettings | None = None) -> 
             allow_methods=["GET", "POST"],
             allow_headers=["authorization", "content-type"],
         )
-    app.openapi = partial(schema.build_schema, app, keys=bool(settings.keys))  # type: ignore[method-assign]
+    app.openapi = partial(build_schema, app, keys=bool(settings.keys))  # type: ignore[method-assign]
     return app
 
 
@@ -127,86 +127,86 @@ async def create_completion(body: CompletionRequest, request: Request) -> Respon
 
 
 async def _answer(body: ChatRequest | CompletionRequest, request: Request) -> Response:
-    house: AppState = request.app.state.house
-    engine, settings = house.engine, house.settings
-    wanted = build_params(body, settings, engine.limits, engine.lm)
+    shared: AppState = request.app.state.shared
+    engine, settings = shared.engine, shared.settings
+    params = build_params(body, settings, engine.limits, engine.lm)
     if settings.log_prompts:
-        log.info("prompt %s", json.dumps(wanted.questions, ensure_ascii=False))
-    chat = isinstance(body, ChatRequest)
+        log.info("prompt %s", json.dumps(params.prompts, ensure_ascii=False))
     head = {
-        "id": f"{'chatcmpl' if chat else 'cmpl'}-{secrets.token_hex(12)}",
+        "id": f"{'chatcmpl' if params.chat else 'cmpl'}-{secrets.token_hex(12)}",
         "created": int(time.time()),
         "model": settings.name,
         "system_fingerprint": request.app.state.fingerprint,
     }
-    teller = ResponseFormatter(engine.lm, wanted, chat, head)
-    jobs: list[RequestHandle] = []
-    try:
-        await run_until_disconnect(request.receive, _ask(house, wanted, request.scope.get("client_id", ""), jobs))
-        if wanted.stream:
-            rest = merge_updates(jobs)
-            first = await run_until_disconnect(
-                request.receive, anext(rest)
-            )  # what ends it before then has a status of its own
-            events = stream_events(teller, jobs, first, rest)
-            stream, jobs = EventStream(events, jobs, wanted.timeout + 30), []
+    formatter = ResponseFormatter(engine.lm, params, head)
+    handles: list[RequestHandle] = []
+    with cancel_on_exit(handles):
+        work = _submit(shared, params, request.scope.get("client_id", ""), handles)
+        await run_until_disconnect(request.receive, work)
+        prompt_tokens = count_prompt_tokens(handles)
+        if params.stream:
+            updates = merge_updates([*handles])
+            # An error before the first update has a status of its own.
+            first = await run_until_disconnect(request.receive, anext(updates))
+            events = stream_events(formatter, prompt_tokens, first, updates)
+            stream = EventStream(events, [*handles], params.timeout + 30)
+            handles.clear()  # from here on they are the stream's to cancel
             return stream
-        answers = await run_until_disconnect(request.receive, collect_answers(jobs, wanted.n))
-        return await asyncio.to_thread(lambda: JSONResponse(teller.whole(answers, count_prompt_tokens(jobs))))
-    finally:
-        for job in jobs:
-            job.cancel()
+        answers = await run_until_disconnect(request.receive, collect_answers(handles, len(params.seeds)))
+        return await asyncio.to_thread(lambda: JSONResponse(formatter.format_response(answers, prompt_tokens)))
 
 
-async def _ask(house: AppState, wanted: GenerationParams, client: str, jobs: list[RequestHandle]) -> None:
-    engine = house.engine
+async def _submit(shared: AppState, params: GenerationParams, client: str, handles: list[RequestHandle]) -> None:
+    """Encode each prompt in a thread and submit a request for it; its handle is added to ``handles``."""
+    engine = shared.engine
+
+    def submit(prompt: PromptInput) -> RequestHandle:
+        return engine.submit(params.build_request(engine.lm, prompt, engine.limits, client))
+
     try:
-        async with asyncio.timeout(wanted.timeout):
-            for question in wanted.questions:
-                engine.check_room()
-                ask = partial(
-                    engine.ask, question, n=wanted.n, alternatives=wanted.alternatives, client=client,
-                    timeout=wanted.timeout, **wanted.options,
-                )  # fmt: skip
-                jobs.append(await house.encoders.run(ask, measure_prompt(question), undo=RequestHandle.cancel))
+        async with asyncio.timeout(params.timeout):
+            for prompt in params.prompts:
+                engine.check_capacity()
+                work, size = partial(submit, prompt), measure_prompt(prompt)
+                handles.append(await shared.encoders.run(work, size, undo=RequestHandle.cancel))
     except TimeoutError:
-        raise DeadlineError(f"the prompt was not read within {wanted.timeout:g} seconds; try again later") from None
+        raise DeadlineError(f"the prompt was not read within {params.timeout:g} seconds; try again later") from None
 
 
 @router.post("/v1/score", responses=describe_replies(responses.ScoreList))
 async def score_texts(body: ScoreRequest, request: Request) -> Response:
-    """The risk of one text or several, each the answer to a question or to nothing."""
-    house: AppState = request.app.state.house
-    check_model(body.model, house.settings)
+    """Return the risk of one text or several, each the answer to a question or to nothing."""
+    shared: AppState = request.app.state.shared
+    check_model(body.model, shared.settings)
     items = body.input if isinstance(body.input, list) else [body.input]
-    limits = house.engine.limits
-    work = house.scorer.score(items, raw=bool(body.raw), timeout=min(body.timeout or limits.timeout, limits.timeout))
-    found = await run_until_disconnect(request.receive, work)
+    timeout = shared.engine.limits.clamp_timeout(body.timeout)
+    work = shared.scorer.score(items, raw=bool(body.raw), timeout=timeout)
+    answers = await run_until_disconnect(request.receive, work)
 
-    def told() -> JSONResponse:
-        data = [format_score(house.engine.lm, i, answer) for i, answer in enumerate(found)]
-        return JSONResponse({"object": "list", "model": house.settings.name, "data": data})
+    def reply() -> JSONResponse:
+        data = [format_score(shared.engine.lm, i, answer) for i, answer in enumerate(answers)]
+        return JSONResponse({"object": "list", "model": shared.settings.name, "data": data})
 
-    return await asyncio.to_thread(told)  # thousands of tokens take a while to write
+    return await asyncio.to_thread(reply)  # thousands of tokens take a while to write
 
 
 @router.get("/v1/models", responses=describe_replies(responses.ModelList))
 async def list_models(request: Request) -> Response:
-    """The models that can be asked: one."""
-    return JSONResponse({"object": "list", "data": [_model(request.app.state.house)]})
+    """Return the models that this server runs: one."""
+    return JSONResponse({"object": "list", "data": [_describe_model(request.app.state.shared)]})
 
 
 @router.get("/v1/models/{name:path}", responses=describe_replies(responses.ModelInfo))
 async def get_model(name: str, request: Request) -> Response:
-    """One model."""
-    check_model(name, request.app.state.house.settings)
-    return JSONResponse(_model(request.app.state.house))
+    """Return one model."""
+    check_model(name, request.app.state.shared.settings)
+    return JSONResponse(_describe_model(request.app.state.shared))
 
 
-def _model(house: AppState) -> dict[str, Any]:
-    lm = house.engine.lm
-    plain = {"id": house.settings.name, "object": "model", "created": house.created, "owned_by": "selfdoubt"}
-    if not house.settings.risk:
+def _describe_model(shared: AppState) -> dict[str, Any]:
+    lm = shared.engine.lm
+    plain = {"id": shared.settings.name, "object": "model", "created": shared.created, "owned_by": "selfdoubt"}
+    if not shared.settings.risk:
         return plain
     threshold = None if lm.calibration is None else lm.calibration.threshold
     return {**plain, "risk": {"name": lm.risk, "token_risk": lm.token_risk, "calibrated": lm.calibration is not None,
@@ -215,19 +215,18 @@ def _model(house: AppState) -> dict[str, Any]:
 
 @router.get("/healthz", responses={200: {"model": responses.Status}, 503: {"model": responses.ErrorReply}})
 async def check_health(request: Request) -> Response:
-    """Whether the process is of use; 503 where it has to be started again."""
-    failure = request.app.state.house.engine.failure
+    """Check that the process works; 503 if it has to be started again."""
+    failure = request.app.state.shared.engine.failure
     if failure is not None:
-        raise RequestError(
-            503, f"the engine has failed ({type(failure).__name__}); start the server again", SERVER_ERROR
-        )
+        message = f"the engine has failed ({type(failure).__name__}); start the server again"
+        raise RequestError(503, message, SERVER_ERROR)
     return JSONResponse({"status": "ok"})
 
 
 @router.get("/readyz", responses={200: {"model": responses.Status}, 503: {"model": responses.ErrorReply}})
 async def check_ready(request: Request) -> Response:
-    """Whether a request would be taken now."""
-    engine: EngineClient = request.app.state.house.engine
+    """Check that a request would be accepted now."""
+    engine: EngineClient = request.app.state.shared.engine
     if engine.ready:
         return JSONResponse({"status": "ready"})
     why = "is starting or closing" if engine.failure is None else f"has failed ({type(engine.failure).__name__})"
@@ -236,30 +235,30 @@ async def check_ready(request: Request) -> Response:
 
 @router.get("/metrics", response_class=PlainTextResponse, responses={401: {"model": responses.ErrorReply}})
 async def get_metrics(request: Request) -> Response:
-    """For Prometheus."""
-    found: Metrics = request.app.state.house.metrics
-    return Response(found.text(), media_type=found.media_type)
+    """Return the metrics in Prometheus' format."""
+    metrics: Metrics = request.app.state.shared.metrics
+    return Response(metrics.text(), media_type=metrics.media_type)
 
 
-def _reply(fault: RequestError) -> JSONResponse:
-    return JSONResponse(fault.body, fault.status, fault.headers)
+def _reply(error: RequestError) -> JSONResponse:
+    return JSONResponse(error.body, error.status, error.headers)
 
 
-async def _refused(_: Request, error: Exception) -> Response:
+async def _reply_invalid(_: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     message, param = describe_validation_error(error.errors())
     return _reply(RequestError(400, message, param=param))
 
 
-async def _http(_: Request, error: Exception) -> Response:
+async def _reply_http_error(_: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     headers: Mapping[str, str] = error.headers or {}
     return _reply(RequestError(error.status_code, str(error.detail), headers=headers))
 
 
-async def _gone(_request: Request, _error: Exception) -> Response:
-    return Response(status_code=499)  # nobody reads it
+async def _reply_disconnected(_request: Request, _error: Exception) -> Response:
+    return Response(status_code=499)  # the client does not read it
 
 
-async def _failed(_: Request, error: Exception) -> Response:
+async def _reply_error(_: Request, error: Exception) -> Response:
     return _reply(to_request_error(error))

@@ -1,4 +1,4 @@
-"""A guard around uvicorn's protocol: how many connections may be open, and how long each may stay without a request."""
+"""A guard around uvicorn's protocol: limits on open connections, and on their time without a request."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ _Protocol: Any = AutoHTTPProtocol  # uvicorn takes httptools, or else h11
 
 
 class ConnectionGuard:
-    """Counts the connections of a server, and knows which of them have no request in progress.
+    """The open connections of a server, and those of them without a request in progress.
 
     Args:
-        settings: How many there may be, and for how long.
+        settings: Their limits.
     """
 
     def __init__(self, settings: ServerSettings) -> None:
@@ -36,7 +36,7 @@ class ConnectionGuard:
     def admit(self, newcomer: GuardedConnection) -> bool:
         """Count a connection; return whether it may stay.
 
-        Where there are too many, the one that has waited longest without a request makes room.
+        If there are too many, the one that has waited longest without a request makes room.
         """
         self.open.add(newcomer)
         if len(self.open) <= self.settings.connections:
@@ -48,17 +48,17 @@ class ConnectionGuard:
         return True
 
     def forget(self, connection: GuardedConnection) -> None:
-        """Count a connection no more."""
+        """Stop counting a connection."""
         self.open.discard(connection)
         self.without_request.pop(connection, None)
 
 
 class GuardedConnection(_Protocol):  # type: ignore[misc]
-    """A connection that is closed where its request does not come, or its answer is not read.
+    """A connection that is closed if its request does not come, or its answer is not read.
 
     Args:
-        guard: Of the server.
-        options: For uvicorn.
+        guard: The server's.
+        options: Options of uvicorn.
     """
 
     def __init__(self, *, guard: ConnectionGuard, **options: Any) -> None:
@@ -71,9 +71,9 @@ class GuardedConnection(_Protocol):  # type: ignore[misc]
 
     @property
     def _is_busy(self) -> bool:
-        """Whether a request is in progress: its head is here, and its answer is not complete."""
-        own = self.cycle is not None and not self.cycle.response_complete
-        return own or bool(getattr(self, "pipeline", ()))
+        """True if a request is in progress: its head is here, and its answer is not complete."""
+        is_answering = self.cycle is not None and not self.cycle.response_complete
+        return is_answering or bool(getattr(self, "pipeline", ()))
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         """See ``asyncio.Protocol``."""
@@ -95,7 +95,7 @@ class GuardedConnection(_Protocol):  # type: ignore[misc]
             if not self._head and self.cycle is not None:  # a further request has begun
                 self._wait(self._guard.settings.header_seconds)
             self._head += len(data)
-            # What is left of a body that nobody read before its request was refused is dropped, and may be longer.
+            # The rest of a body, unread because its request was refused, is dropped, and may be longer.
             rest = self.cycle is not None and self.cycle.more_body
             if self._head > MAX_HEAD_BYTES + rest * DISCARD_FACTOR * self._guard.settings.body_bytes:
                 self._refuse(
@@ -128,14 +128,14 @@ class GuardedConnection(_Protocol):  # type: ignore[misc]
         self._stop_stall()
 
     def make_room(self) -> None:
-        """Close a connection without a request in progress, because there are too many; one half sent is told why."""
+        """Close a connection without a request in progress, because there are too many; half a request gets a reply."""
         if self._head:
             self._refuse(503, _FULL, SERVER_ERROR, "too_many_connections")
         else:
             self._close()
 
     def leave(self) -> None:
-        """Close a connection without a request in progress, because time is over; one half sent is told why."""
+        """Close a connection without a request in progress, because its time is over; half a request gets a reply."""
         if self._head:
             seconds = self._guard.settings.header_seconds
             self._refuse(408, f"the head of the request was not complete within {seconds:g} s", code="head_timeout")

@@ -12,17 +12,21 @@ from selfdoubt.errors import BusyError
 from selfdoubt.lm.text.prompt import Prompt
 
 T = TypeVar("T")
-#: Characters of a short text, and how many of them a message counts as: the template runs for each.
+#: Characters of a short text, and the number of them that a message counts as: the template runs for each.
 SHORT_TEXT, MESSAGE_OVERHEAD = 16_384, 100
+#: Characters that a token id counts as: they are decoded.
+CHARACTERS_PER_ID = 4
 
 
-def measure_prompt(question: Any) -> int:
-    """Return how much work a question, a chat or ready-made ids are to encode, in characters."""
-    if isinstance(question, str):
-        return len(question)
-    if question is None or isinstance(question, Prompt):
+def measure_prompt(prompt: Any) -> int:
+    """Return the work to encode a text or a chat, or to decode token ids, in characters."""
+    if isinstance(prompt, str):
+        return len(prompt)
+    if prompt is None or isinstance(prompt, Prompt):
         return 0
-    return sum(MESSAGE_OVERHEAD + len(message["content"]) for message in question)
+    return sum(
+        CHARACTERS_PER_ID if isinstance(item, int) else MESSAGE_OVERHEAD + len(item["content"]) for item in prompt
+    )
 
 
 class EncoderThreads:
@@ -42,9 +46,9 @@ class EncoderThreads:
         """Do some work in a thread.
 
         Args:
-            work: What to do.
-            size: Of its text, in characters.
-            undo: Gets the outcome where the caller was cancelled in the middle of the work.
+            work: The work.
+            size: Size of its text, in characters.
+            undo: Gets the outcome if the caller was cancelled in the middle of the work.
 
         Raises:
             BusyError: If too many texts wait already.
@@ -66,7 +70,7 @@ class EncoderThreads:
             raise
 
     def close(self) -> None:
-        """Take no more; what waits is dropped."""
+        """Take no more work; drop the work that waits."""
         for threads, _ in (self._short, self._long):
             threads.shutdown(wait=False, cancel_futures=True)
 

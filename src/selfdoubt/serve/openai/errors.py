@@ -1,4 +1,4 @@
-"""What went wrong, in OpenAI's shape: a status, and ``{"error": {"message", "type", "param", "code"}}``."""
+"""Errors in OpenAI's shape: a status, and ``{"error": {"message", "type", "param", "code"}}``."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ MAX_MESSAGE, MAX_FIELD = 400, 100
 
 
 def shorten(text: str, most: int = MAX_MESSAGE) -> str:
-    """Return a text in one line of at most so many characters.
+    """Return a text in one line of at most ``most`` characters.
 
-    What is too much is cut from the middle: the beginning says what was wanted, and the end how to repair it.
+    The excess is cut from the middle: the beginning says what was expected, and the end how to repair it.
     """
     if len(text) > 8 * most:
         text = text[: 4 * most] + text[-4 * most :]
@@ -34,9 +34,9 @@ class RequestError(Exception):
         status: HTTP status.
         message: One line for a person; a long one is shortened.
         kind: OpenAI's ``type``.
-        param: The part of the request that is wrong.
+        param: The field of the request that is wrong.
         code: A word for programs.
-        headers: To be sent along.
+        headers: Further headers of the reply.
     """
 
     def __init__(
@@ -57,16 +57,16 @@ class RequestError(Exception):
 
     @property
     def body(self) -> dict[str, Any]:
-        """What is sent."""
+        """The body of the reply."""
         return {"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}}
 
 
 class ClientDisconnectedError(Exception):
-    """The client has hung up; nobody reads what is sent."""
+    """The client has hung up, and reads nothing more."""
 
 
 def to_request_error(error: BaseException) -> RequestError:
-    """The fault that an error is to a client; what was not foreseen tells nothing of the inside."""
+    """Return the error that a client gets; one that was not foreseen reveals nothing of the inside."""
     match error:
         case RequestError():
             return error

@@ -1,4 +1,4 @@
-"""What may be asked, as OpenAI defines it. What cannot be honoured is refused by its schema, never ignored.
+"""Bodies of requests, as OpenAI defines them. A field that cannot be honoured is refused by its schema, never ignored.
 
 Read by pydantic: this file is imported where a server starts.
 """
@@ -18,7 +18,7 @@ Stop = Annotated[str, Field(min_length=1)]
 
 
 class StrictModel(BaseModel):
-    """An object that refuses what it does not know."""
+    """An object that refuses unknown fields."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -35,7 +35,7 @@ class ChatMessageInput(StrictModel):
 
     role: Literal["system", "developer", "user", "assistant"]
     content: str | Annotated[list[TextPart], NON_EMPTY]
-    # What OpenAI's own answers carry, so that they can be sent back.
+    # Fields of OpenAI's own answers, so that they can be sent back.
     name: None = None
     refusal: None = None
     audio: None = None
@@ -50,20 +50,20 @@ class ChatMessageInput(StrictModel):
 
 
 class StreamOptions(StrictModel):
-    """How to stream."""
+    """Options of a stream."""
 
     include_usage: bool | None = None
     include_obfuscation: bool | None = None
 
 
 class TextFormat(StrictModel):
-    """The one response format there is."""
+    """The only response format."""
 
     type: Literal["text"]
 
 
 class GenerationBody(StrictModel):
-    """What chats and completions share."""
+    """Fields that chats and completions share."""
 
     model: str | None = None
     n: Annotated[int, Field(ge=1, le=128)] | None = None
@@ -89,7 +89,7 @@ class GenerationBody(StrictModel):
     prompt_cache_key: str | None = None
     prompt_cache_retention: str | None = None
     prompt_cache_options: dict[str, Any] | None = None
-    # What this server cannot do.
+    # Not supported by this server.
     frequency_penalty: Zero | None = None
     presence_penalty: Zero | None = None
     logit_bias: Annotated[dict[str, Any], Field(max_length=0)] | None = None
@@ -133,7 +133,7 @@ class CompletionRequest(GenerationBody):
 
     @property
     def prompts(self) -> list[str | list[int]]:
-        """One item a prompt."""
+        """One item per prompt."""
         if isinstance(self.prompt, str):
             return [self.prompt]
         if isinstance(self.prompt[0], int):
@@ -142,7 +142,7 @@ class CompletionRequest(GenerationBody):
 
 
 class ScoreItem(StrictModel):
-    """A text, and what it answers: a question, a chat, or nothing."""
+    """A text, and the question or the chat that it answers, if any."""
 
     text: str
     question: str | None = None
@@ -158,7 +158,7 @@ class ScoreRequest(StrictModel):
     timeout: Annotated[float, Field(ge=1)] | None = None
 
 
-#: What to say of fields whose schema says it badly.
+#: Messages for fields whose schema explains itself badly.
 ADVICE = {
     "prompt": "prompt must be a text, a list of texts, a list of token ids, or a list of such lists; none empty",
     "stop": "stop must be a text or up to 4 texts, none empty",
@@ -186,16 +186,16 @@ ADVICE = {
 
 
 def describe_validation_error(errors: Any) -> tuple[str, str | None]:
-    """One line for a person, and the name of the field that is wrong, of what pydantic found."""
-    found = errors[0]
-    place = [part for part in found["loc"] if part != "body"]
+    """Return pydantic's first error as one line for people, and the name of the field that is wrong."""
+    first = errors[0]
+    place = [part for part in first["loc"] if part != "body"]
     path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place).lstrip(".")
     field = str(place[0]) if place else None
-    if found["type"] == "extra_forbidden":
+    if first["type"] == "extra_forbidden":
         return f"Unrecognized request argument supplied: {path}", field
-    if found["type"] == "missing":
+    if first["type"] == "missing":
         return f"you must provide {path or 'a body'}", field
     for part in reversed(place):
         if part in ADVICE:
             return ADVICE[str(part)], field
-    return f"{path or 'the body'}: {found['msg']}", field
+    return f"{path or 'the body'}: {first['msg']}", field

@@ -1,4 +1,4 @@
-"""What is answered, for the OpenAPI schema: replies are plain data of these shapes, made in ``replies``."""
+"""Replies, as the OpenAPI schema describes them; ``format`` makes plain data of these shapes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class StrictReply(BaseModel):
 
 
 class ErrorDetail(StrictReply):
-    """What went wrong."""
+    """The description of an error."""
 
     message: str
     type: str
@@ -25,7 +25,7 @@ class ErrorDetail(StrictReply):
 
 
 class ErrorReply(StrictReply):
-    """OpenAI's shape of an error."""
+    """An error, in OpenAI's shape."""
 
     error: ErrorDetail
 
@@ -50,13 +50,13 @@ class QuestionRisk(StrictReply):
 
 
 class StartRisk(StrictReply):
-    """What is known before an answer begins."""
+    """The doubt that is known before an answer begins."""
 
     question: QuestionRisk | None
 
 
 class EndRisk(StartRisk):
-    """The doubt about an answer whose tokens were told already."""
+    """The doubt about an answer whose tokens were sent already."""
 
     risk: float
     risk_name: str
@@ -74,7 +74,7 @@ class AnswerRisk(EndRisk):
 
 
 class Usage(StrictReply):
-    """How many tokens."""
+    """Numbers of tokens."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -90,20 +90,20 @@ class AlternativeLogprob(StrictReply):
 
 
 class TokenLogprob(AlternativeLogprob):
-    """A chosen token and what could have stood in its place."""
+    """A chosen token and the most probable ones in its place."""
 
     top_logprobs: list[AlternativeLogprob]
 
 
 class ChatLogprobs(StrictReply):
-    """Of a chat."""
+    """Log-probabilities of a chat."""
 
     content: list[TokenLogprob]
     refusal: None
 
 
 class TextLogprobs(StrictReply):
-    """Of a completion."""
+    """Log-probabilities of a completion."""
 
     tokens: list[str]
     token_logprobs: list[float]
@@ -112,7 +112,7 @@ class TextLogprobs(StrictReply):
 
 
 class Reply(StrictReply):
-    """What all replies to a request for answers say of themselves."""
+    """The fields that all replies to a request for answers share."""
 
     id: str
     created: int
@@ -129,7 +129,7 @@ class ChatMessage(StrictReply):
 
 
 class ChatChoice(StrictReply):
-    """One of the answers. Without ``risk`` where it is not wanted."""
+    """One of the answers. Without ``risk`` if the request or the server turns it off."""
 
     index: int
     message: ChatMessage
@@ -165,7 +165,7 @@ class ChatChunkChoice(StrictReply):
 
 
 class ChatChunk(Reply):
-    """An event of a chat's stream: one token, but for the first and the last."""
+    """An event of a chat's stream: one token, except the first and the last."""
 
     object: Literal["chat.completion.chunk"]
     choices: list[ChatChunkChoice]
@@ -173,7 +173,7 @@ class ChatChunk(Reply):
 
 
 class TextChoice(StrictReply):
-    """One of the answers. Without ``risk`` where it is not wanted."""
+    """One of the answers. Without ``risk`` if the request or the server turns it off."""
 
     index: int
     text: str
@@ -209,7 +209,7 @@ class TextChunk(Reply):
 
 
 class TextScore(StrictReply):
-    """The doubt about a text that was given."""
+    """The doubt about a text that existed already."""
 
     object: Literal["score"]
     index: int
@@ -226,7 +226,7 @@ class TextScore(StrictReply):
 
 
 class ScoreList(StrictReply):
-    """One score a text, in their order."""
+    """One score per text, in their order."""
 
     object: Literal["list"]
     model: str
@@ -234,7 +234,7 @@ class ScoreList(StrictReply):
 
 
 class ModelInfo(BaseModel):
-    """A model that can be asked."""
+    """A model that this server runs."""
 
     id: str
     object: Literal["model"]
@@ -244,13 +244,13 @@ class ModelInfo(BaseModel):
 
 
 class ModelList(StrictReply):
-    """The models that can be asked: one."""
+    """The models that this server runs: one."""
 
     object: Literal["list"]
     data: list[ModelInfo]
 
 
 class Status(StrictReply):
-    """Whether the server works."""
+    """The state of a server that works."""
 
     status: Literal["ok", "ready"]

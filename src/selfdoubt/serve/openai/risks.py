@@ -1,4 +1,4 @@
-"""The ``risk`` objects beside what OpenAI defines. All risks grow with doubt; entropies are in nats."""
+"""The ``risk`` objects next to the fields that OpenAI defines. All risks grow with doubt; entropies are in nats."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def format_token_risk(lm: RiskAwareLM, token: Token) -> dict[str, Any]:
-    """The risk of one token; its percentile is None without reference tokens (``reference["token_nll"]``)."""
+    """Return the risk of one token; its percentile is None without reference tokens (``reference["token_nll"]``)."""
     reference = lm.reference.get(f"token_{lm.token_risk}")
     return {
         "text": token.text,
@@ -26,7 +26,7 @@ def format_token_risk(lm: RiskAwareLM, token: Token) -> dict[str, Any]:
 
 
 def format_question_risk(lm: RiskAwareLM, question: Sequence[Token]) -> dict[str, Any] | None:
-    """The risk of the question's own words, which is known before the answer begins; None without own words."""
+    """Return the risk of the question's own words, known before the answer begins; None without such words."""
     name = f"question_mean_{lm.token_risk}"
     if name not in ANSWER_SCORES:
         name = "question_mean_nll"
@@ -42,7 +42,7 @@ def format_question_risk(lm: RiskAwareLM, question: Sequence[Token]) -> dict[str
 
 
 def format_answer_risk(lm: RiskAwareLM, answer: Answer) -> dict[str, Any]:
-    """The risk of a whole answer."""
+    """Return the risk of a whole answer."""
     return {
         "risk": answer.risk,
         "risk_name": answer.risk_name,

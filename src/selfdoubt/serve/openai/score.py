@@ -24,11 +24,11 @@ ScoredPair = tuple[Question | None, str]
 
 
 class Scorer:
-    """Scores for all who ask; at most ``limits.queue`` requests wait.
+    """Scorer for all clients; at most ``limits.queue`` requests wait.
 
     Args:
-        engine: Who scores.
-        encoders: Who turns texts into token ids.
+        engine: The engine that scores.
+        encoders: Threads that turn texts into token ids.
     """
 
     def __init__(self, engine: EngineClient, encoders: EncoderThreads) -> None:
@@ -36,7 +36,7 @@ class Scorer:
         self._waiting = 0
 
     async def score(self, items: Sequence[ScoreItem], *, raw: bool, timeout: float) -> list[Answer]:
-        """Score each item. Whoever is cancelled meanwhile, or has run out of time, ends the work.
+        """Score each item. Cancelling this, or running out of time, ends the work.
 
         Raises:
             BusyError: If too many wait already.
@@ -53,18 +53,19 @@ class Scorer:
             raise BusyError(f"{self._waiting} requests to score are waiting already; try again in a moment")
         self._waiting += 1
         try:
+            answers: list[Answer] = []
             async with asyncio.timeout(timeout):
-                found: list[Answer] = []
-                for piece in split_pairs(pairs):
-                    work = partial(encode_teacher_forced, self._engine.lm.tokenizer, piece, raw=raw)
-                    given: list[TeacherForcedText] = await self._encoders.run(work, measure_pairs(piece))
-                    scored: asyncio.Future[list[Answer]] = asyncio.wrap_future(self._engine.score(given))
-                    found += await scored
+                with self._engine.hold_open():  # a request that has begun is finished, also while the engine closes
+                    for group in split_pairs(pairs):
+                        work = partial(encode_teacher_forced, self._engine.lm.tokenizer, group, raw=raw)
+                        texts: list[TeacherForcedText] = await self._encoders.run(work, measure_pairs(group))
+                        scored: asyncio.Future[list[Answer]] = asyncio.wrap_future(self._engine.score(texts))
+                        answers += await scored
         except TimeoutError:
             raise DeadlineError(f"the request took longer than {timeout:g} s; score fewer texts at a time") from None
         finally:
             self._waiting -= 1
-        return found
+        return answers
 
     def _pair(self, item: ScoreItem) -> ScoredPair:
         limits, context = self._engine.limits, self._engine.lm.context
@@ -73,27 +74,27 @@ class Scorer:
         question = item.question if item.messages is None else convert_messages(item.messages, limits)
         for text in (question, item.text):
             if text is not None:
-                limits.check(text, context)
+                limits.check_prompt_size(text, context)
         return question, item.text
 
 
 def split_pairs(pairs: Sequence[ScoredPair]) -> Iterator[list[ScoredPair]]:
-    """Pairs in their order, a few at a time."""
-    piece: list[ScoredPair] = []
+    """Yield pairs in their order, a few at a time."""
+    group: list[ScoredPair] = []
     length = 0
     for pair in pairs:
         size = measure_pairs([pair])
-        if piece and (len(piece) == PAIRS_AT_ONCE or length + size > CHARACTERS_AT_ONCE):
-            yield piece
-            piece, length = [], 0
-        piece.append(pair)
+        if group and (len(group) == PAIRS_AT_ONCE or length + size > CHARACTERS_AT_ONCE):
+            yield group
+            group, length = [], 0
+        group.append(pair)
         length += size
-    if piece:
-        yield piece
+    if group:
+        yield group
 
 
 def format_score(lm: RiskAwareLM, index: int, answer: Answer) -> dict[str, Any]:
-    """A scored text."""
+    """Return a scored text as plain data."""
     return {
         "object": "score",
         "index": index,
