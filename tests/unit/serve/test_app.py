@@ -20,6 +20,7 @@ from tests import zoo
 
 CHAT = "/v1/chat/completions"
 TEXT = "/v1/completions"
+SCORE = "/v1/score"
 FRANCE = "What is the capital of France?"
 TURNS = [
     {"role": "user", "content": "Where is Oslo?"},
@@ -512,6 +513,29 @@ def test_health_and_readiness_follow_the_engine(serve, talker):
     assert fault(ask(client, max_tokens=1), 503)["code"] == "engine_unavailable"
     assert fault(ask(client, max_tokens=1, stream=True), 503)["code"] == "engine_unavailable"
     fault(ask(client, "/v1/score", input={"text": "a"}), 503)
+
+
+def test_a_score_that_has_begun_is_finished_while_the_server_drains(serve, talker):
+    """Its texts are scored in several groups; a score that comes later is refused."""
+    client = serve(talker)
+    engine = client.app.state.shared.engine
+    begun, late, replies = threading.Event(), [], []
+    with slow(client, 0.05):
+        hook = innermost(talker.model).register_forward_pre_hook(lambda *_: begun.set())
+        scoring = threading.Thread(target=lambda: replies.append(ask(client, SCORE, input=[{"text": "Paris."}] * 12)))
+        scoring.start()
+        assert begun.wait(30)
+        hook.remove()
+        closing = threading.Thread(target=engine.close, args=(60,))
+        closing.start()
+        while engine.ready:
+            time.sleep(0.001)
+        late.append(ask(client, SCORE, input={"text": "Rome."}))
+        scoring.join()
+        closing.join()
+    assert len(replies[0].json()["data"]) == 12
+    assert fault(late[0], 503)["code"] == "engine_unavailable"
+    assert engine.failure is None
 
 
 def test_an_engine_that_dies_turns_health_red_and_ends_who_waits(serve, talker):

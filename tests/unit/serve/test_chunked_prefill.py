@@ -17,7 +17,7 @@ from selfdoubt.serve.engine.engine import Engine
 from selfdoubt.serve.engine.limits import Limits
 from selfdoubt.serve.engine.request import TokensAdded
 from selfdoubt.serve.engine.scheduler import STREAM_GAP
-from selfdoubt.serve.engine.tasks import Task, TaskQueue
+from selfdoubt.serve.engine.tasks import EngineTask, TaskQueue
 from tests import zoo
 from tests.unit.serve.test_engine import prompt
 
@@ -199,7 +199,7 @@ def test_texts_to_score_get_on_equally_while_prompts_are_read(lm, number):
         gate = Gate(machine)
         prompts = [engine.generate(LONG, max_tokens=1, client=str(i)) for i in range(2)]
         assert gate.reached.wait(30)
-        futures = [engine._add(Task(lambda _, __, name=name: pieces(name))) for name in range(number)]
+        futures = [engine._add(EngineTask(lambda _, __, name=name: pieces(name))) for name in range(number)]
         gate.opened.set()
         for future in futures:
             future.result(30)
@@ -211,7 +211,7 @@ def test_texts_to_score_get_on_equally_while_prompts_are_read(lm, number):
 
 def test_texts_that_wait_and_were_given_up_take_no_place():
     errands = TaskQueue()
-    texts = [Task(lambda *_: None, is_long=True) for _ in range(8)]
+    texts = [EngineTask(lambda *_: None, is_long=True) for _ in range(8)]
     for text in texts:
         errands.add(text)
     assert errands.next() is texts[0]

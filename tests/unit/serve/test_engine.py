@@ -13,11 +13,12 @@ import torch
 
 from selfdoubt import RiskAwareLM, sample, sculpt, vote
 from selfdoubt.errors import BusyError, ConfigError, DeadlineError, EngineError, NonFiniteError, PromptError
+from selfdoubt.lm.scoring import encode_teacher_forced
 from selfdoubt.lm.text.prompt import Prompt
 from selfdoubt.members import innermost
 from selfdoubt.serve.engine.engine import Engine
 from selfdoubt.serve.engine.limits import Limits
-from selfdoubt.serve.engine.request import Finished, Started, TokensAdded
+from selfdoubt.serve.engine.request import Finished, Started, TokensAdded, cancel_on_exit
 from tests import zoo
 
 POISON = 7  # a token id that breaks the model
@@ -437,3 +438,47 @@ def test_an_answer_that_ends_at_once_has_the_surprisal_of_its_end(by_text):
         (answer,) = job.answers()
     assert (answer.text, answer.tokens, answer.finish) == ("", (), "stop")
     assert answer.risk == answer.scores["sum_nll"] == pytest.approx(first.nll)
+
+
+def test_an_engine_that_is_held_open_accepts_texts_but_no_requests():
+    lm = speaker()
+    texts = encode_teacher_forced(lm.tokenizer, [(None, "Paris.")], raw=False)
+    with running(lm) as engine:
+        with engine.hold_open():
+            closing = threading.Thread(target=engine.close, args=(60,))
+            closing.start()
+            while engine.ready:
+                time.sleep(0.001)
+            with pytest.raises(EngineError, match="closing"):
+                engine.generate("What?")
+            with pytest.raises(EngineError, match="closing"), engine.hold_open():
+                pass
+            assert len(engine.score(texts).result(30)) == 1
+            assert closing.is_alive()
+        closing.join()
+        with pytest.raises(EngineError, match="closing"):
+            engine.score(texts)
+
+
+def test_an_engine_that_is_held_open_ends_when_patience_is_over():
+    lm = speaker()
+    texts = encode_teacher_forced(lm.tokenizer, [(None, "Paris.")], raw=False)
+    with running(lm) as engine, engine.hold_open():
+        engine.close(0.1)
+        with pytest.raises(EngineError, match="closing"):
+            engine.score(texts)
+
+
+def test_handles_are_cancelled_when_their_block_ends():
+    def fail(handles, kept):
+        with cancel_on_exit(handles):
+            handles += [engine.generate("What?", max_tokens=400), kept]
+            handles.remove(kept)
+            raise ZeroDivisionError
+
+    with running(speaker()) as engine:
+        handles, kept = [], engine.generate("What?", max_tokens=2)
+        with pytest.raises(ZeroDivisionError):
+            fail(handles, kept)
+        assert handles[0].cancelled
+        assert len(kept.answers()) == 1
