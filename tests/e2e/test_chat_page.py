@@ -34,7 +34,7 @@ from fastapi import FastAPI
 from selfdoubt.lm.model import RiskAwareLM
 from selfdoubt.serve.chat import mount
 from selfdoubt.serve.engine.engine import Engine
-from selfdoubt.serve.http.process import bind, run, url_of
+from selfdoubt.serve.http.process import bind_socket, format_url, run_server
 
 lm = RiskAwareLM.load("pocket", dtype="float32")  # the same answers on every machine
 lm.model.register_forward_pre_hook(lambda *_: time.sleep(0.03))
@@ -56,8 +56,9 @@ app.get("/jobs")(lambda: [{"cancelled": j.cancelled, "ended": j.ended} for j in 
 app.get("/calls")(lambda: calls)
 mount(app, engine)
 engine.start()
-place = bind("127.0.0.1", 0, keys=False)
-run(app, place, engine, drain=5, started=lambda: print(f"{url_of(place)}/", flush=True))
+listener = bind_socket("127.0.0.1", 0, keys=False)
+url = format_url(listener)
+run_server(app, listener, engine, drain=5, started=lambda: print(f"{url}/", flush=True))
 """
 
 

@@ -21,7 +21,7 @@ from selfdoubt import RiskAwareLM, sample, sculpt, vote
 from selfdoubt.lm.adapters.lora import add_lora
 from selfdoubt.members import Wrapped
 from selfdoubt.rows import expand
-from selfdoubt.serve.engine.engine import memory
+from selfdoubt.serve.engine import memory
 from tests import zoo
 
 ON_GLIBC = hasattr(ctypes.CDLL(None), "gnu_get_libc_version")
@@ -79,7 +79,7 @@ def run(lm: RiskAwareLM, ids: torch.Tensor) -> torch.Tensor:
 
 @given(st.integers(1, 5000))
 def test_pieces_hold_all_rows_and_waste_few(rows):
-    found = memory.pieces(rows)
+    found = memory.split_rows(rows)
     assert sum(n for n, _ in found) == rows
     assert all(n <= size and size in memory.SIZES for n, size in found)
     assert sum(size for _, size in found) <= rows * 1.34
