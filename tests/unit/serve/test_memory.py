@@ -81,20 +81,20 @@ def run(lm: RiskAwareLM, ids: torch.Tensor) -> torch.Tensor:
 def test_pieces_hold_all_rows_and_waste_few(rows):
     found = memory.split_rows(rows)
     assert sum(n for n, _ in found) == rows
-    assert all(n <= size and size in memory.SIZES for n, size in found)
+    assert all(n <= size and size in memory.ROW_COUNTS for n, size in found)
     assert sum(size for _, size in found) <= rows * 1.34
 
 
 def test_sizes_grow_by_a_third_at_most():
-    assert list(memory.SIZES) == sorted(set(memory.SIZES))
-    assert all(b <= max(a + 1, a * 4 / 3 + 1e-9) for a, b in pairwise(memory.SIZES))
+    assert list(memory.ROW_COUNTS) == sorted(set(memory.ROW_COUNTS))
+    assert all(b <= max(a + 1, a * 4 / 3 + 1e-9) for a, b in pairwise(memory.ROW_COUNTS))
 
 
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_products_in_half_precision_have_few_row_counts(family, wrapper):
     lm = model(family, wrapper)
-    allowed = set(memory.SIZES) | {members(lm) * size for size in memory.SIZES}
+    allowed = set(memory.ROW_COUNTS) | {members(lm) * size for size in memory.ROW_COUNTS}
     assert not rows_of(lm) <= allowed
     memory.limit_shapes(lm)
     found = rows_of(lm)
@@ -149,7 +149,7 @@ SERVED = """
 """
 
 
-@pytest.mark.parametrize(("given", "kept"), [({}, str(memory.CAPACITY)), ({memory.VARIABLE: "7"}, "7")])
+@pytest.mark.parametrize(("given", "kept"), [({}, str(memory.CACHE_CAPACITY)), ({memory.CACHE_VARIABLE: "7"}, "7")])
 def test_what_loads_a_served_model_bounds_its_process(given, kept):
     assert fresh(SERVED, **given).split() == [kept, "True", str(ON_GLIBC)]
 
