@@ -20,7 +20,7 @@ from typing import Any
 
 from selfdoubt.errors import ConfigError, LoadError
 
-Kind = Callable[[Any, str], Any]
+FieldCheck = Callable[[Any, str], Any]
 
 #: Largest integer that every JSON reader keeps exactly.
 EXACT = 2**53
@@ -56,7 +56,7 @@ def _refuse(path: str, wanted: str, value: Any) -> FieldError:
 
 def number(
     low: float = -math.inf, high: float = math.inf, *, above: float = -math.inf, below: float = math.inf
-) -> Kind:
+) -> FieldCheck:
     """Return a kind: a finite number (no bool) in ``[low, high]`` that is ``> above`` and ``< below``."""
     bounds = {"at least": low, "above": above, "at most": high, "below": below}
     said = " and ".join(f"{word} {bound:g}" for word, bound in bounds.items() if math.isfinite(bound))
@@ -75,7 +75,7 @@ def number(
     return check
 
 
-def whole(low: int = 0, high: int = EXACT) -> Kind:
+def whole(low: int = 0, high: int = EXACT) -> FieldCheck:
     """Return a kind: a whole number (no bool) in ``[low, high]``."""
 
     def check(value: Any, path: str) -> int:
@@ -131,7 +131,7 @@ def anything(value: Any, path: str) -> Any:  # noqa: ARG001
     return value
 
 
-def choice(*options: Any) -> Kind:
+def choice(*options: Any) -> FieldCheck:
     """Return a kind: one of these values."""
     wanted = " or ".join(repr(option) for option in options)
 
@@ -143,7 +143,7 @@ def choice(*options: Any) -> Kind:
     return check
 
 
-def optional(kind: Kind) -> Kind:
+def optional(kind: FieldCheck) -> FieldCheck:
     """Return a kind: nothing (None, JSON's null) or what ``kind`` takes."""
 
     def check(value: Any, path: str) -> Any:
@@ -158,7 +158,7 @@ def optional(kind: Kind) -> Kind:
     return check
 
 
-def either(first: Kind, second: Kind) -> Kind:
+def either(first: FieldCheck, second: FieldCheck) -> FieldCheck:
     """Return a kind: what one of two kinds takes."""
 
     def check(value: Any, path: str) -> Any:
@@ -173,7 +173,7 @@ def either(first: Kind, second: Kind) -> Kind:
     return check
 
 
-def listing(kind: Kind, least: int = 0, most: int | None = None) -> Kind:
+def listing(kind: FieldCheck, least: int = 0, most: int | None = None) -> FieldCheck:
     """Return a kind: a list of ``least`` to ``most`` values of one kind; gives a tuple."""
     many = "" if not least and most is None else f" of {'' if least == most else 'at least '}{least}"
 
@@ -194,7 +194,7 @@ def ascending(value: Any, path: str) -> tuple[float, ...]:
     return found
 
 
-def table(kind: Kind) -> Kind:
+def table(kind: FieldCheck) -> FieldCheck:
     """Return a kind: an object of any keys whose values are of one kind."""
 
     def check(value: Any, path: str) -> dict[str, Any]:
@@ -205,7 +205,9 @@ def table(kind: Kind) -> Kind:
     return check
 
 
-def record(needed: Mapping[str, Kind], also: Mapping[str, Kind] | None = None, *, open_ended: bool = False) -> Kind:
+def record(
+    needed: Mapping[str, FieldCheck], also: Mapping[str, FieldCheck] | None = None, *, open_ended: bool = False
+) -> FieldCheck:
     """Return a kind: an object with exactly these keys.
 
     Args:
@@ -230,7 +232,7 @@ def record(needed: Mapping[str, Kind], also: Mapping[str, Kind] | None = None, *
     return check
 
 
-def check_settings(settings: Any, kinds: Mapping[str, Kind]) -> None:
+def check_settings(settings: Any, kinds: Mapping[str, FieldCheck]) -> None:
     """Check the fields of a dataclass of settings.
 
     Raises:
@@ -261,13 +263,13 @@ def read_object(path: Path) -> dict[str, Any]:
         if not isinstance(found, dict):
             raise _refuse("it", "a table", found)
     except RecursionError:
-        raise broken(path, "it is nested too deeply") from None
+        raise broken_file(path, "it is nested too deeply") from None
     except (OSError, ValueError) as error:
-        raise broken(path, error) from None
+        raise broken_file(path, error) from None
     return found
 
 
-def broken(path: Path, why: Exception | str, repair: str = REPAIR) -> LoadError:
+def broken_file(path: Path, why: Exception | str, repair: str = REPAIR) -> LoadError:
     """Return the error for a file that cannot be used, in one line."""
     own = isinstance(why, (str, FieldError))
     words = " ".join((str(why) if own else f"{type(why).__name__}: {why}").split())[:400]
@@ -294,7 +296,7 @@ def _finite(token: str) -> float:
 #: may ask for.
 MEMBERS, WIDTH, SCALE = 1_000_000, 2**16, 1e6
 #: Kinds of the settings that all wrappers have.
-SHARED: Mapping[str, Kind] = {
+SHARED: Mapping[str, FieldCheck] = {
     "param_filter": optional(regex),
     "shared_inputs": listing(nonempty),
     "symbolic_trace": flag,

@@ -17,11 +17,11 @@ from typing import Any
 
 from selfdoubt.errors import ConfigError, LoadError
 from selfdoubt.fields import (
+    FieldCheck,
     FieldError,
-    Kind,
     anything,
     ascending,
-    broken,
+    broken_file,
     choice,
     flag,
     listing,
@@ -81,7 +81,7 @@ def read_manifest(folder: str | os.PathLike[str], *, sealed: bool = True) -> dic
         check_manifest(manifest)
         found = _digest_of(manifest) if sealed and "checksums" in manifest else None
     except (FieldError, RecursionError) as error:
-        raise broken(path, error) from None
+        raise broken_file(path, error) from None
     if found is not None and found != manifest["checksums"]["manifest"]:
         raise _changed(Path(folder), MANIFEST)
     return manifest
@@ -201,7 +201,7 @@ def _wrapper(entry: Any, path: str, *, complete: bool = True) -> Spec:
             f"{path}.method", f"one of {', '.join(METHODS)} (a newer selfdoubt may know more)", shown(method)
         )
     module = import_module(f"selfdoubt.{method}")
-    kinds: dict[str, Kind] = {"method": anything, **module.Wrapper.kinds}
+    kinds: dict[str, FieldCheck] = {"method": anything, **module.Wrapper.kinds}
     if method == "sample":
         kinds["distribution"] = _noise
     elif method == "sculpt":

@@ -147,12 +147,14 @@ def scores_among(
     return scores._replace(logprob=(own - excess).squeeze(-1)), rest - excess
 
 
-def percentile(value: float, reference: Sequence[float]) -> float:
-    """Share of reference values below ``value`` (ties count half), in [0, 1].
+def percentile(value: float, reference: Sequence[float], *, linear: bool = False) -> float:
+    """Return the share of reference values below ``value``, in [0, 1].
 
     Args:
         value: A risk.
         reference: Ascending values or quantiles of the same risk.
+        linear: Read the reference as equally spaced quantiles, and interpolate between the neighbours of ``value``.
+            Otherwise values are counted, and ties count half.
 
     Raises:
         ShapeError: If the reference is empty.
@@ -161,12 +163,20 @@ def percentile(value: float, reference: Sequence[float]) -> float:
     Example:
         >>> percentile(2.5, [1.0, 2.0, 3.0, 4.0])
         0.5
+        >>> percentile(2.5, [1.0, 2.0, 4.0], linear=True)
+        0.625
     """
     if not reference:
         raise ShapeError("a percentile needs at least one reference value, got none")
     if not math.isfinite(value):
         raise NonFiniteError(f"a percentile needs a finite risk, got {value}")
-    return (bisect_left(reference, value) + bisect_right(reference, value)) / (2 * len(reference))
+    place = bisect_left(reference, value)
+    if not linear:
+        return (place + bisect_right(reference, value)) / (2 * len(reference))
+    if place == 0 or place == len(reference):
+        return float(place > 0)
+    low, high = reference[place - 1], reference[place]
+    return (place - 1 + (value - low) / (high - low)) / (len(reference) - 1)
 
 
 def _scores(logits: Tensor, chosen: Tensor) -> tuple[TokenScores, Tensor]:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from selfdoubt import kernels, targets
 from selfdoubt.errors import ConfigError, WrapError
-from selfdoubt.fields import MEMBERS, SCALE, SHARED, Kind, check_settings, choice, flag, number, whole
+from selfdoubt.fields import MEMBERS, SCALE, SHARED, FieldCheck, check_settings, choice, flag, number, whole
 from selfdoubt.members import wrap
 from selfdoubt.rows import Call, Replacement
 from selfdoubt.targets import Leaf
@@ -37,7 +37,7 @@ class Bernoulli:
     p: float = 0.1
     trainable: bool = False
 
-    kinds: ClassVar[Mapping[str, Kind]] = {"p": number(above=0, below=1), "trainable": flag}
+    kinds: ClassVar[Mapping[str, FieldCheck]] = {"p": number(above=0, below=1), "trainable": flag}
 
     def __post_init__(self) -> None:
         check_settings(self, self.kinds)
@@ -65,7 +65,7 @@ class Normal:
     std: float = 0.3
     trainable: bool = False
 
-    kinds: ClassVar[Mapping[str, Kind]] = {"std": number(above=0, high=SCALE), "trainable": flag}
+    kinds: ClassVar[Mapping[str, FieldCheck]] = {"std": number(above=0, high=SCALE), "trainable": flag}
 
     def __post_init__(self) -> None:
         check_settings(self, self.kinds)
@@ -119,7 +119,7 @@ class Wrapper:
     seed: int = 0
 
     goes_inside: ClassVar[bool] = False
-    kinds: ClassVar[Mapping[str, Kind]] = {
+    kinds: ClassVar[Mapping[str, FieldCheck]] = {
         "n_samples": whole(1, MEMBERS), "output": choice("auto", "values", "logits"), **SHARED,
     }  # fmt: skip
 

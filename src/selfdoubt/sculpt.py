@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from selfdoubt import kernels, targets
 from selfdoubt.errors import ConfigError, WrapError
-from selfdoubt.fields import SHARED, WIDTH, Kind, check_settings, number, optional, whole
+from selfdoubt.fields import SHARED, WIDTH, FieldCheck, check_settings, number, optional, whole
 from selfdoubt.members import wrap
 from selfdoubt.rows import Call, Replacement
 from selfdoubt.targets import Leaf
@@ -135,7 +135,7 @@ class Wrapper:
 
     output: ClassVar[Literal["auto", "values", "logits"]] = "auto"
     goes_inside: ClassVar[bool] = True
-    kinds: ClassVar[Mapping[str, Kind]] = {
+    kinds: ClassVar[Mapping[str, FieldCheck]] = {
         "n_layers": whole(1, 64),
         "rank": optional(whole(1, WIDTH)),
         "initial_scale": number(above=0, high=100),

@@ -11,7 +11,8 @@ from __future__ import annotations
 import os
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from safetensors import SafetensorError
@@ -19,9 +20,8 @@ from safetensors.torch import load_file
 from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
-from selfdoubt import __version__
-from selfdoubt.errors import BaseMismatchError, LoadError, SelfdoubtError, TargetError, WrapError
-from selfdoubt.fields import FieldError, broken
+from selfdoubt.errors import BaseMismatchError, ConfigError, LoadError, SelfdoubtError, TargetError, WrapError
+from selfdoubt.fields import FieldError, broken_file
 from selfdoubt.manifest import (
     FORMAT,
     LEARNT,
@@ -39,6 +39,7 @@ from selfdoubt.manifest import (
 )  # fmt: skip
 from selfdoubt.members import Spec, Wrapped, innermost, source
 from selfdoubt.rows import added_names
+from selfdoubt.version import __version__
 
 __all__ = [
     "LEARNT",
@@ -65,7 +66,7 @@ _LARGE_RANK = 1024
 
 
 def save(
-    wrapped: nn.Module,
+    wrapped: nn.Module | SavesItself,
     folder: str | os.PathLike[str],
     *,
     base: str | None = None,
@@ -76,7 +77,8 @@ def save(
     """Write what wrapping added or left training; the base model itself is not written.
 
     Args:
-        wrapped: A wrapped model; with ``elsewhere``, or with ``LEARNT`` entries in ``extra``, also a plain one.
+        wrapped: A wrapped model; with ``elsewhere``, or with ``LEARNT`` entries in ``extra``, also a plain one. Or a
+            ``RiskAwareLM``, which saves all of itself.
         folder: Made if missing; an adapter in it is replaced.
         base: Name or folder of the base model; taken from a Hugging Face config if None.
         revision: Revision of the base model.
@@ -88,13 +90,12 @@ def save(
 
     Raises:
         WrapError: If nothing was added to the model.
-        ConfigError: If an entry of ``extra`` is none that can be read back.
+        ConfigError: If an entry of ``extra`` is none that can be read back, or the model belongs to a ``RiskAwareLM``
+            whose reference answers or calibration would be dropped.
     """
-    if not isinstance(wrapped, Wrapped) and not elsewhere and not LEARNT & set(extra or {}):
-        raise WrapError(
-            f"{type(wrapped).__name__} is not wrapped, so there is nothing to save: wrap it first, e.g. "
-            "vote.Wrapper()(model)"
-        )
+    if isinstance(wrapped, SavesItself):
+        return wrapped.save(folder, base=base, revision=revision)
+    check_saved(wrapped, elsewhere, extra)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     state = wrapped.state_dict()
@@ -120,6 +121,47 @@ def save(
         write(folder / WEIGHTS, serialize(tensors))
     write_manifest(folder, manifest)
     return folder
+
+
+def check_saved(wrapped: nn.Module, elsewhere: Collection[str] = (), extra: Mapping[str, Any] | None = None) -> None:
+    """Check that there is something to save, and that nothing that belongs to it is left out.
+
+    Raises:
+        WrapError: If nothing was added to the model.
+        ConfigError: If a language model around it has reference answers or a calibration, and ``extra`` lacks them.
+    """
+    if not isinstance(wrapped, Wrapped) and not elsewhere and not LEARNT & set(extra or {}):
+        raise WrapError(
+            f"{type(wrapped).__name__} is not wrapped, so there is nothing to save: wrap it first, e.g. "
+            "vote.Wrapper()(model)"
+        )
+    reference = _OWNERS.get(wrapped)
+    owner = None if reference is None else reference()
+    lacking = [] if owner is None else sorted(owner.learnt() - set(extra or {}))
+    if lacking:
+        raise ConfigError(
+            f"the language model around this one has a {' and a '.join(lacking)}, which saving the model alone would "
+            "drop; save all of it with lm.save(folder)"
+        )
+
+
+@runtime_checkable
+class SavesItself(Protocol):
+    """A model with more than weights to save, such as ``RiskAwareLM``."""
+
+    def learnt(self) -> frozenset[str]:
+        """Return the entries of ``LEARNT`` that it has."""
+
+    def save(self, folder: str | os.PathLike[str], *, base: str | None = None, revision: str | None = None) -> Path:
+        """Write all of it."""
+
+
+_OWNERS: WeakKeyDictionary[nn.Module, ref[SavesItself]] = WeakKeyDictionary()
+
+
+def register_owner(model: nn.Module, owner: SavesItself) -> None:
+    """Note that a model belongs to something that has more to save; both may go when nothing else holds them."""
+    _OWNERS[model] = ref(owner)
 
 
 def load(folder: str | os.PathLike[str], model: nn.Module) -> Wrapped:
@@ -186,7 +228,7 @@ def rewrap(folder: Path, manifest: Mapping[str, Any], model: nn.Module) -> nn.Mo
         except SelfdoubtError:
             raise
         except Exception as error:  # settings that this model cannot take fail wherever they are used
-            raise broken(folder / MANIFEST, error) from error
+            raise broken_file(folder / MANIFEST, error) from error
     return wrapped
 
 
@@ -224,7 +266,7 @@ def _check_sizes(folder: Path, entry: Mapping[str, Any], tensors: Mapping[str, T
     for name, found in sizes.items():
         if found != {entry[name]}:
             wanted = " or ".join(map(str, sorted(found))) or "that of its tensors"
-            raise broken(folder / MANIFEST, FieldError(name, f"{wanted} as in {WEIGHTS}", str(entry[name])))
+            raise broken_file(folder / MANIFEST, FieldError(name, f"{wanted} as in {WEIGHTS}", str(entry[name])))
 
 
 def _sizes_of_vote(entry: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, set[int]]:

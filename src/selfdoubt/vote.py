@@ -22,7 +22,19 @@ from torch import Tensor, nn
 
 from selfdoubt import kernels, targets
 from selfdoubt.errors import ConfigError, WrapError
-from selfdoubt.fields import MEMBERS, SCALE, SHARED, WIDTH, Kind, check_settings, choice, flag, number, optional, whole
+from selfdoubt.fields import (
+    MEMBERS,
+    SCALE,
+    SHARED,
+    WIDTH,
+    FieldCheck,
+    check_settings,
+    choice,
+    flag,
+    number,
+    optional,
+    whole,
+)
 from selfdoubt.members import wrap
 from selfdoubt.rows import Call, Replacement
 from selfdoubt.targets import Leaf
@@ -72,7 +84,7 @@ class Wrapper:
     seed: int = 0
 
     goes_inside: ClassVar[bool] = False
-    kinds: ClassVar[Mapping[str, Kind]] = {
+    kinds: ClassVar[Mapping[str, FieldCheck]] = {
         "n_voters": whole(1, MEMBERS),
         "rank": optional(whole(1, WIDTH)),
         "finetune": flag,

@@ -16,6 +16,7 @@ FILES = {".".join(p.relative_to(ROOT).with_suffix("").parts): p for p in sorted(
 LONGEST = 350
 
 CORE = {
+    "version",
     "errors",
     "fields",
     "formatting",
@@ -31,6 +32,7 @@ CORE = {
 WRAPPERS = {"vote", "sample", "sculpt"}
 #: What a file may import of the package; others are free.
 ARROWS = {
+    "version": set(),
     "errors": set(),
     "fields": {"errors"},
     "formatting": set(),
@@ -44,7 +46,7 @@ ARROWS = {
     "members": CORE - {"kernels", "formatting"},
     **dict.fromkeys(sorted(WRAPPERS), CORE),
     "manifest": {"errors", "fields", "members"},
-    "storage": CORE | {"manifest", "__init__"},
+    "storage": CORE | {"manifest"},
 }
 #: Third-party packages that the core may import at its top.
 CORE_LIBRARIES = {"torch", "jaxtyping", "safetensors"}

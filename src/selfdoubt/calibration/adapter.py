@@ -17,9 +17,9 @@ from selfdoubt.eval.records import Record
 from selfdoubt.fields import FieldError
 from selfdoubt.lm.adapters.adapter import save_adapter
 from selfdoubt.lm.adapters.new_folder import new_folder
-from selfdoubt.lm.answer import reference_quantiles
 from selfdoubt.lm.conditions import Conditions
 from selfdoubt.lm.load import POCKET
+from selfdoubt.lm.scores import reference_quantiles
 
 if TYPE_CHECKING:
     from torch import Tensor

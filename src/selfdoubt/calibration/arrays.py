@@ -11,9 +11,10 @@ from jaxtyping import Bool, Float, Int
 
 from selfdoubt.calibration import heads
 from selfdoubt.calibration.heads import Answers, Rows
-from selfdoubt.errors import ConfigError, DataError
+from selfdoubt.errors import DataError
 from selfdoubt.eval.records import Record
-from selfdoubt.lm.answer import ANSWER_SCORES
+from selfdoubt.lm.hidden_states import StateKey
+from selfdoubt.lm.scores import ANSWER_SCORES
 
 #: Least number of answers a head learns from, and of right and of wrong ones among them.
 LEAST, LEAST_OF_CLASS = 20, 5
@@ -82,10 +83,7 @@ def numbered(records: Sequence[Record]) -> Int[np.ndarray, " records"]:
 
 
 def _state(key: str, value: Any, n: int) -> Float[np.ndarray, "records width"]:
-    try:
-        heads.split_key(key)
-    except ValueError:
-        raise ConfigError(f"states are named like 'first.2' (position.layer), got {key!r}") from None
+    StateKey.parse(key)
     found = np.asarray(value)
     if found.ndim != 2 or len(found) != n:
         raise DataError(f"the states {key} must be one row for each of {n} records, got the shape {found.shape}")

@@ -29,8 +29,10 @@ from selfdoubt.calibration.quality import CalibrationReport, CandidateReport, qu
 from selfdoubt.calibration.threshold import AccuracyGuarantee, Grid, explain_no_threshold, find_threshold, grid_from
 from selfdoubt.errors import ConfigError
 from selfdoubt.eval.records import Record
-from selfdoubt.lm.calibration import Calibration, States
+from selfdoubt.lm.calibration import Calibration
 from selfdoubt.lm.conditions import Conditions
+from selfdoubt.lm.hidden_states import AnswerStates
+from selfdoubt.lm.scores import Score
 
 #: From the simplest head to the richest. "score": isotonic on one score; the others are logistic on the answer's
 #: surprisal and entropy, the question's too, members' scores too, and one hidden state too.
@@ -123,7 +125,7 @@ def fit_calibration(
         CandidateReport(
             name=name,
             features=fitted[name].features,
-            state=_state_name(fitted[name]),
+            state=None if (state := fitted[name].state) is None else str(state.key),
             inside=quality(inside[name], own.correct),
             outside=quality(outside[name], own.correct) if outside else None,
         )
@@ -200,10 +202,11 @@ def _check_options(
 
 def _options(answers: Answers, wanted: Sequence[str] | None) -> dict[str, Fit]:
     """How to fit each candidate that these answers allow, from the simplest to the richest."""
-    members = [name for name in answers.names if name.rpartition("_")[2] in OF_MEMBERS]
-    plain = [name for name in answers.names if name not in members]
-    own = [name for name in plain if not name.startswith(("question_", "both_"))]
-    asked = [name for name in plain if name.startswith("question_")]
+    scores = [Score.parse(name) for name in answers.names]
+    members = [str(score) for score in scores if score.signal in OF_MEMBERS]
+    plain = [str(score) for score in scores if score.signal not in OF_MEMBERS]
+    own = [name for name in plain if Score.parse(name).part == "answer"]
+    asked = [name for name in plain if Score.parse(name).part == "question"]
     new = [name for name in MEMBER_SCORES if name in members] or [n for n in WITHOUT_QUESTION if n in members]
     new = [name for name in new if not _is_another(answers, name, plain)]
     single = tuple(name for name in heads.SINGLE if name in answers.names)
@@ -271,13 +274,9 @@ def _promise(
     return promise, None if promise else explain_no_threshold(p, correct, target, confidence, grid=grid, share=share)
 
 
-def _states_at(head: Calibration, states: Mapping[str, Any], row: int) -> States | None:
+def _states_at(head: Calibration, states: Mapping[str, Any], row: int) -> AnswerStates | None:
     """What ``head`` reads of one record's states."""
     if head.state is None:
         return None
-    hidden = torch.as_tensor(np.asarray(states[f"{head.state.position}.{head.state.layer}"])[row])[None].float()
-    return States((head.state.layer,), hidden, hidden, hidden)
-
-
-def _state_name(head: Calibration) -> str | None:
-    return None if head.state is None else f"{head.state.position}.{head.state.layer}"
+    hidden = torch.as_tensor(np.asarray(states[str(head.state.key)])[row])[None].float()
+    return AnswerStates((head.state.layer,), hidden, hidden, hidden)

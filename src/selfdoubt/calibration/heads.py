@@ -16,7 +16,8 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from selfdoubt.errors import require
-from selfdoubt.lm.calibration import FLOOR, POSITIONS, Calibration, Position, StateHead
+from selfdoubt.lm.calibration import FLOOR, Calibration, StateHead
+from selfdoubt.lm.hidden_states import Position, StateKey
 
 #: Well-known scores, among which a head on one score chooses.
 SINGLE = (
@@ -116,11 +117,12 @@ def predict(head: Calibration, answers: Answers) -> Probabilities:
         x, y = np.array(head.knots).T
         return np.asarray(np.interp(scores[:, 0], x, y))
     low, high = np.array(head.ranges).reshape(-1, 2).T
-    logit = head.bias + _twice(np.clip(scores, low, high)) @ np.array([*head.weights, *head.linear])
+    logs, linear = np.hsplit(_twice(np.clip(scores, low, high)), 2)
+    share = np.zeros(len(scores))
     if head.state is not None:
-        hidden = answers.states[f"{head.state.position}.{head.state.layer}"]
-        logit = logit + np.minimum(hidden.astype(np.float64) @ np.array(head.state.weights), head.state.most)
-    return np.asarray(require("scipy.special", "qa").expit(logit))
+        hidden = answers.states[str(head.state.key)]
+        share = np.minimum(hidden.astype(np.float64) @ np.array(head.state.weights), head.state.most)
+    return np.asarray(require("scipy.special", "qa").expit(head.logit([*linear.T], [*logs.T], share)))
 
 
 def losses(p: Probabilities, correct: Bool[np.ndarray, " answers"]) -> Probabilities:
@@ -201,11 +203,11 @@ def fit_logistic(answers: Answers, seed: int, names: Sequence[str], keys: Sequen
         weights.append(tuple(own.tolist()))
     head = None
     if key:
-        position, layer = split_key(key)
+        chosen = StateKey.parse(key)
         state, values = blocks[1][0], answers.states[key].astype(np.float64) @ np.array(weights[1])
         spread = np.divide(1, state.scale, out=np.zeros(len(state.scale)), where=state.scale > 0)
         center, width = (tuple(float(f"{v:.6g}") for v in row) for row in (state.mean, spread))
-        head = StateHead(layer, position, weights[1], float(values.max()), center, width, state.reach)
+        head = StateHead(chosen.layer, chosen.position, weights[1], float(values.max()), center, width, state.reach)
     ranges = tuple(zip(raw.min(0).tolist(), raw.max(0).tolist(), strict=True))
     logs, linear = weights[0][: len(names)], weights[0][len(names) :]
     return Calibration("logistic", tuple(names), logs, linear, bias, ranges, state=head)
@@ -215,7 +217,7 @@ def _preferred(loss: Mapping[str, Probabilities]) -> str:
     """The best state of the first position that comes within one standard error of the best of all."""
     best = min(loss, key=lambda key: loss[key].mean())
     for position in PREFERRED:
-        own = [key for key in loss if split_key(key)[0] == position]
+        own = [key for key in loss if StateKey.parse(key).position == position]
         first = min(own, key=lambda key: loss[key].mean(), default=best)
         if own and within_one_error(loss[first], loss[best]):
             return first
@@ -255,18 +257,6 @@ class _Standard:
     def raw(self, weights: Float[np.ndarray, " some"]) -> Float[np.ndarray, " columns"]:
         """Weights of the raw columns that do the same as these of ``values``."""
         return np.asarray((weights if self._back is None else weights @ self._back) * self.scale)
-
-
-def split_key(key: str) -> tuple[Position, int]:
-    """Position and layer of "position.layer".
-
-    Raises:
-        ValueError: If it is none.
-    """
-    position, _, layer = key.rpartition(".")
-    if position not in POSITIONS or not layer.isdecimal():
-        raise ValueError(key)
-    return position, int(layer)
 
 
 def _twice(scores: Float[np.ndarray, "answers some"]) -> Float[np.ndarray, "answers twice"]:

@@ -136,8 +136,8 @@ def load_lm(
     """The model that the flags name; what its risk lacks is said in one line on standard error."""
     quiet()
     from selfdoubt.errors import UntrainedWarning
-    from selfdoubt.lm.answer import DEFAULT_RISK
     from selfdoubt.lm.model import RiskAwareLM
+    from selfdoubt.lm.scores import DEFAULT_RISK
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UntrainedWarning)  # the note says it, in one line

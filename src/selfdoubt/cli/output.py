@@ -53,7 +53,7 @@ class TextPrinter:
             self.screen.console.print()
         else:
             self.begin(question, list(answer.question))
-        is_abstained = answer.withheld and self.abstained != "always"
+        is_abstained = answer.abstained and self.abstained != "always"
         if is_abstained:
             self.screen.print_abstention(answer, text_follows=self.abstained == "with notice")
         if is_abstained and self.abstained == "never":
@@ -107,7 +107,7 @@ class JsonPrinter:
         self.end(answer)
 
     def _is_abstained(self, answer: Answer) -> bool:
-        return answer.withheld and self.abstained != "always"
+        return answer.abstained and self.abstained != "always"
 
     def verdict(self, attempts: int, percentile: float, *, confident: bool) -> None:
         """Print whether answering again led to a confident answer."""

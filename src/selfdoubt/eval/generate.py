@@ -17,8 +17,8 @@ from selfdoubt.eval.prompts import CHAT, STOP, Message, Prompting, answer_text, 
 from selfdoubt.eval.records import Question, Record, Sample, with_scores
 from selfdoubt.eval.scores.agreement import Same, agreement_scores
 from selfdoubt.eval.scores.p_true import p_true
-from selfdoubt.lm.calibration import POSITIONS
 from selfdoubt.lm.conditions import Conditions
+from selfdoubt.lm.hidden_states import POSITIONS, StateKey
 from selfdoubt.lm.scoring import score_teacher_forced
 from selfdoubt.lm.text.prompt import encode
 
@@ -233,7 +233,7 @@ def stack_states(states: Sequence[Any]) -> dict[str, Tensor]:
     import torch
 
     return {
-        f"{position}.{layer}": torch.stack([getattr(s, position)[i] for s in states])
+        str(StateKey(position, layer)): torch.stack([getattr(s, position)[i] for s in states])
         for i, layer in enumerate(states[0].layers)
         for position in POSITIONS
     }

@@ -9,7 +9,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
 import torch
 from jaxtyping import Float
@@ -29,13 +29,13 @@ from selfdoubt.fields import (
     table,
     whole,
 )
-from selfdoubt.lm.conditions import CONDITIONS, Conditions, Origin
+from selfdoubt.lm.conditions import CONDITIONS_ENTRY, Conditions, Origin
+from selfdoubt.lm.hidden_states import POSITIONS, AnswerStates, Position, StateKey
+from selfdoubt.lm.scores import ANSWER_SCORES
 
-Kind = Literal["isotonic", "logistic"]
-Position = Literal["question", "first", "mean"]
-#: Where hidden states are taken: at the question's last own token; where the answer's first token is chosen; and the
-#: mean over all places where a token of the answer is chosen. Each is the mean over members.
-POSITIONS: tuple[Position, ...] = ("question", "first", "mean")
+HeadKind = Literal["isotonic", "logistic"]
+#: A float, or an array of them.
+Numbers = TypeVar("Numbers")
 #: Added to a score before its logarithm, in nats (or shares): doubts far below it all count as none. Of 1e-6 to 1e-2,
 #: the square root and no transform, 1e-2 had the least log loss in the domain and outside with members' scores, whose
 #: smallest values are noise.
@@ -53,21 +53,12 @@ NO_RECORD = "the calibration has no record of how it was made, so the number may
 AGAIN = "run `selfdoubt calibrate` again"
 
 
-class Estimate(NamedTuple):
-    """What a calibration says of an answer."""
+class ConfidenceEstimate(NamedTuple):
+    """The confidence of a calibration in one answer."""
 
     p_correct: float | None = None  #: in [0, 1]
     note: str | None = None  #: one line: why there is no number, or a caveat
     abstain: bool | None = None  #: None without a threshold
-
-
-class States(NamedTuple):
-    """Hidden states after some decoder layers, one row a layer, float32 on the host."""
-
-    layers: tuple[int, ...]  #: 0 is the first decoder layer
-    question: Float[Tensor, "layers width"]
-    first: Float[Tensor, "layers width"]
-    mean: Float[Tensor, "layers width"]
 
 
 @dataclass(frozen=True)
@@ -81,6 +72,11 @@ class StateHead:
     center: tuple[float, ...] = ()  #: mean of their states, and the standard deviations; () in files made earlier
     spread: tuple[float, ...] = ()
     reach: float = math.inf  #: of their distances from the center, the greatest
+
+    @property
+    def key(self) -> StateKey:
+        """The name of the state that is read."""
+        return StateKey(self.position, self.layer)
 
     def value(self, hidden: Float[Tensor, " width"]) -> float:
         """Return its share of the logit, at most ``most``.
@@ -122,7 +118,7 @@ class Calibration:
     was seen that doubtful, there is no number.
     """
 
-    kind: Kind
+    kind: HeadKind
     features: tuple[str, ...]  #: names of answer scores
     weights: tuple[float, ...] = ()  #: of their logarithms
     linear: tuple[float, ...] = ()  #: of themselves
@@ -138,12 +134,12 @@ class Calibration:
     def estimate(
         self,
         scores: Mapping[str, float],
-        states: States | None,
+        states: AnswerStates | None,
         origin: Origin,
         finish: str,
         gaps: Sequence[float],
         misfit: str | None = None,
-    ) -> Estimate:
+    ) -> ConfidenceEstimate:
         """Return the probability that an answer is right, or why there is none.
 
         A calibration on the model's own most probable answers holds for these alone. An answer that is less probable by
@@ -169,14 +165,14 @@ class Calibration:
             note = NOT_OWN
         p = None if note else self.p_correct(scores, states)
         if p is None:
-            return Estimate(None, note or self._why_not(scores, states), self.abstains(None))
+            return ConfidenceEstimate(None, note or self._why_not(scores, states), self.abstains(None))
         p *= math.exp(-gap)
-        return Estimate(p, NO_RECORD if own is None else None, self.abstains(p))
+        return ConfidenceEstimate(p, NO_RECORD if own is None else None, self.abstains(p))
 
-    def _why_not(self, scores: Mapping[str, float], states: States | None) -> str:
+    def _why_not(self, scores: Mapping[str, float], states: AnswerStates | None) -> str:
         """Return why ``p_correct`` is None."""
         lacking = [name for name in self.features if name not in scores]
-        if lacking and all(name.startswith(("question_", "both_")) for name in lacking):
+        if lacking and all(name in ANSWER_SCORES and ANSWER_SCORES[name].needs_question for name in lacking):
             return "the calibration reads the question, too; give the question"
         if lacking:
             return f"the calibration reads the score {lacking[0]}, which this answer lacks"
@@ -184,12 +180,9 @@ class Calibration:
             return f"the calibration reads the hidden state of layer {self.state.layer}, which was not kept"
         return FAR
 
-    def _hidden(self, states: States | None) -> Float[Tensor, " width"] | None:
+    def _hidden(self, states: AnswerStates | None) -> Float[Tensor, " width"] | None:
         """Return what the head reads of the states; None where it is missing."""
-        if self.state is None or states is None or self.state.layer not in states.layers:
-            return None
-        rows: Tensor = getattr(states, self.state.position)
-        return rows[states.layers.index(self.state.layer)]
+        return None if self.state is None or states is None else states.get(self.state.key)
 
     def _is_far(self, scores: Mapping[str, float]) -> bool:
         """Return whether a score is more doubtful than all that was seen."""
@@ -199,7 +192,7 @@ class Calibration:
             for name, (low, high) in zip(self.features, ranges, strict=True)
         )
 
-    def p_correct(self, scores: Mapping[str, float], states: States | None = None) -> float | None:
+    def p_correct(self, scores: Mapping[str, float], states: AnswerStates | None = None) -> float | None:
         """Return the probability that an answer is right, in [0, 1], if it was made as the calibration answers were.
 
         None where a score or the state is missing, or lies far outside of what was seen on the doubtful side.
@@ -222,15 +215,30 @@ class Calibration:
             return None
         if self.kind == "isotonic":
             return _between(self.knots, scores[self.features[0]])
-        value = self.bias
-        for i, (name, (low, high)) in enumerate(zip(self.features, self.ranges, strict=True)):
-            score = min(max(scores[name], low), high)
-            value += self.weights[i] * transform_score(score) + self.linear[i] * score
+        clipped = [
+            min(max(scores[name], low), high) for name, (low, high) in zip(self.features, self.ranges, strict=True)
+        ]
+        share = 0.0
         if self.state is not None and hidden is not None:
-            value += self.state.value(hidden)
+            share = self.state.value(hidden)
             if self.state.is_far(hidden):
                 return None
+        value = self.logit(clipped, [transform_score(score) for score in clipped], share)
         return 1 / (1 + math.exp(-value)) if value > -700 else 0.0
+
+    def logit(self, scores: Sequence[Numbers], logs: Sequence[Numbers], share: Numbers | float) -> Numbers:
+        """Return the logit of p_correct of a logistic head, for one answer (floats) or for many (arrays).
+
+        Args:
+            scores: Of each feature, clipped to its range.
+            logs: The same on the logarithmic scale of ``transform_score``.
+            share: Of the hidden state, see ``StateHead.value``; 0 without one.
+        """
+        value: Any = self.bias
+        for weight, linear, score, log in zip(self.weights, self.linear, scores, logs, strict=True):
+            value = value + (weight * log + linear * score)
+        logit: Numbers = value + share
+        return logit
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -279,7 +287,7 @@ _pair = listing(_weight, 2, 2)
 #: Entries of a stored calibration; those that came later than others are in the second table.
 _ENTRY = record(
     {
-        "kind": choice(*get_args(Kind)),
+        "kind": choice(*get_args(HeadKind)),
         "features": listing(nonempty, 1),
         "weights": listing(_weight),
         "linear": listing(_weight),
@@ -299,7 +307,7 @@ _ENTRY = record(
         )),
         "about": table(anything),
     },
-    {"conditions": optional(CONDITIONS)},
+    {"conditions": optional(CONDITIONS_ENTRY)},
 )  # fmt: skip
 
 

@@ -115,11 +115,11 @@ class Conditions:
         Raises:
             FieldError: If an entry is missing, unknown, of a wrong kind or out of range.
         """
-        return cls(**CONDITIONS(entry, "conditions"))
+        return cls(**CONDITIONS_ENTRY(entry, "conditions"))
 
 
 #: Kinds of the entries of stored conditions.
-CONDITIONS = record(
+CONDITIONS_ENTRY = record(
     {"made": choice(*get_args(Made))},
     {
         "temperature": number(0),

@@ -4,13 +4,65 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from selfdoubt.errors import ConfigError
+
+#: Where hidden states are taken: at the question's last own token; where the answer's first token is chosen; and the
+#: mean over all places where a token of the answer is chosen. Each is the mean over members.
+Position = Literal["question", "first", "mean"]
+POSITIONS: tuple[Position, ...] = get_args(Position)
+
+
+@dataclass(frozen=True)
+class StateKey:
+    """The name of a stored hidden state: ``position.layer``; layer 0 is the first.
+
+    Example:
+        >>> StateKey.parse("first.2")
+        StateKey(position='first', layer=2)
+        >>> str(StateKey("mean", 0))
+        'mean.0'
+    """
+
+    position: Position
+    layer: int
+
+    def __str__(self) -> str:
+        return f"{self.position}.{self.layer}"
+
+    @classmethod
+    def parse(cls, name: str) -> StateKey:
+        """Return the key that is printed so.
+
+        Raises:
+            ConfigError: If it is none.
+        """
+        position, _, layer = name.rpartition(".")
+        if position not in POSITIONS or not layer.isdecimal():
+            raise ConfigError(f"states are named like 'first.2' (position.layer), got {name!r}")
+        return cls(position, int(layer))
+
+
+class AnswerStates(NamedTuple):
+    """Hidden states of one answer after some decoder layers, one row per layer, float32 on the host."""
+
+    layers: tuple[int, ...]  #: 0 is the first decoder layer
+    question: Float[Tensor, "layers width"]
+    first: Float[Tensor, "layers width"]
+    mean: Float[Tensor, "layers width"]
+
+    def get(self, key: StateKey) -> Float[Tensor, " width"] | None:
+        """Return the state of a position and layer; None where the layer is missing."""
+        if key.layer not in self.layers:
+            return None
+        rows: Tensor = getattr(self, key.position)
+        return rows[self.layers.index(key.layer)]
 
 
 def decoder_layers(base: nn.Module) -> nn.ModuleList:

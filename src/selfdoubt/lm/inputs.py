@@ -8,7 +8,7 @@ from typing import Any
 
 from selfdoubt.errors import PromptError
 
-Question = str | Sequence[Mapping[str, str]]
+PromptLike = str | Sequence[Mapping[str, str]]
 
 
 def is_chat(item: Any) -> bool:
@@ -16,7 +16,7 @@ def is_chat(item: Any) -> bool:
     return isinstance(item, Sequence) and not isinstance(item, str) and bool(item) and isinstance(item[0], Mapping)
 
 
-def list_questions(prompt: Any) -> list[Question]:
+def list_questions(prompt: Any) -> list[PromptLike]:
     """Return the questions of a list, a tuple, a generator, a pandas column, an Arrow column or an array.
 
     Args:
@@ -38,7 +38,7 @@ def list_questions(prompt: Any) -> list[Question]:
     return [check_question(item, f"question {number}: ") for number, item in enumerate(prompt, 1)]
 
 
-def list_pairs(pairs: Any) -> list[tuple[Question | None, str]]:
+def list_pairs(pairs: Any) -> list[tuple[PromptLike | None, str]]:
     """Return questions and texts, checked; a question may be None.
 
     Raises:
@@ -46,7 +46,7 @@ def list_pairs(pairs: Any) -> list[tuple[Question | None, str]]:
     """
     if isinstance(pairs, (str, bytes, Mapping, AnySet)) or not isinstance(pairs, Iterable):
         raise PromptError(f"wanted a list of pairs, each a question (or None) and a text, got {_shown(pairs)}")
-    found: list[tuple[Question | None, str]] = []
+    found: list[tuple[PromptLike | None, str]] = []
     for number, pair in enumerate(pairs, 1):
         if not isinstance(pair, (tuple, list)) or len(pair) != 2:
             raise PromptError(f"pair {number}: wanted a question (or None) and a text, got {_shown(pair)}")
@@ -57,7 +57,7 @@ def list_pairs(pairs: Any) -> list[tuple[Question | None, str]]:
     return found
 
 
-def check_question(item: Any, place: str = "") -> Question:
+def check_question(item: Any, place: str = "") -> PromptLike:
     """Return a text or a chat as it is.
 
     Raises:

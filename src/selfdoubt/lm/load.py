@@ -21,7 +21,7 @@ Quantization = Literal["nf4"]
 def load_model(
     name: str | os.PathLike[str],
     *,
-    words: str | os.PathLike[str] | None = None,
+    tokenizer: str | os.PathLike[str] | None = None,
     dtype: torch.dtype | str = "auto",
     device: torch.device | str | None = None,
     quantize: Quantization | None = None,
@@ -35,7 +35,7 @@ def load_model(
 
     Args:
         name: A folder, a name on the hub, or "pocket" for the small model inside this package.
-        words: A folder with another tokenizer than the model's own.
+        tokenizer: A folder with another tokenizer than the model's own.
         dtype: "auto" takes the checkpoint's own, but bfloat16 for float16 on a CPU.
         device: None takes a GPU where there is one.
         quantize: "nf4" loads 4-bit weights by bitsandbytes (double quantisation, bfloat16 compute).
@@ -62,8 +62,8 @@ def load_model(
         options |= _quantized(transformers, quantize, device)
     transformers.utils.logging.disable_progress_bar()
     try:
-        own = common if words is None else {"local_files_only": True}
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source if words is None else words, **own)
+        local = common if tokenizer is None else {"local_files_only": True}
+        words = transformers.AutoTokenizer.from_pretrained(source if tokenizer is None else tokenizer, **local)
         model = transformers.AutoModelForCausalLM.from_pretrained(source, **options)
     except Exception as error:
         raise LoadError(_why(str(name), error)) from error
@@ -76,10 +76,10 @@ def load_model(
         model = model.to(device)
         if model.dtype == torch.float16 and device.type == "cpu":
             model = model.to(torch.bfloat16)
-    if tokenizer.pad_token_id is None:
+    if words.pad_token_id is None:
         # Padding is masked out, so any token serves; the vocabulary must not grow.
-        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
-    return model.eval().requires_grad_(False), tokenizer
+        words.pad_token = words.eos_token or words.unk_token
+    return model.eval().requires_grad_(False), words
 
 
 def choose_dtype(model: nn.Module) -> torch.dtype:
@@ -224,6 +224,20 @@ def resolve_model(name: str | os.PathLike[str]) -> str:
     if path.is_absolute() or text.startswith((".", "~")) or text.count("/") > 1 or path.exists() or not text:
         raise LoadError(f"no model folder at {text!r}; give a folder with config.json, a hub name, or 'pocket'")
     return text
+
+
+def find_pocket_voters() -> Path:
+    """Return the adapter folder of the voters that come with the pocket model."""
+    from selfdoubt import pocket
+
+    return pocket.voters_folder()
+
+
+def find_base_name(name: str | None) -> str | None:
+    """Return the name under which a model loads on any machine: "pocket" for its folder in this package."""
+    from selfdoubt import pocket
+
+    return POCKET if name is not None and Path(name) == pocket.folder() else name
 
 
 def _dtype(dtype: torch.dtype | str) -> torch.dtype | str:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from numbers import Integral, Real
-from typing import Any, TypedDict, cast
+from typing import Any, Literal, TypedDict, cast
 
 from selfdoubt.errors import ConfigError
 from selfdoubt.lm.sampling import Sampling
@@ -23,7 +23,9 @@ class Options(TypedDict, total=False):
     raw: bool  #: continue the text as it is, without the chat template; False
 
 
-#: What other libraries call an option, and what does the same here.
+#: Options that ``Sampling`` has, too; the others have defaults in ``lm.defaults``.
+SAMPLING: tuple[Literal["max_tokens", "temperature", "top_p"], ...] = ("max_tokens", "temperature", "top_p")
+#: Names of options in other libraries, and of those that do the same here.
 ELSEWHERE = {
     "max_new_tokens": "max_tokens",
     "max_completion_tokens": "max_tokens",
@@ -59,7 +61,7 @@ def read_options(options: Mapping[str, Any], *further: str) -> Options:
         if name not in known:
             raise ConfigError(f"there is no option {name!r}; {_nearest(name, [*known, *further])}")
     found: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
-    for name in ("max_tokens", "temperature", "top_p"):
+    for name in SAMPLING:
         if name in found:
             found[name] = read_number(name, found[name], whole=name == "max_tokens")
     if "seed" in found:
@@ -81,13 +83,9 @@ def read_sampling(options: Options, stop_ids: Collection[int]) -> Sampling:
     Raises:
         ConfigError: If an option is out of range.
     """
-    own = {item for item in options.get("stop", ()) if isinstance(item, int)}
-    return Sampling(
-        temperature=options.get("temperature", 0.0),
-        top_p=options.get("top_p", 1.0),
-        max_tokens=options.get("max_tokens", 256),
-        stop_ids=frozenset({*stop_ids, *own}),
-    )
+    more = {item for item in options.get("stop", ()) if isinstance(item, int)}
+    given: dict[str, Any] = {name: options[name] for name in SAMPLING if name in options}
+    return Sampling(**given, stop_ids=frozenset({*stop_ids, *more}))
 
 
 def stop_texts(options: Options) -> tuple[str, ...]:

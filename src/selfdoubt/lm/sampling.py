@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from selfdoubt.errors import ConfigError
+from selfdoubt.lm import defaults
 
 
 @dataclass(frozen=True)
@@ -27,11 +28,11 @@ class Sampling:
         ConfigError: If a setting is out of range.
     """
 
-    temperature: float = 0.0
-    top_p: float = 1.0
-    max_tokens: int = 256
+    temperature: float = defaults.TEMPERATURE
+    top_p: float = defaults.TOP_P
+    max_tokens: int = defaults.MAX_TOKENS
     stop_ids: frozenset[int] = frozenset()
-    alternatives: int = 5
+    alternatives: int = defaults.ALTERNATIVES
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < float("inf"):

@@ -9,6 +9,7 @@ from typing import Any
 
 from selfdoubt.eval.judges.text import same_key
 from selfdoubt.eval.records import Record, Sample
+from selfdoubt.lm.confidence import is_confident
 from selfdoubt.report.metric_entries import Draws, Entry, mean, nothing, proportion
 from selfdoubt.risk import percentile
 
@@ -85,7 +86,7 @@ def _until_sure(
         for number, sample in enumerate(record.samples, 1):
             ranked_here |= sample.percentile is None
             place = percentile(sample.risk, own) if sample.percentile is None else sample.percentile
-            if place <= SURE:
+            if is_confident(1 - place, 1 - SURE):
                 found.append(bool(sample.correct))
                 count = number
                 break

@@ -21,7 +21,8 @@ from selfdoubt.calibration.fit import CANDIDATES, fit_calibration, store_calibra
 from selfdoubt.calibration.quality import quality
 from selfdoubt.errors import ConfigError, DataError, LoadError
 from selfdoubt.eval.records import Question, Record
-from selfdoubt.lm.calibration import Calibration, States, read_calibration
+from selfdoubt.lm.calibration import Calibration, read_calibration
+from selfdoubt.lm.hidden_states import AnswerStates
 
 FAST = ("score", "answer", "question")
 
@@ -109,7 +110,7 @@ def test_many_at_once_is_one_by_one():
 
 
 def heads_states(layer, hidden):
-    return States((layer,), hidden, hidden, hidden)
+    return AnswerStates((layer,), hidden, hidden, hidden)
 
 
 def test_an_isotonic_head_never_rises_and_is_never_certain():

@@ -97,5 +97,5 @@ def test_the_risk_of_a_question_is_that_of_its_own_words_with_examples_before_it
         pytest.skip("the pocket model is not in this checkout")
     tokenizer = transformers.AutoTokenizer.from_pretrained(pocket.folder())
     encoded = encode(tokenizer, build_prompt(SPAIN, [FRANCE]))
-    own = tokenizer.decode([i for i, mine in zip(encoded.ids, encoded.own, strict=True) if mine])
+    own = tokenizer.decode([i for i, mine in zip(encoded.ids, encoded.is_user_token, strict=True) if mine])
     assert own.strip() == SPAIN.text

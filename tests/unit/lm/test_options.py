@@ -31,7 +31,7 @@ DOORS = {
     "stream": lambda lm, **o: lm.stream("Hi", **o),
     "candidates": lambda lm, **o: lm.candidates("Hi", 2, **o),
     "until": lambda lm, **o: lm.generate_until("Hi", 0.5, **o),
-    "engine": lambda lm, **o: build_request(lm, "Hi", o, alternatives=0),
+    "engine": lambda lm, **o: build_request(lm.front, "Hi", o, alternatives=0),
 }
 
 

@@ -35,7 +35,7 @@ def complaint_of(model, data):
 
 
 def params_of(request, lm, settings=ServerSettings(), limits=Limits()):  # noqa: B008
-    return build_params(request, settings, limits, lm)
+    return build_params(request, settings, limits, lm.front)
 
 
 def test_every_parameter_of_openai_is_known():
@@ -130,8 +130,8 @@ def test_prompts_come_as_one_or_several(talker):
     assert of(["a", "b"]) == ["a", "b"]
     assert of([5, 6]) == [[5, 6]]
     assert of([[5], [6, 7]]) == [[5], [6, 7]]
-    prompt = decode_ids(talker, [0, 9])
-    assert (prompt.ids, prompt.own) == ([0, 9], [False, True])  # <|bos|> is not a user's word
+    prompt = decode_ids(talker.front, [0, 9])
+    assert (prompt.ids, prompt.is_user_token) == ([0, 9], [False, True])  # <|bos|> is not a user's word
 
 
 def test_parts_of_a_content_are_lines_and_a_developer_is_the_system(talker):
@@ -174,11 +174,11 @@ def test_options_reach_the_engine(talker):
     assert (found.sampling.max_tokens, found.sampling.temperature) == (9, 0)
     assert 0 < found.sampling.top_p < 1e-9
     assert (found.seeds, found.stops, found.timeout) == ((3, 4), ("end",), 5)
-    request = found.build_request(talker, found.prompts[0], Limits(), "me")
+    request = found.build_request(talker.front, found.prompts[0], Limits(), "me")
     assert (request.sampling, request.seeds, request.stops) == (found.sampling, found.seeds, found.stops)
     assert (request.client, request.timeout) == ("me", 5)
     assert request == build_request(
-        talker, HELLO, {"max_tokens": 9, "top_p": 1e-12, "seed": 3, "stop": ["end"], "temperature": 0},
+        talker.front, HELLO, {"max_tokens": 9, "top_p": 1e-12, "seed": 3, "stop": ["end"], "temperature": 0},
         n=2, alternatives=0, client="me", timeout=5,
     )  # fmt: skip
     assert params_of(chat(timeout=500), talker, limits=Limits(timeout=60)).timeout == 60

@@ -19,7 +19,7 @@ from torch import nn
 
 from selfdoubt import kernels, storage, targets
 from selfdoubt.errors import BaseMismatchError, ConfigError, TargetError, WrapError, require
-from selfdoubt.fields import broken
+from selfdoubt.fields import broken_file
 from selfdoubt.lm.adapters.peft_config import CONFIG, WEIGHTS, check_ranks, read_config
 from selfdoubt.members import base_name, innermost, source
 
@@ -122,7 +122,7 @@ def load_lora(model: nn.Module, folder: str | os.PathLike[str], *, trainable: bo
             warnings.simplefilter("ignore")  # settings of newer versions, which are told below where they matter
             config = peft.LoraConfig.from_pretrained(str(folder))
     except Exception as error:
-        raise broken(folder / CONFIG, error) from error
+        raise broken_file(folder / CONFIG, error) from error
     config.inference_mode = not trainable
     base = config.base_model_name_or_path
     try:

@@ -14,7 +14,7 @@ from selfdoubt.fields import (
     SCALE,
     WIDTH,
     FieldError,
-    broken,
+    broken_file,
     choice,
     either,
     flag,
@@ -74,7 +74,7 @@ def read_config(folder: Path) -> dict[str, Any]:
             )
         found = _CONFIG(config, "")
     except FieldError as error:
-        raise broken(path, error) from None
+        raise broken_file(path, error) from None
     if found.get("modules_to_save") or config.get("trainable_token_indices") or found.get("bias", "none") != "none":
         raise LoadError(
             f"{path} also trains weights of the base (modules_to_save, trainable_token_indices or bias), "
@@ -98,4 +98,4 @@ def check_ranks(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, T
     ranks = {"r": config.get("r", 8)} | {f"rank_pattern.{k}": r for k, r in (config.get("rank_pattern") or {}).items()}
     for key, rank in ranks.items():
         if found and rank > max(found):
-            raise broken(folder / CONFIG, FieldError(key, f"at most {max(found)}, as in {WEIGHTS}", str(rank)))
+            raise broken_file(folder / CONFIG, FieldError(key, f"at most {max(found)}, as in {WEIGHTS}", str(rank)))

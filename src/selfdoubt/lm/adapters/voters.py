@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from selfdoubt import kernels, storage, targets
 from selfdoubt.errors import BaseMismatchError, WrapError, require
-from selfdoubt.lm.adapters.adapter import base_of, check_adapter
+from selfdoubt.lm.adapters.adapter import AdapterFolder
 from selfdoubt.lm.adapters.lora import lora_names, short_names, write_peft
 from selfdoubt.lm.load import load_skeleton
 from selfdoubt.members import Wrapped, base_name, innermost, source
@@ -76,8 +76,8 @@ def write_voters(voters: Voters, folder: Path) -> list[Path]:
     return folders
 
 
-def voters_of(wrapped: nn.Module, base: str | None = None) -> Voters:
-    """The voters of a wrapped model.
+def read_voters(wrapped: nn.Module, base: str | None = None) -> Voters:
+    """Return the voters of a wrapped model.
 
     Raises:
         WrapError: If the model has no voters, or they lie on LoRA or on another wrapper's layers.
@@ -100,13 +100,13 @@ def voters_of(wrapped: nn.Module, base: str | None = None) -> Voters:
     return Voters(wrapped.spec, leaves, modules, _is_causal(inner), base or source(inner))
 
 
-def voters_in(
-    folder: Path, *, base: str | None = None, revision: str | None = None, trust_remote_code: bool = False
+def load_voters(
+    adapter: AdapterFolder, *, base: str | None = None, revision: str | None = None, trust_remote_code: bool = False
 ) -> Voters:
-    """The voters of an adapter folder; of the base model only the config is read.
+    """Load the voters of an adapter folder; of the base model only the config is read.
 
     Args:
-        folder: An adapter folder.
+        adapter: A checked adapter folder.
         base: Name or folder of the base model; None takes the one that the manifest names.
         revision: Revision of the base model; None takes the manifest's, if the base is the manifest's.
         trust_remote_code: Run code that comes with the model.
@@ -116,7 +116,7 @@ def voters_in(
         BaseMismatchError: If the voters were made for another base.
         WrapError: If the folder has no voters, or they lie on LoRA.
     """
-    manifest = check_adapter(folder)
+    folder, manifest = adapter.path, adapter.manifest
     if manifest is None:
         raise WrapError(f"{folder} is LoRA of plain PEFT and has no voters; it is a PEFT adapter already")
     spec = storage.from_json(manifest["wrappers"][-1]) if manifest["wrappers"] else None
@@ -124,7 +124,7 @@ def voters_in(
         raise WrapError(f"only voters become PEFT adapters, and {folder} holds {spec!r}; train with wrapper='vote'")
     if manifest.get("lora"):
         raise _on_lora(str(folder))
-    name, revision = base_of(folder, base, revision)
+    name, revision = adapter.choose_base(base, revision)
     model = load_skeleton(name, revision=revision, trust_remote_code=trust_remote_code)
     modules = dict(model.named_modules())
     found: dict[str, tuple[nn.Module, dict[str, Tensor]]] = {}

@@ -15,7 +15,7 @@ from selfdoubt.lm.text.encoder import Encoder
 
 Ints = np.ndarray[Any, np.dtype[np.intp]]
 Codes = np.ndarray[Any, np.dtype[np.uint32]]
-Chat = Sequence[Mapping[str, str]]
+ChatText = Sequence[Mapping[str, str]]
 
 _RANGES = (0xE000, 0xF900), (0xF0000, 0xFFFFE), (0x100000, 0x10FFFE)
 _PRIVATE: Codes = np.concatenate([np.arange(first, end, dtype="<u4") for first, end in _RANGES])
@@ -30,7 +30,7 @@ class Standing:
     Stand-ins are numbered through all contents; ``message`` and ``place`` say of each what it stands for.
     """
 
-    def __init__(self, messages: Chat, places: Sequence[Ints], pool: Codes) -> None:
+    def __init__(self, messages: ChatText, places: Sequence[Ints], pool: Codes) -> None:
         counts = [len(own) for own in places]
         ends = np.cumsum(counts).tolist()
         self.places = places

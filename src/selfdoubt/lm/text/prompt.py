@@ -25,7 +25,7 @@ class Prompt(NamedTuple):
     """Token ids, and whether each is part of the last message's own words rather than of the template."""
 
     ids: list[int]
-    own: list[bool]
+    is_user_token: list[bool]
     form: str = CHAT  #: of all but the last message, see ``selfdoubt.lm.text.prompt_form``
 
 

@@ -20,7 +20,7 @@ import numpy as np
 from selfdoubt.errors import PromptError
 from selfdoubt.lm.text.encoder import Encoder, check_text, get_encoder
 from selfdoubt.lm.text.placeholders import (
-    Chat,
+    ChatText,
     Codes,
     Ints,
     Standing,
@@ -52,7 +52,7 @@ class _End(NamedTuple):
     length: int
 
 
-def render_chat(tokenizer: Any, messages: Chat, wanted: Sequence[int], *, answer_next: bool) -> Rendered:
+def render_chat(tokenizer: Any, messages: ChatText, wanted: Sequence[int], *, answer_next: bool) -> Rendered:
     """Render a chat with the tokenizer's template, and find who wrote what.
 
     Args:
@@ -95,7 +95,7 @@ def render_chat(tokenizer: Any, messages: Chat, wanted: Sequence[int], *, answer
 
 class _Chat(NamedTuple):
     tokenizer: Any
-    messages: Chat
+    messages: ChatText
     answer_next: bool
     as_parts: bool
 

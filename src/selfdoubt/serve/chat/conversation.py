@@ -8,9 +8,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
+from selfdoubt.lm import defaults
 from selfdoubt.lm.answer import UNSURE, Answer, Token
 from selfdoubt.lm.calibration import Calibration
-from selfdoubt.lm.sampling import Sampling
+from selfdoubt.lm.confidence import confidence_order, is_confident
 from selfdoubt.serve.engine.request import RequestHandle
 
 #: One answer; answers one after the other until one is sure enough; several answers side by side.
@@ -23,9 +24,9 @@ DEFAULT_CONFIDENCE = 0.5
 class ChatSettings:
     """Settings that a person has made on the page."""
 
-    temperature: float = Sampling.temperature
-    max_tokens: int = Sampling.max_tokens
-    seed: int = 0
+    temperature: float = defaults.TEMPERATURE
+    max_tokens: int = defaults.MAX_TOKENS
+    seed: int = defaults.SEED
     at_least: float = 0.0  #: least confidence of an answer that is shown, in [0, 1]; 0 shows all
     candidates: int = 5
     max_tries: int = 8
@@ -78,7 +79,12 @@ class Turn:
     @property
     def ranked(self) -> list[Attempt]:
         """The attempts, the least doubtful first; those that have not ended come last, in their order."""
-        return sorted(self.attempts, key=lambda attempt: _doubt(attempt.answer))
+        ended = [(attempt, attempt.answer) for attempt in self.attempts if attempt.answer is not None]
+        ranked = sorted(ended, key=lambda pair: confidence_order(pair[1]))
+        return [
+            *(attempt for attempt, _ in ranked),
+            *(attempt for attempt in self.attempts if attempt.answer is None),
+        ]
 
     @property
     def best(self) -> Attempt | None:
@@ -105,8 +111,7 @@ class Turn:
 
     def is_sure_enough(self, answer: Answer) -> bool:
         """Return whether an answer ends the attempts."""
-        sure = confidence(answer)
-        return sure is not None and sure >= self.needed_confidence
+        return is_confident(confidence(answer), self.needed_confidence)
 
     def hides(self, attempt: Attempt) -> bool:
         """Return whether the text must not be seen, unless revealed: it is not judged yet, or was too doubtful."""
@@ -292,13 +297,3 @@ def _turn_to_json(turn: Turn) -> dict[str, Any]:
 
 def _tokens_to_json(tokens: Sequence[Token]) -> list[dict[str, Any]]:
     return [asdict(token) for token in tokens]
-
-
-def _doubt(answer: Answer | None) -> tuple[float, float]:
-    """Return a key to sort answers by: less is better."""
-    if answer is None:
-        return math.inf, math.inf
-    sure = confidence(answer)
-    if sure is None:
-        return (1.0 if answer.p_correct_note else answer.risk), answer.risk
-    return 1 - sure, answer.risk

@@ -20,10 +20,9 @@ from typing import TYPE_CHECKING, Any
 
 import gradio as gr
 
-from selfdoubt import __version__
 from selfdoubt.errors import SelfdoubtError
+from selfdoubt.lm.front import LMFront
 from selfdoubt.lm.load import POCKET, resolve_model
-from selfdoubt.lm.model import RiskAwareLM
 from selfdoubt.lm.risk_levels import COLOURS
 from selfdoubt.serve.chat import examples, phrases, tokens_html
 from selfdoubt.serve.chat.answers import run_turn
@@ -32,6 +31,7 @@ from selfdoubt.serve.chat.turn_html import RenderedTurn, TurnView
 from selfdoubt.serve.engine.client import EngineClient
 from selfdoubt.serve.http.encoders import EncoderThreads
 from selfdoubt.serve.openai.errors import shorten
+from selfdoubt.version import __version__
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -49,7 +49,7 @@ def mount_page(
     app: FastAPI, engine: EngineClient, *, title: str | None, model: str | None, max_tokens: int, auth: Any
 ) -> None:
     """See ``selfdoubt.serve.chat.mount``."""
-    page = ChatPage(engine, model or display_name(engine.lm), max_tokens)
+    page = ChatPage(engine, model or display_name(engine.front), max_tokens)
     gr.mount_gradio_app(
         app,
         page.build(title or f"selfdoubt: {page.model}"),
@@ -68,17 +68,17 @@ def mount_page(
     )
 
 
-def display_name(lm: RiskAwareLM) -> str:
+def display_name(front: LMFront) -> str:
     """Return a model's name, or the last part of its folder."""
-    if is_pocket(lm):
+    if is_pocket(front):
         return POCKET
-    name = lm.name or "a model"
+    name = front.name or "a model"
     return Path(name).name if Path(name).is_dir() else name
 
 
-def is_pocket(lm: RiskAwareLM) -> bool:
+def is_pocket(front: LMFront) -> bool:
     """Return whether this is the small model inside this package."""
-    return lm.name == resolve_model(POCKET)
+    return front.name == resolve_model(POCKET)
 
 
 class ChatPage:
@@ -89,14 +89,14 @@ class ChatPage:
         self.encoders = EncoderThreads(engine.limits.queue)
         self.model = model
         self.max_tokens = max_tokens
-        self.calibration = engine.lm.calibration
+        self.calibration = engine.front.calibration
         self.recommended = recommend_confidence(self.calibration)
-        self.pocket = is_pocket(engine.lm)
+        self.pocket = is_pocket(engine.front)
         self.conversations: OrderedDict[str, Conversation] = OrderedDict()
 
     def build(self, title: str) -> Any:
         """Lay the page out and connect its events."""
-        legend = tokens_html.render_legend(phrases.describe_levels(self.engine.lm.token_risk))
+        legend = tokens_html.render_legend(phrases.describe_levels(self.engine.front.token_risk))
         with gr.Blocks(title=title, analytics_enabled=False) as page:
             gr.HTML(
                 HEADER.format(model=escape(self.model)), elem_id="sd-head", js_on_load=None, apply_default_css=False
@@ -138,7 +138,7 @@ class ChatPage:
         intro = "Every word comes in the colour of its doubt. Point at one, tap it, or move there with the arrow keys."
         which = examples.POCKET_EXAMPLES if self.pocket else examples.GENERAL_EXAMPLES
         # Gradio reads the whole as a template of JavaScript, in which a backtick would be the end.
-        note = re.sub("`([^`]*)`", r"<code>\1</code>", escape(self.engine.lm.note or ""))
+        note = re.sub("`([^`]*)`", r"<code>\1</code>", escape(self.engine.front.note or ""))
         note_html = f'<p class="note">Note: {note}.</p>' if note else ""
         return (
             '<div class="welcome"><p class="lead">Ask, and see how sure the model is.</p>'
@@ -148,7 +148,7 @@ class ChatPage:
         )
 
     def _settings(self) -> list[Any]:
-        knows = self.calibration is not None or bool(self.engine.lm.reference)
+        knows = self.calibration is not None or bool(self.engine.front.reference)
         note = "0 always answers. "
         if not knows:
             note = "This model has neither a calibration nor reference answers: selfdoubt calibrate gives it both."

@@ -7,11 +7,12 @@ from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from typing import Any, Protocol, Unpack, runtime_checkable
 
+from selfdoubt.lm import defaults
 from selfdoubt.lm.answer import Answer
-from selfdoubt.lm.inputs import Question
+from selfdoubt.lm.front import LMFront
+from selfdoubt.lm.inputs import PromptLike
 from selfdoubt.lm.model import RiskAwareLM
 from selfdoubt.lm.options import Options
-from selfdoubt.lm.sampling import Sampling
 from selfdoubt.lm.scoring import TeacherForcedText
 from selfdoubt.lm.text.prompt import Prompt
 from selfdoubt.serve.engine.limits import Limits
@@ -28,8 +29,8 @@ class EngineClient(Protocol):
     failure: BaseException | None
 
     @property
-    def lm(self) -> RiskAwareLM:
-        """The model; perhaps without its weights."""
+    def front(self) -> LMFront:
+        """All that is known of the model except its weights."""
 
     @property
     def ready(self) -> bool:
@@ -45,10 +46,10 @@ class EngineClient(Protocol):
 
     def generate(
         self,
-        prompt: Question | Prompt,
+        prompt: PromptLike | Prompt,
         *,
         n: int = 1,
-        alternatives: int = Sampling.alternatives,
+        alternatives: int = defaults.ALTERNATIVES,
         client: str = "",
         timeout: float | None = None,
         **options: Unpack[Options],

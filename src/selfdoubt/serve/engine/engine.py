@@ -16,11 +16,12 @@ from contextlib import contextmanager
 from typing import Any, TypeVar, Unpack
 
 from selfdoubt.errors import BusyError, EngineError
+from selfdoubt.lm import defaults
 from selfdoubt.lm.answer import Answer
-from selfdoubt.lm.inputs import Question
+from selfdoubt.lm.front import LMFront
+from selfdoubt.lm.inputs import PromptLike
 from selfdoubt.lm.model import RiskAwareLM
 from selfdoubt.lm.options import Options
-from selfdoubt.lm.sampling import Sampling
 from selfdoubt.lm.scoring import TeacherForcedText, score_in_chunks
 from selfdoubt.lm.text.prompt import Prompt
 from selfdoubt.serve.engine.limits import Limits
@@ -97,12 +98,17 @@ class Engine:
         """Number of requests in the queue."""
         return len(self._queue)
 
+    @property
+    def front(self) -> LMFront:
+        """All that is known of the model except its weights."""
+        return self.lm.front
+
     def generate(
         self,
-        prompt: Question | Prompt,
+        prompt: PromptLike | Prompt,
         *,
         n: int = 1,
-        alternatives: int = Sampling.alternatives,
+        alternatives: int = defaults.ALTERNATIVES,
         client: str = "",
         timeout: float | None = None,
         **options: Unpack[Options],
@@ -123,14 +129,14 @@ class Engine:
             BusyError: If the queue is full.
             EngineError: If the engine has failed or is closing.
         """
-        self.limits.check_prompt_size(prompt, self.lm.context)
+        self.limits.check_prompt_size(prompt, self.front.context)
         return self.submit(
-            build_request(self.lm, prompt, options, n=n, alternatives=alternatives, client=client, timeout=timeout)
+            build_request(self.front, prompt, options, n=n, alternatives=alternatives, client=client, timeout=timeout)
         )
 
     def submit(self, request: GenerationRequest) -> RequestHandle:
         """Submit a request that is encoded already; see ``generate``."""
-        handle = RequestHandle(self.limits.apply(request, self.lm.context, self.lm.vocabulary))
+        handle = RequestHandle(self.limits.apply(request, self.front.context, self.front.vocabulary))
         with self._news:
             self.check_capacity()
             self._queue.add(handle)
@@ -192,7 +198,7 @@ class Engine:
             BusyError: If the queue is full.
             EngineError: If the engine has failed, or is closing and not held open.
         """
-        tokens = self.limits.check_scored_texts(texts, self.lm.context)
+        tokens = self.limits.check_scored_texts(texts, self.front.context)
         task = EngineTask(lambda lm, sizer: score_in_chunks(lm, texts, 0, sizer), is_long=tokens > LONG_TEXT)
         return self._add(task, is_held=self._holds > 0)
 

@@ -12,7 +12,7 @@ from selfdoubt.lm.text.prompt import Prompt
 from selfdoubt.setting import setting
 
 if TYPE_CHECKING:  # the command line reads these defaults before anything heavy is imported
-    from selfdoubt.lm.inputs import Question
+    from selfdoubt.lm.inputs import PromptLike
     from selfdoubt.lm.scoring import TeacherForcedText
     from selfdoubt.serve.engine.request import GenerationRequest
 
@@ -74,7 +74,7 @@ class Limits:
         """Return the seconds that a request may take: those it asks for, within the limit."""
         return min(seconds or self.timeout, self.timeout)
 
-    def check_prompt_size(self, prompt: Question | Prompt, context: int | None) -> None:
+    def check_prompt_size(self, prompt: PromptLike | Prompt, context: int | None) -> None:
         """Refuse a prompt that cannot fit, before time is spent on encoding it.
 
         Raises:

@@ -11,14 +11,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, NamedTuple
 
+from selfdoubt.lm import defaults
 from selfdoubt.lm.answer import Answer, Token
 from selfdoubt.lm.options import Options, read_options, read_sampling, stop_texts
 from selfdoubt.lm.sampling import Sampling
 from selfdoubt.lm.text.prompt import Prompt, encode
 
 if TYPE_CHECKING:
-    from selfdoubt.lm.inputs import Question
-    from selfdoubt.lm.model import RiskAwareLM
+    from selfdoubt.lm.front import LMFront
+    from selfdoubt.lm.inputs import PromptLike
 
 
 @dataclass(frozen=True)
@@ -47,12 +48,12 @@ class GenerationRequest:
 
 
 def build_request(
-    lm: RiskAwareLM,
-    prompt: Question | Prompt,
+    front: LMFront,
+    prompt: PromptLike | Prompt,
     options: Options,
     *,
     n: int = 1,
-    alternatives: int = Sampling.alternatives,
+    alternatives: int = defaults.ALTERNATIVES,
     client: str = "",
     timeout: float | None = None,
 ) -> GenerationRequest:
@@ -64,8 +65,8 @@ def build_request(
     """
     options = read_options(options, "n", "alternatives", "client", "timeout")
     if not isinstance(prompt, Prompt):
-        prompt = encode(lm.tokenizer, prompt, raw=options.get("raw", False))
-    sampling = replace(read_sampling(options, lm.stop_ids), alternatives=alternatives)
+        prompt = encode(front.tokenizer, prompt, raw=options.get("raw", False))
+    sampling = replace(read_sampling(options, front.stop_ids), alternatives=alternatives)
     return GenerationRequest(
         prompt, sampling, list_seeds(options.get("seed", 0), n), stop_texts(options), client, timeout
     )

@@ -78,7 +78,7 @@ class Scheduler:
         self.consecutive_failures = 0
 
         def start_one(name: int) -> DecodeBatch:
-            stepper = HFStepper(self._lm.model, self._lm.layers)
+            stepper = HFStepper(self._lm.model, self._lm.front.layers)
             _, following = prefill(stepper, [[1] * (2 + name)])
             self._members = stepper.members
             return DecodeBatch(stepper, following, [TokenSequence(name, Sampling(max_tokens=2), 0, 2)])
@@ -90,8 +90,8 @@ class Scheduler:
             self._joins, batch = False, start_one(0)
         batch.choose()
         batch.step()
-        for length in (2, min(32, (self._lm.context or 64) // 2)):
-            chunks = prefill_in_chunks(HFStepper(self._lm.model, self._lm.layers, self._sizer), [[1] * length])
+        for length in (2, min(32, (self._lm.front.context or 64) // 2)):
+            chunks = prefill_in_chunks(HFStepper(self._lm.model, self._lm.front.layers, self._sizer), [[1] * length])
             for _ in range(length):
                 with self.timed_chunk():
                     next(chunks, None)
@@ -138,7 +138,7 @@ class Scheduler:
             return False
         answers = self.size + sum(len(other.request.seeds) for other in (*others, handle))
         running = (answer.handle for answer in self._answers.values())
-        longest = max(other.request.max_length(self._lm.context) for other in (*running, *others, handle))
+        longest = max(other.request.max_length(self._lm.front.context) for other in (*running, *others, handle))
         return answers <= self._limits.batch and answers * longest <= self._limits.batch_tokens
 
     def work(self, newcomers: list[RequestHandle], *, prefills: bool = True) -> None:
@@ -155,7 +155,7 @@ class Scheduler:
             began = self._clock()
             self._step(self._batch)
             self._step_took = self._clock() - began
-            if not (self._batch and self._batch.lines):
+            if not (self._batch and self._batch.sequences):
                 self._batch = self._chosen_at = None
 
     def end_request(self, handle: RequestHandle, error: BaseException | None = None) -> None:
@@ -221,7 +221,7 @@ class Scheduler:
     def _start_answers(self, answers: list[AnswerInProgress], batch: DecodeBatch) -> None:
         """Publish that prompts were read, and let their sequences join the batch."""
         started: set[RequestHandle] = set()
-        for sequence, progress in zip(batch.lines, answers, strict=True):
+        for sequence, progress in zip(batch.sequences, answers, strict=True):
             answer = self._answers.get(sequence.name)
             if answer is None:
                 continue
@@ -229,8 +229,8 @@ class Scheduler:
             if answer.handle not in started:
                 answer.handle.publish(Started(progress.question))
                 started.add(answer.handle)
-        batch.drop({sequence.name for sequence in batch.lines} - self._answers.keys())
-        if batch.lines:
+        batch.drop({sequence.name for sequence in batch.sequences} - self._answers.keys())
+        if batch.sequences:
             self._join(batch)
 
     def _join(self, batch: DecodeBatch) -> None:
@@ -239,7 +239,7 @@ class Scheduler:
         elif not self._joins:
             self._parked.append(batch)
         else:
-            sequences = [*self._batch.lines, *batch.lines]
+            sequences = [*self._batch.sequences, *batch.sequences]
             try:
                 self._batch.join(batch)
             except Exception as error:
@@ -247,21 +247,21 @@ class Scheduler:
 
     def _step(self, batch: DecodeBatch) -> None:
         """Choose one token for every sequence."""
-        batch.drop({sequence.name for sequence in batch.lines} - self._answers.keys())
-        size = len(batch.lines)
+        batch.drop({sequence.name for sequence in batch.sequences} - self._answers.keys())
+        size = len(batch.sequences)
         if not size:
             return
         try:
             events = batch.choose()
         except NonFiniteError as error:
-            broken = batch.broken()
+            broken = batch.find_non_finite()
             if not broken:
-                self._restart(batch.lines, error)
+                self._restart(batch.sequences, error)
             for handle in {self._answers[name].handle for name in broken}:
                 self.end_request(handle, error)
             return
         except Exception as error:
-            self._restart(batch.lines, error)
+            self._restart(batch.sequences, error)
             return
         now = time.monotonic()
         self._stats.record_step(size, None if self._chosen_at is None else now - self._chosen_at)
@@ -269,9 +269,9 @@ class Scheduler:
         for event in events:
             self._publish(event)
         try:
-            batch.step({sequence.name for sequence in batch.lines} - self._answers.keys())
+            batch.step({sequence.name for sequence in batch.sequences} - self._answers.keys())
         except Exception as error:
-            self._restart(batch.lines, error)
+            self._restart(batch.sequences, error)
             return
         self._failed_steps = 0
 
@@ -320,7 +320,7 @@ class Scheduler:
                 self.end_request(answer.handle, error)
                 continue
             try:
-                stepper = HFStepper(self._lm.model, self._lm.layers)
+                stepper = HFStepper(self._lm.model, self._lm.front.layers)
                 _, following = prefill(stepper, [[*answer.handle.request.prompt.ids, *sequence.chosen]])
             except Exception as failure:
                 self.end_request(answer.handle, failure)

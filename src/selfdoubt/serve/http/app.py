@@ -62,7 +62,7 @@ class AppState:
     @property
     def fingerprint(self) -> str:
         """A text that changes with the code and the model."""
-        text = f"{selfdoubt.__version__} {self.settings.name} {self.engine.lm.model}"
+        text = f"{selfdoubt.__version__} {self.settings.name} {self.engine.front.architecture}"
         return "fp_" + hashlib.sha256(text.encode()).hexdigest()[:10]
 
 
@@ -77,7 +77,7 @@ def create_app(engine: EngineClient, settings: ServerSettings | None = None) -> 
         ConfigError: If answers are to be replaced where the model abstains, and it has no threshold to do so.
     """
     settings = settings or ServerSettings()
-    if settings.hide_abstained and not can_abstain(engine.lm):
+    if settings.hide_abstained and not can_abstain(engine.front):
         raise ConfigError(
             "--withhold needs a model whose calibration has a threshold; run `selfdoubt calibrate` on its adapter first"
         )
@@ -129,7 +129,7 @@ async def create_completion(body: CompletionRequest, request: Request) -> Respon
 async def _answer(body: ChatRequest | CompletionRequest, request: Request) -> Response:
     shared: AppState = request.app.state.shared
     engine, settings = shared.engine, shared.settings
-    params = build_params(body, settings, engine.limits, engine.lm)
+    params = build_params(body, settings, engine.limits, engine.front)
     if settings.log_prompts:
         log.info("prompt %s", json.dumps(params.prompts, ensure_ascii=False))
     head = {
@@ -138,7 +138,7 @@ async def _answer(body: ChatRequest | CompletionRequest, request: Request) -> Re
         "model": settings.name,
         "system_fingerprint": request.app.state.fingerprint,
     }
-    formatter = ResponseFormatter(engine.lm, params, head)
+    formatter = ResponseFormatter(engine.front, params, head)
     handles: list[RequestHandle] = []
     with cancel_on_exit(handles):
         work = _submit(shared, params, request.scope.get("client_id", ""), handles)
@@ -161,7 +161,7 @@ async def _submit(shared: AppState, params: GenerationParams, client: str, handl
     engine = shared.engine
 
     def submit(prompt: PromptInput) -> RequestHandle:
-        return engine.submit(params.build_request(engine.lm, prompt, engine.limits, client))
+        return engine.submit(params.build_request(engine.front, prompt, engine.limits, client))
 
     try:
         async with asyncio.timeout(params.timeout):
@@ -184,7 +184,7 @@ async def score_texts(body: ScoreRequest, request: Request) -> Response:
     answers = await run_until_disconnect(request.receive, work)
 
     def reply() -> JSONResponse:
-        data = [format_score(shared.engine.lm, i, answer) for i, answer in enumerate(answers)]
+        data = [format_score(shared.engine.front, i, answer) for i, answer in enumerate(answers)]
         return JSONResponse({"object": "list", "model": shared.settings.name, "data": data})
 
     return await asyncio.to_thread(reply)  # thousands of tokens take a while to write
@@ -204,13 +204,13 @@ async def get_model(name: str, request: Request) -> Response:
 
 
 def _describe_model(shared: AppState) -> dict[str, Any]:
-    lm = shared.engine.lm
+    front = shared.engine.front
     plain = {"id": shared.settings.name, "object": "model", "created": shared.created, "owned_by": "selfdoubt"}
     if not shared.settings.risk:
         return plain
-    threshold = None if lm.calibration is None else lm.calibration.threshold
-    return {**plain, "risk": {"name": lm.risk, "token_risk": lm.token_risk, "calibrated": lm.calibration is not None,
-                              "threshold": threshold}}  # fmt: skip
+    threshold = None if front.calibration is None else front.calibration.threshold
+    risk = {"name": front.risk, "token_risk": front.token_risk, "calibrated": front.calibration is not None}
+    return {**plain, "risk": {**risk, "threshold": threshold}}
 
 
 @router.get("/healthz", responses={200: {"model": responses.Status}, 503: {"model": responses.ErrorReply}})

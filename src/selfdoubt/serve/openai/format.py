@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from selfdoubt.lm.answer import Answer, Token
-from selfdoubt.lm.model import RiskAwareLM
+from selfdoubt.lm.front import LMFront
 from selfdoubt.serve.openai import logprobs, risks
 from selfdoubt.serve.openai.params import GenerationParams
 
@@ -28,12 +28,12 @@ class ResponseFormatter:
     """Formatter of the answers to one request.
 
     Args:
-        lm: The model that answers.
+        front: Front of the model that answers.
         params: Parameters of the request.
         head: The fields that all replies share: id, created, model, system_fingerprint.
     """
 
-    lm: RiskAwareLM
+    front: LMFront
     params: GenerationParams
     head: dict[str, Any]
 
@@ -59,28 +59,28 @@ class ResponseFormatter:
         }
         if self.params.risk:
             choice["risk"] = {
-                **risks.format_answer_risk(self.lm, answer),
+                **risks.format_answer_risk(self.front, answer),
                 "withheld": hidden,
-                "tokens": [risks.format_token_risk(self.lm, token) for token in tokens],
+                "tokens": [risks.format_token_risk(self.front, token) for token in tokens],
             }
         return choice
 
     def is_hidden(self, answer: Answer) -> bool:
         """Return whether an answer is replaced, because the model abstains from it and the request asks for that."""
-        return self.params.hide_abstained and answer.withheld
+        return self.params.hide_abstained and answer.abstained
 
     def format_start(self, index: int, question: Sequence[Token]) -> Iterator[dict[str, Any]]:
         """Yield the chunk before an answer's first token: the role, and the question's risk."""
         if self.params.chat:
-            start = {"question": risks.format_question_risk(self.lm, question)}
+            start = {"question": risks.format_question_risk(self.front, question)}
             yield self._chunk(index, {"role": "assistant", "content": "", "refusal": None}, start)
         elif self.params.risk:
-            yield self._chunk(index, "", {"question": risks.format_question_risk(self.lm, question)})
+            yield self._chunk(index, "", {"question": risks.format_question_risk(self.front, question)})
 
     def format_tokens(self, index: int, tokens: Sequence[Token], offset: int) -> Iterator[dict[str, Any]]:
         """Yield one chunk per token; ``offset`` is the length of the text before them."""
         for token in tokens:
-            risk = risks.format_token_risk(self.lm, token) if self.params.risk else None
+            risk = risks.format_token_risk(self.front, token) if self.params.risk else None
             delta = {"content": token.text} if self.params.chat else token.text
             yield self._chunk(index, delta, risk, self._logprobs((token,), offset))
             offset += len(token.text)
@@ -92,7 +92,7 @@ class ResponseFormatter:
         rest = text[len(sent) :]
         if rest:
             yield self._chunk(index, {"content": rest} if self.params.chat else rest, None)
-        risk = {**risks.format_answer_risk(self.lm, answer), "withheld": hidden} if self.params.risk else None
+        risk = {**risks.format_answer_risk(self.front, answer), "withheld": hidden} if self.params.risk else None
         yield self._chunk(index, {} if self.params.chat else "", risk, finish=answer.finish)
 
     def format_usage(self, prompt_tokens: int, answers: Sequence[Answer]) -> dict[str, Any]:
@@ -114,7 +114,7 @@ class ResponseFormatter:
     def _logprobs(self, tokens: Sequence[Token], offset: int = 0) -> dict[str, Any] | None:
         if not self.params.logprobs:
             return None
-        tokenizer, top = self.lm.tokenizer, self.params.sampling.alternatives
+        tokenizer, top = self.front.tokenizer, self.params.sampling.alternatives
         if not self.params.chat:
             return logprobs.format_completion_logprobs(tokenizer, list(tokens), top, offset)
         return {

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from selfdoubt.errors import ConfigError, PromptError
-from selfdoubt.lm.model import RiskAwareLM
+from selfdoubt.lm.front import LMFront
 from selfdoubt.lm.sampling import Sampling
 from selfdoubt.lm.text.prompt import Prompt, encode
 from selfdoubt.lm.text.prompt_form import text_form
@@ -55,26 +55,26 @@ class GenerationParams:
     risk: bool
     hide_abstained: bool
 
-    def build_request(self, lm: RiskAwareLM, prompt: PromptInput, limits: Limits, client: str) -> GenerationRequest:
+    def build_request(self, front: LMFront, prompt: PromptInput, limits: Limits, client: str) -> GenerationRequest:
         """Encode a prompt, and return the engine's request for answers to it.
 
         Raises:
             PromptError: If the prompt is empty or too long, or the chat template refuses it.
         """
         return GenerationRequest(
-            self._encode(lm, prompt, limits), self.sampling, self.seeds, self.stops, client, self.timeout
+            self._encode(front, prompt, limits), self.sampling, self.seeds, self.stops, client, self.timeout
         )
 
-    def _encode(self, lm: RiskAwareLM, prompt: PromptInput, limits: Limits) -> Prompt:
+    def _encode(self, front: LMFront, prompt: PromptInput, limits: Limits) -> Prompt:
         if isinstance(prompt, list) and isinstance(prompt[0], int):
-            return decode_ids(lm, prompt)  # type: ignore[arg-type]
+            return decode_ids(front, prompt)  # type: ignore[arg-type]
         question: list[dict[str, str]] | str = prompt  # type: ignore[assignment]
-        limits.check_prompt_size(question, lm.context)
-        return encode(lm.tokenizer, question, raw=not self.chat)
+        limits.check_prompt_size(question, front.context)
+        return encode(front.tokenizer, question, raw=not self.chat)
 
 
 def build_params(
-    request: ChatRequest | CompletionRequest, settings: ServerSettings, limits: Limits, lm: RiskAwareLM
+    request: ChatRequest | CompletionRequest, settings: ServerSettings, limits: Limits, front: LMFront
 ) -> GenerationParams:
     """Return the parameters of a request.
 
@@ -99,7 +99,7 @@ def build_params(
             raise ConfigError(f"a request may have {most} prompts at most here, got {len(request.prompts)}")
         for prompt in request.prompts:
             if not isinstance(prompt, str):
-                _check_ids(lm, prompt, limits)
+                _check_ids(front, prompt, limits)
         prompts = [*request.prompts]
     if request.stream_options is not None and not request.stream:
         raise ConfigError("stream_options needs stream: true")
@@ -107,7 +107,7 @@ def build_params(
         temperature=float(settings.temperature if request.temperature is None else request.temperature),
         top_p=1.0 if request.top_p is None else request.top_p or _SMALLEST,
         max_tokens=_max_tokens(request, settings, limits),
-        stop_ids=frozenset(lm.stop_ids),
+        stop_ids=frozenset(front.stop_ids),
         alternatives=alternatives,
     )
     seed = secrets.randbelow(2**31) if request.seed is None else request.seed
@@ -122,7 +122,7 @@ def build_params(
         stream=bool(request.stream),
         include_usage=bool(request.stream_options and request.stream_options.include_usage),
         risk=_sends_risk(request, settings),
-        hide_abstained=_hides_abstained(request, settings, lm),
+        hide_abstained=_hides_abstained(request, settings, front),
     )
 
 
@@ -167,8 +167,8 @@ def _sends_risk(request: GenerationBody, settings: ServerSettings) -> bool:
     return settings.risk if request.risk is None else request.risk
 
 
-def _hides_abstained(request: GenerationBody, settings: ServerSettings, lm: RiskAwareLM) -> bool:
-    if request.withhold and not can_abstain(lm):
+def _hides_abstained(request: GenerationBody, settings: ServerSettings, front: LMFront) -> bool:
+    if request.withhold and not can_abstain(front):
         raise RequestError(
             400,
             "withhold needs a model whose calibration has a threshold; see `selfdoubt calibrate`",
@@ -177,21 +177,21 @@ def _hides_abstained(request: GenerationBody, settings: ServerSettings, lm: Risk
     return settings.hide_abstained if request.withhold is None else request.withhold
 
 
-def can_abstain(lm: RiskAwareLM) -> bool:
+def can_abstain(front: LMFront) -> bool:
     """Return whether the model has a threshold below which it abstains."""
-    return lm.calibration is not None and lm.calibration.threshold is not None
+    return front.calibration is not None and front.calibration.threshold is not None
 
 
-def _check_ids(lm: RiskAwareLM, ids: list[int], limits: Limits) -> None:
-    longest = limits.max_prompt_tokens(lm.context)
+def _check_ids(front: LMFront, ids: list[int], limits: Limits) -> None:
+    longest = limits.max_prompt_tokens(front.context)
     if len(ids) > longest:
         raise PromptError(f"a prompt must have between 1 and {longest} tokens, got {len(ids)}; shorten it")
-    limits.check_ids(ids, lm.vocabulary)
+    limits.check_ids(ids, front.vocabulary)
 
 
-def decode_ids(lm: RiskAwareLM, ids: list[int]) -> Prompt:
+def decode_ids(front: LMFront, ids: list[int]) -> Prompt:
     """Return ready-made token ids as a prompt: all of them but control tokens are the user's own."""
-    special = set(lm.tokenizer.all_special_ids)
-    known = len(lm.tokenizer)  # a model may have more ids, and sentencepiece decodes none of them
-    text = lm.tokenizer.decode([i for i in ids if i < known], skip_special_tokens=True)
+    special = set(front.tokenizer.all_special_ids)
+    known = len(front.tokenizer)  # a model may have more ids, and sentencepiece decodes none of them
+    text = front.tokenizer.decode([i for i in ids if i < known], skip_special_tokens=True)
     return Prompt(ids, [i not in special for i in ids], text_form(text))

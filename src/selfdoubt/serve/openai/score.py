@@ -9,8 +9,8 @@ from typing import Any
 
 from selfdoubt.errors import BusyError, ConfigError, DeadlineError
 from selfdoubt.lm.answer import Answer
-from selfdoubt.lm.inputs import Question
-from selfdoubt.lm.model import RiskAwareLM
+from selfdoubt.lm.front import LMFront
+from selfdoubt.lm.inputs import PromptLike
 from selfdoubt.lm.scoring import TeacherForcedText, encode_teacher_forced
 from selfdoubt.serve.engine.client import EngineClient
 from selfdoubt.serve.http.encoders import EncoderThreads, measure_pairs
@@ -20,7 +20,7 @@ from selfdoubt.serve.openai.requests import ScoreItem
 
 #: Texts, and characters of them, that are scored side by side.
 PAIRS_AT_ONCE, CHARACTERS_AT_ONCE = 4, 2000
-ScoredPair = tuple[Question | None, str]
+ScoredPair = tuple[PromptLike | None, str]
 
 
 class Scorer:
@@ -57,7 +57,7 @@ class Scorer:
             async with asyncio.timeout(timeout):
                 with self._engine.hold_open():  # a request that has begun is finished, also while the engine closes
                     for group in split_pairs(pairs):
-                        work = partial(encode_teacher_forced, self._engine.lm.tokenizer, group, raw=raw)
+                        work = partial(encode_teacher_forced, self._engine.front.tokenizer, group, raw=raw)
                         texts: list[TeacherForcedText] = await self._encoders.run(work, measure_pairs(group))
                         scored: asyncio.Future[list[Answer]] = asyncio.wrap_future(self._engine.score(texts))
                         answers += await scored
@@ -68,7 +68,7 @@ class Scorer:
         return answers
 
     def _pair(self, item: ScoreItem) -> ScoredPair:
-        limits, context = self._engine.limits, self._engine.lm.context
+        limits, context = self._engine.limits, self._engine.front.context
         if item.question is not None and item.messages is not None:
             raise ConfigError("a text to score answers a question or messages, not both; give one of them")
         question = item.question if item.messages is None else convert_messages(item.messages, limits)
@@ -93,7 +93,7 @@ def split_pairs(pairs: Sequence[ScoredPair]) -> Iterator[list[ScoredPair]]:
         yield group
 
 
-def format_score(lm: RiskAwareLM, index: int, answer: Answer) -> dict[str, Any]:
+def format_score(front: LMFront, index: int, answer: Answer) -> dict[str, Any]:
     """Return a scored text as plain data."""
     return {
         "object": "score",
@@ -105,7 +105,7 @@ def format_score(lm: RiskAwareLM, index: int, answer: Answer) -> dict[str, Any]:
         "p_correct_note": answer.p_correct_note,
         "abstain": answer.abstain,
         "scores": dict(answer.scores),
-        "tokens": [risks.format_token_risk(lm, token) for token in answer.tokens],
-        "question": risks.format_question_risk(lm, answer.question),
-        "question_tokens": [risks.format_token_risk(lm, token) for token in answer.question],
+        "tokens": [risks.format_token_risk(front, token) for token in answer.tokens],
+        "question": risks.format_question_risk(front, answer.question),
+        "question_tokens": [risks.format_token_risk(front, token) for token in answer.question],
     }

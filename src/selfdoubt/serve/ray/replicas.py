@@ -19,11 +19,12 @@ from functools import partial
 from typing import Any, TypeVar, Unpack
 
 from selfdoubt.errors import BusyError, EngineError
+from selfdoubt.lm import defaults
 from selfdoubt.lm.answer import Answer
-from selfdoubt.lm.inputs import Question
+from selfdoubt.lm.front import LMFront
+from selfdoubt.lm.inputs import PromptLike
 from selfdoubt.lm.model import RiskAwareLM
 from selfdoubt.lm.options import Options
-from selfdoubt.lm.sampling import Sampling
 from selfdoubt.lm.scoring import TeacherForcedText
 from selfdoubt.lm.text.prompt import Prompt
 from selfdoubt.serve.engine.engine import Engine
@@ -73,9 +74,9 @@ class Replica:
         answers = await asyncio.wrap_future(self._engine.score(texts))
         return [replace(answer, states=None) for answer in answers]
 
-    async def describe(self) -> RiskAwareLM:
-        """Return the model without its weights."""
-        return self._engine.lm.without_weights()
+    async def describe(self) -> LMFront:
+        """Return all that is known of the model except its weights."""
+        return self._engine.front
 
     def check_health(self) -> None:
         """Raise an error if the engine has failed; Ray calls this, and replaces the replica by a new one."""
@@ -102,7 +103,7 @@ class Replicas:
         self.stats: EngineStats = stats or NullStats()
         self.failure: BaseException | None = None
         self._deployment = deployment
-        self._lm: RiskAwareLM | None = None
+        self._front: LMFront | None = None
         self._handles: set[RequestHandle] = set()
         self._holds = 0  # requests that will send more texts to score
         self._closing = False
@@ -111,11 +112,11 @@ class Replicas:
         self._alive = 0
 
     @property
-    def lm(self) -> RiskAwareLM:
-        """The model that the replicas run, without its weights."""
-        if self._lm is None:  # in a thread of its own, because waiting would block Ray's event loop
-            self._lm = self._callers.submit(lambda: self._deployment.describe.remote().result()).result()
-        return self._lm
+    def front(self) -> LMFront:
+        """All that is known of the model that the replicas run, except its weights."""
+        if self._front is None:  # in a thread of its own, because waiting would block Ray's event loop
+            self._front = self._callers.submit(lambda: self._deployment.describe.remote().result()).result()
+        return self._front
 
     def start(self, *, wait: bool = False) -> None:
         """Begin to watch the replicas; with ``wait``, return when one runs."""
@@ -147,23 +148,23 @@ class Replicas:
 
     def generate(
         self,
-        prompt: Question | Prompt,
+        prompt: PromptLike | Prompt,
         *,
         n: int = 1,
-        alternatives: int = Sampling.alternatives,
+        alternatives: int = defaults.ALTERNATIVES,
         client: str = "",
         timeout: float | None = None,
         **options: Unpack[Options],
     ) -> RequestHandle:
         """Encode a prompt and submit a request; see ``Engine.generate``."""
-        self.limits.check_prompt_size(prompt, self.lm.context)
+        self.limits.check_prompt_size(prompt, self.front.context)
         return self.submit(
-            build_request(self.lm, prompt, options, n=n, alternatives=alternatives, client=client, timeout=timeout)
+            build_request(self.front, prompt, options, n=n, alternatives=alternatives, client=client, timeout=timeout)
         )
 
     def submit(self, request: GenerationRequest) -> RequestHandle:
         """Submit a request; see ``Engine.submit``."""
-        handle = RequestHandle(self.limits.apply(request, self.lm.context, self.lm.vocabulary))
+        handle = RequestHandle(self.limits.apply(request, self.front.context, self.front.vocabulary))
         with self._lock:
             self.check_capacity()
             self._handles.add(handle)
@@ -194,7 +195,7 @@ class Replicas:
 
     def score(self, texts: Sequence[TeacherForcedText]) -> Future[list[Answer]]:
         """Score texts; see ``Engine.score``."""
-        self.limits.check_scored_texts(texts, self.lm.context)
+        self.limits.check_scored_texts(texts, self.front.context)
         return self._call_replica(self._deployment.score, texts, is_held=self._holds > 0)
 
     def _check_open(self) -> None:
