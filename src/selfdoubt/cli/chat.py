@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from selfdoubt.cli import flags
 from selfdoubt.errors import ConfigError, require
+from selfdoubt.lm import defaults
 
 if TYPE_CHECKING:
     import typer
@@ -28,7 +29,7 @@ def chat(
     port: Annotated[int, typer.Option(help="0 takes a free one.")] = 7860,
     max_tokens: Annotated[
         int, typer.Option(help="Most tokens of an answer, until the page sets another number.")
-    ] = 256,
+    ] = defaults.MAX_TOKENS,
     no_open: Annotated[bool, typer.Option("--no-open", help="Do not open a browser.")] = False,
 ) -> int:
     """Chat on a page of your own: every token in the colour of its risk. Nothing leaves this machine."""
