@@ -48,15 +48,15 @@ def module(request, monkeypatch):
     found = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, "guarded_for_test", found)
     spec.loader.exec_module(found)
-    assert issubclass(found.Guarded, protocol)
+    assert issubclass(found.GuardedConnection, protocol)
     return found
 
 
 @contextmanager
 def serving(module, **settings):
-    guard = module.Guard(ServerSettings(**settings))
+    guard = module.ConnectionGuard(ServerSettings(**settings))
     config = uvicorn.Config(
-        app, http=partial(module.Guarded, guard=guard), log_config=None, log_level="critical", lifespan="off",
+        app, http=partial(module.GuardedConnection, guard=guard), log_config=None, log_level="critical", lifespan="off",
         timeout_keep_alive=1000,
     )  # fmt: skip
     own = socket.socket()
@@ -202,7 +202,7 @@ def test_a_head_without_end_is_cut_off(module):
 
 
 def test_a_client_that_does_not_read_is_cut_off(module, monkeypatch):
-    monkeypatch.setattr(module, "STALLED", 0.3)
+    monkeypatch.setattr(module, "STALLED_SECONDS", 0.3)
     with serving(module) as (connect, guard):
         client = connect(WHOLE.replace(b"GET / ", b"GET /long "))
         while not guard.open:
