@@ -29,7 +29,8 @@ from recipes.pocket.encode import Rows
 from selfdoubt import pocket, sample, sculpt, targets
 from selfdoubt.calibration.fit import fit_calibration
 from selfdoubt.data import question_sets
-from selfdoubt.eval.generate import AnsweredBatch, EvaluationConfig
+from selfdoubt.eval.config import EvaluationConfig
+from selfdoubt.eval.generate import AnsweredBatch
 from selfdoubt.eval.judges.judge import judge_records
 from selfdoubt.eval.judges.verdict import Judge, Verdict
 from selfdoubt.eval.records import Question, Record
@@ -38,7 +39,7 @@ from selfdoubt.lm.adapters.adapter import save_adapter
 from selfdoubt.lm.adapters.lora import add_lora
 from selfdoubt.lm.model import RiskAwareLM
 from selfdoubt.lm.scores import reference_quantiles
-from selfdoubt.metrics.bootstrap import compare
+from selfdoubt.metrics import compare_scores
 from selfdoubt.train.head import head_of, run_trunk, sculpted_loss
 
 ARMS = ("plain", "vote", "sample", "sculpt")
@@ -261,13 +262,13 @@ def _rows(
     defined = ~np.any([np.isnan(v) for v in scores.values()], axis=0)
     ids = [r.question.id for r, d in zip(records, defined, strict=True) if d]
     used = {name: values[defined] for name, values in scores.items()}
-    found = compare(used, right[defined], metrics, baseline=baseline, draws=draws, clusters=ids)
+    found = compare_scores(used, right[defined], metrics, baseline=baseline, draws=draws, clusters=ids)
     rows = []
     for (name, metric), own in found.items():
         row: results.Row = {
             "model": "pocket", "arm": arm, "domain": domain, "part": part, "score": name, "metric": metric,
-            "value": round(own.interval.value, 4),
-            "interval": [round(own.interval.low, 4), round(own.interval.high, 4)], "answers": int(defined.sum()),
+            "value": round(own.estimate.value, 4),
+            "interval": [round(own.estimate.low, 4), round(own.estimate.high, 4)], "answers": int(defined.sum()),
         }  # fmt: skip
         if own.difference is not None:
             row["against"] = baseline

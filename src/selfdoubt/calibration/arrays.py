@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from selfdoubt.calibration import heads
-from selfdoubt.calibration.heads import Answers, Rows
+from selfdoubt.calibration.heads import CalibrationAnswers, RowIndices
 from selfdoubt.errors import DataError
 from selfdoubt.eval.records import Record
 from selfdoubt.lm.hidden_states import StateKey
@@ -22,7 +22,7 @@ LEAST, LEAST_OF_CLASS = 20, 5
 TOPIC_GROUPS = 8
 
 
-def calibration_rows(records: Sequence[Record]) -> tuple[Rows, dict[str, int]]:
+def calibration_rows(records: Sequence[Record]) -> tuple[RowIndices, dict[str, int]]:
     """Places of the records that can be learnt from, and why how many others cannot.
 
     Raises:
@@ -45,7 +45,7 @@ def calibration_rows(records: Sequence[Record]) -> tuple[Rows, dict[str, int]]:
     return np.array(kept), dict(left_out)
 
 
-def calibration_arrays(records: Sequence[Record], kept: Rows, states: Mapping[str, Any]) -> Answers:
+def calibration_arrays(records: Sequence[Record], kept: RowIndices, states: Mapping[str, Any]) -> CalibrationAnswers:
     """The records at these places, with the scores that all of them have and that vary.
 
     Raises:
@@ -67,16 +67,16 @@ def calibration_arrays(records: Sequence[Record], kept: Rows, states: Mapping[st
         raise DataError(
             f"the score sum_nll is {table[0, names.index('sum_nll')]:.4g} for all answers: nothing to learn"
         )
-    return Answers(
+    return CalibrationAnswers(
         names=tuple(name for name, v in zip(names, varies, strict=True) if v),
         scores=table[:, varies],
         states={key: _state(key, value, len(records))[kept] for key, value in states.items()},
         correct=np.array([r.correct for r in own], bool),
-        questions=numbered(own),
+        questions=number_questions(own),
     )
 
 
-def numbered(records: Sequence[Record]) -> Int[np.ndarray, " records"]:
+def number_questions(records: Sequence[Record]) -> Int[np.ndarray, " records"]:
     """A number for each question, the same where the text is, but for case and spaces."""
     texts = [" ".join(r.question.text.casefold().split()) for r in records]
     return np.unique(texts, return_inverse=True)[1]
@@ -92,7 +92,7 @@ def _state(key: str, value: Any, n: int) -> Float[np.ndarray, "records width"]:
     return found.astype(np.float32)
 
 
-def split(
+def split_questions(
     questions: Int[np.ndarray, " n"], share: float, seed: int
 ) -> tuple[Bool[np.ndarray, " n"], Bool[np.ndarray, " n"]]:
     """Which answers the head learns from; and one answer of each question. Nothing but the questions is looked at."""
@@ -106,7 +106,7 @@ def split(
     return ~tested[place], once
 
 
-def check_enough(answers: Answers, split: bool) -> None:
+def check_enough(answers: CalibrationAnswers, split: bool) -> None:
     """That a head can be learnt at all.
 
     Raises:
@@ -126,7 +126,7 @@ def check_enough(answers: Answers, split: bool) -> None:
     )
 
 
-def topic_groups(topics: Sequence[str | None], answers: Answers) -> list[Rows]:
+def topic_groups(topics: Sequence[str | None], answers: CalibrationAnswers) -> list[RowIndices]:
     """Rows of each topic, or of some topics together; none if fewer than two have enough answers of both kinds.
 
     A topic is not there if too little is left to learn from without it, and without questions that it shares.

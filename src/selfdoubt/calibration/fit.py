@@ -20,12 +20,19 @@ from selfdoubt.calibration.arrays import (
     calibration_arrays,
     calibration_rows,
     check_enough,
-    numbered,
-    split,
+    number_questions,
+    split_questions,
     topic_groups,
 )
-from selfdoubt.calibration.heads import Answers, Fit, fit_logistic, fit_one_score, held_out, losses, within_one_error
-from selfdoubt.calibration.quality import CalibrationReport, CandidateReport, quality
+from selfdoubt.calibration.heads import (
+    CalibrationAnswers,
+    Fit,
+    fit_logistic,
+    fit_one_score,
+    held_out,
+    within_one_error,
+)
+from selfdoubt.calibration.quality import CalibrationReport, CandidateReport, measure_quality
 from selfdoubt.calibration.threshold import AccuracyGuarantee, Grid, explain_no_threshold, find_threshold, grid_from
 from selfdoubt.errors import ConfigError
 from selfdoubt.eval.records import Record
@@ -33,6 +40,7 @@ from selfdoubt.lm.calibration import Calibration
 from selfdoubt.lm.conditions import Conditions
 from selfdoubt.lm.hidden_states import AnswerStates
 from selfdoubt.lm.scores import Score
+from selfdoubt.metrics import log_losses
 
 #: From the simplest head to the richest. "score": isotonic on one score; the others are logistic on the answer's
 #: surprisal and entropy, the question's too, members' scores too, and one hidden state too.
@@ -92,7 +100,7 @@ def fit_calibration(
     places, left_out = calibration_rows(records)
     learning, once = np.ones(len(places), bool), np.ones(len(places), bool)
     if target_accuracy is not None:
-        learning, once = split(numbered([records[i] for i in places]), threshold_share, seed)
+        learning, once = split_questions(number_questions([records[i] for i in places]), threshold_share, seed)
     kept = places[learning]
     own = calibration_arrays(records, kept, states or {})  # of no other answer anything is known while a head is fitted
     check_enough(own, target_accuracy is not None)
@@ -102,7 +110,7 @@ def fit_calibration(
     inside = {name: held_out(own, parts, fit, seed) for name, fit in options.items()}
     groups = topic_groups([records[i].question.topic for i in kept], own)
     outside = {name: held_out(own, groups, fit, seed) for name, fit in options.items()} if groups else {}
-    chosen = _choose({name: losses(p, own.correct) for name, p in inside.items()})
+    chosen = _choose({name: log_losses(p, own.correct) for name, p in inside.items()})
     fitted = {name: fit(own, seed) for name, fit in options.items()}
 
     found = np.full(len(records), np.nan)
@@ -126,8 +134,8 @@ def fit_calibration(
             name=name,
             features=fitted[name].features,
             state=None if (state := fitted[name].state) is None else str(state.key),
-            inside=quality(inside[name], own.correct),
-            outside=quality(outside[name], own.correct) if outside else None,
+            inside=measure_quality(inside[name], own.correct),
+            outside=measure_quality(outside[name], own.correct) if outside else None,
         )
         for name in options
     )
@@ -154,7 +162,7 @@ def fit_calibration(
     return head, report
 
 
-def _fewest_when_cut(records: Sequence[Record], places: heads.Rows) -> int | None:
+def _fewest_when_cut(records: Sequence[Record], places: heads.RowIndices) -> int | None:
     """Return the fewest tokens of an answer that was cut at max tokens; None where none was."""
     own = [records[i] for i in places]
     return min((len(r.tokens) for r in own if r.finish == "length" and r.tokens), default=None)
@@ -200,7 +208,7 @@ def _check_options(
         raise ConfigError(f"{what}; choose of {', '.join(CANDIDATES)}")
 
 
-def _options(answers: Answers, wanted: Sequence[str] | None) -> dict[str, Fit]:
+def _options(answers: CalibrationAnswers, wanted: Sequence[str] | None) -> dict[str, Fit]:
     """How to fit each candidate that these answers allow, from the simplest to the richest."""
     scores = [Score.parse(name) for name in answers.names]
     members = [str(score) for score in scores if score.signal in OF_MEMBERS]
@@ -227,7 +235,7 @@ def _options(answers: Answers, wanted: Sequence[str] | None) -> dict[str, Fit]:
     return {name: fit for name, fit in found.items() if wanted is None or name in wanted}
 
 
-def _is_another(answers: Answers, name: str, names: Sequence[str]) -> bool:
+def _is_another(answers: CalibrationAnswers, name: str, names: Sequence[str]) -> bool:
     """Whether a score is only another name of one of these: without members, aleatoric is total."""
     column = answers.columns([name])
     return bool(np.isclose(answers.columns(names), column, rtol=1e-6, atol=1e-9).all(0).any())
@@ -248,7 +256,7 @@ def _warnings(
     if not outside:
         return ()
     seen = ~np.isnan(outside[chosen])
-    loss = {name: losses(p[seen], correct[seen]) for name, p in outside.items()}
+    loss = {name: log_losses(p[seen], correct[seen]) for name, p in outside.items()}
     simpler = list(outside)[: list(outside).index(chosen)]
     better = [name for name in simpler if not within_one_error(loss[chosen], loss[name])]
     if not better:

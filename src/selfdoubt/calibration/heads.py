@@ -18,6 +18,7 @@ from jaxtyping import Bool, Float, Int
 from selfdoubt.errors import require
 from selfdoubt.lm.calibration import FLOOR, Calibration, StateHead
 from selfdoubt.lm.hidden_states import Position, StateKey
+from selfdoubt.metrics import log_losses
 
 #: Well-known scores, among which a head on one score chooses.
 SINGLE = (
@@ -48,12 +49,12 @@ COMPONENTS = 128
 INNER_FOLDS = 3
 
 Fit = Callable[["Answers", int], Calibration]
-Rows = Int[np.ndarray, "_"]  #: places of some answers
+RowIndices = Int[np.ndarray, "_"]  #: places of some answers
 Probabilities = Float[np.ndarray, " answers"]
 
 
 @dataclass(frozen=True, eq=False)
-class Answers:
+class CalibrationAnswers:
     """Judged answers as arrays: one row each."""
 
     names: tuple[str, ...]  #: of scores; each varies
@@ -65,10 +66,10 @@ class Answers:
     def __len__(self) -> int:
         return len(self.correct)
 
-    def at(self, rows: Rows | Bool[np.ndarray, " answers"]) -> Answers:
+    def at(self, rows: RowIndices | Bool[np.ndarray, " answers"]) -> CalibrationAnswers:
         """Some of them."""
         states = {key: values[rows] for key, values in self.states.items()}
-        return Answers(self.names, self.scores[rows], states, self.correct[rows], self.questions[rows])
+        return CalibrationAnswers(self.names, self.scores[rows], states, self.correct[rows], self.questions[rows])
 
     def columns(self, names: Sequence[str]) -> Float[np.ndarray, "answers some"]:
         """Scores by name."""
@@ -80,7 +81,7 @@ class Answers:
         return len(set(self.questions[~self.correct])), len(set(self.questions[self.correct]))
 
 
-def folds(answers: Answers, n: int, seed: int) -> list[Rows]:
+def folds(answers: CalibrationAnswers, n: int, seed: int) -> list[RowIndices]:
     """Rows of up to ``n`` folds; equal questions lie in one, right and wrong answers are spread evenly over all.
 
     Questions are dealt in turn: first those with wrong answers only, then the mixed, then those with right ones only.
@@ -96,13 +97,13 @@ def folds(answers: Answers, n: int, seed: int) -> list[Rows]:
     return [np.flatnonzero(fold[place] == i) for i in range(n)]
 
 
-def rests(answers: Answers, parts: Sequence[Rows]) -> Iterator[tuple[Answers, Rows]]:
+def rests(answers: CalibrationAnswers, parts: Sequence[RowIndices]) -> Iterator[tuple[CalibrationAnswers, RowIndices]]:
     """For each part the answers to questions that are not in it, and its rows."""
     for rows in parts:
         yield answers.at(~np.isin(answers.questions, answers.questions[rows])), rows
 
 
-def held_out(answers: Answers, parts: Sequence[Rows], fit: Fit, seed: int) -> Probabilities:
+def held_out(answers: CalibrationAnswers, parts: Sequence[RowIndices], fit: Fit, seed: int) -> Probabilities:
     """p_correct of each answer by a head that was fitted without its part; NaN where it is in none."""
     found = np.full(len(answers), np.nan)
     for rest, rows in rests(answers, parts):
@@ -110,7 +111,7 @@ def held_out(answers: Answers, parts: Sequence[Rows], fit: Fit, seed: int) -> Pr
     return found
 
 
-def predict(head: Calibration, answers: Answers) -> Probabilities:
+def predict(head: Calibration, answers: CalibrationAnswers) -> Probabilities:
     """Return ``Calibration.p_correct`` of many answers at once; beyond what was seen, the number of its edge."""
     scores = answers.columns(head.features)
     if head.kind == "isotonic":
@@ -125,26 +126,20 @@ def predict(head: Calibration, answers: Answers) -> Probabilities:
     return np.asarray(require("scipy.special", "qa").expit(head.logit([*linear.T], [*logs.T], share)))
 
 
-def losses(p: Probabilities, correct: Bool[np.ndarray, " answers"]) -> Probabilities:
-    """Log loss of each answer, in nats; a probability counts as at least 1e-6 away from 0 and 1."""
-    p = p.clip(1e-6, 1 - 1e-6)
-    return np.asarray(-np.log(np.where(correct, p, 1 - p)))
-
-
-def fit_one_score(answers: Answers, seed: int, names: Sequence[str]) -> Calibration:
+def fit_one_score(answers: CalibrationAnswers, seed: int, names: Sequence[str]) -> Calibration:
     """Isotonic on the best of some scores by held-out log loss; the first of them where there is too little to tell."""
     best, least = names[0], np.inf
     if len(names) > 1 and min(answers.classes) >= 2:
         parts = folds(answers, INNER_FOLDS, seed)
         for name in names:
             p = held_out(answers, parts, lambda rest, _, name=name: isotonic(rest, name), seed)  # type: ignore[misc]
-            loss = losses(p, answers.correct).mean()
+            loss = log_losses(p, answers.correct).mean()
             if loss < least - 1e-12:
                 best, least = name, loss
     return isotonic(answers, best)
 
 
-def isotonic(answers: Answers, name: str) -> Calibration:
+def isotonic(answers: CalibrationAnswers, name: str) -> Calibration:
     """p falls as the score grows. One wrong answer is added at the surest end, and one right one at the other.
 
     So p is never 0 or 1, on which one surprise would cost an infinite loss.
@@ -156,7 +151,7 @@ def isotonic(answers: Answers, name: str) -> Calibration:
     return Calibration("isotonic", (name,), knots=tuple(knots))
 
 
-def fit_logistic(answers: Answers, seed: int, names: Sequence[str], keys: Sequence[str] = ()) -> Calibration:
+def fit_logistic(answers: CalibrationAnswers, seed: int, names: Sequence[str], keys: Sequence[str] = ()) -> Calibration:
     """Logistic on scores, and on the best of some hidden states.
 
     Strength of the penalty on scores, the state and the strength of its own penalty are chosen in this order by
@@ -174,7 +169,7 @@ def fit_logistic(answers: Answers, seed: int, names: Sequence[str], keys: Sequen
         for rows in parts:
             rest = ~np.isin(answers.questions, answers.questions[rows])
             p = _learner(c).fit(design[rest], answers.correct[rest]).predict_proba(design[rows])[:, 1]
-            found[rows] = losses(p, answers.correct[rows])
+            found[rows] = log_losses(p, answers.correct[rows])
         return found
 
     def joined(state: _Standard, size: float) -> Float[np.ndarray, "answers columns"]:

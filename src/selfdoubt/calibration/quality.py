@@ -9,10 +9,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float
 
-from selfdoubt.calibration.heads import losses
 from selfdoubt.calibration.threshold import AccuracyGuarantee
-from selfdoubt.metrics.calibration import brier, ece
-from selfdoubt.metrics.selective import auroc
+from selfdoubt.metrics import auroc, brier, ece, log_losses
 
 
 @dataclass(frozen=True)
@@ -20,7 +18,7 @@ class Quality:
     """Of probabilities, held against judgements."""
 
     answers: int
-    log_loss: float  #: nats; probabilities count as at least 1e-6 away from 0 and 1
+    log_loss: float  #: nats; probabilities count as at least 1e-7 away from 0 and 1
     brier: float  #: mean squared error, in [0, 1]
     auroc: float  #: chance that a right answer has a higher p_correct than a wrong one
     ece: float  #: mean distance of accuracy and p_correct in 15 bins of equal width, in [0, 1]
@@ -116,13 +114,13 @@ class CalibrationReport:
         return found
 
 
-def quality(p: Float[np.ndarray, " n"], correct: Bool[np.ndarray, " n"]) -> Quality:
+def measure_quality(p: Float[np.ndarray, " n"], correct: Bool[np.ndarray, " n"]) -> Quality:
     """Of those probabilities that are there (not NaN); right and wrong answers must be among them."""
     seen = ~np.isnan(p)
     p, correct = p[seen], correct[seen]
     return Quality(
         answers=len(p),
-        log_loss=float(losses(p, correct).mean()),
+        log_loss=float(log_losses(p, correct).mean()),
         brier=brier(p, correct),
         auroc=auroc(1 - p, correct),
         ece=ece(p, correct),

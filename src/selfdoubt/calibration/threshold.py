@@ -39,9 +39,10 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from selfdoubt.errors import ConfigError, DataError, require
+from selfdoubt.formatting import format_percent
 
 #: Steps of coverage at which ``grid_from`` puts thresholds.
-LEVELS = 50
+COVERAGE_STEPS = 50
 #: A sequence starts where twice as many answers are expected as would do if all of them were right.
 MARGIN = 2.0
 
@@ -111,7 +112,7 @@ def grid_from(
     """
     _check_p(elsewhere)
     wanted = min(MARGIN * least_answers(target_accuracy, confidence), answers)
-    coverages = [i / LEVELS for i in range(1, LEVELS + 1) if answers * i / LEVELS >= wanted]
+    coverages = [i / COVERAGE_STEPS for i in range(1, COVERAGE_STEPS + 1) if answers * i / COVERAGE_STEPS >= wanted]
     found = np.quantile(elsewhere, [1 - c for c in coverages[:-1]], method="inverted_cdf")
     return Grid((*sorted({float(t) for t in found if t > 0}, reverse=True), 0.0))
 
@@ -230,7 +231,8 @@ def explain_no_threshold(
     """
     grid = grid or fixed_grid(target_accuracy)
     answered, right = counts(p_correct, correct, grid)
-    goal = f"no threshold keeps {_percent(target_accuracy)} of answers right with {_percent(confidence)} confidence"
+    shares = format_percent(target_accuracy), format_percent(confidence)
+    goal = f"no threshold keeps {shares[0]} of answers right with {shares[1]} confidence"
     least = least_answers(target_accuracy, confidence)
     total = len(p_correct)
     if total < least:
@@ -243,7 +245,7 @@ def explain_no_threshold(
     # No sequence got beyond its start, so these are the bounds that count.
     bounds = {place: _bound(int(answered[place]), int(right[place]), level) for place in grid.starts}
     best = max(bounds, key=lambda place: bounds[place])
-    seen = f"{right[best]} of the surest {answered[best]} were right, which proves {_percent(bounds[best])}"
+    seen = f"{right[best]} of the surest {answered[best]} were right, which proves {format_percent(bounds[best])}"
     wanted = [
         _wanted(int(n), int(k), total, target_accuracy, level, least) for n, k in zip(answered, right, strict=True)
     ]
@@ -271,10 +273,6 @@ def _wanted(n: int, k: int, total: int, target: float, level: float, least: int)
 def _bound(n: int, k: int, level: float) -> float:
     """Clopper and Pearson's lower bound of a share of which k of n were seen."""
     return float(require("scipy.stats", "qa").beta.ppf(level, k, n - k + 1)) if k else 0.0
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.3g} %"
 
 
 def _few(values: Sequence[float]) -> str:

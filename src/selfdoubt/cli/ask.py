@@ -17,7 +17,7 @@ else:
 
 def ask(
     questions: Annotated[list[str], typer.Argument(help="One question or more, each in quotes.", show_default=False)],
-    model: flags.Model = None,
+    model: flags.ModelFlag = None,
     adapter: flags.Adapter = None,
     wrapper: flags.WrapperText = "auto",
     dtype: flags.Dtype = "auto",

@@ -18,7 +18,7 @@ else:
 
 
 def chat(
-    model: flags.Model = None,
+    model: flags.ModelFlag = None,
     adapter: flags.Adapter = None,
     wrapper: flags.WrapperText = "auto",
     dtype: flags.Dtype = "auto",

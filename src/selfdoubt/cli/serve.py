@@ -24,7 +24,7 @@ else:
 @with_flags(Limits, before="replicas")
 @with_flags(ServerSettings, before="no_risk")
 def serve(
-    model: flags.Model = None,
+    model: flags.ModelFlag = None,
     adapter: flags.Adapter = None,
     wrapper: flags.WrapperText = "auto",
     dtype: flags.Dtype = "auto",

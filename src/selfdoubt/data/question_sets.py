@@ -27,7 +27,7 @@ from selfdoubt.errors import ConfigError, DataError
 
 @dataclass(frozen=True)
 class HubSet:
-    """Where a known set lies on the hub."""
+    """The place of a known set on the hub."""
 
     name: str
     config: str | None = None
@@ -57,7 +57,7 @@ def load_questions(
     split: str | None = None,
     revision: str | None = None,
 ) -> list[Question]:
-    """The questions of a set, in the order of their file.
+    """Return the questions of a set, in the order of their file.
 
     A file is known by what it holds: TruthfulQA's two, SQuAD's and TriviaQA's JSON, a file of answers (its questions),
     or any JSONL, JSON, CSV, TSV or Parquet with a question and its answers, or choices, in columns.
@@ -68,15 +68,15 @@ def load_questions(
         limit: Take this many at random by ``seed``, at least 1; they keep their order, and more hold those of fewer.
         seed: Of the limit, and of the order of TruthfulQA's choices, which hangs on question and seed alone.
         columns: Which columns hold what, where their names do not say it.
-        separator: What parts several answers in one cell, e.g. ";"; without it a cell is one answer, or a JSON list.
+        separator: Separates several answers in one cell, e.g. ";"; without it a cell is one answer, or a JSON list.
         config: A configuration on the hub.
         split: A split on the hub; None takes the usual one.
         revision: A branch, tag or commit on the hub.
 
     Raises:
         DataError: If it cannot be read, lacks columns, or a question is broken; the message names the place.
-        ConfigError: If the limit is below 1, or there is no such task.
-        MissingExtraError: If a set of the hub is wanted without the package ``datasets``.
+        ConfigError: If the limit is below 1, or the task is unknown.
+        MissingExtraError: If a set is on the hub and the package ``datasets`` is not installed.
     """
     if limit is not None and limit < 1:
         raise ConfigError(f"the limit must be at least 1 question, got {limit}; leave it out for all")
@@ -88,7 +88,7 @@ def load_questions(
 
 
 def read_column(source: str | os.PathLike[str], name: str, **options: Any) -> dict[str, Any]:
-    """The cells of one more column by question id, e.g. a person's judgement for
+    """Return the cells of one more column by question id, e.g. a person's judgement for
     ``selfdoubt.eval.judges.rules.Column``.
 
     Args:
@@ -97,7 +97,7 @@ def read_column(source: str | os.PathLike[str], name: str, **options: Any) -> di
         **options: As in ``load_questions``, but for the limit.
 
     Raises:
-        DataError: As ``load_questions``, and if there is no such column.
+        DataError: As ``load_questions``, and if it lacks the column.
     """
     drafts = _read(os.fspath(source), **options)
     if not any(name in row for _, row in drafts):

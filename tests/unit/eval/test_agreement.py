@@ -16,9 +16,9 @@ from selfdoubt.eval.scores.agreement import (
     SameWords,
     agreement_scores,
     build_equivalence,
+    choose_majority,
     cluster_answers,
     lexical_dissimilarity,
-    majority,
     self_consistency,
     semantic_entropy,
     semantic_entropy_weighted,
@@ -114,9 +114,9 @@ def test_lexical_dissimilarity_is_one_minus_the_mean_over_pairs():
 
 
 def test_the_majority_is_the_largest_cluster_and_the_first_of_equals():
-    assert majority(["Rome", "paris", "Oslo", "Paris"]) == 1
-    assert majority(["Rome", "Paris"]) == 0
-    assert majority(["x"]) == 0
+    assert choose_majority(["Rome", "paris", "Oslo", "Paris"]) == 1
+    assert choose_majority(["Rome", "Paris"]) == 0
+    assert choose_majority(["x"]) == 0
 
 
 def test_rules_have_names():
@@ -133,7 +133,7 @@ def test_rules_have_names():
 
 
 def test_what_cannot_be_scored_is_an_error_and_never_a_number():
-    for one in (lambda: self_consistency("x", []), lambda: semantic_entropy([]), lambda: majority([])):
+    for one in (lambda: self_consistency("x", []), lambda: semantic_entropy([]), lambda: choose_majority([])):
         with pytest.raises(ConfigError, match="at least 1 sample, got 0"):
             one()
     with pytest.raises(ConfigError, match="at least 2 samples, got 1"):

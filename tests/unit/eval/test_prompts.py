@@ -80,7 +80,7 @@ def test_an_answer_in_plain_text_is_its_first_line():
 
 
 def test_what_cannot_be_asked_is_one_line():
-    with pytest.raises(ConfigError, match="no style of prompts is called 'song'; choose one of chat, qa"):
+    with pytest.raises(ConfigError, match="no style of prompts is called 'song'; choose one of auto, chat, qa"):
         Prompting("song")
     with pytest.raises(ConfigError, match="question 1 has 0 choices"):
         build_prompt(FRANCE, how=Prompting(options=True))
