@@ -77,7 +77,7 @@ def build_application(
         from selfdoubt.serve.http.app import create_app
         from selfdoubt.serve.http.metrics import Metrics
 
-        memory.bound_process()
+        memory.bound_process_memory()
         engines = Replicas(ray_serve.get_deployment_handle(ENGINE_NAME, app_name=APP_NAME), limits, Metrics())
         engines.start()
         app = create_app(engines, settings)

@@ -45,7 +45,7 @@ T = TypeVar("T")
 #: Names of the application and of its deployments, in Ray.
 APP_NAME, ENGINE_NAME, FRONT_NAME = "selfdoubt", "engine", "front"
 #: Replicas that a request is given to, one after the other, if they die before its first token.
-MAX_ATTEMPTS = 4
+MAX_REPLICA_ATTEMPTS = 4
 
 
 class Replica:
@@ -207,7 +207,7 @@ class Replicas:
         future: Future[Any] = Future()
 
         def call_any() -> Any:
-            for _ in range(MAX_ATTEMPTS):
+            for _ in range(MAX_REPLICA_ATTEMPTS):
                 if future.cancelled():
                     return None
                 response = method.remote(argument)
@@ -254,7 +254,7 @@ class Replicas:
         """Carry one request to a replica, and its answers back."""
         error: BaseException | None = _died()
         try:
-            for _ in range(MAX_ATTEMPTS):
+            for _ in range(MAX_REPLICA_ATTEMPTS):
                 error = self._carry_to_one(handle)
                 if not isinstance(error, _NotStartedError):
                     break
