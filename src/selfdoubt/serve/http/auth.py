@@ -44,7 +44,7 @@ class RequestStats(Protocol):
 
 
 class AccessMiddleware:
-    """Checks keys, hosts and bodies; the application sees only what passes.
+    """A middleware that checks keys, hosts and bodies; the application sees only requests that pass.
 
     Args:
         app: The application.
