@@ -34,13 +34,13 @@ class FieldError(ValueError):
 
     Args:
         path: Where it stands.
-        wanted: What it must be.
-        found: A text that says what was found.
+        expected: A text that says what it must be.
+        actual: The value that is there, as a text.
     """
 
-    def __init__(self, path: str, wanted: str, found: str) -> None:
-        super().__init__(f"{path} must be {wanted}, found {found}")
-        self.path, self.wanted, self.found = path, wanted, found
+    def __init__(self, path: str, expected: str, actual: str) -> None:
+        super().__init__(f"{path} must be {expected}, found {actual}")
+        self.path, self.expected, self.actual = path, expected, actual
 
 
 def shown(value: Any) -> str:
@@ -50,8 +50,8 @@ def shown(value: Any) -> str:
     return _SHORT.repr(value)
 
 
-def _refuse(path: str, wanted: str, value: Any) -> FieldError:
-    return FieldError(path, wanted, shown(value))
+def _refuse(path: str, expected: str, value: Any) -> FieldError:
+    return FieldError(path, expected, shown(value))
 
 
 def number(
@@ -59,8 +59,8 @@ def number(
 ) -> FieldCheck:
     """Return a kind: a finite number (no bool) in ``[low, high]`` that is ``> above`` and ``< below``."""
     bounds = {"at least": low, "above": above, "at most": high, "below": below}
-    said = " and ".join(f"{word} {bound:g}" for word, bound in bounds.items() if math.isfinite(bound))
-    wanted = f"a finite number {said}".strip()
+    limits = " and ".join(f"{word} {bound:g}" for word, bound in bounds.items() if math.isfinite(bound))
+    expected = f"a finite number {limits}".strip()
 
     def check(value: Any, path: str) -> float:
         given: Any = math.nan
@@ -69,7 +69,7 @@ def number(
         elif isinstance(value, Real) and not isinstance(value, bool):
             given = float(value)
         if not (abs(given) <= 1e308 and low <= given <= high and above < given < below):
-            raise _refuse(path, wanted, value)
+            raise _refuse(path, expected, value)
         return float(given)
 
     return check
@@ -133,11 +133,11 @@ def anything(value: Any, path: str) -> Any:  # noqa: ARG001
 
 def choice(*options: Any) -> FieldCheck:
     """Return a kind: one of these values."""
-    wanted = " or ".join(repr(option) for option in options)
+    expected = " or ".join(repr(option) for option in options)
 
     def check(value: Any, path: str) -> Any:
         if not any(type(value) is type(option) and value == option for option in options):
-            raise _refuse(path, wanted, value)
+            raise _refuse(path, expected, value)
         return value
 
     return check
@@ -152,8 +152,8 @@ def optional(kind: FieldCheck) -> FieldCheck:
         try:
             return kind(value, path)
         except FieldError as error:
-            wanted = f"null or {error.wanted}" if error.path == path else error.wanted
-            raise FieldError(error.path, wanted, error.found) from None
+            expected = f"null or {error.expected}" if error.path == path else error.expected
+            raise FieldError(error.path, expected, error.actual) from None
 
     return check
 
@@ -168,7 +168,7 @@ def either(first: FieldCheck, second: FieldCheck) -> FieldCheck:
             try:
                 return second(value, path)
             except FieldError as other:
-                raise FieldError(path, f"{one.wanted}, or {other.wanted}", one.found) from None
+                raise FieldError(path, f"{one.expected}, or {other.expected}", one.actual) from None
 
     return check
 
@@ -187,11 +187,11 @@ def listing(kind: FieldCheck, least: int = 0, most: int | None = None) -> FieldC
 
 def ascending(value: Any, path: str) -> tuple[float, ...]:
     """Check for a list of finite numbers that is not empty, each at least as large as the one before."""
-    found: tuple[float, ...] = listing(number(), 1)(value, path)
-    for i in range(1, len(found)):
-        if found[i] < found[i - 1]:
-            raise FieldError(f"{path}[{i}]", f"at least {found[i - 1]}, as numbers ascend", str(found[i]))
-    return found
+    numbers: tuple[float, ...] = listing(number(), 1)(value, path)
+    for i in range(1, len(numbers)):
+        if numbers[i] < numbers[i - 1]:
+            raise FieldError(f"{path}[{i}]", f"at least {numbers[i - 1]}, as numbers ascend", str(numbers[i]))
+    return numbers
 
 
 def table(kind: FieldCheck) -> FieldCheck:
@@ -243,9 +243,9 @@ def check_settings(settings: Any, kinds: Mapping[str, FieldCheck]) -> None:
         try:
             kind(getattr(settings, key), key)
         except FieldError as error:
-            wanted = error.wanted.replace("null", "None").replace("true or false", "True or False")
+            expected = error.expected.replace("null", "None").replace("true or false", "True or False")
             raise ConfigError(
-                f"{error.path} must be {wanted}, got {error.found}; try {key}={defaults[key]!r}"
+                f"{error.path} must be {expected}, got {error.actual}; try {key}={defaults[key]!r}"
             ) from None
 
 
@@ -257,32 +257,32 @@ def read_object(path: Path) -> dict[str, Any]:
             holds a number that is NaN or infinite.
     """
     try:
-        found = json.loads(
+        content = json.loads(
             path.read_text(encoding="utf-8"), object_pairs_hook=_distinct, parse_constant=_finite, parse_float=_finite
         )
-        if not isinstance(found, dict):
-            raise _refuse("it", "a table", found)
+        if not isinstance(content, dict):
+            raise _refuse("it", "a table", content)
     except RecursionError:
         raise broken_file(path, "it is nested too deeply") from None
     except (OSError, ValueError) as error:
         raise broken_file(path, error) from None
-    return found
+    return content
 
 
 def broken_file(path: Path, why: Exception | str, repair: str = REPAIR) -> LoadError:
     """Return the error for a file that cannot be used, in one line."""
-    own = isinstance(why, (str, FieldError))
-    words = " ".join((str(why) if own else f"{type(why).__name__}: {why}").split())[:400]
+    is_ours = isinstance(why, (str, FieldError))
+    words = " ".join((str(why) if is_ours else f"{type(why).__name__}: {why}").split())[:400]
     return LoadError(f"{path} is broken: {words}; {repair}")
 
 
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    entries: dict[str, Any] = {}
     for key, value in pairs:
-        if key in found:
+        if key in entries:
             raise FieldError(shown(key), "there once", "it twice")
-        found[key] = value
-    return found
+        entries[key] = value
+    return entries
 
 
 def _finite(token: str) -> float:

@@ -1,4 +1,4 @@
-"""What several members say of one output: the prediction, its spread, and where the spread comes from."""
+"""The forecast of several members for one output: the prediction, its spread, and the sources of the spread."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ def mix(logits: Float[Tensor, "members *batch classes"]) -> Float[Tensor, "*batc
     The free constant is set to the mean of the members' log-normalisers, so the result is on the members' own scale.
 
     Raises:
-        ShapeError: If there is no member axis.
+        ShapeError: If the member axis is missing.
     """
     _check(logits)
     if logits.shape[0] == 1:
@@ -54,7 +54,7 @@ def mixture(logits: Float[Tensor, "members *batch classes"]) -> Float[Tensor, "*
     member comes back unchanged.
 
     Raises:
-        ShapeError: If there is no member axis.
+        ShapeError: If the member axis is missing.
     """
     _check(logits)
     if logits.shape[0] == 1:
@@ -91,7 +91,7 @@ def epistemic(logits: Float[Tensor, "members *batch classes"]) -> Float[Tensor, 
         logits: Unnormalised scores, one slice per member.
 
     Raises:
-        ShapeError: If there is no member axis.
+        ShapeError: If the member axis is missing.
         NonFiniteError: If a logit is NaN or infinite.
 
     Example:
@@ -102,14 +102,14 @@ def epistemic(logits: Float[Tensor, "members *batch classes"]) -> Float[Tensor, 
 
 
 def token_scores(logits: Float[Tensor, "members *batch classes"], chosen: Int[Tensor, "*batch"]) -> TokenScores:
-    """All token scores in one pass over the classes.
+    """Return all token scores in one pass over the classes.
 
     Args:
         logits: Unnormalised scores, one slice per member.
         chosen: Index of the class that was taken.
 
     Raises:
-        ShapeError: If there is no member axis.
+        ShapeError: If the member axis is missing.
         NonFiniteError: If a logit is NaN or infinite.
     """
     return _scores(logits, chosen)[0]
@@ -130,21 +130,21 @@ def scores_among(
         logits: Unnormalised scores, one slice per member.
         chosen: Index of the class that was taken.
         others: Indices of classes, all different; the chosen one may be among them.
-        mixed: What ``mixture`` makes of the logits.
+        mixed: The ``mixture`` of the logits.
 
     Raises:
-        ShapeError: If there is no member axis.
+        ShapeError: If the member axis is missing.
         NonFiniteError: If a logit is NaN or infinite.
     """
     scores, logp = _scores(logits, chosen)
     mean = logp[0] if logits.shape[0] == 1 else mixed
-    own = mean.gather(-1, chosen.unsqueeze(-1)).double().clamp_max(0)
+    chosen_logp = mean.gather(-1, chosen.unsqueeze(-1)).double().clamp_max(0)
     rest = mean.gather(-1, others).double().clamp_max(0)
     apart = (others != chosen.unsqueeze(-1)).all(-1, keepdim=True)
     # Rounding of the normaliser may bring the whole a little above 1: what is named is scaled to fit.
-    whole = rest.exp().sum(-1, keepdim=True) + own.exp() * apart
-    excess = (whole.log() + 4e-15).clamp_min(0)  # the margin is for whoever adds up in another order
-    return scores._replace(logprob=(own - excess).squeeze(-1)), rest - excess
+    whole = rest.exp().sum(-1, keepdim=True) + chosen_logp.exp() * apart
+    excess = (whole.log() + 4e-15).clamp_min(0)  # the margin is for sums in another order
+    return scores._replace(logprob=(chosen_logp - excess).squeeze(-1)), rest - excess
 
 
 def percentile(value: float, reference: Sequence[float], *, linear: bool = False) -> float:
@@ -228,7 +228,7 @@ def _entropies_of(logp: Tensor, probs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def wide_dtype(x: Tensor) -> torch.dtype:
-    """The dtype in which sums over ``x`` run: float32, or float64 where ``x`` has it."""
+    """Return the dtype in which sums over ``x`` run: float32, or float64 where ``x`` has it."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 

@@ -22,11 +22,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from selfdoubt import kernels, targets
+from selfdoubt import compat, kernels, targets
 from selfdoubt.errors import ConfigError, WrapError
 from selfdoubt.fields import MEMBERS, SCALE, SHARED, FieldCheck, check_settings, choice, flag, number, whole
 from selfdoubt.members import wrap
-from selfdoubt.rows import Call, Replacement
+from selfdoubt.rows import ForwardContext, Replacement
 from selfdoubt.targets import Leaf
 
 
@@ -146,7 +146,7 @@ class Wrapper:
                 )
         return leaves
 
-    def make_leaf(self, leaf: Leaf, index: int, call: Call) -> nn.Module:
+    def make_leaf(self, leaf: Leaf, index: int, call: ForwardContext) -> nn.Module:
         """A leaf behind noise."""
         return NoisyLeaf(leaf, index, call, self)
 
@@ -172,9 +172,9 @@ class NoisyLeaf(Replacement):
 
     parameter: Tensor
 
-    def __init__(self, leaf: Leaf, index: int, call: Call, spec: Wrapper) -> None:
+    def __init__(self, leaf: Leaf, index: int, call: ForwardContext, spec: Wrapper) -> None:
         super().__init__(leaf.module, call)
-        base = targets.base_layer(leaf.module)
+        base = compat.get_base_layer(leaf.module)
         self.distribution = spec.distribution
         self.key = int(_mix(torch.tensor(spec.seed * 1_000_003 + index)))
         self.looks_up = isinstance(base, nn.Embedding)

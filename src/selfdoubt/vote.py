@@ -20,7 +20,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from selfdoubt import kernels, targets
+from selfdoubt import compat, kernels, targets
 from selfdoubt.errors import ConfigError, WrapError
 from selfdoubt.fields import (
     MEMBERS,
@@ -36,7 +36,7 @@ from selfdoubt.fields import (
     whole,
 )
 from selfdoubt.members import wrap
-from selfdoubt.rows import Call, Replacement
+from selfdoubt.rows import ForwardContext, Replacement
 from selfdoubt.targets import Leaf
 
 
@@ -110,15 +110,15 @@ class Wrapper:
         leaves = targets.outermost(targets.find(model, self.param_filter))
         for leaf in leaves:
             kernels.check_rows(model, leaf)
-            base = targets.base_layer(leaf.module)
-            if kernels.is_quantized(base) and (self.rank is None or not self.finetune):
+            base = compat.get_base_layer(leaf.module)
+            if compat.is_quantized(base) and (self.rank is None or not self.finetune):
                 raise WrapError(
                     f"{leaf.name} holds packed {type(base).__name__} weights, which cannot take a full deviation; "
                     f"use low-rank ones: vote.Wrapper(n_voters={self.n_voters}, rank=16, ...)"
                 )
         return leaves
 
-    def make_leaf(self, leaf: Leaf, index: int, call: Call) -> nn.Module:
+    def make_leaf(self, leaf: Leaf, index: int, call: ForwardContext) -> nn.Module:
         """A leaf with one deviation per voter beside it."""
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + index)
         return VotingLeaf(leaf, call, self, generator)
@@ -143,10 +143,10 @@ class EagerWrapper(Wrapper):
 class VotingLeaf(Replacement):
     """A leaf and one deviation of its matched parameters per voter."""
 
-    def __init__(self, leaf: Leaf, call: Call, spec: Wrapper, generator: torch.Generator) -> None:
+    def __init__(self, leaf: Leaf, call: ForwardContext, spec: Wrapper, generator: torch.Generator) -> None:
         super().__init__(leaf.module, call)
         self.alpha = spec.alpha
-        self.kernel = kernels.kernel_of(targets.base_layer(leaf.module))
+        self.kernel = kernels.kernel_of(compat.get_base_layer(leaf.module))
         self.deviations = nn.ParameterDict(_initial(leaf, spec, generator))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -160,7 +160,7 @@ class VotingLeaf(Replacement):
         if self.kernel is None:
             return kernels.loop(self.leaf, self.deviations, self.alpha, args, kwargs)
         y = self.leaf(*args, **kwargs)
-        delta = self.kernel(targets.base_layer(self.leaf), self._as_deviation(x), self.deviations)
+        delta = self.kernel(compat.get_base_layer(self.leaf), self._as_deviation(x), self.deviations)
         return torch.add(y, delta.to(y.dtype), alpha=self.alpha)
 
     def _as_deviation(self, x: Tensor) -> Tensor:
@@ -171,7 +171,7 @@ class VotingLeaf(Replacement):
 
 def _initial(leaf: Leaf, spec: Wrapper, generator: torch.Generator) -> dict[str, nn.Parameter]:
     """Initial deviations of a leaf's matched parameters."""
-    base = targets.base_layer(leaf.module)
+    base = compat.get_base_layer(leaf.module)
     kernel = kernels.kernel_of(base)
     if kernel is None:
         # The loop puts changed parameters into the whole leaf, under their full names; a ParameterDict takes no dots.
@@ -211,7 +211,7 @@ def _normal(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
 
 
 def _float_dtype(base: nn.Module, parameter: Tensor) -> torch.dtype:
-    if parameter.is_floating_point() and not kernels.is_quantized(base):
+    if parameter.is_floating_point() and not compat.is_quantized(base):
         return parameter.dtype
     return getattr(base, "compute_dtype", None) or torch.get_default_dtype()
 
@@ -219,7 +219,7 @@ def _float_dtype(base: nn.Module, parameter: Tensor) -> torch.dtype:
 def _weight_std(base: nn.Module, parameter: Tensor) -> float:
     """Standard deviation of the leaf's weight: the yardstick of ``weight_noise`` for all its parameters."""
     weight = getattr(base, "weight", parameter)
-    if kernels.is_quantized(base):
+    if compat.is_quantized(base):
         # Packed weights cannot be read without their library, but for x ~ N(0, 1) the mean of (W x)^2 is the
         # sum of squares of a row of W.
         x = torch.randn((256, kernels.fans(base)[0]), generator=torch.Generator().manual_seed(0))

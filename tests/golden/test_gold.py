@@ -78,6 +78,7 @@ def test_numbers_may_differ_in_their_last_digits_alone() -> None:
 
 def test_the_last_digits_count_where_asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
     monkeypatch.setattr(gold, "FILES", tmp_path)
+    monkeypatch.delenv(gold.EXACT, raising=False)
     gold.write("a", {"x": 0.1})
     gold.check("a", {"x": 0.1 + 1e-13})
     monkeypatch.setenv(gold.EXACT, "1")

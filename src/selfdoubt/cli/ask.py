@@ -71,10 +71,10 @@ def ask(
     if until_percentile is not None:
         confident = True
         for question in questions:
-            attempts = lm.generate_until(question, until_percentile, max_tries=max_tries, **options)
-            output.whole(question, attempts.answer)
-            output.verdict(attempts.tries, until_percentile, confident=attempts.confident)
-            confident &= attempts.confident
+            result = lm.generate_until(question, until_percentile, max_tries=max_tries, **options)
+            output.whole(question, result.answer)
+            output.verdict(result.attempts, until_percentile, confident=result.confident)
+            confident &= result.confident
         return 0 if confident else 1
     can_abstain = lm.calibration is not None and lm.calibration.threshold is not None
     for question in questions:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -144,13 +143,9 @@ def whole_texts(*texts: str | None) -> None:
 
 def quiet() -> None:
     """Only errors of the libraries reach the terminal, and no progress bars."""
-    transformers = require("transformers", "lm")
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    require("huggingface_hub", "lm").utils.logging.set_verbosity_error()
-    logging.getLogger("bitsandbytes").setLevel(
-        logging.ERROR
-    )  # peft imports it, and it warns of kernels that it can do without
+    from selfdoubt.compat import silence_libraries
+
+    silence_libraries()
 
 
 def parse_wrapper(text: str) -> Any:

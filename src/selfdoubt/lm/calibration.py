@@ -1,4 +1,4 @@
-"""p_correct: the calibrated probability that an answer is right, and the threshold below which it is withheld.
+"""p_correct: the calibrated probability that an answer is right, and the threshold below which the model abstains.
 
 Learnt by ``selfdoubt calibrate``, stored in an adapter's ``selfdoubt.json``, applied here with nothing but torch.
 """
@@ -9,31 +9,19 @@ import math
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, NamedTuple, TypeVar, get_args
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from selfdoubt.errors import LoadError, NonFiniteError
-from selfdoubt.fields import (
-    FieldError,
-    anything,
-    ascending,
-    choice,
-    listing,
-    nonempty,
-    number,
-    optional,
-    record,
-    table,
-    whole,
-)
-from selfdoubt.lm.conditions import CONDITIONS_ENTRY, Conditions, Origin
-from selfdoubt.lm.hidden_states import POSITIONS, AnswerStates, Position, StateKey
+from selfdoubt.fields import FieldError, ascending
+from selfdoubt.lm.calibration_entry import CALIBRATION_ENTRY, SHARE, HeadKind
+from selfdoubt.lm.conditions import Conditions, Origin
+from selfdoubt.lm.hidden_states import AnswerStates, Position, StateKey
 from selfdoubt.lm.scores import ANSWER_SCORES
 
-HeadKind = Literal["isotonic", "logistic"]
 #: A float, or an array of them.
 Numbers = TypeVar("Numbers")
 #: Added to a score before its logarithm, in nats (or shares): doubts far below it all count as none. Of 1e-6 to 1e-2,
@@ -41,7 +29,7 @@ Numbers = TypeVar("Numbers")
 #: smallest values are noise.
 FLOOR = 1e-2
 #: How far above the highest seen score, as a share of the seen range, a score may lie; and how many times as far from
-#: the mean as the farthest seen hidden state, a state. Beyond there is no number.
+#: the mean as the farthest seen hidden state, a state. Beyond, an answer gets no number.
 SCORE_SLACK, STATE_SLACK = 0.1, 1.5
 #: Greatest gap to the model's own most probable answer, in nats, at which an answer has a number: half as probable.
 #: (Pocket, texts given or drawn at temperature 1: up to there the number keeps its word, beyond it is too low, and of
@@ -57,7 +45,7 @@ class ConfidenceEstimate(NamedTuple):
     """The confidence of a calibration in one answer."""
 
     p_correct: float | None = None  #: in [0, 1]
-    note: str | None = None  #: one line: why there is no number, or a caveat
+    note: str | None = None  #: one line: why the number is missing, or a caveat
     abstain: bool | None = None  #: None without a threshold
 
 
@@ -90,13 +78,13 @@ class StateHead:
                 f"the calibration reads hidden states of width {len(self.weights)}, and this model's are "
                 f"{len(hidden)} wide; run `selfdoubt calibrate` with this model"
             )
-        found = float(hidden.double() @ torch.tensor(self.weights, dtype=torch.float64))
-        if not math.isfinite(found):
+        value = float(hidden.double() @ torch.tensor(self.weights, dtype=torch.float64))
+        if not math.isfinite(value):
             raise NonFiniteError(f"the hidden state of layer {self.layer} is not finite: p_correct needs numbers")
-        return min(found, self.most)
+        return min(value, self.most)
 
     def is_far(self, hidden: Float[Tensor, " width"]) -> bool:
-        """Return whether a state lies far outside of those of the calibration answers."""
+        """Return True if a state lies far outside of those of the calibration answers."""
         if not self.center:
             return False
         center, spread = (torch.tensor(v, dtype=torch.float64) for v in (self.center, self.spread))
@@ -115,7 +103,7 @@ class Calibration:
     ``isotonic``: p is linear between ``knots`` (score, p), and constant outside them.
 
     Scores grow with doubt. Below the seen range an answer counts as the surest that was seen; above it, where nothing
-    was seen that doubtful, there is no number.
+    was seen that doubtful, an answer gets no number.
     """
 
     kind: HeadKind
@@ -126,7 +114,7 @@ class Calibration:
     ranges: tuple[tuple[float, float], ...] = ()  #: of each feature among the calibration answers
     knots: tuple[tuple[float, float], ...] = ()
     state: StateHead | None = None
-    threshold: float | None = None  #: least p_correct of an answer that is given; None: nothing is withheld
+    threshold: float | None = None  #: least p_correct of an answered question; None: the model never abstains
     promise: Mapping[str, Any] | None = None  #: target_accuracy, confidence, coverage, answers: what holds above it
     about: Mapping[str, Any] = field(default_factory=dict)  #: how it was learnt, for people
     conditions: Conditions | None = None  #: how its answers were made; None in files made earlier
@@ -157,9 +145,9 @@ class Calibration:
             NonFiniteError: If a score or the state is not a finite number.
             LoadError: If the state has another width than this was learnt for.
         """
-        own = self.conditions
-        note = misfit if misfit or own is None else own.refuse_answer(origin, finish, len(gaps))
-        by_gap = origin.made != "choice" and (own is None or own.made == "greedy")
+        conditions = self.conditions
+        note = misfit if misfit or conditions is None else conditions.refuse_answer(origin, finish, len(gaps))
+        by_gap = origin.made != "choice" and (conditions is None or conditions.made == "greedy")
         gap = math.fsum((*gaps, origin.end_gap)) if by_gap else 0.0
         if note is None and gap > GAP_LIMIT:
             note = NOT_OWN
@@ -167,7 +155,7 @@ class Calibration:
         if p is None:
             return ConfidenceEstimate(None, note or self._why_not(scores, states), self.abstains(None))
         p *= math.exp(-gap)
-        return ConfidenceEstimate(p, NO_RECORD if own is None else None, self.abstains(p))
+        return ConfidenceEstimate(p, NO_RECORD if conditions is None else None, self.abstains(p))
 
     def _why_not(self, scores: Mapping[str, float], states: AnswerStates | None) -> str:
         """Return why ``p_correct`` is None."""
@@ -235,7 +223,8 @@ class Calibration:
             share: Of the hidden state, see ``StateHead.value``; 0 without one.
         """
         value: Any = self.bias
-        for weight, linear, score, log in zip(self.weights, self.linear, scores, logs, strict=True):
+        features: Any = zip(self.weights, self.linear, scores, logs, strict=True)
+        for weight, linear, score, log in features:
             value = value + (weight * log + linear * score)
         logit: Numbers = value + share
         return logit
@@ -250,11 +239,11 @@ class Calibration:
         return None if self.conditions is None else self.conditions.refuse_model(model)
 
     def abstains(self, p_correct: float | None) -> bool | None:
-        """Whether an answer with this probability is withheld; None without a threshold."""
+        """Return True if the model abstains from an answer with this probability; None without a threshold."""
         return None if self.threshold is None else p_correct is None or p_correct < self.threshold
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data for ``selfdoubt.json``."""
+        """Return plain data for ``selfdoubt.json``."""
         state = None
         if self.state is not None:  # what is not limited is left out: JSON has no infinity
             state = {k: v for k, v in asdict(self.state).items() if v not in (math.inf, ())}
@@ -262,53 +251,22 @@ class Calibration:
 
     @classmethod
     def from_json(cls, entry: Mapping[str, Any]) -> Calibration:
-        """The calibration that ``to_json`` described.
+        """Return the calibration that ``to_json`` described.
 
         Raises:
             LoadError: If an entry is missing, unknown or of a wrong kind.
         """
         try:
-            own = _ENTRY(entry, "calibration")
-            if own["state"] is not None:
-                own["state"] = StateHead(**own["state"])
-            if own.get("conditions") is not None:
-                own["conditions"] = Conditions(**own["conditions"])
-            found = cls(**own)
-            _check_fits(found)
+            fields = CALIBRATION_ENTRY(entry, "calibration")
+            if fields["state"] is not None:
+                fields["state"] = StateHead(**fields["state"])
+            if fields.get("conditions") is not None:
+                fields["conditions"] = Conditions(**fields["conditions"])
+            calibration = cls(**fields)
+            _check_fits(calibration)
         except FieldError as error:
             raise LoadError(f"the calibration cannot be read ({error}); {AGAIN}") from None
-        return found
-
-
-_weight = number(-1e15, 1e15)  # their sums stay finite
-_size = number(0, 1e15)
-_share = number(0, 1)
-_pair = listing(_weight, 2, 2)
-#: Entries of a stored calibration; those that came later than others are in the second table.
-_ENTRY = record(
-    {
-        "kind": choice(*get_args(HeadKind)),
-        "features": listing(nonempty, 1),
-        "weights": listing(_weight),
-        "linear": listing(_weight),
-        "bias": _weight,
-        "ranges": listing(_pair),
-        "knots": listing(_pair),
-        "state": optional(record(
-            {"layer": whole(), "position": choice(*POSITIONS), "weights": listing(_weight, 1)},
-            {"most": _weight, "center": listing(_weight), "spread": listing(_size), "reach": _size},
-        )),
-        "threshold": optional(_share),
-        "promise": optional(record(
-            {},
-            dict.fromkeys(("threshold", "target_accuracy", "confidence", "coverage", "bound"), _share)
-            | dict.fromkeys(("answers", "answered", "right"), whole()),
-            open_ended=True,
-        )),
-        "about": table(anything),
-    },
-    {"conditions": optional(CONDITIONS_ENTRY)},
-)  # fmt: skip
+        return calibration
 
 
 def _check_fits(head: Calibration) -> None:
@@ -319,7 +277,7 @@ def _check_fits(head: Calibration) -> None:
         lengths, n = {"features": n}, 1
         ascending([x for x, _ in head.knots], "calibration.knots")
         for i, (_, p) in enumerate(head.knots):
-            _share(p, f"calibration.knots[{i}][1]")
+            SHARE(p, f"calibration.knots[{i}][1]")
         if head.state is not None:
             raise FieldError("calibration.state", "null in an isotonic head", "one")
     if head.state is not None:
@@ -335,7 +293,7 @@ def _check_fits(head: Calibration) -> None:
 
 
 def read_calibration(manifest: Mapping[str, Any]) -> Calibration | None:
-    """The calibration in an adapter's manifest, if it has one.
+    """Return the calibration in an adapter's manifest, if it has one.
 
     Raises:
         LoadError: If it is broken.
@@ -345,7 +303,7 @@ def read_calibration(manifest: Mapping[str, Any]) -> Calibration | None:
 
 
 def transform_score(score: float) -> float:
-    """A score on a logarithmic scale, where sums over few and many tokens compare."""
+    """Return a score on a logarithmic scale, where sums over few and many tokens compare."""
     return math.log(max(score, 0.0) + FLOOR)
 
 

@@ -28,7 +28,7 @@ class TokenEvent(NamedTuple):
     token: ScoredId | None
     finish: EndReason | None
     states: Float[Tensor, "layers width"] | None = None  #: hidden states in which this was chosen
-    end: ScoredId | None = None  #: the stop token that ended it: no part of the answer
+    end: ScoredId | None = None  #: the stop token that ended it: not part of the answer
 
 
 @dataclass(eq=False)
@@ -56,13 +56,13 @@ class TokenSequence:
         self.room = min(self.room, self.sampling.max_tokens)
 
     def draw(self) -> Float[Tensor, ""]:
-        """A number in [0, 1) for the next token: the same one until that token is taken."""
+        """Return a number in [0, 1) for the next token: the same one until that token is taken."""
         if self._draw is None:
             self._draw = torch.rand((), generator=self._generator, dtype=torch.float64)
         return self._draw
 
     def take(self, token: ScoredId, states: Float[Tensor, "layers width"] | None) -> TokenEvent:
-        """What happens when this token is the next."""
+        """Take a token as the next; return the event of it."""
         self._draw = None
         few = token._replace(alternatives=token.alternatives[: self.sampling.alternatives])
         if token.id in self.sampling.stop_ids:
@@ -90,7 +90,7 @@ class DecodeBatch:
         self._ended: set[int] = set()
 
     def choose(self) -> list[TokenEvent]:
-        """The next token of every sequence, or its end.
+        """Choose the next token of every sequence, or its end.
 
         Raises:
             NonFiniteError: If a logit is not finite; nothing is chosen then. See ``find_non_finite``.
@@ -109,7 +109,7 @@ class DecodeBatch:
         return events
 
     def step(self, gone: Set[int] = frozenset()) -> None:
-        """Go on with the sequences that have not ended, less those that nobody wants more of."""
+        """Go on with the sequences that have not ended, less those in ``gone``."""
         kept = self._leave(self._ended | gone)
         if self.sequences:
             assert self._chosen is not None
@@ -122,7 +122,7 @@ class DecodeBatch:
             self._next = self._next.of(kept)
 
     def _leave(self, gone: Set[int]) -> list[int] | None:
-        """Free the rows of these sequences; the places of those that stay, None where all do."""
+        """Free the rows of these sequences; return the places of those that stay, None where all do."""
         kept = [row for row, sequence in enumerate(self.sequences) if sequence.name not in gone]
         if len(kept) == len(self.sequences):
             return None
@@ -138,11 +138,11 @@ class DecodeBatch:
             WrapError: If the model's cache cannot be joined.
         """
         self._stepper.join(other._stepper)
-        self._next = self._next.beside(other._next)
+        self._next = self._next.join(other._next)
         self.sequences += other.sequences
 
     def find_non_finite(self) -> set[int]:
-        """The sequences whose next logits are NaN or infinite."""
+        """Return the names of the sequences whose next logits are NaN or infinite."""
         fine = self._next.logits.isfinite().all(-1).all(0).tolist()
         return {sequence.name for sequence, is_fine in zip(self.sequences, fine, strict=True) if not is_fine}
 
@@ -163,7 +163,7 @@ def decode(
         lengths: Tokens in each prompt.
         sampling: How tokens are chosen.
         seeds: One for each sequence.
-        closed: Sequences that whoever reads the events wants no more of; looked at after each token.
+        closed: Names of sequences to end early; looked at after each token.
     """
     room = [(stepper.context or 2**62) - length for length in lengths]
     sequences = [TokenSequence(i, sampling, seed, room[i]) for i, seed in enumerate(seeds)]

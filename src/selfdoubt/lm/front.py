@@ -29,7 +29,7 @@ class LMFront:
     architecture: str  #: the model as ``print`` shows it
     vocabulary: int  #: token ids that the model reads
     stop_ids: frozenset[int]  #: token ids that end an answer
-    context: int | None = None  #: most tokens of prompt and answer together; None where there is no limit
+    context: int | None = None  #: most tokens of prompt and answer together; None without a limit
     name: str | None = None  #: a folder, or a name on the hub; None where the model's config has none
     revision: str | None = None  #: of the model on the hub
     reference: Mapping[str, Sequence[float]] = field(default_factory=dict)  #: ascending quantiles of scores, by name
@@ -60,7 +60,7 @@ class LMFront:
         """Return the front of a model: what the model itself says, and what comes with it.
 
         Raises:
-            ConfigError: If there is no such risk.
+            ConfigError: If the risk is unknown.
         """
         return cls(
             tokenizer,

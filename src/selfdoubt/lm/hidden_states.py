@@ -1,4 +1,4 @@
-"""Hidden states of some decoder layers: overheard while a model runs, and averaged over chosen places."""
+"""Hidden states of some decoder layers: captured while a model runs, and averaged over chosen places."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class AnswerStates(NamedTuple):
 
 
 def decoder_layers(base: nn.Module) -> nn.ModuleList:
-    """The stack of a Hugging Face decoder: its longest list of modules of one class.
+    """Return the stack of a Hugging Face decoder: its longest list of modules of one class.
 
     Raises:
         ConfigError: If it has none.
@@ -78,10 +78,10 @@ def decoder_layers(base: nn.Module) -> nn.ModuleList:
 
 
 def decoder_layer(base: nn.Module, layer: int) -> nn.Module:
-    """One layer of the stack; 0 is the first.
+    """Return one layer of the stack; 0 is the first.
 
     Raises:
-        ConfigError: If there is no such layer.
+        ConfigError: If the model lacks this layer.
     """
     stack = decoder_layers(base)
     if not 0 <= layer < len(stack):
@@ -91,18 +91,18 @@ def decoder_layer(base: nn.Module, layer: int) -> nn.Module:
 
 @contextmanager
 def capture_outputs(layers: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
-    """What each of these modules puts out while the block runs, in the order of ``layers``."""
-    heard: list[Any] = [None] * len(layers)
+    """Capture the outputs of these modules while the block runs, in the order of ``layers``."""
+    captured: list[Any] = [None] * len(layers)
 
     def hook(place: int) -> Any:
         def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
-            heard[place] = output[0] if isinstance(output, tuple) else output
+            captured[place] = output[0] if isinstance(output, tuple) else output
 
         return keep
 
     handles = [layer.register_forward_hook(hook(place)) for place, layer in enumerate(layers)]
     try:
-        yield heard
+        yield captured
     finally:
         for handle in handles:
             handle.remove()

@@ -1,4 +1,4 @@
-"""What a caller may hand over as questions: a text, a chat, or a list, an array or a column of them."""
+"""Questions as callers give them: a text, a chat, or a list, an array or a column of them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ PromptLike = str | Sequence[Mapping[str, str]]
 
 
 def is_chat(item: Any) -> bool:
-    """Return whether this is one chat: a list of messages."""
+    """Return True for one chat: a list of messages."""
     return isinstance(item, Sequence) and not isinstance(item, str) and bool(item) and isinstance(item[0], Mapping)
 
 
@@ -46,15 +46,15 @@ def list_pairs(pairs: Any) -> list[tuple[PromptLike | None, str]]:
     """
     if isinstance(pairs, (str, bytes, Mapping, AnySet)) or not isinstance(pairs, Iterable):
         raise PromptError(f"wanted a list of pairs, each a question (or None) and a text, got {_shown(pairs)}")
-    found: list[tuple[PromptLike | None, str]] = []
+    checked: list[tuple[PromptLike | None, str]] = []
     for number, pair in enumerate(pairs, 1):
         if not isinstance(pair, (tuple, list)) or len(pair) != 2:
             raise PromptError(f"pair {number}: wanted a question (or None) and a text, got {_shown(pair)}")
         question, text = pair
         if not isinstance(text, str):
             raise PromptError(f"pair {number}: the text to score must be a text, got {_shown(text)}")
-        found.append((None if question is None else check_question(question, f"pair {number}: "), text))
-    return found
+        checked.append((None if question is None else check_question(question, f"pair {number}: "), text))
+    return checked
 
 
 def check_question(item: Any, place: str = "") -> PromptLike:

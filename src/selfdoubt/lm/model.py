@@ -67,7 +67,7 @@ class RiskAwareLM:
             note: One line on what this model's risk lacks, e.g. that its members are untrained.
 
         Raises:
-            ConfigError: If there is no such risk.
+            ConfigError: If the risk is unknown.
         """
         self.model = model
         self._front = LMFront.read(
@@ -318,7 +318,7 @@ class RiskAwareLM:
         max_tries: int = defaults.MAX_ATTEMPTS,
         **options: Unpack[Options],
     ) -> Attempts:
-        """Answer again, with the seeds ``seed``, ``seed + 1``, ..., until the answer is among the surest.
+        """Answer again, with the seeds ``seed``, ``seed + 1``, ..., until an answer is confident.
 
         Args:
             prompt: A question or messages.

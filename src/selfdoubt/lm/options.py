@@ -1,4 +1,4 @@
-"""How to answer: what a caller may say, and what the token loop makes of it."""
+"""Options of an answer: as callers give them, and as the token loop takes them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from selfdoubt.lm.sampling import Sampling
 
 
 class Options(TypedDict, total=False):
-    """How to answer. Everything may be left out, and None is the same as left out."""
+    """Options of an answer. All may be left out, and None is the same as left out."""
 
     max_tokens: int  #: most tokens of an answer; 256
     temperature: float  #: 0, the default, takes the most probable token each time
@@ -51,7 +51,7 @@ def read_options(options: Mapping[str, Any], *further: str) -> Options:
 
     Args:
         options: A caller's keyword arguments.
-        *further: Names that the caller's function takes beside them: they are not options, but may be what was meant.
+        *further: Names that the caller's function takes as well: they are not options, but may be meant.
 
     Raises:
         ConfigError: If an option is unknown (the message names the nearest), or of a wrong type.
@@ -59,22 +59,22 @@ def read_options(options: Mapping[str, Any], *further: str) -> Options:
     known = Options.__annotations__
     for name in options:
         if name not in known:
-            raise ConfigError(f"there is no option {name!r}; {_nearest(name, [*known, *further])}")
-    found: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
+            raise ConfigError(f"no option is called {name!r}; {_nearest(name, [*known, *further])}")
+    given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
     for name in SAMPLING:
-        if name in found:
-            found[name] = read_number(name, found[name], whole=name == "max_tokens")
-    if "seed" in found:
-        found["seed"] = read_seed("seed", found["seed"])
-    if "stop" in found:
-        found["stop"] = _stops(found["stop"])
-    if not isinstance(found.get("raw", False), bool):
-        raise ConfigError(f"raw must be True or False, got {found['raw']!r}")
-    return cast("Options", found)
+        if name in given:
+            given[name] = read_number(name, given[name], whole=name == "max_tokens")
+    if "seed" in given:
+        given["seed"] = read_seed("seed", given["seed"])
+    if "stop" in given:
+        given["stop"] = _stops(given["stop"])
+    if not isinstance(given.get("raw", False), bool):
+        raise ConfigError(f"raw must be True or False, got {given['raw']!r}")
+    return cast("Options", given)
 
 
 def read_sampling(options: Options, stop_ids: Collection[int]) -> Sampling:
-    """How tokens are chosen.
+    """Return the options that say how tokens are chosen, as the token loop takes them.
 
     Args:
         options: A caller's, as ``read_options`` returns them.
@@ -89,15 +89,15 @@ def read_sampling(options: Options, stop_ids: Collection[int]) -> Sampling:
 
 
 def stop_texts(options: Options) -> tuple[str, ...]:
-    """The texts among the stops.
+    """Return the texts among the stops.
 
     Raises:
         ConfigError: If one is empty.
     """
-    found = tuple(item for item in options.get("stop", ()) if isinstance(item, str))
-    if "" in found:
+    texts = tuple(item for item in options.get("stop", ()) if isinstance(item, str))
+    if "" in texts:
         raise ConfigError("a stop text must not be empty: every answer would end at once")
-    return found
+    return texts
 
 
 def read_number(name: str, value: Any, *, whole: bool) -> int | float:
@@ -120,12 +120,12 @@ def read_seed(name: str, value: Any) -> int:
     """Return a seed as Python's own int.
 
     Raises:
-        ConfigError: If it is no whole number, or has more than 64 bits: no generator takes it.
+        ConfigError: If it is not a whole number, or has more than 64 bits: no generator takes it.
     """
-    found = int(read_number(name, value, whole=True))
-    if not -(2**63) <= found < 2**64:
-        raise ConfigError(f"{name} must be at least -2**63 and below 2**64, got one of {found.bit_length()} bits")
-    return found
+    seed = int(read_number(name, value, whole=True))
+    if not -(2**63) <= seed < 2**64:
+        raise ConfigError(f"{name} must be at least -2**63 and below 2**64, got one of {seed.bit_length()} bits")
+    return seed
 
 
 def _nearest(name: str, known: Sequence[str]) -> str:
@@ -141,9 +141,9 @@ def _stops(stops: Any) -> list[str | int]:
         raise ConfigError(f"stop is a list of texts or token ids, got the text {stops!r}; write [{stops!r}]")
     if isinstance(stops, (bytes, Mapping)) or not isinstance(stops, Iterable):
         raise ConfigError(f"stop must be a list of texts or token ids, got {stops!r}")
-    found: list[str | int] = []
+    items: list[str | int] = []
     for item in stops:
         if isinstance(item, bool) or not isinstance(item, (str, Integral)):
             raise ConfigError(f"stop must be a list of texts or token ids, and one of it is {item!r}")
-        found.append(item if isinstance(item, str) else int(item))
-    return found
+        items.append(item if isinstance(item, str) else int(item))
+    return items

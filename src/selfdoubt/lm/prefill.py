@@ -1,4 +1,4 @@
-"""Token ids that are there already: a prompt or a text is read, and each token scored. No text, no model library."""
+"""Prefill and teacher forcing: a prompt or a text is read, and each of its tokens scored. No text, no model library."""
 
 from __future__ import annotations
 
@@ -74,12 +74,12 @@ def prefill_in_chunks(
 def prefill(
     stepper: Stepper, prompts: Sequence[Sequence[int]], alternatives: int = 0, pool: HiddenStatePooler | None = None
 ) -> tuple[list[list[ScoredId | None]], StepOutput]:
-    """``prefill_in_chunks``, in one go."""
+    """Run ``prefill_in_chunks`` in one go."""
     return run_to_end(prefill_in_chunks(stepper, prompts, alternatives, pool))
 
 
 def run_to_end(pieces: Generator[None, None, T]) -> T:
-    """What a generator that works piece by piece returns in the end."""
+    """Run a generator that works piece by piece to its end, and return its result."""
     while True:
         try:
             next(pieces)
@@ -114,7 +114,7 @@ def teacher_force_in_chunks(
     last = sorted(ends)
     width = max(len(t) for t in texts) + bool(last)
     ids = torch.tensor([list(t) + [0] * (width - len(t)) for t in texts]).to(next_logits.logits.device)
-    found = score_ids(next_logits.at(None), ids[:, :1], alternatives, risk.mixture(next_logits.logits)[:, None])
+    scored = score_ids(next_logits.at(None), ids[:, :1], alternatives, risk.mixture(next_logits.logits)[:, None])
     # Without ends the last token predicts nothing that is asked for.
     for first, piece in stepper.extend(texts if last else [t[:-1] for t in texts]) if width > 1 else ():
         if pool is not None and piece.states is not None:
@@ -125,11 +125,11 @@ def teacher_force_in_chunks(
         for row, text in enumerate(texts) if last else ():
             if 0 <= (place := len(text) - 1 - first) < columns:
                 chosen[row, place] = last[int(mixed[row, place, last].argmax())]
-        for tokens, more in zip(found, score_ids(piece, chosen, alternatives, mixed), strict=True):
+        for tokens, more in zip(scored, score_ids(piece, chosen, alternatives, mixed), strict=True):
             tokens += more
         if first + columns < width - 1:
             yield
-    return [tokens[: len(text) + bool(last)] for tokens, text in zip(found, texts, strict=True)]
+    return [tokens[: len(text) + bool(last)] for tokens, text in zip(scored, texts, strict=True)]
 
 
 def score_ids(
@@ -138,13 +138,13 @@ def score_ids(
     alternatives: int,
     mixed: Float[Tensor, "batch t classes"] | None = None,
 ) -> list[list[ScoredId]]:
-    """Scores of chosen tokens, moved to the host in one go.
+    """Return the scores of chosen tokens, moved to the host in one go.
 
     Args:
         next_logits: Of the places where they were chosen.
         chosen: The ids that were taken.
         alternatives: How many of the most probable tokens come with each token.
-        mixed: What ``risk.mixture`` makes of the logits, where it is at hand.
+        mixed: The ``risk.mixture`` of the logits, where it is at hand.
     """
     others: list[Tensor] = []
     if alternatives:

@@ -52,7 +52,7 @@ class Score:
         """Return the score of a name.
 
         Raises:
-            ConfigError: If there is no such score; the message lists all.
+            ConfigError: If the name is unknown; the message lists all.
         """
         if name not in ANSWER_SCORES:
             raise _unknown(name)
@@ -104,7 +104,7 @@ def check_score(name: str) -> None:
     """Check that a score has this name.
 
     Raises:
-        ConfigError: If there is no such score.
+        ConfigError: If the name is unknown.
     """
     if name not in ANSWER_SCORES and name not in RANK_SCORES:
         raise _unknown(name)
@@ -114,7 +114,7 @@ def check_signal(name: str) -> None:
     """Check that a signal has this name.
 
     Raises:
-        ConfigError: If there is no such signal.
+        ConfigError: If the name is unknown.
     """
     if name not in get_args(Signal):
         raise ConfigError(f"no token signal is called {name!r}; choose one of {', '.join(get_args(Signal))}")
@@ -134,7 +134,7 @@ def pick_risk(scores: Mapping[str, float], name: str) -> tuple[float, str]:
     """Return the risk of this name and its name; without a question (or an answer), the same score of the other part.
 
     Raises:
-        ConfigError: If there is no such score, or neither an answer nor a question.
+        ConfigError: If the name is unknown, or there is neither an answer nor a question.
     """
     for candidate in _fallbacks(name):
         if candidate in scores:

@@ -20,7 +20,7 @@ class Attempts:
     """The outcome of answering until confident: the first confident answer, or else the least risky."""
 
     answer: Answer
-    tries: int
+    attempts: int
     confident: bool
 
 

@@ -148,7 +148,7 @@ def test_lora_on_embeddings_is_exact_and_answers(tmp_path, family, targets, wrap
     assert torch.equal(logits(again), logits(model))
     bare = load_lora(fresh(family), tmp_path)
     assert torch.equal(plain_peft(tmp_path, family)(input_ids=IDS).logits, logits(bare))
-    assert RiskAwareLM(again, tokenizer()).vocabulary == causal(family).get_input_embeddings().num_embeddings
+    assert RiskAwareLM(again, tokenizer()).front.vocabulary == causal(family).get_input_embeddings().num_embeddings
 
 
 def test_lora_of_plain_peft_on_an_embedding_is_read(tmp_path):
@@ -157,7 +157,7 @@ def test_lora_of_plain_peft_on_an_embedding_is_read(tmp_path):
     theirs.save_pretrained(tmp_path, save_embedding_layers=False)
     assert torch.equal(logits(load_adapter(fresh(), tmp_path)), logits(theirs))
     voters = load_adapter(fresh(), tmp_path, vote.Wrapper(n_voters=2, rank=2, param_filter="embed_tokens"))
-    assert RiskAwareLM(voters, tokenizer()).vocabulary == 61
+    assert RiskAwareLM(voters, tokenizer()).front.vocabulary == 61
 
 
 def test_what_plain_peft_writes_is_read(tmp_path):

@@ -187,9 +187,9 @@ def test_candidates_come_least_risky_first():
 def test_answering_again_until_confident():
     lm = talking(risk="mean_nll", reference={"mean_nll": [0.0, 1000.0]})
     surely = lm.generate_until(QUESTIONS[0], 0.5, max_tokens=4)
-    assert (surely.tries, surely.confident) == (1, True)
+    assert (surely.attempts, surely.confident) == (1, True)
     never = lm.generate_until(QUESTIONS[0], 0.1, max_tries=3, max_tokens=4)
-    assert (never.tries, never.confident) == (3, False)
+    assert (never.attempts, never.confident) == (3, False)
     tried = [lm.generate(QUESTIONS[0], max_tokens=4, temperature=1.0, seed=s).risk for s in range(3)]
     assert never.answer.risk == pytest.approx(min(tried), rel=1e-4)
     assert never.answer.percentile == 0.5

@@ -48,7 +48,7 @@ DOORS = {
     ],
 )
 def test_an_unknown_option_is_an_error_at_every_door(lm, door, name, nearest):
-    with pytest.raises(ConfigError, match=re.escape(f"there is no option {name!r}; {nearest}")):
+    with pytest.raises(ConfigError, match=re.escape(f"no option is called {name!r}; {nearest}")):
         DOORS[door](lm, **{name: 1})
 
 

@@ -98,7 +98,7 @@ class AdapterFolder:
 
         Raises:
             LoadError: If a file of plain PEFT is missing or broken.
-            ConfigError: If there is no name.
+            ConfigError: If none is named.
         """
         if base is not None:
             return base, revision

@@ -43,8 +43,8 @@ class Detokenizer:
 
     def add(self, token: int) -> str:
         """Take a token, and return the text that is certain now; empty while a character or a run is incomplete."""
-        late, own = self.push(token)
-        return "".join(late) + own
+        late, text = self.push(token)
+        return "".join(late) + text
 
     def push(self, token: int) -> tuple[list[str], str]:
         """Take a token; return what is certain now of as many tokens right before it, and of itself."""
@@ -68,10 +68,10 @@ class Detokenizer:
         text = self._decode(self._ids)
         self.pending = text.endswith(_REPLACEMENT) and len(text) > len(self._emitted)
         certain = text[: len(text) - self.pending]
-        own = certain[len(self._emitted) :]
-        self._emitted = certain if own else self._emitted
+        piece_text = certain[len(self._emitted) :]
+        self._emitted = certain if piece_text else self._emitted
         self._forget()
-        return late, own
+        return late, piece_text
 
     def flush(self) -> str:
         """Return what is left at the end: the pending text as it is decoded when nothing follows."""
@@ -130,20 +130,20 @@ def texts_in_pieces(tokenizer: Any, ids: Sequence[int], before: Sequence[int] = 
         A text per id.
     """
     pieces = Detokenizer(tokenizer, before)
-    found: list[str] = []
+    texts: list[str] = []
     for token in ids:
-        late, own = pieces.push(token)
-        _add_last(found, late)
-        found.append(own)
-        if not len(found) % TEXTS:
+        late, text = pieces.push(token)
+        _add_last(texts, late)
+        texts.append(text)
+        if not len(texts) % TEXTS:
             yield
-    _add_last(found, pieces.rest())
-    return found
+    _add_last(texts, pieces.rest())
+    return texts
 
 
-def _add_last(found: list[str], late: list[str]) -> None:
-    for place, text in enumerate(late, len(found) - len(late)):
-        found[place] += text
+def _add_last(texts: list[str], late: list[str]) -> None:
+    for place, text in enumerate(late, len(texts) - len(late)):
+        texts[place] += text
 
 
 def text_between(tokenizer: Any, token: int) -> str:

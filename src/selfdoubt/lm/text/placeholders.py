@@ -31,7 +31,7 @@ class Standing:
     """
 
     def __init__(self, messages: ChatText, places: Sequence[Ints], pool: Codes) -> None:
-        counts = [len(own) for own in places]
+        counts = [len(hidden) for hidden in places]
         ends = np.cumsum(counts).tolist()
         self.places = places
         self.message = np.repeat(np.arange(len(counts)), counts)
@@ -39,10 +39,10 @@ class Standing:
         self._stand_ins = pool[: ends[-1]]
         self._true = np.zeros(ends[-1], dtype="<u4")
         self.contents: list[str] = []
-        for message, own, count, end in zip(messages, places, counts, ends, strict=True):
+        for message, hidden, count, end in zip(messages, places, counts, ends, strict=True):
             codes = codes_of(message["content"]).copy()
-            self._true[end - count : end] = codes[own]
-            codes[own] = self._stand_ins[end - count : end]
+            self._true[end - count : end] = codes[hidden]
+            codes[hidden] = self._stand_ins[end - count : end]
             self.contents.append(codes.tobytes().decode("utf-32-le"))
 
     def neighbours(self, number: int) -> tuple[int, int | None]:
@@ -104,8 +104,8 @@ def limit_places(hidden: Sequence[Ints], pool: int) -> Sequence[Ints]:
         return hidden
     half = most // (2 * len(hidden))
     if not half:
-        raise PromptError(f"the chat has {len(hidden)} messages, and only {most // 2} can be told apart; shorten it")
-    return [own if len(own) <= 2 * half else np.concatenate([own[:half], own[-half:]]) for own in hidden]
+        raise PromptError(f"the chat has {len(hidden)} messages, and only {most // 2} can be distinguished; shorten it")
+    return [p if len(p) <= 2 * half else np.concatenate([p[:half], p[-half:]]) for p in hidden]
 
 
 def codes_of(text: str) -> Codes:
@@ -116,13 +116,13 @@ def codes_of(text: str) -> Codes:
 @lru_cache(maxsize=16)
 def find_literals(source: str) -> tuple[str, ...]:
     """Return the texts in quotes in a template: what it may look for in a content."""
-    found = set()
+    literals = set()
     for match in (string for block in _BLOCK.findall(source) for string in _STRING.finditer(block)):
         try:
-            found.add(str(ast.literal_eval(match[0])))
+            literals.add(str(ast.literal_eval(match[0])))
         except (SyntaxError, ValueError):  # such as one over several lines
-            found.add(match[0][1:-1])
-    return tuple(found - {""})
+            literals.add(match[0][1:-1])
+    return tuple(literals - {""})
 
 
 def _places(part: str, text: str) -> Iterator[int]:
