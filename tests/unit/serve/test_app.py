@@ -15,7 +15,7 @@ from pydantic import BaseModel
 
 from selfdoubt.members import innermost
 from selfdoubt.serve.engine.limits import Limits
-from selfdoubt.serve.openai import responses
+from selfdoubt.serve.openai import params, responses
 from tests import zoo
 
 CHAT = "/v1/chat/completions"
@@ -501,6 +501,20 @@ def test_who_hangs_up_while_the_question_is_read_leaves_no_job(tiny, monkeypatch
     assert len(jobs) == 1
     assert jobs[0].cancelled
     assert sent[0]["status"] == 499  # nobody reads it
+
+
+def test_token_ids_are_decoded_in_a_thread_of_the_encoders(tiny, monkeypatch):
+    """The event loop goes on meanwhile: others' tokens do not wait for a long prompt."""
+    threads, decode_ids = [], params.decode_ids
+
+    def noted(*args):
+        threads.append(threading.current_thread().name)
+        return decode_ids(*args)
+
+    monkeypatch.setattr(params, "decode_ids", noted)
+    ok(tiny, TEXT, prompt=[[5, 6], [7]], max_tokens=1)
+    assert len(threads) == 2
+    assert all(name.startswith("encode-") for name in threads)
 
 
 def test_health_and_readiness_follow_the_engine(serve, talker):

@@ -238,6 +238,8 @@ def test_the_size_of_a_chat_counts_its_messages():
     assert measure_prompt("abc") == 3
     assert measure_prompt(None) == measure_prompt(Prompt([1], [True])) == 0
     assert measure_prompt([user("a")] * 200) > SHORT_TEXT
+    assert 0 < measure_prompt([5] * 100) < measure_prompt([5] * 10_000)
+    assert measure_prompt([5] * 10_000) > SHORT_TEXT
 
 
 def test_a_score_whose_time_is_over_ends(serve, talker):
