@@ -1,4 +1,4 @@
-"""How long one heavy request keeps others waiting: gaps in a running stream, and the latency of one-token chats.
+"""Delays of others by one heavy request: gaps in a running stream, and the latency of one-token chats.
 
 A server process has one stream running and gets a one-token chat every second; then a long prompt, or a long text to
 score, comes in. Measured are the pauses between the stream's tokens and the chats' latencies while the heavy request
@@ -29,12 +29,12 @@ from benchmarks import results
 WORDS = "The quick brown fox jumps over the lazy dog near the old river bank while seven small birds sing. "
 
 
-def text_of(folder: Path, tokens: int) -> str:
-    """English text of about so many tokens."""
+def make_text(folder: Path, tokens: int) -> str:
+    """Return English text of about ``tokens`` tokens."""
     from tokenizers import Tokenizer
 
-    words = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    each = len(words.encode(WORDS * 10, add_special_tokens=False).ids) / 10
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    each = len(tokenizer.encode(WORDS * 10, add_special_tokens=False).ids) / 10
     return WORDS * int(tokens / each)
 
 
@@ -94,7 +94,7 @@ async def measure(url: str, heavy: str, text: str, seconds: float) -> results.Ro
 
 
 def table(record: dict[str, Any]) -> str:
-    """The rows in Markdown."""
+    """Return the rows in Markdown."""
     head = ["tree: heavy request", "it took, s", "gaps before, ms: p50", "gaps meanwhile, ms: p50 / p99 / longest",
             "one-token chats, s: median / longest"]  # fmt: skip
     rows = [
@@ -128,7 +128,7 @@ def main() -> None:
     try:
         assert process.stdout is not None
         url = next(part for part in process.stdout.readline().split() if part.startswith("http")).removesuffix("/v1")
-        text = text_of(given.folder, given.tokens)
+        text = make_text(given.folder, given.tokens)
         for heavy in given.heavy:
             rows.append({"label": given.label, **asyncio.run(measure(url, heavy, text, given.seconds))})
             print(json.dumps(rows[-1]), flush=True)

@@ -11,21 +11,21 @@ import torch
 
 
 def now() -> int:
-    """Bytes in use: on a GPU by tensors, on a CPU by the process."""
+    """Return the bytes in use: on a GPU by tensors, on a CPU by the process."""
     if torch.cuda.is_available():
         return torch.cuda.memory_allocated()
     return _status("VmRSS")
 
 
 def peak() -> int:
-    """Most bytes in use since ``forget_peak``."""
+    """Return the most bytes in use since ``forget_peak``."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return _status("VmHWM")  # as ru_maxrss, which cannot be set back
 
 
 def forget_peak() -> None:
-    """Give back what loading has freed, and forget how much it took at most: steps count from here."""
+    """Return freed memory to the system, and forget the peak of loading: steps count from here."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
@@ -35,6 +35,6 @@ def forget_peak() -> None:
 
 
 def _status(name: str) -> int:
-    found = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert found, f"/proc/self/status has no {name}"
-    return int(found[1]) * 1024
+    match = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert match, f"/proc/self/status has no {name}"
+    return int(match[1]) * 1024

@@ -1,8 +1,8 @@
-"""What a server gives to many at once: tokens a second, the time to the first, the time between two, and memory.
+"""Speed of a server for many clients: tokens per second, time to the first, time between two, and memory.
 
 Same machine, same model (the pocket, or a shape with random weights), same questions, no end of answer before
-``--tokens``; each server is a process of its own and they take turns, one level of clients after the other. Ours tells
-a risk with every token; `transformers serve` tells none.
+``--tokens``; each server is a process of its own and they take turns, one level of clients after the other. Ours sends
+a risk with every token; `transformers serve` sends none.
 
     python -m benchmarks.serve [--models pocket 135m] [--clients 1 8 32 128] [--seconds 60] [--tokens 64]
 """
@@ -31,8 +31,8 @@ import httpx
 from benchmarks import results
 
 ARMS = {
-    "ours": "`selfdoubt serve`, 3 voters, a risk a token",
-    "ours-plain": "`selfdoubt serve --wrapper none`, a risk a token",
+    "ours": "`selfdoubt serve`, 3 voters, a risk per token",
+    "ours-plain": "`selfdoubt serve --wrapper none`, a risk per token",
     "alone": "`selfdoubt serve --batch 1`, 3 voters: one at a time",
     "transformers": "`transformers serve`, no risk",
     "transformers-cb": "`transformers serve --continuous-batching`, no risk",
@@ -40,19 +40,19 @@ ARMS = {
 BIN = Path(sys.executable).parent
 
 
-def folder_of(model: str, folder: Path) -> Path:
-    """The model as a folder without an end-of-text token, so that every answer is as long as it may be."""
+def build_folder(model: str, folder: Path) -> Path:
+    """Write the model to a folder without an end-of-text token, so that every answer is as long as it may be."""
     from transformers import AutoTokenizer
 
     from benchmarks import decode
     from selfdoubt import pocket
 
-    words = AutoTokenizer.from_pretrained(pocket.folder())
+    tokenizer = AutoTokenizer.from_pretrained(pocket.folder())
     network = decode.build(model).float()
-    network.resize_token_embeddings(len(words), mean_resizing=False)  # a token without letters is no event
+    network.resize_token_embeddings(len(tokenizer), mean_resizing=False)  # a token without letters is no event
     network.generation_config.eos_token_id = network.config.eos_token_id = None
     network.save_pretrained(folder)
-    words.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     settings = folder / "tokenizer_config.json"
     settings.write_text(json.dumps(json.loads(settings.read_text()) | {"eos_token": None}))
     return folder
@@ -74,7 +74,7 @@ def command(arm: str, folder: Path, port: int) -> list[str]:
 
 @contextlib.contextmanager
 def server(arm: str, folder: Path) -> Iterator[tuple[str, int]]:
-    """A running server: its URL and its process id."""
+    """Run a server; yields its URL and its process id."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -101,14 +101,14 @@ def server(arm: str, folder: Path) -> Iterator[tuple[str, int]]:
 
 
 def resident(pid: int) -> float:
-    """Megabytes of a process and its children in memory."""
+    """Return the megabytes of a process and its children in memory."""
     pids = [pid, *map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())]
     pages = sum(int(Path(f"/proc/{p}/statm").read_text().split()[1]) for p in pids)
     return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
 async def load(url: str, model: str, clients: int, seconds: float, tokens: int) -> dict[str, Any]:
-    """So many clients ask, one question after the other; what is measured is what they see."""
+    """Let clients ask one question after the other, and return the times that they see."""
     first: list[float] = []
     between: list[float] = []
     count = errors = 0
@@ -158,7 +158,7 @@ async def load(url: str, model: str, clients: int, seconds: float, tokens: int) 
 def measure(model: str, arms: list[str], clients: list[int], seconds: float, tokens: int) -> list[results.Row]:
     rows = []
     with tempfile.TemporaryDirectory() as place, contextlib.ExitStack() as stack:
-        folder = folder_of(model, Path(place))
+        folder = build_folder(model, Path(place))
         # All wait in memory while one works: they take turns, so that a slow minute of the machine meets all of them.
         running = {arm: stack.enter_context(server(arm, folder)) for arm in arms}
         named = {arm: "m" if arm.startswith(("ours", "alone")) else str(folder) for arm in arms}
@@ -167,9 +167,9 @@ def measure(model: str, arms: list[str], clients: list[int], seconds: float, tok
         for n in clients:
             for arm, (url, pid) in running.items():
                 before = resident(pid)
-                found = asyncio.run(load(url, named[arm], n, seconds, tokens))
+                times = asyncio.run(load(url, named[arm], n, seconds, tokens))
                 rows.append(
-                    {"model": model, "arm": arm, "clients": n, **found, "mb_before": before, "mb_after": resident(pid)}
+                    {"model": model, "arm": arm, "clients": n, **times, "mb_before": before, "mb_after": resident(pid)}
                 )
                 print(rows[-1], flush=True)
     for row in rows:
@@ -179,7 +179,7 @@ def measure(model: str, arms: list[str], clients: list[int], seconds: float, tok
 
 
 def table(record: dict[str, Any]) -> str:
-    def line(row: results.Row) -> list[str]:
+    def cells(row: results.Row) -> list[str]:
         between = " / ".join(f"{1000 * row[f'between_{p}']:.0f}" for p in ("p50", "p95", "p99"))
         return [
             f"{row['model']}, {row['clients']}: {ARMS[row['arm']]}", f"{row['tokens_per_s']:.0f}",
@@ -192,11 +192,11 @@ def table(record: dict[str, Any]) -> str:
             "between two, ms: p50 / p95 / p99", "memory, MB", "refused"]  # fmt: skip
     settings = record["settings"]
     note = (
-        f"{record['device']}; float32, greedy, {settings['tokens']} tokens an answer, {settings['seconds']:g} s a row; "
+        f"{record['device']}; float32, greedy, {settings['tokens']} tokens per answer, {settings['seconds']:g} s each; "
         f"commit {record['commit']}, torch {record['versions']['torch']}, "
         f"transformers {record['versions']['transformers']}."
     )
-    return results.markdown(head, [line(row) for row in record["rows"]]) + "\n\n" + note
+    return results.markdown(head, [cells(row) for row in record["rows"]]) + "\n\n" + note
 
 
 def main() -> None:

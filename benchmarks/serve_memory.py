@@ -1,4 +1,4 @@
-"""What a server keeps in memory while requests of every kind and size come and go.
+"""Memory of a server while requests of every kind and size come and go.
 
 One server process per arm, on the loopback address. A few clients send the same seeded requests to each: chats and
 streams with up to four answers, completions of several prompts, scores of several texts, and bodies of up to a megabyte
@@ -29,12 +29,12 @@ import httpx
 from benchmarks import results
 
 ARMS = {"bounded": "`selfdoubt serve`", "unbounded": "the same without its bounds"}
-#: What starts each arm.
+#: Arguments that start each arm.
 START = {
     "bounded": ["-m", "selfdoubt"],
     "unbounded": ["-c", (
-        "from selfdoubt.serve import memory; from selfdoubt.cli import main; "
-        "memory.bound_process = lambda: None; memory.limit_shapes = lambda lm: None; main()"
+        "from selfdoubt.serve.engine import memory; from selfdoubt.cli import main; "
+        "memory.bound_process_memory = lambda: None; memory.limit_shapes = lambda lm: None; main()"
     )],
 }  # fmt: skip
 SAMPLE_SECONDS = 10.0
@@ -99,10 +99,10 @@ def server(arm: str, environment: dict[str, str], *options: str) -> Iterator[tup
     assert process.stdout is not None
     try:
         line = process.stdout.readline()
-        found = re.search(r"http://\S+(?=/v1)", line)
-        if found is None:
+        url = re.search(r"http://\S+(?=/v1)", line)
+        if url is None:
             raise SystemExit(f"the server did not start: {line}")
-        yield found[0], process.pid
+        yield url[0], process.pid
     finally:
         process.send_signal(signal.SIGTERM)
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -158,8 +158,8 @@ async def load(url: str, pid: int, arm: str, requests: int, clients: int, second
             status[reply.status_code] = status.get(reply.status_code, 0) + 1
             if reply.status_code >= 500:
                 print(path, text[:200], flush=True)
-            found = re.search(r'"completion_tokens": ?(\d+)', text)
-            tokens += int(found[1]) if found else text.count("data: {")
+            match = re.search(r'"completion_tokens": ?(\d+)', text)
+            tokens += int(match[1]) if match else text.count("data: {")
             done += 1
 
     watching = asyncio.create_task(watch())
@@ -167,7 +167,7 @@ async def load(url: str, pid: int, arm: str, requests: int, clients: int, second
         await asyncio.gather(*(client(session) for _ in range(clients)))
     watching.cancel()
     sample()
-    await asyncio.sleep(5)  # what a server gives back when nobody asks
+    await asyncio.sleep(5)  # an idle server returns free memory
     sample()
     for row in rows:
         row["status"] = None

@@ -34,12 +34,12 @@ from fastapi import FastAPI
 from selfdoubt.lm.model import RiskAwareLM
 from selfdoubt.serve.chat import mount
 from selfdoubt.serve.engine.engine import Engine
-from selfdoubt.serve.http.process import bind, run, url_of
+from selfdoubt.serve.http.process import bind_socket, format_url, run_server
 
 lm = RiskAwareLM.load("pocket", dtype="float32")  # the same answers on every machine
 lm.model.register_forward_pre_hook(lambda *_: time.sleep(0.03))
 engine, jobs, app = Engine(lm), [], FastAPI()
-ask = engine.ask
+ask = engine.generate
 
 def remembered(messages, **options):
     stops = lm.stop_ids
@@ -51,13 +51,14 @@ def remembered(messages, **options):
         lm.stop_ids = stops
     return jobs[-1]
 
-engine.ask = remembered
+engine.generate = remembered
 app.get("/jobs")(lambda: [{"cancelled": j.cancelled, "ended": j.ended} for j in jobs])
 app.get("/calls")(lambda: calls)
 mount(app, engine)
 engine.start()
-place = bind("127.0.0.1", 0, keys=False)
-run(app, place, engine, drain=5, started=lambda: print(f"{url_of(place)}/", flush=True))
+listener = bind_socket("127.0.0.1", 0, keys=False)
+url = format_url(listener)
+run_server(app, listener, engine, drain=5, started=lambda: print(f"{url}/", flush=True))
 """
 
 

@@ -146,7 +146,7 @@ def test_answers_of_another_system_are_scored_line_by_line(tmp_path):
     file.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     done = run("score", str(file), "--out", str(out), "--question-column", "q", "--answer-column", "a")
     assert done.returncode == 1
-    assert "1 answers have no score" in done.stderr
+    assert "1 answer has no score" in done.stderr
     rows = [json.loads(line) for line in out.read_text(encoding="utf-8").strip().split("\n")]
     assert [row["q"] for row in rows] == [line["q"] for line in lines]
     assert rows[0]["system"] == "other"

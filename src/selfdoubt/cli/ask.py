@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Annotated, Any
 
 from selfdoubt.cli import flags
-from selfdoubt.cli.output import printer
+from selfdoubt.cli.output import ShowAbstained, build_printer
 from selfdoubt.errors import ConfigError, require
 from selfdoubt.lm import defaults
 
@@ -60,8 +60,9 @@ def ask(
     options: dict[str, Any] = {"max_tokens": max_tokens, "top_p": top_p, "seed": seed, "raw": raw}
     if temperature is not None:
         options["temperature"] = temperature
-    several = candidates is not None or until_percentile is not None  # who asks for several answers gets to see them
-    output = printer(as_json=as_json, unsure="as any" if several else "told" if show_withheld else "hidden")
+    several = candidates is not None or until_percentile is not None  # several answers are for looking at
+    abstained: ShowAbstained = "always" if several else "with notice" if show_withheld else "never"
+    output = build_printer(as_json=as_json, abstained=abstained)
     if candidates is not None:
         for question in questions:
             for i, answer in enumerate(lm.candidates(question, candidates, **options)):
@@ -70,14 +71,14 @@ def ask(
     if until_percentile is not None:
         confident = True
         for question in questions:
-            tried = lm.generate_until(question, until_percentile, max_tries=max_tries, **options)
-            output.whole(question, tried.answer)
-            output.verdict(tried.attempts, until_percentile, confident=tried.confident)
-            confident &= tried.confident
+            result = lm.generate_until(question, until_percentile, max_tries=max_tries, **options)
+            output.whole(question, result.answer)
+            output.verdict(result.attempts, until_percentile, confident=result.confident)
+            confident &= result.confident
         return 0 if confident else 1
-    withholds = lm.calibration is not None and lm.calibration.threshold is not None
+    can_abstain = lm.calibration is not None and lm.calibration.threshold is not None
     for question in questions:
-        if withholds and not show_withheld:  # an answer that may be withheld cannot be shown while it grows
+        if can_abstain and not show_withheld:  # an answer that may be hidden cannot be shown while it grows
             output.whole(question, lm.generate(question, **options))
             continue
         stream = lm.stream(question, **options)

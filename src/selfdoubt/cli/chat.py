@@ -28,7 +28,7 @@ def chat(
     host: Annotated[str, typer.Option(help="An address of this machine that no other can reach.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="0 takes a free one.")] = 7860,
     max_tokens: Annotated[
-        int, typer.Option(help="Most tokens of an answer, until the page says otherwise.")
+        int, typer.Option(help="Most tokens of an answer, until the page sets another number.")
     ] = defaults.MAX_TOKENS,
     no_open: Annotated[bool, typer.Option("--no-open", help="Do not open a browser.")] = False,
 ) -> int:
@@ -37,10 +37,12 @@ def chat(
         raise ConfigError(f"--max-tokens must be at least 1, got {max_tokens}")
     for module in ("fastapi", "uvicorn"):
         require(module, "serve")
-    from selfdoubt.serve.http.process import bind, run, url_of
+    from selfdoubt.serve.http.process import bind_socket, format_url, run_server
 
     advice = "use 127.0.0.1, or `selfdoubt serve --ui --api-key KEY` to serve others"
-    place = bind(host, port, keys=False, advice=advice)  # a taken port is said before a large model loads
+    listener = bind_socket(
+        host, port, keys=False, advice=advice
+    )  # a port in use is reported before a large model loads
     require("gradio", "serve")
     from fastapi import FastAPI
 
@@ -48,25 +50,25 @@ def chat(
 
     lm = flags.load_lm(model, adapter, wrapper, dtype, quantize, risk, trust_remote_code)
     from selfdoubt.serve.engine.engine import Engine
-    from selfdoubt.serve.engine.threads import share
+    from selfdoubt.serve.engine.threads import limit_threads
 
-    share(lm)
+    limit_threads(lm)
     engine = Engine(lm)
     app = mount(FastAPI(openapi_url=None), engine, max_tokens=max_tokens)
     engine.start()
-    url = f"{url_of(place)}/"
+    url = f"{format_url(listener)}/"
 
-    def begun() -> None:
+    def announce() -> None:
         print(f"Chat at {url}  (Ctrl-C ends it)", flush=True)
         if not no_open and _has_display():
             import webbrowser
 
             threading.Thread(target=webbrowser.open, args=(url,), daemon=True).start()
 
-    run(app, place, engine, drain=5, started=begun)
+    run_server(app, listener, engine, drain=5, started=announce)
     return 0
 
 
 def _has_display() -> bool:
-    """Whether there is a screen to open a browser on."""
+    """Return whether there is a screen to open a browser on."""
     return sys.platform in ("darwin", "win32") or bool(os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from selfdoubt.cli.output import as_line
+from selfdoubt.cli.output import to_json_line
 from selfdoubt.errors import require
 
 if TYPE_CHECKING:
@@ -25,5 +25,5 @@ def compare(
     from selfdoubt.report.compare import compare_runs
 
     comparison = compare_runs(a, b, draws=draws)
-    print(as_line(comparison.to_json()) if as_json else "\n".join(comparison.lines()))
+    print(to_json_line(comparison.to_json()) if as_json else "\n".join(comparison.lines()))
     return 0

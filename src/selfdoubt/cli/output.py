@@ -1,4 +1,4 @@
-"""What a command prints: lines for people, or one JSON object a line for programs."""
+"""Output of commands: lines for people, or one JSON object per line for programs."""
 
 from __future__ import annotations
 
@@ -11,117 +11,120 @@ if TYPE_CHECKING:
     from selfdoubt.lm.answer import Answer, Token
 
 
-#: What becomes of an answer that the model is not sure of: it is hidden, told after saying so, or told like any other.
-Unsure = Literal["hidden", "told", "as any"]
+#: An answer from which the model abstains is hidden, shown after a line that says so, or shown like any other.
+ShowAbstained = Literal["never", "with notice", "always"]
 
 
-def printer(*, as_json: bool, unsure: Unsure = "hidden") -> Lines | JsonLines:
-    """The printer for people or for programs."""
-    return JsonLines(unsure) if as_json else Lines(unsure)
+def build_printer(*, as_json: bool, abstained: ShowAbstained = "never") -> TextPrinter | JsonPrinter:
+    """Return the printer for people or for programs."""
+    return JsonPrinter(abstained) if as_json else TextPrinter(abstained)
 
 
-class Lines:
+class TextPrinter:
     """Output for people."""
 
-    def __init__(self, unsure: Unsure) -> None:
+    def __init__(self, abstained: ShowAbstained) -> None:
         from selfdoubt.cli.terminal import Screen
 
-        self.unsure = unsure
+        self.abstained = abstained
         self.screen = Screen()
-        self.screen.legend()
+        self.screen.print_legend()
         self.seen: list[tuple[str, Answer]] = []
-        self.asked = ""
+        self.question = ""
 
     def begin(self, question: str, tokens: list[Token]) -> None:
-        """A question, before its answer."""
-        self.asked = question
+        """Print a question, before its answer."""
+        self.question = question
         self.screen.console.print()
-        self.screen.question(question, tokens)
+        self.screen.print_question(question, tokens)
 
     def token(self, token: Token) -> None:
-        """One token of the answer."""
-        self.screen.token(token)
+        """Print one token of the answer."""
+        self.screen.print_token(token)
 
     def end(self, answer: Answer) -> None:
-        """The answer is complete."""
-        self.screen.answer(answer)
-        self.seen.append((self.asked, answer))
+        """Print the end of an answer."""
+        self.screen.print_answer(answer)
+        self.seen.append((self.question, answer))
 
     def whole(self, question: str | None, answer: Answer) -> None:
-        """A question and its finished answer, or that the model is not sure."""
+        """Print a question and its finished answer, or that the model is not sure."""
         if question is None:
             self.screen.console.print()
         else:
             self.begin(question, list(answer.question))
-        withheld = answer.abstained and self.unsure != "as any"
-        if withheld:
-            self.screen.unsure(answer, told=self.unsure == "told")
-        if withheld and self.unsure == "hidden":
-            self.seen.append((self.asked, answer))
+        is_abstained = answer.abstained and self.abstained != "always"
+        if is_abstained:
+            self.screen.print_abstention(answer, text_follows=self.abstained == "with notice")
+        if is_abstained and self.abstained == "never":
+            self.seen.append((self.question, answer))
             return
         for token in answer.tokens:
             self.token(token)
         self.end(answer)
 
-    def verdict(self, tries: int, wanted: float, *, confident: bool) -> None:
-        """Whether answering again led to a confident answer."""
-        sure = f"  confident after {tries} {'try' if tries == 1 else 'tries'}"
-        self.screen.console.print(sure if confident else f"  not confident: no answer of {tries} below {wanted:.0%}")
+    def verdict(self, attempts: int, percentile: float, *, confident: bool) -> None:
+        """Print whether answering again led to a confident answer."""
+        if confident:
+            text = f"  confident after {attempts} {'try' if attempts == 1 else 'tries'}"
+        else:
+            text = f"  not confident: no answer of {attempts} below {percentile:.0%}"
+        self.screen.console.print(text)
 
     def compare(self) -> None:
-        """All answers side by side, at the end."""
+        """Print all answers side by side, at the end."""
         if len(self.seen) > 1:
-            self.screen.comparison(*zip(*self.seen, strict=True), hide=self.unsure == "hidden")
+            self.screen.print_comparison(*zip(*self.seen, strict=True), hide=self.abstained == "never")
 
 
-class JsonLines:
-    """Output for programs: one object a line."""
+class JsonPrinter:
+    """Output for programs: one object per line."""
 
-    def __init__(self, unsure: Unsure) -> None:
-        self.unsure = unsure
+    def __init__(self, abstained: ShowAbstained) -> None:
+        self.abstained = abstained
 
     def begin(self, question: str, tokens: list[Token]) -> None:  # noqa: ARG002
-        """A question, before its answer."""
+        """Print the tokens of a question, before its answer."""
         for token in tokens:
             self._print({"type": "token", "part": "question", **asdict(token)})
 
     def token(self, token: Token) -> None:
-        """One token of the answer."""
+        """Print one token of the answer."""
         self._print({"type": "token", "part": "answer", **asdict(token)})
 
     def end(self, answer: Answer) -> None:
-        """The answer is complete; where it is withheld, its text says so."""
-        found = {"type": "answer", **answer.to_dict()}
-        if self._withholds(answer):
-            found |= {"text": answer.shown, **({"withheld": answer.text} if self.unsure == "told" else {})}
-        self._print(found)
+        """Print an answer; if the model abstains from it, its text says so."""
+        row = {"type": "answer", **answer.to_dict()}
+        if self._is_abstained(answer):
+            row |= {"text": answer.shown, **({"withheld": answer.text} if self.abstained == "with notice" else {})}
+        self._print(row)
 
     def whole(self, question: str | None, answer: Answer) -> None:
-        """A question and its finished answer."""
+        """Print a question and its finished answer."""
         self.begin(question or "", list(answer.question))
-        for token in () if self._withholds(answer) and self.unsure == "hidden" else answer.tokens:
+        for token in () if self._is_abstained(answer) and self.abstained == "never" else answer.tokens:
             self.token(token)
         self.end(answer)
 
-    def _withholds(self, answer: Answer) -> bool:
-        return answer.abstained and self.unsure != "as any"
+    def _is_abstained(self, answer: Answer) -> bool:
+        return answer.abstained and self.abstained != "always"
 
-    def verdict(self, tries: int, wanted: float, *, confident: bool) -> None:
-        """Whether answering again led to a confident answer."""
-        self._print({"type": "verdict", "confident": confident, "tries": tries, "percentile": wanted})
+    def verdict(self, attempts: int, percentile: float, *, confident: bool) -> None:
+        """Print whether answering again led to a confident answer."""
+        self._print({"type": "verdict", "confident": confident, "tries": attempts, "percentile": percentile})
 
     def compare(self) -> None:
-        """All answers side by side, at the end."""
+        """Print nothing: programs compare answers themselves."""
 
-    def _print(self, item: dict[str, Any]) -> None:
-        print(as_line(item), flush=True)
+    def _print(self, row: dict[str, Any]) -> None:
+        print(to_json_line(row), flush=True)
 
 
-def as_line(item: dict[str, Any]) -> str:
-    """Return an object as one line of JSON, escaped to ASCII where standard output could not hold its characters."""
-    text = json.dumps(item, ensure_ascii=False, allow_nan=False)
+def to_json_line(row: dict[str, Any]) -> str:
+    """Return an object as one line of JSON, escaped to ASCII if standard output could not hold its characters."""
+    text = json.dumps(row, ensure_ascii=False, allow_nan=False)
     try:
         text.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
     except (UnicodeEncodeError, LookupError):
-        return json.dumps(item, allow_nan=False)
+        return json.dumps(row, allow_nan=False)
     return text

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from selfdoubt.cli import flags
-from selfdoubt.cli.output import printer
+from selfdoubt.cli.output import build_printer
 from selfdoubt.errors import ConfigError, LoadError, require
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ def score(
     file: Annotated[
         str, typer.Argument(help="A text file, or - for standard input; or answers as .jsonl, with --out.")
     ] = "-",
-    question: Annotated[str | None, typer.Option(help="What the text answers.")] = None,
+    question: Annotated[str | None, typer.Option(help="The question that the text answers.")] = None,
     out: Annotated[
         Path | None, typer.Option(help="Score every line of FILE, a .jsonl of questions and answers, into this file.")
     ] = None,
@@ -36,7 +36,7 @@ def score(
     trust_remote_code: flags.RemoteCode = False,
     as_json: flags.AsJson = False,
 ) -> int:
-    """Colour text that exists by its risk; or score answers of any other system, a line each."""
+    """Colour text that exists by its risk; or score answers of any other system, one per line."""
     if out is None and file.endswith(".jsonl"):
         raise ConfigError(f"{file} is a file of answers; say where the scored ones go, e.g. --out scored.jsonl")
     if out is not None:
@@ -51,13 +51,14 @@ def score(
         )
         print(f"{out}: {len(rows) - failed} of {len(rows)} answers scored")
         if failed:
-            print(f'selfdoubt: {failed} answers have no score; each says why under "note"', file=sys.stderr)
+            count = "1 answer has" if failed == 1 else f"{failed} answers have"
+            print(f'selfdoubt: {count} no score; the reason is under "note"', file=sys.stderr)
         return 1 if failed else 0
     flags.whole_texts(question)
     text = _read(file)
     lm = flags.load_lm(model, adapter, wrapper, dtype, quantize, risk, trust_remote_code)
     answer = lm.score(text, question)
-    printer(as_json=as_json).whole(question, answer)
+    build_printer(as_json=as_json).whole(question, answer)
     return 0
 
 

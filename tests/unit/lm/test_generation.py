@@ -10,8 +10,7 @@ from selfdoubt.lm.decode import TokenEvent
 from selfdoubt.lm.generation import AnswerInProgress
 from selfdoubt.lm.prefill import ScoredId
 from selfdoubt.lm.text.prompt import encode
-from selfdoubt.serve.engine.limits import Limits
-from selfdoubt.serve.openai.params import _prompt_of
+from selfdoubt.serve.openai.params import decode_ids
 from tests.speakers import speaker, words
 
 KINDS = ("byte-level", "llama", "gemma-like", "wordpiece", "unigram")
@@ -170,4 +169,4 @@ def test_tokens_beyond_the_vocabulary_are_without_text_in_every_tokenizer():
     named = [o for a in answers for t in (*a.tokens, *a.question) for o in t.alternatives]
     assert any(o.id >= known for o in named)
     assert all(o.text == "" for o in named if o.id >= known)
-    assert _prompt_of(lm.front, [5, known, 6], Limits()).ids == [5, known, 6]
+    assert decode_ids(lm.front, [5, known, 6]).ids == [5, known, 6]

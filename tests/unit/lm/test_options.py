@@ -13,7 +13,7 @@ from selfdoubt import RiskAwareLM
 from selfdoubt.errors import ConfigError, PromptError
 from selfdoubt.lm.inputs import list_pairs, list_questions
 from selfdoubt.lm.options import ELSEWHERE, Options, read_options
-from selfdoubt.serve.engine.request import to_ask
+from selfdoubt.serve.engine.request import build_request
 from tests import plain
 from tests.zoo import talker, tokenizer
 
@@ -31,7 +31,7 @@ DOORS = {
     "stream": lambda lm, **o: lm.stream("Hi", **o),
     "candidates": lambda lm, **o: lm.candidates("Hi", 2, **o),
     "until": lambda lm, **o: lm.generate_until("Hi", 0.5, **o),
-    "engine": lambda lm, **o: to_ask(lm.front, "Hi", 1, 0, "", None, o),
+    "engine": lambda lm, **o: build_request(lm.front, "Hi", o, alternatives=0),
 }
 
 

@@ -231,9 +231,9 @@ def test_surprises_are_the_riskiest_right_and_the_safest_wrong(records, report):
 
 def test_tokens_have_the_colours_of_the_terminal(report):
     pytest.importorskip("rich")
-    from selfdoubt.cli.terminal import STYLES
+    from selfdoubt.cli.terminal import LEVEL_STYLES
 
-    assert [style.color.name for style in STYLES] == list(COLOURS)
+    assert [style.color.name for style in LEVEL_STYLES] == list(COLOURS)
     assert len(COLOURS) == len(BOUNDS) + 1
     tokens = tuple((f"w{i} ", b + 0.01) for i, b in enumerate((0.0, *BOUNDS)))
     whole = "".join(text for text, _ in tokens)

@@ -13,7 +13,7 @@ from selfdoubt.serve.engine.engine import Engine
 from selfdoubt.serve.engine.limits import Limits
 from selfdoubt.serve.http.app import create_app
 from selfdoubt.serve.http.metrics import Metrics
-from selfdoubt.serve.http.settings import Settings
+from selfdoubt.serve.http.settings import ServerSettings
 from tests import zoo
 
 Serve = Callable[..., TestClient]
@@ -41,7 +41,7 @@ def serve() -> Iterator[Serve]:
         engine = Engine(lm, limits, Metrics())
         engine.start(wait=True)
         engines.append(engine)
-        app = create_app(engine, Settings(**{"name": "tiny", **settings}))
+        app = create_app(engine, ServerSettings(**{"name": "tiny", **settings}))
         client = TestClient(app, base_url="http://127.0.0.1", raise_server_exceptions=False)
         clients.append(client.__enter__())
         return client

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from selfdoubt.errors import ConfigError
 from selfdoubt.serve.http.body import check_body
-from selfdoubt.serve.http.process import bind
-from selfdoubt.serve.http.settings import Settings, read_keys
+from selfdoubt.serve.http.process import bind_socket
+from selfdoubt.serve.http.settings import ServerSettings, read_keys
 from tests.unit.serve.test_app import CHAT, HELLO, fault
 
 KEY = "sesame-0123456789"
@@ -72,7 +72,7 @@ def test_a_browser_gives_a_key_as_password_for_the_page_but_not_for_the_api(lock
 
 
 def test_keys_are_never_logged_or_shown(serve, talker, caplog):
-    settings = Settings(keys=(KEY,))
+    settings = ServerSettings(keys=(KEY,))
     assert KEY not in repr(settings)
     client = serve(talker, keys=(KEY,), log_requests=True, log_prompts=True)
     with caplog.at_level(logging.DEBUG):
@@ -86,14 +86,14 @@ def test_keys_are_never_logged_or_shown(serve, talker, caplog):
 
 
 def test_clients_are_told_apart_by_key_and_never_by_its_letters(locked, monkeypatch):
-    engine = locked.app.state.house.engine
-    seen, ask = [], engine.ask
+    engine = locked.app.state.shared.engine
+    seen, submit = [], engine.submit
 
-    def noted(*args, **options):
-        seen.append(options["client"])
-        return ask(*args, **options)
+    def noted(request):
+        seen.append(request.client)
+        return submit(request)
 
-    monkeypatch.setattr(engine, "ask", noted)
+    monkeypatch.setattr(engine, "submit", noted)
     for key in (KEY, KEY, "another-key"):
         locked.post(CHAT, json=BODY, headers=bearer(key))
     assert seen[0] == seen[1] != seen[2]
@@ -120,7 +120,7 @@ def test_keys_come_from_files_one_a_line(tmp_path):
                                  {"origins": ("https://example.org/",)}, {"max_tokens": 0}])  # fmt: skip
 def test_settings_out_of_range_are_refused_without_showing_a_key(bad):
     with pytest.raises(ConfigError) as caught:
-        Settings(**bad)
+        ServerSettings(**bad)
     assert "schlüssel" not in str(caught.value)
 
 
@@ -252,16 +252,17 @@ def test_a_long_body_is_checked_in_linear_time():
 def test_without_a_key_only_this_machine_can_be_bound():
     for host in ("0.0.0.0", "::"):
         with pytest.raises(ConfigError, match="--api-key"):
-            bind(host, 0, keys=False)
+            bind_socket(host, 0, keys=False)
     for host, keys in (("127.0.0.1", False), ("localhost", False), ("0.0.0.0", True)):
-        bind(host, 0, keys=keys).close()
+        bind_socket(host, 0, keys=keys).close()
 
 
 def test_a_port_in_use_is_said_in_one_line():
-    with bind("127.0.0.1", 0, keys=False) as own:
+    with bind_socket("127.0.0.1", 0, keys=False) as own:
         own.listen()
-        with pytest.raises(ConfigError, match="in use; choose another with --port") as caught:
-            bind("127.0.0.1", own.getsockname()[1], keys=False)
+        said = r"Cannot bind 127.0.0.1:\d+: address already in use. Try --port 0."
+        with pytest.raises(ConfigError, match=said) as caught:
+            bind_socket("127.0.0.1", own.getsockname()[1], keys=False)
         assert "\n" not in str(caught.value)
-    with pytest.raises(ConfigError, match="no address"):
-        bind("no.such.host.invalid", 0, keys=True)
+    with pytest.raises(ConfigError, match="not an address"):
+        bind_socket("no.such.host.invalid", 0, keys=True)

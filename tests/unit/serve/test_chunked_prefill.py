@@ -15,9 +15,9 @@ from selfdoubt.lm.scoring import encode_teacher_forced
 from selfdoubt.members import innermost
 from selfdoubt.serve.engine.engine import Engine
 from selfdoubt.serve.engine.limits import Limits
-from selfdoubt.serve.engine.request import Grew
-from selfdoubt.serve.engine.scheduler import GAP
-from selfdoubt.serve.engine.tasks import Errand, Errands
+from selfdoubt.serve.engine.request import TokensAdded
+from selfdoubt.serve.engine.scheduler import STREAM_GAP
+from selfdoubt.serve.engine.tasks import EngineTask, TaskQueue
 from tests import zoo
 from tests.unit.serve.test_engine import prompt
 
@@ -68,7 +68,7 @@ def running(lm, machine, **limits):
 
 
 def started(job):
-    next(u for u in job.updates() if isinstance(u, Grew))
+    next(u for u in job.updates() if isinstance(u, TokensAdded))
     return job
 
 
@@ -93,11 +93,11 @@ def gaps(machine, beside):
 def test_between_two_pieces_a_stream_gets_its_token_and_waits_for_no_more_than_the_gap(lm, heavy):
     machine = Machine()
     with running(lm, machine) as engine:
-        stream = started(engine.ask("What?", max_tokens=400, temperature=1.0))
+        stream = started(engine.generate("What?", max_tokens=400, temperature=1.0))
         machine.passes.clear()
         work = []
         if heavy != "score":
-            work.append(engine.ask(LONG, max_tokens=1).answers)
+            work.append(engine.generate(LONG, max_tokens=1).answers)
         if heavy != "prompt":
             work.append(engine.score(given(lm)).result)
         for wait in work:
@@ -105,7 +105,7 @@ def test_between_two_pieces_a_stream_gets_its_token_and_waits_for_no_more_than_t
         stream.cancel()
     found = gaps(machine, 2)
     assert len(found) > 5
-    assert max(found) <= 1.05 * GAP
+    assert max(found) <= 1.05 * STREAM_GAP
     assert max(columns for _, columns, _ in machine.passes) > 32  # no smaller than they must be
 
 
@@ -114,9 +114,9 @@ def test_alone_a_long_prompt_is_read_in_fewer_pieces(lm):
     for beside in (True, False):
         machine = Machine()
         with running(lm, machine) as engine:
-            stream = started(engine.ask("What?", max_tokens=400)) if beside else None
+            stream = started(engine.generate("What?", max_tokens=400)) if beside else None
             machine.passes.clear()
-            engine.ask(LONG, max_tokens=1).answers()
+            engine.generate(LONG, max_tokens=1).answers()
             counts.append(sum(columns > 1 for _, columns, _ in machine.passes))
             if stream is not None:
                 stream.cancel()
@@ -151,12 +151,12 @@ def test_a_short_question_does_not_wait_until_a_long_prompt_is_read(lm):
     machine = Machine(each=0.005)
     with running(lm, machine) as engine:
         gate = Gate(machine)
-        long = engine.ask(LONG, max_tokens=1)
+        long = engine.generate(LONG, max_tokens=1)
         assert gate.reached.wait(30)
-        short = engine.ask("What?", max_tokens=1)
+        short = engine.generate("What?", max_tokens=1)
         gate.opened.set()
         assert short.answers()
-        assert not long.begun
+        assert not long.started
         assert long.answers()
 
 
@@ -166,12 +166,12 @@ def test_many_long_ones_leave_a_place_to_a_short_one(lm, heavy):
     with running(lm, machine) as engine:
         gate = Gate(machine, 8)
         if heavy == "prompt":
-            long = [engine.ask(LONG, max_tokens=1, client=str(i)) for i in range(6)]
+            long = [engine.generate(LONG, max_tokens=1, client=str(i)) for i in range(6)]
         else:
             long = [engine.score(given(lm)) for _ in range(6)]
         assert gate.reached.wait(30)
         if heavy == "prompt":
-            short = engine.ask("What?", max_tokens=1, client="another")
+            short = engine.generate("What?", max_tokens=1, client="another")
             gate.opened.set()
             assert short.answers()
             assert not any(job.ended for job in long)
@@ -197,21 +197,21 @@ def test_texts_to_score_get_on_equally_while_prompts_are_read(lm, number):
 
     with running(lm, machine) as engine:
         gate = Gate(machine)
-        prompts = [engine.ask(LONG, max_tokens=1, client=str(i)) for i in range(2)]
+        prompts = [engine.generate(LONG, max_tokens=1, client=str(i)) for i in range(2)]
         assert gate.reached.wait(30)
-        futures = [engine._add(Errand(lambda _, __, name=name: pieces(name))) for name in range(number)]
+        futures = [engine._add(EngineTask(lambda _, __, name=name: pieces(name))) for name in range(number)]
         gate.opened.set()
         for future in futures:
             future.result(30)
-        assert not any(job.begun for job in prompts)  # they were read all the while
+        assert not any(job.started for job in prompts)  # they were read all the while
         for job in prompts:
             job.cancel()
     assert all(len(set(order[i : i + number])) == number for i in range(0, len(order), number)), order
 
 
 def test_texts_that_wait_and_were_given_up_take_no_place():
-    errands = Errands()
-    texts = [Errand(lambda *_: None, is_long=True) for _ in range(8)]
+    errands = TaskQueue()
+    texts = [EngineTask(lambda *_: None, is_long=True) for _ in range(8)]
     for text in texts:
         errands.add(text)
     assert errands.next() is texts[0]
@@ -229,13 +229,13 @@ def test_a_score_that_nobody_waits_for_is_not_gone_on_with(lm):
         assert gate.reached.wait(30)
         assert future.cancel()
         gate.opened.set()
-        assert engine.ask("What?", max_tokens=2).answers()
+        assert engine.generate("What?", max_tokens=2).answers()
         passes = len(machine.passes)
-        assert engine.ask("What?", max_tokens=2).answers()
+        assert engine.generate("What?", max_tokens=2).answers()
         after = machine.passes[passes:]
         assert after
         assert all(columns < 32 for _, columns, _ in after)  # the questions', and no piece of the text's
-        assert not len(engine._errands)
+        assert not len(engine._tasks)
 
 
 def test_closing_ends_a_score_in_its_middle(lm):
@@ -259,11 +259,11 @@ def test_a_prompt_that_nobody_waits_for_is_not_read_to_its_end(lm):
     machine = Machine(each=0.005)
     with running(lm, machine) as engine:
         gate = Gate(machine)
-        job = engine.ask(LONG, max_tokens=1)
+        job = engine.generate(LONG, max_tokens=1)
         assert gate.reached.wait(30)
         job.cancel()
         gate.opened.set()
-        assert engine.ask("What?", max_tokens=2).answers()
+        assert engine.generate("What?", max_tokens=2).answers()
     assert sum(columns for _, columns, _ in machine.passes) < 1000
 
 
@@ -314,7 +314,7 @@ def test_hidden_states_are_let_go_with_the_cache(lm):
             assert gate.reached.wait(30)
             future.cancel()
             gate.opened.set()
-            while len(engine._errands):
+            while len(engine._tasks):
                 threading.Event().wait(0.01)
             gc.collect()
             assert not [ref for ref in kept if isinstance(ref(), torch.Tensor)]

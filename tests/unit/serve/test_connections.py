@@ -17,7 +17,7 @@ from uvicorn.protocols.http import auto
 
 from selfdoubt.errors import ConfigError
 from selfdoubt.serve.http import connections
-from selfdoubt.serve.http.settings import Settings
+from selfdoubt.serve.http.settings import ServerSettings
 from tests.waiting import wait_until
 
 WHOLE = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"
@@ -49,15 +49,15 @@ def module(request, monkeypatch):
     found = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, "guarded_for_test", found)
     spec.loader.exec_module(found)
-    assert issubclass(found.Guarded, protocol)
+    assert issubclass(found.GuardedConnection, protocol)
     return found
 
 
 @contextmanager
 def serving(module, **settings):
-    guard = module.Guard(Settings(**settings))
+    guard = module.ConnectionGuard(ServerSettings(**settings))
     config = uvicorn.Config(
-        app, http=partial(module.Guarded, guard=guard), log_config=None, log_level="critical", lifespan="off",
+        app, http=partial(module.GuardedConnection, guard=guard), log_config=None, log_level="critical", lifespan="off",
         timeout_keep_alive=1000,
     )  # fmt: skip
     own = socket.socket()
@@ -200,7 +200,7 @@ def test_a_head_without_end_is_cut_off(module):
 
 
 def test_a_client_that_does_not_read_is_cut_off(module, monkeypatch):
-    monkeypatch.setattr(module, "STALLED", 0.3)
+    monkeypatch.setattr(module, "STALLED_SECONDS", 0.3)
     with serving(module) as (connect, guard):
         client = connect(WHOLE.replace(b"GET / ", b"GET /long "))
         wait_until(lambda: guard.open)
@@ -211,4 +211,4 @@ def test_a_client_that_does_not_read_is_cut_off(module, monkeypatch):
 @pytest.mark.parametrize("wrong", [{"connections": 0}, {"header_seconds": 0.0}, {"idle_seconds": float("inf")}])
 def test_settings_of_connections_have_limits(wrong):
     with pytest.raises(ConfigError, match=next(iter(wrong))):
-        Settings(**wrong)
+        ServerSettings(**wrong)

@@ -16,10 +16,10 @@ from selfdoubt.errors import BusyError, ConfigError, DeadlineError, EngineError,
 from selfdoubt.lm.text.prompt import Prompt
 from selfdoubt.members import innermost
 from selfdoubt.serve.engine.engine import Engine
-from selfdoubt.serve.engine.limits import CHARACTERS, Limits
-from selfdoubt.serve.http.body import FIELDS, ITEMS, check_body
-from selfdoubt.serve.http.encoders import SHORT, Encoders, size_of
-from selfdoubt.serve.openai.errors import FIELD, MESSAGE, RequestError, fault_of, shortened
+from selfdoubt.serve.engine.limits import CHARACTERS_PER_TOKEN, Limits
+from selfdoubt.serve.http.body import MAX_FIELDS, MAX_ITEMS, check_body
+from selfdoubt.serve.http.encoders import SHORT_TEXT, EncoderThreads, measure_prompt
+from selfdoubt.serve.openai.errors import MAX_FIELD, MAX_MESSAGE, RequestError, shorten, to_request_error
 from selfdoubt.serve.openai.requests import ChatRequest, CompletionRequest, ScoreRequest
 from tests.unit.serve.test_app import CHAT, HELLO, TEXT, ask, fault, ok, slow
 from tests.waiting import wait_until
@@ -30,7 +30,9 @@ SCORE = "/v1/score"
 
 @pytest.fixture(scope="module")
 def small(serve, talker):
-    return serve(talker, Limits(answer_tokens=8, messages=3, parts=2, prompts=2, texts=3, stop_characters=10, stops=2))
+    return serve(
+        talker, Limits(answer_tokens=8, messages=3, message_parts=2, prompts=2, texts=3, stop_characters=10, stops=2)
+    )
 
 
 def user(content):
@@ -92,7 +94,7 @@ def test_the_engine_itself_refuses_it_too(talker, question, options, error):
     """The page and the replicas come in by this door."""
     limits = Limits(messages=3, stops=2, stop_characters=10)
     with pytest.raises(error, match="at most here"):
-        Engine(talker, limits).ask(question, **options)
+        Engine(talker, limits).generate(question, **options)
 
 
 @given(st.integers(1, 3000), st.integers(1, 3000), st.integers(1, 3000))
@@ -100,12 +102,12 @@ def test_nothing_that_fits_is_refused_for_its_characters(tokens, context, batch_
     """No token of any vocabulary in use is as long as what counts for one here, but for runs of spaces."""
     limits = Limits(prompt_tokens=tokens, batch_tokens=batch_tokens)
     most = min(tokens, context, batch_tokens)
-    limits.check("a" * CHARACTERS * most, context + 1)
-    with pytest.raises(PromptError, match=f"got {CHARACTERS * most + 1}; shorten it"):
-        limits.check("a" * (CHARACTERS * most + 1), context + 1)
+    limits.check_prompt_size("a" * CHARACTERS_PER_TOKEN * most, context + 1)
+    with pytest.raises(PromptError, match=f"got {CHARACTERS_PER_TOKEN * most + 1}; shorten it"):
+        limits.check_prompt_size("a" * (CHARACTERS_PER_TOKEN * most + 1), context + 1)
 
 
-@pytest.mark.parametrize("name", ["stops", "stop_characters", "messages", "parts", "prompts", "texts"])
+@pytest.mark.parametrize("name", ["stops", "stop_characters", "messages", "message_parts", "prompts", "texts"])
 def test_every_limit_is_at_least_one(name):
     with pytest.raises(ConfigError, match=f"{name} must be at least 1, got 0"):
         Limits(**{name: 0})
@@ -113,7 +115,7 @@ def test_every_limit_is_at_least_one(name):
 
 @given(st.text(max_size=5000), st.integers(10, 400))
 def test_a_text_is_shortened_in_its_middle(text, most):
-    found = shortened(text, most)
+    found = shorten(text, most)
     assert len(found) <= most
     assert found == " ".join(found.split())
     if len(text) <= most:
@@ -127,12 +129,12 @@ def test_a_text_is_shortened_in_its_middle(text, most):
 )
 def test_no_error_repeats_all_of_a_long_text(kind):
     message = f"wanted {LONG}; shorten it"
-    body = fault_of(kind(message)).body["error"]
-    assert len(body["message"]) <= MESSAGE
+    body = to_request_error(kind(message)).body["error"]
+    assert len(body["message"]) <= MAX_MESSAGE
     if kind is not RuntimeError:
         assert body["message"].startswith("wanted <script>")
         assert body["message"].endswith("; shorten it")
-    assert len(RequestError(400, message, param=LONG).body["error"]["param"]) <= FIELD
+    assert len(RequestError(400, message, param=LONG).body["error"]["param"]) <= MAX_FIELD
 
 
 @pytest.mark.parametrize(
@@ -158,7 +160,7 @@ def test_no_error_repeats_all_of_a_long_text(kind):
 def test_no_refusal_repeats_all_that_was_sent(small, path, body):
     reply = small.post(path, json={"messages": HELLO, **body} if path == CHAT else body)
     assert reply.status_code in (400, 404)
-    assert len(reply.content) < 2 * (MESSAGE + FIELD)
+    assert len(reply.content) < 2 * (MAX_MESSAGE + MAX_FIELD)
     assert "\n" not in reply.json()["error"]["message"]
 
 
@@ -167,32 +169,36 @@ def test_no_path_is_repeated_either(small, serve, talker, caplog, path):
     logging = serve(talker, log_requests=True)
     with caplog.at_level("INFO", logger="selfdoubt.serve"):
         for client in (small, logging):
-            assert len(client.get(path).content) < 2 * MESSAGE
+            assert len(client.get(path).content) < 2 * MAX_MESSAGE
     assert "404" in caplog.text
-    assert max(len(record.getMessage()) for record in caplog.records if record.name == "selfdoubt.serve") < 2 * MESSAGE
+    assert (
+        max(len(record.getMessage()) for record in caplog.records if record.name == "selfdoubt.serve") < 2 * MAX_MESSAGE
+    )
 
 
 def test_a_full_queue_is_said_without_a_question(talker, monkeypatch):
     engine = Engine(talker, Limits(queue=1))
     monkeypatch.setattr(Engine, "_check_open", lambda self: None)  # its thread does not run: whoever comes waits
-    engine.check_room()
-    engine.ask("What?", max_tokens=2)
+    engine.check_capacity()
+    engine.generate("What?", max_tokens=2)
     with pytest.raises(BusyError, match="1 requests are waiting already"):
-        engine.check_room()
+        engine.check_capacity()
 
 
 def test_a_long_text_holds_up_no_short_one_and_too_many_are_refused():
     async def crowd():
-        encoders, gate = Encoders(3), threading.Event()
+        encoders, gate = EncoderThreads(3), threading.Event()
         try:
-            long = [asyncio.create_task(encoders.run(lambda: gate.wait(30), SHORT + 1)) for _ in range(2)]
+            long = [asyncio.create_task(encoders.run(lambda: gate.wait(30), SHORT_TEXT + 1)) for _ in range(2)]
             await asyncio.sleep(0)
-            assert await asyncio.wait_for(encoders.run(lambda: "short", SHORT), 20) == "short"
-            long.append(asyncio.create_task(encoders.run(lambda: gate.wait(30), SHORT + 1)))
+            assert await asyncio.wait_for(encoders.run(lambda: "short", SHORT_TEXT), 20) == "short"
+            long.append(asyncio.create_task(encoders.run(lambda: gate.wait(30), SHORT_TEXT + 1)))
             await asyncio.sleep(0)
             with pytest.raises(BusyError, match="3 requests wait to be read already"):
-                await encoders.run(lambda: "one too many", SHORT + 1)
-            assert await asyncio.wait_for(encoders.run(lambda: "short", SHORT), 20) == "short"  # has places of its own
+                await encoders.run(lambda: "one too many", SHORT_TEXT + 1)
+            assert (
+                await asyncio.wait_for(encoders.run(lambda: "short", SHORT_TEXT), 20) == "short"
+            )  # has places of its own
             gate.set()
             assert all(await asyncio.gather(*long))
             assert await encoders.run(lambda: "again", 1) == "again"
@@ -207,7 +213,7 @@ def test_a_long_text_holds_up_no_short_one_and_too_many_are_refused():
 
 def test_what_was_encoded_for_somebody_who_went_away_is_undone():
     async def go_away():
-        encoders, began, gate, undone = Encoders(2), threading.Event(), threading.Event(), []
+        encoders, began, gate, undone = EncoderThreads(2), threading.Event(), threading.Event(), []
 
         def work():
             began.set()
@@ -230,22 +236,24 @@ def test_what_was_encoded_for_somebody_who_went_away_is_undone():
 
 
 def test_the_size_of_a_chat_counts_its_messages():
-    assert size_of("abc") == 3
-    assert size_of(None) == size_of(Prompt([1], [True])) == 0
-    assert size_of([user("a")] * 200) > SHORT
+    assert measure_prompt("abc") == 3
+    assert measure_prompt(None) == measure_prompt(Prompt([1], [True])) == 0
+    assert measure_prompt([user("a")] * 200) > SHORT_TEXT
+    assert 0 < measure_prompt([5] * 100) < measure_prompt([5] * 10_000)
+    assert measure_prompt([5] * 10_000) > SHORT_TEXT
 
 
 def test_a_score_whose_time_is_over_ends(serve, talker):
     """The engine has nothing left to do soon after a 504."""
     client = serve(talker, Limits())
-    engine = client.app.state.house.engine
+    engine = client.app.state.shared.engine
     item = {"text": "Paris. " * 60}
     passes = []
     handle = innermost(talker.model).register_forward_pre_hook(lambda *_: passes.append(1))
     try:
         with slow(client, 0.05):
             assert fault(ask(client, SCORE, input=[item] * 400, timeout=1), 504)["code"] == "deadline_exceeded"
-            wait_until(lambda: not len(engine._errands))
+            wait_until(lambda: not len(engine._tasks))
             seen = len(passes)
             time.sleep(0.3)
             assert len(passes) == seen
@@ -285,10 +293,10 @@ def test_the_first_wrong_item_of_a_list_ends_its_check(kind, body, item):
 @pytest.mark.parametrize(
     ("data", "words"),
     [
-        ({f"a{i}": 0 for i in range(FIELDS + 1)}, "256 fields at most, got 257"),
-        ({"a": [[{str(i): 0 for i in range(FIELDS + 1)}]]}, "fields"),
-        ({"messages": [[]] * (ITEMS + 1)}, "4096 items at most unless they are numbers, got 4097"),
-        ([["a"] * (ITEMS + 1)], "items"),
+        ({f"a{i}": 0 for i in range(MAX_FIELDS + 1)}, "256 fields at most, got 257"),
+        ({"a": [[{str(i): 0 for i in range(MAX_FIELDS + 1)}]]}, "fields"),
+        ({"messages": [[]] * (MAX_ITEMS + 1)}, "4096 items at most unless they are numbers, got 4097"),
+        ([["a"] * (MAX_ITEMS + 1)], "items"),
     ],
 )
 def test_a_body_of_many_parts_is_refused_before_it_is_understood(data, words):
@@ -298,6 +306,6 @@ def test_a_body_of_many_parts_is_refused_before_it_is_understood(data, words):
 
 def test_a_body_of_many_token_ids_or_as_many_parts_as_allowed_is_taken():
     check_body(json.dumps({"prompt": [5] * 100_000}).encode(), 32)
-    check_body(json.dumps([{str(i): 0 for i in range(FIELDS)}, [[]] * ITEMS]).encode(), 32)
+    check_body(json.dumps([{str(i): 0 for i in range(MAX_FIELDS)}, [[]] * MAX_ITEMS]).encode(), 32)
     largest = Limits()
-    assert max(largest.messages, largest.parts, largest.prompts, largest.texts) <= ITEMS
+    assert max(largest.messages, largest.message_parts, largest.prompts, largest.texts) <= MAX_ITEMS

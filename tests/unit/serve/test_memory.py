@@ -79,22 +79,22 @@ def run(lm: RiskAwareLM, ids: torch.Tensor) -> torch.Tensor:
 
 @given(st.integers(1, 5000))
 def test_pieces_hold_all_rows_and_waste_few(rows):
-    found = memory.pieces(rows)
+    found = memory.split_rows(rows)
     assert sum(n for n, _ in found) == rows
-    assert all(n <= size and size in memory.SIZES for n, size in found)
+    assert all(n <= size and size in memory.ROW_COUNTS for n, size in found)
     assert sum(size for _, size in found) <= rows * 1.34
 
 
 def test_sizes_grow_by_a_third_at_most():
-    assert list(memory.SIZES) == sorted(set(memory.SIZES))
-    assert all(b <= max(a + 1, a * 4 / 3 + 1e-9) for a, b in pairwise(memory.SIZES))
+    assert list(memory.ROW_COUNTS) == sorted(set(memory.ROW_COUNTS))
+    assert all(b <= max(a + 1, a * 4 / 3 + 1e-9) for a, b in pairwise(memory.ROW_COUNTS))
 
 
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_products_in_half_precision_have_few_row_counts(family, wrapper):
     lm = model(family, wrapper)
-    allowed = set(memory.SIZES) | {members(lm) * size for size in memory.SIZES}
+    allowed = set(memory.ROW_COUNTS) | {members(lm) * size for size in memory.ROW_COUNTS}
     assert not rows_of(lm) <= allowed
     memory.limit_shapes(lm)
     found = rows_of(lm)
@@ -149,7 +149,7 @@ SERVED = """
 """
 
 
-@pytest.mark.parametrize(("given", "kept"), [({}, str(memory.CAPACITY)), ({memory.VARIABLE: "7"}, "7")])
+@pytest.mark.parametrize(("given", "kept"), [({}, str(memory.CACHE_CAPACITY)), ({memory.CACHE_VARIABLE: "7"}, "7")])
 def test_what_loads_a_served_model_bounds_its_process(given, kept):
     assert fresh(SERVED, **given).split() == [kept, "True", str(ON_GLIBC)]
 
@@ -157,19 +157,19 @@ def test_what_loads_a_served_model_bounds_its_process(given, kept):
 @pytest.mark.skipif(not ON_GLIBC, reason="needs glibc")
 def test_free_memory_goes_back_when_a_process_has_grown():
     code = """
-        from selfdoubt.serve.engine.memory import GiveBack, resident
-        keeper = GiveBack(slack=30 * 2**20)
-        assert keeper.look() and keeper.times == 1
-        assert keeper.look() and keeper.times == 1
+        from selfdoubt.serve.engine.memory import MemoryTrimmer, resident_bytes
+        keeper = MemoryTrimmer(slack=30 * 2**20)
+        assert keeper.trim() and keeper.times == 1
+        assert keeper.trim() and keeper.times == 1
         import ctypes
         libc = ctypes.CDLL(None)
         libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
         blocks = [libc.malloc(50_000) for _ in range(2000)]
         for block in blocks: ctypes.memset(block, 1, 50_000)
         for block in blocks[:-1]: libc.free(block)  # the last one holds the heap's end
-        grown = resident()
-        assert keeper.look() and keeper.times == 2
-        print(grown - resident() > 60 * 2**20)
+        grown = resident_bytes()
+        assert keeper.trim() and keeper.times == 2
+        print(grown - resident_bytes() > 60 * 2**20)
     """
     assert fresh(code) == "True"
 
@@ -181,7 +181,7 @@ class Library:
 @pytest.mark.parametrize("library", [lambda _: Library(), lambda _: (_ for _ in ()).throw(OSError("no such thing"))])
 def test_other_c_libraries_are_left_alone(monkeypatch, library):
     monkeypatch.setattr(ctypes, "CDLL", library)
-    keeper = memory.GiveBack()
+    keeper = memory.MemoryTrimmer()
     keeper.start()
     keeper.join(10)
     assert not keeper.is_alive()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from prometheus_client.parser import text_string_to_metric_families as parse
 
-from selfdoubt.serve.engine.stats import Meter
+from selfdoubt.serve.engine.stats import EngineStats
 from selfdoubt.serve.http.metrics import Metrics
 from tests.unit.serve.test_app import CHAT, TEXT, UNKNOWN, ask, events, ok
 
@@ -20,8 +20,8 @@ def read(client):
     }  # fmt: skip
 
 
-def test_it_is_a_meter():
-    assert isinstance(Metrics(), Meter)
+def test_they_are_stats_of_an_engine():
+    assert isinstance(Metrics(), EngineStats)
 
 
 def test_what_an_engine_does_is_counted(serve, pocket):
@@ -59,8 +59,8 @@ def test_what_an_engine_does_is_counted(serve, pocket):
 @pytest.mark.parametrize("path", ["/v1/models/a", "/v1/models/b", "/x/1", "/x/2"])
 def test_paths_that_clients_make_up_do_not_make_new_series(path):
     metrics = Metrics()
-    metrics.arrived(path)
-    metrics.answered(path, 404, 0.1)
+    metrics.record_arrival(path)
+    metrics.record_reply(path, 404, 0.1)
     text = metrics.text().decode()
     assert path not in text
     assert metrics.active == 0
@@ -68,6 +68,6 @@ def test_paths_that_clients_make_up_do_not_make_new_series(path):
 
 def test_two_servers_count_apart():
     first, second = Metrics(), Metrics()
-    first.grew(3)
+    first.record_tokens(3)
     assert b"selfdoubt_tokens_total 3.0" in first.text()
     assert b"selfdoubt_tokens_total 0.0" in second.text()

@@ -7,18 +7,18 @@ from hypothesis import strategies as st
 
 from selfdoubt.lm.sampling import Sampling
 from selfdoubt.lm.text.prompt import Prompt
-from selfdoubt.serve.engine.queue import Waiting
-from selfdoubt.serve.engine.request import Ask, Job
+from selfdoubt.serve.engine.queue import FairQueue
+from selfdoubt.serve.engine.request import GenerationRequest, RequestHandle
 
 CLIENTS = st.lists(st.sampled_from("abc"), max_size=12)
 
 
 def job(client):
-    return Job(Ask(Prompt([1], [True]), Sampling(), client=client))
+    return RequestHandle(GenerationRequest(Prompt([1], [True]), Sampling(), client=client))
 
 
 def queue(clients):
-    waiting, jobs = Waiting(), [job(c) for c in clients]
+    waiting, jobs = FairQueue(), [job(c) for c in clients]
     for each in jobs:
         waiting.add(each)
     return waiting, jobs
@@ -26,7 +26,7 @@ def queue(clients):
 
 def test_the_first_of_each_goes_before_the_second_of_any():
     waiting, _ = queue("aaabbc")
-    assert "".join(waiting.take().ask.client for _ in range(6)) == "abcaba"
+    assert "".join(waiting.take().request.client for _ in range(6)) == "abcaba"
 
 
 @given(CLIENTS)
@@ -39,7 +39,7 @@ def test_everybody_comes_out_once_and_in_the_order_of_their_client(clients):
         out.append(head)
     assert len(waiting) == 0
     for client in "abc":
-        assert [j for j in out if j.ask.client == client] == [j for j in jobs if j.ask.client == client]
+        assert [j for j in out if j.request.client == client] == [j for j in jobs if j.request.client == client]
 
 
 @given(CLIENTS, st.sets(st.integers(0, 11)))
@@ -54,7 +54,7 @@ def test_who_is_removed_is_gone_and_the_rest_stays(clients, places):
 @given(CLIENTS)
 def test_between_two_turns_of_one_client_everybody_else_has_had_one(clients):
     waiting, _ = queue(clients)
-    order = [waiting.take().ask.client for _ in range(len(waiting))]
+    order = [waiting.take().request.client for _ in range(len(waiting))]
     for i, client in enumerate(order):
         for j in range(i + 1, len(order)):
             if order[j] == client:

@@ -9,10 +9,17 @@ from pydantic import ValidationError
 
 from selfdoubt.errors import ConfigError
 from selfdoubt.serve.engine.limits import Limits
-from selfdoubt.serve.http.settings import Settings
+from selfdoubt.serve.engine.request import build_request
+from selfdoubt.serve.http.settings import ServerSettings
 from selfdoubt.serve.openai.errors import RequestError
-from selfdoubt.serve.openai.params import plan
-from selfdoubt.serve.openai.requests import ADVICE, ChatRequest, CompletionRequest, ScoreRequest, complaint
+from selfdoubt.serve.openai.params import build_params, decode_ids
+from selfdoubt.serve.openai.requests import (
+    ADVICE,
+    ChatRequest,
+    CompletionRequest,
+    ScoreRequest,
+    describe_validation_error,
+)
 
 HELLO = [{"role": "user", "content": "Hello"}]
 
@@ -24,11 +31,11 @@ def chat(**parameters):
 def complaint_of(model, data):
     with pytest.raises(ValidationError) as caught:
         model.model_validate(data)
-    return complaint(caught.value.errors())
+    return describe_validation_error(caught.value.errors())
 
 
-def planned(request, lm, settings=Settings(), limits=Limits()):  # noqa: B008
-    return plan(request, settings, limits, lm.front)
+def params_of(request, lm, settings=ServerSettings(), limits=Limits()):  # noqa: B008
+    return build_params(request, settings, limits, lm.front)
 
 
 def test_every_parameter_of_openai_is_known():
@@ -117,19 +124,20 @@ def test_a_prompt_is_text_or_ids_or_several(prompt, talker):
 
 def test_prompts_come_as_one_or_several(talker):
     def of(prompt):
-        return planned(CompletionRequest(prompt=prompt), talker).questions
+        return params_of(CompletionRequest(prompt=prompt), talker).prompts
 
     assert of("a b") == ["a b"]
     assert of(["a", "b"]) == ["a", "b"]
-    assert [p.ids for p in of([5, 6])] == [[5, 6]]
-    assert [p.ids for p in of([[5], [6, 7]])] == [[5], [6, 7]]
-    assert of([0, 9])[0].is_user_token == [False, True]  # <|bos|> is nobody's word
+    assert of([5, 6]) == [[5, 6]]
+    assert of([[5], [6, 7]]) == [[5], [6, 7]]
+    prompt = decode_ids(talker.front, [0, 9])
+    assert (prompt.ids, prompt.is_user_token) == ([0, 9], [False, True])  # <|bos|> is not a user's word
 
 
 def test_parts_of_a_content_are_lines_and_a_developer_is_the_system(talker):
     parts = [{"type": "text", "text": "One."}, {"type": "text", "text": "Two."}]
     messages = [{"role": "developer", "content": "Be brief."}, {"role": "user", "content": parts}]
-    assert planned(chat(messages=messages), talker).questions == [
+    assert params_of(chat(messages=messages), talker).prompts == [
         [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "One.\nTwo."}]
     ]
 
@@ -147,29 +155,33 @@ def test_answers_of_the_server_can_be_sent_back():
 
 
 def test_the_defaults_are_those_of_openai_unless_the_server_has_others(talker):
-    first, second = planned(chat(), talker), planned(chat(), talker)
-    assert first.options["temperature"] == 1
-    assert first.options["top_p"] == 1
-    assert first.n == 1
+    first, second = params_of(chat(), talker), params_of(chat(), talker)
+    assert first.sampling.temperature == 1
+    assert first.sampling.top_p == 1
+    assert len(first.seeds) == 1
     assert not first.stream
     assert not first.logprobs
-    assert first.options["seed"] != second.options["seed"]
-    assert planned(chat(), talker, Settings(temperature=0)).options["temperature"] == 0
-    assert planned(chat(temperature=0.5), talker, Settings(temperature=0)).options["temperature"] == 0.5
-    assert planned(CompletionRequest(prompt="x"), talker).options["max_tokens"] == 16
-    assert planned(chat(), talker, Settings(max_tokens=40)).options["max_tokens"] == 40
-    assert planned(chat(), talker, limits=Limits(answer_tokens=7)).options["max_tokens"] == 7
+    assert first.seeds != second.seeds
+    assert params_of(chat(), talker, ServerSettings(temperature=0)).sampling.temperature == 0
+    assert params_of(chat(temperature=0.5), talker, ServerSettings(temperature=0)).sampling.temperature == 0.5
+    assert params_of(CompletionRequest(prompt="x"), talker).sampling.max_tokens == 16
+    assert params_of(chat(), talker, ServerSettings(max_tokens=40)).sampling.max_tokens == 40
+    assert params_of(chat(), talker, limits=Limits(answer_tokens=7)).sampling.max_tokens == 7
 
 
 def test_options_reach_the_engine(talker):
-    found = planned(chat(max_completion_tokens=9, top_p=0, seed=3, stop="end", n=2, timeout=5, temperature=0), talker)
-    assert found.options == {
-        "max_tokens": 9, "top_p": pytest.approx(0, abs=1e-9), "seed": 3,
-        "stop": ["end"], "raw": False, "temperature": 0,
-    }  # fmt: skip
-    assert found.options["top_p"] > 0
-    assert (found.n, found.timeout) == (2, 5)
-    assert planned(chat(timeout=500), talker, limits=Limits(timeout=60)).timeout == 60
+    found = params_of(chat(max_completion_tokens=9, top_p=0, seed=3, stop="end", n=2, timeout=5, temperature=0), talker)
+    assert (found.sampling.max_tokens, found.sampling.temperature) == (9, 0)
+    assert 0 < found.sampling.top_p < 1e-9
+    assert (found.seeds, found.stops, found.timeout) == ((3, 4), ("end",), 5)
+    request = found.build_request(talker.front, found.prompts[0], Limits(), "me")
+    assert (request.sampling, request.seeds, request.stops) == (found.sampling, found.seeds, found.stops)
+    assert (request.client, request.timeout) == ("me", 5)
+    assert request == build_request(
+        talker.front, HELLO, {"max_tokens": 9, "top_p": 1e-12, "seed": 3, "stop": ["end"], "temperature": 0},
+        n=2, alternatives=0, client="me", timeout=5,
+    )  # fmt: skip
+    assert params_of(chat(timeout=500), talker, limits=Limits(timeout=60)).timeout == 60
 
 
 @pytest.mark.parametrize(
@@ -185,25 +197,25 @@ def test_options_reach_the_engine(talker):
 )
 def test_parameters_that_contradict_each_other_are_refused(request_, talker):
     with pytest.raises(ConfigError):
-        planned(request_, talker)
+        params_of(request_, talker)
 
 
 def test_another_model_is_not_found(talker):
     with pytest.raises(RequestError, match="gpt-5") as caught:
-        planned(chat(model="gpt-5"), talker)
+        params_of(chat(model="gpt-5"), talker)
     assert caught.value.status == 404
     assert caught.value.code == "model_not_found"
-    planned(chat(model="pocket"), talker)
+    params_of(chat(model="pocket"), talker)
 
 
 def test_what_the_server_was_told_not_to_do_is_not_asked_for(talker, pocket):
-    assert not planned(chat(), talker, Settings(risk=False)).risk
+    assert not params_of(chat(), talker, ServerSettings(risk=False)).risk
     with pytest.raises(RequestError, match="--no-risk"):
-        planned(chat(risk=True), talker, Settings(risk=False))
+        params_of(chat(risk=True), talker, ServerSettings(risk=False))
     with pytest.raises(RequestError, match="selfdoubt calibrate"):
-        planned(chat(withhold=True), talker)
-    assert planned(chat(withhold=True), pocket).withhold
-    assert not planned(chat(withhold=False), pocket, Settings(withhold=True)).withhold
+        params_of(chat(withhold=True), talker)
+    assert params_of(chat(withhold=True), pocket).hide_abstained
+    assert not params_of(chat(withhold=False), pocket, ServerSettings(hide_abstained=True)).hide_abstained
 
 
 def test_texts_to_score_come_as_one_or_several():

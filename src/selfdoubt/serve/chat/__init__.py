@@ -1,4 +1,7 @@
-"""The page to chat on: every token in the colour of its doubt. Gradio is imported when a page is made, not before."""
+"""The page to chat on: every token in the colour of its doubt.
+
+``mount`` puts it into a web app. Gradio is imported when a page is made, not before.
+"""
 
 from __future__ import annotations
 
@@ -10,27 +13,27 @@ from selfdoubt.lm import defaults
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
-    from selfdoubt.serve.engine.client import Desk
+    from selfdoubt.serve.engine.client import EngineClient
 
 __all__ = ["mount"]
 
 
 def mount(
     app: FastAPI,
-    engine: Desk,
+    engine: EngineClient,
     *,
     title: str | None = None,
     model: str | None = None,
     max_tokens: int = defaults.MAX_TOKENS,
     auth: Any = None,
 ) -> FastAPI:
-    """Put the page under ``/`` of an app; mount it last, it answers every path that nothing else answers.
+    """Put the page under ``/`` of an app; mount it last, it answers every path that no other route answers.
 
     Args:
-        app: Where it goes.
-        engine: Who answers; started by the caller.
+        app: The app.
+        engine: The engine that answers; started by the caller.
         title: The browser tab's.
-        model: The model's name, as it is shown; None takes the name that its config has.
+        model: The model's name, as it is shown; None takes the name in its config.
         max_tokens: Most tokens of an answer, unless a person moves the slider.
         auth: Name and password, or a function that checks them; Gradio's own.
 

@@ -1,4 +1,4 @@
-"""Asks the engine for what a turn wants, and says when there is something new to see."""
+"""Answers to a turn: requests to the engine, and a signal at every change."""
 
 from __future__ import annotations
 
@@ -7,40 +7,40 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from functools import partial
 
-from selfdoubt.serve.chat.conversation import Conversation, Take, Turn
-from selfdoubt.serve.engine.client import Desk
-from selfdoubt.serve.engine.request import Began, Grew, Job, Update
-from selfdoubt.serve.http.encoders import Encoders, size_of
+from selfdoubt.serve.chat.conversation import Attempt, Conversation, Turn
+from selfdoubt.serve.engine.client import EngineClient
+from selfdoubt.serve.engine.request import RequestHandle, Started, TokensAdded, Update, cancel_on_exit
+from selfdoubt.serve.http.encoders import EncoderThreads, measure_prompt
 
-#: Seconds between two looks at an answer that grows: quicker than an eye follows, slow enough for a page to keep up.
+#: Seconds between two updates of an answer that grows: quicker than an eye follows, slow enough for a page to keep up.
 PERIOD = 0.04
 
 
-async def answer(
-    engine: Desk,
+async def run_turn(
+    engine: EngineClient,
     conversation: Conversation,
     turn: Turn,
     *,
     client: str = "",
     period: float = PERIOD,
-    encoders: Encoders | None = None,
+    encoders: EncoderThreads | None = None,
 ) -> AsyncGenerator[None]:
     """Fill the turn, the last of the conversation; yields whenever it has changed, and ends when it has ended.
 
     ``encoders`` turn its question into token ids; None makes some for this turn.
 
     Raises:
-        SelfdoubtError: What the engine says against it.
+        SelfdoubtError: The error of the engine, if it refuses or ends the request.
     """
-    width = turn.settings.candidates if turn.way == "candidates" else 1
-    rounds = turn.settings.tries if turn.way == "until" else 1
-    encoders, own = encoders or Encoders(1), encoders is None
+    width = turn.settings.candidates if turn.mode == "candidates" else 1
+    rounds = turn.settings.max_tries if turn.mode == "until" else 1
+    encoders, owns_encoders = encoders or EncoderThreads(1), encoders is None
     halted = conversation.halted  # this turn's own: the next one gets another
     try:
         for i in range(rounds):
             first = turn.settings.seed + i
             ask = partial(
-                engine.ask,
+                engine.generate,
                 turn.messages,
                 n=width,
                 client=client,
@@ -48,59 +48,60 @@ async def answer(
                 max_tokens=turn.settings.max_tokens,
                 seed=first,
             )
-            job = await encoders.run(ask, size_of(turn.messages), undo=Job.cancel)
-            conversation.job = job
-            place = len(turn.takes)
-            turn.takes += [Take(first + j) for j in range(width)]
-            async with aclosing(paced(job, halted, period)) as news:
+            handle = await encoders.run(ask, measure_prompt(turn.messages), undo=RequestHandle.cancel)
+            conversation.handle = handle
+            place = len(turn.attempts)
+            turn.attempts += [Attempt(first + j) for j in range(width)]
+            async with aclosing(follow_updates(handle, halted, period)) as news:
                 async for updates in news:
                     for update in updates:
-                        _take(turn, place, update)
+                        _apply(turn, place, update)
                     yield
-            if halted.is_set() or turn.confident:
+            if halted.is_set() or turn.is_confident:
                 break
         turn.state = "stopped" if halted.is_set() else "done"
     finally:
-        if own:
+        if owns_encoders:
             encoders.close()
         if conversation.halted is halted:
-            conversation.job = None
+            conversation.handle = None
         if turn.state == "running":
             turn.state = "stopped"
     yield
 
 
-async def paced(job: Job, halted: asyncio.Event, period: float) -> AsyncGenerator[list[Update]]:
-    """What the job tells, gathered over ``period`` seconds; the job is cancelled as soon as nobody listens or
-    ``halted`` is set.
-    """
-    bursts = job.bursts()
+async def follow_updates(handle: RequestHandle, halted: asyncio.Event, period: float) -> AsyncGenerator[list[Update]]:
+    """Yield the updates of a request, gathered over ``period`` seconds.
 
-    async def following() -> list[Update] | None:
+    The request is cancelled as soon as the caller stops reading or ``halted`` is set.
+    """
+    bursts = handle.bursts()
+
+    async def read_next() -> list[Update] | None:
         return await anext(bursts, None)
 
-    coming, halt = asyncio.create_task(following()), asyncio.create_task(halted.wait())
-    try:
-        while True:
-            await asyncio.wait({coming, halt}, return_when=asyncio.FIRST_COMPLETED)
-            if halted.is_set() or (burst := coming.result()) is None:  # the result raises what has ended the request
-                return
-            yield burst
-            await asyncio.wait({halt}, timeout=0 if job.ended else period)
-            coming = asyncio.create_task(following())
-    finally:
-        if not coming.cancel() and not coming.cancelled():
-            coming.exception()  # it was heard, or nobody wants to hear it any more
-        halt.cancel()
-        job.cancel()
+    coming, halt = asyncio.create_task(read_next()), asyncio.create_task(halted.wait())
+    with cancel_on_exit([handle]):
+        try:
+            while True:
+                await asyncio.wait({coming, halt}, return_when=asyncio.FIRST_COMPLETED)
+                if halted.is_set() or (burst := coming.result()) is None:  # the result raises what ended the request
+                    return
+                yield burst
+                await asyncio.wait({halt}, timeout=0 if handle.ended else period)
+                coming = asyncio.create_task(read_next())
+        finally:
+            if not coming.cancel() and not coming.cancelled():
+                coming.exception()  # raised already, or not needed any more
+            halt.cancel()
 
 
-def _take(turn: Turn, place: int, update: Update) -> None:
-    if isinstance(update, Began):
-        turn.asked = turn.asked or update.question
+def _apply(turn: Turn, place: int, update: Update) -> None:
+    if isinstance(update, Started):
+        turn.question_tokens = turn.question_tokens or update.question
         return
-    take = turn.takes[place + update.choice]
-    if isinstance(update, Grew):
-        take.tokens += update.tokens
+    attempt = turn.attempts[place + update.choice]
+    if isinstance(update, TokensAdded):
+        attempt.tokens += update.tokens
     else:
-        take.answer = update.answer
+        attempt.answer = update.answer

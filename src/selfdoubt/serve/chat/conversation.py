@@ -1,4 +1,4 @@
-"""A conversation: what was asked, what was answered, and what of it a person gets to see. Knows no page."""
+"""A conversation: questions, answers, and the part of them that a person gets to see. It knows nothing of the page."""
 
 from __future__ import annotations
 
@@ -6,35 +6,39 @@ import asyncio
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 from selfdoubt.lm import defaults
 from selfdoubt.lm.answer import UNSURE, Answer, Token
 from selfdoubt.lm.calibration import Calibration
 from selfdoubt.lm.confidence import confidence_order, is_confident
-from selfdoubt.serve.engine.request import Job
+from selfdoubt.serve.engine.request import RequestHandle
 
 #: One answer; answers one after the other until one is sure enough; several answers side by side.
-Way = Literal["once", "until", "candidates"]
-#: Where neither the person nor a calibration says how sure is sure enough.
-SURE_ENOUGH = 0.5
+AnswerMode = Literal["once", "until", "candidates"]
+#: Confidence that is sure enough, if neither the person nor a calibration sets another.
+DEFAULT_CONFIDENCE = 0.5
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What a person has set on the page."""
+class ChatSettings:
+    """Settings that a person has made on the page."""
 
     temperature: float = defaults.TEMPERATURE
     max_tokens: int = defaults.MAX_TOKENS
     seed: int = defaults.SEED
-    at_least: float = 0.0  #: least sureness of an answer that is shown, in [0, 1]; 0 shows all
+    at_least: float = 0.0  #: least confidence of an answer that is shown, in [0, 1]; 0 shows all
     candidates: int = 5
-    tries: int = 8
+    max_tries: int = 8
     memory: bool = True  #: earlier turns are part of the question
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the settings as the conversation's file names them."""
+        return {"tries" if name == "max_tries" else name: value for name, value in asdict(self).items()}
 
 
 @dataclass
-class Take:
+class Attempt:
     """One answer in the making."""
 
     seed: int
@@ -43,7 +47,7 @@ class Take:
 
     @property
     def text(self) -> str:
-        """What there is of it."""
+        """The text so far."""
         return "".join(t.text for t in self.tokens) if self.answer is None else self.answer.text
 
 
@@ -53,97 +57,99 @@ class Turn:
 
     id: int
     question: str
-    way: Way
-    settings: Settings
-    before: tuple[dict[str, str], ...] = ()  #: the messages that went before, where they are remembered
-    need: float = 0.0  #: sureness at which answering again ends
-    asked: list[Token] = field(default_factory=list)
-    takes: list[Take] = field(default_factory=list)
+    mode: AnswerMode
+    settings: ChatSettings
+    before: tuple[dict[str, str], ...] = ()  #: the messages before it, if they are remembered
+    needed_confidence: float = 0.0  #: confidence at which answering again ends
+    question_tokens: list[Token] = field(default_factory=list)
+    attempts: list[Attempt] = field(default_factory=list)
     state: Literal["running", "done", "stopped"] = "running"
     revealed: bool = False
 
     @property
     def messages(self) -> list[dict[str, str]]:
-        """What the model reads."""
+        """The messages that the model reads."""
         return [*self.before, {"role": "user", "content": self.question}]
 
     @property
     def temperature(self) -> float:
-        """As set, but several answers at 0 would all be the same."""
-        return self.settings.temperature or (0.0 if self.way == "once" else 1.0)
+        """The temperature as set, but 1 for several answers at 0, which would all be the same."""
+        return self.settings.temperature or (0.0 if self.mode == "once" else 1.0)
 
     @property
-    def ranked(self) -> list[Take]:
-        """The takes, the least doubtful first; those that have not ended come last, in their order."""
-        ended = [take for take in self.takes if take.answer is not None]
+    def ranked(self) -> list[Attempt]:
+        """The attempts, the least doubtful first; those that have not ended come last, in their order."""
+        ended = [(attempt, attempt.answer) for attempt in self.attempts if attempt.answer is not None]
+        ranked = sorted(ended, key=lambda pair: confidence_order(pair[1]))
         return [
-            *sorted(ended, key=lambda take: confidence_order(cast("Answer", take.answer))),
-            *(take for take in self.takes if take.answer is None),
+            *(attempt for attempt, _ in ranked),
+            *(attempt for attempt in self.attempts if attempt.answer is None),
         ]
 
     @property
-    def best(self) -> Take | None:
-        """The take that stands for the turn: one that is sure enough, or the least doubtful, or the one in the making.
+    def best(self) -> Attempt | None:
+        """The attempt that stands for the turn: one that is sure enough, or the least doubtful, or one in the making.
 
         None before the first.
         """
-        if not self.takes:
+        if not self.attempts:
             return None
-        if self.way == "until" and self.takes[-1].answer is not None and self.sure_enough(self.takes[-1].answer):
-            return self.takes[-1]
+        last = self.attempts[-1]
+        if self.mode == "until" and last.answer is not None and self.is_sure_enough(last.answer):
+            return last
         return self.ranked[0]
 
     @property
     def answered(self) -> int:
-        """How many takes have ended."""
-        return sum(take.answer is not None for take in self.takes)
+        """The number of attempts that have ended."""
+        return sum(attempt.answer is not None for attempt in self.attempts)
 
     @property
-    def confident(self) -> bool:
-        """Whether answering again has led to an answer that is sure enough."""
-        return self.best is not None and self.best.answer is not None and self.sure_enough(self.best.answer)
+    def is_confident(self) -> bool:
+        """True if answering again has led to an answer that is sure enough."""
+        return self.best is not None and self.best.answer is not None and self.is_sure_enough(self.best.answer)
 
-    def sure_enough(self, answer: Answer) -> bool:
-        """Whether an answer ends the tries."""
-        return is_confident(sureness(answer), self.need)
+    def is_sure_enough(self, answer: Answer) -> bool:
+        """Return whether an answer ends the attempts."""
+        return is_confident(confidence(answer), self.needed_confidence)
 
-    def hides(self, take: Take) -> bool:
-        """Whether the text must not be seen: there is no verdict yet, or it was too doubtful; unless asked for."""
+    def hides(self, attempt: Attempt) -> bool:
+        """Return whether the text must not be seen, unless revealed: it is not judged yet, or was too doubtful."""
         if self.revealed:
             return False
-        if self.state == "running" and self.way == "until":
+        if self.state == "running" and self.mode == "until":
             return True
         if self.settings.at_least <= 0:
             return False
-        if self.state == "running" or take.answer is None:
+        if self.state == "running" or attempt.answer is None:
             return True
-        sure = sureness(take.answer)
+        sure = confidence(attempt.answer)
         return sure is None or sure < self.settings.at_least
 
     @property
-    def withheld(self) -> bool:
-        """Whether the turn has ended and nothing of it may be seen."""
-        return self.state != "running" and all(self.hides(t) for t in self.takes)
+    def is_hidden(self) -> bool:
+        """True if the turn has ended and nothing of it may be seen."""
+        return self.state != "running" and all(self.hides(attempt) for attempt in self.attempts)
 
     @property
     def shown(self) -> str:
-        """What a person sees as the answer, as plain text; empty where there is nothing yet."""
-        if self.withheld:
-            return UNSURE if self.takes else ""
-        seen = [t for t in self.ranked if not self.hides(t)]
-        if self.way == "candidates" and len(seen) > 1:
-            return "\n".join(f"{i}. {t.text}" for i, t in enumerate(seen, 1))
+        """The answer as a person sees it, as plain text; empty if there is nothing yet."""
+        if self.is_hidden:
+            return UNSURE if self.attempts else ""
+        seen = [attempt for attempt in self.ranked if not self.hides(attempt)]
+        if self.mode == "candidates" and len(seen) > 1:
+            return "\n".join(f"{i}. {attempt.text}" for i, attempt in enumerate(seen, 1))
         return seen[0].text if seen else ""
 
     @property
-    def said(self) -> str:
-        """What the model is told that it has said: one answer, or that it was not sure."""
-        if self.withheld:
+    def remembered(self) -> str:
+        """The answer as later turns remember it: one answer, or that the model was not sure."""
+        if self.is_hidden:
             return UNSURE
-        return next((t.text for t in self.ranked if not self.hides(t)), "")
+        return next((attempt.text for attempt in self.ranked if not self.hides(attempt)), "")
 
 
-def sureness(answer: Answer) -> float | None:
+def confidence(answer: Answer) -> float | None:
     """Return how sure an answer is, in [0, 1]: ``p_correct``, or without a calibration the share of reference answers
     that are riskier. None where there is neither, or where the calibration does not hold.
     """
@@ -152,11 +158,11 @@ def sureness(answer: Answer) -> float | None:
     return None if answer.percentile is None else 1 - answer.percentile
 
 
-def recommended(calibration: Calibration | None) -> float | None:
-    """The calibrated threshold in whole percent, rounded up so that its promise holds; None without one.
+def recommend_confidence(calibration: Calibration | None) -> float | None:
+    """Return the calibrated threshold in whole percent, rounded up so that its guarantee holds; None without one.
 
     Example:
-        >>> recommended(Calibration("isotonic", ("sum_nll",), knots=((0, 1),), threshold=0.8364))
+        >>> recommend_confidence(Calibration("isotonic", ("sum_nll",), knots=((0, 1),), threshold=0.8364))
         0.84
     """
     if calibration is None or calibration.threshold is None:
@@ -164,13 +170,16 @@ def recommended(calibration: Calibration | None) -> float | None:
     return math.ceil(round(calibration.threshold * 100, 6)) / 100
 
 
-def history(turns: Iterable[Turn]) -> tuple[dict[str, str], ...]:
-    """Messages of turns that have ended, with what was shown of them."""
-    found: list[dict[str, str]] = []
+def build_history(turns: Iterable[Turn]) -> tuple[dict[str, str], ...]:
+    """Return the messages of turns that have ended, with the answers that were shown."""
+    messages: list[dict[str, str]] = []
     for turn in turns:
-        if turn.state != "running" and turn.said.strip():
-            found += [{"role": "user", "content": turn.question}, {"role": "assistant", "content": turn.said}]
-    return tuple(found)
+        if turn.state != "running" and turn.remembered.strip():
+            messages += [
+                {"role": "user", "content": turn.question},
+                {"role": "assistant", "content": turn.remembered},
+            ]
+    return tuple(messages)
 
 
 class Conversation:
@@ -178,71 +187,73 @@ class Conversation:
 
     def __init__(self) -> None:
         self.turns: list[Turn] = []
-        self.notice = ""  #: one line about what went wrong last
-        self.editing: int | None = None  #: the turn whose question is being written anew
-        self.job: Job | None = None
+        self.notice = ""  #: one line about the last error
+        self.editing: int | None = None  #: the turn whose question is being rewritten
+        self.handle: RequestHandle | None = None
         self.halted = asyncio.Event()
         self._next = 1
         self._replaced: list[Turn] = []
 
     @property
     def busy(self) -> bool:
-        """Whether a turn is running."""
+        """True if a turn is running."""
         return any(turn.state == "running" for turn in self.turns)
 
-    def turn(self, number: int) -> Turn | None:
-        """The turn with this id."""
-        return next((t for t in self.turns if t.id == number), None)
+    def find_turn(self, number: int) -> Turn | None:
+        """Return the turn with this id."""
+        return next((turn for turn in self.turns if turn.id == number), None)
 
-    def begin(
+    def start_turn(
         self,
         question: str,
-        settings: Settings,
-        way: Way = "once",
+        settings: ChatSettings,
+        mode: AnswerMode = "once",
         threshold: float | None = None,
         instead: int | None = None,
     ) -> Turn:
-        """Begin a turn.
+        """Start a turn.
 
         Args:
-            question: What a person typed.
-            settings: As they are now.
-            way: How many answers.
-            threshold: The recommended sureness, which ends the tries where the person has set none.
-            instead: The turn in whose place it comes; that one and what came after it are gone.
+            question: The text that a person typed.
+            settings: The settings now.
+            mode: One answer or several.
+            threshold: The recommended confidence, which ends the attempts if the person has set none.
+            instead: The turn in whose place it comes; that one and those after it are gone.
         """
         self.notice = ""
         self.halted = asyncio.Event()
-        place = next((i for i, t in enumerate(self.turns) if t.id == instead), len(self.turns))
+        place = next((i for i, turn in enumerate(self.turns) if turn.id == instead), len(self.turns))
         self._replaced = self.turns[place:]
         del self.turns[place:]
-        before = history(self.turns) if settings.memory else ()
-        turn = Turn(self._next, question, way, settings, before, settings.at_least or threshold or SURE_ENOUGH)
+        before = build_history(self.turns) if settings.memory else ()
+        needed = settings.at_least or threshold or DEFAULT_CONFIDENCE
+        turn = Turn(self._next, question, mode, settings, before, needed)
         self._next += 1
         self.turns.append(turn)
         return turn
 
-    def again(self, old: Turn, settings: Settings, way: Way, threshold: float | None = None) -> Turn:
-        """Ask an earlier question anew, in its place. One answer is drawn with the next seed: the same one again is no
-        use, so a temperature of 0 counts as 1.
-        """
-        if way == "once":
-            settings = replace(
-                settings, temperature=settings.temperature or 1.0, seed=max(t.seed for t in old.takes or [Take(0)]) + 1
-            )
-        return self.begin(old.question, settings, way, threshold, instead=old.id)
+    def retry_turn(self, old: Turn, settings: ChatSettings, mode: AnswerMode, threshold: float | None = None) -> Turn:
+        """Ask an earlier question again, in its place.
 
-    def drop(self, turn: Turn) -> list[Turn]:
-        """Forget the last turn, which came to nothing; what stood in its place comes back and is returned."""
+        One answer is drawn with the next seed: the same one again would be of no use, so a temperature of 0 counts as
+        1.
+        """
+        if mode == "once":
+            seed = max(attempt.seed for attempt in old.attempts or [Attempt(0)]) + 1
+            settings = replace(settings, temperature=settings.temperature or 1.0, seed=seed)
+        return self.start_turn(old.question, settings, mode, threshold, instead=old.id)
+
+    def drop_turn(self, turn: Turn) -> list[Turn]:
+        """Forget the last turn, which failed; the turns that stood in its place come back and are returned."""
         back, self._replaced = self._replaced, []
-        self.turns = [t for t in self.turns if t is not turn] + back
+        self.turns = [other for other in self.turns if other is not turn] + back
         return back
 
     def stop(self) -> None:
-        """End what runs, now."""
+        """End the request that runs, now."""
         self.halted.set()
-        if self.job is not None:
-            self.job.cancel()
+        if self.handle is not None:
+            self.handle.cancel()
 
     def clear(self) -> None:
         """Forget everything."""
@@ -250,39 +261,39 @@ class Conversation:
         self.turns = []
         self.notice, self.editing = "", None
 
-    def to_json(self, about: dict[str, Any]) -> dict[str, Any]:
-        """Plain data for a file.
+    def to_json(self, head: dict[str, Any]) -> dict[str, Any]:
+        """Return plain data for a file.
 
         Args:
-            about: What is said of the model and the program.
+            head: Facts about the model and the program.
         """
-        return {**about, "turns": [_plain(turn) for turn in self.turns]}
+        return {**head, "turns": [_turn_to_json(turn) for turn in self.turns]}
 
 
-def _plain(turn: Turn) -> dict[str, Any]:
+def _turn_to_json(turn: Turn) -> dict[str, Any]:
     return {
         "question": turn.question,
-        "question_tokens": _tokens(turn.asked),
-        "way": turn.way,
-        "settings": asdict(turn.settings),
+        "question_tokens": _tokens_to_json(turn.question_tokens),
+        "way": turn.mode,
+        "settings": turn.settings.to_json(),
         "temperature": turn.temperature,
         "remembered": list(turn.before),
         "state": turn.state,
         "shown": turn.shown,
-        "withheld": turn.withheld,
+        "withheld": turn.is_hidden,
         "answers": [
             {
-                **({"text": take.text} if take.answer is None else take.answer.to_dict()),
-                "seed": take.seed,
-                "sure": None if take.answer is None else sureness(take.answer),
-                "abstain": None if take.answer is None else take.answer.abstain,
-                "hidden": turn.hides(take),
-                "tokens": _tokens(take.tokens if take.answer is None else take.answer.tokens),
+                **({"text": attempt.text} if attempt.answer is None else attempt.answer.to_dict()),
+                "seed": attempt.seed,
+                "sure": None if attempt.answer is None else confidence(attempt.answer),
+                "abstain": None if attempt.answer is None else attempt.answer.abstain,
+                "hidden": turn.hides(attempt),
+                "tokens": _tokens_to_json(attempt.tokens if attempt.answer is None else attempt.answer.tokens),
             }
-            for take in turn.ranked
+            for attempt in turn.ranked
         ],
     }
 
 
-def _tokens(tokens: Sequence[Token]) -> list[dict[str, Any]]:
+def _tokens_to_json(tokens: Sequence[Token]) -> list[dict[str, Any]]:
     return [asdict(token) for token in tokens]

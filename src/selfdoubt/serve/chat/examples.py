@@ -1,4 +1,4 @@
-"""Questions to begin with."""
+"""Example questions to begin with."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from html import escape
 from typing import NamedTuple
 
 
-class Example(NamedTuple):
-    """A question, and what it is an example of."""
+class ExampleQuestion(NamedTuple):
+    """A question, the kind that it is an example of, and why."""
 
     kind: str
     text: str
@@ -15,24 +15,24 @@ class Example(NamedTuple):
 
 
 #: For the pocket model, which knows some geography and has never read of the rest.
-POCKET = (
-    Example("known", "What is the capital of France?", "read hundreds of times"),
-    Example("rare", "In which country is Tartu?", "read now and then; it is in Estonia"),
-    Example("unseen", "In which country is Issaquah?", "real, and never read; it is in the United States"),
-    Example("ambiguous", "Where is Valencia?", "Spain has one, and so has Venezuela"),
-    Example("invented", "In which country is Zorbelheim?", "there is no such place"),
+POCKET_EXAMPLES = (
+    ExampleQuestion("known", "What is the capital of France?", "read hundreds of times"),
+    ExampleQuestion("rare", "In which country is Tartu?", "read now and then; it is in Estonia"),
+    ExampleQuestion("unseen", "In which country is Issaquah?", "real, and never read; it is in the United States"),
+    ExampleQuestion("ambiguous", "Where is Valencia?", "Spain has one, and so has Venezuela"),
+    ExampleQuestion("invented", "In which country is Zorbelheim?", "no such place exists"),
 )
-#: For any other.
-OTHERS = (
-    Example("well known", "What is the capital of France?", "most models are sure"),
-    Example("lesser known", "Who composed the opera The Wreckers?", "it was Ethel Smyth"),
-    Example("a false premise", "When did Marie Curie win her third Nobel Prize?", "she won two"),
-    Example("invented", "In which country is the town of Zorbelheim?", "there is no such place"),
+#: For any other model.
+GENERAL_EXAMPLES = (
+    ExampleQuestion("well known", "What is the capital of France?", "most models are sure"),
+    ExampleQuestion("lesser known", "Who composed the opera The Wreckers?", "it was Ethel Smyth"),
+    ExampleQuestion("a false premise", "When did Marie Curie win her third Nobel Prize?", "she won two"),
+    ExampleQuestion("invented", "In which country is the town of Zorbelheim?", "no such place exists"),
 )
 
 
-def cards(examples: tuple[Example, ...]) -> str:
-    """Buttons that ask the examples."""
+def render_examples(examples: tuple[ExampleQuestion, ...]) -> str:
+    """Return buttons that ask the examples."""
     return "".join(
         f'<button type="button" class="example" data-ask="{escape(e.text)}"><b>{escape(e.kind)}</b>'
         f"<span>{escape(e.text)}</span><small>{escape(e.why)}</small></button>"

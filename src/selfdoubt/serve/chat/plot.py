@@ -9,17 +9,17 @@ from selfdoubt.lm.answer import Token
 from selfdoubt.lm.risk_levels import COLOURS, level
 
 #: Tops of the y axis, in nats; above them, multiples of ten.
-TOPS = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 10.0)
-#: Beyond so many bars there is no room for gaps between them.
-CROWDED = 120
+AXIS_TOPS = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 10.0)
+#: Beyond this number of bars gaps between them would not be seen.
+CROWDED_TOKENS = 120
 
 
-def plot(tokens: Sequence[Token], of: str = "") -> str:
-    """Bars of each token's risk in its colour, a line of its total doubt and a dashed one of the epistemic part.
+def render_risk_plot(tokens: Sequence[Token], of: str = "") -> str:
+    """Draw bars of the tokens' risks in their colours, a line of total doubt and a dashed one of the epistemic part.
 
     Args:
         tokens: Of one answer; an empty picture for none.
-        of: The name of the place where these tokens stand, for whoever wants to point at one.
+        of: The name of the place where these tokens stand, so that the page can point at one.
     """
     n = len(tokens)
     top = _top(max((max(t.risk, t.total) for t in tokens), default=0.0))
@@ -30,10 +30,10 @@ def plot(tokens: Sequence[Token], of: str = "") -> str:
     shapes += f'<path class="line epistemic" d="{_steps([t.epistemic for t in tokens], top)}"/>' if n else ""
     ticks = "".join(f'<span style="bottom:{share:.0%}">{share * top:g}</span>' for share in (0.0, 0.5, 1.0))
     return (
-        f'<figure class="plot{" crowded" if n > CROWDED else ""}" data-of="{of}" data-n="{n}">'
+        f'<figure class="plot{" crowded" if n > CROWDED_TOKENS else ""}" data-of="{of}" data-n="{n}">'
         f'<div class="area"><div class="ticks" aria-hidden="true">{ticks}</div>'
         f'<div class="canvas"><svg viewBox="0 0 {max(n, 1)} 100" preserveAspectRatio="none" role="img" '
-        f'aria-label="{_said(tokens)}">'
+        f'aria-label="{_describe(tokens)}">'
         f"{shapes}</svg></div></div>"
         f'<figcaption><span class="axis">nats, token 1 to {max(n, 1)}</span>'
         '<span><i class="key bar"></i>risk of the token</span><span><i class="key total"></i>total</span>'
@@ -42,7 +42,7 @@ def plot(tokens: Sequence[Token], of: str = "") -> str:
 
 
 def _top(highest: float) -> float:
-    return next((t for t in TOPS if highest <= t), 10.0 * math.ceil(highest / 10))
+    return next((t for t in AXIS_TOPS if highest <= t), 10.0 * math.ceil(highest / 10))
 
 
 def _height(value: float, top: float) -> float:
@@ -50,7 +50,7 @@ def _height(value: float, top: float) -> float:
 
 
 def _bars(tokens: Sequence[Token], rank: int, top: float) -> str:
-    gap = 0.0 if len(tokens) > CROWDED else 0.08
+    gap = 0.0 if len(tokens) > CROWDED_TOKENS else 0.08
     return "".join(
         f"M{i + gap:g} 100v-{max(_height(t.risk, top), 2.0):.1f}h{1 - 2 * gap:g}V100z"
         for i, t in enumerate(tokens)
@@ -64,7 +64,7 @@ def _steps(values: Sequence[float], top: float) -> str:
     )
 
 
-def _said(tokens: Sequence[Token]) -> str:
+def _describe(tokens: Sequence[Token]) -> str:
     if not tokens:
         return "Risk along the answer: no token yet"
     worst = max(range(len(tokens)), key=lambda i: tokens[i].risk)

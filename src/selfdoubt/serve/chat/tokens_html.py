@@ -1,4 +1,4 @@
-"""Tokens as HTML: each in its colour, with its numbers beside it. All text is escaped; nothing of it becomes markup."""
+"""Tokens as HTML: each in its colour, with its numbers next to it. All text is escaped; it never becomes markup."""
 
 from __future__ import annotations
 
@@ -9,26 +9,28 @@ from html import escape
 
 from selfdoubt.lm.answer import Token
 from selfdoubt.lm.risk_levels import level
-from selfdoubt.serve.chat.phrases import LEVELS, percent
+from selfdoubt.serve.chat.phrases import LEVEL_NAMES, format_share
 
 #: A person's words surprise a model more than its own: their surprisal counts a quarter, as it does on a terminal.
-OF_A_QUESTION = 1 / 4
+QUESTION_WEIGHT = 1 / 4
 
 
-def span(token: Token, number: int, *, asked: bool = False) -> str:
-    """One token. Its numbers travel in ``data-d``, in the order that ``chat.js`` reads.
+def render_token(token: Token, number: int, *, is_question: bool = False) -> str:
+    """Return one token. Its numbers travel in ``data-d``, in the order that ``chat.js`` reads.
 
     Args:
         token: The token.
         number: Its place, from 0; the first can be reached by the tab key, the others by arrows from there.
-        asked: It is part of the question.
+        is_question: It is part of the question.
     """
-    rank = level(token.nll * OF_A_QUESTION if asked else token.risk)
+    rank = level(token.nll * QUESTION_WEIGHT if is_question else token.risk)
     numbers = [
         token.logprob, token.total, token.epistemic, token.aleatoric, token.disagreement, token.risk, rank,
         [[other.text, other.probability, other.id == token.id] for other in token.alternatives],
     ]  # fmt: skip
-    name = f"{token.text.strip() or 'no letter'}: probability {percent(math.exp(token.logprob))}, {LEVELS[rank]}"
+    name = (
+        f"{token.text.strip() or 'no letter'}: probability {format_share(math.exp(token.logprob))}, {LEVEL_NAMES[rank]}"
+    )
     kind = f"t t{rank}" + ("" if token.text else " part")
     return (
         f'<span class="{kind}" role="button" tabindex="{0 if number == 0 else -1}" data-k="{number}" '
@@ -36,39 +38,39 @@ def span(token: Token, number: int, *, asked: bool = False) -> str:
     )
 
 
-def spans(tokens: Iterable[Token], *, asked: bool = False) -> str:
-    """Tokens in a row."""
-    return "".join(span(token, i, asked=asked) for i, token in enumerate(tokens))
+def render_tokens(tokens: Iterable[Token], *, is_question: bool = False) -> str:
+    """Return tokens in a row."""
+    return "".join(render_token(token, i, is_question=is_question) for i, token in enumerate(tokens))
 
 
-def question(text: str, tokens: list[Token]) -> str:
-    """A question in its colours: has the model met this subject? What has no number (yet) stands there plain."""
-    own = text.strip()
-    tokens = _last(tokens, own)
+def render_question(text: str, tokens: list[Token]) -> str:
+    """Return a question in its colours: has the model met this subject? Text without a number (yet) stays plain."""
+    text = text.strip()
+    tokens = _find_last(tokens, text)
     joined = "".join(t.text for t in tokens)
     known = joined.strip()
-    plain = own.removesuffix(known)
+    plain = text.removesuffix(known)
     gap = joined[: len(joined) - len(joined.lstrip())] if plain else ""
-    if not known or not own.endswith(known) or not plain.endswith(gap):
-        return escape(own)
-    return escape(plain.removesuffix(gap)) + spans(tokens, asked=True)
+    if not known or not text.endswith(known) or not plain.endswith(gap):
+        return escape(text)
+    return escape(plain.removesuffix(gap)) + render_tokens(tokens, is_question=True)
 
 
-def _last(tokens: list[Token], own: str) -> list[Token]:
-    """Without a chat template, what went before counts as the question's own words: leave it out."""
+def _find_last(tokens: list[Token], question: str) -> list[Token]:
+    """Return the tokens of the question alone: without a chat template, earlier messages count as its own, too."""
     text = ""
     for first in range(len(tokens) - 1, -1, -1):
         text = tokens[first].text + text
-        if text.strip() == own:
+        if text.strip() == question:
             return tokens[first:]
     return tokens
 
 
-def legend(said: Iterable[tuple[str, str]]) -> str:
-    """What the colours mean: each level's name and bound, the surest first."""
+def render_legend(levels: Iterable[tuple[str, str]]) -> str:
+    """Return the legend of the colours: each level's name and bound, the surest first."""
     items = "".join(
         f'<li><span class="t t{i}">{escape(name)}</span> <small>{escape(bound)}</small></li>'
-        for i, (name, bound) in enumerate(said)
+        for i, (name, bound) in enumerate(levels)
     )
     return f'<ul class="legend" aria-label="Colours: how probable each word was to the model">{items}</ul>'
 

@@ -1,160 +1,170 @@
-"""One turn as the page gets it: a frame with named places, and what stands in each.
+"""One turn as the page gets it: a frame with named places, and the content of each.
 
-While an answer grows only its end is new: a place whose HTML begins with what stands there already is added to, and
-neither the wire nor the page sees the rest again. So a keyboard's focus and a selection stay where they are.
+While an answer grows only its end is new: a place whose HTML begins with its present content is added to, and neither
+the wire nor the page sees the rest again. So a keyboard's focus and a selection stay where they are.
 """
 
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from html import escape
-from typing import TypedDict
+from typing import Any
 
 from selfdoubt.lm.calibration import Calibration
 from selfdoubt.serve.chat import phrases, tokens_html
-from selfdoubt.serve.chat.conversation import Take, Turn, sureness
-from selfdoubt.serve.chat.plot import plot
+from selfdoubt.serve.chat.conversation import Attempt, Turn, confidence
+from selfdoubt.serve.chat.plot import render_risk_plot
 
 #: Seconds between two drawings of a plot that grows.
-REDRAW = 0.25
+REDRAW_SECONDS = 0.25
 
 
-class Shown(TypedDict):
-    """A turn as the page gets it."""
+@dataclass(frozen=True)
+class RenderedTurn:
+    """A turn as HTML."""
 
     id: int
     state: str
-    frame: str  #: HTML with elements that have a ``data-part``
-    parts: dict[str, str]  #: HTML for each
-    spoken: str  #: what a screen reader says at the end
+    frame: str  #: elements that have a ``data-part``
+    places: dict[str, str]  #: the content of each
+    spoken: str  #: text for a screen reader at the end
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the turn as ``chat.js`` reads it."""
+        return {
+            "id": self.id,
+            "state": self.state,
+            "frame": self.frame,
+            "parts": self.places,
+            "spoken": self.spoken,
+        }
 
 
-class View:
-    """Draws one turn again and again, cheaply."""
+class TurnView:
+    """A view of one turn, which is drawn again and again, cheaply."""
 
     def __init__(self, turn: Turn, calibration: Calibration | None = None) -> None:
         self.turn = turn
         self.calibration = calibration
         self._pieces: dict[int, list[str]] = {}
-        self._asked = ""
+        self._question = ""
         self._plot = ""
         self._drawn = float("-inf")
 
-    def draw(self) -> Shown:
-        """As it is now."""
+    def draw(self) -> RenderedTurn:
+        """Return the turn as it is now."""
         turn = self.turn
-        if turn.asked and not self._asked:
-            self._asked = tokens_html.question(turn.question, turn.asked)
-        parts = {"ask": self._asked or tokens_html.question(turn.question, [])}
-        if turn.state == "running" and all(turn.hides(t) for t in turn.takes):
-            parts["status"] = f'<span class="pulse" aria-hidden="true"></span>{escape(phrases.thinking(turn))}'
-        elif turn.withheld and turn.takes:
-            parts["unsure"] = (
-                f'<p class="unsure">{escape(turn.shown)}</p><p class="why">{escape(phrases.withheld(turn))}</p>'
+        if turn.question_tokens and not self._question:
+            self._question = tokens_html.render_question(turn.question, turn.question_tokens)
+        places = {"ask": self._question or tokens_html.render_question(turn.question, [])}
+        if turn.state == "running" and all(turn.hides(t) for t in turn.attempts):
+            places["status"] = (
+                f'<span class="pulse" aria-hidden="true"></span>{escape(phrases.describe_progress(turn))}'
             )
-        elif turn.way == "until":
-            parts["status"] = escape(phrases.tries(turn))
-        elif turn.way == "candidates" and turn.state == "done":
-            parts["status"] = escape(phrases.drawn(turn))
+        elif turn.is_hidden and turn.attempts:
+            why = escape(phrases.explain_abstention(turn))
+            places["unsure"] = f'<p class="unsure">{escape(turn.shown)}</p><p class="why">{why}</p>'
+        elif turn.mode == "until":
+            places["status"] = escape(phrases.describe_attempts(turn))
+        elif turn.mode == "candidates" and turn.state == "done":
+            places["status"] = escape(phrases.describe_candidates(turn))
         elif turn.state == "stopped":
-            parts["status"] = "Stopped"
-        seen = self._seen()
-        for take in seen:
-            parts[f"say{take.seed}"] = self._spans(take)
-            if take.answer is not None:
-                parts[f"verdict{take.seed}"] = self._verdict(take)
-        parts["plot"] = self._drawing()
+            places["status"] = "Stopped"
+        seen = self._find_visible()
+        for attempt in seen:
+            places[f"say{attempt.seed}"] = self._render_tokens(attempt)
+            if attempt.answer is not None:
+                places[f"verdict{attempt.seed}"] = self._render_verdict(attempt)
+        places["plot"] = self._render_plot()
         if turn.state != "running":
-            parts["tools"] = self._tools()
-        return {
-            "id": turn.id,
-            "state": turn.state,
-            "frame": _frame(turn, seen),
-            "parts": parts,
-            "spoken": phrases.spoken(turn, self.calibration),
-        }
+            places["tools"] = self._render_tools()
+        spoken = phrases.describe_aloud(turn, self.calibration)
+        return RenderedTurn(turn.id, turn.state, _render_frame(turn, seen), places, spoken)
 
-    def _seen(self) -> list[Take]:
+    def _find_visible(self) -> list[Attempt]:
         turn = self.turn
-        takes = turn.takes if turn.state == "running" else turn.ranked
-        if turn.way != "candidates":
-            takes = [turn.best] if turn.best is not None else []
-        return [t for t in takes if not turn.hides(t)]
+        attempts = turn.attempts if turn.state == "running" else turn.ranked
+        if turn.mode != "candidates":
+            attempts = [turn.best] if turn.best is not None else []
+        return [t for t in attempts if not turn.hides(t)]
 
-    def _spans(self, take: Take) -> str:
-        pieces = self._pieces.setdefault(take.seed, [])
-        pieces += [tokens_html.span(token, i) for i, token in enumerate(take.tokens[len(pieces) :], len(pieces))]
+    def _render_tokens(self, attempt: Attempt) -> str:
+        pieces = self._pieces.setdefault(attempt.seed, [])
+        pieces += [
+            tokens_html.render_token(token, i) for i, token in enumerate(attempt.tokens[len(pieces) :], len(pieces))
+        ]
         html = "".join(pieces)
-        if take.answer is not None:
-            rest = take.answer.text.removeprefix("".join(t.text for t in take.tokens))
-            html += escape(rest) or ("" if take.answer.text else "<em>an empty answer</em>")
+        if attempt.answer is not None:
+            rest = attempt.answer.text.removeprefix("".join(t.text for t in attempt.tokens))
+            html += escape(rest) or ("" if attempt.answer.text else "<em>an empty answer</em>")
         return html
 
-    def _verdict(self, take: Take) -> str:
-        answer = take.answer
+    def _render_verdict(self, attempt: Attempt) -> str:
+        answer = attempt.answer
         assert answer is not None
-        several = self.turn.way == "candidates"
-        said = phrases.verdict(answer, self.calibration, short=several)
-        sure = sureness(answer)
-        line = f"<strong>{escape(said[0])}</strong>" + "".join(f" · {escape(s)}" for s in said[1:])
+        several = self.turn.mode == "candidates"
+        statements = phrases.describe_answer(answer, self.calibration, short=several)
+        sure = confidence(answer)
+        text = f"<strong>{escape(statements[0])}</strong>" + "".join(f" · {escape(s)}" for s in statements[1:])
         if several:
-            line += f" · seed {take.seed}"
+            text += f" · seed {attempt.seed}"
         elif self.turn.temperature:
-            line += f" · drawn at temperature {self.turn.temperature:g}, seed {take.seed}"
-        if caveat := phrases.caveat(self.turn, answer):
-            line += f" · {escape(caveat)}"
+            text += f" · drawn at temperature {self.turn.temperature:g}, seed {attempt.seed}"
+        if caveat := phrases.warn_conversation(self.turn, answer):
+            text += f" · {escape(caveat)}"
         if sure is None:
-            return f'<p class="words">{line}</p>'
+            return f'<p class="words">{text}</p>'
         threshold = None if self.calibration is None else self.calibration.threshold
         marks = "" if threshold is None else f'<b style="left:{threshold:.1%}"></b>'
         return (
             f'<div class="gauge" aria-hidden="true"><i style="width:{sure:.1%}"></i>{marks}</div>'
-            f'<p class="words">{line}</p>'
+            f'<p class="words">{text}</p>'
         )
 
-    def _drawing(self) -> str:
+    def _render_plot(self) -> str:
         turn = self.turn
-        take = turn.takes[-1] if turn.state == "running" and turn.takes else turn.best
-        if take is None or not take.tokens or (turn.way == "candidates" and turn.state == "running"):
+        attempt = turn.attempts[-1] if turn.state == "running" and turn.attempts else turn.best
+        if attempt is None or not attempt.tokens or (turn.mode == "candidates" and turn.state == "running"):
             return ""
         now = time.monotonic()
-        if turn.state != "running" or now - self._drawn >= REDRAW:
-            self._plot, self._drawn = plot(take.tokens, f"say{take.seed}"), now
+        if turn.state != "running" or now - self._drawn >= REDRAW_SECONDS:
+            self._plot, self._drawn = render_risk_plot(attempt.tokens, f"say{attempt.seed}"), now
         return self._plot
 
-    def _tools(self) -> str:
+    def _render_tools(self) -> str:
         turn = self.turn
-        found = ""
-        if not turn.withheld and turn.shown:
-            found += f'<button type="button" data-do="copy" data-text="{escape(turn.shown)}">Copy</button>'
-        hidden = sum(turn.hides(t) for t in turn.takes if t.text)
+        first = ""
+        if not turn.is_hidden and turn.shown:
+            first += f'<button type="button" data-do="copy" data-text="{escape(turn.shown)}">Copy</button>'
+        hidden = sum(turn.hides(t) for t in turn.attempts if t.text)
         if hidden:
-            which = "" if turn.withheld else f" {hidden} more"
-            found += f'<button type="button" data-act="reveal">Show{which} anyway</button>'
+            which = "" if turn.is_hidden else f" {hidden} more"
+            first += f'<button type="button" data-act="reveal">Show{which} anyway</button>'
         last = (
             f'<button type="button" data-do="edit" data-text="{escape(turn.question)}">Edit</button>'
             '<button type="button" data-act="retry">Retry</button>'
         )
-        if any(t.answer is not None and sureness(t.answer) is not None for t in turn.takes):
+        if any(t.answer is not None and confidence(t.answer) is not None for t in turn.attempts):
             last += '<button type="button" data-act="until">Try until sure</button>'
         last += '<button type="button" data-act="candidates">Show candidates</button>'
-        return f'{found}<span class="last">{last}</span>'
+        return f'{first}<span class="last">{last}</span>'
 
 
-def _frame(turn: Turn, seen: list[Take]) -> str:
-    """The places of a turn; static but for the seeds."""
-    many = turn.way == "candidates"
-    takes = "".join(
+def _render_frame(turn: Turn, seen: list[Attempt]) -> str:
+    """Return the places of a turn; static except for the seeds."""
+    many = turn.mode == "candidates"
+    attempts = "".join(
         f'<{"li" if many else "div"} class="take"><div class="say" data-part="say{t.seed}" role="group" '
         f'aria-label="Answer, token by token; arrow keys move" dir="auto"></div>'
         f'<div class="verdict" data-part="verdict{t.seed}"></div></{"li" if many else "div"}>'
         for t in seen
     )
     if many:
-        takes = f'<ol class="takes">{takes}</ol>'
+        attempts = f'<ol class="takes">{attempts}</ol>'
     return (
         '<h2 class="sr">You asked</h2><div class="ask" data-part="ask" role="group" aria-label="Your question, token '
         'by token; arrow keys move" dir="auto"></div><div class="reply"><h2 class="sr">Answer</h2>'
-        f'<div data-part="unsure"></div><p class="status" data-part="status"></p>{takes}'
+        f'<div data-part="unsure"></div><p class="status" data-part="status"></p>{attempts}'
         '<div data-part="plot"></div><div class="tools" data-part="tools"></div></div>'
     )

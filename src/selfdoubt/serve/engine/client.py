@@ -1,11 +1,13 @@
-"""Where requests are taken."""
+"""The interface of an engine to those who send it requests."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from contextlib import AbstractContextManager
 from typing import Any, Protocol, Unpack, runtime_checkable
 
+from selfdoubt.lm import defaults
 from selfdoubt.lm.answer import Answer
 from selfdoubt.lm.front import LMFront
 from selfdoubt.lm.inputs import PromptLike
@@ -14,54 +16,60 @@ from selfdoubt.lm.options import Options
 from selfdoubt.lm.scoring import TeacherForcedText
 from selfdoubt.lm.text.prompt import Prompt
 from selfdoubt.serve.engine.limits import Limits
-from selfdoubt.serve.engine.request import Job
-from selfdoubt.serve.engine.stats import Meter
+from selfdoubt.serve.engine.request import GenerationRequest, RequestHandle
+from selfdoubt.serve.engine.stats import EngineStats
 
 
 @runtime_checkable
-class Desk(Protocol):
-    """An ``Engine``, or ``Replicas`` of one; the methods are explained there."""
+class EngineClient(Protocol):
+    """An ``Engine``, or ``Replicas`` of one; ``Engine`` explains the methods."""
 
     limits: Limits
-    meter: Meter
+    stats: EngineStats
     failure: BaseException | None
 
     @property
     def front(self) -> LMFront:
-        """All that is known of the model but its weights."""
+        """All that is known of the model except its weights."""
 
     @property
     def ready(self) -> bool:
-        """Whether a request would be taken, but for a full queue."""
+        """True if a request would be accepted, unless the queue is full."""
 
     @property
     def running(self) -> int:
-        """Answers on their way."""
+        """Number of answers in progress."""
 
     @property
     def waiting(self) -> int:
-        """Requests that wait."""
+        """Number of requests in the queue."""
 
-    def ask(
+    def generate(
         self,
-        question: PromptLike | Prompt,
+        prompt: PromptLike | Prompt,
         *,
         n: int = 1,
-        alternatives: int = 5,
+        alternatives: int = defaults.ALTERNATIVES,
         client: str = "",
         timeout: float | None = None,
         **options: Unpack[Options],
-    ) -> Job:
-        """Ask for answers."""
+    ) -> RequestHandle:
+        """Encode a prompt and submit a request for answers to it."""
+
+    def submit(self, request: GenerationRequest) -> RequestHandle:
+        """Submit a request."""
 
     def call(self, work: Callable[[RiskAwareLM], Any]) -> Future[Any]:
-        """Do something else with the model."""
+        """Run other work with the model."""
 
-    def score(self, given: Sequence[TeacherForcedText]) -> Future[list[Answer]]:
+    def score(self, texts: Sequence[TeacherForcedText]) -> Future[list[Answer]]:
         """Score texts."""
 
-    def check_room(self) -> None:
-        """Refuse what would be refused anyway, before its question is encoded."""
+    def hold_open(self) -> AbstractContextManager[None]:
+        """Accept texts to score within a block, also while the engine is closing."""
+
+    def check_capacity(self) -> None:
+        """Refuse a request that would be refused anyway, before its prompt is encoded."""
 
     def close(self, patience: float = 30.0) -> None:
-        """Finish what was taken, and end."""
+        """Finish the requests that were accepted, and end."""

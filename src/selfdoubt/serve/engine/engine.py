@@ -1,20 +1,22 @@
 """Continuous batching: one thread owns the model, and requests join and leave its batch between two tokens.
 
-Requests come in from any thread and get their answers through ``Job``. Each turn of the engine reads one piece of the
-newcomers' prompts, or of a text to score, and chooses one token for every running sequence. Pieces are sized by the
-time they take, so that neither a long prompt nor a long text holds anybody up. What goes wrong with one request ends
-that request: a batch that failed is taken apart, and its sequences are read again one by one.
+Requests come in from any thread and get their answers through ``RequestHandle``. Each turn of the engine reads one
+chunk of new prompts, or of a text to score, and chooses one token for every running sequence. Chunks are sized by the
+time they take, so that neither a long prompt nor a long text holds up the others. An error in one request ends that
+request: a batch that failed is taken apart, and its sequences are read again one by one.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from typing import Any, TypeVar, Unpack
 
 from selfdoubt.errors import BusyError, EngineError
+from selfdoubt.lm import defaults
 from selfdoubt.lm.answer import Answer
 from selfdoubt.lm.front import LMFront
 from selfdoubt.lm.inputs import PromptLike
@@ -23,55 +25,56 @@ from selfdoubt.lm.options import Options
 from selfdoubt.lm.scoring import TeacherForcedText, score_in_chunks
 from selfdoubt.lm.text.prompt import Prompt
 from selfdoubt.serve.engine.limits import Limits
-from selfdoubt.serve.engine.prefills import LONG
-from selfdoubt.serve.engine.queue import Waiting
-from selfdoubt.serve.engine.request import Ask, Job, to_ask
-from selfdoubt.serve.engine.scheduler import InFlight
-from selfdoubt.serve.engine.stats import Meter, Silent
-from selfdoubt.serve.engine.tasks import Errand, Errands
+from selfdoubt.serve.engine.prefills import LONG_TEXT
+from selfdoubt.serve.engine.queue import FairQueue
+from selfdoubt.serve.engine.request import GenerationRequest, RequestHandle, build_request
+from selfdoubt.serve.engine.scheduler import Scheduler
+from selfdoubt.serve.engine.stats import EngineStats, NullStats
+from selfdoubt.serve.engine.tasks import EngineTask, TaskQueue
 
 T = TypeVar("T")
-#: After so many requests in a row that failed in the model, the engine looks whether the model itself still works.
-LAST_STRAW = 5
+#: After this many requests in a row that failed in the model, the engine checks whether the model itself still works.
+MAX_CONSECUTIVE_FAILURES = 5
 
 
 class Engine:
-    """A model that many ask at once.
+    """A model that serves many requests at once.
 
     Args:
-        lm: The model. Nobody else may use it while the engine runs.
-        limits: How much it takes on.
-        meter: Who measures it.
-        clock: Measures how long pieces of work take, in seconds.
+        lm: The model. It must not be used elsewhere while the engine runs.
+        limits: Limits on requests.
+        stats: Receives what happens, to count and measure it.
+        clock: Measures how long chunks of work take, in seconds.
     """
 
     def __init__(
         self,
         lm: RiskAwareLM,
         limits: Limits | None = None,
-        meter: Meter | None = None,
+        stats: EngineStats | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.lm = lm
         self.limits = limits or Limits()
-        self.meter: Meter = meter or Silent()
-        self.failure: BaseException | None = None  #: what ended the engine
-        self._inflight = InFlight(lm, self.limits, self.meter, clock)
-        self._waiting = Waiting()
-        self._errands = Errands()
-        self._was_errand = False  # whose the last piece was
-        self._news = threading.Condition(threading.RLock())  # guards the three above and the flags below
+        self.stats: EngineStats = stats or NullStats()
+        self.failure: BaseException | None = None  #: the error that ended the engine
+        self._scheduler = Scheduler(lm, self.limits, self.stats, clock)
+        self._queue = FairQueue()
+        self._tasks = TaskQueue()
+        self._holds = 0  # requests that will send more texts to score
+        self._was_task = False  # the last chunk was a task's
+        self._news = threading.Condition(threading.RLock())  # guards the five above and the flags below
         self._warm = self._closing = self._aborting = False
         self._thread = threading.Thread(target=self._run, name="selfdoubt-engine", daemon=True)
 
     def start(self, *, wait: bool = False) -> None:
-        """Begin to answer; the model takes its first steps before the engine is ``ready``.
+        """Start the engine; the model takes its first steps before the engine is ``ready``.
 
         Args:
-            wait: Until that is so.
+            wait: Return when it is ready.
 
         Raises:
-            EngineError: With ``wait``, if the model cannot take them.
+            EngineError: With ``wait``, if the model cannot take those steps.
         """
         self._thread.start()
         if wait:
@@ -82,183 +85,213 @@ class Engine:
 
     @property
     def ready(self) -> bool:
-        """Whether a request would be taken, but for a full queue."""
+        """True if a request would be accepted, unless the queue is full."""
         return self._warm and not self._closing and self.failure is None and self._thread.is_alive()
 
     @property
     def running(self) -> int:
-        """Sequences that are being read or decoded now."""
-        return self._inflight.size
+        """Number of sequences that are prefilled or decoded now."""
+        return self._scheduler.size
 
     @property
     def waiting(self) -> int:
-        """Requests that wait now."""
-        return len(self._waiting)
+        """Number of requests in the queue."""
+        return len(self._queue)
 
     @property
     def front(self) -> LMFront:
-        """All that is known of the model but its weights."""
+        """All that is known of the model except its weights."""
         return self.lm.front
 
-    def ask(
+    def generate(
         self,
-        question: PromptLike | Prompt,
+        prompt: PromptLike | Prompt,
         *,
         n: int = 1,
-        alternatives: int = 5,
+        alternatives: int = defaults.ALTERNATIVES,
         client: str = "",
         timeout: float | None = None,
         **options: Unpack[Options],
-    ) -> Job:
-        """Ask for ``n`` answers; they come back through the job.
+    ) -> RequestHandle:
+        """Encode a prompt and submit a request for ``n`` answers; they come back through the handle.
 
         Args:
-            question: A question, a chat, or ready-made token ids.
-            n: How many answers, with the seeds ``seed``, ``seed + 1``, ...
-            alternatives: How many of the most probable tokens are told with each token.
-            client: Who asks; clients take turns.
+            prompt: A question, a chat, or ready-made token ids.
+            n: Number of answers, with the seeds ``seed``, ``seed + 1``, ...
+            alternatives: Number of the most probable tokens that come with each token.
+            client: Name of the client; clients take turns.
             timeout: Seconds that it may take, waiting included; at most the limit's.
             **options: See ``Options``.
 
         Raises:
             PromptError: If the prompt is empty or too long.
             ConfigError: If an option is out of range.
-            BusyError: If too many wait already.
+            BusyError: If the queue is full.
             EngineError: If the engine has failed or is closing.
         """
-        self.limits.check(question, self.front.context)
-        ask = to_ask(self.front, question, n, alternatives, client, timeout, options)
-        return self.submit(ask)
+        self.limits.check_prompt_size(prompt, self.front.context)
+        return self.submit(
+            build_request(self.front, prompt, options, n=n, alternatives=alternatives, client=client, timeout=timeout)
+        )
 
-    def submit(self, ask: Ask) -> Job:
-        """See ``ask``."""
-        job = Job(self.limits.checked(ask, self.front.context, self.front.vocabulary))
+    def submit(self, request: GenerationRequest) -> RequestHandle:
+        """Submit a request that is encoded already; see ``generate``."""
+        handle = RequestHandle(self.limits.apply(request, self.front.context, self.front.vocabulary))
         with self._news:
-            self.check_room()
-            self._waiting.add(job)
-            self.meter.waiting(len(self._waiting))
+            self.check_capacity()
+            self._queue.add(handle)
+            self.stats.set_waiting(len(self._queue))
             self._news.notify_all()
-        return job
+        return handle
 
-    def check_room(self) -> None:
-        """Nothing, if a request would be taken.
+    def check_capacity(self) -> None:
+        """Check that a request would be accepted.
 
         Raises:
-            BusyError: If too many wait already.
+            BusyError: If the queue is full.
             EngineError: If the engine has failed or is closing.
         """
         with self._news:
             self._check_open()
-            if len(self._waiting) >= self.limits.queue:
+            if len(self._queue) >= self.limits.queue:
                 raise BusyError(
                     f"{self.limits.queue} requests are waiting already, which is this server's limit; try again later",
-                    retry_after=min(60.0, max(1.0, self._inflight.pace * len(self._waiting))),
+                    retry_after=min(60.0, max(1.0, self._scheduler.seconds_per_request * len(self._queue))),
                 )
 
     def call(self, work: Callable[[RiskAwareLM], T]) -> Future[T]:
-        """Let the engine's thread do something else with the model, between two tokens.
+        """Run other work with the model in the engine's thread, between two tokens.
 
         Raises:
-            BusyError: If too many wait already.
+            BusyError: If the queue is full.
             EngineError: If the engine has failed or is closing.
         """
-        return self._add(Errand(lambda lm, _: work(lm)))
+        return self._add(EngineTask(lambda lm, _: work(lm)))
 
-    def score(self, given: Sequence[TeacherForcedText]) -> Future[list[Answer]]:
-        """Score texts side by side, in pieces between tokens of others. Cancelling the future ends the work.
+    @contextmanager
+    def hold_open(self) -> Iterator[None]:
+        """Accept texts to score until the block ends, also while the engine is closing.
+
+        For a request whose texts come in several groups: once its first group is accepted, so are the others.
+
+        Raises:
+            EngineError: If the engine has failed or is closing already.
+        """
+        with self._news:
+            self._check_open()
+            self._holds += 1
+        try:
+            yield
+        finally:
+            with self._news:
+                self._holds -= 1
+                self._news.notify_all()
+
+    def score(self, texts: Sequence[TeacherForcedText]) -> Future[list[Answer]]:
+        """Score texts side by side, in chunks between tokens of others. Cancelling the future ends the work.
 
         Args:
-            given: From ``encode_given``.
+            texts: From ``encode_teacher_forced``.
 
         Raises:
             PromptError: If a text is too long.
-            BusyError: If too many wait already.
-            EngineError: If the engine has failed or is closing.
+            BusyError: If the queue is full.
+            EngineError: If the engine has failed, or is closing and not held open.
         """
-        tokens = self.limits.check_given(given, self.front.context)
-        return self._add(Errand(lambda lm, sizer: score_in_chunks(lm, given, 0, sizer), is_long=tokens > LONG))
+        tokens = self.limits.check_scored_texts(texts, self.front.context)
+        task = EngineTask(lambda lm, sizer: score_in_chunks(lm, texts, 0, sizer), is_long=tokens > LONG_TEXT)
+        return self._add(task, is_held=self._holds > 0)
 
-    def _add(self, errand: Errand) -> Future[Any]:
+    def _add(self, task: EngineTask, *, is_held: bool = False) -> Future[Any]:
         with self._news:
-            self._check_open()
-            if len(self._errands) >= self.limits.queue:
+            self._check_open(is_held=is_held)
+            if len(self._tasks) >= self.limits.queue:
                 raise BusyError(f"{self.limits.queue} texts are waiting to be scored already; try again later")
-            self._errands.add(errand)
+            self._tasks.add(task)
             self._news.notify_all()
-        return errand.future
+        return task.future
 
     def close(self, patience: float = 30.0) -> None:
-        """Take no more requests, give those that were taken so many seconds to finish, and end.
+        """Accept no more requests, and end when those accepted have finished.
 
-        What has not finished by then ends with ``EngineError``.
+        Args:
+            patience: Seconds that they get; then they end with ``EngineError``.
         """
         with self._news:
             self._closing = True
             self._news.notify_all()
         if self._thread.is_alive():
             self._thread.join(patience)
-        self._aborting = True
+        with self._news:
+            self._aborting = True
+            self._news.notify_all()
         if self._thread.is_alive():
             self._thread.join()
 
-    def _check_open(self) -> None:
-        if self._closing or self.failure is not None or not self._thread.is_alive():
+    def _check_open(self, *, is_held: bool = False) -> None:
+        if self._aborting or (self._closing and not is_held) or self.failure is not None or not self._thread.is_alive():
             raise self._error()
 
     def _error(self) -> EngineError:
         if self.failure is not None:
             return EngineError(f"the engine has failed ({type(self.failure).__name__}: {self.failure}); start it again")
-        return EngineError("the engine is closing" if self._closing else "the engine does not run; start it")
+        return EngineError(
+            "the engine is closing" if self._closing or self._aborting else "the engine does not run; start it"
+        )
 
     def _run(self) -> None:
-        """The engine's thread."""
+        """Run the engine's thread."""
         try:
-            self._inflight.rehearse()
+            self._scheduler.warm_up()
             with self._news:
                 self._warm = True
                 self._news.notify_all()
             while self._turn():
-                if self._inflight.misfortunes >= LAST_STRAW:
-                    self._inflight.rehearse()
+                if self._scheduler.consecutive_failures >= MAX_CONSECUTIVE_FAILURES:
+                    self._scheduler.warm_up()
         except BaseException as error:
             self.failure = error
         self._end_all()
 
+    @property
+    def _has_work(self) -> bool:
+        return bool(self._queue or self._tasks or self._scheduler.size)
+
     def _turn(self) -> bool:
-        """One piece of prompts or of an errand, one token each; False when all is done and the engine closes."""
+        """Do one chunk of prompts or of a task, and one token each; return False when all is done and it closes."""
         with self._news:
-            while not (self._waiting or self._errands or self._inflight.size or self._closing):
+            while not (self._has_work or self._aborting or (self._closing and not self._holds)):
                 self._news.wait()
-            if self._aborting or (self._closing and not (self._waiting or self._errands or self._inflight.size)):
+            if self._aborting or not self._has_work:
                 return False
-            dropped = self._waiting.remove(self._inflight.is_over)
-            newcomers = self._inflight.admit(self._waiting)
+            dropped = self._queue.remove(self._scheduler.is_over)
+            newcomers = self._scheduler.admit(self._queue)
             if newcomers or dropped:
-                self.meter.waiting(len(self._waiting))
-            # Prompts and texts to score take turns, too: a step of the others waits for one piece at most.
-            is_theirs = self._was_errand and (newcomers or self._inflight.is_reading)
-            errand = None if is_theirs else self._errands.next()  # asked only for who works: it goes behind the others
-        for job in dropped:
-            self._inflight.end(job)
-        self._was_errand = errand is not None
-        if errand is not None:
-            with self._inflight.piece() as sizer:
-                ended = errand.advance(self.lm, sizer)
-            if ended:
+                self.stats.set_waiting(len(self._queue))
+            # Prompts and texts to score take turns, too: a step of the others waits for one chunk at most.
+            is_prefill_turn = self._was_task and (newcomers or self._scheduler.is_prefilling)
+            task = None if is_prefill_turn else self._tasks.next()  # only if it works: it goes behind the others
+        for handle in dropped:
+            self._scheduler.end_request(handle)
+        self._was_task = task is not None
+        if task is not None:
+            with self._scheduler.timed_chunk() as sizer:
+                has_ended = task.advance(self.lm, sizer)
+            if has_ended:
                 with self._news:
-                    self._errands.remove(errand)
-        self._inflight.work(newcomers, reads=not self._was_errand)
+                    self._tasks.remove(task)
+        self._scheduler.work(newcomers, prefills=not self._was_task)
         return True
 
     def _end_all(self) -> None:
         with self._news:
             self._closing = True
-            left = self._waiting.remove(lambda _: True)
-            errands, self._aborting = self._errands.clear(), True
+            left = self._queue.remove(lambda _: True)
+            tasks, self._aborting = self._tasks.clear(), True
             self._news.notify_all()
         error = self._error()
-        self._inflight.end_all(error)
-        for job in left:
-            job.end(error)
-        for errand in errands:
-            errand.fail(error)
+        self._scheduler.end_all(error)
+        for handle in left:
+            handle.finish(error)
+        for task in tasks:
+            task.fail(error)

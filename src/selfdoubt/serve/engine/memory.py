@@ -28,26 +28,26 @@ from selfdoubt.members import Wrapped
 from selfdoubt.rows import Replacement
 
 #: Rows per member that a product may have; more are computed in pieces of the largest.
-SIZES = (*range(1, 13), 14, 16, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256)
+ROW_COUNTS = (*range(1, 13), 14, 16, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256)
 #: Compiled products that oneDNN keeps, where the environment does not say otherwise.
-CAPACITY, VARIABLE = 320, "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
-#: Free memory goes back when a process has grown by so many bytes; it is looked at every so many seconds.
-SLACK, SECONDS = 32 * 2**20, 10.0
+CACHE_CAPACITY, CACHE_VARIABLE = 320, "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
+#: Bytes that a process may grow by before free memory is returned, and seconds between two checks.
+TRIM_GROWTH, TRIM_INTERVAL = 32 * 2**20, 10.0
 
 
-def bound_process() -> None:
-    """Bound what this process keeps, whatever it is asked; call it before a model computes anything."""
-    limit_compiled()
-    GiveBack().start()
+def bound_process_memory() -> None:
+    """Bound the memory that this process keeps, for any requests; call it before a model computes anything."""
+    limit_compiled_products()
+    MemoryTrimmer().start()
 
 
-def limit_compiled() -> None:
-    """Let oneDNN keep at most ``CAPACITY`` compiled products; without effect once it has computed one."""
-    os.environ.setdefault(VARIABLE, str(CAPACITY))
+def limit_compiled_products() -> None:
+    """Let oneDNN keep at most ``CACHE_CAPACITY`` compiled products; without effect once it has computed one."""
+    os.environ.setdefault(CACHE_VARIABLE, str(CACHE_CAPACITY))
 
 
 def limit_shapes(lm: RiskAwareLM) -> None:
-    """Let the products of a model in half precision on a CPU have row counts of ``SIZES`` only, in place.
+    """Let the products of a model in half precision on a CPU have row counts of ``ROW_COUNTS`` only, in place.
 
     Rows of a product do not see each other: answers are those of another batch size. A compiled model keeps its shapes.
     """
@@ -65,12 +65,12 @@ def limit_shapes(lm: RiskAwareLM) -> None:
             module.forward = _filled(module.forward, members)
 
 
-def pieces(rows: int) -> list[tuple[int, int]]:
+def split_rows(rows: int) -> list[tuple[int, int]]:
     """Cut this many rows into pieces: (rows, the size that they are filled up to)."""
-    most = SIZES[-1]
-    found = [(most, most)] * (rows // most)
+    most = ROW_COUNTS[-1]
+    full = [(most, most)] * (rows // most)
     rest = rows % most
-    return [*found, (rest, SIZES[bisect_left(SIZES, rest)])] if rest else found
+    return [*full, (rest, ROW_COUNTS[bisect_left(ROW_COUNTS, rest)])] if rest else full
 
 
 def _is_half(parameter: Any) -> bool:
@@ -78,89 +78,89 @@ def _is_half(parameter: Any) -> bool:
 
 
 def _filled(forward: Callable[[Tensor], Tensor], members: int) -> Callable[[Tensor], Tensor]:
-    """A linear layer's forward, on rows filled up."""
+    """Return a linear layer's forward, on rows filled up."""
 
-    exact = {members * size for size in SIZES}
+    exact = {members * size for size in ROW_COUNTS}
 
     def run(x: Float[Tensor, "*rows in"]) -> Float[Tensor, "*rows out"]:
         count = x.shape[:-1].numel()
         if count in exact:
             return forward(x)
         each = members if count % members == 0 else 1
-        if x.shape[0] == count <= SIZES[-1] * each:  # one token per row, as in every step: no need to fold
-            extra = each * SIZES[bisect_left(SIZES, count // each)] - count
+        if x.shape[0] == count <= ROW_COUNTS[-1] * each:  # one token per row, as in every step: no need to fold
+            extra = each * ROW_COUNTS[bisect_left(ROW_COUNTS, count // each)] - count
             return forward(F.pad(x, (0, 0) * (x.ndim - 1) + (0, extra)))[:count]
         flat = x.reshape(count, x.shape[-1])
-        found, first = [], 0
-        for rows, size in pieces(count // each):
+        outputs, first = [], 0
+        for rows, size in split_rows(count // each):
             piece = flat[first : first + rows * each]
             first += rows * each
             if size > rows:
-                found.append(forward(F.pad(piece, (0, 0, 0, (size - rows) * each)))[: rows * each])
+                outputs.append(forward(F.pad(piece, (0, 0, 0, (size - rows) * each)))[: rows * each])
             else:
-                found.append(forward(piece))
-        y = found[0] if len(found) == 1 else torch.cat(found)
+                outputs.append(forward(piece))
+        y = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
         return y.reshape(*x.shape[:-1], y.shape[-1])
 
     return run
 
 
 def _filled_kernel(kernel: kernels.Kernel) -> kernels.Kernel:
-    """What deviations add, on rows of every member filled up."""
+    """Return a kernel, which computes what deviations add, on rows of every member filled up."""
 
     def run(leaf: nn.Module, x: Tensor, deviations: kernels.Deviations) -> Tensor:
         members = len(next(iter(deviations.values())))
         tail = x.shape[-1:] if x.is_floating_point() else x.shape[:0]  # ids have no features
         folded = x.reshape(members, -1, *tail)
-        if folded.shape[1] in SIZES:
+        if folded.shape[1] in ROW_COUNTS:
             return kernel(leaf, x, deviations)
-        found, first = [], 0
-        for rows, size in pieces(folded.shape[1]):
+        outputs, first = [], 0
+        for rows, size in split_rows(folded.shape[1]):
             piece = folded[:, first : first + rows]
             first += rows
             if size > rows:
                 piece = F.pad(piece, (0, 0) * len(tail) + (0, size - rows))
-            found.append(kernel(leaf, piece.flatten(0, 1), deviations).unflatten(0, (members, -1))[:, :rows])  # type: ignore[no-untyped-call]
-        y = found[0] if len(found) == 1 else torch.cat(found, 1)
+            outputs.append(kernel(leaf, piece.flatten(0, 1), deviations).unflatten(0, (members, -1))[:, :rows])  # type: ignore[no-untyped-call]
+        y = outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
         return y.reshape(*x.shape[: x.ndim - len(tail)], y.shape[-1])
 
     return run
 
 
-class GiveBack(threading.Thread):
+class MemoryTrimmer(threading.Thread):
     """A thread that returns free memory, which glibc keeps in its heaps, to the system; elsewhere it ends at once.
 
     Args:
         slack: Bytes that the process may grow by before free memory is returned.
-        seconds: Time between two looks.
+        seconds: Time between two checks.
     """
 
-    def __init__(self, slack: int = SLACK, seconds: float = SECONDS) -> None:
+    def __init__(self, slack: int = TRIM_GROWTH, seconds: float = TRIM_INTERVAL) -> None:
         super().__init__(name="selfdoubt-memory", daemon=True)
-        self.times = 0  #: how often memory was returned
+        self.times = 0  #: number of times that memory was returned
         self._slack, self._seconds = slack, seconds
         self._floor = 0
-        self._trim = _of_glibc("malloc_trim")
+        self._malloc_trim = _find_in_glibc("malloc_trim")
 
     def run(self) -> None:
-        """Look every few seconds, as long as the process lives."""
-        while self.look():
+        """Check every few seconds, as long as the process lives."""
+        while self.trim():
             time.sleep(self._seconds)
 
-    def look(self) -> bool:
-        """Return free memory if the process has grown; False where that cannot be done."""
-        size = resident()
-        if self._trim is None or size is None:
+    def trim(self) -> bool:
+        """Return free memory to the system if the process has grown; return False if that cannot be done."""
+        size = resident_bytes()
+        if self._malloc_trim is None or size is None:
             return False
         if size - self._floor > self._slack:
-            self._trim(0)  # without the interpreter's lock: only who allocates meanwhile waits, some 20 ms
+            self._malloc_trim(0)  # without the interpreter's lock: only threads that allocate wait, 20 ms
             self.times += 1
-            self._floor = resident() or size
+            self._floor = resident_bytes() or size
         self._floor = min(self._floor, size)
         return True
 
 
-def resident() -> int | None:
+def resident_bytes() -> int | None:
     """Return the bytes that this process has in memory, or None where ``/proc`` does not say."""
     try:
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
@@ -168,12 +168,12 @@ def resident() -> int | None:
         return None
 
 
-def _of_glibc(name: str) -> Callable[..., int] | None:
+def _find_in_glibc(name: str) -> Callable[..., int] | None:
     """Return a function of glibc, or None where another C library is in use."""
     try:
         library = ctypes.CDLL(None)
         library.gnu_get_libc_version  # noqa: B018
-        found: Callable[..., int] = getattr(library, name)
+        function: Callable[..., int] = getattr(library, name)
     except (OSError, TypeError, AttributeError):
         return None
-    return found
+    return function

@@ -1,4 +1,4 @@
-"""Prompts that are being read: groups of requests, each read side by side, that take turns piece by piece."""
+"""Prefills in progress: groups of requests, each read side by side, that take turns chunk by chunk."""
 
 from __future__ import annotations
 
@@ -9,88 +9,92 @@ from typing import cast
 
 from selfdoubt.lm.decode import DecodeBatch
 from selfdoubt.lm.generation import AnswerInProgress
-from selfdoubt.serve.engine.request import Job
+from selfdoubt.serve.engine.request import RequestHandle
 
 #: Groups that take turns, and the tokens of a long prompt. One place is kept for short ones.
-AT_ONCE, LONG = 4, 512
-Opened = tuple[list[AnswerInProgress], DecodeBatch]
-Pieces = Generator[None, None, Opened]
+MAX_RUNNING_PREFILLS, LONG_TEXT = 4, 512
+PrefilledBatch = tuple[list[AnswerInProgress], DecodeBatch]
+PrefillChunks = Generator[None, None, PrefilledBatch]
 
 
 @dataclass(eq=False)
-class Reading:
+class Prefill:
     """Prompts that are read side by side."""
 
-    jobs: Sequence[Job]
-    pieces: Pieces
+    handles: Sequence[RequestHandle]
+    chunks: PrefillChunks
 
     @property
     def is_long(self) -> bool:
-        """Whether any of the prompts takes more than a few pieces."""
-        return any(map(_is_long, self.jobs))
+        """True if any of the prompts takes more than a few chunks."""
+        return any(map(_is_long, self.handles))
 
-    def advance(self) -> Opened | None:
-        """Read one piece; return the answers in the making and their batch after the last."""
+    def advance(self) -> PrefilledBatch | None:
+        """Read one chunk; return the answers in progress and their batch after the last."""
         try:
-            next(self.pieces)
+            next(self.chunks)
         except StopIteration as end:
-            return cast("Opened", end.value)
+            return cast("PrefilledBatch", end.value)
         return None
 
 
-class Readings:
+class PrefillQueue:
     """Groups in their order, of which a few take turns."""
 
     def __init__(self) -> None:
-        self._waiting: deque[Sequence[Job]] = deque()
-        self._begun: deque[Reading] = deque()
+        self._waiting: deque[Sequence[RequestHandle]] = deque()
+        self._running: deque[Prefill] = deque()
 
     def __bool__(self) -> bool:
-        return bool(self._waiting or self._begun)
+        return bool(self._waiting or self._running)
 
     @property
     def is_full(self) -> bool:
-        """Whether another group would have to wait."""
-        return bool(self._waiting) or len(self._begun) >= AT_ONCE
+        """True if another group would have to wait."""
+        return bool(self._waiting) or len(self._running) >= MAX_RUNNING_PREFILLS
 
-    def has_place(self, job: Job) -> bool:
+    def has_place(self, handle: RequestHandle) -> bool:
         """Return whether long prompts leave a place to this one: a short one never waits for all of a long one."""
-        return not _is_long(job) or sum(group.is_long for group in self._begun) < AT_ONCE - 1
+        return not _is_long(handle) or sum(group.is_long for group in self._running) < MAX_RUNNING_PREFILLS - 1
 
-    def add(self, jobs: Sequence[Job]) -> None:
+    def add(self, handles: Sequence[RequestHandle]) -> None:
         """Put a group behind the others."""
-        self._waiting.append(jobs)
+        self._waiting.append(handles)
 
-    def add_apart(self, jobs: Sequence[Job]) -> None:
-        """Put each of a group that failed before the others, by itself."""
-        self._waiting.extendleft([job] for job in reversed(jobs))
+    def add_apart(self, handles: Sequence[RequestHandle]) -> None:
+        """Put each request of a group that failed before the others, by itself."""
+        self._waiting.extendleft([handle] for handle in reversed(handles))
 
-    def next(self, begin: Callable[[Sequence[Job]], Pieces | None], is_wanted: Callable[[Job], bool]) -> Reading | None:
+    def next(
+        self,
+        begin: Callable[[Sequence[RequestHandle]], PrefillChunks | None],
+        is_wanted: Callable[[RequestHandle], bool],
+    ) -> Prefill | None:
         """Take out the group whose turn it is.
 
         Args:
-            begin: Begins to read a group; None where nobody wants it any more.
-            is_wanted: Whether a request goes on.
+            begin: Begins to read a group; returns None if all its requests have ended.
+            is_wanted: Returns whether a request goes on.
         """
         while self._waiting:
-            jobs = self._waiting.popleft()
-            pieces = begin(jobs)
-            if pieces is not None:
-                self._begun.append(Reading(jobs, pieces))
-        for group in [group for group in self._begun if not any(map(is_wanted, group.jobs))]:
-            self._begun.remove(group)
-            group.pieces.close()
-        return self._begun.popleft() if self._begun else None
+            handles = self._waiting.popleft()
+            chunks = begin(handles)
+            if chunks is not None:
+                self._running.append(Prefill(handles, chunks))
+        for group in [group for group in self._running if not any(map(is_wanted, group.handles))]:
+            self._running.remove(group)
+            group.chunks.close()
+        return self._running.popleft() if self._running else None
 
-    def put_back(self, group: Reading) -> None:
+    def put_back(self, group: Prefill) -> None:
         """Put a group that has more to read behind the others."""
-        self._begun.append(group)
+        self._running.append(group)
 
     def clear(self) -> None:
-        """Forget all of them."""
+        """Forget all groups."""
         self._waiting.clear()
-        self._begun.clear()
+        self._running.clear()
 
 
-def _is_long(job: Job) -> bool:
-    return len(job.ask.prompt.ids) > LONG
+def _is_long(handle: RequestHandle) -> bool:
+    return len(handle.request.prompt.ids) > LONG_TEXT

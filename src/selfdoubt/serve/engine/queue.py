@@ -1,55 +1,55 @@
-"""Who is next: clients take turns, and each client's own requests keep their order."""
+"""The queue of requests: clients take turns, and each client's own requests keep their order."""
 
 from __future__ import annotations
 
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
 
-from selfdoubt.serve.engine.request import Job
+from selfdoubt.serve.engine.request import RequestHandle
 
 
-class Waiting:
-    """Jobs that wait. A client with a hundred of them does not hold up another client's first."""
+class FairQueue:
+    """Requests that wait. A client with a hundred of them does not hold up another client's first."""
 
     def __init__(self) -> None:
-        self._clients: OrderedDict[str, deque[Job]] = OrderedDict()  # the first is next; none is empty
+        self._clients: OrderedDict[str, deque[RequestHandle]] = OrderedDict()  # the first is next; none is empty
 
     def __len__(self) -> int:
         return sum(map(len, self._clients.values()))
 
-    def __iter__(self) -> Iterator[Job]:
-        for jobs in self._clients.values():
-            yield from jobs
+    def __iter__(self) -> Iterator[RequestHandle]:
+        for handles in self._clients.values():
+            yield from handles
 
-    def add(self, job: Job) -> None:
-        """Behind the client's own others; a client that has none waits for one turn of each other."""
-        self._clients.setdefault(job.ask.client, deque()).append(job)
+    def add(self, handle: RequestHandle) -> None:
+        """Put a request behind its client's others; a client that has none waits for one turn of each other."""
+        self._clients.setdefault(handle.request.client, deque()).append(handle)
 
-    def next(self, may: Callable[[Job], bool] = lambda _: True) -> Job | None:
-        """The job whose turn it is among those that may be taken now; it stays."""
+    def next(self, may: Callable[[RequestHandle], bool] = lambda _: True) -> RequestHandle | None:
+        """Return the request whose turn it is among those that may be taken now; it stays in the queue."""
         return next(filter(may, self), None)
 
-    def take(self, job: Job | None = None) -> Job:
-        """Take out this job, or the one whose turn it is; then it is the next client's turn."""
-        job = job or next(iter(self))
-        client = job.ask.client
-        jobs = self._clients[client]
-        jobs.remove(job)
-        if jobs:
+    def take(self, handle: RequestHandle | None = None) -> RequestHandle:
+        """Take out this request, or the one whose turn it is; then it is the next client's turn."""
+        handle = handle or next(iter(self))
+        client = handle.request.client
+        handles = self._clients[client]
+        handles.remove(handle)
+        if handles:
             self._clients.move_to_end(client)
         else:
             del self._clients[client]
-        return job
+        return handle
 
-    def remove(self, unwanted: Callable[[Job], bool]) -> list[Job]:
-        """Take out the jobs of which this is true."""
-        found = [job for job in self if unwanted(job)]
-        if not found:  # nearly always, and it is asked between any two tokens
-            return found
-        for client, jobs in list(self._clients.items()):
-            kept = deque(job for job in jobs if job not in found)
+    def remove(self, unwanted: Callable[[RequestHandle], bool]) -> list[RequestHandle]:
+        """Take out the requests for which a condition holds, and return them."""
+        removed = [handle for handle in self if unwanted(handle)]
+        if not removed:  # nearly always, and it is checked between any two tokens
+            return removed
+        for client, handles in list(self._clients.items()):
+            kept = deque(handle for handle in handles if handle not in removed)
             if kept:
                 self._clients[client] = kept
             else:
                 del self._clients[client]
-        return found
+        return removed

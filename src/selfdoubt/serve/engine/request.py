@@ -1,4 +1,4 @@
-"""What a request asks of the engine, and the thread-safe channel on which its answers come back."""
+"""Requests to the engine, and the thread-safe handles through which their answers come back."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ import asyncio
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, NamedTuple
 
+from selfdoubt.lm import defaults
 from selfdoubt.lm.answer import Answer, Token
 from selfdoubt.lm.options import Options, list_stop_texts, read_options, read_sampling
 from selfdoubt.lm.sampling import Sampling
@@ -21,16 +23,16 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Ask:
-    """What a request wants.
+class GenerationRequest:
+    """A request for one or several answers to one prompt, as the engine takes it.
 
     Args:
         prompt: Token ids, and which of them are the question's own words.
         sampling: How tokens are chosen.
-        seeds: One for each answer that is wanted.
+        seeds: One per answer.
         stops: Texts that end an answer.
-        client: Who asks; clients take turns.
-        timeout: Seconds from now until the request ends with ``DeadlineError``.
+        client: Name of the client; clients take turns.
+        timeout: Seconds from its arrival until the request ends with ``DeadlineError``; None sets no deadline.
     """
 
     prompt: Prompt
@@ -40,69 +42,76 @@ class Ask:
     client: str = ""
     timeout: float | None = None
 
-    def length(self, context: int | None) -> int:
-        """Tokens that a cache may have to hold for one answer."""
+    def max_length(self, context: int | None) -> int:
+        """Return the number of tokens that a cache may have to hold for one answer."""
         return min(len(self.prompt.ids) + self.sampling.max_tokens, context or 2**62)
 
 
-def to_ask(
+def build_request(
     front: LMFront,
-    question: PromptLike | Prompt,
-    n: int,
-    alternatives: int,
-    client: str,
-    timeout: float | None,
+    prompt: PromptLike | Prompt,
     options: Options,
-) -> Ask:
-    """What ``Engine.ask`` is asked, as data.
+    *,
+    n: int = 1,
+    alternatives: int = defaults.ALTERNATIVES,
+    client: str = "",
+    timeout: float | None = None,
+) -> GenerationRequest:
+    """Build a request from a caller's options; see ``Engine.generate``.
 
     Raises:
         PromptError: If the prompt is empty or the chat template refuses it.
         ConfigError: If an option is out of range.
     """
     options = read_options(options, "n", "alternatives", "client", "timeout")
-    if not isinstance(question, Prompt):
-        question = encode(front.tokenizer, question, raw=options.get("raw", False))
+    if not isinstance(prompt, Prompt):
+        prompt = encode(front.tokenizer, prompt, raw=options.get("raw", False))
     sampling = replace(read_sampling(options, front.stop_ids), alternatives=alternatives)
-    seeds = tuple(options.get("seed", 0) + i for i in range(n))
-    return Ask(question, sampling, seeds, list_stop_texts(options), client, timeout)
+    return GenerationRequest(
+        prompt, sampling, list_seeds(options.get("seed", 0), n), list_stop_texts(options), client, timeout
+    )
 
 
-class Began(NamedTuple):
-    """The question was read; it comes once, before all else."""
+def list_seeds(seed: int, n: int) -> tuple[int, ...]:
+    """Return the seeds of ``n`` answers: they count on from the first."""
+    return tuple(seed + i for i in range(n))
+
+
+class Started(NamedTuple):
+    """The update that a prompt was read; it comes once, before all others."""
 
     question: list[Token]  #: its own words
 
 
-class Grew(NamedTuple):
-    """Tokens of one answer that are certain now."""
+class TokensAdded(NamedTuple):
+    """The update that tokens of one answer are certain now."""
 
     choice: int
     tokens: list[Token]
 
 
-class Ended(NamedTuple):
-    """One answer is complete."""
+class Finished(NamedTuple):
+    """The update that one answer is complete."""
 
     choice: int
     answer: Answer
 
 
-Update = Began | Grew | Ended
+Update = Started | TokensAdded | Finished
 
 
 @dataclass(eq=False)
-class Job:
-    """A request on its way. One reader, in a thread (``updates``) or in an event loop (``stream``).
+class RequestHandle:
+    """A request in progress. It has one reader, in a thread (``updates``) or in an event loop (``stream``).
 
-    Both end after the last answer, and raise what ended the request instead: ``DeadlineError``, ``EngineError``,
-    ``NonFiniteError``, ... A reader who goes away calls ``cancel``.
+    Both end after the last answer, and raise the error that ended the request early: ``DeadlineError``,
+    ``EngineError``, ``NonFiniteError``, ... A reader that goes away calls ``cancel``.
     """
 
-    ask: Ask
-    born: float = field(default_factory=time.monotonic)
-    cancelled: bool = False  #: looked at by the engine between tokens
-    begun: bool = False  #: the reader has been told something
+    request: GenerationRequest
+    arrived_at: float = field(default_factory=time.monotonic)
+    cancelled: bool = False  #: the engine looks at it between tokens
+    started: bool = False  #: the reader got an update
     ended: bool = False  #: nothing more will come; set by the engine
     _items: deque[Update | BaseException | None] = field(default_factory=deque)
     _news: threading.Condition = field(default_factory=threading.Condition)
@@ -111,34 +120,34 @@ class Job:
 
     @property
     def deadline(self) -> float:
-        """When its time is over, by ``time.monotonic``."""
-        return float("inf") if self.ask.timeout is None else self.born + self.ask.timeout
+        """The end of its time, by ``time.monotonic``."""
+        return float("inf") if self.request.timeout is None else self.arrived_at + self.request.timeout
 
     def cancel(self) -> None:
-        """Nobody reads the answers any more; their rows leave the batch before its next token."""
+        """End the request, whose reader has gone; its rows leave the batch before the next token."""
         self.cancelled = True
         if self._on_cancel is not None:
             self._on_cancel()
 
     def on_cancel(self, act: Callable[[], object]) -> None:
-        """For whoever answers elsewhere: do this when the reader goes away."""
+        """Register a function to call when the request is cancelled; used where it is answered elsewhere."""
         self._on_cancel = act
         if self.cancelled:
             act()
 
-    def put(self, update: Update) -> None:
-        """For the engine: tell the reader."""
-        self.begun = True
+    def publish(self, update: Update) -> None:
+        """Send an update to the reader; for the engine."""
+        self.started = True
         self._put(update)
 
-    def end(self, error: BaseException | None = None) -> None:
-        """For the engine: there is no more, or no more because of an error. Only the first call counts."""
+    def finish(self, error: BaseException | None = None) -> None:
+        """End the updates, with an error if there is one; for the engine. Only the first call counts."""
         if not self.ended:
             self.ended = True
             self._put(error)
 
     def updates(self) -> Iterator[Update]:
-        """What happens, as it happens; blocks between."""
+        """Yield updates as they come; blocks between them."""
         while True:
             with self._news:
                 while not self._items:
@@ -151,13 +160,13 @@ class Job:
             yield item
 
     async def stream(self) -> AsyncIterator[Update]:
-        """What happens, as it happens, for a coroutine."""
+        """Yield updates as they come, for a coroutine."""
         async for burst in self.bursts():
             for update in burst:
                 yield update
 
     async def bursts(self) -> AsyncIterator[list[Update]]:
-        """The same, with what has piled up meanwhile in one go."""
+        """Yield lists of updates, each of those that have piled up since the last one."""
         loop, news = asyncio.get_running_loop(), asyncio.Event()
         self._wake = lambda: loop.call_soon_threadsafe(news.set)
         while True:
@@ -178,9 +187,9 @@ class Job:
                 await news.wait()
 
     def answers(self) -> list[Answer]:
-        """Wait for all answers, in the order of ``ask.seeds``."""
-        found = {u.choice: u.answer for u in self.updates() if isinstance(u, Ended)}
-        return [found[i] for i in sorted(found)]
+        """Wait for all answers, in the order of ``request.seeds``."""
+        answers = {u.choice: u.answer for u in self.updates() if isinstance(u, Finished)}
+        return [answers[i] for i in sorted(answers)]
 
     def _put(self, item: Update | BaseException | None) -> None:
         with self._news:
@@ -190,5 +199,19 @@ class Job:
         if wake is not None:
             try:
                 wake()
-            except RuntimeError:  # the reader's event loop is closed: nobody is there to be told
+            except RuntimeError:  # the reader's event loop is closed: it reads no more
                 self.cancelled = True
+
+
+@contextmanager
+def cancel_on_exit(handles: Iterable[RequestHandle]) -> Iterator[None]:
+    """Cancel requests when the block ends, in whatever way; those that have ended are not affected.
+
+    Args:
+        handles: Iterated when the block ends: handles that were added to it within count, those removed do not.
+    """
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.cancel()

@@ -1,6 +1,7 @@
-"""What the engine's thread works on: prompts that are being read, and the batch of sequences that are decoded.
+"""The scheduler of the engine's thread: prefills, and the batch of sequences that are decoded.
 
-The answers in ``_choices`` are the truth: whatever is in the batch and not among them leaves it before the next token.
+The answers in ``_answers`` are the truth: a sequence of the batch that is not among them leaves it before the next
+token.
 """
 
 from __future__ import annotations
@@ -24,37 +25,37 @@ from selfdoubt.lm.prefill import prefill, prefill_in_chunks
 from selfdoubt.lm.sampling import Sampling
 from selfdoubt.lm.stepper import HFStepper
 from selfdoubt.serve.engine.limits import Limits
-from selfdoubt.serve.engine.prefills import Pieces, Readings
-from selfdoubt.serve.engine.queue import Waiting
-from selfdoubt.serve.engine.request import Began, Ended, Grew, Job
-from selfdoubt.serve.engine.stats import Meter
+from selfdoubt.serve.engine.prefills import PrefillChunks, PrefillQueue
+from selfdoubt.serve.engine.queue import FairQueue
+from selfdoubt.serve.engine.request import Finished, RequestHandle, Started, TokensAdded
+from selfdoubt.serve.engine.stats import EngineStats
 
 #: Seconds from one token of a stream to the next that prompts and texts to score may cause, a step included.
-GAP = 0.22
-#: Seconds of a piece while no stream runs.
-ALONE = 0.5
+STREAM_GAP = 0.22
+#: Seconds of a chunk while no stream runs.
+IDLE_CHUNK = 0.5
 
 
 @dataclass(eq=False)
-class _Choice:
-    """One answer on its way; there is no progress before its prompt was read."""
+class _RunningAnswer:
+    """One answer of a request; its progress is None before its prompt was read."""
 
-    job: Job
-    number: int
+    handle: RequestHandle
+    choice: int
     progress: AnswerInProgress | None = None
 
 
-class InFlight:
-    """Requests that were let in. But for ``size`` and ``pace``, it is for the engine's thread alone."""
+class Scheduler:
+    """Requests that were admitted. Except ``size`` and ``seconds_per_request``, it is for the engine's thread alone."""
 
     def __init__(
-        self, lm: RiskAwareLM, limits: Limits, meter: Meter, clock: Callable[[], float] = time.perf_counter
+        self, lm: RiskAwareLM, limits: Limits, stats: EngineStats, clock: Callable[[], float] = time.perf_counter
     ) -> None:
-        self.pace = 1.0  #: seconds between two requests that end, lately
-        self.misfortunes = 0  #: requests in a row that failed in the model
-        self._lm, self._limits, self._meter = lm, limits, meter
-        self._choices: dict[int, _Choice] = {}
-        self._readings = Readings()
+        self.seconds_per_request = 1.0  #: time between two requests that end, lately
+        self.consecutive_failures = 0  #: requests in a row that failed in the model
+        self._lm, self._limits, self._stats = lm, limits, stats
+        self._answers: dict[int, _RunningAnswer] = {}
+        self._prefills = PrefillQueue()
         self._sizer = ChunkSizer()
         self._clock = clock
         self._step_took = 0.0  # seconds
@@ -69,180 +70,184 @@ class InFlight:
 
     @property
     def size(self) -> int:
-        """Answers on their way."""
-        return len(self._choices)
+        """Number of answers in progress."""
+        return len(self._answers)
 
-    def rehearse(self) -> None:
-        """Take a few steps with nobody's prompt, and find out whether this model's batches can be joined."""
-        self.misfortunes = 0
+    def warm_up(self) -> None:
+        """Take a few steps with made-up prompts, and find out whether this model's batches can be joined."""
+        self.consecutive_failures = 0
 
-        def one(name: int) -> DecodeBatch:
+        def start_one(name: int) -> DecodeBatch:
             stepper = HFStepper(self._lm.model, self._lm.front.layers)
             _, following = prefill(stepper, [[1] * (2 + name)])
             self._members = stepper.members
             return DecodeBatch(stepper, following, [TokenSequence(name, Sampling(max_tokens=2), 0, 2)])
 
-        batch = one(0)
+        batch = start_one(0)
         try:
-            batch.join(one(1))
+            batch.join(start_one(1))
         except WrapError:
-            self._joins, batch = False, one(0)
+            self._joins, batch = False, start_one(0)
         batch.choose()
         batch.step()
         for length in (2, min(32, (self._lm.front.context or 64) // 2)):
-            pieces = prefill_in_chunks(HFStepper(self._lm.model, self._lm.front.layers, self._sizer), [[1] * length])
+            chunks = prefill_in_chunks(HFStepper(self._lm.model, self._lm.front.layers, self._sizer), [[1] * length])
             for _ in range(length):
-                with self.piece():
-                    next(pieces, None)
+                with self.timed_chunk():
+                    next(chunks, None)
 
     @property
-    def is_reading(self) -> bool:
-        """Whether a prompt is not read to its end."""
-        return bool(self._readings)
+    def is_prefilling(self) -> bool:
+        """True if a prompt is not read to its end."""
+        return bool(self._prefills)
 
     @contextmanager
-    def piece(self) -> Iterator[ChunkSizer]:
-        """Measure one piece of a prompt, or of a text to score, that is read within."""
-        self._sizer.begin(ALONE if self._batch is None else max(GAP - self._step_took, GAP / 4))
+    def timed_chunk(self) -> Iterator[ChunkSizer]:
+        """Measure one chunk of a prompt, or of a text to score, that is read within the block."""
+        self._sizer.begin(IDLE_CHUNK if self._batch is None else max(STREAM_GAP - self._step_took, STREAM_GAP / 4))
         began = self._clock()
         yield self._sizer
         self._sizer.learn(self._clock() - began)
 
     @staticmethod
-    def is_over(job: Job) -> bool:
-        """Whether nobody waits for this any more, or not in time."""
-        return job.cancelled or time.monotonic() > job.deadline
+    def is_over(handle: RequestHandle) -> bool:
+        """Return whether a request was cancelled, or its time is over."""
+        return handle.cancelled or time.monotonic() > handle.deadline
 
-    def admit(self, waiting: Waiting) -> list[Job]:
-        """Let in as many as there is room for, and as are read well side by side; the rest keeps its order."""
-        if self._readings.is_full or (self._choices and not self._joins):
+    def admit(self, queue: FairQueue) -> list[RequestHandle]:
+        """Admit as many requests as there is room for, and as are read well side by side; the rest keeps its order."""
+        if self._prefills.is_full or (self._answers and not self._joins):
             return []
-        found: list[Job] = []
-        # Beside a stream, no more prompts at once than leave each piece some columns of each.
+        admitted: list[RequestHandle] = []
+        # Next to a stream, no more prompts at once than leave each chunk some columns of each.
         most = float("inf") if self._batch is None else max(1, self._sizer.tokens(0) // (4 * self._members))
         while (
-            len(found) < most and (job := waiting.next(self._readings.has_place)) is not None and self._fits(found, job)
+            len(admitted) < most
+            and (handle := queue.next(self._prefills.has_place)) is not None
+            and self._fits(admitted, handle)
         ):
-            found.append(waiting.take(job))
-        for job in found:
-            for number in range(len(job.ask.seeds)):
-                self._choices[next(self._names)] = _Choice(job, number)
-        return found
+            admitted.append(queue.take(handle))
+        for handle in admitted:
+            for choice in range(len(handle.request.seeds)):
+                self._answers[next(self._names)] = _RunningAnswer(handle, choice)
+        return admitted
 
-    def _fits(self, others: Sequence[Job], job: Job) -> bool:
-        lengths = [len(other.ask.prompt.ids) for other in (*others, job)]
-        if max(lengths) > 2 * min(lengths) + 32:  # beside a long prompt, a short one is mostly padding
+    def _fits(self, others: Sequence[RequestHandle], handle: RequestHandle) -> bool:
+        lengths = [len(other.request.prompt.ids) for other in (*others, handle)]
+        if max(lengths) > 2 * min(lengths) + 32:  # next to a long prompt, a short one is mostly padding
             return False
-        answers = self.size + sum(len(other.ask.seeds) for other in (*others, job))
-        running = (choice.job for choice in self._choices.values())
-        longest = max(other.ask.length(self._lm.front.context) for other in (*running, *others, job))
+        answers = self.size + sum(len(other.request.seeds) for other in (*others, handle))
+        running = (answer.handle for answer in self._answers.values())
+        longest = max(other.request.max_length(self._lm.front.context) for other in (*running, *others, handle))
         return answers <= self._limits.batch and answers * longest <= self._limits.batch_tokens
 
-    def work(self, newcomers: list[Job], *, reads: bool = True) -> None:
-        """Read one piece of prompts, unless ``reads`` is False, and choose one token for every sequence."""
+    def work(self, newcomers: list[RequestHandle], *, prefills: bool = True) -> None:
+        """Read one chunk of prompts, unless ``prefills`` is False, and choose one token for every sequence."""
         if newcomers:
-            self._readings.add(newcomers)
-        for job in {choice.job for choice in self._choices.values() if self.is_over(choice.job)}:
-            self.end(job)
-        if reads:
-            self._read()
+            self._prefills.add(newcomers)
+        for handle in {answer.handle for answer in self._answers.values() if self.is_over(answer.handle)}:
+            self.end_request(handle)
+        if prefills:
+            self._advance_prefill()
         if self._batch is None and self._parked:
             self._batch = self._parked.popleft()
         if self._batch is not None:
             began = self._clock()
-            self._advance(self._batch)
+            self._step(self._batch)
             self._step_took = self._clock() - began
             if not (self._batch and self._batch.sequences):
                 self._batch = self._chosen_at = None
 
-    def end(self, job: Job, error: BaseException | None = None) -> None:
-        """End a request because of an error, its deadline, or because nobody waits for it; its rows are freed."""
-        if error is None and not job.cancelled:
+    def end_request(self, handle: RequestHandle, error: BaseException | None = None) -> None:
+        """End a request because of an error, its deadline, or because it was cancelled; its rows are freed."""
+        if error is None and not handle.cancelled:
             error = DeadlineError(
-                f"the answer was not finished within {job.ask.timeout:g} seconds; ask for a shorter one, or try later"
+                f"the answer was not finished within {handle.request.timeout:g} seconds; ask for a shorter one, or "
+                "try later"
             )
         outcome = "cancelled" if error is None else "deadline" if isinstance(error, DeadlineError) else "error"
         if error is not None and not isinstance(error, SelfdoubtError):
-            self.misfortunes += 1
-        unfinished = [name for name, choice in self._choices.items() if choice.job is job]
+            self.consecutive_failures += 1
+        unfinished = [name for name, answer in self._answers.items() if answer.handle is handle]
         for name in unfinished:
-            del self._choices[name]
+            del self._answers[name]
         for _ in unfinished or (None,):
-            self._meter.ended(outcome, None)  # type: ignore[arg-type]
-        self._finish(job, error)
+            self._stats.record_end(outcome, None)  # type: ignore[arg-type]
+        self._finish(handle, error)
 
     def end_all(self, error: BaseException) -> None:
-        """End everything."""
-        for job in {choice.job for choice in self._choices.values()}:
-            self.end(job, error)
+        """End all requests."""
+        for handle in {answer.handle for answer in self._answers.values()}:
+            self.end_request(handle, error)
         self._batch = None
-        self._readings.clear()
+        self._prefills.clear()
         self._parked.clear()
 
-    def _finish(self, job: Job, error: BaseException | None = None) -> None:
+    def _finish(self, handle: RequestHandle, error: BaseException | None = None) -> None:
         now = time.monotonic()
-        self.pace += 0.1 * (now - self._last_end - self.pace)
+        self.seconds_per_request += 0.1 * (now - self._last_end - self.seconds_per_request)
         self._last_end = now
-        job.end(error)
+        handle.finish(error)
 
-    def _read(self) -> None:
-        """One piece of the prompts of one group."""
-        running = {choice.job for choice in self._choices.values()}
-        group = self._readings.next(self._begin, running.__contains__)
+    def _advance_prefill(self) -> None:
+        """Read one chunk of the prompts of one group."""
+        running = {answer.handle for answer in self._answers.values()}
+        group = self._prefills.next(self._begin_prefill, running.__contains__)
         if group is None:
             return
         try:
-            with self.piece():
-                opened = group.advance()
+            with self.timed_chunk():
+                prefilled = group.advance()
         except Exception as error:
-            if len(group.jobs) == 1:
-                self.end(group.jobs[0], error)
-            else:  # one of them it was: apart, the others do not suffer for it
-                self._readings.add_apart(group.jobs)
+            if len(group.handles) == 1:
+                self.end_request(group.handles[0], error)
+            else:  # one of them caused it: apart, the others do not suffer for it
+                self._prefills.add_apart(group.handles)
             return
-        if opened is None:
-            self._readings.put_back(group)
+        if prefilled is None:
+            self._prefills.put_back(group)
         else:
-            self._welcome(*opened)
+            self._start_answers(*prefilled)
 
-    def _begin(self, jobs: Sequence[Job]) -> Pieces | None:
-        wanted = [
-            SequenceRequest(name, c.job.ask.prompt, c.job.ask.sampling, c.job.ask.seeds[c.number], c.job.ask.stops)
-            for name, c in self._choices.items()
-            if c.job in jobs
+    def _begin_prefill(self, handles: Sequence[RequestHandle]) -> PrefillChunks | None:
+        requests = [
+            SequenceRequest(name, request.prompt, request.sampling, request.seeds[answer.choice], request.stops)
+            for name, answer in self._answers.items()
+            if answer.handle in handles
+            for request in [answer.handle.request]
         ]
-        return start_batch(self._lm, wanted, self._sizer) if wanted else None
+        return start_batch(self._lm, requests, self._sizer) if requests else None
 
-    def _welcome(self, answers: list[AnswerInProgress], batch: DecodeBatch) -> None:
-        """Prompts were read: tell so, and let their sequences join the batch."""
-        begun: set[Job] = set()
-        for line, progress in zip(batch.sequences, answers, strict=True):
-            choice = self._choices.get(line.name)
-            if choice is None:
+    def _start_answers(self, answers: list[AnswerInProgress], batch: DecodeBatch) -> None:
+        """Publish that prompts were read, and let their sequences join the batch."""
+        started: set[RequestHandle] = set()
+        for sequence, progress in zip(batch.sequences, answers, strict=True):
+            answer = self._answers.get(sequence.name)
+            if answer is None:
                 continue
-            choice.progress = progress
-            if choice.job not in begun:
-                choice.job.put(Began(progress.question))
-                begun.add(choice.job)
-        batch.drop({line.name for line in batch.sequences} - self._choices.keys())
+            answer.progress = progress
+            if answer.handle not in started:
+                answer.handle.publish(Started(progress.question))
+                started.add(answer.handle)
+        batch.drop({sequence.name for sequence in batch.sequences} - self._answers.keys())
         if batch.sequences:
-            self._take_in(batch)
+            self._join(batch)
 
-    def _take_in(self, batch: DecodeBatch) -> None:
+    def _join(self, batch: DecodeBatch) -> None:
         if self._batch is None:
             self._batch = batch
         elif not self._joins:
             self._parked.append(batch)
         else:
-            lines = [*self._batch.sequences, *batch.sequences]
+            sequences = [*self._batch.sequences, *batch.sequences]
             try:
                 self._batch.join(batch)
             except Exception as error:
-                self._start_over(lines, error)
+                self._restart(sequences, error)
 
-    def _advance(self, batch: DecodeBatch) -> None:
-        """One token for every sequence."""
-        batch.drop({line.name for line in batch.sequences} - self._choices.keys())
+    def _step(self, batch: DecodeBatch) -> None:
+        """Choose one token for every sequence."""
+        batch.drop({sequence.name for sequence in batch.sequences} - self._answers.keys())
         size = len(batch.sequences)
         if not size:
             return
@@ -251,54 +256,55 @@ class InFlight:
         except NonFiniteError as error:
             broken = batch.find_non_finite()
             if not broken:
-                self._start_over(batch.sequences, error)
-            for job in {self._choices[name].job for name in broken}:
-                self.end(job, error)
+                self._restart(batch.sequences, error)
+            for handle in {self._answers[name].handle for name in broken}:
+                self.end_request(handle, error)
             return
         except Exception as error:
-            self._start_over(batch.sequences, error)
+            self._restart(batch.sequences, error)
             return
         now = time.monotonic()
-        self._meter.stepped(size, None if self._chosen_at is None else now - self._chosen_at)
+        self._stats.record_step(size, None if self._chosen_at is None else now - self._chosen_at)
         self._chosen_at = now
         for event in events:
-            self._tell(event)
+            self._publish(event)
         try:
-            batch.step({line.name for line in batch.sequences} - self._choices.keys())
+            batch.step({sequence.name for sequence in batch.sequences} - self._answers.keys())
         except Exception as error:
-            self._start_over(batch.sequences, error)
+            self._restart(batch.sequences, error)
             return
         self._failed_steps = 0
 
-    def _tell(self, event: TokenEvent) -> None:
-        choice = self._choices.get(event.sequence)
-        if choice is None or choice.progress is None:
+    def _publish(self, event: TokenEvent) -> None:
+        """Send what a step made certain to its reader."""
+        running = self._answers.get(event.sequence)
+        if running is None or running.progress is None:
             return  # another answer of the same request has just failed
-        job, progress = choice.job, choice.progress
+        handle, progress = running.handle, running.progress
         try:
             is_first = not progress.tokens
             tokens = progress.add(event)
             answer = None if progress.finish is None else progress.answer
         except Exception as error:
-            self.end(job, error)
+            self.end_request(handle, error)
             return
         if tokens:
-            job.put(Grew(choice.number, tokens))
-            self._meter.grew(len(tokens))
+            handle.publish(TokensAdded(running.choice, tokens))
+            self._stats.record_tokens(len(tokens))
             if is_first:
-                self._meter.first_token(time.monotonic() - job.born)
+                self._stats.record_first_token(time.monotonic() - handle.arrived_at)
         if answer is not None:
-            self.misfortunes = 0
-            del self._choices[event.sequence]
-            job.put(Ended(choice.number, answer))
-            self._meter.ended("length" if answer.finish == "length" else "stop", answer)
-            if not any(other.job is job for other in self._choices.values()):
-                self._finish(job)
+            self.consecutive_failures = 0
+            del self._answers[event.sequence]
+            handle.publish(Finished(running.choice, answer))
+            self._stats.record_end("length" if answer.finish == "length" else "stop", answer)
+            if not any(other.handle is handle for other in self._answers.values()):
+                self._finish(handle)
 
-    def _start_over(self, lines: Sequence[TokenSequence], error: Exception) -> None:
-        """A step failed and left the cache in an unknown state: read each sequence again, by itself.
+    def _restart(self, sequences: Sequence[TokenSequence], error: Exception) -> None:
+        """Prefill each sequence again by itself, after a step that failed and left the cache in an unknown state.
 
-        Whoever fails again was the cause. If the next step fails too, nobody can be told apart, and all end.
+        A sequence that fails again was the cause. If the next step fails too, the cause cannot be found, and all end.
         """
         self._batch = None
         self._failed_steps += 1
@@ -306,17 +312,17 @@ class InFlight:
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        for line in lines:
-            choice = self._choices.get(line.name)
-            if choice is None:
+        for sequence in sequences:
+            answer = self._answers.get(sequence.name)
+            if answer is None:
                 continue
             if self._failed_steps > 1:
-                self.end(choice.job, error)
+                self.end_request(answer.handle, error)
                 continue
             try:
                 stepper = HFStepper(self._lm.model, self._lm.front.layers)
-                _, following = prefill(stepper, [[*choice.job.ask.prompt.ids, *line.chosen]])
-            except Exception as own:
-                self.end(choice.job, own)
+                _, following = prefill(stepper, [[*answer.handle.request.prompt.ids, *sequence.chosen]])
+            except Exception as failure:
+                self.end_request(answer.handle, failure)
             else:
-                self._take_in(DecodeBatch(stepper, following, [line]))
+                self._join(DecodeBatch(stepper, following, [sequence]))

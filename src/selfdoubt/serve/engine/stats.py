@@ -1,4 +1,4 @@
-"""What the engine tells whoever measures it."""
+"""Events of an engine that can be counted and measured."""
 
 from __future__ import annotations
 
@@ -10,39 +10,44 @@ Outcome = Literal["stop", "length", "cancelled", "deadline", "error"]
 
 
 @runtime_checkable
-class Meter(Protocol):
-    """Called from the engine's thread; must be quick and must not raise."""
+class EngineStats(Protocol):
+    """Receiver of an engine's events, called from its thread; must be quick and must not raise."""
 
-    def waiting(self, requests: int) -> None:
-        """So many requests wait now."""
+    def set_waiting(self, requests: int) -> None:
+        """Note how many requests wait now."""
 
-    def stepped(self, sequences: int, seconds: float | None) -> None:
-        """One token for each of so many sequences, so long after those before (None: the batch is new)."""
+    def record_step(self, sequences: int, seconds: float | None) -> None:
+        """Count one decoding step.
 
-    def grew(self, tokens: int) -> None:
-        """So many tokens were told to a reader."""
+        Args:
+            sequences: Number of sequences that got a token each.
+            seconds: Time since the step before; None if the batch is new.
+        """
 
-    def first_token(self, seconds: float) -> None:
-        """From a request's arrival to its first token."""
+    def record_tokens(self, tokens: int) -> None:
+        """Count tokens that were sent to their reader."""
 
-    def ended(self, outcome: Outcome, answer: Answer | None) -> None:
-        """One answer is complete, or will not be (None)."""
+    def record_first_token(self, seconds: float) -> None:
+        """Measure the time from a request's arrival to its first token."""
+
+    def record_end(self, outcome: Outcome, answer: Answer | None) -> None:
+        """Count an answer that is complete, or will not be (None)."""
 
 
-class Silent:
-    """Nobody measures."""
+class NullStats:
+    """Statistics that nothing reads."""
 
-    def waiting(self, requests: int) -> None:
-        """See ``Meter``."""
+    def set_waiting(self, requests: int) -> None:
+        """See ``EngineStats``."""
 
-    def stepped(self, sequences: int, seconds: float | None) -> None:
-        """See ``Meter``."""
+    def record_step(self, sequences: int, seconds: float | None) -> None:
+        """See ``EngineStats``."""
 
-    def grew(self, tokens: int) -> None:
-        """See ``Meter``."""
+    def record_tokens(self, tokens: int) -> None:
+        """See ``EngineStats``."""
 
-    def first_token(self, seconds: float) -> None:
-        """See ``Meter``."""
+    def record_first_token(self, seconds: float) -> None:
+        """See ``EngineStats``."""
 
-    def ended(self, outcome: Outcome, answer: Answer | None) -> None:
-        """See ``Meter``."""
+    def record_end(self, outcome: Outcome, answer: Answer | None) -> None:
+        """See ``EngineStats``."""

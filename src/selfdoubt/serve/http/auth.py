@@ -1,4 +1,4 @@
-"""Who may ask, and how much at once: the gate before the application, in plain ASGI."""
+"""Access to the application: keys, hosts and bodies are checked before it, in plain ASGI."""
 
 from __future__ import annotations
 
@@ -11,59 +11,54 @@ import ipaddress
 import json
 import logging
 import time
-from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any, Protocol, runtime_checkable
 
+from selfdoubt.serve.http.asgi import ASGIMessage, Receive, Send
 from selfdoubt.serve.http.body import check_body
-from selfdoubt.serve.http.settings import Settings
-from selfdoubt.serve.openai.errors import INVALID, RequestError, fault_of, shortened
+from selfdoubt.serve.http.settings import ServerSettings
+from selfdoubt.serve.openai.errors import INVALID_REQUEST, RequestError, shorten, to_request_error
 
 log = logging.getLogger("selfdoubt.serve")
 
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-
-#: Open to those who have no key: whether the server works, and nothing else.
-OPEN = ("/healthz", "/readyz")
+#: Open to clients without a key: the state of the server, and nothing else.
+OPEN_PATHS = ("/healthz", "/readyz")
 #: For programs, which send the key as a bearer; a browser is asked for a password elsewhere.
-PROGRAMS = ("/v1/", "/metrics", "/openapi.json")
+API_PATHS = ("/v1/", "/metrics", "/openapi.json")
 #: Seconds in which a body must arrive.
 BODY_SECONDS = 30.0
-#: A body that is too long is read on, and dropped, up to so many times the limit, so that the client hears why.
-LINGER = 16
-
-#: A body of so many bytes is checked in a thread.
+#: A body that is too long is read on, and dropped, up to this many times the limit, so that the client hears why.
+DISCARD_FACTOR = 16
+#: A body of this many bytes is checked in a thread.
 _LONG = 1 << 16
 
 
 @runtime_checkable
-class Counts(Protocol):
-    """Who counts requests."""
+class RequestStats(Protocol):
+    """Receiver of requests and replies, to count them."""
 
-    def arrived(self, path: str) -> None:
-        """A request is here."""
+    def record_arrival(self, path: str) -> None:
+        """Count a request that has arrived."""
 
-    def answered(self, path: str, status: int, seconds: float) -> None:
-        """A request has been answered, to its last byte."""
+    def record_reply(self, path: str, status: int, seconds: float) -> None:
+        """Count a request that was answered, to its last byte."""
 
 
-class Access:
-    """Checks keys, hosts and bodies; the application sees only what passes.
+class AccessMiddleware:
+    """A middleware that checks keys, hosts and bodies; the application sees only requests that pass.
 
     Args:
         app: The application.
-        settings: Who may ask, and for how much.
-        metrics: Who counts.
+        settings: Keys, hosts and limits.
+        metrics: Counts requests.
     """
 
-    def __init__(self, app: Any, settings: Settings, metrics: Counts) -> None:
+    def __init__(self, app: Any, settings: ServerSettings, metrics: RequestStats) -> None:
         self.app, self.settings, self.metrics = app, settings, metrics
         self._digests = [hashlib.sha256(key.encode()).digest() for key in settings.keys]
         self._hosts = {"localhost", *(host.lower() for host in settings.hosts)}
 
-    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
-        """See ASGI."""
+    async def __call__(self, scope: ASGIMessage, receive: Receive, send: Send) -> None:
+        """Check a request and pass it on; see ASGI."""
         if scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": 1008})
             return
@@ -72,60 +67,60 @@ class Access:
             return
         began, status, started = time.monotonic(), 499, False
 
-        async def sending(message: Message) -> None:
+        async def sending(message: ASGIMessage) -> None:
             nonlocal status, started
             if message["type"] == "http.response.start":
                 status, started = message["status"], True
                 message["headers"] = [*message.get("headers", ()), (b"x-content-type-options", b"nosniff")]
             await send(message)
 
-        self.metrics.arrived(scope["path"])
+        self.metrics.record_arrival(scope["path"])
         try:
             try:
-                scope["client_id"] = self._client(scope)
-                receive = await self._body(scope, receive)
-            except RequestError as fault:
-                await _refuse(sending, fault)
-            except _HungUpError:
+                scope["client_id"] = self._check_client(scope)
+                receive = await self._check_body(scope, receive)
+            except RequestError as error:
+                await _refuse(sending, error)
+            except _DisconnectedError:
                 return
             else:
                 await self.app(scope, receive, sending)
         except Exception as error:
-            log.exception("%s %r failed", scope["method"], shortened(scope["path"]))
+            log.exception("%s %r failed", scope["method"], shorten(scope["path"]))
             if started:
                 raise
-            await _refuse(sending, fault_of(error))
+            await _refuse(sending, to_request_error(error))
         finally:
             took = time.monotonic() - began
-            self.metrics.answered(scope["path"], status, took)
+            self.metrics.record_reply(scope["path"], status, took)
             if self.settings.log_requests:
                 peer = (scope.get("client") or ("-",))[0]
-                log.info("%s %s %r %s %.3fs", peer, scope["method"], shortened(scope["path"]), status, took)
+                log.info("%s %s %r %s %.3fs", peer, scope["method"], shorten(scope["path"]), status, took)
 
-    def _client(self, scope: Message) -> str:
-        """Who asks: those of one key, or of one address, take turns with others."""
+    def _check_client(self, scope: ASGIMessage) -> str:
+        """Return the client of a request: those of one key, or of one address, take turns with others."""
         headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
         peer = str((scope.get("client") or ("",))[0])
         origin = headers.get(b"origin")
         if scope["method"] not in ("GET", "HEAD", "OPTIONS") and origin is not None:
-            own = origin.partition("://")[2].lower() == headers.get(b"host", "").lower()
-            if not own and not {"*", origin} & set(self.settings.origins):
+            is_same_host = origin.partition("://")[2].lower() == headers.get(b"host", "").lower()
+            if not is_same_host and not {"*", origin} & set(self.settings.origins):
                 raise RequestError(403, "this web page may not ask here; see --cors", code="origin_not_allowed")
         if not self._digests:
-            if not self._addressed(headers.get(b"host", "")):
+            if not self._is_addressed(headers.get(b"host", "")):
                 raise RequestError(403, "this server has no such Host; see --allow-host", code="host_not_allowed")
             return peer
-        if scope["path"] in OPEN:
+        if scope["path"] in OPEN_PATHS:
             return peer
-        found = _key(headers.get(b"authorization", ""), basic=not scope["path"].startswith(PROGRAMS))
-        digest = hashlib.sha256(found.encode("utf-8", "surrogateescape")).digest()
-        known = [hmac.compare_digest(digest, own) for own in self._digests]  # all of them, whichever it is
+        key = _read_key(headers.get(b"authorization", ""), basic=not scope["path"].startswith(API_PATHS))
+        digest = hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
+        known = [hmac.compare_digest(digest, other) for other in self._digests]  # all of them, in constant time
         if not any(known):
-            raise self._unknown(scope["path"], given=bool(found))
+            raise self._refuse_key(scope["path"], given=bool(key))
         return digest.hex()[:16]
 
-    def _addressed(self, host: str) -> bool:
-        """Whether a Host names this machine: a web page elsewhere may let its own name point here."""
+    def _is_addressed(self, host: str) -> bool:
+        """Return whether a Host names this machine: a web page elsewhere may let its own name point here."""
         name = host.rpartition(":")[0] if host.rpartition(":")[2].isdigit() and not host.endswith("]") else host
         name = name.strip("[]").lower()
         if name in self._hosts:
@@ -135,15 +130,15 @@ class Access:
         except ValueError:
             return False
 
-    def _unknown(self, path: str, *, given: bool) -> RequestError:
+    def _refuse_key(self, path: str, *, given: bool) -> RequestError:
         message = "Incorrect API key provided" if given else "You didn't provide an API key"
-        scheme = "Bearer" if path.startswith(PROGRAMS) else 'Basic realm="selfdoubt: any name, a key as password"'
+        scheme = "Bearer" if path.startswith(API_PATHS) else 'Basic realm="selfdoubt: any name, a key as password"'
         headers = {"WWW-Authenticate": scheme}
-        return RequestError(401, f"{message}; send it as Authorization: Bearer KEY", INVALID, code="invalid_api_key",
-                     headers=headers)  # fmt: skip
+        message += "; send it as Authorization: Bearer KEY"
+        return RequestError(401, message, INVALID_REQUEST, code="invalid_api_key", headers=headers)
 
-    async def _body(self, scope: Message, receive: Receive) -> Receive:
-        """The body, read and checked, to be received again by the application."""
+    async def _check_body(self, scope: ASGIMessage, receive: Receive) -> Receive:
+        """Read and check the body; return a function by which the application receives it again."""
         headers = dict(scope["headers"])
         if b"content-length" not in headers and b"transfer-encoding" not in headers:
             if scope["method"] == "POST" and scope["path"].startswith("/v1/"):
@@ -172,43 +167,43 @@ class Access:
                     await asyncio.to_thread(check_body, body, self.settings.depth)
             except ValueError as error:
                 raise RequestError(400, str(error), code="invalid_json") from None
-        return _again(body, receive)
+        return _replay(body, receive)
 
 
-class _HungUpError(Exception):
-    """The client went away before all was said."""
+class _DisconnectedError(Exception):
+    """The client went away before its request was complete."""
 
 
 async def _read(receive: Receive, most: int) -> bytes | None:
-    """A body, or None where it is longer."""
-    parts: list[bytes] = []
+    """Return a body, or None if it is longer."""
+    pieces: list[bytes] = []
     size = 0
     while True:
         message = await receive()
         if message["type"] == "http.disconnect":
-            raise _HungUpError
+            raise _DisconnectedError
         size += len(message.get("body", b""))
         if size <= most:
-            parts.append(message.get("body", b""))
-        if size > LINGER * most or not message.get("more_body", False):
-            return b"".join(parts) if size <= most else None
+            pieces.append(message.get("body", b""))
+        if size > DISCARD_FACTOR * most or not message.get("more_body", False):
+            return b"".join(pieces) if size <= most else None
 
 
-def _again(body: bytes, receive: Receive) -> Receive:
-    told = False
+def _replay(body: bytes, receive: Receive) -> Receive:
+    is_sent = False
 
-    async def again() -> Message:
-        nonlocal told
-        if told:
+    async def replay() -> ASGIMessage:
+        nonlocal is_sent
+        if is_sent:
             return await receive()
-        told = True
+        is_sent = True
         return {"type": "http.request", "body": body, "more_body": False}
 
-    return again
+    return replay
 
 
-def _key(authorization: str, *, basic: bool) -> str:
-    """The key in a header: a bearer, or where a browser asks the password of basic authentication."""
+def _read_key(authorization: str, *, basic: bool) -> str:
+    """Return the key in a header: a bearer, or for a browser the password of basic authentication."""
     scheme, _, value = authorization.partition(" ")
     if scheme.lower() == "bearer":
         return value.strip()
@@ -220,9 +215,9 @@ def _key(authorization: str, *, basic: bool) -> str:
     return ""
 
 
-async def _refuse(send: Send, fault: RequestError) -> None:
-    body = json.dumps(fault.body).encode()
+async def _refuse(send: Send, error: RequestError) -> None:
+    body = json.dumps(error.body).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    headers += [(name.lower().encode(), value.encode()) for name, value in fault.headers.items()]
-    await send({"type": "http.response.start", "status": fault.status, "headers": headers})
+    headers += [(name.lower().encode(), value.encode()) for name, value in error.headers.items()]
+    await send({"type": "http.response.start", "status": error.status, "headers": headers})
     await send({"type": "http.response.body", "body": body, "more_body": False})

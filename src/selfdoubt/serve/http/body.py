@@ -1,4 +1,4 @@
-"""What a request's body must be before anything else looks at it: JSON in UTF-8, of numbers and of bounded depth."""
+"""Checks of a request's body before anything else reads it: JSON in UTF-8, without NaN, of bounded depth."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ import math
 from typing import Any, NoReturn
 
 #: Most fields of an object, and most items of a list that does not begin with a number, as lists of token ids do: to
-#: check what no request can mean would take seconds.
-FIELDS, ITEMS = 256, 4096
+#: check more than any request can mean would take seconds.
+MAX_FIELDS, MAX_ITEMS = 256, 4096
 
 
 def check_body(body: bytes, depth: int) -> None:
-    """Refuse a body that is no JSON as the standard defines it.
+    """Refuse a body that is not JSON as the standard defines it.
 
     Args:
         body: All of it.
         depth: Deepest nesting.
 
     Raises:
-        ValueError: With one line that says what is wrong.
+        ValueError: With one line that says how it is wrong.
     """
     try:
         text = body.decode("utf-8")
@@ -37,7 +37,7 @@ def check_body(body: bytes, depth: int) -> None:
 
 
 def _walk(data: Any, depth: int, *, pairs: bool) -> None:
-    """Level by level. Half a surrogate pair, which only an escape can write, is no text that can be sent back."""
+    """Check data level by level. Half a surrogate pair, which only an escape can write, cannot be sent back as text."""
     level, left = [data], depth
     while level:
         below: list[Any] = []
@@ -49,20 +49,22 @@ def _walk(data: Any, depth: int, *, pairs: bool) -> None:
                 below += item.values() if isinstance(item, dict) else item
                 if pairs and isinstance(item, dict):
                     below += item
-            elif pairs and isinstance(item, str) and not _whole(item):
-                raise ValueError("the body holds half a surrogate pair, which is no character")
+            elif pairs and isinstance(item, str) and not _is_encodable(item):
+                raise ValueError("the body holds half a surrogate pair, which is not a character")
         level, left = below, left - 1
 
 
 def _count(item: dict[str, Any] | list[Any]) -> None:
     if isinstance(item, dict):
-        if len(item) > FIELDS:
-            raise ValueError(f"an object in the body may have {FIELDS} fields at most, got {len(item)}")
-    elif len(item) > ITEMS and not isinstance(item[0], int | float):
-        raise ValueError(f"a list in the body may have {ITEMS} items at most unless they are numbers, got {len(item)}")
+        if len(item) > MAX_FIELDS:
+            raise ValueError(f"an object in the body may have {MAX_FIELDS} fields at most, got {len(item)}")
+    elif len(item) > MAX_ITEMS and not isinstance(item[0], int | float):
+        raise ValueError(
+            f"a list in the body may have {MAX_ITEMS} items at most unless they are numbers, got {len(item)}"
+        )
 
 
-def _whole(text: str) -> bool:
+def _is_encodable(text: str) -> bool:
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -71,7 +73,7 @@ def _whole(text: str) -> bool:
 
 
 def _constant(name: str) -> NoReturn:
-    raise ValueError(f"the body is not JSON: {name} is no JSON number")
+    raise ValueError(f"the body is not JSON: {name} is not a JSON number")
 
 
 def _float(text: str) -> float:

@@ -1,4 +1,4 @@
-"""A guard around uvicorn's protocol: how many connections may be open, and how long each may stay without a request."""
+"""A guard around uvicorn's protocol: limits on open connections, and on their time without a request."""
 
 from __future__ import annotations
 
@@ -8,35 +8,35 @@ from typing import Any
 
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
-from selfdoubt.serve.http.auth import LINGER
-from selfdoubt.serve.http.settings import Settings
-from selfdoubt.serve.openai.errors import INVALID, SERVER, RequestError
+from selfdoubt.serve.http.auth import DISCARD_FACTOR
+from selfdoubt.serve.http.settings import ServerSettings
+from selfdoubt.serve.openai.errors import INVALID_REQUEST, SERVER_ERROR, RequestError
 
 #: Longest head of a request, in bytes.
-HEAD_BYTES = 65_536
+MAX_HEAD_BYTES = 65_536
 #: Seconds after which a client that reads nothing of its answer is cut off.
-STALLED = 120.0
+STALLED_SECONDS = 120.0
 _FULL = "too many connections are open; try again in a moment"
 _REASONS = {408: "Request Timeout", 431: "Request Header Fields Too Large", 503: "Service Unavailable"}
 _Protocol: Any = AutoHTTPProtocol  # uvicorn takes httptools, or else h11
 
 
-class Guard:
-    """Counts the connections of a server, and knows which of them have no request in progress.
+class ConnectionGuard:
+    """The open connections of a server, and those of them without a request in progress.
 
     Args:
-        settings: How many there may be, and for how long.
+        settings: Their limits.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: ServerSettings) -> None:
         self.settings = settings
-        self.open: set[Guarded] = set()
-        self.without_request: dict[Guarded, None] = {}  # in the order in which they became so
+        self.open: set[GuardedConnection] = set()
+        self.without_request: dict[GuardedConnection, None] = {}  # in the order in which they became so
 
-    def admit(self, newcomer: Guarded) -> bool:
+    def admit(self, newcomer: GuardedConnection) -> bool:
         """Count a connection; return whether it may stay.
 
-        Where there are too many, the one that has waited longest without a request makes room.
+        If there are too many, the one that has waited longest without a request makes room.
         """
         self.open.add(newcomer)
         if len(self.open) <= self.settings.connections:
@@ -47,21 +47,21 @@ class Guard:
         oldest.make_room()
         return True
 
-    def forget(self, connection: Guarded) -> None:
-        """Count a connection no more."""
+    def forget(self, connection: GuardedConnection) -> None:
+        """Stop counting a connection."""
         self.open.discard(connection)
         self.without_request.pop(connection, None)
 
 
-class Guarded(_Protocol):  # type: ignore[misc]
-    """A connection that is closed where its request does not come, or its answer is not read.
+class GuardedConnection(_Protocol):  # type: ignore[misc]
+    """A connection that is closed if its request does not come, or its answer is not read.
 
     Args:
-        guard: Of the server.
-        options: For uvicorn.
+        guard: The server's.
+        options: Options of uvicorn.
     """
 
-    def __init__(self, *, guard: Guard, **options: Any) -> None:
+    def __init__(self, *, guard: ConnectionGuard, **options: Any) -> None:
         super().__init__(**options)
         self._guard = guard
         self._head = 0  # bytes since there was a request in progress
@@ -71,9 +71,9 @@ class Guarded(_Protocol):  # type: ignore[misc]
 
     @property
     def _is_busy(self) -> bool:
-        """Whether a request is in progress: its head is here, and its answer is not complete."""
-        own = self.cycle is not None and not self.cycle.response_complete
-        return own or bool(getattr(self, "pipeline", ()))
+        """True if a request is in progress: its head is here, and its answer is not complete."""
+        is_answering = self.cycle is not None and not self.cycle.response_complete
+        return is_answering or bool(getattr(self, "pipeline", ()))
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         """See ``asyncio.Protocol``."""
@@ -81,7 +81,7 @@ class Guarded(_Protocol):  # type: ignore[misc]
         if self._guard.admit(self):
             self._wait(self._guard.settings.header_seconds)
         else:
-            self._refuse(503, _FULL, SERVER, "too_many_connections")
+            self._refuse(503, _FULL, SERVER_ERROR, "too_many_connections")
 
     def data_received(self, data: bytes) -> None:
         """See ``asyncio.Protocol``."""
@@ -95,10 +95,12 @@ class Guarded(_Protocol):  # type: ignore[misc]
             if not self._head and self.cycle is not None:  # a further request has begun
                 self._wait(self._guard.settings.header_seconds)
             self._head += len(data)
-            # What is left of a body that nobody read before its request was refused is dropped, and may be longer.
+            # The rest of a body, unread because its request was refused, is dropped, and may be longer.
             rest = self.cycle is not None and self.cycle.more_body
-            if self._head > HEAD_BYTES + rest * LINGER * self._guard.settings.body_bytes:
-                self._refuse(431, f"the head of the request is longer than {HEAD_BYTES} bytes", code="head_too_large")
+            if self._head > MAX_HEAD_BYTES + rest * DISCARD_FACTOR * self._guard.settings.body_bytes:
+                self._refuse(
+                    431, f"the head of the request is longer than {MAX_HEAD_BYTES} bytes", code="head_too_large"
+                )
 
     def on_response_complete(self) -> None:
         """See uvicorn."""
@@ -118,7 +120,7 @@ class Guarded(_Protocol):  # type: ignore[misc]
         """See ``asyncio.Protocol``."""
         super().pause_writing()
         self._stop_stall()
-        self._stall = self.loop.call_later(STALLED, self.transport.abort)
+        self._stall = self.loop.call_later(STALLED_SECONDS, self.transport.abort)
 
     def resume_writing(self) -> None:
         """See ``asyncio.Protocol``."""
@@ -126,14 +128,14 @@ class Guarded(_Protocol):  # type: ignore[misc]
         self._stop_stall()
 
     def make_room(self) -> None:
-        """Close a connection without a request in progress, because there are too many; one half sent is told why."""
+        """Close a connection without a request in progress, because there are too many; half a request gets a reply."""
         if self._head:
-            self._refuse(503, _FULL, SERVER, "too_many_connections")
+            self._refuse(503, _FULL, SERVER_ERROR, "too_many_connections")
         else:
             self._close()
 
     def leave(self) -> None:
-        """Close a connection without a request in progress, because time is over; one half sent is told why."""
+        """Close a connection without a request in progress, because its time is over; half a request gets a reply."""
         if self._head:
             seconds = self._guard.settings.header_seconds
             self._refuse(408, f"the head of the request was not complete within {seconds:g} s", code="head_timeout")
@@ -156,7 +158,7 @@ class Guarded(_Protocol):  # type: ignore[misc]
             self._stall.cancel()
             self._stall = None
 
-    def _refuse(self, status: int, message: str, kind: str = INVALID, code: str | None = None) -> None:
+    def _refuse(self, status: int, message: str, kind: str = INVALID_REQUEST, code: str | None = None) -> None:
         body = json.dumps(RequestError(status, message, kind, code=code).body).encode()
         head = (
             f"HTTP/1.1 {status} {_REASONS[status]}\r\ncontent-type: application/json\r\n"

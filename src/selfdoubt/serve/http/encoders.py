@@ -12,20 +12,24 @@ from selfdoubt.errors import BusyError
 from selfdoubt.lm.text.prompt import Prompt
 
 T = TypeVar("T")
-#: Characters of a short text, and how many of them a message counts as: the template runs for each.
-SHORT, MESSAGE = 16_384, 100
+#: Characters of a short text, and the number of them that a message counts as: the template runs for each.
+SHORT_TEXT, MESSAGE_OVERHEAD = 16_384, 100
+#: Characters that a token id counts as: they are decoded.
+CHARACTERS_PER_ID = 4
 
 
-def size_of(question: Any) -> int:
-    """Return how much work a question, a chat or ready-made ids are to encode, in characters."""
-    if isinstance(question, str):
-        return len(question)
-    if question is None or isinstance(question, Prompt):
+def measure_prompt(prompt: Any) -> int:
+    """Return the work to encode a text or a chat, or to decode token ids, in characters."""
+    if isinstance(prompt, str):
+        return len(prompt)
+    if prompt is None or isinstance(prompt, Prompt):
         return 0
-    return sum(MESSAGE + len(message["content"]) for message in question)
+    return sum(
+        CHARACTERS_PER_ID if isinstance(item, int) else MESSAGE_OVERHEAD + len(item["content"]) for item in prompt
+    )
 
 
-class Encoders:
+class EncoderThreads:
     """Two threads, one for short texts and one for long ones.
 
     Args:
@@ -42,14 +46,14 @@ class Encoders:
         """Do some work in a thread.
 
         Args:
-            work: What to do.
-            size: Of its text, in characters.
-            undo: Gets the outcome where the caller was cancelled in the middle of the work.
+            work: The work.
+            size: Size of its text, in characters.
+            undo: Gets the outcome if the caller was cancelled in the middle of the work.
 
         Raises:
             BusyError: If too many texts wait already.
         """
-        threads, free = self._short if size <= SHORT else self._long
+        threads, free = self._short if size <= SHORT_TEXT else self._long
         if not free.acquire(blocking=False):
             raise BusyError(f"{self._most} requests wait to be read already; try again in a moment")
         try:
@@ -66,7 +70,7 @@ class Encoders:
             raise
 
     def close(self) -> None:
-        """Take no more; what waits is dropped."""
+        """Take no more work; drop the work that waits."""
         for threads, _ in (self._short, self._long):
             threads.shutdown(wait=False, cancel_futures=True)
 
@@ -76,6 +80,6 @@ def _undo(done: Future[T], undo: Callable[[T], object]) -> None:
         undo(done.result())
 
 
-def total_size(pairs: Sequence[tuple[Any, str]]) -> int:
+def measure_pairs(pairs: Sequence[tuple[Any, str]]) -> int:
     """Return the size of texts with their questions."""
-    return sum(size_of(question) + len(text) for question, text in pairs)
+    return sum(measure_prompt(question) + len(text) for question, text in pairs)

@@ -1,4 +1,4 @@
-"""What Prometheus reads at ``/metrics``."""
+"""Metrics for Prometheus, which reads them at ``/metrics``."""
 
 from __future__ import annotations
 
@@ -19,73 +19,82 @@ _PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/score", "/v1/models", 
 
 
 class Metrics:
-    """Counts what an engine does (it is a ``Meter``) and which requests came; one registry each."""
+    """Counters of an engine's work (they are its ``EngineStats``) and of HTTP requests; one registry each."""
 
     media_type = CONTENT_TYPE_LATEST
 
     def __init__(self) -> None:
-        self.registry = own = CollectorRegistry()
-        ProcessCollector(registry=own)
+        self.registry = registry = CollectorRegistry()
+        ProcessCollector(registry=registry)
         self.active = 0  #: requests to /v1 that are not answered to their last byte
 
-        def name(what: str) -> str:
-            return f"selfdoubt_{what}"
+        def name(suffix: str) -> str:
+            return f"selfdoubt_{suffix}"
 
-        self._waiting = Gauge(name("requests_waiting"), "Requests that wait for a place in the batch", registry=own)
-        self._active = Gauge(name("requests_active"), "Requests to /v1 that are not answered to the end", registry=own)
-        self._running = Gauge(name("sequences_running"), "Sequences in the batch", registry=own)
-        self._batch = Histogram(name("batch_size"), "Sequences of a step", buckets=_SIZES, registry=own)
-        self._tokens = Counter(name("tokens"), "Tokens made; its rate is tokens per second", registry=own)
-        self._step = Histogram(name("inter_token_seconds"), "From one token to the next", buckets=_STEP, registry=own)
-        self._first = Histogram(
-            name("time_to_first_token_seconds"), "From arrival to the first token", buckets=_SECONDS, registry=own
+        self._waiting = Gauge(
+            name("requests_waiting"), "Requests that wait for a place in the batch", registry=registry
         )
-        self._answers = Counter(name("answers"), "Answers, by how they ended", ["outcome"], registry=own)
-        self._risk = Histogram(name("answer_risk"), "Risk of answers", ["risk_name"], buckets=_RISKS, registry=own)
+        self._active = Gauge(
+            name("requests_active"), "Requests to /v1 that are not answered to the end", registry=registry
+        )
+        self._running = Gauge(name("sequences_running"), "Sequences in the batch", registry=registry)
+        self._batch = Histogram(name("batch_size"), "Sequences of a step", buckets=_SIZES, registry=registry)
+        self._tokens = Counter(name("tokens"), "Tokens made; its rate is tokens per second", registry=registry)
+        self._step = Histogram(
+            name("inter_token_seconds"), "From one token to the next", buckets=_STEP, registry=registry
+        )
+        self._first = Histogram(
+            name("time_to_first_token_seconds"), "From arrival to the first token", buckets=_SECONDS, registry=registry
+        )
+        self._answers = Counter(name("answers"), "Answers, by outcome", ["outcome"], registry=registry)
+        self._risk = Histogram(name("answer_risk"), "Risk of answers", ["risk_name"], buckets=_RISKS, registry=registry)
         self._percentile = Histogram(
-            name("answer_percentile"), "Share of reference answers with a lower risk", buckets=_SHARES, registry=own
+            name("answer_percentile"),
+            "Share of reference answers with a lower risk",
+            buckets=_SHARES,
+            registry=registry,
         )
         self._p_correct = Histogram(
-            name("answer_p_correct"), "Probability of being right", buckets=_SHARES, registry=own
+            name("answer_p_correct"), "Probability of being right", buckets=_SHARES, registry=registry
         )
-        self._abstained = Counter(name("abstentions"), "Answers that the calibration abstains from", registry=own)
-        self._requests = Counter(name("requests"), "HTTP requests", ["path", "status"], registry=own)
+        self._abstained = Counter(name("abstentions"), "Answers that the calibration abstains from", registry=registry)
+        self._requests = Counter(name("requests"), "HTTP requests", ["path", "status"], registry=registry)
         self._took = Histogram(
-            name("request_seconds"), "From a request to its last byte", ["path"], buckets=_SECONDS, registry=own
+            name("request_seconds"), "From a request to its last byte", ["path"], buckets=_SECONDS, registry=registry
         )
         self._active.set_function(lambda: self.active)
         for outcome in get_args(Outcome):
             self._answers.labels(outcome)  # there from the start, as 0
 
     def watch(self, engine: object) -> None:
-        """Tell how many sequences an engine decodes, where it knows."""
+        """Show the number of sequences that an engine decodes."""
         if hasattr(engine, "running"):
             self._running.set_function(lambda: int(engine.running))
 
     def text(self) -> bytes:
-        """All of it, in Prometheus' format."""
+        """Return all metrics in Prometheus' format."""
         return generate(self.registry)
 
-    def waiting(self, requests: int) -> None:
-        """See ``Meter``."""
+    def set_waiting(self, requests: int) -> None:
+        """See ``EngineStats``."""
         self._waiting.set(requests)
 
-    def stepped(self, sequences: int, seconds: float | None) -> None:
-        """See ``Meter``."""
+    def record_step(self, sequences: int, seconds: float | None) -> None:
+        """See ``EngineStats``."""
         self._batch.observe(sequences)
         if seconds is not None:
             self._step.observe(seconds)
 
-    def grew(self, tokens: int) -> None:
-        """See ``Meter``."""
+    def record_tokens(self, tokens: int) -> None:
+        """See ``EngineStats``."""
         self._tokens.inc(tokens)
 
-    def first_token(self, seconds: float) -> None:
-        """See ``Meter``."""
+    def record_first_token(self, seconds: float) -> None:
+        """See ``EngineStats``."""
         self._first.observe(seconds)
 
-    def ended(self, outcome: Outcome, answer: Answer | None) -> None:
-        """See ``Meter``."""
+    def record_end(self, outcome: Outcome, answer: Answer | None) -> None:
+        """See ``EngineStats``."""
         self._answers.labels(outcome).inc()
         if answer is None:
             return
@@ -97,12 +106,12 @@ class Metrics:
         if answer.abstain:
             self._abstained.inc()
 
-    def arrived(self, path: str) -> None:
-        """A request is here."""
+    def record_arrival(self, path: str) -> None:
+        """Count a request that has arrived."""
         self.active += path.startswith("/v1/")
 
-    def answered(self, path: str, status: int, seconds: float) -> None:
-        """A request has been answered."""
+    def record_reply(self, path: str, status: int, seconds: float) -> None:
+        """Count a request that was answered."""
         self.active -= path.startswith("/v1/")
         known = next((p for p in _PATHS if path == p or (p == "/v1/models" and path.startswith(p + "/"))), "other")
         self._requests.labels(known, str(status)).inc()

@@ -1,4 +1,4 @@
-"""How a server behaves towards those who ask; how much it takes on is in ``limits``."""
+"""Settings of a server towards its clients; limits on requests are in ``engine.limits``."""
 
 from __future__ import annotations
 
@@ -9,28 +9,29 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from selfdoubt.errors import ConfigError
+from selfdoubt.setting import setting
 
 
 @dataclass(frozen=True)
-class Settings:
-    """How a server behaves.
+class ServerSettings:
+    """Settings of a server.
 
     Args:
         name: The model's name, by which requests ask for it.
-        keys: Who may ask; empty lets anybody, which is for this machine only.
+        keys: Keys of the clients; empty accepts any client, which is for this machine only.
         temperature: Of requests that name none; 1 is what OpenAI defines.
         max_tokens: Of chats that name none, so that each does not reserve room for the longest answer allowed.
-        risk: Whether answers come with risks, where a request does not say no.
-        withhold: Whether answers that the calibration abstains from are replaced, where a request does not say.
-        origins: Web pages (``https://host:port``) that may ask from a browser; "*" for all.
+        risk: Send risks, unless a request turns them off.
+        hide_abstained: Replace answers that the calibration abstains from, unless a request says otherwise.
+        origins: Web pages (``https://host:port``) that may send requests from a browser; "*" for all.
         hosts: Names under which the server may be addressed while there are no keys, besides those of this machine.
         body_bytes: Longest body of a request.
         depth: Deepest nesting of a request's JSON.
         connections: Most connections that are open at once.
         header_seconds: Seconds in which the head of a request must be complete.
         idle_seconds: Seconds that a connection stays open after an answer without a further request.
-        log_requests: One line a request, without what was asked.
-        log_prompts: What was asked, too.
+        log_requests: Log one line per request, without its prompt.
+        log_prompts: Log prompts, too.
 
     Raises:
         ConfigError: If a setting is out of range.
@@ -38,19 +39,21 @@ class Settings:
 
     name: str = "pocket"
     keys: tuple[str, ...] = field(default=(), repr=False)
-    temperature: float = 1.0
-    max_tokens: int = 1024
+    temperature: float = setting(1.0, "Of requests that name none; 0 takes the most probable token.")
+    max_tokens: int = setting(1024, "Most tokens of an answer, of chats that name no number.")
     risk: bool = True
-    withhold: bool = False
+    hide_abstained: bool = setting(
+        False, "Say 'I'm not sure.' in place of answers that the model is not sure of.", flag="--withhold"
+    )
     origins: tuple[str, ...] = ()
     hosts: tuple[str, ...] = ()
-    body_bytes: int = 1 << 20
+    body_bytes: int = setting(1 << 20, "Longest body of a request.")
     depth: int = 32
-    connections: int = 512
-    header_seconds: float = 10.0
-    idle_seconds: float = 75.0
-    log_requests: bool = False
-    log_prompts: bool = False
+    connections: int = setting(512, "Most connections; beyond, the one that has waited longest without a request goes.")
+    header_seconds: float = setting(10.0, "Seconds in which the head of a request must be complete.")
+    idle_seconds: float = setting(75.0, "Seconds that a connection stays open without a further request.")
+    log_requests: bool = setting(False, "One line per request, without its text.")
+    log_prompts: bool = setting(False, "Log prompts, too.")
 
     def __post_init__(self) -> None:
         if not self.name.strip() or not self.name.isprintable():
@@ -65,14 +68,14 @@ class Settings:
                 raise ConfigError(f"{name} must be a number of seconds above 0, got {getattr(self, name)}")
         for number, key in enumerate(self.keys, 1):
             if not key or not key.isascii() or not key.isprintable() or " " in key:
-                raise ConfigError(f"key {number} is no key: it must be ASCII without spaces")  # never shown
+                raise ConfigError(f"key {number} is not a key: it must be ASCII without spaces")  # never shown
         for origin in self.origins:
             if origin != "*" and ("://" not in origin or origin.count("/") > 2):
                 raise ConfigError(f"an origin looks like https://example.org, or is *; got {origin!r}")
 
 
 def read_keys(given: Sequence[str]) -> tuple[str, ...]:
-    """API keys, each given as itself or as a file with one a line; empty lines and ``#`` lines are none.
+    """Return API keys, each given as itself or as a file with one per line; empty lines and ``#`` lines are skipped.
 
     Raises:
         ConfigError: If a file has no key, or cannot be read.
@@ -81,15 +84,15 @@ def read_keys(given: Sequence[str]) -> tuple[str, ...]:
     for item in given:
         if not os.path.isfile(item):
             if os.sep in item:
-                raise ConfigError(f"there is no file of keys {item!r}")
+                raise ConfigError(f"no file of keys {item!r} exists; check its path")
             keys.append(item)
             continue
         try:
-            lines = [line.strip() for line in Path(item).read_text(encoding="utf-8").splitlines()]
+            rows = [row.strip() for row in Path(item).read_text(encoding="utf-8").splitlines()]
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"the keys in {item!r} cannot be read: {type(error).__name__}") from None
-        found = [line for line in lines if line and not line.startswith("#")]
-        if not found:
-            raise ConfigError(f"there is no key in {item!r}; write one a line")
-        keys += found
+        read = [row for row in rows if row and not row.startswith("#")]
+        if not read:
+            raise ConfigError(f"the file {item!r} has no key; write one per line")
+        keys += read
     return tuple(dict.fromkeys(keys))

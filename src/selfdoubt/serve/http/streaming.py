@@ -1,34 +1,33 @@
-"""From a request's jobs to what is sent: whole or as server-sent events; a client that hangs up ends its jobs."""
+"""From a request's handles to its reply, whole or as server-sent events; a client that hangs up cancels them."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Sequence
 from typing import Any, TypeVar
 
 from starlette.responses import Response
 
 from selfdoubt.lm.answer import Answer, Token
-from selfdoubt.serve.engine.request import Began, Ended, Grew, Job, Update
-from selfdoubt.serve.openai.errors import GoneError, fault_of
-from selfdoubt.serve.openai.format import Teller, event
+from selfdoubt.serve.engine.request import Finished, RequestHandle, Started, TokensAdded, Update, cancel_on_exit
+from selfdoubt.serve.http.asgi import Receive, Send
+from selfdoubt.serve.openai.errors import ClientDisconnectedError, to_request_error
+from selfdoubt.serve.openai.format import ResponseFormatter, format_event
 
 T = TypeVar("T")
-Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
-Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 
-async def unless_gone(receive: Receive, work: Awaitable[T]) -> T:
-    """The outcome of some work, which is cancelled when the client hangs up.
+async def run_until_disconnect(receive: Receive, work: Awaitable[T]) -> T:
+    """Return the outcome of some work, which is cancelled when the client hangs up.
 
     Raises:
-        GoneError: If the client hung up first.
+        ClientDisconnectedError: If the client hung up first.
     """
-    working, gone = asyncio.ensure_future(work), asyncio.ensure_future(_gone(receive))
+    working, gone = asyncio.ensure_future(work), asyncio.ensure_future(_wait_for_disconnect(receive))
     try:
         await asyncio.wait({working, gone}, return_when=asyncio.FIRST_COMPLETED)
         if not working.done():
-            raise GoneError
+            raise ClientDisconnectedError
         return working.result()
     finally:
         for task in (working, gone):
@@ -36,22 +35,25 @@ async def unless_gone(receive: Receive, work: Awaitable[T]) -> T:
         await asyncio.gather(working, gone, return_exceptions=True)
 
 
-async def _gone(receive: Receive) -> None:
+async def _wait_for_disconnect(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
 
 
-async def updates(jobs: Sequence[Job]) -> AsyncIterator[tuple[int, Update]]:
-    """What happens to several jobs, as it happens. Whoever stops reading cancels them; so does an error in one."""
-    try:
-        if len(jobs) == 1:
-            async for update in jobs[0].stream():
+async def merge_updates(handles: Sequence[RequestHandle]) -> AsyncIterator[tuple[int, Update]]:
+    """Yield the updates of several handles as they come, each with the handle's place.
+
+    The handles are cancelled when the caller stops reading, and when one of them ends with an error.
+    """
+    with cancel_on_exit(handles):
+        if len(handles) == 1:
+            async for update in handles[0].stream():
                 yield 0, update
             return
         news: asyncio.Queue[tuple[int, Update | BaseException | None]] = asyncio.Queue()
-        readers = [asyncio.ensure_future(_read(i, job, news)) for i, job in enumerate(jobs)]
+        readers = [asyncio.ensure_future(_read(i, handle, news)) for i, handle in enumerate(handles)]
         try:
-            running = len(jobs)
+            running = len(handles)
             while running:
                 place, item = await news.get()
                 if item is None:
@@ -64,102 +66,102 @@ async def updates(jobs: Sequence[Job]) -> AsyncIterator[tuple[int, Update]]:
             for reader in readers:
                 reader.cancel()
             await asyncio.gather(*readers, return_exceptions=True)
-    finally:
-        for job in jobs:
-            job.cancel()
 
 
-async def _read(place: int, job: Job, news: asyncio.Queue[tuple[int, Update | BaseException | None]]) -> None:
+async def _read(
+    place: int, handle: RequestHandle, news: asyncio.Queue[tuple[int, Update | BaseException | None]]
+) -> None:
     try:
-        async for update in job.stream():
+        async for update in handle.stream():
             news.put_nowait((place, update))
         news.put_nowait((place, None))
     except Exception as error:
         news.put_nowait((place, error))
 
 
-async def gather(jobs: Sequence[Job], n: int) -> list[Answer]:
-    """All answers, by question and then by choice."""
-    found: dict[int, Answer] = {}
-    async for place, update in updates(jobs):
-        if isinstance(update, Ended):
-            found[place * n + update.choice] = update.answer
-    return [found[i] for i in sorted(found)]
+async def collect_answers(handles: Sequence[RequestHandle], n: int) -> list[Answer]:
+    """Wait for all answers; return them by prompt and then by choice."""
+    answers: dict[int, Answer] = {}
+    async for place, update in merge_updates(handles):
+        if isinstance(update, Finished):
+            answers[place * n + update.choice] = update.answer
+    return [answers[i] for i in sorted(answers)]
 
 
-def prompt_tokens(jobs: Sequence[Job]) -> int:
-    """Tokens of all prompts; one that is answered several times counts once."""
-    return sum(len(job.ask.prompt.ids) for job in jobs)
+def count_prompt_tokens(handles: Sequence[RequestHandle]) -> int:
+    """Return the number of tokens of all prompts; one that is answered several times counts once."""
+    return sum(len(handle.request.prompt.ids) for handle in handles)
 
 
-async def told(
-    teller: Teller, jobs: Sequence[Job], first: tuple[int, Update], rest: AsyncIterator[tuple[int, Update]]
+async def stream_events(
+    formatter: ResponseFormatter,
+    prompt_tokens: int,
+    first: tuple[int, Update],
+    rest: AsyncIterator[tuple[int, Update]],
 ) -> AsyncIterator[bytes]:
-    """A stream's events, several in one piece where they come together. An error is its last event."""
+    """Yield the events of a stream, several in one piece if they come together. An error is its last event."""
     sent: dict[int, str] = {}
     held: dict[int, list[Token]] = {}
     answers: list[Answer] = []
-    n, hold = teller.plan.n, teller.plan.withhold
+    n, hold = len(formatter.params.seeds), formatter.params.hide_abstained
 
-    def chunks(place: int, update: Update) -> list[dict[str, Any]]:
-        if isinstance(update, Began):
-            return [c for i in range(n) for c in teller.began(place * n + i, update.question)]
+    def format_update(place: int, update: Update) -> list[dict[str, Any]]:
+        if isinstance(update, Started):
+            return [c for i in range(n) for c in formatter.format_start(place * n + i, update.question)]
         index = place * n + update.choice
         before = sent.setdefault(index, "")
-        if isinstance(update, Grew):
-            if hold:  # its end says whether it may be shown
+        if isinstance(update, TokensAdded):
+            if hold:  # the answer's end says whether it may be shown
                 held.setdefault(index, []).extend(update.tokens)
                 return []
             sent[index] += "".join(token.text for token in update.tokens)
-            return list(teller.grew(index, update.tokens, len(before)))
-        found = []
-        if hold and not update.answer.abstained:
+            return list(formatter.format_tokens(index, update.tokens, len(before)))
+        chunks = []
+        if hold and not formatter.is_hidden(update.answer):
             tokens = held.pop(index, [])
-            found = list(teller.grew(index, tokens, 0))
+            chunks = list(formatter.format_tokens(index, tokens, 0))
             before = "".join(token.text for token in tokens)
         answers.append(update.answer)
-        return [*found, *teller.ended(index, update.answer, before)]
+        return [*chunks, *formatter.format_end(index, update.answer, before)]
 
     try:
         place, update = first
-        if found := chunks(place, update):
-            yield b"".join(map(event, found))
+        if chunks := format_update(place, update):
+            yield b"".join(map(format_event, chunks))
         async for place, update in rest:
-            if found := chunks(place, update):
-                yield b"".join(map(event, found))
-        if teller.plan.usage:
-            yield event(teller.total(prompt_tokens(jobs), answers))
+            if chunks := format_update(place, update):
+                yield b"".join(map(format_event, chunks))
+        if formatter.params.include_usage:
+            yield format_event(formatter.format_usage(prompt_tokens, answers))
         yield b"data: [DONE]\n\n"
     except Exception as error:
-        yield event(fault_of(error).body)
+        yield format_event(to_request_error(error).body)
 
 
 class EventStream(Response):
-    """A response of events; it ends its jobs when the client hangs up.
+    """A response of events; it cancels its requests when the client hangs up.
 
     Args:
-        events: What is sent.
-        jobs: Whose events they are.
-        patience: Seconds after which a client that does not read is left alone.
+        events: The events.
+        handles: The requests that they come from.
+        patience: Seconds after which a client that does not read is cut off.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncIterator[bytes], jobs: Sequence[Job], patience: float) -> None:
+    def __init__(self, events: AsyncIterator[bytes], handles: Sequence[RequestHandle], patience: float) -> None:
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})  # nginx waits otherwise
         del self.headers["content-length"]
-        self.events, self.jobs, self.patience = events, jobs, patience
+        self.events, self.handles, self.patience = events, handles, patience
 
     async def __call__(self, _: Any, receive: Receive, send: Send) -> None:
-        """See ASGI."""
-        try:
-            async with asyncio.timeout(self.patience):
-                await unless_gone(receive, self._send(send))
-        except GoneError:
-            pass
-        finally:
-            for job in self.jobs:
-                job.cancel()
+        """Send the events; see ASGI."""
+        with cancel_on_exit(self.handles):
+            try:
+                async with asyncio.timeout(self.patience):
+                    await run_until_disconnect(receive, self._send(send))
+            except ClientDisconnectedError:
+                pass
 
     async def _send(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})

@@ -1,4 +1,4 @@
-"""What went wrong, in OpenAI's shape: a status, and ``{"error": {"message", "type", "param", "code"}}``."""
+"""Errors in OpenAI's shape: a status, and ``{"error": {"message", "type", "param", "code"}}``."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from typing import Any
 
 from selfdoubt.errors import BusyError, ConfigError, DeadlineError, EngineError, NonFiniteError, PromptError
 
-INVALID, SERVER = "invalid_request_error", "server_error"
+INVALID_REQUEST, SERVER_ERROR = "invalid_request_error", "server_error"
 #: Most characters of an error's message, and of the name of a field in it: they may repeat what was sent.
-MESSAGE, FIELD = 400, 100
+MAX_MESSAGE, MAX_FIELD = 400, 100
 
 
-def shortened(text: str, most: int = MESSAGE) -> str:
-    """Return a text in one line of at most so many characters.
+def shorten(text: str, most: int = MAX_MESSAGE) -> str:
+    """Return a text in one line of at most ``most`` characters.
 
-    What is too much is cut from the middle: the beginning says what was wanted, and the end how to repair it.
+    The excess is cut from the middle: the beginning says what was expected, and the end how to repair it.
     """
     if len(text) > 8 * most:
         text = text[: 4 * most] + text[-4 * most :]
@@ -34,39 +34,39 @@ class RequestError(Exception):
         status: HTTP status.
         message: One line for a person; a long one is shortened.
         kind: OpenAI's ``type``.
-        param: The part of the request that is wrong.
+        param: The field of the request that is wrong.
         code: A word for programs.
-        headers: To be sent along.
+        headers: Further headers of the reply.
     """
 
     def __init__(
         self,
         status: int,
         message: str,
-        kind: str = INVALID,
+        kind: str = INVALID_REQUEST,
         *,
         param: str | None = None,
         code: str | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> None:
-        message = shortened(message)
+        message = shorten(message)
         super().__init__(message)
         self.status, self.message, self.kind = status, message, kind
-        self.param = None if param is None else shortened(param, FIELD)
+        self.param = None if param is None else shorten(param, MAX_FIELD)
         self.code, self.headers = code, dict(headers or {})
 
     @property
     def body(self) -> dict[str, Any]:
-        """What is sent."""
+        """The body of the reply."""
         return {"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}}
 
 
-class GoneError(Exception):
-    """The client has hung up; nobody reads what is sent."""
+class ClientDisconnectedError(Exception):
+    """The client has hung up, and reads nothing more."""
 
 
-def fault_of(error: BaseException) -> RequestError:
-    """The fault that an error is to a client; what was not foreseen tells nothing of the inside."""
+def to_request_error(error: BaseException) -> RequestError:
+    """Return the error that a client gets; one that was not foreseen reveals nothing of the inside."""
     match error:
         case RequestError():
             return error
@@ -76,11 +76,13 @@ def fault_of(error: BaseException) -> RequestError:
         case DeadlineError():
             return RequestError(504, str(error), "timeout_error", code="deadline_exceeded")
         case EngineError():
-            return RequestError(503, str(error), SERVER, code="engine_unavailable")
+            return RequestError(503, str(error), SERVER_ERROR, code="engine_unavailable")
         case PromptError():
             return RequestError(400, str(error), code="invalid_prompt")
         case ConfigError():
             return RequestError(400, str(error), code="invalid_value")
         case NonFiniteError():
-            return RequestError(500, str(error), SERVER, code="non_finite")
-    return RequestError(500, "something went wrong inside the server; its log says what", SERVER, code="internal_error")
+            return RequestError(500, str(error), SERVER_ERROR, code="non_finite")
+    return RequestError(
+        500, "something went wrong inside the server; its log says what", SERVER_ERROR, code="internal_error"
+    )

@@ -1,4 +1,4 @@
-"""What may be asked, as OpenAI defines it. What cannot be honoured is refused by its schema, never ignored.
+"""Bodies of requests, as OpenAI defines them. A field that cannot be honoured is refused by its schema, never ignored.
 
 Read by pydantic: this file is imported where a server starts.
 """
@@ -10,38 +10,38 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 Count = Annotated[int, Field(ge=1)]
-Nothing = Annotated[list[Any], Field(max_length=0)]
-Some = Field(min_length=1, fail_fast=True)  # the first item that is wrong ends the check of a list
+EmptyList = Annotated[list[Any], Field(max_length=0)]
+NON_EMPTY = Field(min_length=1, fail_fast=True)  # the first item that is wrong ends the check of a list
 Zero = Annotated[float, Field(ge=0, le=0)]
-Ids = Annotated[list[Annotated[int, Field(ge=0)]], Some]
+Ids = Annotated[list[Annotated[int, Field(ge=0)]], NON_EMPTY]
 Stop = Annotated[str, Field(min_length=1)]
 
 
-class Wire(BaseModel):
-    """An object that refuses what it does not know."""
+class StrictModel(BaseModel):
+    """An object that refuses unknown fields."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
-class TextPart(Wire):
+class TextPart(StrictModel):
     """A part of a message; only text is read."""
 
     type: Literal["text"]
     text: str
 
 
-class Message(Wire):
+class ChatMessageInput(StrictModel):
     """A turn of a chat. Parts of a content are lines of one text; ``developer`` is another word for ``system``."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[TextPart], Some]
-    # What OpenAI's own answers carry, so that they can be sent back.
+    content: str | Annotated[list[TextPart], NON_EMPTY]
+    # Fields of OpenAI's own answers, so that they can be sent back.
     name: None = None
     refusal: None = None
     audio: None = None
     function_call: None = None
-    tool_calls: Nothing | None = None
-    annotations: Nothing | None = None
+    tool_calls: EmptyList | None = None
+    annotations: EmptyList | None = None
 
     @property
     def text(self) -> str:
@@ -49,21 +49,21 @@ class Message(Wire):
         return self.content if isinstance(self.content, str) else "\n".join(part.text for part in self.content)
 
 
-class StreamOptions(Wire):
-    """How to stream."""
+class StreamOptions(StrictModel):
+    """Options of a stream."""
 
     include_usage: bool | None = None
     include_obfuscation: bool | None = None
 
 
-class TextFormat(Wire):
-    """The one response format there is."""
+class TextFormat(StrictModel):
+    """The only response format."""
 
     type: Literal["text"]
 
 
-class Common(Wire):
-    """What chats and completions share."""
+class GenerationBody(StrictModel):
+    """Fields that chats and completions share."""
 
     model: str | None = None
     n: Annotated[int, Field(ge=1, le=128)] | None = None
@@ -89,23 +89,23 @@ class Common(Wire):
     prompt_cache_key: str | None = None
     prompt_cache_retention: str | None = None
     prompt_cache_options: dict[str, Any] | None = None
-    # What this server cannot do.
+    # Not supported by this server.
     frequency_penalty: Zero | None = None
     presence_penalty: Zero | None = None
     logit_bias: Annotated[dict[str, Any], Field(max_length=0)] | None = None
 
 
-class ChatRequest(Common):
+class ChatRequest(GenerationBody):
     """``POST /v1/chat/completions``."""
 
-    messages: Annotated[list[Message], Some]
+    messages: Annotated[list[ChatMessageInput], NON_EMPTY]
     max_completion_tokens: Count | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     parallel_tool_calls: bool | None = None
-    tools: Nothing | None = None
+    tools: EmptyList | None = None
     tool_choice: Literal["none", "auto"] | None = None
-    functions: Nothing | None = None
+    functions: EmptyList | None = None
     function_call: Literal["none", "auto"] | None = None
     response_format: TextFormat | None = None
     modalities: Annotated[list[Literal["text"]], Field(max_length=1, fail_fast=True)] | None = None
@@ -117,14 +117,14 @@ class ChatRequest(Common):
     web_search_options: None = None
 
 
-class CompletionRequest(Common):
+class CompletionRequest(GenerationBody):
     """``POST /v1/completions``: continues texts as they are, without the chat template."""
 
     prompt: (
         str
-        | Annotated[list[str], Some]
+        | Annotated[list[str], NON_EMPTY]
         | Ids
-        | Annotated[list[Ids], Some]
+        | Annotated[list[Ids], NON_EMPTY]
     )  # fmt: skip
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
     best_of: Count | None = None
@@ -133,7 +133,7 @@ class CompletionRequest(Common):
 
     @property
     def prompts(self) -> list[str | list[int]]:
-        """One item a prompt."""
+        """One item per prompt."""
         if isinstance(self.prompt, str):
             return [self.prompt]
         if isinstance(self.prompt[0], int):
@@ -141,24 +141,24 @@ class CompletionRequest(Common):
         return [*self.prompt]
 
 
-class ScoreItem(Wire):
-    """A text, and what it answers: a question, a chat, or nothing."""
+class ScoreItem(StrictModel):
+    """A text, and the question or the chat that it answers, if any."""
 
     text: str
     question: str | None = None
-    messages: Annotated[list[Message], Some] | None = None
+    messages: Annotated[list[ChatMessageInput], NON_EMPTY] | None = None
 
 
-class ScoreRequest(Wire):
+class ScoreRequest(StrictModel):
     """``POST /v1/score``: the risk of texts that exist already."""
 
     model: str | None = None
-    input: ScoreItem | Annotated[list[ScoreItem], Some]
+    input: ScoreItem | Annotated[list[ScoreItem], NON_EMPTY]
     raw: bool | None = None
     timeout: Annotated[float, Field(ge=1)] | None = None
 
 
-#: What to say of fields whose schema says it badly.
+#: Messages for fields whose schema explains itself badly.
 ADVICE = {
     "prompt": "prompt must be a text, a list of texts, a list of token ids, or a list of such lists; none empty",
     "stop": "stop must be a text or up to 4 texts, none empty",
@@ -185,17 +185,17 @@ ADVICE = {
 }
 
 
-def complaint(errors: Any) -> tuple[str, str | None]:
-    """One line for a person, and the name of the field that is wrong, of what pydantic found."""
-    found = errors[0]
-    place = [part for part in found["loc"] if part != "body"]
+def describe_validation_error(errors: Any) -> tuple[str, str | None]:
+    """Return pydantic's first error as one line for people, and the name of the field that is wrong."""
+    first = errors[0]
+    place = [part for part in first["loc"] if part != "body"]
     path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place).lstrip(".")
     field = str(place[0]) if place else None
-    if found["type"] == "extra_forbidden":
+    if first["type"] == "extra_forbidden":
         return f"Unrecognized request argument supplied: {path}", field
-    if found["type"] == "missing":
+    if first["type"] == "missing":
         return f"you must provide {path or 'a body'}", field
     for part in reversed(place):
         if part in ADVICE:
             return ADVICE[str(part)], field
-    return f"{path or 'the body'}: {found['msg']}", field
+    return f"{path or 'the body'}: {first['msg']}", field

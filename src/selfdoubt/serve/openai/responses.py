@@ -1,4 +1,4 @@
-"""What is answered, for the OpenAPI schema: replies are plain data of these shapes, made in ``replies``."""
+"""Replies, as the OpenAPI schema describes them; ``format`` makes plain data of these shapes."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-NOTE = "One line: why a calibrated model has no p_correct for this answer, or a caveat; null otherwise."
+P_CORRECT_NOTE = "One line: why a calibrated model has no p_correct for this answer, or a caveat; null otherwise."
 
 
-class Shape(BaseModel):
+class StrictReply(BaseModel):
     """An object with these fields and no others."""
 
     model_config = ConfigDict(extra="forbid")
 
 
-class Problem(Shape):
-    """What went wrong."""
+class ErrorDetail(StrictReply):
+    """The description of an error."""
 
     message: str
     type: str
@@ -24,13 +24,13 @@ class Problem(Shape):
     code: str | None
 
 
-class Error(Shape):
-    """OpenAI's shape of an error."""
+class ErrorReply(StrictReply):
+    """An error, in OpenAI's shape."""
 
-    error: Problem
+    error: ErrorDetail
 
 
-class TokenRisk(Shape):
+class TokenRisk(StrictReply):
     """The doubt about one token, entropies in nats."""
 
     text: str
@@ -41,7 +41,7 @@ class TokenRisk(Shape):
     percentile: float | None
 
 
-class QuestionRisk(Shape):
+class QuestionRisk(StrictReply):
     """The doubt about the question's own words."""
 
     risk: float
@@ -49,20 +49,20 @@ class QuestionRisk(Shape):
     percentile: float | None
 
 
-class BeginRisk(Shape):
-    """What is known before an answer begins."""
+class StartRisk(StrictReply):
+    """The doubt that is known before an answer begins."""
 
     question: QuestionRisk | None
 
 
-class EndRisk(BeginRisk):
-    """The doubt about an answer whose tokens were told already."""
+class EndRisk(StartRisk):
+    """The doubt about an answer whose tokens were sent already."""
 
     risk: float
     risk_name: str
     percentile: float | None
     p_correct: float | None
-    p_correct_note: str | None = Field(description=NOTE)
+    p_correct_note: str | None = Field(description=P_CORRECT_NOTE)
     abstain: bool | None
     withheld: bool
 
@@ -73,15 +73,15 @@ class AnswerRisk(EndRisk):
     tokens: list[TokenRisk]
 
 
-class Usage(Shape):
-    """How many tokens."""
+class Usage(StrictReply):
+    """Numbers of tokens."""
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
 
 
-class Alternative(Shape):
+class AlternativeLogprob(StrictReply):
     """A token and its log-probability."""
 
     token: str
@@ -89,21 +89,21 @@ class Alternative(Shape):
     bytes: list[int] | None
 
 
-class TokenLogprob(Alternative):
-    """A chosen token and what could have stood in its place."""
+class TokenLogprob(AlternativeLogprob):
+    """A chosen token and the most probable ones in its place."""
 
-    top_logprobs: list[Alternative]
+    top_logprobs: list[AlternativeLogprob]
 
 
-class ChatLogprobs(Shape):
-    """Of a chat."""
+class ChatLogprobs(StrictReply):
+    """Log-probabilities of a chat."""
 
     content: list[TokenLogprob]
     refusal: None
 
 
-class TextLogprobs(Shape):
-    """Of a completion."""
+class TextLogprobs(StrictReply):
+    """Log-probabilities of a completion."""
 
     tokens: list[str]
     token_logprobs: list[float]
@@ -111,8 +111,8 @@ class TextLogprobs(Shape):
     text_offset: list[int]
 
 
-class Reply(Shape):
-    """What all replies to a request for answers say of themselves."""
+class Reply(StrictReply):
+    """The fields that all replies to a request for answers share."""
 
     id: str
     created: int
@@ -120,7 +120,7 @@ class Reply(Shape):
     system_fingerprint: str
 
 
-class ChatMessage(Shape):
+class ChatMessage(StrictReply):
     """The answer."""
 
     role: Literal["assistant"]
@@ -128,8 +128,8 @@ class ChatMessage(Shape):
     refusal: None
 
 
-class ChatChoice(Shape):
-    """One of the answers. Without ``risk`` where it is not wanted."""
+class ChatChoice(StrictReply):
+    """One of the answers. Without ``risk`` if the request or the server turns it off."""
 
     index: int
     message: ChatMessage
@@ -146,7 +146,7 @@ class ChatCompletion(Reply):
     usage: Usage
 
 
-class Delta(Shape):
+class Delta(StrictReply):
     """A piece of an answer; the last is empty."""
 
     role: Literal["assistant"] = None  # type: ignore[assignment]
@@ -154,26 +154,26 @@ class Delta(Shape):
     refusal: None = None
 
 
-class ChatChunkChoice(Shape):
+class ChatChunkChoice(StrictReply):
     """A piece of one of the answers."""
 
     index: int
     delta: Delta
     logprobs: ChatLogprobs | None
     finish_reason: Literal["stop", "length"] | None
-    risk: BeginRisk | TokenRisk | EndRisk = None  # type: ignore[assignment]
+    risk: StartRisk | TokenRisk | EndRisk = None  # type: ignore[assignment]
 
 
 class ChatChunk(Reply):
-    """An event of a chat's stream: one token, but for the first and the last."""
+    """An event of a chat's stream: one token, except the first and the last."""
 
     object: Literal["chat.completion.chunk"]
     choices: list[ChatChunkChoice]
     usage: Usage | None = None
 
 
-class TextChoice(Shape):
-    """One of the answers. Without ``risk`` where it is not wanted."""
+class TextChoice(StrictReply):
+    """One of the answers. Without ``risk`` if the request or the server turns it off."""
 
     index: int
     text: str
@@ -190,14 +190,14 @@ class Completion(Reply):
     usage: Usage
 
 
-class TextChunkChoice(Shape):
+class TextChunkChoice(StrictReply):
     """A piece of one of the answers."""
 
     index: int
     text: str
     logprobs: TextLogprobs | None
     finish_reason: Literal["stop", "length"] | None
-    risk: BeginRisk | TokenRisk | EndRisk = None  # type: ignore[assignment]
+    risk: StartRisk | TokenRisk | EndRisk = None  # type: ignore[assignment]
 
 
 class TextChunk(Reply):
@@ -208,8 +208,8 @@ class TextChunk(Reply):
     usage: Usage | None = None
 
 
-class Score(Shape):
-    """The doubt about a text that was given."""
+class TextScore(StrictReply):
+    """The doubt about a text that existed already."""
 
     object: Literal["score"]
     index: int
@@ -217,7 +217,7 @@ class Score(Shape):
     risk_name: str
     percentile: float | None
     p_correct: float | None
-    p_correct_note: str | None = Field(description=NOTE)
+    p_correct_note: str | None = Field(description=P_CORRECT_NOTE)
     abstain: bool | None
     scores: dict[str, float]
     tokens: list[TokenRisk]
@@ -225,16 +225,16 @@ class Score(Shape):
     question_tokens: list[TokenRisk]
 
 
-class Scores(Shape):
-    """One score a text, in their order."""
+class ScoreList(StrictReply):
+    """One score per text, in their order."""
 
     object: Literal["list"]
     model: str
-    data: list[Score]
+    data: list[TextScore]
 
 
-class Model(BaseModel):
-    """A model that can be asked."""
+class ModelInfo(BaseModel):
+    """A model that this server runs."""
 
     id: str
     object: Literal["model"]
@@ -243,14 +243,14 @@ class Model(BaseModel):
     risk: dict[str, Any] = None  # type: ignore[assignment]
 
 
-class Models(Shape):
-    """The models that can be asked: one."""
+class ModelList(StrictReply):
+    """The models that this server runs: one."""
 
     object: Literal["list"]
-    data: list[Model]
+    data: list[ModelInfo]
 
 
-class Status(Shape):
-    """Whether the server works."""
+class Status(StrictReply):
+    """The state of a server that works."""
 
     status: Literal["ok", "ready"]

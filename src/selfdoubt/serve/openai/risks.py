@@ -1,4 +1,4 @@
-"""The ``risk`` objects beside what OpenAI defines. All risks grow with doubt; entropies are in nats."""
+"""The ``risk`` objects next to the fields that OpenAI defines. All risks grow with doubt; entropies are in nats."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from selfdoubt.lm.front import LMFront
 
 
-def of_token(front: LMFront, token: Token) -> dict[str, Any]:
-    """The risk of one token; its percentile is None without reference tokens (``reference["token_nll"]``)."""
+def format_token_risk(front: LMFront, token: Token) -> dict[str, Any]:
+    """Return the risk of one token; its percentile is None without reference tokens (``reference["token_nll"]``)."""
     reference = front.reference.get(f"token_{front.token_risk}")
     return {
         "text": token.text,
@@ -26,8 +26,8 @@ def of_token(front: LMFront, token: Token) -> dict[str, Any]:
     }
 
 
-def of_question(front: LMFront, question: Sequence[Token]) -> dict[str, Any] | None:
-    """The risk of the question's own words, which is known before the answer begins; None without own words."""
+def format_question_risk(front: LMFront, question: Sequence[Token]) -> dict[str, Any] | None:
+    """Return the risk of the question's own words, known before the answer begins; None without such words."""
     score = Score("question", "mean", front.token_risk)
     value, name = score.compute([], question), str(score)
     if value is None:
@@ -40,8 +40,8 @@ def of_question(front: LMFront, question: Sequence[Token]) -> dict[str, Any] | N
     }
 
 
-def of_answer(front: LMFront, answer: Answer) -> dict[str, Any]:
-    """The risk of a whole answer."""
+def format_answer_risk(front: LMFront, answer: Answer) -> dict[str, Any]:
+    """Return the risk of a whole answer."""
     return {
         "risk": answer.risk,
         "risk_name": answer.risk_name,
@@ -50,5 +50,5 @@ def of_answer(front: LMFront, answer: Answer) -> dict[str, Any]:
         "p_correct_note": answer.p_correct_note,
         "abstain": answer.abstain,
         "withheld": False,
-        "question": of_question(front, answer.question),
+        "question": format_question_risk(front, answer.question),
     }

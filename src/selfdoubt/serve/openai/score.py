@@ -12,31 +12,31 @@ from selfdoubt.lm.answer import Answer
 from selfdoubt.lm.front import LMFront
 from selfdoubt.lm.inputs import PromptLike
 from selfdoubt.lm.scoring import TeacherForcedText, encode_teacher_forced
-from selfdoubt.serve.engine.client import Desk
-from selfdoubt.serve.http.encoders import Encoders, total_size
+from selfdoubt.serve.engine.client import EngineClient
+from selfdoubt.serve.http.encoders import EncoderThreads, measure_pairs
 from selfdoubt.serve.openai import risks
-from selfdoubt.serve.openai.params import chat_of
+from selfdoubt.serve.openai.params import convert_messages
 from selfdoubt.serve.openai.requests import ScoreItem
 
 #: Texts, and characters of them, that are scored side by side.
-PIECE, CHARACTERS = 4, 2000
-Pair = tuple[PromptLike | None, str]
+PAIRS_AT_ONCE, CHARACTERS_AT_ONCE = 4, 2000
+ScoredPair = tuple[PromptLike | None, str]
 
 
 class Scorer:
-    """Scores for all who ask; at most ``limits.queue`` requests wait.
+    """Scorer for all clients; at most ``limits.queue`` requests wait.
 
     Args:
-        engine: Who scores.
-        encoders: Who turns texts into token ids.
+        engine: The engine that scores.
+        encoders: Threads that turn texts into token ids.
     """
 
-    def __init__(self, engine: Desk, encoders: Encoders) -> None:
+    def __init__(self, engine: EngineClient, encoders: EncoderThreads) -> None:
         self._engine, self._encoders = engine, encoders
         self._waiting = 0
 
     async def score(self, items: Sequence[ScoreItem], *, raw: bool, timeout: float) -> list[Answer]:
-        """Score each item. Whoever is cancelled meanwhile, or has run out of time, ends the work.
+        """Score each item. Cancelling this, or running out of time, ends the work.
 
         Raises:
             BusyError: If too many wait already.
@@ -53,47 +53,48 @@ class Scorer:
             raise BusyError(f"{self._waiting} requests to score are waiting already; try again in a moment")
         self._waiting += 1
         try:
+            answers: list[Answer] = []
             async with asyncio.timeout(timeout):
-                found: list[Answer] = []
-                for piece in pieces(pairs):
-                    work = partial(encode_teacher_forced, self._engine.front.tokenizer, piece, raw=raw)
-                    given: list[TeacherForcedText] = await self._encoders.run(work, total_size(piece))
-                    scored: asyncio.Future[list[Answer]] = asyncio.wrap_future(self._engine.score(given))
-                    found += await scored
+                with self._engine.hold_open():  # a request that has begun is finished, also while the engine closes
+                    for group in split_pairs(pairs):
+                        work = partial(encode_teacher_forced, self._engine.front.tokenizer, group, raw=raw)
+                        texts: list[TeacherForcedText] = await self._encoders.run(work, measure_pairs(group))
+                        scored: asyncio.Future[list[Answer]] = asyncio.wrap_future(self._engine.score(texts))
+                        answers += await scored
         except TimeoutError:
             raise DeadlineError(f"the request took longer than {timeout:g} s; score fewer texts at a time") from None
         finally:
             self._waiting -= 1
-        return found
+        return answers
 
-    def _pair(self, item: ScoreItem) -> Pair:
+    def _pair(self, item: ScoreItem) -> ScoredPair:
         limits, context = self._engine.limits, self._engine.front.context
         if item.question is not None and item.messages is not None:
             raise ConfigError("a text to score answers a question or messages, not both; give one of them")
-        question = item.question if item.messages is None else chat_of(item.messages, limits)
+        question = item.question if item.messages is None else convert_messages(item.messages, limits)
         for text in (question, item.text):
             if text is not None:
-                limits.check(text, context)
+                limits.check_prompt_size(text, context)
         return question, item.text
 
 
-def pieces(pairs: Sequence[Pair]) -> Iterator[list[Pair]]:
-    """Pairs in their order, a few at a time."""
-    piece: list[Pair] = []
+def split_pairs(pairs: Sequence[ScoredPair]) -> Iterator[list[ScoredPair]]:
+    """Yield pairs in their order, a few at a time."""
+    group: list[ScoredPair] = []
     length = 0
     for pair in pairs:
-        size = total_size([pair])
-        if piece and (len(piece) == PIECE or length + size > CHARACTERS):
-            yield piece
-            piece, length = [], 0
-        piece.append(pair)
+        size = measure_pairs([pair])
+        if group and (len(group) == PAIRS_AT_ONCE or length + size > CHARACTERS_AT_ONCE):
+            yield group
+            group, length = [], 0
+        group.append(pair)
         length += size
-    if piece:
-        yield piece
+    if group:
+        yield group
 
 
-def of_given(front: LMFront, index: int, answer: Answer) -> dict[str, Any]:
-    """A scored text."""
+def format_score(front: LMFront, index: int, answer: Answer) -> dict[str, Any]:
+    """Return a scored text as plain data."""
     return {
         "object": "score",
         "index": index,
@@ -104,7 +105,7 @@ def of_given(front: LMFront, index: int, answer: Answer) -> dict[str, Any]:
         "p_correct_note": answer.p_correct_note,
         "abstain": answer.abstain,
         "scores": dict(answer.scores),
-        "tokens": [risks.of_token(front, token) for token in answer.tokens],
-        "question": risks.of_question(front, answer.question),
-        "question_tokens": [risks.of_token(front, token) for token in answer.question],
+        "tokens": [risks.format_token_risk(front, token) for token in answer.tokens],
+        "question": risks.format_question_risk(front, answer.question),
+        "question_tokens": [risks.format_token_risk(front, token) for token in answer.question],
     }

@@ -1,4 +1,4 @@
-"""The server on Ray: one front, which speaks HTTP behind Ray's proxy, and as many engines as are asked for.
+"""The server on Ray: one front, which speaks HTTP behind Ray's proxy, and a number of engines.
 
 This file needs the extra ``ray``; import it where it is used.
 """
@@ -16,25 +16,23 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from selfdoubt.errors import ConfigError, EngineError, require
+from selfdoubt.errors import ConfigError, EngineError
 from selfdoubt.lm.model import RiskAwareLM
 from selfdoubt.serve.engine.limits import Limits
-from selfdoubt.serve.http.settings import Settings
-from selfdoubt.serve.ray.replicas import ENGINE, FRONT, NAME, Replica, Replicas
-
-ray = require("ray", "ray")
-serve = require("ray.serve", "ray")
+from selfdoubt.serve.http.settings import ServerSettings
+from selfdoubt.serve.ray.library import ray, ray_serve
+from selfdoubt.serve.ray.replicas import APP_NAME, ENGINE_NAME, FRONT_NAME, Replica, Replicas
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """Where and how replicas run.
+    """The place of replicas and their needs.
 
     Args:
-        replicas: How many.
-        address: Of a Ray cluster; None starts one on this machine, "auto" takes the one that it is part of.
-        gpus: What each replica needs; a share of one is allowed.
-        cpus: The same.
+        replicas: Number of replicas.
+        address: Address of a Ray cluster; None starts one on this machine, "auto" takes the one that it is part of.
+        gpus: GPUs that each replica needs; a share of one is allowed.
+        cpus: CPUs that each replica needs.
 
     Raises:
         ConfigError: If a number is out of range.
@@ -52,13 +50,19 @@ class Cluster:
             raise ConfigError(f"a replica cannot take {self.gpus} GPUs and {self.cpus} CPUs")
 
 
-def application(
-    load: Callable[[], RiskAwareLM], limits: Limits, settings: Settings, cluster: Cluster, drain: float, *, ui: bool
+def build_application(
+    load: Callable[[], RiskAwareLM],
+    limits: Limits,
+    settings: ServerSettings,
+    cluster: Cluster,
+    drain: float,
+    *,
+    ui: bool,
 ) -> Any:
-    """What Ray Serve runs."""
-    engine = serve.deployment(
+    """Return the application that Ray Serve runs."""
+    engine = ray_serve.deployment(
         Replica,
-        name=ENGINE,
+        name=ENGINE_NAME,
         num_replicas=cluster.replicas,
         max_ongoing_requests=2 * (limits.queue + limits.batch),  # an engine itself says when it is full
         max_queued_requests=limits.queue,
@@ -73,53 +77,54 @@ def application(
         from selfdoubt.serve.http.app import create_app
         from selfdoubt.serve.http.metrics import Metrics
 
-        memory.bound_process()
-        desk = Replicas(serve.get_deployment_handle(ENGINE, app_name=NAME), limits, Metrics())
-        desk.start()
-        app = create_app(desk, settings)
+        memory.bound_process_memory()
+        engines = Replicas(ray_serve.get_deployment_handle(ENGINE_NAME, app_name=APP_NAME), limits, Metrics())
+        engines.start()
+        app = create_app(engines, settings)
         if ui:
             from selfdoubt.serve.chat import mount
 
-            app = mount(app, desk, title=settings.name, model=settings.name)
+            app = mount(app, engines, title=settings.name, model=settings.name)
         return app
 
-    return serve.deployment(
-        serve.ingress(front)(),
-        name=FRONT,
+    return ray_serve.deployment(
+        ray_serve.ingress(front)(),
+        name=FRONT_NAME,
         max_ongoing_requests=10_000,
         graceful_shutdown_timeout_s=drain,
         ray_actor_options={"num_cpus": 0},
     ).bind(engine)
 
 
-def run(
+def run_cluster(
     application: Any, cluster: Cluster, host: str, port: int, *, started: Callable[[], object], idle: float = 75.0
 ) -> None:
     """Serve until SIGTERM or SIGINT comes; running requests are finished.
 
     Args:
-        application: From ``application``.
-        cluster: Is joined, or started here.
-        host: Where Ray's proxies listen, on every machine of the cluster.
-        port: The same.
-        started: Called when requests are taken.
+        application: From ``build_application``.
+        cluster: The cluster, which is joined, or started here.
+        host: Address on which Ray's proxies listen, on every machine of the cluster.
+        port: Port on which they listen.
+        started: Called when requests are accepted.
         idle: Seconds that Ray's proxies keep a connection without a further request.
 
     Raises:
         EngineError: If no cluster answers, or the replicas do not start.
     """
     if cluster.address is not None and cluster.address != "auto":
-        _reach(cluster.address)
+        _check_address(cluster.address)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    # On this machine the replicas that were asked for must fit, however few cores there are.
-    own = {} if cluster.address else {"num_cpus": max(os.cpu_count() or 1, int(cluster.replicas * cluster.cpus + 1))}
+    # On this machine all replicas must fit, however few cores there are.
+    cpus = max(os.cpu_count() or 1, int(cluster.replicas * cluster.cpus + 1))
+    resources = {} if cluster.address else {"num_cpus": cpus}
     try:
         ray.init(
             address=cluster.address or "local",
             include_dashboard=False,
             log_to_driver=False,
             logging_level="ERROR",
-            **own,
+            **resources,
         )
     except (ConnectionError, ValueError, RuntimeError) as error:
         why = str(error).partition(". ")[0]
@@ -136,24 +141,24 @@ def run(
         signal.signal(number, stop)
     quiet = {"log_level": "ERROR", "enable_access_log": False}
     try:
-        _has_room(cluster)
+        _check_room(cluster)
         http = {"host": host, "port": port, "keep_alive_timeout_s": math.ceil(idle)}
-        serve.start(proxy_location="EveryNode", http_options=http, logging_config=quiet)
+        ray_serve.start(proxy_location="EveryNode", http_options=http, logging_config=quiet)
         try:
             _deploy(application, quiet)
             up = True
             started()
             done.wait()
         finally:
-            serve.delete(NAME)  # also what has only begun: on a cluster it would go on without this process
+            ray_serve.delete(APP_NAME)  # also what has only begun: on a cluster it would go on without this process
         if cluster.address is None:
-            serve.shutdown()
+            ray_serve.shutdown()
     finally:
         ray.shutdown()
 
 
-def _reach(address: str) -> None:
-    """Nothing, if anybody listens at ``HOST:PORT``: Ray itself would try for minutes."""
+def _check_address(address: str) -> None:
+    """Check that a process listens at ``HOST:PORT``: Ray itself would try for minutes."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     try:
         socket.create_connection((host, int(port)), timeout=10).close()
@@ -164,19 +169,19 @@ def _reach(address: str) -> None:
 
 
 def _deploy(application: Any, logs: dict[str, Any]) -> None:
-    """Start the replicas; an error has the last line of what one of them said, or else what Ray says."""
+    """Start the replicas; an error has the last line of a replica's message, or else Ray's own."""
     try:
-        serve.run(application, name=NAME, route_prefix="/", logging_config=logs)
+        ray_serve.run(application, name=APP_NAME, route_prefix="/", logging_config=logs)
     except RuntimeError as error:
-        app = serve.status().applications.get(NAME)
-        engine = None if app is None else app.deployments.get(ENGINE)
-        said = "" if engine is None else engine.message.strip()
-        why = said.splitlines()[-1].removeprefix("selfdoubt.errors.") if said else str(error)
+        app = ray_serve.status().applications.get(APP_NAME)
+        engine = None if app is None else app.deployments.get(ENGINE_NAME)
+        message = "" if engine is None else engine.message.strip()
+        why = message.splitlines()[-1].removeprefix("selfdoubt.errors.") if message else str(error)
         raise EngineError(f"the replicas do not start: {why}") from None
 
 
-def _has_room(cluster: Cluster) -> None:
-    """Say where replicas would wait for ever; a cluster that grows may still have room later."""
+def _check_room(cluster: Cluster) -> None:
+    """Report replicas that would wait for ever; a cluster that grows may still have room later."""
     has = ray.cluster_resources()
     needs = {"CPU": cluster.replicas * cluster.cpus, "GPU": cluster.replicas * cluster.gpus}
     lacks = [
@@ -186,7 +191,7 @@ def _has_room(cluster: Cluster) -> None:
     ]
     if not lacks:
         return
-    line = f"{cluster.replicas} replicas need {' and '.join(lacks)}"
+    need = f"{cluster.replicas} replicas need {' and '.join(lacks)}"
     if cluster.address is None:
-        raise EngineError(f"{line}; ask for fewer, or for a smaller share of a GPU each (--replica-gpus 0.5)")
-    print(f"selfdoubt: {line}; waiting until the cluster has grown", file=sys.stderr, flush=True)
+        raise EngineError(f"{need}; ask for fewer, or for a smaller share of a GPU each (--replica-gpus 0.5)")
+    print(f"selfdoubt: {need}; waiting until the cluster has grown", file=sys.stderr, flush=True)

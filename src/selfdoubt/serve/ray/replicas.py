@@ -1,8 +1,7 @@
-"""More engines than one, on one machine or many: Ray Serve runs a replica an engine, and this hands requests out.
+"""Several engines, on one machine or many: Ray Serve runs one replica per engine, and this distributes requests.
 
-``Replicas`` stands where an ``Engine`` stands: whoever serves requests does not see the difference. A replica that dies
-takes nobody with it in silence: a request of which nothing was told yet is given to another one, and any other ends
-with an ``EngineError``.
+``Replicas`` is an ``EngineClient``, as an ``Engine`` is. A replica that dies loses no request in silence: one whose
+reader got nothing yet is given to another replica, and any other ends with an ``EngineError``.
 
 This file needs the extra ``ray``; import it where it is used.
 """
@@ -12,13 +11,15 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar, Unpack
 
-from selfdoubt.errors import BusyError, EngineError, require
+from selfdoubt.errors import BusyError, EngineError
+from selfdoubt.lm import defaults
 from selfdoubt.lm.answer import Answer
 from selfdoubt.lm.front import LMFront
 from selfdoubt.lm.inputs import PromptLike
@@ -28,17 +29,23 @@ from selfdoubt.lm.scoring import TeacherForcedText
 from selfdoubt.lm.text.prompt import Prompt
 from selfdoubt.serve.engine.engine import Engine
 from selfdoubt.serve.engine.limits import Limits
-from selfdoubt.serve.engine.request import Ask, Ended, Grew, Job, Update, to_ask
-from selfdoubt.serve.engine.stats import Meter, Silent
-
-ray = require("ray", "ray")
-serve = require("ray.serve", "ray")
+from selfdoubt.serve.engine.request import (
+    Finished,
+    GenerationRequest,
+    RequestHandle,
+    TokensAdded,
+    Update,
+    build_request,
+    cancel_on_exit,
+)
+from selfdoubt.serve.engine.stats import EngineStats, NullStats, Outcome
+from selfdoubt.serve.ray.library import ray, ray_serve
 
 T = TypeVar("T")
-#: Of the application and of its deployments, in Ray.
-NAME, ENGINE, FRONT = "selfdoubt", "engine", "front"
-#: How often a request is given to another replica, when the one that had it has died before its first word.
-TRIES = 4
+#: Names of the application and of its deployments, in Ray.
+APP_NAME, ENGINE_NAME, FRONT_NAME = "selfdoubt", "engine", "front"
+#: Replicas that a request is given to, one after the other, if they die before its first token.
+MAX_REPLICA_ATTEMPTS = 4
 
 
 class Replica:
@@ -48,59 +55,57 @@ class Replica:
         self._engine = Engine(load(), limits)
         self._engine.start(wait=True)
 
-    async def answer(self, ask: Ask) -> AsyncIterator[list[Update] | Exception]:
-        """Bursts of updates; what ended the request instead comes as the last item."""
-        job = None
+    async def answer(self, request: GenerationRequest) -> AsyncIterator[list[Update] | Exception]:
+        """Yield bursts of updates; an error that ends the request comes as the last item."""
         try:
-            job = self._engine.submit(ask)
-            async for burst in job.bursts():
-                yield [_light(update) for update in burst]
+            handle = self._engine.submit(request)
+            with cancel_on_exit([handle]):
+                async for burst in handle.bursts():
+                    yield [_without_states(update) for update in burst]
         except Exception as error:
             yield error
-        finally:
-            if job is not None:
-                job.cancel()
 
     async def call(self, work: Callable[[RiskAwareLM], T]) -> T:
-        """Let the engine do something else with the model."""
+        """Let the engine do other work with the model."""
         return await asyncio.wrap_future(self._engine.call(work))
 
-    async def score(self, given: Sequence[TeacherForcedText]) -> list[Answer]:
-        """Score texts; whoever cancels this ends the work."""
-        found = await asyncio.wrap_future(self._engine.score(given))
-        return [replace(answer, states=None) for answer in found]
+    async def score(self, texts: Sequence[TeacherForcedText]) -> list[Answer]:
+        """Score texts; cancelling this ends the work."""
+        answers = await asyncio.wrap_future(self._engine.score(texts))
+        return [replace(answer, states=None) for answer in answers]
 
     async def describe(self) -> LMFront:
-        """Return all that is known of the model but its weights."""
+        """Return all that is known of the model except its weights."""
         return self._engine.front
 
     def check_health(self) -> None:
-        """Asked by Ray: a replica whose engine has failed is replaced by a new one."""
+        """Raise an error if the engine has failed; Ray calls this, and replaces the replica by a new one."""
         if not self._engine.ready:
             raise EngineError(f"the engine has failed: {self._engine.failure}")
 
 
-def _light(update: Update) -> Update:
-    """Hidden states stay where they are: nobody who reads answers over a network reads them."""
-    return update._replace(answer=replace(update.answer, states=None)) if isinstance(update, Ended) else update
+def _without_states(update: Update) -> Update:
+    """Return an update without hidden states: readers of answers over a network do not read them."""
+    return update._replace(answer=replace(update.answer, states=None)) if isinstance(update, Finished) else update
 
 
 class Replicas:
-    """Hands requests to replicas; see ``Engine`` for what each method means.
+    """A client that distributes requests among replicas; ``Engine`` explains the methods.
 
     Args:
-        handle: Of the deployment.
-        limits: Of each replica.
-        meter: Is told of answers and first tokens; how full their batches are is the replicas' own affair.
+        deployment: Ray's handle of the deployment.
+        limits: Limits of each replica.
+        stats: Receives answers and first tokens; only the replicas know the sizes of their batches.
     """
 
-    def __init__(self, handle: Any, limits: Limits, meter: Meter | None = None) -> None:
+    def __init__(self, deployment: Any, limits: Limits, stats: EngineStats | None = None) -> None:
         self.limits = limits
-        self.meter: Meter = meter or Silent()
+        self.stats: EngineStats = stats or NullStats()
         self.failure: BaseException | None = None
-        self._handle = handle
+        self._deployment = deployment
         self._front: LMFront | None = None
-        self._jobs: set[Job] = set()
+        self._handles: set[RequestHandle] = set()
+        self._holds = 0  # requests that will send more texts to score
         self._closing = False
         self._lock = threading.Lock()
         self._callers = ThreadPoolExecutor(8, "selfdoubt-call")
@@ -108,101 +113,118 @@ class Replicas:
 
     @property
     def front(self) -> LMFront:
-        """All that is known of the model that the replicas run, but its weights."""
-        if self._front is None:  # from a thread of its own, because nobody may wait for an answer in Ray's event loop
-            self._front = self._callers.submit(lambda: self._handle.describe.remote().result()).result()
+        """All that is known of the model that the replicas run, except its weights."""
+        if self._front is None:  # in a thread of its own, because waiting would block Ray's event loop
+            self._front = self._callers.submit(lambda: self._deployment.describe.remote().result()).result()
         return self._front
 
     def start(self, *, wait: bool = False) -> None:
-        """Begin to watch the replicas; with ``wait``, until one lives."""
+        """Begin to watch the replicas; with ``wait``, return when one runs."""
         threading.Thread(target=self._watch, name="selfdoubt-watch", daemon=True).start()
         while wait and not self._alive:
             time.sleep(0.05)
 
     def _watch(self) -> None:
         while not self._closing:
-            app = serve.status().applications.get(NAME)
-            engine = None if app is None else app.deployments.get(ENGINE)
+            app = ray_serve.status().applications.get(APP_NAME)
+            engine = None if app is None else app.deployments.get(ENGINE_NAME)
             self._alive = 0 if engine is None else engine.replica_states.get("RUNNING", 0)
             time.sleep(1)
 
     @property
     def ready(self) -> bool:
-        """Whether any replica lives, as Ray knew a second ago."""
+        """True if any replica runs, as Ray knew a second ago."""
         return not self._closing and self._alive > 0
 
     @property
     def running(self) -> int:
-        """Answers on their way, waiting ones included: which of them wait, the replicas know."""
-        return sum(len(job.ask.seeds) for job in list(self._jobs))
+        """Number of answers in progress, waiting ones included: only the replicas know which wait."""
+        return sum(len(handle.request.seeds) for handle in list(self._handles))
 
     @property
     def waiting(self) -> int:
-        """Unknown here; see ``running``."""
+        """Zero: the number is not known here; see ``running``."""
         return 0
 
-    def ask(
+    def generate(
         self,
-        question: PromptLike | Prompt,
+        prompt: PromptLike | Prompt,
         *,
         n: int = 1,
-        alternatives: int = 5,
+        alternatives: int = defaults.ALTERNATIVES,
         client: str = "",
         timeout: float | None = None,
         **options: Unpack[Options],
-    ) -> Job:
-        """See ``Engine.ask``."""
-        self.limits.check(question, self.front.context)
-        return self.submit(to_ask(self.front, question, n, alternatives, client, timeout, options))
+    ) -> RequestHandle:
+        """Encode a prompt and submit a request; see ``Engine.generate``."""
+        self.limits.check_prompt_size(prompt, self.front.context)
+        return self.submit(
+            build_request(self.front, prompt, options, n=n, alternatives=alternatives, client=client, timeout=timeout)
+        )
 
-    def submit(self, ask: Ask) -> Job:
-        """See ``Engine.submit``."""
-        job = Job(self.limits.checked(ask, self.front.context, self.front.vocabulary))
+    def submit(self, request: GenerationRequest) -> RequestHandle:
+        """Submit a request; see ``Engine.submit``."""
+        handle = RequestHandle(self.limits.apply(request, self.front.context, self.front.vocabulary))
         with self._lock:
-            self.check_room()
-            self._jobs.add(job)
-        threading.Thread(target=self._carry, args=(job,), name="selfdoubt-job", daemon=True).start()
-        return job
+            self.check_capacity()
+            self._handles.add(handle)
+        threading.Thread(target=self._carry, args=(handle,), name="selfdoubt-request", daemon=True).start()
+        return handle
 
-    def check_room(self) -> None:
-        """See ``Engine.check_room``."""
-        if self._closing:
-            raise EngineError("the server is closing")
-        if len(self._jobs) >= self.limits.queue * 8:  # the replicas have limits of their own, far below
-            raise BusyError(f"{len(self._jobs)} requests are on their way already; try again later")
+    def check_capacity(self) -> None:
+        """Check that a request would be accepted; see ``Engine.check_capacity``."""
+        self._check_open()
+        if len(self._handles) >= self.limits.queue * 8:  # the replicas have limits of their own, far below
+            raise BusyError(f"{len(self._handles)} requests are in progress already; try again later")
 
     def call(self, work: Callable[[RiskAwareLM], T]) -> Future[T]:
-        """See ``Engine.call``; ``work`` travels to a replica."""
-        return self._elsewhere(self._handle.call, work)
+        """Run other work with the model, in a replica; see ``Engine.call``."""
+        return self._call_replica(self._deployment.call, work)
 
-    def score(self, given: Sequence[TeacherForcedText]) -> Future[list[Answer]]:
-        """See ``Engine.score``."""
-        self.limits.check_given(given, self.front.context)
-        return self._elsewhere(self._handle.score, given)
+    @contextmanager
+    def hold_open(self) -> Iterator[None]:
+        """Accept texts to score until the block ends; see ``Engine.hold_open``."""
+        with self._lock:
+            self._check_open()
+            self._holds += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._holds -= 1
 
-    def _elsewhere(self, method: Any, argument: Any) -> Future[Any]:
-        """Have a replica do something; cancelling the future cancels it there, too."""
+    def score(self, texts: Sequence[TeacherForcedText]) -> Future[list[Answer]]:
+        """Score texts; see ``Engine.score``."""
+        self.limits.check_scored_texts(texts, self.front.context)
+        return self._call_replica(self._deployment.score, texts, is_held=self._holds > 0)
+
+    def _check_open(self) -> None:
+        if self._closing:
+            raise EngineError("the server is closing")
+
+    def _call_replica(self, method: Any, argument: Any, *, is_held: bool = False) -> Future[Any]:
+        """Call a method of a replica; cancelling the future cancels it there, too."""
         future: Future[Any] = Future()
 
-        def on_any() -> Any:
-            for _ in range(TRIES):
+        def call_any() -> Any:
+            for _ in range(MAX_REPLICA_ATTEMPTS):
                 if future.cancelled():
                     return None
                 response = method.remote(argument)
                 future.add_done_callback(partial(_cancel_too, response))
                 try:
                     return response.result()
-                except (ray.exceptions.RayActorError, serve.exceptions.ReplicaUnavailableError):
+                except (ray.exceptions.RayActorError, ray_serve.exceptions.ReplicaUnavailableError):
                     continue
-                except serve.exceptions.BackPressureError:
+                except ray_serve.exceptions.BackPressureError:
                     raise _busy() from None
                 except ray.exceptions.RayTaskError as error:
                     raise error.cause from None
-            raise _gone()
+            raise _died()
 
         def carry() -> None:
             try:
-                outcome, failure = on_any(), None
+                outcome, failure = call_any(), None
             except BaseException as error:
                 outcome, failure = None, error
             if future.set_running_or_notify_cancel():
@@ -211,69 +233,70 @@ class Replicas:
                 else:
                     future.set_exception(failure)
 
-        if self._closing:
-            raise EngineError("the server is closing")
+        if not is_held:
+            self._check_open()
         self._callers.submit(carry)
         return future
 
     def close(self, patience: float = 30.0) -> None:
-        """See ``Engine.close``; the replicas themselves are Ray's to end."""
+        """Accept no more requests, and let those accepted finish; Ray ends the replicas themselves."""
         with self._lock:
             self._closing = True
         end = time.monotonic() + patience
-        while self._jobs and time.monotonic() < end:
+        while (self._handles or self._holds) and time.monotonic() < end:
             time.sleep(0.02)
-        for job in list(self._jobs):
-            job.end(EngineError("the server is closing"))
-            job.cancel()
+        for handle in list(self._handles):
+            handle.finish(EngineError("the server is closing"))
+            handle.cancel()
         self._callers.shutdown(wait=False, cancel_futures=True)
 
-    def _carry(self, job: Job) -> None:
+    def _carry(self, handle: RequestHandle) -> None:
         """Carry one request to a replica, and its answers back."""
-        error: BaseException | None = _gone()
+        error: BaseException | None = _died()
         try:
-            for _ in range(TRIES):
-                error = self._carry_once(job)
-                if not isinstance(error, _Untold):
+            for _ in range(MAX_REPLICA_ATTEMPTS):
+                error = self._carry_to_one(handle)
+                if not isinstance(error, _NotStartedError):
                     break
-                error = _gone()
+                error = _died()
                 time.sleep(0.2)  # the router learns of a death a moment later
         except Exception as unforeseen:
             error = unforeseen
         finally:
             with self._lock:
-                self._jobs.discard(job)
+                self._handles.discard(handle)
             if error is not None:
-                self.meter.ended("cancelled" if job.cancelled else "error", None)
-            job.end(error)
+                self.stats.record_end("cancelled" if handle.cancelled else "error", None)
+            handle.finish(error)
 
-    def _carry_once(self, job: Job) -> BaseException | None:
-        """What ended the request, or None where its answers are complete."""
-        begun = told = False
+    def _carry_to_one(self, handle: RequestHandle) -> BaseException | None:
+        """Carry a request to one replica; return the error that ended it, or None if its answers are complete."""
+        has_update = has_token = False
         try:
-            bursts = self._handle.options(stream=True).answer.remote(job.ask)
-            job.on_cancel(bursts.cancel)
+            bursts = self._deployment.options(stream=True).answer.remote(handle.request)
+            handle.on_cancel(bursts.cancel)
             for burst in bursts:
                 if isinstance(burst, Exception):
                     return burst
                 for update in burst:
-                    if isinstance(update, Grew):
-                        if not told:
-                            self.meter.first_token(time.monotonic() - job.born)
-                        told = True
-                        self.meter.grew(len(update.tokens))
-                    elif isinstance(update, Ended):
-                        self.meter.ended("length" if update.answer.finish == "length" else "stop", update.answer)
-                    elif begun or job.begun:
-                        continue  # by the replica that died before its first word
-                    begun = True
-                    job.put(update)
-        except (ray.exceptions.RayActorError, serve.exceptions.ReplicaUnavailableError):
-            return _gone() if told or job.cancelled else _Untold()
-        except serve.exceptions.BackPressureError:
+                    if isinstance(update, TokensAdded):
+                        if not has_token:
+                            self.stats.record_first_token(time.monotonic() - handle.arrived_at)
+                        has_token = True
+                        self.stats.record_tokens(len(update.tokens))
+                    elif isinstance(update, Finished):
+                        outcome: Outcome = "length" if update.answer.finish == "length" else "stop"
+                        self.stats.record_end(outcome, update.answer)
+                    elif has_update or handle.started:
+                        continue  # sent by the replica that died before its first token
+                    has_update = True
+                    handle.publish(update)
+        except (ray.exceptions.RayActorError, ray_serve.exceptions.ReplicaUnavailableError):
+            return _died() if has_token or handle.cancelled else _NotStartedError()
+        except ray_serve.exceptions.BackPressureError:
             return _busy()
-        except (ray.exceptions.TaskCancelledError, serve.exceptions.RequestCancelledError, CancelledError):
-            return _gone()
+        except (ray.exceptions.TaskCancelledError, ray_serve.exceptions.RequestCancelledError, CancelledError):
+            return _died()
         return None
 
 
@@ -282,13 +305,13 @@ def _cancel_too(response: Any, done: Future[Any]) -> None:
         response.cancel()
 
 
-class _Untold(Exception):  # noqa: N818
-    """A replica died before it said a word."""
+class _NotStartedError(Exception):
+    """A replica died before it sent a token."""
 
 
-def _gone() -> EngineError:
-    return EngineError("the replica that had this request has died; ask again")
+def _died() -> EngineError:
+    return EngineError("the replica that had this request has died; send it again")
 
 
 def _busy() -> BusyError:
-    return BusyError("every replica is busy, and enough requests wait already; try again later")
+    return BusyError("every replica is busy, and their queues are full; try again later")
