@@ -17,6 +17,7 @@ from typing import Any
 
 from selfdoubt.errors import ConfigError, LoadError
 from selfdoubt.fields import (
+    STORED_COMPILE,
     FieldError,
     Kind,
     anything,
@@ -172,7 +173,8 @@ def stamp(folder: str | os.PathLike[str]) -> Path:
 def to_json(spec: Spec) -> dict[str, Any]:
     """Return a wrapper's settings as plain data."""
     method = type(spec).__module__.rpartition(".")[2]
-    settings = {f.name: getattr(spec, f.name) for f in fields(spec)}  # type: ignore[arg-type]
+    names = {f.name: STORED_COMPILE if f.name == "compile" else f.name for f in fields(spec)}  # type: ignore[arg-type]
+    settings = {stored: getattr(spec, name) for name, stored in names.items()}
     if isinstance(settings.get("distribution"), type):
         settings["distribution"] = settings["distribution"].__name__
     elif "distribution" in settings:

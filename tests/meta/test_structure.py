@@ -15,13 +15,18 @@ ROOT = Path(__file__).parents[2] / "src" / "selfdoubt"
 FILES = {".".join(p.relative_to(ROOT).with_suffix("").parts): p for p in sorted(ROOT.rglob("*.py"))}
 LONGEST = 350
 
-CORE = {"errors", "fields", "formatting", "targets", "tree", "risk", "forecast", "rows", "kernels", "members"}
+CORE = {
+    "errors", "fields", "formatting", "messages", "targets", "tree", "risk", "forecast", "rows", "scales", "kernels",
+    "members",
+}  # fmt: skip
 WRAPPERS = {"vote", "sample", "sculpt"}
 #: What a file may import of the package; others are free.
 ARROWS = {
     "errors": set(),
     "fields": {"errors"},
     "formatting": set(),
+    "messages": set(),
+    "scales": {"errors", "tree"},
     "tree": set(),
     "risk": {"errors"},
     "targets": {"errors"},
