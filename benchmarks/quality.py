@@ -39,7 +39,7 @@ from selfdoubt.lm.adapters.lora import add_lora
 from selfdoubt.lm.answer import reference_quantiles
 from selfdoubt.lm.model import RiskAwareLM
 from selfdoubt.metrics.bootstrap import compare
-from selfdoubt.train.head import head_of, run_trunk, sculpted_loss
+from selfdoubt.train.head import get_head, run_trunk, sculpted_loss
 
 ARMS = ("plain", "vote", "sample", "sculpt")
 #: Arms that are also asked again and again, and about their own answers.
@@ -109,7 +109,7 @@ def sculpted(model: nn.Module, rows: Rows) -> Tensor:
     labels = F.pad(rows.targets(), (0, 1), value=-100)
     keep = labels >= 0
     seen = run_trunk(model, voters.inputs_of(rows), keep, training=True)
-    total = sculpted_loss(seen, head_of(model), labels[keep], distribution=sculpt.Normal, draws=None)
+    total = sculpted_loss(seen, get_head(model), labels[keep], distribution=sculpt.Normal, draws=None)
     return total / keep.sum()
 
 

@@ -9,9 +9,9 @@ from torch import nn
 
 from benchmarks.train_arms import Collate, Options, Record
 from selfdoubt.train.batches import Batch, collate
-from selfdoubt.train.build import train_in_float32, wrap
+from selfdoubt.train.build import train_in_float32, wrap_base
 from selfdoubt.train.config import TrainConfig
-from selfdoubt.train.encode import encode, prepare_tokenizer
+from selfdoubt.train.encode import encode_chat, prepare_tokenizer
 from selfdoubt.train.module import RiskAwareModule
 
 
@@ -25,11 +25,11 @@ def ours(kind: str, model: nn.Module, tokenizer: Any, options: Options) -> tuple
         batch_size=options.batch, max_length=options.length, prompt="alpaca", loss_on="all",
     )  # fmt: skip
     prepare_tokenizer(tokenizer, config.prompt)
-    wrapped = wrap(model, config)
+    wrapped = wrap_base(model, config)
     train_in_float32(wrapped)
 
     def batch(records: Sequence[Record]) -> tuple[Batch, int]:
-        examples = [encode(tokenizer, chat(r), loss_on=config.loss_on, max_length=config.max_length) for r in records]
+        examples = [encode_chat(tokenizer, chat(r), loss_on=config.loss_on, max_length=config.max_length) for r in records]
         made = collate([[e._asdict()] for e in examples], sum(sum(e.counts) for e in examples))
         return made, made.tokens
 

@@ -94,12 +94,12 @@ def test_memory_does_not_grow_with_workers_over_an_epoch_of_alpaca(tmp_path, wor
 
     from selfdoubt.lm.load import load_model
     from selfdoubt.train import InstructionData, TrainConfig
-    from selfdoubt.train.encode import splits
+    from selfdoubt.train.encode import prepare_splits
 
     data = need(SHARED / "alpaca" / "alpaca_data.json")
     _, words = load_model("pocket")
     config = TrainConfig(data=str(data), out="", batch_size=12, workers=workers, val_share=0)
-    found = splits(config, copy.deepcopy(words), tmp_path)
+    found = prepare_splits(config, copy.deepcopy(words), tmp_path)
     assert len(found.train) + found.empty == 52_002
     assert 28 <= found.empty < 60  # 28 without a response, and some whose question fills the length
 

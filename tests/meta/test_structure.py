@@ -35,7 +35,8 @@ ARROWS = {
     "kernels": {"errors", "rows", "targets", "tree"},
     "members": CORE - {"kernels", "formatting"},
     **dict.fromkeys(sorted(WRAPPERS), CORE),
-    "manifest": {"errors", "fields", "members"},
+    "wrapper_text": {"errors"},
+    "manifest": {"errors", "fields", "members", "wrapper_text"},
     "storage": CORE | {"manifest", "__init__"},
 }
 #: Third-party packages that the core may import at its top.

@@ -22,11 +22,6 @@ class Net(nn.Module):
         return y
 
 
-@vote.Wrapper(n_voters=2)
-class Voters(Net):
-    """A decorated class."""
-
-
 def check_modules(model: nn.Module, net: Net) -> None:
     assert_type(vote.Wrapper()(model), Wrapped)
     assert_type(sample.Wrapper()(net), Wrapped)
@@ -38,6 +33,5 @@ def check_classes() -> None:
     build: Callable[[int], Wrapped] = sample.Wrapper()(Net)
     assert_type(build(3), Wrapped)
     assert_type(sculpt.Wrapper()(Net)(3, depth=2), Wrapped)
-    assert_type(Voters(3), Wrapped)
-    Voters("three")  # type: ignore[arg-type]
+    sculpt.Wrapper()(Net)("three")  # type: ignore[arg-type]
     vote.Wrapper()(3)  # type: ignore[call-overload]

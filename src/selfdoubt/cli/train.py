@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 from selfdoubt.cli import flags
 from selfdoubt.errors import require
-from selfdoubt.train.config import TrainConfig, read
+from selfdoubt.train.config import TrainConfig, read_config
 
 if TYPE_CHECKING:
     import typer
@@ -19,7 +19,7 @@ else:
 
 def train(config: Path | None = None, **settings: Any) -> int:
     """Fine-tune a language model that knows its risk, and write its adapter folder."""
-    chosen = read(config, {name: value for name, value in settings.items() if value is not None})
+    chosen = read_config(config, {name: value for name, value in settings.items() if value is not None})
     require("lightning", "train")
     flags.quiet()
     from selfdoubt.train import fit

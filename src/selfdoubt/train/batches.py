@@ -46,7 +46,7 @@ class Batch(NamedTuple):
         return int((self.segments > 0).sum())
 
 
-class Rows(NamedTuple):
+class BatchRows(NamedTuple):
     """What a sampler yields: examples by row, and the tokens that count in their step."""
 
     rows: list[list[int]]
@@ -54,13 +54,13 @@ class Rows(NamedTuple):
     width: int | None  #: with packing, rows are this long
 
 
-class Steps(Sampler[Rows]):
+class StepSampler(Sampler[BatchRows]):
     """The batches of one device, in an order that depends on the seed and the epoch only.
 
     Args:
         lengths: Tokens of each example.
         counted: Tokens of each example that count.
-        config: ``batch_size``, ``accumulate``, ``pack``, ``max_length`` and ``seed``.
+        config: ``batch_size``, ``accumulate``, ``pack_rows``, ``max_length`` and ``seed``.
         members: Groups that a batch is split into; the same rows go to the same member on any number of devices.
         rank: Number of this device.
         world: Number of devices.
@@ -98,7 +98,7 @@ class Steps(Sampler[Rows]):
         """Choose the epoch, and with it the order."""
         self.epoch = epoch
 
-    def __iter__(self) -> Iterator[Rows]:
+    def __iter__(self) -> Iterator[BatchRows]:
         micro = self.config.batch_size // self.members
         width = self.config.max_length if self.config.pack else None
         start, self.start = self.start, 0
@@ -112,7 +112,7 @@ class Steps(Sampler[Rows]):
             for k in range(self.config.accumulate):
                 if number >= start:
                     first = (k * self.world + self.rank) * micro
-                    yield Rows([row for group in groups for row in group[first : first + micro]], total, width)
+                    yield BatchRows([row for group in groups for row in group[first : first + micro]], total, width)
                 number += 1
 
     def _steps(self, epoch: int) -> list[list[list[int]]]:
@@ -134,10 +134,10 @@ class Steps(Sampler[Rows]):
         order = [int(i) for i in torch.randperm(len(self.lengths), generator=generator)]
         if not self.config.pack:
             return [[i] for i in order]
-        return pack(order, self.lengths, self.config.max_length)
+        return pack_rows(order, self.lengths, self.config.max_length)
 
 
-def pack(order: Sequence[int], lengths: Tensor, width: int) -> list[list[int]]:
+def pack_rows(order: Sequence[int], lengths: Tensor, width: int) -> list[list[int]]:
     """Put examples into rows of at most ``width`` tokens: each into the first of the last rows that has room."""
     rows: list[list[int]] = []
     room: list[int] = []
@@ -154,13 +154,13 @@ def pack(order: Sequence[int], lengths: Tensor, width: int) -> list[list[int]]:
     return rows
 
 
-class Batches(Dataset[Batch]):
+class BatchDataset(Dataset[Batch]):
     """Turns a sampler's rows into tensors. Texts stay in memory-mapped files: workers share them."""
 
     def __init__(self, examples: Any) -> None:
         self.examples = examples.with_format(None)
 
-    def __getitem__(self, rows: Rows) -> Batch:
+    def __getitem__(self, rows: BatchRows) -> Batch:
         """The tensors of some rows."""
         return collate([[self.examples[i] for i in row] for row in rows.rows], rows.step_tokens, rows.width)
 
@@ -184,10 +184,10 @@ def collate(rows: Sequence[Sequence[Any]], step_tokens: int, width: int | None =
     return Batch(ids, positions, segments, labels, step_tokens, width is not None)
 
 
-def loader(examples: Any, sampler: Sampler[Rows], workers: int) -> DataLoader[Batch]:
+def build_loader(examples: Any, sampler: Sampler[BatchRows], workers: int) -> DataLoader[Batch]:
     """The batches of a sampler, read by so many processes beside the one that trains."""
     return DataLoader(
-        Batches(examples),
+        BatchDataset(examples),
         batch_size=None,
         sampler=sampler,
         num_workers=workers,
@@ -197,7 +197,7 @@ def loader(examples: Any, sampler: Sampler[Rows], workers: int) -> DataLoader[Ba
     )
 
 
-class InOrder(Sampler[Rows]):
+class LengthSortedSampler(Sampler[BatchRows]):
     """Validation batches: every example once, spread over the devices, each with the same number of batches."""
 
     def __init__(self, lengths: Tensor, batch_size: int, *, rank: int = 0, world: int = 1) -> None:
@@ -211,6 +211,6 @@ class InOrder(Sampler[Rows]):
     def __len__(self) -> int:
         return len(self.batches)
 
-    def __iter__(self) -> Iterator[Rows]:
+    def __iter__(self) -> Iterator[BatchRows]:
         for batch in self.batches:
-            yield Rows([[int(i)] for i in batch], 0, None)
+            yield BatchRows([[int(i)] for i in batch], 0, None)

@@ -20,7 +20,7 @@ from selfdoubt.train.config import TrainConfig
 from selfdoubt.train.encode import prepare_tokenizer
 
 
-def model_of(config: TrainConfig) -> tuple[nn.Module, Any]:
+def build_model(config: TrainConfig) -> tuple[nn.Module, Any]:
     """The wrapped model, with its added parameters in float32, and its tokenizer with the template it learns.
 
     Raises:
@@ -48,7 +48,7 @@ def model_of(config: TrainConfig) -> tuple[nn.Module, Any]:
             f"packed rows of {config.max_length} tokens are longer than the sliding window of {config.model} "
             f"({window}), whose borders packing cannot keep; use max_length={window}, or no packing"
         )
-    wrapped = wrap(base, config)
+    wrapped = wrap_base(base, config)
     if config.precision != "bf16-true" and config.strategy != "fsdp":  # FSDP shards groups of one dtype
         train_in_float32(wrapped)
     if config.checkpointing:
@@ -65,7 +65,7 @@ def train_in_float32(model: nn.Module) -> None:
             parameter.data = parameter.data.float()
 
 
-def wrap(base: nn.Module, config: TrainConfig) -> nn.Module:
+def wrap_base(base: nn.Module, config: TrainConfig) -> nn.Module:
     """The base with what the config adds to it; only that trains."""
     if config.wrapper == "vote":
         return cast(nn.Module, vote.Wrapper(
@@ -93,7 +93,7 @@ def world_size(config: TrainConfig) -> int:
     return (config.devices or max(1, torch.cuda.device_count())) * config.nodes
 
 
-def trainer_of(config: TrainConfig, run: Path, batches: int, *, has_validation: bool) -> lightning.Trainer:
+def build_trainer(config: TrainConfig, run: Path, batches: int, *, has_validation: bool) -> lightning.Trainer:
     """A Trainer for a config: checkpoints, loggers, strategy and limits.
 
     Args:

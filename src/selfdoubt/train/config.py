@@ -153,7 +153,7 @@ class TrainConfig:
         return tuple(name for item in self.loggers.split(",") if (name := item.strip()) not in ("", "none"))
 
 
-def read(path: str | Path | None, flags: Mapping[str, Any]) -> TrainConfig:
+def read_config(path: str | Path | None, flags: Mapping[str, Any]) -> TrainConfig:
     """A config from a TOML file and flags; a flag wins.
 
     Raises:
@@ -179,7 +179,7 @@ def read(path: str | Path | None, flags: Mapping[str, Any]) -> TrainConfig:
 
 
 def to_toml(config: TrainConfig) -> str:
-    """The resolved settings, as ``read`` takes them; what is None is left out."""
+    """The resolved settings, as ``read_config`` takes them; what is None is left out."""
     lines = []
     for name, value in asdict(config).items():
         if isinstance(value, bool):

@@ -32,14 +32,14 @@ PIECE = 2**24
 _AFTER_THE_HEAD = ("final_logit_softcapping", "logit_scale", "logits_scaling", "logits_soft_cap", "lm_head_multiplier")
 
 
-class Seen(NamedTuple):
+class HeadInput(NamedTuple):
     """What the trunk gives at the positions that count: hidden states for the head, or finished logits."""
 
     hidden: Float[Tensor, "n d"]
     is_logits: bool
 
 
-def head_of(model: nn.Module) -> nn.Module:
+def get_head(model: nn.Module) -> nn.Module:
     """The output layer of a causal language model, with whatever replaced it.
 
     Raises:
@@ -51,20 +51,20 @@ def head_of(model: nn.Module) -> nn.Module:
     return head
 
 
-def keeps_positions_apart(head: nn.Module) -> bool:
+def takes_single_positions(head: nn.Module) -> bool:
     """Whether a head may run on single positions: members and noise in it belong to whole rows."""
     return not isinstance(head, Replacement) or isinstance(head, sculpt.ScaledHead)
 
 
-def run_trunk(model: nn.Module, inputs: dict[str, Any], keep: Bool[Tensor, "rows t"], *, training: bool) -> Seen:
+def run_trunk(model: nn.Module, inputs: dict[str, Any], keep: Bool[Tensor, "rows t"], *, training: bool) -> HeadInput:
     """Run a model up to its head on the positions in ``keep``; rows are member-major already, or split in training."""
-    base, head = innermost(model), head_of(model)
+    base, head = innermost(model), get_head(model)
     changes = any(getattr(base.config, name, None) not in (None, 1.0) for name in _AFTER_THE_HEAD)
-    if not keeps_positions_apart(head):
-        return Seen(_forward(model, inputs, training=training)[keep], True)
+    if not takes_single_positions(head):
+        return HeadInput(_forward(model, inputs, training=training)[keep], True)
     with _seeing(head, keep, runs=changes):
         hidden = _forward(model, inputs, training=training)
-    return Seen(hidden.flatten(0, 1), changes)
+    return HeadInput(hidden.flatten(0, 1), changes)
 
 
 def _forward(model: nn.Module, inputs: dict[str, Any], *, training: bool) -> Tensor:
@@ -92,7 +92,7 @@ def _seeing(head: nn.Module, keep: Bool[Tensor, "rows t"], *, runs: bool) -> Ite
         del head.forward  # the class's own shows again
 
 
-def summed_loss(seen: Seen, head: nn.Module, labels: Int[Tensor, " n"]) -> Float[Tensor, ""]:
+def summed_loss(seen: HeadInput, head: nn.Module, labels: Int[Tensor, " n"]) -> Float[Tensor, ""]:
     """Sum of the labels' surprisals, nats, of rows that each have one member."""
     if seen.is_logits:
         return F.cross_entropy(seen.hidden.float(), labels, reduction="sum")
@@ -104,7 +104,7 @@ def summed_loss(seen: Seen, head: nn.Module, labels: Int[Tensor, " n"]) -> Float
 
 
 def sculpted_loss(
-    seen: Seen, head: nn.Module, labels: Int[Tensor, " n"], *, distribution: Any, draws: int | None
+    seen: HeadInput, head: nn.Module, labels: Int[Tensor, " n"], *, distribution: Any, draws: int | None
 ) -> Float[Tensor, ""]:
     """Sum of the labels' surprisals under logits that are random: ``-log E[softmax(y + scale * noise)]``.
 
@@ -127,7 +127,7 @@ def sculpted_loss(
 
 @torch.no_grad()
 def mixture_losses(
-    seen: Seen, head: nn.Module, labels: Int[Tensor, " n"], members: int
+    seen: HeadInput, head: nn.Module, labels: Int[Tensor, " n"], members: int
 ) -> tuple[Float[Tensor, " n"], Bool[Tensor, " n"]]:
     """Each label's surprisal under the mean of the members' probabilities, and whether it is the most probable."""
     nll, right = [], []

@@ -20,7 +20,7 @@ from selfdoubt.members import Wrapped, innermost
 from selfdoubt.rows import expand
 from selfdoubt.train.batches import Batch
 from selfdoubt.train.config import TrainConfig
-from selfdoubt.train.head import head_of, mixture_losses, run_trunk, sculpted_loss, summed_loss
+from selfdoubt.train.head import get_head, mixture_losses, run_trunk, sculpted_loss, summed_loss
 
 
 class RiskAwareModule(lightning.LightningModule):
@@ -81,7 +81,7 @@ class RiskAwareModule(lightning.LightningModule):
             labels = rows.labels
         keep = labels >= 0
         seen = run_trunk(self.model, _inputs(rows), keep, training=training)
-        head, wanted = head_of(self.model), labels[keep]
+        head, wanted = get_head(self.model), labels[keep]
         if isinstance(head, sculpt.ScaledHead):
             draws = self.config.draws if self.config.sculpt_loss == "draws" else None
             distribution = cast(Wrapped, self.model).distribution
@@ -110,7 +110,7 @@ class RiskAwareModule(lightning.LightningModule):
         members = self.members
         rows = _for_all(batch, members)
         seen = run_trunk(self.model, _inputs(rows), rows.labels >= 0, training=False)
-        nll, right = mixture_losses(seen, head_of(self.model), batch.labels[batch.labels >= 0], members)
+        nll, right = mixture_losses(seen, get_head(self.model), batch.labels[batch.labels >= 0], members)
         self.val_loss.update(nll.mean(), nll.numel())
         self.val_accuracy.update(right.float().mean(), nll.numel())
 

@@ -86,7 +86,7 @@ def publish(
             numbers of examples ``train``, ``val``, ``empty`` and ``cut``.
         val: The validation examples.
     """
-    questions = [question_of(json.loads(chat)) for chat in val["chat"][: config.reference]]
+    questions = [cut_last_answer(json.loads(chat)) for chat in val["chat"][: config.reference]]
     answers: list[Answer] = []
     try:
         if questions:
@@ -112,7 +112,7 @@ def has_room(lm: RiskAwareLM, question: list[dict[str, str]]) -> bool:
     return lm.context is None or len(prompt.ids) < lm.context
 
 
-def rehearse(config: TrainConfig, model: nn.Module, tokenizer: Any, out: Path) -> None:
+def check_publishable(config: TrainConfig, model: nn.Module, tokenizer: Any, out: Path) -> None:
     """Write, read and remove what a run would leave, so that nothing of it can fail after the last step.
 
     Args:
@@ -155,7 +155,7 @@ def _write(
         extra["reference"] = reference_quantiles(answers)
     out.mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(out)
-    (out / CARD).write_text(card(config, history, len(answers)), encoding="utf-8")
+    (out / CARD).write_text(write_model_card(config, history, len(answers)), encoding="utf-8")
     save_adapter(model, out, base=config.model, revision=config.revision, extra=extra)
 
 
@@ -179,13 +179,13 @@ def _check_filter(config: TrainConfig, model: nn.Module) -> None:
         )
 
 
-def question_of(chat: list[dict[str, str]]) -> list[dict[str, str]]:
+def cut_last_answer(chat: list[dict[str, str]]) -> list[dict[str, str]]:
     """A chat up to its last answer."""
     last = max(i for i, message in enumerate(chat) if message["role"] == "assistant")
     return chat[:last]
 
 
-def card(config: TrainConfig, history: dict[str, Any], answered: int) -> str:
+def write_model_card(config: TrainConfig, history: dict[str, Any], answered: int) -> str:
     """The model card, Markdown with the hub's front matter."""
     losses: list[float] = history["losses"]
     tail = losses[-max(1, len(losses) // 10) :]
@@ -196,7 +196,7 @@ def card(config: TrainConfig, history: dict[str, Any], answered: int) -> str:
     ]
     return _TEXT.format(
         model=config.model, wrapper=config.wrapper, out=config.out, data=config.data, version=__version__,
-        licence=licence_of(config), revision=f" at {config.revision}" if config.revision else "",
+        licence=find_licence(config), revision=f" at {config.revision}" if config.revision else "",
         train=history["train"], val=history["val"], left_out=f" ({', '.join(left_out)})" if left_out else "",
         losses=(
             f"Nats per token that counts: {losses[0]:.4f} at the first step, {sum(tail) / len(tail):.4f} over the last "
@@ -214,7 +214,7 @@ def card(config: TrainConfig, history: dict[str, Any], answered: int) -> str:
     )  # fmt: skip
 
 
-def licence_of(config: TrainConfig) -> str:
+def find_licence(config: TrainConfig) -> str:
     """The licence that the base model's card names, or "unknown"."""
     folder = Path(resolve_model(config.model))
     text = ""

@@ -21,13 +21,13 @@ from torch.distributed.tensor import DTensor
 from selfdoubt.errors import ConfigError, SelfdoubtError
 from selfdoubt.lm.adapters.export import export_merged
 from selfdoubt.lm.adapters.new_folder import check_upload, upload
-from selfdoubt.train.build import model_of, trainer_of, world_size
-from selfdoubt.train.checkpoint import SETTINGS, put
+from selfdoubt.train.build import build_model, build_trainer, world_size
+from selfdoubt.train.checkpoint import SETTINGS, load_trained_state
 from selfdoubt.train.config import TrainConfig, to_toml
 from selfdoubt.train.datamodule import InstructionData
-from selfdoubt.train.encode import splits
+from selfdoubt.train.encode import prepare_splits
 from selfdoubt.train.module import RiskAwareModule
-from selfdoubt.train.publish import MERGED, publish, rehearse
+from selfdoubt.train.publish import MERGED, check_publishable, publish
 
 _ADVICE = (
     ".*does not have many workers.*", ".*Checkpoint directory .* exists.*", ".*is deprecated, use .*TreeSpec.*",
@@ -65,16 +65,16 @@ def fit(config: TrainConfig, trainer: lightning.Trainer | None = None) -> Path:
     if config.push is not None:
         check_upload(config.push)
     lightning.seed_everything(config.seed, verbose=False)
-    model, tokenizer = model_of(config)
+    model, tokenizer = build_model(config)
     if _is_first():
-        rehearse(config, model, tokenizer, out)
-    found = splits(config, tokenizer, run / DATA)
+        check_publishable(config, model, tokenizer, out)
+    found = prepare_splits(config, tokenizer, run / DATA)
     members = config.n_voters if config.wrapper == "vote" and config.voters_see == "own" else 1
     data = InstructionData(found, config, members)
     with _quietly():
         batches = len(data.steps(world_size(config)))
         module = RiskAwareModule(model, config)
-        driver = trainer or trainer_of(config, run, batches, has_validation=bool(len(found.val)))
+        driver = trainer or build_trainer(config, run, batches, has_validation=bool(len(found.val)))
         if driver.is_global_zero:
             run.mkdir(parents=True, exist_ok=True)
             (run / SETTINGS).write_text(to_toml(config), encoding="utf-8")
@@ -158,8 +158,8 @@ def _whole(config: TrainConfig, module: RiskAwareModule) -> nn.Module:
     if not any(isinstance(p, DTensor) for p in trained.values()):
         return module.model
     state = {name: cast(DTensor, p).full_tensor().detach().cpu() for name, p in trained.items()}
-    model, _ = model_of(config)
-    put(model, state, Path(config.out))
+    model, _ = build_model(config)
+    load_trained_state(model, state, Path(config.out))
     return model
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from selfdoubt.errors import ConfigError
-from selfdoubt.train.config import TrainConfig, read, to_toml
+from selfdoubt.train.config import TrainConfig, read_config, to_toml
 
 
 def config(**settings):
@@ -42,7 +42,7 @@ def test_the_tutorials_settings_are_the_defaults():
 )
 def test_a_bad_setting_is_one_line(settings, wanted):
     with pytest.raises(ConfigError) as raised:
-        read(None, {"data": "data.json", "out": "out"} | settings)
+        read_config(None, {"data": "data.json", "out": "out"} | settings)
     assert wanted in str(raised.value)
     assert "\n" not in str(raised.value)
 
@@ -50,12 +50,12 @@ def test_a_bad_setting_is_one_line(settings, wanted):
 def test_what_is_written_reads_back(tmp_path):
     chosen = config(data='a "quoted"\\path\n.json', lr=1e-5, limit=7, wrapper="sample", pack=True)
     (tmp_path / "c.toml").write_text(to_toml(chosen))
-    assert read(tmp_path / "c.toml", {}) == chosen
+    assert read_config(tmp_path / "c.toml", {}) == chosen
 
 
 def test_a_flag_wins_over_the_file(tmp_path):
     (tmp_path / "c.toml").write_text('data = "a"\nout = "b"\nlr = 0.001\n')
-    assert read(tmp_path / "c.toml", {"out": "c"}) == config(data="a", out="c", lr=1e-3)
+    assert read_config(tmp_path / "c.toml", {"out": "c"}) == config(data="a", out="c", lr=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -65,11 +65,11 @@ def test_a_flag_wins_over_the_file(tmp_path):
 def test_a_bad_file_is_one_line(tmp_path, text, wanted):
     (tmp_path / "c.toml").write_text(text)
     with pytest.raises(ConfigError) as raised:
-        read(tmp_path / "c.toml", {})
+        read_config(tmp_path / "c.toml", {})
     assert wanted in str(raised.value)
     assert "\n" not in str(raised.value)
 
 
 def test_a_missing_file_is_said(tmp_path):
     with pytest.raises(ConfigError, match="cannot be read"):
-        read(tmp_path / "nowhere.toml", {})
+        read_config(tmp_path / "nowhere.toml", {})

@@ -180,4 +180,4 @@ def test_validation_questions_beyond_the_context_are_left_out(config, tmp_path):
 
 def test_a_card_of_a_run_whose_losses_were_not_kept(config):
     history = {"losses": [], "val_loss": None, "val_accuracy": None, "train": 1, "val": 0, "empty": 0, "cut": 0}
-    assert "The losses of the steps were not kept." in publish.card(config, history, 0)
+    assert "The losses of the steps were not kept." in publish.write_model_card(config, history, 0)

@@ -18,8 +18,8 @@ from selfdoubt.errors import ConfigError, LoadError, NonFiniteError
 from selfdoubt.lm.load import load_model
 from selfdoubt.train import InstructionData, RiskAwareModule, TrainConfig, fit
 from selfdoubt.train.batches import collate
-from selfdoubt.train.build import model_of
-from selfdoubt.train.encode import encode, splits
+from selfdoubt.train.build import build_model
+from selfdoubt.train.encode import encode_chat, prepare_splits
 
 WRAPPERS = ("vote", "sample", "sculpt", "none")
 
@@ -44,7 +44,7 @@ def losses(folder):
 def batches_of(config, tmp_path):
     """The run's own batches, read beside it."""
     _, words = load_model(config.model)
-    data = InstructionData(splits(config, words, tmp_path / "again"), config, 3 if config.wrapper == "vote" else 1)
+    data = InstructionData(prepare_splits(config, words, tmp_path / "again"), config, 3 if config.wrapper == "vote" else 1)
     for epoch in range(9):
         loader = data.train_dataloader()
         loader.sampler.set_epoch(epoch)
@@ -57,7 +57,7 @@ def test_fit_against_a_plain_loop(config, tmp_path, wrapper, accumulate):
     """All logits, an ordinary loss, torch's own AdamW: the same ten losses."""
     config = replace(config, wrapper=wrapper, accumulate=accumulate, batch_size=6 // accumulate)
     found = losses(fit(config))
-    model, _ = model_of(config)
+    model, _ = build_model(config)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=config.lr, weight_decay=0.0)
     batches, expected = batches_of(config, tmp_path), []
@@ -138,10 +138,10 @@ def test_resuming_needs_something_to_resume(config):
 def test_packing_gives_the_losses_of_rows_apart(config, wrapper):
     """One step over the same examples, packed and not: the mean over the same tokens."""
     config = replace(config, wrapper=wrapper, pack=True)
-    model, words = model_of(config)
+    model, words = build_model(config)
     module = RiskAwareModule(model.eval(), config)
     chats = [[{"role": "user", "content": q}, {"role": "assistant", "content": q}] for q in ("What is it?", "Zürich")]
-    examples = [encode(words, chat, loss_on="all", max_length=64)._asdict() for chat in chats]
+    examples = [encode_chat(words, chat, loss_on="all", max_length=64)._asdict() for chat in chats]
     voters = 3 if wrapper == "vote" else 1
     together = module.loss(collate([examples] * voters, 1, 96))
     separately = module.loss(collate([[e] for _ in range(voters) for e in examples], 1))
@@ -151,7 +151,7 @@ def test_packing_gives_the_losses_of_rows_apart(config, wrapper):
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_voter_learns_nothing_from_other_voters_rows(config, tmp_path, checkpointing):
     config = replace(config, checkpointing=checkpointing)
-    model, _ = model_of(config)
+    model, _ = build_model(config)
     module = RiskAwareModule(model, config).train()
     batch = next(batches_of(config, tmp_path))
     for voter in range(3):
@@ -190,7 +190,7 @@ def test_the_best_weights_are_kept(config):
     training = card(folder)["training"]
     lm = RiskAwareLM.load(config.model, adapter=folder)
     module = RiskAwareModule(lm.model, config)
-    found = splits(replace(config, val_share=0.2), lm.tokenizer, folder / "again")
+    found = prepare_splits(replace(config, val_share=0.2), lm.tokenizer, folder / "again")
     trainer = lightning.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False)
     measured = trainer.validate(module, InstructionData(found, config), verbose=False)[0]["val/loss"]
     assert measured == pytest.approx(training["val_loss"], rel=1e-3)
@@ -241,7 +241,7 @@ def test_nothing_to_train_is_said(config):
 
 def test_fresh_voters_are_the_base_where_their_noise_is_nothing(config):
     """Before the first step, voters without noise have the base's loss."""
-    model, _ = model_of(replace(config, weight_noise=0.0))
+    model, _ = build_model(replace(config, weight_noise=0.0))
     assert isinstance(model.spec, vote.Wrapper)
     base, _ = load_model(config.model)
     ids = torch.tensor([[5, 6, 7, 8]])
