@@ -16,8 +16,8 @@ FILES = {".".join(p.relative_to(ROOT).with_suffix("").parts): p for p in sorted(
 LONGEST = 350
 
 CORE = {
-    "errors", "fields", "formatting", "messages", "targets", "tree", "risk", "forecast", "rows", "scales", "kernels",
-    "members",
+    "errors", "fields", "formatting", "messages", "setting", "targets", "tree", "risk", "forecast", "rows", "scales",
+    "kernels", "members",
 }  # fmt: skip
 WRAPPERS = {"vote", "sample", "sculpt"}
 #: What a file may import of the package; others are free.
@@ -27,6 +27,7 @@ ARROWS = {
     "formatting": set(),
     "messages": set(),
     "scales": {"errors", "tree"},
+    "setting": set(),
     "tree": set(),
     "risk": {"errors"},
     "targets": {"errors"},
