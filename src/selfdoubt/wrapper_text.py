@@ -36,7 +36,8 @@ def parse_wrapper_text(text: str, *others: str) -> str | dict[str, Any]:
         key, equals, value = item.partition("=")
         if not equals:
             raise ConfigError(f"a wrapper's settings look like n_voters=5,rank=8, got {item!r}")
-        parsed[key.strip()] = _parse_value(value.strip())
+        key = key.strip()
+        parsed["symbolic_trace" if key == "compile" else key] = _parse_value(value.strip())
     return parsed
 
 

@@ -150,7 +150,8 @@ def test_a_config_file_and_flags(geography, tmp_path):
         (["train", "--data", "{data}", "--out", "{tmp}/x", "--param-filter", "nothing_like_it"], "nearest"),
         (["train", "--data", "{data}", "--out", "{tmp}/x", "--strategy", "magic"], "--strategy"),
         (["train", "--config", "{tmp}/nowhere.toml"], "cannot be read"),
-        (["export", "{data}", "{tmp}/y", "--checkpoint"], "is no checkpoint of a run"),
+        (["train", "--data", "{data}", "--out", "{tmp}/x", "--wrapper", "sample:p=3"], "the key 'p'"),
+        (["export", "{data}", "{tmp}/y", "--checkpoint"], "is not a checkpoint of a run"),
     ],
 )
 def test_bad_input_gets_one_line_and_leaves_nothing(arguments, wanted, geography, tmp_path, monkeypatch, capsys):

@@ -32,7 +32,9 @@ def export(
     checkpoint: Annotated[
         bool,
         typer.Option(
-            "--checkpoint", help="ADAPTER is a checkpoint of a run, sharded or not: the adapter it would leave."
+            "--checkpoint",
+            help="ADAPTER is a checkpoint of a run, sharded or not: the adapter it would leave. It is read as data; "
+            "objects that could run code are refused.",
         ),
     ] = False,
     model: Annotated[
@@ -57,7 +59,7 @@ def export(
 
     if push is not None:
         check_upload(push)
-    with warnings.catch_warnings(record=True) as said:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("ignore")
         warnings.filterwarnings("always", message="full deviations become LoRA")
         if checkpoint:
@@ -76,7 +78,7 @@ def export(
                 )
             ]
             written += [out / exports.ADAPTER] if (out / exports.ADAPTER).is_dir() else []
-    for warning in said:
+    for warning in caught:
         print(f"selfdoubt: {warning.message}", file=sys.stderr)
     for folder in written:
         print(folder)

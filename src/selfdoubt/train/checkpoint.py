@@ -6,6 +6,7 @@ A checkpoint is read as tensors and plain values; a file that holds other object
 from __future__ import annotations
 
 import pickle
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,9 @@ from torch import nn
 
 from selfdoubt.errors import LoadError
 from selfdoubt.train.build import build_model
-from selfdoubt.train.config import read_config
+from selfdoubt.train.config import load_config
 from selfdoubt.train.encode import load_splits
-from selfdoubt.train.publish import publish
+from selfdoubt.train.publish import History, publish
 from selfdoubt.train.shards import INDEX, read_deepspeed, read_shards
 
 SETTINGS = "config.toml"
@@ -37,17 +38,18 @@ def export_checkpoint(checkpoint: Path, out: Path) -> Path:
     settings = checkpoint.parent / SETTINGS
     if not checkpoint.exists() or not settings.is_file():
         raise LoadError(
-            f"{checkpoint} is not a checkpoint of a run with its {SETTINGS} next to it; give run/last.ckpt of an adapter"
+            f"{checkpoint} is not a checkpoint of a run with its {SETTINGS} next to it; give run/last.ckpt of an "
+            "adapter"
         )
-    config = read_config(settings, {})
+    config = load_config(settings, {})
     content = read_checkpoint(checkpoint)
     model, tokenizer = build_model(config)
     load_trained_state(model, content["state_dict"], checkpoint)
     splits = load_splits(config, checkpoint.parent / "data")
-    history = {
-        "losses": content.get("train_losses", []), "val_loss": None, "val_accuracy": None,
-        "train": len(splits.train), "val": len(splits.val), "empty": splits.empty, "cut": splits.cut,
-    }  # fmt: skip
+    history = History(
+        content.get("train_losses", []), train=len(splits.train), val=len(splits.val), empty=splits.empty,
+        cut=splits.cut,
+    )  # fmt: skip
     publish(config, model, tokenizer, out, history=history, val=splits.val)
     return out
 
@@ -60,12 +62,13 @@ def read_checkpoint(checkpoint: Path) -> dict[str, Any]:
         MissingExtraError: If it is DeepSpeed's, and DeepSpeed is not installed.
     """
     try:
-        if checkpoint.is_file():
-            return dict(torch.load(checkpoint, map_location="cpu", weights_only=True))
-        if (checkpoint / INDEX).is_file():
-            return read_shards(checkpoint)
-        if (checkpoint / "checkpoint").is_dir():
-            return read_deepspeed(checkpoint)
+        with warnings.catch_warnings(action="ignore"):  # of pickles in other formats; those are refused
+            if checkpoint.is_file():
+                return dict(torch.load(checkpoint, map_location="cpu", weights_only=True))
+            if (checkpoint / INDEX).is_file():
+                return read_shards(checkpoint)
+            if (checkpoint / "checkpoint").is_dir():
+                return read_deepspeed(checkpoint)
     except pickle.UnpicklingError as error:
         raise LoadError(
             f"{checkpoint} holds more than tensors and plain values ({_shorten(error)}), which could run code, so it "

@@ -57,8 +57,10 @@ def prepare_tokenizer(tokenizer: Any, prompt: str) -> None:
         tokenizer.chat_template = ALPACA
 
 
-def encode_chat(tokenizer: Any, chat: Chat, *, loss_on: str, max_length: int, ends: frozenset[int] | None = None) -> EncodedChat:
-    """Ids of a chat; the loss predicts the assistant's words and what ends each of them, or everything.
+def encode_chat(
+    tokenizer: Any, chat: Chat, *, loss_on: str, max_length: int, ends: frozenset[int] | None = None
+) -> EncodedChat:
+    """Return the ids of a chat; the loss predicts the assistant's words and what ends each of them, or everything.
 
     Args:
         tokenizer: With the template that is learnt.
@@ -170,7 +172,7 @@ def prepare_splits(config: TrainConfig, tokenizer: Any, folder: Path) -> Splits:
 
 
 def load_splits(config: TrainConfig, folder: Path, key: str | None = None) -> Splits:
-    """The encoded data that ``prepare_splits`` wrote into a folder, whatever its key if None.
+    """Read the encoded data that ``prepare_splits`` wrote into a folder, with any key if None.
 
     Raises:
         LoadError: If they are not there.
@@ -183,9 +185,9 @@ def load_splits(config: TrainConfig, folder: Path, key: str | None = None) -> Sp
     everything = datasets.Dataset.from_file(str(folder / f"{key}.arrow"))
     if len(everything) < 2:
         raise DataError(f"{config.data} has {len(everything)} examples with a response; give at least two")
-    wanted = max(round(len(everything) * config.val_share), 1 if config.val_share else 0)
+    validation = max(round(len(everything) * config.val_share), 1 if config.val_share else 0)
     order = _shuffled(len(everything), config.seed)
-    val, train = everything.select(sorted(order[:wanted])), everything.select(sorted(order[wanted:]))
+    val, train = everything.select(sorted(order[:validation])), everything.select(sorted(order[validation:]))
     return Splits(train, val, **json.loads((folder / f"{key}.json").read_text()))
 
 
@@ -198,14 +200,14 @@ ENCODING = 2
 
 
 def _key(config: TrainConfig, tokenizer: Any) -> str:
-    """Names what decides the encoded data: the source as it is now, the tokenizer, and how it is used."""
+    """Return a name of all that decides the encoded data: the source's state, the tokenizer, and its use."""
     file = Path(config.data).expanduser()
     state = (file.stat().st_size, file.stat().st_mtime_ns) if file.is_file() else None
-    parts = (
+    state_of_data = (
         ENCODING, config.data, state, config.limit, config.loss_on, config.max_length, config.model, config.revision,
         tokenizer.chat_template, len(tokenizer), *([_columns(config)] if _columns(config) != AS_USUAL else []),
     )  # fmt: skip
-    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+    return hashlib.sha256(repr(state_of_data).encode()).hexdigest()[:16]
 
 
 def _shuffled(n: int, seed: int) -> list[int]:

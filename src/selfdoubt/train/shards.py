@@ -1,7 +1,7 @@
 """Sharded checkpoints read as data: nothing in their pickles runs, no matter where they come from.
 
-FSDP2 writes torch's distributed format: an index, ``.metadata``, that is a pickle, and files of tensors. DeepSpeed writes
-one pickle per process. Torch's own readers trust both; these take the classes of the formats and nothing else.
+FSDP2 writes torch's distributed format: an index, ``.metadata``, that is a pickle, and files of tensors. DeepSpeed
+writes one pickle per process. Torch's own readers trust both; these take the classes of the formats and nothing else.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
@@ -47,17 +48,21 @@ class _IndexUnpickler(pickle.Unpickler):
 
 
 class _Reader(FileSystemReader):
-    """A reader whose index is data."""
+    """A reader whose index has been read as data."""
 
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:  # noqa: ARG002
-        """Return the index."""
-        with (Path(self.path) / INDEX).open("rb") as file:
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        with (folder / INDEX).open("rb") as file:
             index = _IndexUnpickler(file).load()
         if not isinstance(index, Metadata):
             raise pickle.UnpicklingError(f"its index is a {type(index).__name__}")
         index.storage_meta = index.storage_meta or StorageMeta()
         index.storage_meta.load_id = self.load_id
-        return index
+        self.index = index
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:  # noqa: ARG002
+        """Return the index."""
+        return self.index
 
 
 class _Planner(_EmptyStateDictLoadPlanner):
@@ -78,9 +83,10 @@ def read_shards(folder: Path) -> dict[str, Any]:
         pickle.UnpicklingError: If the folder holds anything else than data.
     """
     content: dict[str, Any] = {}
-    _load_state_dict(
-        content, storage_reader=_Reader(folder), planner=_Planner(keys={"state_dict"}), no_dist=True
-    )
+    try:
+        _load_state_dict(content, storage_reader=_Reader(folder), planner=_Planner(keys={"state_dict"}), no_dist=True)
+    except CheckpointException as error:  # not an Exception
+        raise next(failure for failure, _ in error.failures.values()) from None
     extra = folder / "meta.pt"
     return {**(torch.load(extra, map_location="cpu", weights_only=True) if extra.is_file() else {}), **content}
 

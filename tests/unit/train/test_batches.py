@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from selfdoubt import vote
 from selfdoubt.errors import ConfigError
 from selfdoubt.train.batches import LengthSortedSampler, StepSampler, collate, pack_rows
 from selfdoubt.train.config import TrainConfig
@@ -19,7 +20,8 @@ def config(**settings):
 
 
 def steps(*, members=1, rank=0, world=1, **settings):
-    return StepSampler(LENGTHS, LENGTHS - 2, config(**settings), members=members, rank=rank, world=world)
+    settings["wrapper"] = vote.Wrapper(n_voters=members) if members > 1 else None
+    return StepSampler(LENGTHS, LENGTHS - 2, config(**settings), rank=rank, world=world)
 
 
 def examples(batches):

@@ -137,7 +137,9 @@ def test_what_is_left_out_or_cut_is_counted(tmp_path):
     file = tmp_path / "data.jsonl"
     rows = [("short?", "yes"), ("empty?", "  "), ("long?", "very " * 200), ("no room " * 200, "yes"), ("last?", "no")]
     file.write_text("".join(json.dumps({"question": q, "answer": a}) + "\n" for q, a in rows))
-    found = prepare_splits(TrainConfig(data=str(file), out="", max_length=64, val_share=0), tokenizer(), tmp_path / "data")
+    found = prepare_splits(
+        TrainConfig(data=str(file), out="", max_length=64, val_share=0), tokenizer(), tmp_path / "data"
+    )
     assert (len(found.train), len(found.val), found.empty, found.cut) == (3, 0, 2, 1)
     assert max(found.train["length"]) == 64
 
