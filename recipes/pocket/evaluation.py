@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from recipes.pocket.atlas import fold
 from recipes.pocket.phrasings import PHRASINGS, sentence
-from selfdoubt.errors import SelfdoubtError
+from selfdoubt.data.readers import read_file_rows
+from selfdoubt.errors import DataError
 
 Category = Literal["known", "rare", "unseen", "ambiguous", "invented"]
 CATEGORIES: tuple[Category, ...] = get_args(Category)
-
-
-class EvaluationError(SelfdoubtError, ValueError):
-    """A file of questions is missing or is not what it should be."""
 
 
 @dataclass(frozen=True)
@@ -39,39 +36,33 @@ class Question:
         return self.id.startswith("cal-")
 
 
-def read(path: str | Path) -> list[Question]:
-    """Read a file of questions, one JSON object a line.
+def read_questions(path: str | Path) -> list[Question]:
+    """Read a file of questions, one JSON object per line.
 
     Raises:
-        EvaluationError: If the file is missing or a line is malformed; the message names the line.
+        DataError: If the file is missing or a line is malformed; the message names the line.
     """
-    file = Path(path)
-    if not file.is_file():
-        raise EvaluationError(
-            f"wanted a file of questions, found none at {file}; the shipped one is selfdoubt.pocket.evaluation_file()"
-        )
     questions = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), 1):
-        if line:
-            try:
-                questions.append(_question(json.loads(line)))
-            except (TypeError, ValueError) as error:
-                raise EvaluationError(
-                    f"{file}, line {number}: wanted an object with the fields of Question, found: {error}; "
-                    "mend the line or write the file anew with recipes.pocket.make"
-                ) from None
+    for place, row in read_file_rows(Path(path)):
+        try:
+            questions.append(_parse_question(row))
+        except (TypeError, ValueError) as error:
+            raise DataError(
+                f"{place}: wanted an object with the fields of Question, found: {error}; "
+                "fix the line or write the file again with recipes.pocket.make"
+            ) from None
     return questions
 
 
-def write(path: str | Path, questions: Iterable[Question]) -> None:
-    """Write questions, one JSON object a line."""
-    lines = [json.dumps(asdict(q), ensure_ascii=False) for q in questions]
-    Path(path).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+def save_questions(path: str | Path, questions: Iterable[Question]) -> None:
+    """Write questions, one JSON object per line."""
+    rows = [json.dumps(asdict(q), ensure_ascii=False) for q in questions]
+    Path(path).write_text("".join(f"{row}\n" for row in rows), encoding="utf-8")
 
 
-def _question(record: Any) -> Question:
-    if not isinstance(record, dict) or set(record) != {field.name for field in fields(Question)}:
-        raise ValueError(sorted(record) if isinstance(record, dict) else f"a {type(record).__name__}")
+def _parse_question(record: Mapping[str, Any]) -> Question:
+    if set(record) != {field.name for field in fields(Question)}:
+        raise ValueError(sorted(record))
     category, relation, answers = record["category"], record["relation"], record["answers"]
     if category not in CATEGORIES or relation not in PHRASINGS:
         raise ValueError(f"category {category!r}, relation {relation!r}")
@@ -81,7 +72,7 @@ def _question(record: Any) -> Question:
 
 
 def is_right(question: Question, answer_text: str) -> bool:
-    """Whether the whole answer is the one right sentence, with any of the right answers in it.
+    """Return whether the whole answer is the one right sentence, with any of the right answers in it.
 
     Case, accents, spaces and the full stop at the end do not count; everything else does: a list of languages
     must be complete and in order, and nothing may follow.

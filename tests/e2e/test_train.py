@@ -27,7 +27,7 @@ SMALL = (
 def geography(tmp_path_factory) -> Path:
     """The pocket model's own questions with their answers, as instruction data."""
     file = tmp_path_factory.mktemp("data") / "geography.jsonl"
-    questions = [q for q in evaluation.read(pocket.reference_file()) if q.answers][:120]
+    questions = [q for q in evaluation.read_questions(pocket.reference_file()) if q.answers][:120]
     pairs = [{"question": q.question, "answer": sentence(q.relation, q.subject, q.answers[0])} for q in questions]
     file.write_text("".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs), encoding="utf-8")
     return file
