@@ -117,7 +117,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m recipes.pocket.make", description="Make the pocket model.")
     parser.add_argument("--atlas", type=Path, required=True, help="folder with the four public files")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the model; question files go beside it")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the model; question files go next to it")
     parser.add_argument("--steps", type=int, default=STEPS, help=f"training steps (default {STEPS})")
     parser.add_argument("--minutes", type=float, help="learn faster, to an end after these minutes; not reproducible")
     parser.add_argument("--seed", type=int, default=0)

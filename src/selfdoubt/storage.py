@@ -26,7 +26,6 @@ from selfdoubt.manifest import (
     FORMAT,
     LEARNT,
     MANIFEST,
-    METHODS,
     WEIGHTS,
     from_json,
     plain_manifest,
@@ -43,7 +42,6 @@ from selfdoubt.rows import added_names
 __all__ = [
     "LEARNT",
     "MANIFEST",
-    "METHODS",
     "WEIGHTS",
     "fingerprint",
     "from_json",

@@ -64,7 +64,7 @@ def export(
         warnings.filterwarnings("always", message="full deviations become LoRA")
         if checkpoint:
             require("lightning", "train")
-            from selfdoubt.train.checkpoint import export_checkpoint
+            from selfdoubt.train import export_checkpoint
 
             with new_folder(out, {"kind": "checkpoint"}, (adapter,)) as new:
                 export_checkpoint(adapter, new)

@@ -58,7 +58,7 @@ class RiskAwareModule(lightning.LightningModule):
         return self.model.spec.members(training=False) if isinstance(self.model, Wrapped) else 1
 
     def setup(self, stage: str) -> None:  # noqa: ARG002
-        """Under autocast, LoRA need not cast."""
+        """Leave the casts of LoRA to autocast, where that is active."""
         leave_casts_to_autocast(self.model, active="mixed" in str(self.trainer.precision))
 
     def teardown(self, stage: str) -> None:  # noqa: ARG002
@@ -66,7 +66,7 @@ class RiskAwareModule(lightning.LightningModule):
         leave_casts_to_autocast(self.model, active=False)
 
     def configure_model(self) -> None:
-        """Under FSDP2, shard the decoder blocks and then the rest; the strategy brings the mesh of devices."""
+        """Shard the decoder blocks and then the rest, under FSDP2; the strategy brings the mesh of devices."""
         mesh = getattr(self, "device_mesh", None)
         base = innermost(self.model)
         if mesh is None or isinstance(base, FSDPModule):  # one device, or sharded before

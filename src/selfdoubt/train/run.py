@@ -1,4 +1,4 @@
-"""One recipe from a config to an adapter folder."""
+"""A run of training, from a config to an adapter folder."""
 
 from __future__ import annotations
 

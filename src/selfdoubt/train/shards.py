@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
-from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.filesystem import FileSystemReader, _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
@@ -84,7 +83,8 @@ def read_shards(folder: Path) -> dict[str, Any]:
     """
     content: dict[str, Any] = {}
     try:
-        _load_state_dict(content, storage_reader=_Reader(folder), planner=_Planner(keys={"state_dict"}), no_dist=True)
+        planner: Any = _Planner
+        _load_state_dict(content, storage_reader=_Reader(folder), planner=planner(keys={"state_dict"}), no_dist=True)
     except CheckpointException as error:  # not an Exception
         raise next(failure for failure, _ in error.failures.values()) from None
     extra = folder / "meta.pt"
