@@ -14,18 +14,15 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from benchmarks import quality_tables, results
 from recipes.pocket import evaluation, voters
-from recipes.pocket.encode import Rows
 from selfdoubt import pocket, sample, sculpt, targets
 from selfdoubt.calibration.fit import fit_calibration
 from selfdoubt.data import question_sets
@@ -36,11 +33,9 @@ from selfdoubt.eval.judges.verdict import Judge, Verdict
 from selfdoubt.eval.records import Question, Record
 from selfdoubt.eval.run import ask_questions
 from selfdoubt.lm.adapters.adapter import save_adapter
-from selfdoubt.lm.adapters.lora import add_lora
 from selfdoubt.lm.model import RiskAwareLM
 from selfdoubt.lm.scores import reference_quantiles
 from selfdoubt.metrics import compare_scores
-from selfdoubt.train.head import head_of, run_trunk, sculpted_loss
 
 ARMS = ("plain", "vote", "sample", "sculpt")
 #: Arms that are also asked again and again, and about their own answers.
@@ -90,28 +85,15 @@ def main() -> None:
     print(results.write("quality", rows, **settings, accuracy=accuracy))
 
 
-def tuned(arm: str, atlas: Path, steps: int, rows: int, seed: int) -> nn.Module:
-    """The pocket base after equal training."""
-    torch.manual_seed(seed)
-    lm = RiskAwareLM.load("pocket", wrapper=None, dtype="float32", device="cpu")
-    stream = voters.rows_of(atlas, lm.tokenizer, seed, rows)
-    if arm == "vote":
-        model: nn.Module = voters.VOTERS(lm.model)
-    else:
-        add_lora(lm.model, r=16, alpha=16, targets=targets.DECODER_FILTER)
-        wrappers: dict[str, Any] = {"sample": sample.Wrapper(n_samples=5), "sculpt": sculpt.Wrapper()}
-        model = wrappers[arm](lm.model) if arm in wrappers else lm.model
-    voters.fine_tune(model, stream, steps=steps, loss=sculpted if arm == "sculpt" else voters.loss_of)
-    return model.eval()
+#: What each arm adds to the base; LoRA goes beneath all but voters.
+WRAPPERS = {"plain": None, "vote": voters.VOTERS, "sample": sample.Wrapper(), "sculpt": sculpt.Wrapper()}
 
 
-def sculpted(model: nn.Module, rows: Rows) -> Tensor:
-    """The closed likelihood of random logits."""
-    labels = F.pad(rows.targets(), (0, 1), value=-100)
-    keep = labels >= 0
-    seen = run_trunk(model, voters.inputs_of(rows), keep, training=True)
-    total = sculpted_loss(seen, head_of(model), labels[keep], distribution=sculpt.Normal, draws=None)
-    return total / keep.sum()
+def tune(arm: str, out: Path, atlas: Path, steps: int, rows: int, seed: int) -> None:
+    """Train an arm on the pocket base as all are trained, and write its adapter."""
+    wrapper = WRAPPERS[arm] and replace(WRAPPERS[arm], seed=seed)
+    lora = {"lora_r": 16, "lora_alpha": 16.0, "lora_targets": targets.DECODER_FILTER}
+    voters.fine_tune(atlas, out, steps=steps, rows=rows, seed=seed, wrapper=wrapper, **lora)
 
 
 def gather(arm: str, chosen: argparse.Namespace, limit: int, *, peers: bool = False) -> Found:
@@ -119,16 +101,17 @@ def gather(arm: str, chosen: argparse.Namespace, limit: int, *, peers: bool = Fa
     questions = question_sets.load_questions("pocket", limit=limit)
     judge = strict()
     plan = EvaluationConfig(max_tokens=48, batch_size=50, samples=10 if peers else 0, p_true=peers)
-    category = {q.id: q.category for q in evaluation.read(pocket.evaluation_file())}
+    category = {q.id: q.category for q in evaluation.read_questions(pocket.evaluation_file())}
     parts: list[AnsweredBatch] = []
     for seed in chosen.seeds:
         out = chosen.runs / f"{arm}-{seed}"
         if not (out / "adapter" / "selfdoubt.json").is_file():
-            save_adapter(tuned(arm, chosen.atlas, chosen.steps, chosen.step_rows, seed), out / "adapter", base="pocket")
+            tune(arm, out / "adapter", chosen.atlas, chosen.steps, chosen.step_rows, seed)
         lm = RiskAwareLM.load("pocket", adapter=out / "adapter", dtype="float32", device="cpu")
         lm.layers = () if peers else (1, 2, 3, 4)
         if not lm.reference:
-            reference = [q.question for q in evaluation.read(pocket.reference_file()) if not q.only_calibrates][::2]
+            asked_once = [q for q in evaluation.read_questions(pocket.reference_file()) if not q.only_calibrates]
+            reference = [q.question for q in asked_once[::2]]
             answers = lm.generate(reference, max_tokens=48, batch_size=64)
             save_adapter(lm.model, out / "adapter", base="pocket", extra={"reference": reference_quantiles(answers)})
             lm.reference = reference_quantiles(answers)
@@ -154,7 +137,7 @@ def gather(arm: str, chosen: argparse.Namespace, limit: int, *, peers: bool = Fa
 
 def strict() -> Judge:
     """The pocket's own judge: the whole sentence must be right, not only the name in it."""
-    known = {q.id: q for q in evaluation.read(pocket.evaluation_file())}
+    known = {q.id: q for q in evaluation.read_questions(pocket.evaluation_file())}
 
     def judge(question: Question, answer: str | None) -> Verdict:
         return Verdict(evaluation.is_right(known[question.id], answer or ""))

@@ -8,28 +8,32 @@ from typing import Any
 from torch import nn
 
 from benchmarks.train_arms import Collate, Options, Record
+from selfdoubt import sample, sculpt, vote
 from selfdoubt.train.batches import Batch, collate
-from selfdoubt.train.build import train_in_float32, wrap
+from selfdoubt.train.build import train_in_float32, wrap_base
 from selfdoubt.train.config import TrainConfig
-from selfdoubt.train.encode import encode, prepare_tokenizer
+from selfdoubt.train.encode import encode_chat, prepare_tokenizer
 from selfdoubt.train.module import RiskAwareModule
+
+WRAPPERS = {"vote": vote.Wrapper(rank=16), "sample": sample.Wrapper(), "sculpt": sculpt.Wrapper(), "lora": None}
 
 
 def ours(kind: str, model: nn.Module, tokenizer: Any, options: Options) -> tuple[Any, Collate]:
-    """The LightningModule of ``selfdoubt train`` for a wrapper (``lora`` is none), and its way to batches.
+    """Return the LightningModule of ``selfdoubt train`` for a wrapper (``lora`` is none), and its way to batches.
 
     Every token counts, as in the other arms: by default only those of the response would.
     """
     config = TrainConfig(
-        data="", out="", wrapper="none" if kind == "lora" else kind,  # type: ignore[arg-type]
-        batch_size=options.batch, max_length=options.length, prompt="alpaca", loss_on="all",
+        data="", out="", wrapper=WRAPPERS[kind], batch_size=options.batch, max_length=options.length,
+        prompt="alpaca", loss_on="all",
     )  # fmt: skip
     prepare_tokenizer(tokenizer, config.prompt)
-    wrapped = wrap(model, config)
+    wrapped = wrap_base(model, config)
     train_in_float32(wrapped)
 
     def batch(records: Sequence[Record]) -> tuple[Batch, int]:
-        examples = [encode(tokenizer, chat(r), loss_on=config.loss_on, max_length=config.max_length) for r in records]
+        limits: Any = {"loss_on": config.loss_on, "max_length": config.max_length}
+        examples = [encode_chat(tokenizer, chat(r), **limits) for r in records]
         made = collate([[e._asdict()] for e in examples], sum(sum(e.counts) for e in examples))
         return made, made.tokens
 
@@ -37,7 +41,7 @@ def ours(kind: str, model: nn.Module, tokenizer: Any, options: Options) -> tuple
 
 
 def chat(record: Record) -> list[dict[str, str]]:
-    """A record as the chat that training reads."""
+    """Return a record as the chat that training reads."""
     words = [{"role": "input", "content": record["input"]}] if record["input"] else []
     question = {"role": "user", "content": record["instruction"]}
     return [question, *words, {"role": "assistant", "content": record["output"]}]

@@ -1,1 +1,1 @@
-"""How what ships was made. Not part of the installed package."""
+"""Recipes that made the files which ship. Not part of the installed package."""

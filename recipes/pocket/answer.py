@@ -1,4 +1,4 @@
-"""Asks the pocket model a list of questions, greedily, and counts the right answers."""
+"""Greedy answers of the pocket model to a list of questions, and counts of the right ones."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LONGEST = 48  # tokens of an answer
 def greedy(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, questions: Sequence[str], *, batch: int = 128
 ) -> list[str]:
-    """The most probable answer to each question, in the order of the questions.
+    """Return the most probable answer to each question, in the order of the questions.
 
     Questions of equal length share a batch, so nothing is padded and a batch changes no answer.
     """
@@ -53,7 +53,7 @@ def _batches(lengths: Sequence[int], batch: int) -> Iterator[list[int]]:
 
 
 def accuracy(questions: Sequence[Question], answers: Sequence[str]) -> dict[tuple[str, str], tuple[int, int]]:
-    """Right answers and questions, by category and relation; ``"all"`` stands for all relations."""
+    """Count right answers and questions, by category and relation; ``"all"`` stands for all relations."""
     counts: dict[tuple[str, str], tuple[int, int]] = {}
     for question, answer in zip(questions, answers, strict=True):
         for relation in ("all", question.relation):

@@ -1,4 +1,4 @@
-"""Reads the public atlas files into plain, frozen records.
+"""Records of the public atlas files, plain and frozen.
 
 The files and their homes:
 
@@ -29,7 +29,7 @@ HOMES = {
     LANGUAGES: "https://github.com/annexare/Countries (dist/)",
 }
 
-# ISO 4217 lists units of account and next-day funds beside the money people hold: nobody pays with them.
+# ISO 4217 lists units of account and next-day funds next to the money people hold and pay with.
 FUND_CODES = frozenset(
     {"BOV", "CHE", "CHW", "CLF", "COU", "MXV", "USN", "USS", "UYI", "UYW", "XBA", "XBB", "XBC", "XBD", "XDR"}
 )
@@ -68,19 +68,19 @@ class City:
 
 @dataclass(frozen=True)
 class Atlas:
-    """Everything the pocket model is taught from."""
+    """All that the pocket model learns from."""
 
     countries: dict[str, Country]
     cities: tuple[City, ...]
 
 
 def without_accents(text: str) -> str:
-    """The text without accents, in its own case."""
+    """Return the text without accents, in its own case."""
     return "".join(c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c))
 
 
 def fold(text: str) -> str:
-    """The text without case and accents, words separated by one space, to compare names.
+    """Return the text without case and accents, words separated by one space, to compare names.
 
     Example:
         >>> fold("  São Paulo ")
@@ -89,7 +89,7 @@ def fold(text: str) -> str:
     return " ".join(without_accents(text.casefold()).split())
 
 
-def read(folder: str | Path) -> Atlas:
+def read_atlas(folder: str | Path) -> Atlas:
     """Read the four atlas files of a folder.
 
     Raises:
@@ -110,18 +110,18 @@ def _text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise AtlasError(f"{path}: wanted UTF-8, found {error.reason} at byte {error.start}; get it anew") from None
+        raise AtlasError(f"{path}: wanted UTF-8, found {error.reason} at byte {error.start}; get it again") from None
 
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(_text(path))
+        table = json.loads(_text(path))
     except json.JSONDecodeError as error:
         raise AtlasError(f"{path}: wanted JSON, found {error}; get it from {HOMES[path.name]}") from None
-    if not isinstance(found, dict):
-        kind = type(found).__name__
+    if not isinstance(table, dict):
+        kind = type(table).__name__
         raise AtlasError(f"{path}: wanted an object by code, found a {kind}; get it from {HOMES[path.name]}")
-    return found
+    return table
 
 
 def _country(code: str, record: Any, continents: dict[str, Any], languages: dict[str, Any]) -> Country:
@@ -138,26 +138,26 @@ def _country(code: str, record: Any, continents: dict[str, Any], languages: dict
             calling_codes=tuple(f"+{c}" for c in record["phone"]),
         )
     except (KeyError, TypeError, AttributeError) as error:
-        wanted = "name, capital, continent, currency, languages, phone"
+        keys = "name, capital, continent, currency, languages, phone"
         raise AtlasError(
-            f"{COUNTRIES}, country {code}: wanted {wanted} with known codes, found no {error}; "
+            f"{COUNTRIES}, country {code}: wanted {keys} with known codes, found no {error}; "
             f"get the files of one release from {HOMES[COUNTRIES]}"
         ) from None
 
 
 def _cities(path: Path, countries: dict[str, Country]) -> tuple[City, ...]:
     cities = []
-    for number, line in enumerate(_text(path).split("\n"), 1):
-        if not line:
+    for number, row in enumerate(_text(path).split("\n"), 1):
+        if not row:
             continue
-        cells = line.rstrip("\r").split("\t")
+        cells = row.rstrip("\r").split("\t")
         if len(cells) != 19:
             raise AtlasError(
                 f"{path}, line {number}: wanted 19 tab-separated cells, found {len(cells)}; get it from {HOMES[CITIES]}"
             )
         if cells[8] not in countries:
             raise AtlasError(
-                f"{path}, line {number}: wanted a country code of {COUNTRIES}, found {cells[8]!r}; get both files anew"
+                f"{path}, line {number}: wanted a country code of {COUNTRIES}, found {cells[8]!r}; get both files again"
             )
         try:
             ident, population = int(cells[0]), int(cells[14])

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """How long and how fast to learn."""
+class BaseTraining:
+    """Length and speed of the training."""
 
     steps: int = 2200
     minutes: float | None = None  # the schedule runs by the clock where that ends sooner than the steps
@@ -34,7 +34,7 @@ class Plan:
 
 
 def new_model(vocabulary: int, seed: int) -> LlamaForCausalLM:
-    """A fresh model of 4.7 million parameters (vocabulary 4,096), in float32."""
+    """Build a fresh model of 4.7 million parameters (vocabulary 4,096), in float32."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
@@ -55,18 +55,18 @@ def new_model(vocabulary: int, seed: int) -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
-def loss_of(model: LlamaForCausalLM, trunk: Callable[..., Tensor], rows: Rows) -> Tensor:
-    """Mean cross-entropy over every real next token, of questions and answers alike."""
+def compute_loss(model: LlamaForCausalLM, trunk: Callable[..., Tensor], rows: Rows) -> Tensor:
+    """Return the mean cross-entropy over every real next token, of questions and answers alike."""
     targets = rows.targets()
-    keep = targets >= 0
+    loss_mask = targets >= 0
     with torch.autocast("cpu", dtype=torch.bfloat16):
         hidden = trunk(rows.ids, rows.positions, rows.mask())
-        logits = F.linear(hidden[:, :-1][keep], model.lm_head.weight)
-    return F.cross_entropy(logits.float(), targets[keep])
+        logits = F.linear(hidden[:, :-1][loss_mask], model.lm_head.weight)
+    return F.cross_entropy(logits.float(), targets[loss_mask])
 
 
-def trunk_of(model: LlamaForCausalLM, *, compiled: bool) -> Callable[..., Tensor]:
-    """The model below its head as one function of ids, positions and mask."""
+def build_trunk(model: LlamaForCausalLM, *, compiled: bool) -> Callable[..., Tensor]:
+    """Return the model below its head as one function of ids, positions and mask."""
 
     def run(ids: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
         out = model.model(input_ids=ids, position_ids=positions, attention_mask=mask, use_cache=False)
@@ -76,27 +76,27 @@ def trunk_of(model: LlamaForCausalLM, *, compiled: bool) -> Callable[..., Tensor
     return torch.compile(run, dynamic=False) if compiled else run
 
 
-def optimizers(model: LlamaForCausalLM, plan: Plan) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices of the blocks, AdamW for embeddings and norms."""
+def build_optimizers(model: LlamaForCausalLM, training: BaseTraining) -> list[torch.optim.Optimizer]:
+    """Build the optimizers: Muon for the matrices of the blocks, AdamW for embeddings and norms."""
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n and "lm_head" not in n]
     chosen = {id(p) for p in matrices}
     rest = [p for p in model.parameters() if id(p) not in chosen]
     return [
-        torch.optim.Muon(matrices, lr=plan.rate, weight_decay=plan.decay, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(rest, lr=plan.rate, betas=(0.9, 0.98), weight_decay=0.0),
+        torch.optim.Muon(matrices, lr=training.rate, weight_decay=training.decay, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(rest, lr=training.rate, betas=(0.9, 0.98), weight_decay=0.0),
     ]
 
 
-def rate_at(plan: Plan, step: int, minutes: float = 0.0) -> float:
-    """Share of the highest rate: linear warm-up, constant, linear cool-down."""
-    done = max(step / plan.steps, minutes / plan.minutes if plan.minutes else 0.0)
-    return min((step + 1) / plan.warmup, 1.0, max((1 - done) / max(plan.cooldown, 1e-9), 0.0))
+def rate_at(training: BaseTraining, step: int, minutes: float = 0.0) -> float:
+    """Return the share of the highest rate: linear warm-up, constant, linear cool-down."""
+    done = max(step / training.steps, minutes / training.minutes if training.minutes else 0.0)
+    return min((step + 1) / training.warmup, 1.0, max((1 - done) / max(training.cooldown, 1e-9), 0.0))
 
 
-def fit(
+def train_base(
     model: LlamaForCausalLM,
     stream: Iterator[Rows],
-    plan: Plan,
+    training: BaseTraining,
     *,
     after_step: Callable[[int, float], bool | None] = lambda _step, _loss: False,
     compiled: bool = True,
@@ -106,24 +106,24 @@ def fit(
     ``after_step(step, loss)`` is called after each step; True ends the training.
     """
     model.train()
-    trunk = trunk_of(model, compiled=compiled)
-    learners = optimizers(model, plan)
+    trunk = build_trunk(model, compiled=compiled)
+    learners = build_optimizers(model, training)
     started = time.monotonic()
     tokens = done = 0
-    for step in range(plan.steps):
+    for step in range(training.steps):
         rows = next(stream)
-        share = rate_at(plan, step, (time.monotonic() - started) / 60)
+        share = rate_at(training, step, (time.monotonic() - started) / 60)
         if share <= 0:
             break
         for learner in learners:
             for group in learner.param_groups:
-                group["lr"] = plan.rate * share
-        loss = loss_of(model, trunk, rows)
+                group["lr"] = training.rate * share
+        loss = compute_loss(model, trunk, rows)
         value = loss.item()
         if not math.isfinite(value):
-            raise FloatingPointError(f"the loss of step {step} is {value}; lower the rate, found {plan.rate}")
+            raise FloatingPointError(f"the loss of step {step} is {value}; lower the rate, found {training.rate}")
         loss.backward()  # type: ignore[no-untyped-call]
-        torch.nn.utils.clip_grad_norm_(model.parameters(), plan.clip)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), training.clip)
         for learner in learners:
             learner.step()
             learner.zero_grad(set_to_none=True)

@@ -1,4 +1,4 @@
-"""The model card that is written beside the weights."""
+"""The model card that is written next to the weights."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ not exist and things it was never taught: look at the risk, not at the tone. Eng
 """
 
 
-def card(
+def write_card(
     model: PreTrainedModel,
     counts: Mapping[tuple[str, str], tuple[int, int]],
     *,
@@ -72,7 +72,7 @@ def card(
     seed: int,
     note: str = "",
 ) -> str:
-    """The card in Markdown; ``counts`` as :func:`recipes.pocket.answer.accuracy` gives them."""
+    """Return the card in Markdown; ``counts`` as :func:`recipes.pocket.answer.accuracy` returns them."""
     config = model.config
     return _TEXT.format(
         parameters=sum(p.numel() for p in model.parameters()),

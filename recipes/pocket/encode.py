@@ -1,4 +1,4 @@
-"""From words to ids: one pair with the borders of its parts, or many pairs packed into rows."""
+"""Token ids of pairs: one with the borders of question and answer, or many packed into rows."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ class Rows:
     segments: Tensor
 
     def mask(self) -> Tensor:
-        """Who may look at whom, (rows, 1, length, length): earlier tokens of the same pair."""
+        """Return the attention mask, (rows, 1, length, length): earlier tokens of the same pair."""
         same = self.segments[:, None, :, None] == self.segments[:, None, None, :]
         length = self.ids.shape[1]
         return same & torch.ones(length, length, dtype=torch.bool).tril()
 
     def targets(self) -> Tensor:
-        """The next token of the same pair, -100 where there is none, (rows, length - 1)."""
+        """Return the next token of the same pair, -100 where there is none, (rows, length - 1)."""
         same = (self.segments[:, 1:] == self.segments[:, :-1]) & (self.segments[:, 1:] > 0)
         return self.ids[:, 1:].where(same, -100)
 
@@ -51,22 +51,22 @@ def encode(tokenizer: Tokenizer, pairs: Sequence[Pair]) -> list[Encoded]:
     user, assistant, end = (_special(tokenizer, t) for t in (USER, ASSISTANT, END))
     questions = tokenizer.encode_batch([p.question for p in pairs], add_special_tokens=False)
     answers = tokenizer.encode_batch([p.answer for p in pairs], add_special_tokens=False)
-    found = []
+    encoded = []
     for q, a in zip(questions, answers, strict=True):
         ids = [user, *q.ids, end, assistant, *a.ids, end]
-        found.append(Encoded(ids, slice(1, 1 + len(q.ids)), slice(len(q.ids) + 3, len(ids))))
-    return found
+        encoded.append(Encoded(ids, slice(1, 1 + len(q.ids)), slice(len(q.ids) + 3, len(ids))))
+    return encoded
 
 
 def _special(tokenizer: Tokenizer, token: str) -> int:
-    found = tokenizer.token_to_id(token)
-    if found is None:
+    number = tokenizer.token_to_id(token)
+    if number is None:
         raise ConfigError(f"wanted the pocket model's tokenizer, found one without {token}; load folder()")
-    return int(found)
+    return int(number)
 
 
 def padded(pairs: Sequence[Encoded], *, answers_only: bool = False) -> dict[str, Tensor]:
-    """One row for each pair, padded on the right: ``input_ids``, ``attention_mask`` and ``labels``.
+    """Return one row for each pair, padded on the right: ``input_ids``, ``attention_mask`` and ``labels``.
 
     The labels are -100 at padding, and at everything but the answer with ``answers_only``.
     """

@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from recipes.pocket.atlas import fold
 from recipes.pocket.phrasings import PHRASINGS, sentence
-from selfdoubt.data.readers import Row, read_json_lines
-from selfdoubt.errors import DataError, SelfdoubtError
+from selfdoubt.data.readers import read_file_rows
+from selfdoubt.errors import DataError
 
 Category = Literal["known", "rare", "unseen", "ambiguous", "invented"]
 CATEGORIES: tuple[Category, ...] = get_args(Category)
-
-
-class EvaluationError(SelfdoubtError, ValueError):
-    """A file of questions is missing or is not what it should be."""
 
 
 @dataclass(frozen=True)
@@ -40,40 +36,31 @@ class Question:
         return self.id.startswith("cal-")
 
 
-def read(path: str | Path) -> list[Question]:
+def read_questions(path: str | Path) -> list[Question]:
     """Read a file of questions, one JSON object per line.
 
     Raises:
-        EvaluationError: If the file is missing or a line is malformed; the message names the line.
+        DataError: If the file is missing or a line is malformed; the message names the line.
     """
-    file = Path(path)
-    if not file.is_file():
-        raise EvaluationError(
-            f"wanted a file of questions, found none at {file}; the shipped one is selfdoubt.pocket.evaluation_file()"
-        )
-    try:
-        rows = list(read_json_lines(file))
-    except DataError as error:
-        raise EvaluationError(f"{error}, or write the file again with recipes.pocket.make") from None
     questions = []
-    for place, row in rows:
+    for place, row in read_file_rows(Path(path)):
         try:
-            questions.append(_question(row))
+            questions.append(_parse_question(row))
         except (TypeError, ValueError) as error:
-            raise EvaluationError(
+            raise DataError(
                 f"{place}: wanted an object with the fields of Question, found: {error}; "
                 "fix the line or write the file again with recipes.pocket.make"
             ) from None
     return questions
 
 
-def write(path: str | Path, questions: Iterable[Question]) -> None:
+def save_questions(path: str | Path, questions: Iterable[Question]) -> None:
     """Write questions, one JSON object per line."""
-    lines = [json.dumps(asdict(q), ensure_ascii=False) for q in questions]
-    Path(path).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    rows = [json.dumps(asdict(q), ensure_ascii=False) for q in questions]
+    Path(path).write_text("".join(f"{row}\n" for row in rows), encoding="utf-8")
 
 
-def _question(record: Row) -> Question:
+def _parse_question(record: Mapping[str, Any]) -> Question:
     if set(record) != {field.name for field in fields(Question)}:
         raise ValueError(sorted(record))
     category, relation, answers = record["category"], record["relation"], record["answers"]
@@ -85,7 +72,7 @@ def _question(record: Row) -> Question:
 
 
 def is_right(question: Question, answer_text: str) -> bool:
-    """Whether the whole answer is the one right sentence, with any of the right answers in it.
+    """Return whether the whole answer is the one right sentence, with any of the right answers in it.
 
     Case, accents, spaces and the full stop at the end do not count; everything else does: a list of languages
     must be complete and in order, and nothing may follow.

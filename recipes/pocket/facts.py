@@ -1,4 +1,4 @@
-"""What the model is taught, and how often: facts with weights, and the cities it never hears of.
+"""Facts that the model learns, with weights for how often, and the cities that it never hears of.
 
 The weights:
 
@@ -40,47 +40,47 @@ class Fact:
 
 
 def unit_hash(text: str, salt: str) -> float:
-    """A number in [0, 1) that depends on the text alone."""
+    """Return a number in [0, 1) that depends on the text alone."""
     digest = hashlib.blake2b(f"{salt}:{text}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") / 2**64
 
 
-def joined(parts: Iterable[str]) -> str:
-    """A list in words.
+def join_words(texts: Iterable[str]) -> str:
+    """Return a list in words.
 
     Example:
-        >>> joined(["German", "French", "Italian"])
+        >>> join_words(["German", "French", "Italian"])
         'German, French and Italian'
     """
-    every = list(parts)
+    every = list(texts)
     return every[0] if len(every) == 1 else f"{', '.join(every[:-1])} and {every[-1]}"
 
 
 def capitals(atlas: Atlas) -> dict[int, str]:
-    """For each city that is a country's capital, by id, the capital's name in the file of countries."""
+    """Return the capital's name in the file of countries, by the id of each city that is a country's capital."""
     by_country: dict[str, list[City]] = {}
     for city in atlas.cities:
         by_country.setdefault(city.country, []).append(city)
-    found = {}
+    names = {}
     for code, country in atlas.countries.items():
         if not country.capital:
             continue
-        wanted = fold(country.capital)
-        same = [c for c in by_country.get(code, []) if wanted in map(fold, (c.name, c.ascii_name, *c.alternates))]
+        capital = fold(country.capital)
+        same = [c for c in by_country.get(code, []) if capital in map(fold, (c.name, c.ascii_name, *c.alternates))]
         if same:
-            best = max(same, key=lambda c: (c.seat, wanted == fold(c.ascii_name), c.population))
-            found[best.id] = country.capital
-    return found
+            best = max(same, key=lambda c: (c.seat, capital == fold(c.ascii_name), c.population))
+            names[best.id] = country.capital
+    return names
 
 
 def spellings(city: City, capital: str = "") -> tuple[str, ...]:
-    """The names a question may use, the usual one first."""
+    """Return the names a question may use, the usual one first."""
     names = (capital or city.name, city.name, city.ascii_name, _SHORT.get(city.name, city.name))
     return tuple(dict.fromkeys(names))
 
 
 def never_seen(atlas: Atlas) -> frozenset[int]:
-    """Ids of the cities that are kept out of training, under every spelling and for every relation."""
+    """Return the ids of the cities that are kept out of training, under every spelling and for every relation."""
     seats = capitals(atlas)
     names = {c.id: {fold(n) for n in spellings(c, seats.get(c.id, ""))} for c in atlas.cities}
     countries = {fold(name) for c in atlas.countries.values() for name in (c.name, c.capital)}
@@ -101,7 +101,7 @@ def never_seen(atlas: Atlas) -> frozenset[int]:
 
 
 def country_facts(atlas: Atlas) -> list[Fact]:
-    """What is to be known of countries; where the files are silent there is no fact."""
+    """Return the facts about countries; where the files are silent there are none."""
     facts = []
     for country in atlas.countries.values():
         answers = {
@@ -111,9 +111,9 @@ def country_facts(atlas: Atlas) -> list[Fact]:
             "languages": country.languages,
             "calling code": country.calling_codes,
         }
-        for relation, parts in answers.items():
-            if parts:
-                facts.append(Fact(relation, country.name, (country.name,), joined(parts), COUNTRY_WEIGHT))
+        for relation, texts in answers.items():
+            if texts:
+                facts.append(Fact(relation, country.name, (country.name,), join_words(texts), COUNTRY_WEIGHT))
         if country.capital:
             names = tuple(dict.fromkeys((country.capital, without_accents(country.capital))))
             facts.append(Fact("capital of", country.capital, names, country.name, COUNTRY_WEIGHT))
@@ -121,7 +121,7 @@ def country_facts(atlas: Atlas) -> list[Fact]:
 
 
 def city_facts(atlas: Atlas) -> list[Fact]:
-    """Country and time zone of every city, with weight 0 for the cities that are never seen."""
+    """Return country and time zone of every city, with weight 0 for the cities that are never seen."""
     hidden, seats = never_seen(atlas), capitals(atlas)
     facts = []
     for city in atlas.cities:
@@ -143,5 +143,5 @@ def city_facts(atlas: Atlas) -> list[Fact]:
 
 
 def all_facts(atlas: Atlas) -> list[Fact]:
-    """Every fact, seen or not."""
+    """Return every fact, seen or not."""
     return country_facts(atlas) + city_facts(atlas)

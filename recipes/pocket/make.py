@@ -29,7 +29,7 @@ from rich.progress import (
 from recipes.pocket import atlas as atlas_files
 from recipes.pocket import evaluation, tokenizer
 from recipes.pocket.answer import accuracy, greedy
-from recipes.pocket.card import card
+from recipes.pocket.card import write_card
 from recipes.pocket.encode import packed
 from recipes.pocket.facts import all_facts
 from recipes.pocket.model_folder import publish
@@ -57,11 +57,11 @@ def make(
     compiled: bool = True,
     console: Console | None = None,
 ) -> None:
-    """Train the base model and write its folder, and beside it the two files of questions."""
-    from recipes.pocket.base_training import Plan, fit, new_model
+    """Train the base model and write its folder, and next to it the two files of questions."""
+    from recipes.pocket.base_training import BaseTraining, new_model, train_base
 
     say = console or Console()
-    atlas = atlas_files.read(atlas_folder)
+    atlas = atlas_files.read_atlas(atlas_folder)
     facts = all_facts(atlas)
     files = write_questions(atlas, seed)
     say.print(f"{len(facts):,} facts; {', '.join(f'{len(q):,} {name} questions' for name, q in files.items())}")
@@ -70,8 +70,8 @@ def make(
     pieces = tokenizer.train(text for pair in pairs for text in (pair.question, pair.answer))
     words = tokenizer.wrapped(pieces)
     model = new_model(pieces.get_vocab_size(), seed)
-    plan = replace(Plan(), steps=steps, minutes=minutes)
-    stream = packed(pieces, pair_stream(facts, random.Random(f"{seed}:training")), plan.rows, plan.length)
+    training = replace(BaseTraining(), steps=steps, minutes=minutes)
+    stream = packed(pieces, pair_stream(facts, random.Random(f"{seed}:training")), training.rows, training.length)
     probe = [q for c in ("known", "rare", "unseen") for q in [q for q in files["reference"] if q.category == c][:PROBE]]
     started = time.monotonic()
 
@@ -85,28 +85,28 @@ def make(
                 rounded = shipped(model)
                 counts = accuracy(probe, greedy(rounded, words, [q.question for q in probe]))
                 shares = {c: right / asked for (c, r), (right, asked) in counts.items() if r == "all"}
-                parts = ", ".join(f"{name} {share:.3f}" for name, share in shares.items())
+                text = ", ".join(f"{name} {share:.3f}" for name, share in shares.items())
                 spent = (time.monotonic() - started) / 60
-                say.print(f"step {step}, {spent:.1f} min: loss {loss:.4f}; right in held-out phrasings: {parts}")
+                say.print(f"step {step}, {spent:.1f} min: loss {loss:.4f}; right in held-out phrasings: {text}")
                 if checkpoints is not None:
                     publish(checkpoints / "latest", rounded, words, "A checkpoint of the pocket model.\n")
 
-        done, tokens = fit(model, stream, plan, after_step=after_step, compiled=compiled)
+        done, tokens = train_base(model, stream, training, after_step=after_step, compiled=compiled)
     minutes_spent = (time.monotonic() - started) / 60
     final = shipped(model)
     questions = files["evaluation"]
     counts = accuracy(questions, greedy(final, words, [q.question for q in questions]))
-    text = card(final, counts, steps=done, tokens=tokens, minutes=minutes_spent, seed=seed)
+    text = write_card(final, counts, steps=done, tokens=tokens, minutes=minutes_spent, seed=seed)
     publish(out, final, words, text)
     for name, asked in files.items():
-        evaluation.write(out.parent / f"{name}.jsonl", asked)
+        evaluation.save_questions(out.parent / f"{name}.jsonl", asked)
     say.print(f"wrote {out}, {out.parent}/evaluation.jsonl and reference.jsonl")
     for (category, relation), (right, number) in sorted(counts.items()):
         say.print(f"{category:10} {relation:13} {right / number:.3f} of {number}")
 
 
 def shipped(model: LlamaForCausalLM) -> LlamaForCausalLM:
-    """A copy in bfloat16, as it is shipped and measured."""
+    """Return a copy in bfloat16, as it is shipped and measured."""
     import torch
 
     twin: LlamaForCausalLM = copy.deepcopy(model).to(torch.bfloat16).eval()  # type: ignore[arg-type]
@@ -114,12 +114,12 @@ def shipped(model: LlamaForCausalLM) -> LlamaForCausalLM:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code."""
+    """Run the command line and return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m recipes.pocket.make", description="Make the pocket model.")
     parser.add_argument("--atlas", type=Path, required=True, help="folder with the four public files")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the model; question files go beside it")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the model; question files go next to it")
     parser.add_argument("--steps", type=int, default=STEPS, help=f"training steps (default {STEPS})")
-    parser.add_argument("--minutes", type=float, help="learn faster to an end after so many minutes; not reproducible")
+    parser.add_argument("--minutes", type=float, help="learn faster, to an end after these minutes; not reproducible")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--checkpoints", type=Path, help="folder for a model now and then")
     parser.add_argument("--every", type=int, default=200, help="steps between two measurements")

@@ -1,4 +1,4 @@
-"""How a question is put: per relation phrasings to train on, two more to test on, one answer sentence."""
+"""Phrasings of questions: per relation some to train on, two more to test on, and one answer sentence."""
 
 from __future__ import annotations
 
@@ -203,7 +203,7 @@ _WITH_ARTICLE = frozenset(
 
 
 def with_article(country: str) -> str:
-    """The name of a country as it stands inside a sentence.
+    """Return the name of a country as it stands inside a sentence.
 
     Example:
         >>> with_article("Netherlands"), with_article("France")
@@ -213,7 +213,7 @@ def with_article(country: str) -> str:
 
 
 def sentence(relation: str, subject: str, answer: str) -> str:
-    """The one sentence that answers a question of this relation.
+    """Return the one sentence that answers a question of this relation.
 
     Example:
         >>> sentence("country", "Amsterdam", "Netherlands")
@@ -228,7 +228,7 @@ def sentence(relation: str, subject: str, answer: str) -> str:
 
 
 def ask(template: str, relation: str, subject: str, *, article: bool = True) -> str:
-    """A question from one template; ``article`` puts "the" before the countries that want one."""
+    """Return a question from one template; ``article`` puts "the" before the countries that want one."""
     if article and relation in COUNTRY_RELATIONS:
         subject = with_article(subject)
     return _upper_first(template.format(s=subject))

@@ -1,4 +1,4 @@
-"""Writes the two files of questions: one to measure with, one to take reference quantiles from.
+"""The two files of questions: one to measure with, one to take reference quantiles from.
 
 Both use the held-out phrasings only. A city is on one side for ever, by a hash of its name, so that no
 city of one file is in the other; country facts are split by fact.
@@ -43,7 +43,7 @@ class _Subject:
 
 
 def write_questions(atlas: Atlas, seed: int) -> dict[str, list[Question]]:
-    """The questions of both files, by file: ``evaluation`` and ``reference``."""
+    """Draw the questions of both files, by file: ``evaluation`` and ``reference``."""
     rng = random.Random(f"{seed}:questions")
     pools = _pools(atlas)
     total = sum(f.weight for f in country_facts(atlas)) + sum(f.weight for f in city_facts(atlas))
@@ -90,7 +90,7 @@ def _question(ident: str, category: Category, subject: _Subject, scale: float, r
 
 
 def _pools(atlas: Atlas) -> dict[tuple[Category, str], list[_Subject]]:
-    """Candidates by category and file."""
+    """Return candidates by category and file."""
     pools: dict[tuple[Category, str], list[_Subject]] = defaultdict(list)
     for subject in _about_countries(atlas):
         about_city = subject.relation == "capital of"  # a capital's side is that of its city
@@ -111,16 +111,16 @@ def _about_countries(atlas: Atlas) -> list[_Subject]:
     truths: dict[tuple[str, str], list[Fact]] = defaultdict(list)
     for fact in country_facts(atlas):
         truths[fact.relation, fact.subject].append(fact)
-    found = []
+    subjects = []
     for (relation, name), facts in truths.items():
-        if len(facts) == 1:  # a capital that two countries share is no certain fact
+        if len(facts) == 1:  # a capital that two countries share is not certain
             answers = continents[name] if relation == "continent" else (facts[0].answer,)
-            found.append(_Subject(relation, name, answers, facts[0].weight))
-    return found
+            subjects.append(_Subject(relation, name, answers, facts[0].weight))
+    return subjects
 
 
 def _about_cities(atlas: Atlas, relation: str) -> list[tuple[_Subject, Category]]:
-    """One subject for each name, with all cities of that name taken together, and its category."""
+    """Return one subject for each name, with all cities of that name taken together, and its category."""
     population: dict[str, int] = {}
     for city in atlas.cities:
         for name in (city.name, city.ascii_name):
@@ -132,7 +132,7 @@ def _about_cities(atlas: Atlas, relation: str) -> list[tuple[_Subject, Category]
             for name in fact.spellings:
                 groups[fold(name)][number] = fact
     countries = {fold(c.name) for c in atlas.countries.values()}
-    found = []
+    subjects = []
     for key, members in groups.items():
         facts = list(members.values())
         name = next((f.subject for f in facts if fold(f.subject) == key), "")
@@ -145,8 +145,8 @@ def _about_cities(atlas: Atlas, relation: str) -> list[tuple[_Subject, Category]
         subject = _Subject(relation, name, tuple(weights), total)
         category = _category(weights, total, population.get(key, BIG))
         if category:
-            found.append((subject, category))
-    return found
+            subjects.append((subject, category))
+    return subjects
 
 
 def _category(weights: dict[str, float], total: float, population: int) -> Category | None:
@@ -186,6 +186,6 @@ def _draw(pool: list[_Subject], size: int, rng: random.Random, *, mixed: bool) -
 
 
 def overlap(first: list[Question], second: list[Question]) -> set[tuple[str, str]]:
-    """Relation and subject of what two files share."""
+    """Return relation and subject of the questions that two files share."""
     pairs = [{(q.relation, fold(q.subject)) for q in file} for file in (first, second)]
     return pairs[0] & pairs[1]

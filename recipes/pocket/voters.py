@@ -1,28 +1,28 @@
 """Makes the pocket model's voters: ``python -m recipes.pocket.voters --atlas FOLDER --out FOLDER``.
 
-Three low-rank voters learn beside the frozen base model, each from its own share of every batch. Then the reference
-questions are answered: the quantiles of every answer score go into the adapter, so that a risk has a percentile, and a
-head that turns scores into the probability of being right.
+Three low-rank voters learn by ``selfdoubt.train.fit`` on top of the frozen base model, each from its own share of every
+batch. Then the reference questions are answered: the quantiles of every answer score go into the adapter, so that a
+risk has a percentile, and a head that turns scores into the probability of being right.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import random
 import sys
-from collections.abc import Callable, Iterator, Sequence
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from rich.console import Console
-from rich.progress import track
-from torch import Tensor, nn
 
 from recipes.pocket import atlas as atlas_files
 from recipes.pocket import evaluation
-from recipes.pocket.encode import Rows, packed
 from recipes.pocket.facts import all_facts
 from recipes.pocket.questions import pair_stream
 from selfdoubt import pocket, storage, vote
@@ -34,81 +34,73 @@ from selfdoubt.eval.run import choose_quarter_layers
 from selfdoubt.lm.conditions import Conditions
 from selfdoubt.lm.model import RiskAwareLM
 from selfdoubt.lm.scores import reference_quantiles
+from selfdoubt.train import TrainConfig, fit
 
 VOTERS = vote.Wrapper(n_voters=3, rank=16, weight_noise=0.5)
 STEPS, ROWS, LENGTH, RATE = 300, 48, 64, 2e-3
-#: Of the answers that are given, so many are right, with 95 % confidence.
+#: More pairs per packed row than fit, so that an epoch has all the steps.
+PAIRS_PER_ROW = 4
+#: The share of the answers given that are right, with 95 % confidence.
 TARGET = 0.9
 
 
-def rows_of(atlas_folder: Path, tokenizer: Any, seed: int, rows: int = ROWS) -> Iterator[Rows]:
-    """Packed training pairs without end; ``ROWS`` divides by two, three and four voters."""
-    facts = all_facts(atlas_files.read(atlas_folder))
-    return packed(tokenizer.backend_tokenizer, pair_stream(facts, random.Random(f"{seed}:voters")), rows, LENGTH)
-
-
-def inputs_of(rows: Rows) -> dict[str, Any]:
-    """What a model is called with to read packed rows."""
-    return {
-        "input_ids": rows.ids,
-        "position_ids": rows.positions,
-        "attention_mask": rows.mask(),
-        "use_cache": False,
-    }
-
-
-def loss_of(model: nn.Module, rows: Rows) -> Tensor:
-    """Mean surprisal of one training pass, questions and answers alike: each voter reads its own rows."""
-    logits: Tensor = model(**inputs_of(rows)).logits
-    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), rows.targets().flatten())
+def write_pairs(atlas_folder: Path, file: Path, pairs: int, seed: int) -> None:
+    """Write training pairs as instruction data, one JSON object per line."""
+    stream = pair_stream(all_facts(atlas_files.read_atlas(atlas_folder)), random.Random(f"{seed}:voters"))
+    drawn = ({"question": pair.question, "answer": pair.answer} for pair in islice(stream, pairs))
+    file.write_text("".join(f"{json.dumps(pair, ensure_ascii=False)}\n" for pair in drawn), encoding="utf-8")
 
 
 def fine_tune(
-    model: nn.Module,
-    stream: Iterator[Rows],
+    atlas_folder: Path,
+    out: Path,
     *,
+    base: str = "pocket",
     steps: int = STEPS,
-    rate: float = RATE,
-    loss: Callable[[nn.Module, Rows], Tensor] = loss_of,
-) -> float:
-    """Train what trains of a model, in place; returns the mean loss of the last tenth of the steps."""
-    model.train()
-    learner = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=rate, weight_decay=0.0)
-    warmup = max(1, steps // 20)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        learner, lambda step: min(1.0, (step + 1) / warmup) * (1 - step / steps)
-    )
-    losses = []
-    for _ in track(range(steps), description="fine-tuning"):
-        found = loss(model, next(stream))
-        learner.zero_grad()
-        found.backward()  # type: ignore[no-untyped-call]
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        learner.step()
-        schedule.step()
-        losses.append(found.item())
-    model.eval()
-    last = losses[-max(1, steps // 10) :]
-    return sum(last) / len(last)
+    rows: int = ROWS,
+    seed: int = 0,
+    **settings: Any,
+) -> Path:
+    """Train what is added to the pocket model on packed training pairs, questions and answers alike.
+
+    Args:
+        atlas_folder: The four public files.
+        out: The adapter folder to write.
+        base: The base model.
+        steps: Training steps; the rate rises over the first 5 % of them, and falls to nothing.
+        rows: Rows of a step; 48 divides by two, three and four voters.
+        seed: Of pairs, batches and the wrapper.
+        **settings: More fields of ``TrainConfig``: ``wrapper``, LoRA's.
+    """
+    with tempfile.TemporaryDirectory() as work:
+        data = Path(work) / "pairs.jsonl"
+        write_pairs(atlas_folder, data, steps * rows * PAIRS_PER_ROW, seed)
+        return fit(
+            TrainConfig(
+                data=str(data), out=str(out), model=base, seed=seed, loss_on="all", pack=True, max_length=LENGTH,
+                val_share=0.002, val_every=1.0, max_steps=steps, batch_size=rows, lr=RATE, schedule="cosine",
+                warmup=steps // 20, precision="32-true", dtype="float32", accelerator="cpu", loggers="none",
+                reference=0, **settings,
+            )
+        )  # fmt: skip
 
 
 def make(atlas_folder: Path, out: Path, *, base: Path, steps: int = STEPS, seed: int = 0) -> None:
     """Train the voters and write the adapter folder."""
-    torch.manual_seed(seed)
-    plain = RiskAwareLM.load(base, wrapper=None, dtype="float32", device="cpu")
-    wrapped = VOTERS(plain.model)
-    loss = fine_tune(wrapped, rows_of(atlas_folder, plain.tokenizer, seed), steps=steps)
-    Console().print(f"loss {loss:.4f}")
-    refer(RiskAwareLM(wrapped, plain.tokenizer), out)
+    name = "pocket" if base == pocket.folder() else str(base)
+    with tempfile.TemporaryDirectory() as work:
+        voters = replace(VOTERS, seed=seed)
+        adapter = fine_tune(atlas_folder, Path(work) / "adapter", base=name, steps=steps, seed=seed, wrapper=voters)
+        write_adapter(RiskAwareLM.load(base, adapter=adapter, dtype="float32", device="cpu"), out)
 
 
-def refer(lm: RiskAwareLM, out: Path) -> None:
+def write_adapter(lm: RiskAwareLM, out: Path) -> None:
     """Answer the reference questions, and write the adapter with their quantiles and what is learnt from them.
 
-    Half of them teach the head behind p_correct, half test the threshold below which an answer is withheld. Quantiles
+    Half of them teach the head behind p_correct, half test the threshold below which the model abstains. Quantiles
     leave out those that only calibrate.
     """
-    every = evaluation.read(pocket.reference_file())
+    every = evaluation.read_questions(pocket.reference_file())
     ranked, others = ([q for q in every if q.only_calibrates is only] for only in (False, True))
     lm.layers = choose_quarter_layers(lm)
     reference, more = (
@@ -135,7 +127,7 @@ def refer(lm: RiskAwareLM, out: Path) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code."""
+    """Run the command line and return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m recipes.pocket.voters", description=__doc__.splitlines()[0])
     parser.add_argument("--atlas", type=Path, help="folder with the four public files")
     parser.add_argument("--out", type=Path, required=True, help="the adapter folder to write")
@@ -152,7 +144,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("--atlas: wanted the folder with the four public files, found nothing; --keep needs none")
     try:
         if chosen.keep:
-            refer(RiskAwareLM.load(chosen.base, adapter=chosen.out, dtype="float32", device="cpu"), chosen.out)
+            write_adapter(RiskAwareLM.load(chosen.base, adapter=chosen.out, dtype="float32", device="cpu"), chosen.out)
             return 0
         make(chosen.atlas, chosen.out, base=chosen.base, steps=chosen.steps, seed=chosen.seed)
     except SelfdoubtError as error:

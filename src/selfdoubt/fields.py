@@ -240,6 +240,8 @@ def check_settings(settings: Any, kinds: Mapping[str, FieldCheck]) -> None:
     """
     defaults = {field.name: field.default for field in fields(settings)}
     for key, kind in kinds.items():
+        if key == STORED_COMPILE:  # ``resolve_compile`` has checked it
+            continue
         try:
             kind(getattr(settings, key), key)
         except FieldError as error:
@@ -247,6 +249,25 @@ def check_settings(settings: Any, kinds: Mapping[str, FieldCheck]) -> None:
             raise ConfigError(
                 f"{error.path} must be {expected}, got {error.actual}; try {key}={defaults[key]!r}"
             ) from None
+
+
+def resolve_compile(compiles: bool | None, symbolic_trace: bool | None) -> bool:
+    """Return the setting that has two names, ``compile`` and ``symbolic_trace``; None is a name that was not given.
+
+    Raises:
+        ConfigError: If one is neither True nor False, or if they differ.
+    """
+    given = {"compile": compiles, STORED_COMPILE: symbolic_trace}
+    for name, value in given.items():
+        if value is not None and not isinstance(value, bool):
+            raise ConfigError(f"{name} must be True or False, got {shown(value)}; try {name}=False")
+    values = {value for value in given.values() if value is not None}
+    if len(values) > 1:
+        raise ConfigError(
+            f"compile and symbolic_trace are one setting with two names, got compile={compiles} and "
+            f"symbolic_trace={symbolic_trace}; give compile alone"
+        )
+    return True in values
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -295,11 +316,13 @@ def _finite(token: str) -> float:
 #: Most members, widest rank, and largest scale of a deviation or a noise: far above what is of use, and what a file
 #: may ask for.
 MEMBERS, WIDTH, SCALE = 1_000_000, 2**16, 1e6
-#: Kinds of the settings that all wrappers have.
+#: The name under which files keep a wrapper's ``compile``.
+STORED_COMPILE = "symbolic_trace"
+#: Kinds of the settings that all wrappers have, by their names in files.
 SHARED: Mapping[str, FieldCheck] = {
     "param_filter": optional(regex),
     "shared_inputs": listing(nonempty),
-    "symbolic_trace": flag,
+    STORED_COMPILE: flag,
     "verbose": whole(0, 2),
     "seed": whole(-(2**43), 2**43),  # times a million it still fits 64 bits
 }

@@ -17,6 +17,7 @@ from typing import Any
 
 from selfdoubt.errors import ConfigError, LoadError
 from selfdoubt.fields import (
+    STORED_COMPILE,
     FieldCheck,
     FieldError,
     anything,
@@ -36,12 +37,12 @@ from selfdoubt.fields import (
     whole,
 )  # fmt: skip
 from selfdoubt.members import Spec
+from selfdoubt.wrapper_text import METHODS
 
 MANIFEST_FORMAT = 1
 WEIGHTS, MANIFEST = "added.safetensors", "selfdoubt.json"
 #: Entries of the manifest that are worth a folder without any weights.
 LEARNT = frozenset({"reference", "calibration"})
-METHODS = ("vote", "sample", "sculpt")
 LORA = ("adapter_config.json", "adapter_model.safetensors")
 #: A tokenizer counts where the first of these is there: it decides what a model reads.
 TOKENIZER = (
@@ -172,7 +173,8 @@ def stamp(folder: str | os.PathLike[str]) -> Path:
 def to_json(spec: Spec) -> dict[str, Any]:
     """Return a wrapper's settings as plain data."""
     method = type(spec).__module__.rpartition(".")[2]
-    settings = {f.name: getattr(spec, f.name) for f in fields(spec)}  # type: ignore[arg-type]
+    names = {f.name: STORED_COMPILE if f.name == "compile" else f.name for f in fields(spec)}  # type: ignore[arg-type]
+    settings = {stored: getattr(spec, name) for name, stored in names.items()}
     if isinstance(settings.get("distribution"), type):
         settings["distribution"] = settings["distribution"].__name__
     elif "distribution" in settings:
@@ -203,7 +205,7 @@ def _wrapper(entry: Any, path: str, *, complete: bool = True) -> Spec:
     module = import_module(f"selfdoubt.{method}")
     kinds: dict[str, FieldCheck] = {"method": anything, **module.Wrapper.kinds}
     if method == "sample":
-        kinds["distribution"] = _noise
+        kinds["distribution"] = _noise if complete else _partial_noise
     elif method == "sculpt":
         kinds["distribution"] = choice("Normal", "Laplace")
     settings = record(kinds if complete else {}, kinds)(entry, path)
@@ -225,6 +227,15 @@ def _noise(value: Any, path: str) -> dict[str, Any]:
     names = choice("Bernoulli", "Normal")
     chosen = record({"name": names}, open_ended=True)(value, path)["name"]
     return dict(record({"name": names, **getattr(known, chosen).kinds})(value, path))
+
+
+def _partial_noise(value: Any, path: str) -> dict[str, Any]:
+    """Check the distribution of a sample: its name, and those of its settings that are given."""
+    known = import_module("selfdoubt.sample")
+    names = choice("Bernoulli", "Normal")
+    value = {"name": value} if isinstance(value, str) else value
+    chosen = record({"name": names}, open_ended=True)(value, path)["name"]
+    return dict(record({"name": names}, getattr(known, chosen).kinds)(value, path))
 
 
 def _calibration(value: Any, path: str) -> Any:

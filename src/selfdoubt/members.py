@@ -22,7 +22,9 @@ from selfdoubt import targets
 from selfdoubt.compat import list_quantization_states
 from selfdoubt.errors import CaptureError, ConfigError, ShapeError, WrapError
 from selfdoubt.forecast import Forecast
+from selfdoubt.messages import show_message
 from selfdoubt.rows import ForwardContext, Replacement, added_names, expand, unfold
+from selfdoubt.scales import pair_scales
 from selfdoubt.targets import Leaf
 from selfdoubt.tree import tensors, tree_map
 
@@ -33,11 +35,11 @@ class Spec(Protocol):
 
     @property
     def verbose(self) -> int:
-        """0 prints nothing, 1 a summary, 2 every matched parameter."""
+        """0 logs nothing, 1 a summary, 2 every matched parameter."""
 
     @property
-    def symbolic_trace(self) -> bool:
-        """True compiles the wrapped forward as one graph."""
+    def compile(self) -> bool | None:
+        """True to compile the wrapped forward as one graph."""
 
     @property
     def shared_inputs(self) -> tuple[str, ...]:
@@ -93,12 +95,12 @@ class Wrapped(nn.Module):
         self._batch_norms = [m for m in self.modules() if isinstance(m, _BatchNorm)]
         # The fused path of nn.TransformerEncoderLayer reads its layers' weights and would step over replaced leaves.
         self._has_fused_path = any(isinstance(m, nn.TransformerEncoderLayer) for m in self.modules())
-        self._is_traced = spec.symbolic_trace
+        self._is_compiled = bool(spec.compile)
         if isinstance(self.module, Wrapped):  # the innermost runs the model
-            self.module._is_traced |= spec.symbolic_trace
+            self.module._is_compiled |= self._is_compiled
         self._graph: Callable[..., Any] | None = None
         if spec.verbose:
-            print(_summary(self, leaves))
+            show_message(_summary(self, leaves))
 
     def forward(self, *args: Any, return_risk: bool = False, training: bool | None = None, **kwargs: Any) -> Any:
         """Return the model's own output structure: the mean over members or, in training, each row's own member.
@@ -184,7 +186,7 @@ class Wrapped(nn.Module):
         if self._has_fused_path:
             torch.backends.mha.set_fastpath_enabled(False)
         try:
-            y = self._traced(*args, **kwargs) if self._is_traced else self.module(*args, **kwargs)
+            y = self._run_graph(*args, **kwargs) if self._is_compiled else self.module(*args, **kwargs)
         finally:
             if self._has_fused_path:
                 torch.backends.mha.set_fastpath_enabled(fused)
@@ -193,14 +195,7 @@ class Wrapped(nn.Module):
                 f"none of the {len(self.leaf_names)} replaced leaves was called ({self.leaf_names[0]}, ...): "
                 "the model reads their weights itself; choose other layers with param_filter"
             )
-        scales = tree_map(self.call.scale_of, y) if self.call.scales else None
-        if self.call.scales and not list(tensors(scales)):
-            shapes = [tuple(s.shape) for _, s in self.call.scales]
-            raise WrapError(
-                f"the wrapped head gives {shapes}, and no output has that shape: "
-                f"{[tuple(t.shape) for t in tensors(y)]}; name the last layer with param_filter"
-            )
-        return y, scales
+        return y, pair_scales(y, self.call.scales) if self.call.scales else None
 
     @property
     def distribution(self) -> Any:
@@ -212,7 +207,7 @@ class Wrapped(nn.Module):
         """Return the settings, so that ``print(wrapped)`` says what was done."""
         return repr(self.spec)
 
-    def _traced(self, *args: Any, **kwargs: Any) -> Any:
+    def _run_graph(self, *args: Any, **kwargs: Any) -> Any:
         if self._graph is None:
             self._graph = torch.compile(self.module, fullgraph=True)
         try:
@@ -222,8 +217,8 @@ class Wrapped(nn.Module):
             source_line = f"{where.filename}:{where.lineno}: {where.line}" if where else "an unknown line"
             reason = str(error).strip().splitlines()[0]
             raise CaptureError(
-                f"symbolic_trace=True needs one graph, and {source_line} cannot be captured ({reason}); "
-                "use symbolic_trace=False, the default"
+                f"compile=True needs one graph, and {source_line} cannot be captured ({reason}); "
+                "use compile=False, the default"
             ) from None
 
     def _named(self, args: tuple[Any, ...]) -> dict[str, Any]:

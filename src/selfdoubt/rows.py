@@ -67,13 +67,6 @@ class ForwardContext:
             )
         return x
 
-    def scale_of(self, y: Any) -> Tensor | None:
-        """Return the scale predicted for an output: the same tensor's, or (after a softcap, say) one of equal shape."""
-        if not isinstance(y, Tensor):
-            return None
-        same = [scale for head, scale in self.scales if head is y]
-        return next(iter(same or [scale for _, scale in self.scales if scale.shape == y.shape]), None)
-
 
 class Replacement(nn.Module):
     """A module in a leaf's place: the leaf itself, as ``leaf``, and beside it whatever a wrapper adds.

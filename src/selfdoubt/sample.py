@@ -14,9 +14,9 @@ The risk is the members' disagreement.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from collections.abc import Callable, Mapping
+from dataclasses import InitVar, dataclass
+from typing import Any, ClassVar, Literal, ParamSpec, overload
 
 import torch
 from jaxtyping import Float
@@ -24,10 +24,23 @@ from torch import Tensor, nn
 
 from selfdoubt import compat, kernels, targets
 from selfdoubt.errors import ConfigError, WrapError
-from selfdoubt.fields import MEMBERS, SCALE, SHARED, FieldCheck, check_settings, choice, flag, number, whole
-from selfdoubt.members import wrap
+from selfdoubt.fields import (
+    MEMBERS,
+    SCALE,
+    SHARED,
+    FieldCheck,
+    check_settings,
+    choice,
+    flag,
+    number,
+    resolve_compile,
+    whole,
+)
+from selfdoubt.members import Wrapped, wrap
 from selfdoubt.rows import ForwardContext, Replacement
 from selfdoubt.targets import Leaf
+
+P = ParamSpec("P")
 
 
 @dataclass(frozen=True)
@@ -43,12 +56,12 @@ class Bernoulli:
         check_settings(self, self.kinds)
 
     def initial(self) -> float:
-        """The parameter that trains: the logit of ``p``."""
+        """Return the parameter that trains: the logit of ``p``."""
         return math.log(self.p / (1 - self.p))
 
     @staticmethod
     def noise(parameter: Tensor, uniform: Float[Tensor, "rows features"], *, soft: bool) -> Tensor:
-        """The noise for uniform draws; ``soft`` relaxes the step so that gradients reach ``p``."""
+        """Return the noise for uniform draws; ``soft`` relaxes the step so that gradients reach ``p``."""
         p = parameter.sigmoid()
         if not soft:
             return (uniform >= p).to(p.dtype) / (1 - p)
@@ -71,12 +84,12 @@ class Normal:
         check_settings(self, self.kinds)
 
     def initial(self) -> float:
-        """The parameter that trains: the logarithm of ``std``."""
+        """Return the parameter that trains: the logarithm of ``std``."""
         return math.log(self.std)
 
     @staticmethod
     def noise(parameter: Tensor, uniform: Float[Tensor, "rows features"], *, soft: bool) -> Tensor:  # noqa: ARG004
-        """The noise for uniform draws; differentiable in ``std`` as it is."""
+        """Return the noise for uniform draws; it is differentiable in ``std``."""
         eps = torch.finfo(uniform.dtype).eps
         standard = torch.special.ndtri(uniform.clamp(eps, 1 - eps))
         noise: Tensor = 1 + parameter.exp() * standard
@@ -95,9 +108,10 @@ class Wrapper:
         output: "logits" averages probabilities over the last axis, "values" averages values. "auto" takes an output
             called ``logits`` (Hugging Face) as logits and anything else as values.
         shared_inputs: Names of inputs without a batch axis, passed to all members as they are.
-        symbolic_trace: Compile the wrapped forward as one graph.
-        verbose: 0 prints nothing, 1 a summary, 2 every matched parameter.
+        compile: Compile the wrapped forward as one graph.
+        verbose: 0 logs nothing, 1 a summary, 2 every matched parameter (``logging.getLogger("selfdoubt")``).
         seed: Seed of the members' noise at evaluation; training draws from torch's global generator.
+        symbolic_trace: Another name for ``compile``, as an argument only.
 
     Raises:
         ConfigError: If a setting is out of range.
@@ -114,28 +128,34 @@ class Wrapper:
     param_filter: str | None = None
     output: Literal["auto", "values", "logits"] = "auto"
     shared_inputs: tuple[str, ...] = ()
-    symbolic_trace: bool = False
+    compile: bool | None = None
     verbose: int = 0
     seed: int = 0
+    symbolic_trace: InitVar[bool | None] = None
 
     goes_inside: ClassVar[bool] = False
     kinds: ClassVar[Mapping[str, FieldCheck]] = {
         "n_samples": whole(1, MEMBERS), "output": choice("auto", "values", "logits"), **SHARED,
     }  # fmt: skip
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, symbolic_trace: bool | None) -> None:
+        object.__setattr__(self, "compile", resolve_compile(self.compile, symbolic_trace))
         check_settings(self, self.kinds)
         if not isinstance(self.distribution, (Bernoulli, Normal)):
             raise ConfigError(
                 f"distribution must be sample.Bernoulli(p) or sample.Normal(std), got {self.distribution!r}"
             )
 
+    @overload
+    def __call__(self, model: nn.Module) -> Wrapped: ...
+    @overload
+    def __call__(self, model: Callable[P, nn.Module]) -> Callable[P, Wrapped]: ...
     def __call__(self, model: Any) -> Any:
-        """Wrap a model (or decorate a class of models)."""
+        """Wrap a model; or decorate a class of models, whose calls then build wrapped ones."""
         return wrap(self, model)
 
     def find(self, model: nn.Module) -> list[Leaf]:
-        """The leaves to replace."""
+        """Return the leaves to replace."""
         leaves = targets.find(model, self.param_filter)
         for leaf in leaves:
             kernels.check_rows(model, leaf)
@@ -147,24 +167,28 @@ class Wrapper:
         return leaves
 
     def make_leaf(self, leaf: Leaf, index: int, call: ForwardContext) -> nn.Module:
-        """A leaf behind noise."""
+        """Build a leaf whose input gets noise."""
         return NoisyLeaf(leaf, index, call, self)
 
     def freezes(self) -> bool:
-        """Nothing stops training."""
+        """Return False: the model's own parameters go on training."""
         return False
 
     def members(self, *, training: bool) -> int:
-        """One pass in training, ``n_samples`` at evaluation."""
+        """Return the number of passes: one in training, ``n_samples`` at evaluation."""
         return 1 if training else self.n_samples
 
     def splits(self, *, training: bool) -> bool:  # noqa: ARG002
-        """A batch is never split."""
+        """Return False: a batch is never split."""
         return False
 
 
 #: Layers whose features are in dimension 1; all others have them in the last.
-_CHANNELS_FIRST = (nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.PReLU)
+_CHANNELS_FIRST = (
+    nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
+    nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, nn.InstanceNorm1d, nn.InstanceNorm2d,
+    nn.InstanceNorm3d, nn.GroupNorm, nn.PReLU,
+)  # fmt: skip
 
 
 class NoisyLeaf(Replacement):
@@ -187,7 +211,7 @@ class NoisyLeaf(Replacement):
             self.register_buffer("parameter", start)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """The leaf on noisy rows: at evaluation one fixed noise per member, in training a fresh one per row."""
+        """Run the leaf on noisy rows: at evaluation one fixed noise per member, in training a fresh one per row."""
         self.call.reached = True
         x = self.call.per_row(x)
         if self.looks_up or not x.is_floating_point():
@@ -196,7 +220,7 @@ class NoisyLeaf(Replacement):
         return self.leaf(x * self._noise(x, len(x)), *args, **kwargs)
 
     def _noise(self, x: Tensor, rows: int) -> Tensor:
-        """Noise that broadcasts over ``x``: ``(rows, 1, ..., features, ...)``."""
+        """Return noise that broadcasts over ``x``: ``(rows, 1, ..., features, ...)``."""
         axis = self.feature_axis % x.ndim
         features, members = x.shape[axis], self.call.members
         if self.call.training:
@@ -211,7 +235,7 @@ class NoisyLeaf(Replacement):
 
 
 def uniforms(key: int, members: int, features: int, device: torch.device) -> Float[Tensor, "members features"]:
-    """Uniform draws in [0, 1) that depend on the key, the member and the feature only, alike on every device.
+    """Draw uniform numbers in [0, 1) that depend on the key, the member and the feature only, alike on every device.
 
     A counter-based generator: each cell's counter goes through a 64-bit finaliser twice (Salmon et al., 2011, "Parallel
     random numbers: as easy as 1, 2, 3", for the idea; Steele et al., 2014, SplitMix64, for the finaliser).
@@ -224,7 +248,7 @@ def uniforms(key: int, members: int, features: int, device: torch.device) -> Flo
 
 
 def _mix(x: Tensor) -> Tensor:
-    """SplitMix64's finaliser on int64, whose products wrap around; ``>>`` keeps the sign, hence the masks."""
+    """Apply SplitMix64's finaliser to int64, whose products wrap around; ``>>`` keeps the sign, hence the masks."""
     x = x + -7046029254386353131
     x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * -4658895280553007687
     x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * -7723592293110705685

@@ -12,9 +12,9 @@ data that more data would not remove. Put it inside ``vote`` or ``sample`` to ge
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, TypeAlias
+from collections.abc import Callable, Mapping
+from dataclasses import InitVar, dataclass
+from typing import Any, ClassVar, Literal, ParamSpec, TypeAlias, overload
 
 import torch
 import torch.nn.functional as F
@@ -22,32 +22,38 @@ from torch import Tensor, nn
 
 from selfdoubt import compat, targets
 from selfdoubt.errors import ConfigError, WrapError
-from selfdoubt.fields import SHARED, WIDTH, FieldCheck, check_settings, number, optional, whole
-from selfdoubt.members import wrap
+from selfdoubt.fields import SHARED, WIDTH, FieldCheck, check_settings, number, optional, resolve_compile, whole
+from selfdoubt.members import Wrapped, wrap
 from selfdoubt.rows import ForwardContext, Replacement
 from selfdoubt.targets import Leaf
 from selfdoubt.tree import tree_map
 
+P = ParamSpec("P")
+
 #: ``(y, scale)`` as ``wrapped(..., return_risk=True)`` returns it: two tensors, or two trees of them.
-Pair: TypeAlias = tuple[Any, Any]
+Prediction: TypeAlias = tuple[Any, Any]
 
 
+@dataclass(frozen=True)
 class Normal:
-    """A normal distribution with mean ``y`` and standard deviation ``scale``. Call its methods on the class."""
+    """A normal distribution with mean ``y`` and standard deviation ``scale``.
+
+    It has no settings: the class itself and an instance are the same to its methods and to ``Wrapper``.
+    """
 
     @staticmethod
-    def mean(pair: Pair) -> Any:
-        """The mean: ``y``."""
+    def mean(pair: Prediction) -> Any:
+        """Return the mean: ``y``."""
         return pair[0]
 
     @staticmethod
-    def std(pair: Pair) -> Any:
-        """The standard deviation: ``scale``."""
+    def std(pair: Prediction) -> Any:
+        """Return the standard deviation: ``scale``."""
         return pair[1]
 
     @staticmethod
-    def sample(pair: Pair, *, generator: torch.Generator | None = None) -> Any:
-        """One draw, differentiable in both; outputs without a scale stay as they are."""
+    def sample(pair: Prediction, *, generator: torch.Generator | None = None) -> Any:
+        """Draw once, differentiable in both; outputs without a scale stay as they are."""
 
         def draw(y: Any, scale: Tensor | None) -> Any:
             if scale is None:
@@ -59,27 +65,28 @@ class Normal:
 
     @staticmethod
     def nll(pair: tuple[Tensor, Tensor], target: Tensor) -> Tensor:
-        """Negative log-likelihood of each target, nats."""
+        """Return the negative log-likelihood of each target, nats."""
         y, scale = pair
         return 0.5 * ((target - y) / scale).square() + scale.log() + 0.5 * math.log(2 * math.pi)
 
 
+@dataclass(frozen=True)
 class Laplace:
-    """A Laplace distribution with mean ``y`` and scale ``b``. Call its methods on the class."""
+    """A Laplace distribution with mean ``y`` and scale ``b``; class and instance are the same, as in ``Normal``."""
 
     @staticmethod
-    def mean(pair: Pair) -> Any:
-        """The mean: ``y``."""
+    def mean(pair: Prediction) -> Any:
+        """Return the mean: ``y``."""
         return pair[0]
 
     @staticmethod
-    def std(pair: Pair) -> Any:
-        """The standard deviation: ``sqrt(2) b``."""
+    def std(pair: Prediction) -> Any:
+        """Return the standard deviation: ``sqrt(2) b``."""
         return tree_map(lambda scale: None if scale is None else scale * math.sqrt(2), pair[1])
 
     @staticmethod
-    def sample(pair: Pair, *, generator: torch.Generator | None = None) -> Any:
-        """One draw by the inverse of the distribution function, differentiable in both."""
+    def sample(pair: Prediction, *, generator: torch.Generator | None = None) -> Any:
+        """Draw once by the inverse of the distribution function, differentiable in both."""
 
         def draw(y: Any, scale: Tensor | None) -> Any:
             if scale is None:
@@ -92,7 +99,7 @@ class Laplace:
 
     @staticmethod
     def nll(pair: tuple[Tensor, Tensor], target: Tensor) -> Tensor:
-        """Negative log-likelihood of each target, nats."""
+        """Return the negative log-likelihood of each target, nats."""
         y, scale = pair
         return (target - y).abs() / scale + scale.log() + math.log(2)
 
@@ -102,16 +109,17 @@ class Wrapper:
     """Settings of a predicted spread; call it with a model to wrap it, or use it as a decorator of a module class.
 
     Args:
-        distribution: ``Normal`` or ``Laplace``, the class itself.
+        distribution: ``Normal`` or ``Laplace``, the class or an instance; the class is kept.
         n_layers: Layers of the scale branch, at least 1.
         rank: Width of the branch between its layers. With one layer: its rank, or None for a full layer.
         param_filter: A regex over full parameter names; the layers that own them are heads, and their outputs must be
             outputs of the model. None: the output embedding of a language model, the last layer of any other.
         initial_scale: The scale everywhere before training, above 0.
         shared_inputs: Not used with one member; kept so that all wrappers read alike.
-        symbolic_trace: Compile the wrapped forward as one graph.
-        verbose: 0 prints nothing, 1 a summary, 2 every matched parameter.
+        compile: Compile the wrapped forward as one graph.
+        verbose: 0 logs nothing, 1 a summary, 2 every matched parameter (``logging.getLogger("selfdoubt")``).
         seed: Seed of the branch's initial weights.
+        symbolic_trace: Another name for ``compile``, as an argument only.
 
     Raises:
         ConfigError: If a setting is out of range.
@@ -123,15 +131,16 @@ class Wrapper:
         torch.Size([3, 1])
     """
 
-    distribution: type[Normal] | type[Laplace] = Normal
+    distribution: type[Normal] | type[Laplace] | Normal | Laplace = Normal
     n_layers: int = 2
     rank: int | None = 16
     param_filter: str | None = None
     initial_scale: float = 0.1
     shared_inputs: tuple[str, ...] = ()
-    symbolic_trace: bool = False
+    compile: bool | None = None
     verbose: int = 0
     seed: int = 0
+    symbolic_trace: InitVar[bool | None] = None
 
     output: ClassVar[Literal["auto", "values", "logits"]] = "auto"
     goes_inside: ClassVar[bool] = True
@@ -142,19 +151,26 @@ class Wrapper:
         **SHARED,
     }
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, symbolic_trace: bool | None) -> None:
+        object.__setattr__(self, "compile", resolve_compile(self.compile, symbolic_trace))
+        if isinstance(self.distribution, (Normal, Laplace)):
+            object.__setattr__(self, "distribution", type(self.distribution))
         if self.distribution not in (Normal, Laplace):
             raise ConfigError(f"distribution must be sculpt.Normal or sculpt.Laplace, got {self.distribution!r}")
         check_settings(self, self.kinds)
         if self.rank is None and self.n_layers > 1:
             raise ConfigError(f"a branch of {self.n_layers} layers needs a width; try rank=16")
 
+    @overload
+    def __call__(self, model: nn.Module) -> Wrapped: ...
+    @overload
+    def __call__(self, model: Callable[P, nn.Module]) -> Callable[P, Wrapped]: ...
     def __call__(self, model: Any) -> Any:
-        """Wrap a model (or decorate a class of models)."""
+        """Wrap a model; or decorate a class of models, whose calls then build wrapped ones."""
         return wrap(self, model)
 
     def find(self, model: nn.Module) -> list[Leaf]:
-        """The heads."""
+        """Return the heads."""
         if self.param_filter is not None:
             return targets.find(model, self.param_filter)
         heads = [leaf for leaf in targets.find(model, targets.EVERYTHING) if _is_head(leaf)]
@@ -165,7 +181,7 @@ class Wrapper:
         return chosen
 
     def make_leaf(self, leaf: Leaf, index: int, call: ForwardContext) -> nn.Module:
-        """A head with a scale branch beside it."""
+        """Build a head with a scale branch."""
         if not _is_head(leaf):
             raise WrapError(
                 f"a head must be a linear or convolution layer, and {leaf.name} is {type(leaf.module).__name__}; "
@@ -176,15 +192,15 @@ class Wrapper:
             return ScaledHead(leaf, call, self)
 
     def freezes(self) -> bool:
-        """Nothing stops training."""
+        """Return False: the model's own parameters go on training."""
         return False
 
     def members(self, *, training: bool) -> int:  # noqa: ARG002
-        """One."""
+        """Return 1."""
         return 1
 
     def splits(self, *, training: bool) -> bool:  # noqa: ARG002
-        """A batch is never split."""
+        """Return False: a batch is never split."""
         return False
 
 
@@ -199,15 +215,15 @@ class ScaledHead(Replacement):
         self.branch.to(parameter.device, dtype)
 
     def forward(self, h: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The head's own output; the scale is left with the call."""
+        """Run the head; the scale of its output is left with the call."""
         self.call.reached = True
         y: Tensor = self.leaf(h, *args, **kwargs)
         self.call.scales.append((y, self.scale(h)))
         return y
 
     def scale(self, h: Tensor) -> Tensor:
-        """The predicted scale of the head's outputs for its inputs, above 0."""
-        # Someone may have packed the branch into 4 bits: its biases still tell the dtype.
+        """Predict the scale of the head's outputs for its inputs, above 0."""
+        # The branch may have been packed into 4 bits: its biases still have the dtype.
         dtype = next((p.dtype for p in self.branch.parameters() if p.is_floating_point()), h.dtype)
         scale: Tensor = self.branch(h if torch.is_autocast_enabled(h.device.type) else h.to(dtype))
         # A scale of exactly 0 would make every error infinitely unlikely.
@@ -220,7 +236,7 @@ def _is_head(leaf: Leaf) -> bool:
 
 
 def _branch(head: nn.Module, spec: Wrapper) -> nn.Sequential:
-    """``n_layers`` layers with GELU between, the last of the head's own geometry; it starts at ``initial_scale``."""
+    """Build ``n_layers`` layers with GELU between; the last has the head's geometry and gives ``initial_scale``."""
     layers: list[nn.Module] = []
     if isinstance(head, (nn.Conv1d, nn.Conv2d)):
         point = type(head)

@@ -27,7 +27,6 @@ from selfdoubt.manifest import (
     LEARNT,
     MANIFEST,
     MANIFEST_FORMAT,
-    METHODS,
     WEIGHTS,
     from_json,
     plain_manifest,
@@ -45,7 +44,6 @@ from selfdoubt.version import __version__
 __all__ = [
     "LEARNT",
     "MANIFEST",
-    "METHODS",
     "WEIGHTS",
     "fingerprint",
     "from_json",

@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from collections.abc import Callable, Mapping
+from dataclasses import InitVar, dataclass
+from typing import Any, ClassVar, Literal, ParamSpec, overload
 
 import torch
 from torch import Tensor, nn
@@ -33,11 +33,14 @@ from selfdoubt.fields import (
     flag,
     number,
     optional,
+    resolve_compile,
     whole,
 )
-from selfdoubt.members import wrap
+from selfdoubt.members import Wrapped, wrap
 from selfdoubt.rows import ForwardContext, Replacement
 from selfdoubt.targets import Leaf
+
+P = ParamSpec("P")
 
 
 @dataclass(frozen=True)
@@ -57,9 +60,10 @@ class Wrapper:
         output: "logits" averages probabilities over the last axis, "values" averages values. "auto" takes an output
             called ``logits`` (Hugging Face) as logits and anything else as values.
         shared_inputs: Names of inputs without a batch axis, passed to all voters as they are.
-        symbolic_trace: Compile the wrapped forward as one graph.
-        verbose: 0 prints nothing, 1 a summary, 2 every matched parameter.
+        compile: Compile the wrapped forward as one graph.
+        verbose: 0 logs nothing, 1 a summary, 2 every matched parameter (``logging.getLogger("selfdoubt")``).
         seed: Seed of the initial deviations.
+        symbolic_trace: Another name for ``compile``, as an argument only.
 
     Raises:
         ConfigError: If a setting is out of range.
@@ -79,9 +83,10 @@ class Wrapper:
     alpha: float = 1.0
     output: Literal["auto", "values", "logits"] = "auto"
     shared_inputs: tuple[str, ...] = ()
-    symbolic_trace: bool = False
+    compile: bool | None = None
     verbose: int = 0
     seed: int = 0
+    symbolic_trace: InitVar[bool | None] = None
 
     goes_inside: ClassVar[bool] = False
     kinds: ClassVar[Mapping[str, FieldCheck]] = {
@@ -94,19 +99,24 @@ class Wrapper:
         **SHARED,
     }
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, symbolic_trace: bool | None) -> None:
+        object.__setattr__(self, "compile", resolve_compile(self.compile, symbolic_trace))
         check_settings(self, self.kinds)
         if self.alpha == 0:
             raise ConfigError("alpha must not be 0: voters could not differ; try alpha=1")
         if not self.finetune and self.rank is not None:
             raise ConfigError(f"finetune=False re-draws whole weights, got rank={self.rank}; leave rank=None")
 
+    @overload
+    def __call__(self, model: nn.Module) -> Wrapped: ...
+    @overload
+    def __call__(self, model: Callable[P, nn.Module]) -> Callable[P, Wrapped]: ...
     def __call__(self, model: Any) -> Any:
-        """Wrap a model (or decorate a class of models)."""
+        """Wrap a model; or decorate a class of models, whose calls then build wrapped ones."""
         return wrap(self, model)
 
     def find(self, model: nn.Module) -> list[Leaf]:
-        """The leaves to replace."""
+        """Return the leaves to replace."""
         leaves = targets.outermost(targets.find(model, self.param_filter))
         for leaf in leaves:
             kernels.check_rows(model, leaf)
@@ -119,20 +129,20 @@ class Wrapper:
         return leaves
 
     def make_leaf(self, leaf: Leaf, index: int, call: ForwardContext) -> nn.Module:
-        """A leaf with one deviation per voter beside it."""
+        """Build a leaf with one deviation per voter."""
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + index)
         return VotingLeaf(leaf, call, self, generator)
 
     def freezes(self) -> bool:
-        """Whether the model's own parameters stop training."""
+        """Return whether the model's own parameters stop training."""
         return self.finetune
 
     def members(self, *, training: bool) -> int:  # noqa: ARG002
-        """All voters, always."""
+        """Return the number of voters: all run, always."""
         return self.n_voters
 
     def splits(self, *, training: bool) -> bool:
-        """In training each voter reads its own share of the batch."""
+        """Return whether each voter reads its own share of the batch, as in training."""
         return training
 
 
@@ -150,7 +160,7 @@ class VotingLeaf(Replacement):
         self.deviations = nn.ParameterDict(_initial(leaf, spec, generator))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The leaf's output on member-major rows, each member with its own deviation."""
+        """Run the leaf on member-major rows, each member with its own deviation."""
         self.call.reached = True
         if args:
             args = (x := self.call.per_row(args[0]), *args[1:])
@@ -170,7 +180,7 @@ class VotingLeaf(Replacement):
 
 
 def _initial(leaf: Leaf, spec: Wrapper, generator: torch.Generator) -> dict[str, nn.Parameter]:
-    """Initial deviations of a leaf's matched parameters."""
+    """Draw the initial deviations of a leaf's matched parameters."""
     base = compat.get_base_layer(leaf.module)
     kernel = kernels.find_kernel(base)
     if kernel is None:
@@ -191,8 +201,8 @@ def _initial(leaf: Leaf, spec: Wrapper, generator: torch.Generator) -> dict[str,
         dtype = _float_dtype(base, parameter)
         if spec.rank is not None and name == "weight" and kernel in (kernels.linear, kernels.embedding):
             fan_in, fan_out = kernels.fans(base)
-            # (A^T B)_ij sums `rank` products, and its standard deviation shall be `size`. What A gives out is of the
-            # size of what it reads: a row of inputs for a linear layer, one entry for an embedding.
+            # (A^T B)_ij sums `rank` products, and its standard deviation shall be `size`. The outputs of A have the
+            # size of its inputs: a row of inputs for a linear layer, one entry for an embedding.
             looks_up = kernel is kernels.embedding
             a_std = 1.0 if looks_up else 1 / math.sqrt(fan_in)
             a = _normal((spec.n_voters, *((fan_in, spec.rank) if looks_up else (spec.rank, fan_in))), generator)
@@ -217,7 +227,7 @@ def _float_dtype(base: nn.Module, parameter: Tensor) -> torch.dtype:
 
 
 def _weight_std(base: nn.Module, parameter: Tensor) -> float:
-    """Standard deviation of the leaf's weight: the yardstick of ``weight_noise`` for all its parameters."""
+    """Return the standard deviation of the leaf's weight, the unit of ``weight_noise`` for all its parameters."""
     weight = getattr(base, "weight", parameter)
     if compat.is_quantized(base):
         # Packed weights cannot be read without their library, but for x ~ N(0, 1) the mean of (W x)^2 is the
@@ -227,13 +237,13 @@ def _weight_std(base: nn.Module, parameter: Tensor) -> float:
         with torch.no_grad():
             y = base(x).float() - base(torch.zeros_like(x[:1])).float()
         return float((y.square().mean() / x.shape[1]).sqrt())
-    # A norm's weight is constant when new: then its mean size is the yardstick.
+    # A norm's weight is constant when new: then its mean size is the unit.
     std = float(weight.detach().float().std(correction=0)) if weight.numel() > 1 else 0.0
     return std or float(weight.detach().float().abs().mean())
 
 
 def _redrawn(base: nn.Module, parameters: dict[str, nn.Parameter], generator: torch.Generator) -> dict[str, Tensor]:
-    """The leaf's parameters drawn anew, by its own initialisation where it has one."""
+    """Draw the leaf's parameters again, by its own initialisation where it has one."""
     if callable(getattr(base, "reset_parameters", None)):
         new = copy.deepcopy(base)
         with torch.random.fork_rng(devices=[]):

@@ -27,7 +27,7 @@ SMALL = (
 def geography(tmp_path_factory) -> Path:
     """The pocket model's own questions with their answers, as instruction data."""
     file = tmp_path_factory.mktemp("data") / "geography.jsonl"
-    questions = [q for q in evaluation.read(pocket.reference_file()) if q.answers][:120]
+    questions = [q for q in evaluation.read_questions(pocket.reference_file()) if q.answers][:120]
     pairs = [{"question": q.question, "answer": sentence(q.relation, q.subject, q.answers[0])} for q in questions]
     file.write_text("".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs), encoding="utf-8")
     return file
@@ -148,7 +148,8 @@ def test_a_config_file_and_flags(geography, tmp_path):
         (["train", "--data", "{data}", "--out", "{tmp}/x", "--param-filter", "nothing_like_it"], "nearest"),
         (["train", "--data", "{data}", "--out", "{tmp}/x", "--strategy", "magic"], "--strategy"),
         (["train", "--config", "{tmp}/nowhere.toml"], "cannot be read"),
-        (["export", "{data}", "{tmp}/y", "--checkpoint"], "is no checkpoint of a run"),
+        (["train", "--data", "{data}", "--out", "{tmp}/x", "--wrapper", "sample:p=3"], "the key 'p'"),
+        (["export", "{data}", "{tmp}/y", "--checkpoint"], "is not a checkpoint of a run"),
     ],
 )
 def test_bad_input_gets_one_line_and_leaves_nothing(arguments, wanted, geography, tmp_path, monkeypatch, capsys):

@@ -31,7 +31,7 @@ def facts(tmp_path_factory) -> Path:
     from recipes.pocket.facts import all_facts
     from recipes.pocket.questions import pair_stream
 
-    stream = pair_stream(all_facts(atlas.read(need(SHARED / "atlas"))), random.Random(1))
+    stream = pair_stream(all_facts(atlas.read_atlas(need(SHARED / "atlas"))), random.Random(1))
     file = tmp_path_factory.mktemp("facts") / "facts.jsonl"
     lines = (json.dumps({"question": p.question, "answer": p.answer}) + "\n" for p in islice(stream, 4000))
     file.write_text("".join(lines), encoding="utf-8")
@@ -48,7 +48,7 @@ def test_the_pocket_model_keeps_its_facts_in_held_out_phrasings(facts, tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     lm = RiskAwareLM.load("pocket", adapter=out)
-    questions = [q for q in evaluation.read(pocket.evaluation_file()) if q.category == "known"]
+    questions = [q for q in evaluation.read_questions(pocket.evaluation_file()) if q.category == "known"]
     answers = lm.generate([q.question for q in questions], max_tokens=48, batch_size=64)
     right = sum(evaluation.is_right(q, a.text) for q, a in zip(questions, answers, strict=True)) / len(questions)
     training = json.loads((out / "selfdoubt.json").read_text())["training"]
@@ -94,12 +94,12 @@ def test_memory_does_not_grow_with_workers_over_an_epoch_of_alpaca(tmp_path, wor
 
     from selfdoubt.lm.load import load_model
     from selfdoubt.train import InstructionData, TrainConfig
-    from selfdoubt.train.encode import splits
+    from selfdoubt.train.encode import prepare_splits
 
     data = need(SHARED / "alpaca" / "alpaca_data.json")
     _, words = load_model("pocket")
     config = TrainConfig(data=str(data), out="", batch_size=12, workers=workers, val_share=0)
-    found = splits(config, copy.deepcopy(words), tmp_path)
+    found = prepare_splits(config, copy.deepcopy(words), tmp_path)
     assert len(found.train) + found.empty == 52_002
     assert 28 <= found.empty < 60  # 28 without a response, and some whose question fills the length
 

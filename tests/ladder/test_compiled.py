@@ -22,7 +22,7 @@ WRAPPERS = {
 }
 def check(base, name, *batches, field=None):
     # Two modules around the same weights: the compiled one must not find a graph of the other.
-    eager, compiled = (replace(WRAPPERS[name], symbolic_trace=t)(base) for t in (False, True))
+    eager, compiled = (replace(WRAPPERS[name], compile=t)(base) for t in (False, True))
     compiled.load_state_dict(eager.state_dict())
     for x in batches:
         with torch.no_grad():
@@ -70,10 +70,10 @@ class Branches(nn.Module):
         y = self.layer(x)
         return y if y.sum() > 0 else -y
 try:
-    vote.Wrapper(symbolic_trace=True)(Branches().eval())(torch.randn(2, 4))
+    vote.Wrapper(compile=True)(Branches().eval())(torch.randn(2, 4))
 except CaptureError as error:
     assert "\\n" not in str(error), error
-    assert "symbolic_trace=False" in str(error), error
+    assert "compile=False" in str(error), error
     print(error)
 """
     assert "one graph" in run(SETUP + code)

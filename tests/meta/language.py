@@ -23,7 +23,7 @@ BANNED_NAMES = ("found", "own", "wanted", "told", "said", "plan", "line", "job",
 NOUN_CLAUSE = re.compile(r"(What|Whether|Who|Whom|Whose|How|Where|Which|When|Why)\b")
 NAMED_TUPLES = frozenset({"_replace", "_asdict", "_fields", "_make"})
 #: Names that every room may have: a command per file, a check of its own arguments, ...
-SHARED_NAMES = frozenset({"T", "log", "Wrapper", "main", "__all__"})
+SHARED_NAMES = frozenset({"T", "P", "log", "Wrapper", "Normal", "main", "__all__"})
 
 
 def python_files(root: Path = ROOT) -> dict[str, Path]:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import copy
+import io
+import logging
+from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +16,7 @@ from torch.testing import assert_close
 from transformers.modeling_outputs import BaseModelOutput
 
 import selfdoubt
-from selfdoubt import sample, sculpt, vote
+from selfdoubt import messages, sample, sculpt, vote
 from selfdoubt.errors import ConfigError, ShapeError, WrapError
 from selfdoubt.forecast import Forecast
 from selfdoubt.members import base_name, check_spec, innermost
@@ -344,16 +348,61 @@ def test_a_model_that_cannot_be_copied_says_why():
         VOTE(Locked())
 
 
+TRAINED = 2 * (4 * 8 + 8 + 8 * 3 + 3)
+SUMMARY = f"vote: 2 leaves replaced, {TRAINED} of {TRAINED * 3 // 2} parameters train"
+
+
+@contextmanager
+def fresh_logging():
+    """Give the logging of a program that has not set it up; pytest has."""
+    root, log = logging.getLogger(), messages.log
+    before = root.handlers, log.handlers, log.level
+    root.handlers, log.handlers = [], []
+    log.setLevel(logging.NOTSET)
+    try:
+        yield root
+    finally:
+        root.handlers, log.handlers = before[:2]
+        log.setLevel(before[2])
+
+
 @pytest.mark.parametrize(("verbose", "lines"), [(0, 0), (1, 1), (2, 5)])
-def test_verbose_tells_what_was_matched(capsys, verbose, lines):
-    vote.Wrapper(n_voters=2, verbose=verbose)(mlp())
-    out = capsys.readouterr().out.splitlines()
-    assert len(out) == lines
-    if verbose:
-        trained = 2 * (4 * 8 + 8 + 8 * 3 + 3)
-        assert out[0] == f"vote: 2 leaves replaced, {trained} of {trained * 3 // 2} parameters train"
-    if verbose > 1:
-        assert out[1].strip() == "0.weight"
+def test_verbose_prints_the_matched_parameters_where_no_logging_is_set_up(capsys, verbose, lines):
+    with fresh_logging():
+        for _ in range(2):  # a second message is not printed twice
+            vote.Wrapper(n_voters=2, verbose=verbose)(mlp())
+            out = capsys.readouterr().out.splitlines()
+            assert len(out) == lines
+            assert out[:1] == [SUMMARY] * bool(verbose)
+            assert [name.strip() for name in out[1:2]] == ["0.weight"] * (verbose > 1)
+
+
+def test_verbose_goes_to_the_handlers_of_a_program_that_has_some(capsys):
+    with fresh_logging() as root:
+        vote.Wrapper(n_voters=2, verbose=1)(mlp())  # printed: the program sets up logging afterwards
+        assert capsys.readouterr().out == SUMMARY + "\n"
+        stream = io.StringIO()
+        root.addHandler(logging.StreamHandler(stream))
+        vote.Wrapper(n_voters=2, verbose=1)(mlp())
+    assert stream.getvalue() == SUMMARY + "\n"
+    assert capsys.readouterr().out == ""
+
+
+def test_a_level_of_the_logger_silences_verbose(capsys):
+    with fresh_logging():
+        messages.log.setLevel(logging.WARNING)
+        vote.Wrapper(n_voters=2, verbose=2)(mlp())
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("wrapper", [vote.Wrapper, sample.Wrapper, sculpt.Wrapper])
+def test_compile_and_symbolic_trace_are_one_setting(wrapper):
+    assert wrapper().compile is wrapper(symbolic_trace=False).compile is False
+    assert wrapper(symbolic_trace=True) == wrapper(compile=True) == wrapper(compile=True, symbolic_trace=True)
+    assert replace(wrapper(), compile=True).compile is True
+    for one in (True, False):
+        with pytest.raises(ConfigError, match=r"^compile and symbolic_trace are one setting .*; give compile alone$"):
+            wrapper(compile=one, symbolic_trace=not one)
 
 
 @pytest.mark.parametrize("name", [*WRAPPERS, "both"])

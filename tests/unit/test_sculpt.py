@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from selfdoubt import sample, sculpt, vote
 from selfdoubt.errors import ConfigError, WrapError
+from selfdoubt.storage import to_json
 from tests.zoo import FAMILIES, causal, mlp, prompts
 
 FALSE_ALARM = 1e-10
@@ -163,6 +164,75 @@ def test_a_softcapped_output_still_finds_its_scale():
     wrapped = sculpt.Wrapper()(causal("gemma2"))
     y, risk = wrapped(input_ids=torch.tensor(prompts(4)), return_risk=True)
     assert risk.logits.shape == y.logits.shape
+
+
+@both
+def test_a_distribution_is_a_class_or_an_instance(distribution):
+    assert sculpt.Wrapper(distribution=distribution()) == sculpt.Wrapper(distribution=distribution)
+    assert to_json(sculpt.Wrapper(distribution=distribution()))["distribution"] == distribution.__name__
+    pair = (torch.zeros(3), torch.ones(3))
+    of_class, of_instance = (
+        d.sample(pair, generator=torch.Generator().manual_seed(4)) for d in (distribution, distribution())
+    )
+    assert torch.equal(of_class, of_instance)
+    assert torch.equal(distribution().std(pair), distribution.std(pair))
+
+
+class TwoOutputs(nn.Module):
+    """Two linear layers whose outputs have one shape; ``cap`` changes them after the layers."""
+
+    def __init__(self, cap=lambda y: y) -> None:
+        super().__init__()
+        self.first, self.second, self.cap = nn.Linear(4, 3), nn.Linear(4, 3), cap
+
+    def forward(self, x):
+        # Not in the order in which the layers run.
+        second = self.cap(self.second(x))
+        return {"first": self.cap(self.first(x)), "second": second}
+
+
+def spread(wrapped):
+    """Make the heads' scales differ."""
+    for name, parameter in wrapped.named_parameters():
+        if ".branch." in name:
+            parameter.data.normal_(generator=torch.Generator().manual_seed(len(name)))
+    return wrapped
+
+
+@pytest.mark.parametrize("heads", ["first", "second", "first|second"])
+@pytest.mark.parametrize("outer", [None, vote.Wrapper(n_voters=2)], ids=["alone", "inside vote"])
+def test_outputs_of_equal_shape_have_the_scale_of_their_own_head(heads, outer):
+    inner = spread(sculpt.Wrapper(param_filter=heads)(TwoOutputs()))
+    model = inner if outer is None else outer(inner)
+    x = torch.randn(5, 4)
+    rows = x if outer is None else x.repeat(2, 1)
+    _, scales = model.forward_rows(rows)
+    for name in ("first", "second"):
+        if name in heads:
+            head = (inner if outer is None else model.module).module.get_submodule(name)
+            model.call.members = 1 if outer is None else 2
+            assert torch.equal(scales[name], head.scale(rows))
+        else:
+            assert scales[name] is None
+
+
+def test_scales_of_changed_outputs_of_equal_shape_are_refused():
+    wrapped = sculpt.Wrapper(param_filter="first|second")(TwoOutputs(torch.tanh))
+    with pytest.raises(WrapError, match=r"^[^\n]*none of the outputs .* is its own tensor[^\n]*$"):
+        wrapped(torch.randn(5, 4))
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_hidden_states_as_wide_as_the_vocabulary_have_no_scale(family):
+    """Gemma 2 caps its logits, so that they are not the head's own tensor."""
+    base = causal(family)
+    small = type(base)(type(base.config)(**base.config.to_dict() | {"vocab_size": base.config.hidden_size}))
+    wrapped = sculpt.Wrapper()(small.eval())
+    ids = torch.tensor(prompts(4)) % base.config.hidden_size
+    y, risk = wrapped(input_ids=ids, output_hidden_states=True, return_risk=True)
+    assert y.hidden_states[-1].shape == y.logits.shape
+    assert_close(risk.logits, torch.full_like(y.logits, 0.1))
+    assert all(scale is None for scale in risk.hidden_states)
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,9 @@ def export(
     checkpoint: Annotated[
         bool,
         typer.Option(
-            "--checkpoint", help="ADAPTER is a checkpoint of a run, sharded or not: the adapter it would leave."
+            "--checkpoint",
+            help="ADAPTER is a checkpoint of a run, sharded or not: the adapter it would leave. It is read as data; "
+            "objects that could run code are refused.",
         ),
     ] = False,
     model: Annotated[
@@ -57,12 +59,12 @@ def export(
 
     if push is not None:
         check_upload(push)
-    with warnings.catch_warnings(record=True) as said:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("ignore")
         warnings.filterwarnings("always", message="full deviations become LoRA")
         if checkpoint:
             require("lightning", "train")
-            from selfdoubt.train.checkpoint import export_checkpoint
+            from selfdoubt.train import export_checkpoint
 
             with new_folder(out, {"kind": "checkpoint"}, (adapter,)) as new:
                 export_checkpoint(adapter, new)
@@ -76,7 +78,7 @@ def export(
                 )
             ]
             written += [out / exports.ADAPTER] if (out / exports.ADAPTER).is_dir() else []
-    for warning in said:
+    for warning in caught:
         print(f"selfdoubt: {warning.message}", file=sys.stderr)
     for folder in written:
         print(folder)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from selfdoubt.errors import ConfigError, require
+from selfdoubt.wrapper_text import parse_wrapper_text
 
 if TYPE_CHECKING:
     import typer
@@ -149,23 +149,10 @@ def quiet() -> None:
 
 
 def parse_wrapper(text: str) -> Any:
-    """Parse a wrapper from ``name:setting=value,...``; values are JSON, or else words."""
-    name, _, settings = text.partition(":")
-    if name in ("auto", "none") and not settings:
-        return "auto" if name == "auto" else None
-    from selfdoubt.storage import METHODS, from_json
+    """Return the wrapper of a text such as ``vote:n_voters=5,rank=8``; None for "none", "auto" for "auto"."""
+    parsed = parse_wrapper_text(text, "auto", "none")
+    if isinstance(parsed, str):
+        return None if parsed == "none" else parsed
+    from selfdoubt.storage import from_json
 
-    if name not in METHODS:
-        raise ConfigError(f"--wrapper must be auto, none, {', '.join(METHODS)}, got {name!r}")
-    return from_json({"method": name, **dict(_settings(settings))})
-
-
-def _settings(text: str) -> Iterator[tuple[str, Any]]:
-    for item in filter(None, text.split(",")):
-        key, equals, value = item.partition("=")
-        if not equals:
-            raise ConfigError(f"a wrapper's settings look like n_voters=5,rank=8, got {item!r}")
-        try:
-            yield key.strip(), json.loads(value)
-        except ValueError:
-            yield key.strip(), value
+    return from_json(parsed)

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 from selfdoubt.cli import flags
 from selfdoubt.cli.from_dataclass import with_flags
 from selfdoubt.errors import require
-from selfdoubt.train.config import TrainConfig, read
+from selfdoubt.train.config import TrainConfig, load_config
+from selfdoubt.train.wrapper_settings import WrapperFlags
 
 if TYPE_CHECKING:
     import typer
@@ -16,7 +17,7 @@ else:
     typer = require("typer", "lm")
 
 
-@with_flags(TrainConfig, optional=True)
+@with_flags(TrainConfig, WrapperFlags, optional=True)
 def train(
     config: Annotated[
         Path | None, typer.Option("--config", help="A TOML file with settings; flags win.", show_default=False)
@@ -24,7 +25,7 @@ def train(
     **settings: Any,
 ) -> int:
     """Fine-tune a language model that knows its risk, and write its adapter folder."""
-    chosen = read(config, {name: value for name, value in settings.items() if value is not None})
+    chosen = load_config(config, {name: value for name, value in settings.items() if value is not None})
     require("lightning", "train")
     flags.quiet()
     from selfdoubt.train import fit

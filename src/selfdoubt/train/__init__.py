@@ -1,4 +1,9 @@
-"""Fine-tune a language model that knows its risk: ``fit(TrainConfig(...))``, or ``selfdoubt train``."""
+"""Fine-tuning of a language model that reports its risk: ``fit(TrainConfig(...))``, or ``selfdoubt train``.
+
+``TrainConfig`` holds the settings, ``fit`` runs them and writes an adapter folder; ``RiskAwareModule`` and
+``InstructionData`` are the step and the batches for a Lightning Trainer of your own. ``export_checkpoint`` makes an
+adapter of a checkpoint.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +11,22 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from selfdoubt.train.config import TrainConfig
+    from selfdoubt.train.checkpoint import export_checkpoint
+    from selfdoubt.train.config import TrainConfig, load_config
     from selfdoubt.train.datamodule import InstructionData
     from selfdoubt.train.module import RiskAwareModule
     from selfdoubt.train.run import fit
 
-__all__ = ["InstructionData", "RiskAwareModule", "TrainConfig", "fit"]
+__all__ = ["InstructionData", "RiskAwareModule", "TrainConfig", "export_checkpoint", "fit", "load_config"]
 
-_HOMES = {"TrainConfig": "config", "InstructionData": "datamodule", "fit": "run", "RiskAwareModule": "module"}
+_HOMES = {
+    "InstructionData": "datamodule",
+    "RiskAwareModule": "module",
+    "TrainConfig": "config",
+    "export_checkpoint": "checkpoint",
+    "fit": "run",
+    "load_config": "config",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -1,8 +1,8 @@
-"""Which examples meet in a batch, and the tensors of one.
+"""Batches: the examples that meet in one, and its tensors.
 
 An optimiser step takes ``batch_size * accumulate * devices`` rows of about the same length. Each batch knows how many
-tokens count in its whole step, so that every token of a step weighs the same, however its rows are split over members,
-accumulated batches and devices.
+tokens count in its whole step, so that every token of a step weighs the same, in whichever way its
+rows are split over members, accumulated batches and devices.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from selfdoubt.errors import ConfigError
 from selfdoubt.train.config import TrainConfig
 
-#: Rows are sorted by length within so many steps: long enough for little padding, short enough for good shuffling.
+#: Rows are sorted by length within this many steps: long enough for little padding, short enough for good shuffling.
 STEPS_SORTED_TOGETHER = 16
 
 
@@ -33,7 +33,7 @@ class Batch(NamedTuple):
     packed: bool
 
     def mask(self) -> Bool[Tensor, "rows 1 t t"] | Int[Tensor, "rows t"] | None:
-        """Who may look at whom: None without padding, a row of ones and zeros, or with packing a square a row."""
+        """Return the attention mask: None without padding, ones and zeros per row, with packing a square per row."""
         if self.packed:
             same = self.segments[:, None, :, None] == self.segments[:, None, None, :]
             return same & torch.ones_like(same[0, 0]).tril()
@@ -42,26 +42,25 @@ class Batch(NamedTuple):
 
     @property
     def tokens(self) -> int:
-        """Tokens that are no padding."""
+        """Tokens that are not padding."""
         return int((self.segments > 0).sum())
 
 
-class Rows(NamedTuple):
-    """What a sampler yields: examples by row, and the tokens that count in their step."""
+class BatchRows(NamedTuple):
+    """Numbers of the examples in each row of a batch, and the tokens that count in their step."""
 
     rows: list[list[int]]
     step_tokens: int
     width: int | None  #: with packing, rows are this long
 
 
-class Steps(Sampler[Rows]):
+class StepSampler(Sampler[BatchRows]):
     """The batches of one device, in an order that depends on the seed and the epoch only.
 
     Args:
         lengths: Tokens of each example.
         counted: Tokens of each example that count.
-        config: ``batch_size``, ``accumulate``, ``pack``, ``max_length`` and ``seed``.
-        members: Groups that a batch is split into; the same rows go to the same member on any number of devices.
+        config: Sizes, seed, and the groups of a batch; the same rows go to the same group on any number of devices.
         rank: Number of this device.
         world: Number of devices.
 
@@ -75,19 +74,18 @@ class Steps(Sampler[Rows]):
         counted: Tensor,
         config: TrainConfig,
         *,
-        members: int = 1,
         rank: int = 0,
         world: int = 1,
     ) -> None:
         self.lengths, self.counted, self.config = lengths, counted, config
-        self.members, self.rank, self.world = members, rank, world
+        self.rank, self.world = rank, world
         self.epoch = 0
         self.start = 0  #: batches of the epoch that were done before the run was cut off
-        self.rows_a_step = config.batch_size * config.accumulate * world
+        self.rows_per_step = config.batch_size * config.accumulate * world
         self.batches = len(self._steps(0)) * config.accumulate
         if not self.batches:
             raise ConfigError(
-                f"a step takes {self.rows_a_step} rows, and there are {len(self._rows(0))}; lower batch_size or "
+                f"a step takes {self.rows_per_step} rows, and there are {len(self._rows(0))}; lower batch_size or "
                 "accumulate, or give more data"
             )
 
@@ -98,46 +96,45 @@ class Steps(Sampler[Rows]):
         """Choose the epoch, and with it the order."""
         self.epoch = epoch
 
-    def __iter__(self) -> Iterator[Rows]:
-        micro = self.config.batch_size // self.members
+    def __iter__(self) -> Iterator[BatchRows]:
+        micro = self.config.batch_size // self.config.groups
         width = self.config.max_length if self.config.pack else None
         start, self.start = self.start, 0
         number = 0
         for step in self._steps(self.epoch)[: self.batches // self.config.accumulate]:
             total = int(sum(self.counted[row].sum() for row in step))
-            # (members, accumulate * world, rows): splitting a step never moves a row to another member.
-            groups = [
-                step[m * len(step) // self.members : (m + 1) * len(step) // self.members] for m in range(self.members)
-            ]
+            # (groups, accumulate * world, rows): splitting a step never moves a row to another group.
+            size = len(step) // self.config.groups
+            groups = [step[first : first + size] for first in range(0, len(step), size)]
             for k in range(self.config.accumulate):
                 if number >= start:
                     first = (k * self.world + self.rank) * micro
-                    yield Rows([row for group in groups for row in group[first : first + micro]], total, width)
+                    yield BatchRows([row for group in groups for row in group[first : first + micro]], total, width)
                 number += 1
 
     def _steps(self, epoch: int) -> list[list[list[int]]]:
-        """Rows of each whole step; what does not fill a step is left to another epoch's order."""
+        """Return the rows of each whole step; those that fill none are left to another epoch's order."""
         generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + epoch)
         rows = self._rows(epoch)
-        together = self.rows_a_step * STEPS_SORTED_TOGETHER
+        together = self.rows_per_step * STEPS_SORTED_TOGETHER
         steps = []
         for first in range(0, len(rows), together):
             part = sorted(rows[first : first + together], key=lambda row: -int(self.lengths[row].sum()))
-            steps += [part[i : i + self.rows_a_step] for i in range(0, len(part), self.rows_a_step)]
-        steps = [step for step in steps if len(step) == self.rows_a_step]
+            steps += [part[i : i + self.rows_per_step] for i in range(0, len(part), self.rows_per_step)]
+        steps = [step for step in steps if len(step) == self.rows_per_step]
         shuffled = [steps[int(i)] for i in torch.randperm(len(steps), generator=generator)]
-        # Within a step rows are sorted: dealt out in turn, so that no member has all the long ones.
-        return [[row for m in range(self.members) for row in step[m :: self.members]] for step in shuffled]
+        # Within a step rows are sorted: dealt out in turn, so that no group has all the long ones.
+        return [[row for m in range(self.config.groups) for row in step[m :: self.config.groups]] for step in shuffled]
 
     def _rows(self, epoch: int) -> list[list[int]]:
         generator = torch.Generator().manual_seed((self.config.seed + 1) * 7_368_787 + epoch)
         order = [int(i) for i in torch.randperm(len(self.lengths), generator=generator)]
         if not self.config.pack:
             return [[i] for i in order]
-        return pack(order, self.lengths, self.config.max_length)
+        return pack_rows(order, self.lengths, self.config.max_length)
 
 
-def pack(order: Sequence[int], lengths: Tensor, width: int) -> list[list[int]]:
+def pack_rows(order: Sequence[int], lengths: Tensor, width: int) -> list[list[int]]:
     """Put examples into rows of at most ``width`` tokens: each into the first of the last rows that has room."""
     rows: list[list[int]] = []
     room: list[int] = []
@@ -154,19 +151,19 @@ def pack(order: Sequence[int], lengths: Tensor, width: int) -> list[list[int]]:
     return rows
 
 
-class Batches(Dataset[Batch]):
-    """Turns a sampler's rows into tensors. Texts stay in memory-mapped files: workers share them."""
+class BatchDataset(Dataset[Batch]):
+    """Tensors of a sampler's rows. Texts stay in memory-mapped files: workers share them."""
 
     def __init__(self, examples: Any) -> None:
         self.examples = examples.with_format(None)
 
-    def __getitem__(self, rows: Rows) -> Batch:
-        """The tensors of some rows."""
+    def __getitem__(self, rows: BatchRows) -> Batch:
+        """Return the tensors of some rows."""
         return collate([[self.examples[i] for i in row] for row in rows.rows], rows.step_tokens, rows.width)
 
 
 def collate(rows: Sequence[Sequence[Any]], step_tokens: int, width: int | None = None) -> Batch:
-    """Tensors of rows of examples, padded on the right to the longest row (with packing, to ``width``)."""
+    """Return the tensors of rows of examples, padded on the right to the longest row (with packing, to ``width``)."""
     longest = width or max(sum(len(e["ids"]) for e in row) for row in rows)
     ids = torch.zeros(len(rows), longest, dtype=torch.long)
     positions, segments = torch.zeros_like(ids), torch.zeros_like(ids)
@@ -184,10 +181,10 @@ def collate(rows: Sequence[Sequence[Any]], step_tokens: int, width: int | None =
     return Batch(ids, positions, segments, labels, step_tokens, width is not None)
 
 
-def loader(examples: Any, sampler: Sampler[Rows], workers: int) -> DataLoader[Batch]:
-    """The batches of a sampler, read by so many processes beside the one that trains."""
+def build_loader(examples: Any, sampler: Sampler[BatchRows], workers: int) -> DataLoader[Batch]:
+    """Build a loader of a sampler's batches, read by ``workers`` processes next to the one that trains."""
     return DataLoader(
-        Batches(examples),
+        BatchDataset(examples),
         batch_size=None,
         sampler=sampler,
         num_workers=workers,
@@ -197,8 +194,8 @@ def loader(examples: Any, sampler: Sampler[Rows], workers: int) -> DataLoader[Ba
     )
 
 
-class InOrder(Sampler[Rows]):
-    """Validation batches: every example once, spread over the devices, each with the same number of batches."""
+class LengthSortedSampler(Sampler[BatchRows]):
+    """Sampler of validation batches, sorted by length: every example once, equally many batches on each device."""
 
     def __init__(self, lengths: Tensor, batch_size: int, *, rank: int = 0, world: int = 1) -> None:
         # The longest first, so that a lack of memory shows at once.
@@ -211,6 +208,6 @@ class InOrder(Sampler[Rows]):
     def __len__(self) -> int:
         return len(self.batches)
 
-    def __iter__(self) -> Iterator[Rows]:
+    def __iter__(self) -> Iterator[BatchRows]:
         for batch in self.batches:
-            yield Rows([[int(i)] for i in batch], 0, None)
+            yield BatchRows([[int(i)] for i in batch], 0, None)

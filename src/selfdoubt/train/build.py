@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch import callbacks, loggers, strategies
 from torch import nn
 
-from selfdoubt import sample, sculpt, vote
+from selfdoubt import vote
 from selfdoubt.errors import ConfigError, require
 from selfdoubt.lm.adapters.lora import add_lora
 from selfdoubt.lm.load import load_model
@@ -20,8 +20,8 @@ from selfdoubt.train.config import TrainConfig
 from selfdoubt.train.encode import prepare_tokenizer
 
 
-def model_of(config: TrainConfig) -> tuple[nn.Module, Any]:
-    """The wrapped model, with its added parameters in float32, and its tokenizer with the template it learns.
+def build_model(config: TrainConfig) -> tuple[nn.Module, Any]:
+    """Build the wrapped model, its added parameters in float32, and its tokenizer with the template it learns.
 
     Raises:
         LoadError: If the model cannot be read.
@@ -48,7 +48,7 @@ def model_of(config: TrainConfig) -> tuple[nn.Module, Any]:
             f"packed rows of {config.max_length} tokens are longer than the sliding window of {config.model} "
             f"({window}), whose borders packing cannot keep; use max_length={window}, or no packing"
         )
-    wrapped = wrap(base, config)
+    wrapped = wrap_base(base, config)
     if config.precision != "bf16-true" and config.strategy != "fsdp":  # FSDP shards groups of one dtype
         train_in_float32(wrapped)
     if config.checkpointing:
@@ -65,42 +65,31 @@ def train_in_float32(model: nn.Module) -> None:
             parameter.data = parameter.data.float()
 
 
-def wrap(base: nn.Module, config: TrainConfig) -> nn.Module:
-    """The base with what the config adds to it; only that trains."""
-    if config.wrapper == "vote":
-        return cast(nn.Module, vote.Wrapper(
-            n_voters=config.n_voters, param_filter=config.param_filter, rank=config.rank or None,
-            weight_noise=config.weight_noise, alpha=config.alpha, seed=config.seed,
-        )(base))  # fmt: skip
+def wrap_base(base: nn.Module, config: TrainConfig) -> nn.Module:
+    """Wrap the base as the config says, with LoRA beneath any wrapper but voters; only what is added trains."""
+    if isinstance(config.wrapper, vote.Wrapper):
+        return config.wrapper(base)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         model = add_lora(
             base, r=config.lora_r, alpha=config.lora_alpha, dropout=config.lora_dropout, targets=config.lora_targets
         )
-    if config.wrapper == "sample":
-        noise = sample.Bernoulli(config.noise)
-        wrapper: Any = sample.Wrapper(
-            n_samples=config.n_samples, distribution=noise, param_filter=config.param_filter, seed=config.seed
-        )
-        return cast(nn.Module, wrapper(model))
-    if config.wrapper == "sculpt":
-        return cast(nn.Module, sculpt.Wrapper(n_layers=config.n_layers, seed=config.seed)(model))
-    return model
+    return model if config.wrapper is None else config.wrapper(model)
 
 
 def world_size(config: TrainConfig) -> int:
-    """Devices that train together."""
+    """Return the number of devices that train together."""
     return (config.devices or max(1, torch.cuda.device_count())) * config.nodes
 
 
-def trainer_of(config: TrainConfig, run: Path, batches: int, *, has_validation: bool) -> lightning.Trainer:
-    """A Trainer for a config: checkpoints, loggers, strategy and limits.
+def build_trainer(config: TrainConfig, run: Path, batches: int, *, has_validation: bool) -> lightning.Trainer:
+    """Build a Trainer for a config: checkpoints, loggers, strategy and limits.
 
     Args:
         config: The settings.
         run: Folder for checkpoints and logs.
         batches: Batches of an epoch on one device.
-        has_validation: Whether there is a loss to choose the best weights by.
+        has_validation: There is a loss to choose the best weights by.
 
     Raises:
         MissingExtraError: If a logger or DeepSpeed is asked for and not installed.
@@ -144,7 +133,7 @@ def trainer_of(config: TrainConfig, run: Path, batches: int, *, has_validation: 
 
 
 def _device_of_packed(config: TrainConfig) -> str:
-    """Packed weights are made where they stay; all else is moved there by Lightning."""
+    """Return the device of packed weights, which cannot be moved; Lightning moves all else there."""
     on_gpu = config.accelerator != "cpu" and torch.cuda.is_available()
     return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if on_gpu else "cpu"
 

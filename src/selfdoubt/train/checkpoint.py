@@ -1,19 +1,24 @@
-"""From a training checkpoint, of one file or sharded over devices, to an adapter folder."""
+"""From a training checkpoint, of one file or sharded over devices, to an adapter folder.
+
+A checkpoint is read as tensors and plain values; a file that holds other objects, which could run code, is refused.
+"""
 
 from __future__ import annotations
 
-import tempfile
+import pickle
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from selfdoubt.errors import LoadError, require
-from selfdoubt.train.build import model_of
-from selfdoubt.train.config import read
-from selfdoubt.train.encode import stored
-from selfdoubt.train.publish import publish
+from selfdoubt.errors import LoadError
+from selfdoubt.train.build import build_model
+from selfdoubt.train.config import load_config
+from selfdoubt.train.encode import load_splits
+from selfdoubt.train.publish import History, publish
+from selfdoubt.train.shards import INDEX, read_deepspeed, read_shards
 
 SETTINGS = "config.toml"
 
@@ -27,69 +32,69 @@ def export_checkpoint(checkpoint: Path, out: Path) -> Path:
         out: The adapter folder to write.
 
     Raises:
-        LoadError: If the checkpoint or the settings beside it cannot be read.
+        LoadError: If the checkpoint or the settings next to it cannot be read, or if it holds more than data.
         MissingExtraError: If it is DeepSpeed's, and DeepSpeed is not installed.
     """
     settings = checkpoint.parent / SETTINGS
     if not checkpoint.exists() or not settings.is_file():
         raise LoadError(
-            f"{checkpoint} is no checkpoint of a run with its {SETTINGS} beside it; give run/last.ckpt of an adapter"
+            f"{checkpoint} is not a checkpoint of a run with its {SETTINGS} next to it; give run/last.ckpt of an "
+            "adapter"
         )
-    config = read(settings, {})
-    content = load(checkpoint)
-    model, tokenizer = model_of(config)
-    put(model, content["state_dict"], checkpoint)
-    found = stored(config, checkpoint.parent / "data")
-    history = {
-        "losses": content.get("train_losses", []), "val_loss": None, "val_accuracy": None,
-        "train": len(found.train), "val": len(found.val), "empty": found.empty, "cut": found.cut,
-    }  # fmt: skip
-    publish(config, model, tokenizer, out, history=history, val=found.val)
+    config = load_config(settings, {})
+    content = read_checkpoint(checkpoint)
+    model, tokenizer = build_model(config)
+    load_trained_state(model, content["state_dict"], checkpoint)
+    splits = load_splits(config, checkpoint.parent / "data")
+    history = History(
+        content.get("train_losses", []), train=len(splits.train), val=len(splits.val), empty=splits.empty,
+        cut=splits.cut,
+    )  # fmt: skip
+    publish(config, model, tokenizer, out, history=history, val=splits.val)
     return out
 
 
-def load(checkpoint: Path) -> dict[str, Any]:
-    """What a checkpoint holds, its shards put together.
+def read_checkpoint(checkpoint: Path) -> dict[str, Any]:
+    """Return the content of a checkpoint, its shards put together.
 
     Raises:
-        LoadError: If it cannot be read.
+        LoadError: If it cannot be read, or holds more than tensors and plain values.
+        MissingExtraError: If it is DeepSpeed's, and DeepSpeed is not installed.
     """
     try:
-        if checkpoint.is_file():
-            return dict(torch.load(checkpoint, map_location="cpu", weights_only=False))
-        if (checkpoint / ".metadata").is_file():
-            return _from_shards(checkpoint)
-        if (checkpoint / "checkpoint").is_dir():  # DeepSpeed's
-            zero = require("deepspeed.utils.zero_to_fp32", "deepspeed")
-            whole = zero.get_fp32_state_dict_from_zero_checkpoint(str(checkpoint))
-            prefix = "_forward_module."
-            return {"state_dict": {name.removeprefix(prefix): tensor for name, tensor in whole.items()}}
+        with warnings.catch_warnings(action="ignore"):  # of pickles in other formats; those are refused
+            if checkpoint.is_file():
+                return dict(torch.load(checkpoint, map_location="cpu", weights_only=True))
+            if (checkpoint / INDEX).is_file():
+                return read_shards(checkpoint)
+            if (checkpoint / "checkpoint").is_dir():
+                return read_deepspeed(checkpoint)
+    except pickle.UnpicklingError as error:
+        raise LoadError(
+            f"{checkpoint} holds more than tensors and plain values ({_shorten(error)}), which could run code, so it "
+            "is not read; give a checkpoint that selfdoubt train wrote"
+        ) from None
     except (OSError, RuntimeError, ValueError, KeyError, EOFError) as error:
-        text = " ".join(str(error).split())[:200]
-        raise LoadError(f"{checkpoint} cannot be read ({text}); give another checkpoint, or train again") from None
+        raise LoadError(
+            f"{checkpoint} cannot be read ({_shorten(error)}); give another checkpoint, or train again"
+        ) from None
     raise LoadError(f"{checkpoint} is neither a file nor a folder of shards that FSDP2 or DeepSpeed wrote")
 
 
-def _from_shards(folder: Path) -> dict[str, Any]:
-    from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
-
-    with tempfile.TemporaryDirectory() as work:
-        whole = Path(work) / "whole.pt"
-        dcp_to_torch_save(folder, whole)
-        content = torch.load(whole, map_location="cpu", weights_only=False)
-    extra = folder / "meta.pt"  # what Lightning keeps beside the shards
-    beside = torch.load(extra, map_location="cpu", weights_only=False) if extra.is_file() else {}
-    return {**beside, **content}
+def _shorten(error: Exception) -> str:
+    """Return an error's first sentence as one line; torch appends advice on how to trust a file."""
+    text = str(error).rpartition("WeightsUnpickler error:")[2] or str(error)
+    return " ".join(text.split())[:160]
 
 
-def put(model: nn.Module, state: dict[str, torch.Tensor], source: Path) -> None:
+def load_trained_state(model: nn.Module, state: dict[str, torch.Tensor], source: Path) -> None:
     """Load what trains into a model; names are those of the LightningModule around it.
 
     Raises:
         LoadError: If a parameter that trains is missing.
     """
-    own = {name.removeprefix("model."): tensor for name, tensor in state.items()}
-    lacking = [name for name, p in model.named_parameters() if p.requires_grad and name not in own]
+    trained = {name.removeprefix("model."): tensor for name, tensor in state.items()}
+    lacking = [name for name, p in model.named_parameters() if p.requires_grad and name not in trained]
     if lacking:
         raise LoadError(f"{source} lacks {lacking[0]}; it was written by a run with other settings")
-    model.load_state_dict(own, strict=False)
+    model.load_state_dict(trained, strict=False)

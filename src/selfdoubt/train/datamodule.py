@@ -8,7 +8,7 @@ import lightning
 from torch.utils.data import DataLoader
 
 from selfdoubt.errors import DataError
-from selfdoubt.train.batches import Batch, InOrder, Steps, loader
+from selfdoubt.train.batches import Batch, LengthSortedSampler, StepSampler, build_loader
 from selfdoubt.train.config import TrainConfig
 from selfdoubt.train.encode import Splits
 
@@ -17,32 +17,31 @@ class InstructionData(lightning.LightningDataModule):
     """The encoded examples of a run.
 
     Args:
-        splits: What ``encode.splits`` gave.
+        splits: From ``encode.prepare_splits``.
         config: Sizes and seed.
-        members: Groups that a training batch is split into: the voters, if each sees its own share.
     """
 
-    def __init__(self, splits: Splits, config: TrainConfig, members: int = 1) -> None:
+    def __init__(self, splits: Splits, config: TrainConfig) -> None:
         super().__init__()
-        self.splits, self.config, self.members = splits, config, members
+        self.splits, self.config = splits, config
         self._resume: dict[str, int] | None = None
 
-    def steps(self, world: int | None = None) -> Steps:
-        """The order of this device's training batches; with ``world`` that of the first of so many devices."""
+    def steps(self, world: int | None = None) -> StepSampler:
+        """Return the order of this device's training batches; with ``world`` of the first of that many devices."""
         rank, world = self._place() if world is None else (0, world)
         train = self.splits.train.with_format("torch")
-        return Steps(train["length"][:], train["counted"][:], self.config, members=self.members, rank=rank, world=world)
+        return StepSampler(train["length"][:], train["counted"][:], self.config, rank=rank, world=world)
 
     def train_dataloader(self) -> DataLoader[Batch]:
-        """Training batches; after an interruption those that are left of its epoch come first."""
+        """Return the training batches; after an interruption those that are left of its epoch come first."""
         sampler = self.steps()
         if self._resume is not None:
             sampler.start = self._resume["batches"] % sampler.batches
             self._resume = None
-        return loader(self.splits.train, sampler, self.config.workers)
+        return build_loader(self.splits.train, sampler, self.config.workers)
 
     def val_dataloader(self) -> DataLoader[Batch] | list[Any]:
-        """Validation batches: every example once.
+        """Return the validation batches: every example once.
 
         Raises:
             DataError: If there are fewer examples than devices.
@@ -53,12 +52,11 @@ class InstructionData(lightning.LightningDataModule):
         if len(self.splits.val) < world:
             raise DataError(f"{len(self.splits.val)} validation examples on {world} devices; raise val_share")
         lengths = self.splits.val.with_format("torch")["length"][:]
-        return loader(
-            self.splits.val, InOrder(lengths, self.config.batch_size, rank=rank, world=world), self.config.workers
-        )
+        sampler = LengthSortedSampler(lengths, self.config.batch_size, rank=rank, world=world)
+        return build_loader(self.splits.val, sampler, self.config.workers)
 
     def state_dict(self) -> dict[str, Any]:
-        """How far the epoch is."""
+        """Return the number of batches that the epoch has done."""
         assert self.trainer is not None
         progress = self.trainer.fit_loop.epoch_loop.batch_progress.current
         return {"batches": progress.ready}

@@ -36,7 +36,7 @@ ALPACA = (
 )
 
 
-class Example(NamedTuple):
+class EncodedChat(NamedTuple):
     """Ids of one chat; ``counts`` says which of them the loss predicts."""
 
     ids: list[int]
@@ -57,10 +57,10 @@ def prepare_tokenizer(tokenizer: Any, prompt: str) -> None:
         tokenizer.chat_template = ALPACA
 
 
-def encode(
+def encode_chat(
     tokenizer: Any, chat: ChatMessages, *, loss_on: str, max_length: int, ends: frozenset[int] | None = None
-) -> Example:
-    """Ids of a chat; the loss predicts the assistant's words and what ends each of them, or everything.
+) -> EncodedChat:
+    """Return the ids of a chat; the loss predicts the assistant's words and what ends each of them, or everything.
 
     Args:
         tokenizer: With the template that is learnt.
@@ -76,7 +76,7 @@ def encode(
         chat = _with_input_inside(chat)
     ids, turn = encode_turns(tokenizer, chat)
     answers = [i for i, message in enumerate(chat) if message["role"] == "assistant"]
-    ends = ends_of(tokenizer) if ends is None else ends
+    ends = find_ends(tokenizer) if ends is None else ends
     counts = [t in answers for t in turn]
     for last in [i for i in range(len(ids)) if turn[i] in answers and turn[i + 1 : i + 2] != [turn[i]]]:
         # An answer's end is the token behind its words at which generating stops, with the white space between them;
@@ -94,10 +94,10 @@ def encode(
     elif chat[-1]["role"] == "assistant":  # what the template adds after the last answer teaches nothing
         end = max((i for i, counted in enumerate(counts) if counted), default=len(ids) - 1) + 1
         ids, counts = ids[:end], counts[:end]
-    return Example(ids[:max_length], counts[:max_length])
+    return EncodedChat(ids[:max_length], counts[:max_length])
 
 
-def ends_of(tokenizer: Any) -> frozenset[int]:
+def find_ends(tokenizer: Any) -> frozenset[int]:
     """Return the tokens that end an answer, by the tokenizer and its template: what is learnt stops an answer."""
     return frozenset(i for i in (find_turn_end(tokenizer), tokenizer.eos_token_id) if i is not None)
 
@@ -121,7 +121,7 @@ class Splits(NamedTuple):
     cut: int  #: examples cut to the longest length
 
 
-def splits(config: TrainConfig, tokenizer: Any, folder: Path) -> Splits:
+def prepare_splits(config: TrainConfig, tokenizer: Any, folder: Path) -> Splits:
     """Encode all data into an Arrow file in ``folder``, and split off the validation share.
 
     The file's name says what is in it, and it appears as a whole: processes that train together may all call this, and
@@ -134,16 +134,16 @@ def splits(config: TrainConfig, tokenizer: Any, folder: Path) -> Splits:
     datasets.disable_progress_bars()
     key = _key(config, tokenizer)
     if (folder / f"{key}.json").is_file():
-        return stored(config, folder, key)
+        return load_splits(config, folder, key)
     left_out = {"empty": 0, "cut": 0}
-    ends = ends_of(tokenizer)
+    ends = find_ends(tokenizer)
 
     def rows() -> Iterator[dict[str, Any]]:
         for chat in chats.read_chats(config.data, limit=config.limit, columns=_columns(config)):
             if not any(m["content"].strip() for m in chat if m["role"] == "assistant"):
                 left_out["empty"] += 1
                 continue
-            example = encode(tokenizer, chat, loss_on=config.loss_on, max_length=config.max_length + 1, ends=ends)
+            example = encode_chat(tokenizer, chat, loss_on=config.loss_on, max_length=config.max_length + 1, ends=ends)
             ids, counts = example.ids[: config.max_length], example.counts[: config.max_length]
             if not any(counts):  # the question alone fills the length
                 left_out["empty"] += 1
@@ -168,11 +168,11 @@ def splits(config: TrainConfig, tokenizer: Any, folder: Path) -> Splits:
     for old in folder.glob("*.*"):
         if old.stem != key:
             old.unlink(missing_ok=True)
-    return stored(config, folder, key)
+    return load_splits(config, folder, key)
 
 
-def stored(config: TrainConfig, folder: Path, key: str | None = None) -> Splits:
-    """The encoded data that ``splits`` wrote into a folder, whatever its key if None.
+def load_splits(config: TrainConfig, folder: Path, key: str | None = None) -> Splits:
+    """Read the encoded data that ``prepare_splits`` wrote into a folder, with any key if None.
 
     Raises:
         LoadError: If they are not there.
@@ -185,9 +185,9 @@ def stored(config: TrainConfig, folder: Path, key: str | None = None) -> Splits:
     everything = datasets.Dataset.from_file(str(folder / f"{key}.arrow"))
     if len(everything) < 2:
         raise DataError(f"{config.data} has {len(everything)} examples with a response; give at least two")
-    wanted = max(round(len(everything) * config.val_share), 1 if config.val_share else 0)
+    validation = max(round(len(everything) * config.val_share), 1 if config.val_share else 0)
     order = _shuffled(len(everything), config.seed)
-    val, train = everything.select(sorted(order[:wanted])), everything.select(sorted(order[wanted:]))
+    val, train = everything.select(sorted(order[:validation])), everything.select(sorted(order[validation:]))
     return Splits(train, val, **json.loads((folder / f"{key}.json").read_text()))
 
 
@@ -200,14 +200,14 @@ ENCODING = 2
 
 
 def _key(config: TrainConfig, tokenizer: Any) -> str:
-    """Names what decides the encoded data: the source as it is now, the tokenizer, and how it is used."""
+    """Return a name of all that decides the encoded data: the source's state, the tokenizer, and its use."""
     file = Path(config.data).expanduser()
     state = (file.stat().st_size, file.stat().st_mtime_ns) if file.is_file() else None
-    parts = (
+    state_of_data = (
         ENCODING, config.data, state, config.limit, config.loss_on, config.max_length, config.model, config.revision,
         tokenizer.chat_template, len(tokenizer), *([_columns(config)] if _columns(config) != AS_USUAL else []),
     )  # fmt: skip
-    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+    return hashlib.sha256(repr(state_of_data).encode()).hexdigest()[:16]
 
 
 def _shuffled(n: int, seed: int) -> list[int]:

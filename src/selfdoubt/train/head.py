@@ -33,15 +33,15 @@ PIECE = 2**24
 _AFTER_THE_HEAD = ("final_logit_softcapping", "logit_scale", "logits_scaling", "logits_soft_cap", "lm_head_multiplier")
 
 
-class Seen(NamedTuple):
-    """What the trunk gives at the positions that count: hidden states for the head, or finished logits."""
+class HeadInput(NamedTuple):
+    """Hidden states at the positions that count, for the head; or finished logits."""
 
     hidden: Float[Tensor, "n d"]
     is_logits: bool
 
 
-def head_of(model: nn.Module) -> nn.Module:
-    """The output layer of a causal language model, with whatever replaced it.
+def get_head(model: nn.Module) -> nn.Module:
+    """Return the output layer of a causal language model, with its replacement if it has one.
 
     Raises:
         WrapError: If the model names none.
@@ -52,20 +52,22 @@ def head_of(model: nn.Module) -> nn.Module:
     return head
 
 
-def keeps_positions_apart(head: nn.Module) -> bool:
-    """Whether a head may run on single positions: members and noise in it belong to whole rows."""
+def takes_single_positions(head: nn.Module) -> bool:
+    """Return whether a head may run on single positions: members and noise in it belong to whole rows."""
     return not isinstance(head, Replacement) or isinstance(head, sculpt.ScaledHead)
 
 
-def run_trunk(model: nn.Module, inputs: dict[str, Any], keep: Bool[Tensor, "rows t"], *, training: bool) -> Seen:
-    """Run a model up to its head on the positions in ``keep``; rows are member-major already, or split in training."""
-    base, head = innermost(model), head_of(model)
+def run_trunk(
+    model: nn.Module, inputs: dict[str, Any], loss_mask: Bool[Tensor, "rows t"], *, training: bool
+) -> HeadInput:
+    """Run a model up to its head on the positions in ``loss_mask``; rows are member-major, or split in training."""
+    base, head = innermost(model), get_head(model)
     changes = any(getattr(base.config, name, None) not in (None, 1.0) for name in _AFTER_THE_HEAD)
-    if not keeps_positions_apart(head):
-        return Seen(_forward(model, inputs, training=training)[keep], True)
-    with _seeing(head, keep, runs=changes):
+    if not takes_single_positions(head):
+        return HeadInput(_forward(model, inputs, training=training)[loss_mask], True)
+    with _masked_head(head, loss_mask, runs=changes):
         hidden = _forward(model, inputs, training=training)
-    return Seen(hidden.flatten(0, 1), changes)
+    return HeadInput(hidden.flatten(0, 1), changes)
 
 
 def _forward(model: nn.Module, inputs: dict[str, Any], *, training: bool) -> Tensor:
@@ -74,14 +76,14 @@ def _forward(model: nn.Module, inputs: dict[str, Any], *, training: bool) -> Ten
 
 
 @contextmanager
-def _seeing(head: nn.Module, keep: Bool[Tensor, "rows t"], *, runs: bool) -> Iterator[None]:
-    """While this is open the head sees the kept positions only, and passes them on unless it ``runs``."""
-    own = head.forward
+def _masked_head(head: nn.Module, loss_mask: Bool[Tensor, "rows t"], *, runs: bool) -> Iterator[None]:
+    """Let the head see only the positions of the mask, and pass them on unless it ``runs``."""
+    forward_of_head = head.forward
 
     def forward(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
-        chosen = hidden[keep][None]
+        chosen = hidden[loss_mask][None]
         if runs:
-            return own(chosen, *args, **kwargs)
+            return forward_of_head(chosen, *args, **kwargs)
         if isinstance(head, Replacement):
             head.call.reached = True
         return chosen
@@ -93,23 +95,23 @@ def _seeing(head: nn.Module, keep: Bool[Tensor, "rows t"], *, runs: bool) -> Ite
         del head.forward  # the class's own shows again
 
 
-def summed_loss(seen: Seen, head: nn.Module, labels: Int[Tensor, " n"]) -> Float[Tensor, ""]:
-    """Sum of the labels' surprisals, nats, of rows that each have one member."""
-    if seen.is_logits:
-        return F.cross_entropy(seen.hidden.float(), labels, reduction="sum")
+def summed_loss(head_input: HeadInput, head: nn.Module, labels: Int[Tensor, " n"]) -> Float[Tensor, ""]:
+    """Return the sum of the labels' surprisals, nats, of rows that each have one member."""
+    if head_input.is_logits:
+        return F.cross_entropy(head_input.hidden.float(), labels, reduction="sum")
 
     def of_piece(hidden: Tensor, target: Tensor) -> Tensor:
         return F.cross_entropy(head(hidden).float(), target, reduction="sum")
 
-    return _in_pieces(of_piece, seen.hidden, labels, _width(head))
+    return _in_pieces(of_piece, head_input.hidden, labels, _width(head))
 
 
 def sculpted_loss(
-    seen: Seen, head: nn.Module, labels: Int[Tensor, " n"], *, distribution: Any, draws: int | None
+    head_input: HeadInput, head: nn.Module, labels: Int[Tensor, " n"], *, distribution: Any, draws: int | None
 ) -> Float[Tensor, ""]:
-    """Sum of the labels' surprisals under logits that are random: ``-log E[softmax(y + scale * noise)]``.
+    """Return the sum of the labels' surprisals under random logits: ``-log E[softmax(y + scale * noise)]``.
 
-    With ``draws`` the expectation is a mean over so many draws of ``distribution.sample`` (Kendall & Gal, 2017, eq.
+    With ``draws`` the expectation is a mean over that many draws of ``distribution.sample`` (Kendall & Gal, 2017, eq.
     12); None takes its closed approximation, ``softmax(y / sqrt(1 + pi / 8 * std^2))`` (MacKay, 1992; for several
     classes Lu et al., 2021, "Mean-field approximation to Gaussian-softmax integral").
     """
@@ -123,20 +125,20 @@ def sculpted_loss(
         drawn = [distribution.sample((y, scale)).log_softmax(-1).gather(-1, target[:, None]) for _ in range(draws)]
         return -(torch.cat(drawn, -1).logsumexp(-1) - math.log(draws)).sum()
 
-    return _in_pieces(of_piece, seen.hidden, labels, _width(head) * (draws or 1))
+    return _in_pieces(of_piece, head_input.hidden, labels, _width(head) * (draws or 1))
 
 
 @torch.no_grad()
 def mixture_losses(
-    seen: Seen, head: nn.Module, labels: Int[Tensor, " n"], members: int
+    head_input: HeadInput, head: nn.Module, labels: Int[Tensor, " n"], members: int
 ) -> tuple[Float[Tensor, " n"], Bool[Tensor, " n"]]:
-    """Each label's surprisal under the mean of the members' probabilities, and whether it is the most probable."""
+    """Return each label's surprisal under the mean of the members' probabilities, and if it is the most probable."""
     nll, right = [], []
     piece = max(1, PIECE // (_width(head) * members))
     leaf = head.leaf if isinstance(head, sculpt.ScaledHead) else head
-    by_member = seen.hidden.view(members, len(labels), -1)
+    by_member = head_input.hidden.view(members, len(labels), -1)
     for hidden, target in zip(torch.split(by_member, piece, 1), torch.split(labels, piece), strict=True):
-        logits = hidden if seen.is_logits else leaf(hidden)
+        logits = hidden if head_input.is_logits else leaf(hidden)
         mixed = risk.mix(logits.float())
         nll.append(F.cross_entropy(mixed, target, reduction="none"))
         right.append(mixed.argmax(-1) == target)
@@ -149,7 +151,7 @@ def _width(head: nn.Module) -> int:
 
 
 def _in_pieces(of_piece: Callable[[Tensor, Tensor], Tensor], hidden: Tensor, labels: Tensor, width: int) -> Tensor:
-    """The sum over pieces; with several, the logits of each are computed again in the backward pass, and never kept."""
+    """Sum a loss over pieces; with several, each one's logits are computed again in the backward pass, never kept."""
     piece = max(1, PIECE // width)
     if len(labels) <= piece:
         return of_piece(hidden, labels)

@@ -12,7 +12,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torchmetrics import MeanMetric
 
-from selfdoubt import sculpt, vote
+from selfdoubt import sculpt
 from selfdoubt.compat import find_eight_bit_adamw
 from selfdoubt.errors import ConfigError, NonFiniteError
 from selfdoubt.lm.adapters.lora import leave_casts_to_autocast
@@ -20,33 +20,35 @@ from selfdoubt.members import Wrapped, innermost
 from selfdoubt.rows import expand
 from selfdoubt.train.batches import Batch
 from selfdoubt.train.config import TrainConfig
-from selfdoubt.train.head import head_of, mixture_losses, run_trunk, sculpted_loss, summed_loss
+from selfdoubt.train.head import get_head, mixture_losses, run_trunk, sculpted_loss, summed_loss
 
 
 class RiskAwareModule(lightning.LightningModule):
     """A wrapped (or plain) causal language model and how it learns.
 
     Every token that counts weighs the same in a step. ``vote``: a batch is split over the voters, so that a step costs
-    one pass (``voters_see="own"``), or repeated for each (``"all"``). ``sample``: one pass with fresh noise.
+    one pass (``voter_batch="split"``), or repeated for each (``"repeat"``). ``sample``: one pass with fresh noise.
     ``sculpt``: the likelihood of random logits.
 
     Args:
         model: What a wrapper returned, or a plain model whose trainable parameters are LoRA's.
-        config: How it learns.
+        config: The settings; ``config.wrapper`` is the one that the model is wrapped by.
 
     Raises:
-        ConfigError: If nothing of the model trains.
+        ConfigError: If nothing of the model trains, or a sculpt's scale is not that of the output layer.
     """
 
     def __init__(self, model: nn.Module, config: TrainConfig) -> None:
         super().__init__()
         if not any(p.requires_grad for p in model.parameters()):
             raise ConfigError("nothing of this model trains; wrap it with vote, or give it LoRA")
+        if isinstance(config.wrapper, sculpt.Wrapper) and not isinstance(get_head(model), sculpt.ScaledHead):
+            raise ConfigError("a language model learns the scale of its output layer; leave sculpt's param_filter out")
         self.model = model
         self.config = config
         self.strict_loading = False  # checkpoints hold what trains, not the frozen base
         self.val_loss, self.val_accuracy = MeanMetric(), MeanMetric()
-        self.train_losses: list[float] = []  #: one a step, for the record
+        self.train_losses: list[float] = []  #: one per step, for the record
         self._step_loss = 0.0
         self._random: dict[str, Any] | None = None
 
@@ -56,15 +58,15 @@ class RiskAwareModule(lightning.LightningModule):
         return self.model.spec.members(training=False) if isinstance(self.model, Wrapped) else 1
 
     def setup(self, stage: str) -> None:  # noqa: ARG002
-        """Under autocast, LoRA need not cast."""
+        """Leave the casts of LoRA to autocast, where that is active."""
         leave_casts_to_autocast(self.model, active="mixed" in str(self.trainer.precision))
 
     def teardown(self, stage: str) -> None:  # noqa: ARG002
-        """Without a Trainer there is no autocast."""
+        """Leave the casts to LoRA: without a Trainer nothing runs under autocast."""
         leave_casts_to_autocast(self.model, active=False)
 
     def configure_model(self) -> None:
-        """Under FSDP2, shard the decoder blocks and then the rest; the strategy brings the mesh of devices."""
+        """Shard the decoder blocks and then the rest, under FSDP2; the strategy brings the mesh of devices."""
         mesh = getattr(self, "device_mesh", None)
         base = innermost(self.model)
         if mesh is None or isinstance(base, FSDPModule):  # one device, or sharded before
@@ -74,30 +76,27 @@ class RiskAwareModule(lightning.LightningModule):
             fully_shard(module, mesh=mesh["data_parallel"])
 
     def loss(self, batch: Batch) -> Tensor:
-        """Sum of the surprisals of the tokens that count, nats."""
-        rows, labels, training = batch, batch.labels, True
-        if self._spec_is(vote.Wrapper) and self.config.voters_see == "all":
-            rows, training = _for_all(batch, self.members), False
-            labels = rows.labels
-        keep = labels >= 0
-        seen = run_trunk(self.model, _inputs(rows), keep, training=training)
-        head, wanted = head_of(self.model), labels[keep]
+        """Return the sum of the surprisals of the tokens that count, nats."""
+        voters = self.config.voters_per_row
+        rows = _repeat(batch, voters) if voters > 1 else batch
+        loss_mask = rows.labels >= 0
+        head_input = run_trunk(self.model, _inputs(rows), loss_mask, training=voters == 1)
+        head, labels = get_head(self.model), rows.labels[loss_mask]
         if isinstance(head, sculpt.ScaledHead):
             draws = self.config.draws if self.config.sculpt_loss == "draws" else None
             distribution = cast(Wrapped, self.model).distribution
-            return sculpted_loss(seen, head, wanted, distribution=distribution, draws=draws)
-        return summed_loss(seen, head, wanted)
+            return sculpted_loss(head_input, head, labels, distribution=distribution, draws=draws)
+        return summed_loss(head_input, head, labels)
 
     def training_step(self, batch: Batch, index: int) -> Tensor:  # noqa: ARG002
-        """Loss of one batch, scaled so that a step is the mean over all its tokens.
+        """Return the loss of one batch, scaled so that a step is the mean over all its tokens.
 
         Raises:
             NonFiniteError: If the loss is NaN or infinite.
         """
-        members = self.members if self._spec_is(vote.Wrapper) and self.config.voters_see == "all" else 1
         # Lightning divides by the accumulated batches, data parallelism by the devices.
         shares = self.config.accumulate * self.trainer.world_size
-        loss = self.loss(batch) * (shares / (batch.step_tokens * members))
+        loss = self.loss(batch) * (shares / (batch.step_tokens * self.config.voters_per_row))
         if not math.isfinite(loss.item()):
             raise NonFiniteError(
                 f"the loss of step {self.global_step} is {loss.item()}; lower lr (now {self.config.lr}), or clip"
@@ -106,11 +105,11 @@ class RiskAwareModule(lightning.LightningModule):
         return loss
 
     def validation_step(self, batch: Batch, index: int) -> None:  # noqa: ARG002
-        """Surprisal of each token that counts under the mean of all members, and how often it is the most probable."""
+        """Measure the surprisal of each token that counts under the mean of all members, and the accuracy."""
         members = self.members
-        rows = _for_all(batch, members)
-        seen = run_trunk(self.model, _inputs(rows), rows.labels >= 0, training=False)
-        nll, right = mixture_losses(seen, head_of(self.model), batch.labels[batch.labels >= 0], members)
+        rows = _repeat(batch, members)
+        head_input = run_trunk(self.model, _inputs(rows), rows.labels >= 0, training=False)
+        nll, right = mixture_losses(head_input, get_head(self.model), batch.labels[batch.labels >= 0], members)
         self.val_loss.update(nll.mean(), nll.numel())
         self.val_accuracy.update(right.float().mean(), nll.numel())
 
@@ -120,7 +119,7 @@ class RiskAwareModule(lightning.LightningModule):
         self.log("val/accuracy", self.val_accuracy, prog_bar=True)
 
     def configure_optimizers(self) -> Any:
-        """AdamW on what trains, and the schedule."""
+        """Build AdamW for all that trains, and the schedule."""
         config = self.config
         trained = [p for p in self.parameters() if p.requires_grad]
         if config.optimizer == "adamw8bit":
@@ -162,7 +161,7 @@ class RiskAwareModule(lightning.LightningModule):
             self._random = None
 
     def _remember(self, loss: Tensor) -> None:
-        """One loss a step: the sum over its batches, the mean over devices."""
+        """Keep one loss per step: the sum over its batches, the mean over devices."""
         self._step_loss += float(loss) / self.config.accumulate
         if (self.trainer.fit_loop.epoch_loop.batch_idx + 1) % self.config.accumulate == 0:
             whole = torch.tensor(self._step_loss, device=self.device)
@@ -171,12 +170,9 @@ class RiskAwareModule(lightning.LightningModule):
             self.train_losses.append(mean)
             self.log("train/loss", mean, prog_bar=True)
 
-    def _spec_is(self, kind: type) -> bool:
-        return isinstance(self.model, Wrapped) and isinstance(self.model.spec, kind)
 
-
-def _for_all(batch: Batch, members: int) -> Batch:
-    """The batch repeated for every member."""
+def _repeat(batch: Batch, members: int) -> Batch:
+    """Repeat a batch for every member."""
     return batch._replace(
         ids=expand(batch.ids, members), positions=expand(batch.positions, members),
         segments=expand(batch.segments, members), labels=expand(batch.labels, members),

@@ -1,4 +1,4 @@
-"""What a run leaves: an adapter folder with its reference quantiles, its tokenizer and a model card."""
+"""The result of a run: an adapter folder with its reference quantiles, its tokenizer and a model card."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import re
 import shutil
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from selfdoubt.lm.model import RiskAwareLM
 from selfdoubt.lm.scores import reference_quantiles
 from selfdoubt.lm.text.prompt import encode
 from selfdoubt.members import Wrapped
-from selfdoubt.train.config import TrainConfig, to_toml
+from selfdoubt.train.config import TrainConfig
 from selfdoubt.version import __version__
 
 CARD = "README.md"
@@ -54,7 +54,7 @@ print(answer.text, answer.risk, answer.percentile)
 
 ## Base
 
-`{model}`{revision}, licence: {licence}. Whoever shares this adapter keeps to it, and to the licence of the data.
+`{model}`{revision}, licence: {licence}. Sharing this adapter is subject to it, and to the licence of the data.
 
 ## Data
 
@@ -73,9 +73,20 @@ print(answer.text, answer.risk, answer.percentile)
 """
 
 
-def publish(
-    config: TrainConfig, model: nn.Module, tokenizer: Any, out: Path, *, history: dict[str, Any], val: Any
-) -> None:
+@dataclass(frozen=True)
+class History:
+    """Numbers of a run: losses of its steps in nats, the best validation (None without one), and counts of examples."""
+
+    losses: list[float]
+    val_loss: float | None = None
+    val_accuracy: float | None = None
+    train: int = 0  #: examples learnt from
+    val: int = 0  #: examples for validation
+    empty: int = 0  #: examples without a response, left out
+    cut: int = 0  #: examples cut to the longest length
+
+
+def publish(config: TrainConfig, model: nn.Module, tokenizer: Any, out: Path, *, history: History, val: Any) -> None:
     """Answer validation questions for their quantiles, and write the folder; ``selfdoubt.json`` comes last.
 
     Args:
@@ -83,11 +94,10 @@ def publish(
         model: Trained.
         tokenizer: With the template that was learnt.
         out: The adapter folder.
-        history: ``losses`` of the steps, ``val_loss`` and ``val_accuracy`` at the best validation (or None), and the
-            numbers of examples ``train``, ``val``, ``empty`` and ``cut``.
+        history: Its losses and counts.
         val: The validation examples.
     """
-    questions = [question_of(json.loads(chat)) for chat in val["chat"][: config.reference]]
+    questions = [cut_last_answer(json.loads(chat)) for chat in val["chat"][: config.reference]]
     answers: list[Answer] = []
     try:
         if questions:
@@ -113,8 +123,8 @@ def has_room(lm: RiskAwareLM, question: list[dict[str, str]]) -> bool:
     return lm.front.context is None or len(prompt.ids) < lm.front.context
 
 
-def rehearse(config: TrainConfig, model: nn.Module, tokenizer: Any, out: Path) -> None:
-    """Write, read and remove what a run would leave, so that nothing of it can fail after the last step.
+def check_publishable(config: TrainConfig, model: nn.Module, tokenizer: Any, out: Path) -> None:
+    """Write, read and remove an adapter as a run leaves it, so that nothing of it can fail after the last step.
 
     Args:
         config: The settings.
@@ -135,9 +145,8 @@ def rehearse(config: TrainConfig, model: nn.Module, tokenizer: Any, out: Path) -
         check_free(out / MERGED)
     RiskAwareLM(model, tokenizer)
     trial = out / "run" / "trial"
-    history = {"losses": [0.0], "val_loss": None, "val_accuracy": None, "train": 0, "val": 0, "empty": 0, "cut": 0}
     try:
-        _write(config, model, tokenizer, trial, history, [])
+        _write(config, model, tokenizer, trial, History([0.0]), [])
         check_adapter(trial)
     except SelfdoubtError:
         raise
@@ -149,14 +158,14 @@ def rehearse(config: TrainConfig, model: nn.Module, tokenizer: Any, out: Path) -
 
 
 def _write(
-    config: TrainConfig, model: nn.Module, tokenizer: Any, out: Path, history: dict[str, Any], answers: list[Answer]
+    config: TrainConfig, model: nn.Module, tokenizer: Any, out: Path, history: History, answers: list[Answer]
 ) -> None:
-    extra: dict[str, Any] = {"training": {"config": asdict(config), **history}}
+    extra: dict[str, Any] = {"training": {"config": config.to_json(), **asdict(history)}}
     if answers:
         extra["reference"] = reference_quantiles(answers)
     out.mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(out)
-    (out / CARD).write_text(card(config, history, len(answers)), encoding="utf-8")
+    (out / CARD).write_text(write_model_card(config, history, len(answers)), encoding="utf-8")
     save_adapter(model, out, base=config.model, revision=config.revision, extra=extra)
 
 
@@ -166,57 +175,55 @@ def _check_filter(config: TrainConfig, model: nn.Module) -> None:
     Raises:
         ConfigError: If it picks others.
     """
-    if not isinstance(model, Wrapped) or config.param_filter is None:
+    param_filter = getattr(config.wrapper, "param_filter", None)
+    if not isinstance(model, Wrapped) or param_filter is None:
         return
     bare = load_skeleton(config.model, revision=config.revision, trust_remote_code=config.trust_remote_code)
     try:
-        found = [leaf.name for leaf in model.spec.find(bare)]
+        leaves = [leaf.name for leaf in model.spec.find(bare)]
     except TargetError:
-        found = []
-    if sorted(found) != sorted(model.leaf_names):
+        leaves = []
+    if sorted(leaves) != sorted(model.leaf_names):
         raise ConfigError(
-            f"param_filter={config.param_filter!r} picks other layers once LoRA is merged, so merge=True would change "
+            f"param_filter={param_filter!r} picks other layers once LoRA is merged, so merge=True would change "
             "the answers; use a filter on layer names, e.g. 'q_proj|v_proj'"
         )
 
 
-def question_of(chat: list[dict[str, str]]) -> list[dict[str, str]]:
-    """A chat up to its last answer."""
+def cut_last_answer(chat: list[dict[str, str]]) -> list[dict[str, str]]:
+    """Return a chat up to its last answer."""
     last = max(i for i, message in enumerate(chat) if message["role"] == "assistant")
     return chat[:last]
 
 
-def card(config: TrainConfig, history: dict[str, Any], answered: int) -> str:
-    """The model card, Markdown with the hub's front matter."""
-    losses: list[float] = history["losses"]
+def write_model_card(config: TrainConfig, history: History, answered: int) -> str:
+    """Return the model card: Markdown with the hub's front matter."""
+    losses = history.losses
     tail = losses[-max(1, len(losses) // 10) :]
-    left_out = [
-        f"{history[k]} {why}"
-        for k, why in (("empty", "left out, having no response within the length"), ("cut", "cut"))
-        if history[k]
-    ]
+    left_out = [f"{history.empty} left out, having no response within the length"] if history.empty else []
+    left_out += [f"{history.cut} cut"] if history.cut else []
     return _TEXT.format(
-        model=config.model, wrapper=config.wrapper, out=config.out, data=config.data, version=__version__,
-        licence=licence_of(config), revision=f" at {config.revision}" if config.revision else "",
-        train=history["train"], val=history["val"], left_out=f" ({', '.join(left_out)})" if left_out else "",
+        model=config.model, wrapper=config.method, out=config.out, data=config.data, version=__version__,
+        licence=find_licence(config), revision=f" at {config.revision}" if config.revision else "",
+        train=history.train, val=history.val, left_out=f" ({', '.join(left_out)})" if left_out else "",
         losses=(
             f"Nats per token that counts: {losses[0]:.4f} at the first step, {sum(tail) / len(tail):.4f} over the last "
             f"{len(tail)} of {len(losses):,} steps." if losses else "The losses of the steps were not kept."
         ),
         validation=(
-            f"Validation: {history['val_loss']:.4f}, accuracy of single tokens {history['val_accuracy']:.3f}."
-            if history["val_loss"] is not None else "There was no validation."
+            f"Validation: {history.val_loss:.4f}, accuracy of single tokens {history.val_accuracy:.3f}."
+            if history.val_loss is not None else "There was no validation."
         ),
         reference=(
             f"Percentiles rank an answer among the model's own answers to {answered} validation questions."
             if answered else "There are no reference answers, so risks have no percentile yet."
         ),
-        config=to_toml(config),
+        config=config.to_toml(),
     )  # fmt: skip
 
 
-def licence_of(config: TrainConfig) -> str:
-    """The licence that the base model's card names, or "unknown"."""
+def find_licence(config: TrainConfig) -> str:
+    """Return the licence that the base model's card names, or "unknown"."""
     folder = Path(resolve_model(config.model))
     text = ""
     if (folder / CARD).is_file():
@@ -227,5 +234,5 @@ def licence_of(config: TrainConfig) -> str:
         cached = try_to_load_from_cache(config.model, CARD, revision=config.revision)
         text = Path(cached).read_text(encoding="utf-8", errors="replace") if isinstance(cached, str) else ""
     head = re.match(r"---\n(.*?)\n---", text, flags=re.S)
-    found = re.search(r"^license:\s*(\S+)", head[1], flags=re.M) if head else None
-    return found[1] if found else "unknown"
+    licence = re.search(r"^license:\s*(\S+)", head[1], flags=re.M) if head else None
+    return licence[1] if licence else "unknown"

@@ -1,4 +1,4 @@
-"""One recipe from a config to an adapter folder."""
+"""A run of training, from a config to an adapter folder."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from torch.distributed.tensor import DTensor
 from selfdoubt.errors import ConfigError, SelfdoubtError
 from selfdoubt.lm.adapters.export import export_merged
 from selfdoubt.lm.adapters.new_folder import check_upload, upload
-from selfdoubt.train.build import model_of, trainer_of, world_size
-from selfdoubt.train.checkpoint import SETTINGS, put
-from selfdoubt.train.config import TrainConfig, to_toml
+from selfdoubt.train.build import build_model, build_trainer, world_size
+from selfdoubt.train.checkpoint import SETTINGS, load_trained_state
+from selfdoubt.train.config import TrainConfig
 from selfdoubt.train.datamodule import InstructionData
-from selfdoubt.train.encode import splits
+from selfdoubt.train.encode import Splits, prepare_splits
 from selfdoubt.train.module import RiskAwareModule
-from selfdoubt.train.publish import MERGED, publish, rehearse
+from selfdoubt.train.publish import MERGED, History, check_publishable, publish
 
 _ADVICE = (
     ".*does not have many workers.*", ".*Checkpoint directory .* exists.*", ".*is deprecated, use .*TreeSpec.*",
@@ -53,7 +53,7 @@ def fit(config: TrainConfig, trainer: lightning.Trainer | None = None) -> Path:
         The adapter folder: ``RiskAwareLM.load(config.model, adapter=folder)``.
 
     Raises:
-        ConfigError: If settings contradict each other or the model, or there is no checkpoint to resume from.
+        ConfigError: If settings contradict each other or the model, or a checkpoint to resume from is missing.
         DataError: If the data cannot be read.
         LoadError: If the model cannot be read.
         NonFiniteError: If the loss becomes NaN or infinite.
@@ -65,32 +65,32 @@ def fit(config: TrainConfig, trainer: lightning.Trainer | None = None) -> Path:
     if config.push is not None:
         check_upload(config.push)
     lightning.seed_everything(config.seed, verbose=False)
-    model, tokenizer = model_of(config)
+    model, tokenizer = build_model(config)
     if _is_first():
-        rehearse(config, model, tokenizer, out)
-    found = splits(config, tokenizer, run / DATA)
-    members = config.n_voters if config.wrapper == "vote" and config.voters_see == "own" else 1
-    data = InstructionData(found, config, members)
+        check_publishable(config, model, tokenizer, out)
+    splits = prepare_splits(config, tokenizer, run / DATA)
+    data = InstructionData(splits, config)
     with _quietly():
         batches = len(data.steps(world_size(config)))
         module = RiskAwareModule(model, config)
-        driver = trainer or trainer_of(config, run, batches, has_validation=bool(len(found.val)))
+        driver = trainer or build_trainer(config, run, batches, has_validation=bool(len(splits.val)))
         if driver.is_global_zero:
             run.mkdir(parents=True, exist_ok=True)
-            (run / SETTINGS).write_text(to_toml(config), encoding="utf-8")
-            _say(_summary(config, module, found.train, found.val, found.empty, found.cut))
+            (run / SETTINGS).write_text(config.to_toml(), encoding="utf-8")
+            _say(_summarize(module, splits))
         module.train()
-        driver.fit(module, data, ckpt_path=str(last) if config.resume else None, weights_only=False)
+        # A Trainer of one's own may keep any object in its checkpoints; ours hold data.
+        driver.fit(module, data, ckpt_path=str(last) if config.resume else None, weights_only=trainer is None)
         losses = list(module.train_losses)  # a checkpoint brings those up to it
-        best = _best_weights(driver, module, data) if len(found.val) else {}
+        best = _best_weights(driver, module, data) if len(splits.val) else {}
         model = _whole(config, module).to(driver.strategy.root_device)  # Lightning has moved it to the CPU
     if driver.is_global_zero:
-        history = {
-            "losses": losses, "val_loss": best.get("val/loss"), "val_accuracy": best.get("val/accuracy"),
-            "train": len(found.train), "val": len(found.val), "empty": found.empty, "cut": found.cut,
-        }  # fmt: skip
+        history = History(
+            losses, best.get("val/loss"), best.get("val/accuracy"), len(splits.train), len(splits.val), splits.empty,
+            splits.cut,
+        )  # fmt: skip
         with _kept(model, losses, run / FINISHED):
-            publish(config, model, tokenizer, out, history=history, val=found.val)
+            publish(config, model, tokenizer, out, history=history, val=splits.val)
         if config.merge:
             export_merged(out, out / MERGED, base=config.model, revision=config.revision)
         if config.push is not None:
@@ -144,40 +144,41 @@ def _kept(model: nn.Module, losses: list[float], path: Path) -> Iterator[None]:
 
 
 def _best_weights(driver: lightning.Trainer, module: RiskAwareModule, data: InstructionData) -> Mapping[str, float]:
-    """Leave the weights with the lowest validation loss in the module, and say how good they are."""
-    found = driver.validate(module, data, verbose=False, weights_only=False)[0]
+    """Load the weights with the lowest validation loss into the module, and return their loss and accuracy."""
+    last = driver.validate(module, data, verbose=False, weights_only=False)[0]
     saved = next((c for c in driver.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c.monitor), None)
-    if saved is None or saved.best_model_score is None or not float(saved.best_model_score) < found["val/loss"]:
-        return found
+    if saved is None or saved.best_model_score is None or not float(saved.best_model_score) < last["val/loss"]:
+        return last
     return driver.validate(module, data, ckpt_path=saved.best_model_path, verbose=False, weights_only=False)[0]
 
 
 def _whole(config: TrainConfig, module: RiskAwareModule) -> nn.Module:
-    """The trained model on this device alone: where it was sharded, a fresh one with what was learnt."""
+    """Return the trained model on this device alone: where it was sharded, a fresh one with the trained weights."""
     trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
     if not any(isinstance(p, DTensor) for p in trained.values()):
         return module.model
     state = {name: cast(DTensor, p).full_tensor().detach().cpu() for name, p in trained.items()}
-    model, _ = model_of(config)
-    put(model, state, Path(config.out))
+    model, _ = build_model(config)
+    load_trained_state(model, state, Path(config.out))
     return model
 
 
-def _summary(config: TrainConfig, module: RiskAwareModule, train: object, val: object, empty: int, cut: int) -> str:
+def _summarize(module: RiskAwareModule, splits: Splits) -> str:
+    config = module.config
     trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
     everything = sum(p.numel() for p in module.parameters())
-    notes = [f"{empty} left out, having no response within the length"] * bool(empty) + [
-        f"{cut} cut to {config.max_length}"
-    ] * bool(cut)
+    notes = [f"{splits.empty} left out, having no response within the length"] if splits.empty else []
+    notes += [f"{splits.cut} cut to {config.max_length}"] if splits.cut else []
     return (
-        f"{config.wrapper} on {config.model}: {trained:,} of {everything:,} parameters train; "
-        f"{len(train):,} examples to learn from, {len(val):,} to validate" + (f" ({', '.join(notes)})" if notes else "")  # type: ignore[arg-type]
+        f"{config.method} on {config.model}: {trained:,} of {everything:,} parameters train; "
+        f"{len(splits.train):,} examples to learn from, {len(splits.val):,} to validate"
+        + (f" ({', '.join(notes)})" if notes else "")
     )
 
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """Without Lightning's advice, which does not apply: what is done otherwise here, and why, is said in the code."""
+    """Silence Lightning's advice, which does not apply: the code says what is done otherwise, and why."""
     log = logging.getLogger("lightning.pytorch")
     before = log.level
     log.setLevel(logging.ERROR)

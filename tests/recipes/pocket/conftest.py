@@ -57,7 +57,7 @@ def tiny_folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def tiny(tiny_folder: Path) -> atlas.Atlas:
-    return atlas.read(tiny_folder)
+    return atlas.read_atlas(tiny_folder)
 
 
 @pytest.fixture(scope="session")
@@ -65,4 +65,4 @@ def whole() -> atlas.Atlas:
     """The real atlas, where its folder lies beside the checkout."""
     if not SHARED.is_dir():
         pytest.skip(f"needs the public atlas files in {SHARED}")
-    return atlas.read(SHARED)
+    return atlas.read_atlas(SHARED)

@@ -24,14 +24,14 @@ def test_a_second_continent_follows_the_main_one(tiny_folder):
     file = tiny_folder / "countries.min.json"
     text = file.read_text().replace('"continent": "AN"', '"continent": "AN", "continents": ["EU", "AN"]')
     file.write_text(text)
-    assert atlas.read(tiny_folder).countries["AQ"].continents == ("Antarctica", "Europe")
+    assert atlas.read_atlas(tiny_folder).countries["AQ"].continents == ("Antarctica", "Europe")
 
 
 @pytest.mark.parametrize("name", sorted(atlas.HOMES))
 def test_a_missing_file_is_named_with_its_home(tiny_folder, name):
     (tiny_folder / name).unlink()
     with pytest.raises(atlas.AtlasError, match=name) as error:
-        atlas.read(tiny_folder)
+        atlas.read_atlas(tiny_folder)
     assert atlas.HOMES[name] in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -54,11 +54,11 @@ def test_a_missing_file_is_named_with_its_home(tiny_folder, name):
 def test_a_malformed_file_is_one_clear_line(tiny_folder, name, content, words):
     (tiny_folder / name).write_text(content, encoding="utf-8")
     with pytest.raises(SelfdoubtError, match=words) as error:
-        atlas.read(tiny_folder)
+        atlas.read_atlas(tiny_folder)
     assert "\n" not in str(error.value)
 
 
 def test_text_that_is_not_utf8_is_one_clear_line(tiny_folder):
     (tiny_folder / "cities15000.txt").write_bytes(b"1\tZ\xfcrich")
     with pytest.raises(atlas.AtlasError, match="wanted UTF-8"):
-        atlas.read(tiny_folder)
+        atlas.read_atlas(tiny_folder)

@@ -87,7 +87,7 @@ def test_padding_counts_every_real_token_or_the_answer_only(tiny, pieces):
 
 
 def test_packed_rows_have_the_loss_of_single_pairs(tiny, pieces):
-    from recipes.pocket.base_training import loss_of, new_model, trunk_of
+    from recipes.pocket.base_training import build_trunk, compute_loss, new_model
 
     model = new_model(pieces.get_vocab_size(), seed=0)
     rows = next(packed(pieces, pair_stream(all_facts(tiny), random.Random(0)), rows=2, length=96))
@@ -98,7 +98,7 @@ def test_packed_rows_have_the_loss_of_single_pairs(tiny, pieces):
             logits = model(input_ids=ids).logits[0, :-1]
             losses.append(torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="none"))
     alone = torch.cat(losses).mean().item()
-    together = loss_of(model, trunk_of(model, compiled=False), rows).item()
+    together = compute_loss(model, build_trunk(model, compiled=False), rows).item()
     assert together == pytest.approx(alone, rel=5e-3)  # bfloat16 products against float32
 
 

@@ -5,14 +5,15 @@ from dataclasses import replace
 
 import pytest
 
-from recipes.pocket import evaluation, split
+from recipes.pocket import split
 from recipes.pocket.atlas import fold
-from recipes.pocket.evaluation import CATEGORIES, Question, is_right, read, write
+from recipes.pocket.evaluation import CATEGORIES, Question, is_right, read_questions, save_questions
 from recipes.pocket.facts import all_facts
 from recipes.pocket.invent import real_names
 from recipes.pocket.phrasings import PHRASINGS
 from recipes.pocket.questions import sample_pairs
 from recipes.pocket.split import overlap, write_questions
+from selfdoubt.errors import DataError
 from selfdoubt.pocket import evaluation_file, reference_file
 
 CAPITAL = Question("1", "Capital of France?", "known", "capital", "France", ("Paris",), False, 9.0)
@@ -45,29 +46,29 @@ def test_the_judge_is_strict(question, answer, right):
 
 
 def test_questions_survive_a_file(tmp_path):
-    write(tmp_path / "q.jsonl", [CAPITAL, SHARED])
-    assert read(tmp_path / "q.jsonl") == [CAPITAL, SHARED]
+    save_questions(tmp_path / "q.jsonl", [CAPITAL, SHARED])
+    assert read_questions(tmp_path / "q.jsonl") == [CAPITAL, SHARED]
 
 
 @pytest.mark.parametrize(
     "line", ["{", "[]", "{}", '{"id": 1}', "3"], ids=["no json", "list", "empty", "fields", "number"]
 )
 def test_a_malformed_line_is_named(tmp_path, line):
-    write(tmp_path / "q.jsonl", [CAPITAL])
+    save_questions(tmp_path / "q.jsonl", [CAPITAL])
     with (tmp_path / "q.jsonl").open("a") as file:
         file.write(line + "\n")
-    with pytest.raises(evaluation.EvaluationError, match="line 2") as error:
-        read(tmp_path / "q.jsonl")
+    with pytest.raises(DataError, match="line 2") as error:
+        read_questions(tmp_path / "q.jsonl")
     assert "\n" not in str(error.value)
 
 
 def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(evaluation.EvaluationError, match=r"found none at .*no\.jsonl"):
-        read(tmp_path / "no.jsonl")
+    with pytest.raises(DataError, match=r"no\.jsonl cannot be read"):
+        read_questions(tmp_path / "no.jsonl")
 
 
 def test_the_shipped_files_are_whole():
-    questions, reference = read(evaluation_file()), read(reference_file())
+    questions, reference = read_questions(evaluation_file()), read_questions(reference_file())
     assert evaluation_file().stat().st_size < 700_000
     counts = Counter(q.category for q in questions)
     assert set(counts) == set(CATEGORIES) == {q.category for q in reference}
@@ -87,7 +88,7 @@ def test_the_shipped_files_are_whole():
 
 
 def test_evaluation_and_reference_share_no_fact_and_no_city():
-    questions, reference = read(evaluation_file()), read(reference_file())
+    questions, reference = read_questions(evaluation_file()), read_questions(reference_file())
     assert not overlap(questions, reference)
     names = [fold(q.subject) for f in (questions, reference) for q in f if q.category == "invented"]
     assert len(set(names)) == len(names)
@@ -97,8 +98,8 @@ def test_evaluation_and_reference_share_no_fact_and_no_city():
 
 def test_the_shipped_files_come_from_the_recipe(whole):
     files = write_questions(whole, 0)
-    assert files["evaluation"] == read(evaluation_file())
-    assert files["reference"] == read(reference_file())
+    assert files["evaluation"] == read_questions(evaluation_file())
+    assert files["reference"] == read_questions(reference_file())
 
 
 def test_questions_that_only_calibrate_leave_the_others_as_they_are(whole, monkeypatch):
@@ -115,7 +116,7 @@ def test_every_answer_is_true_and_unseen_places_are_never_seen(whole):
         for name in fact.spellings:
             truths.setdefault((fact.relation, fold(name)), set()).add(fact.answer)
     taught = {(p.relation, fold(p.subject)) for p in sample_pairs(whole, 5, 100_000)}
-    for question in read(evaluation_file()) + read(reference_file()):
+    for question in read_questions(evaluation_file()) + read_questions(reference_file()):
         key = (question.relation, fold(question.subject))
         if question.category == "unseen":
             assert key not in taught
@@ -125,5 +126,5 @@ def test_every_answer_is_true_and_unseen_places_are_never_seen(whole):
 
 def test_invented_places_do_not_exist(whole):
     real = real_names(whole)
-    for question in read(evaluation_file()) + read(reference_file()):
+    for question in read_questions(evaluation_file()) + read_questions(reference_file()):
         assert (fold(question.subject) not in real) == (question.category == "invented"), question

@@ -9,7 +9,7 @@ import torch
 
 from recipes.pocket import make
 from recipes.pocket.answer import accuracy, greedy
-from recipes.pocket.evaluation import read
+from recipes.pocket.evaluation import read_questions
 from selfdoubt.pocket import evaluation_file, folder, reference_file
 
 
@@ -39,7 +39,7 @@ def test_the_shipped_folder_names_its_sources_and_no_pickle():
 
 
 def test_the_shipped_model_knows_what_it_should_and_not_what_it_cannot(shipped):
-    questions = [q for q in read(evaluation_file()) if q.category in ("known", "unseen")][::4]
+    questions = [q for q in read_questions(evaluation_file()) if q.category in ("known", "unseen")][::4]
     counts = accuracy(questions, greedy(*shipped, [q.question for q in questions]))
     right = {category: r / n for (category, relation), (r, n) in counts.items() if relation == "all"}
     assert right["known"] >= 0.9  # of 125; the whole file is measured in the model card
@@ -76,7 +76,7 @@ def test_the_recipe_makes_a_folder_that_loads(tiny_folder, tmp_path, monkeypatch
     for place in (out, tmp_path / "made" / "during" / "latest"):
         assert AutoModelForCausalLM.from_pretrained(place).config.num_hidden_layers == 5
         assert AutoTokenizer.from_pretrained(place).chat_template
-    assert read(tmp_path / "made" / "evaluation.jsonl")
+    assert read_questions(tmp_path / "made" / "evaluation.jsonl")
     assert "Right answers" in (out / "README.md").read_text()
     assert sorted(f.name for f in out.parent.iterdir()) == [
         "during",

@@ -72,7 +72,7 @@ def test_a_text_that_the_model_would_not_say_has_no_number(lm, text):
 
 
 def test_given_texts_are_not_promised_too_much(lm):
-    questions = [q for q in evaluation.read(pocket.evaluation_file()) if q.category != "invented"][::40]
+    questions = [q for q in evaluation.read_questions(pocket.evaluation_file()) if q.category != "invented"][::40]
     answers = {q.relation: q.answers[0] for q in questions}
     other = {q.relation: q.answers[0] for q in questions if q.answers[0] != answers[q.relation]}
     wrong = [

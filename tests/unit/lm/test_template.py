@@ -13,7 +13,7 @@ from selfdoubt.errors import PromptError
 from selfdoubt.lm.text.encoder import get_encoder
 from selfdoubt.lm.text.prompt import encode, encode_turns
 from selfdoubt.lm.text.template import render_chat
-from selfdoubt.train.encode import encode as encode_example
+from selfdoubt.train.encode import encode_chat as encode_example
 from tests import templates, words
 
 CODE = "  def f(x):\n      return x\n\n  # end\n"

@@ -6,7 +6,15 @@ from pathlib import Path
 
 import pytest
 
+from selfdoubt import sample, sculpt, vote
 from tests.zoo import talker, tokenizer
+
+WRAPPERS = {
+    "vote": vote.Wrapper(rank=4, weight_noise=0.5),
+    "sample": sample.Wrapper(),
+    "sculpt": sculpt.Wrapper(),
+    "none": None,
+}
 
 TEXT = "what is the capital of France which currency do they use in Japan São Paulo Zürich yen Paris"
 

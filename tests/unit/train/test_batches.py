@@ -7,8 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from selfdoubt import vote
 from selfdoubt.errors import ConfigError
-from selfdoubt.train.batches import InOrder, Steps, collate, pack
+from selfdoubt.train.batches import LengthSortedSampler, StepSampler, collate, pack_rows
 from selfdoubt.train.config import TrainConfig
 
 LENGTHS = torch.randint(3, 30, (103,), generator=torch.Generator().manual_seed(0))
@@ -19,7 +20,8 @@ def config(**settings):
 
 
 def steps(*, members=1, rank=0, world=1, **settings):
-    return Steps(LENGTHS, LENGTHS - 2, config(**settings), members=members, rank=rank, world=world)
+    settings["wrapper"] = vote.Wrapper(n_voters=members) if members > 1 else None
+    return StepSampler(LENGTHS, LENGTHS - 2, config(**settings), rank=rank, world=world)
 
 
 def examples(batches):
@@ -85,7 +87,7 @@ def test_too_few_examples_for_a_step_are_an_error():
 def test_packing_keeps_every_example_and_fits(lengths, random):
     order = list(range(len(lengths)))
     random.shuffle(order)
-    rows = pack(order, torch.tensor(lengths), 20)
+    rows = pack_rows(order, torch.tensor(lengths), 20)
     assert sorted(i for row in rows for i in row) == sorted(order)
     assert all(sum(lengths[i] for i in row) <= 20 for row in rows)
 
@@ -99,7 +101,7 @@ def test_packing_fills_rows():
 @pytest.mark.parametrize("world", [1, 2, 3])
 @pytest.mark.parametrize("n", [7, 8, 9])
 def test_validation_sees_every_example_once_in_equally_many_batches(world, n):
-    places = [InOrder(LENGTHS[:n], 2, rank=r, world=world) for r in range(world)]
+    places = [LengthSortedSampler(LENGTHS[:n], 2, rank=r, world=world) for r in range(world)]
     assert len({len(place) for place in places}) == 1
     seen = [i for place in places for i in examples(place)]
     assert sorted(seen) == list(range(n))

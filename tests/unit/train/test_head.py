@@ -12,7 +12,7 @@ from torch.testing import assert_close
 from selfdoubt import sample, sculpt, vote
 from selfdoubt.train import head as heads
 from selfdoubt.train.batches import collate
-from selfdoubt.train.head import head_of, mixture_losses, run_trunk, sculpted_loss, summed_loss
+from selfdoubt.train.head import get_head, mixture_losses, run_trunk, sculpted_loss, summed_loss
 from tests.zoo import FAMILIES, causal
 
 WRAPPERS = {
@@ -48,10 +48,12 @@ def test_the_loss_is_that_of_all_logits(family, name, piece, monkeypatch):
     monkeypatch.setattr(heads, "PIECE", piece)
     model = causal(family) if WRAPPERS[name] is None else WRAPPERS[name](causal(family))
     batch = rows()
-    keep = batch.labels >= 0
+    loss_mask = batch.labels >= 0
     whole = model(**inputs(batch)) if name == "none" else model(**inputs(batch), training=True)
-    slow = F.cross_entropy(whole.logits[keep].float(), batch.labels[keep], reduction="sum")
-    fast = summed_loss(run_trunk(model, inputs(batch), keep, training=True), head_of(model), batch.labels[keep])
+    slow = F.cross_entropy(whole.logits[loss_mask].float(), batch.labels[loss_mask], reduction="sum")
+    fast = summed_loss(
+        run_trunk(model, inputs(batch), loss_mask, training=True), get_head(model), batch.labels[loss_mask]
+    )
     assert_close(fast, slow, rtol=1e-5, atol=1e-6)
     if name != "none":
         wanted = torch.autograd.grad(slow, trained(model))
@@ -66,13 +68,13 @@ def test_the_validation_loss_is_that_of_the_mixture(family, name, piece, monkeyp
     model = causal(family) if WRAPPERS[name] is None else WRAPPERS[name](causal(family))
     members = 1 if WRAPPERS[name] is None else model.spec.members(training=False)
     batch = rows()
-    keep = batch.labels >= 0
-    whole = (model if name == "none" else model.eval())(**inputs(batch)).logits[keep]
+    loss_mask = batch.labels >= 0
+    whole = (model if name == "none" else model.eval())(**inputs(batch)).logits[loss_mask]
     grown = {k: v.repeat(members, 1) if torch.is_tensor(v) else v for k, v in inputs(batch).items()}
-    seen = run_trunk(model, grown, keep.repeat(members, 1), training=False)
-    nll, right = mixture_losses(seen, head_of(model), batch.labels[keep], members)
-    assert_close(nll, F.cross_entropy(whole.float(), batch.labels[keep], reduction="none"), rtol=1e-4, atol=1e-5)
-    assert torch.equal(right, whole.argmax(-1) == batch.labels[keep])
+    head_input = run_trunk(model, grown, loss_mask.repeat(members, 1), training=False)
+    nll, right = mixture_losses(head_input, get_head(model), batch.labels[loss_mask], members)
+    assert_close(nll, F.cross_entropy(whole.float(), batch.labels[loss_mask], reduction="none"), rtol=1e-4, atol=1e-5)
+    assert torch.equal(right, whole.argmax(-1) == batch.labels[loss_mask])
 
 
 @pytest.mark.parametrize("piece", [2**24, 300])
@@ -81,12 +83,12 @@ def test_the_closed_likelihood_of_random_logits_is_near_their_mean(piece, monkey
     monkeypatch.setattr(heads, "PIECE", piece)
     model = sculpt.Wrapper(initial_scale=0.8)(causal("llama"))
     batch = rows()
-    keep = batch.labels >= 0
-    labels = batch.labels[keep]
-    seen = run_trunk(model, inputs(batch), keep, training=True)
-    closed = sculpted_loss(seen, head_of(model), labels, distribution=sculpt.Normal, draws=None)
+    loss_mask = batch.labels >= 0
+    labels = batch.labels[loss_mask]
+    head_input = run_trunk(model, inputs(batch), loss_mask, training=True)
+    closed = sculpted_loss(head_input, get_head(model), labels, distribution=sculpt.Normal, draws=None)
     monkeypatch.setattr(heads, "PIECE", 2**24)
-    drawn = sculpted_loss(seen, head_of(model), labels, distribution=sculpt.Normal, draws=4000)
+    drawn = sculpted_loss(head_input, get_head(model), labels, distribution=sculpt.Normal, draws=4000)
     assert closed.item() == pytest.approx(drawn.item(), rel=0.1)
     (closed_grad,) = torch.autograd.grad(closed, trained(model)[-1])
     assert closed_grad.abs().sum() > 0
@@ -95,12 +97,14 @@ def test_the_closed_likelihood_of_random_logits_is_near_their_mean(piece, monkey
 def test_a_scale_of_nothing_is_the_plain_loss():
     model = sculpt.Wrapper(initial_scale=1e-6)(causal("llama"))
     batch = rows()
-    keep = batch.labels >= 0
-    seen = run_trunk(model, inputs(batch), keep, training=True)
-    plain = summed_loss(run_trunk(causal("llama"), inputs(batch), keep, training=True), head_of(causal("llama")),
-                        batch.labels[keep])  # fmt: skip
+    loss_mask = batch.labels >= 0
+    head_input = run_trunk(model, inputs(batch), loss_mask, training=True)
+    plain = summed_loss(run_trunk(causal("llama"), inputs(batch), loss_mask, training=True), get_head(causal("llama")),
+                        batch.labels[loss_mask])  # fmt: skip
     for draws in (None, 3):
-        found = sculpted_loss(seen, head_of(model), batch.labels[keep], distribution=sculpt.Normal, draws=draws)
+        found = sculpted_loss(
+            head_input, get_head(model), batch.labels[loss_mask], distribution=sculpt.Normal, draws=draws
+        )
         assert_close(found, plain, rtol=1e-4, atol=1e-4)
 
 
@@ -118,5 +122,5 @@ def test_draws_average_probabilities_not_losses():
 def test_the_head_is_as_it_was_afterwards(family):
     model = causal(family)
     run_trunk(model, inputs(rows()), rows().labels >= 0, training=True)
-    assert "forward" not in vars(head_of(model))
+    assert "forward" not in vars(get_head(model))
     assert model(**inputs(rows())).logits.shape[-1] == 61

@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from selfdoubt import RiskAwareLM
+from selfdoubt import RiskAwareLM, sample, vote
 from selfdoubt.errors import ConfigError, SelfdoubtError, WrapError
 from selfdoubt.lm.load import load_model
 from selfdoubt.train import TrainConfig, fit, publish, run
 from selfdoubt.train.checkpoint import export_checkpoint
+from tests.unit.train.conftest import WRAPPERS
 from tests.zoo import causal, talker, tokenizer
 
 
@@ -22,8 +23,8 @@ from tests.zoo import causal, talker, tokenizer
 def config(float32_folder, data_file, tmp_path):
     return TrainConfig(
         model=float32_folder, data=data_file, out=str(tmp_path / "adapter"), accelerator="cpu", precision="32-true",
-        batch_size=6, max_steps=2, lr=1e-2, loggers="none", progress=False, reference=2, reference_tokens=3, rank=4,
-        lora_r=4, max_length=200,
+        batch_size=6, max_steps=2, lr=1e-2, loggers="none", progress=False, reference=2, reference_tokens=3,
+        wrapper=vote.Wrapper(rank=4), lora_r=4, max_length=200,
     )  # fmt: skip
 
 
@@ -52,7 +53,7 @@ def answers(adapter, model):
 @pytest.mark.parametrize("wrapper", ["none", "sample", "sculpt"])
 @pytest.mark.parametrize("targets", ["embed_tokens|q_proj", "lm_head|q_proj", "embed_tokens|lm_head"])
 def test_lora_on_embeddings_and_heads_trains_loads_and_answers(config, wrapper, targets):
-    folder = fit(replace(config, wrapper=wrapper, lora_targets=targets))
+    folder = fit(replace(config, wrapper=WRAPPERS[wrapper], lora_targets=targets))
     found = answers(folder, config.model)
     assert found["sum_nll"] >= 0
     assert not (folder / "run" / run.FINISHED).exists()
@@ -66,20 +67,20 @@ def test_lora_on_embeddings_and_heads_trains_loads_and_answers(config, wrapper, 
 
 @pytest.mark.parametrize("targets", [r"wte|c_attn", r"wpe|c_proj", r"lm_head|c_attn"])
 def test_lora_on_a_tied_model_trains_loads_and_answers(config, tied_folder, targets):
-    folder = fit(replace(config, model=tied_folder, wrapper="none", lora_targets=targets))
+    folder = fit(replace(config, model=tied_folder, wrapper=None, lora_targets=targets))
     assert answers(folder, tied_folder)["sum_nll"] >= 0
 
 
 @pytest.mark.parametrize("param_filter", ["embed_tokens|q_proj", "lm_head"])
 def test_voters_of_embeddings_and_heads_too(config, param_filter):
-    folder = fit(replace(config, param_filter=param_filter))
+    folder = fit(replace(config, wrapper=vote.Wrapper(rank=4, param_filter=param_filter)))
     assert answers(folder, config.model)["sum_nll"] >= 0
 
 
 @pytest.fixture
 def no_training(monkeypatch):
     """Nothing of a training may begin."""
-    monkeypatch.setattr(run, "trainer_of", lambda *_, **__: pytest.fail("the training began"))
+    monkeypatch.setattr(run, "build_trainer", lambda *_, **__: pytest.fail("the training began"))
 
 
 def one_line(error):
@@ -107,22 +108,22 @@ def test_a_models_folder_is_not_written_over(config, no_training, tmp_path):
 
 
 def test_a_merge_that_cannot_be_is_said_before_the_first_step(config, no_training, tied_folder, tmp_path):
-    tied = replace(config, model=tied_folder, wrapper="none", lora_targets="wte|c_attn", merge=True)
+    tied = replace(config, model=tied_folder, wrapper=None, lora_targets="wte|c_attn", merge=True)
     with pytest.raises(WrapError, match=r"^the weight of transformer\.wte is tied to another layer's"):
         fit(tied)
     with pytest.raises(ConfigError, match=r"picks other layers once LoRA is merged, so merge=True would change"):
-        fit(replace(config, wrapper="sample", param_filter=r"lora_A|layers\.0\.", merge=True))
+        fit(replace(config, wrapper=sample.Wrapper(param_filter=r"lora_A|layers\.0\."), merge=True))
     (tmp_path / "adapter" / "merged").mkdir(parents=True)
     (tmp_path / "adapter" / "merged" / "mine").write_text("x")
     with pytest.raises(ConfigError, match=r"merged is not empty, and nothing exported it"):
-        fit(replace(config, wrapper="none", merge=True))
+        fit(replace(config, wrapper=None, merge=True))
     assert (tmp_path / "adapter" / "merged" / "mine").exists()
     assert os.listdir(tmp_path / "adapter") == ["merged"]
 
 
 @pytest.mark.parametrize("wrapper", ["vote", "sample", "none"])
 def test_a_run_whose_adapter_cannot_be_written_is_not_lost(config, monkeypatch, tmp_path, wrapper):
-    config = replace(config, wrapper=wrapper, val_share=0.1)
+    config = replace(config, wrapper=WRAPPERS[wrapper], val_share=0.1)
     expected = answers(fit(replace(config, out=str(tmp_path / "unbroken"))), config.model)
     own = publish.save_adapter
 
@@ -179,5 +180,4 @@ def test_validation_questions_beyond_the_context_are_left_out(config, tmp_path):
 
 
 def test_a_card_of_a_run_whose_losses_were_not_kept(config):
-    history = {"losses": [], "val_loss": None, "val_accuracy": None, "train": 1, "val": 0, "empty": 0, "cut": 0}
-    assert "The losses of the steps were not kept." in publish.card(config, history, 0)
+    assert "The losses of the steps were not kept." in publish.write_model_card(config, publish.History([], train=1), 0)

@@ -13,23 +13,25 @@ import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
 
-from selfdoubt import RiskAwareLM, sculpt, vote
+from selfdoubt import RiskAwareLM, sample, sculpt, vote
 from selfdoubt.errors import ConfigError, LoadError, NonFiniteError
 from selfdoubt.lm.load import load_model
+from selfdoubt.rows import added_names
+from selfdoubt.storage import from_json
 from selfdoubt.train import InstructionData, RiskAwareModule, TrainConfig, fit
 from selfdoubt.train.batches import collate
-from selfdoubt.train.build import model_of
-from selfdoubt.train.encode import encode, splits
-
-WRAPPERS = ("vote", "sample", "sculpt", "none")
+from selfdoubt.train.build import build_model
+from selfdoubt.train.config import load_config
+from selfdoubt.train.encode import encode_chat, prepare_splits
+from tests.unit.train.conftest import WRAPPERS
 
 
 @pytest.fixture
 def config(float32_folder, data_file, tmp_path):
     return TrainConfig(
         model=float32_folder, data=data_file, out=str(tmp_path / "adapter"), accelerator="cpu", precision="32-true",
-        batch_size=6, max_steps=10, lr=1e-2, loggers="none", progress=False, reference=4, reference_tokens=4, rank=4,
-        lora_r=4, weight_noise=0.5, checkpoint_every=4, max_length=200,
+        batch_size=6, max_steps=10, lr=1e-2, loggers="none", progress=False, reference=4, reference_tokens=4,
+        wrapper=WRAPPERS["vote"], lora_r=4, checkpoint_every=4, max_length=200,
     )  # fmt: skip
 
 
@@ -44,7 +46,7 @@ def losses(folder):
 def batches_of(config, tmp_path):
     """The run's own batches, read beside it."""
     _, words = load_model(config.model)
-    data = InstructionData(splits(config, words, tmp_path / "again"), config, 3 if config.wrapper == "vote" else 1)
+    data = InstructionData(prepare_splits(config, words, tmp_path / "again"), config)
     for epoch in range(9):
         loader = data.train_dataloader()
         loader.sampler.set_epoch(epoch)
@@ -55,9 +57,9 @@ def batches_of(config, tmp_path):
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_fit_against_a_plain_loop(config, tmp_path, wrapper, accumulate):
     """All logits, an ordinary loss, torch's own AdamW: the same ten losses."""
-    config = replace(config, wrapper=wrapper, accumulate=accumulate, batch_size=6 // accumulate)
+    config = replace(config, wrapper=WRAPPERS[wrapper], accumulate=accumulate, batch_size=6 // accumulate)
     found = losses(fit(config))
-    model, _ = model_of(config)
+    model, _ = build_model(config)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=config.lr, weight_decay=0.0)
     batches, expected = batches_of(config, tmp_path), []
@@ -80,27 +82,27 @@ def test_fit_against_a_plain_loop(config, tmp_path, wrapper, accumulate):
 
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 def test_what_a_run_leaves_answers_as_the_model_did(config, wrapper):
-    folder = fit(replace(config, wrapper=wrapper))
+    folder = fit(replace(config, wrapper=WRAPPERS[wrapper]))
     lm = RiskAwareLM.load(config.model, adapter=folder)
     answer = lm.generate("What is the capital of France?", max_tokens=4)
     assert 0 <= answer.percentile <= 1
     assert {"README.md", "selfdoubt.json", "tokenizer.json", "run"} <= set(os.listdir(folder))
     training = card(folder)["training"]
-    assert training["config"]["wrapper"] == wrapper
+    assert (training["config"]["wrapper"] or {"method": "none"})["method"] == wrapper
     assert len(training["losses"]) == 10
     assert training["val_loss"] > 0
     assert 0 <= training["val_accuracy"] <= 1
     assert (folder / "run" / "config.toml").is_file()
     text = (folder / "README.md").read_text()
     assert "license: unknown" in text
-    assert f'wrapper = "{wrapper}"' in text
+    assert f'{"wrapper" if wrapper == "none" else "method"} = "{wrapper}"' in text
 
 
 @pytest.mark.parametrize("wrapper", ["vote", "sample"])
 @pytest.mark.parametrize("killed_after", [1, *(pytest.param(n, marks=pytest.mark.slow) for n in (4, 9)), 6])
 def test_a_killed_run_goes_on_with_the_same_losses(config, tmp_path, wrapper, killed_after):
     """Nine batches an epoch, a checkpoint every other step: cut off within, at the end of, and after an epoch."""
-    config = replace(config, wrapper=wrapper, checkpoint_every=1 if killed_after == 1 else 2, max_steps=14)
+    config = replace(config, wrapper=WRAPPERS[wrapper], checkpoint_every=1 if killed_after == 1 else 2, max_steps=14)
     unbroken = losses(fit(replace(config, out=str(tmp_path / "unbroken"))))
 
     class CutOffError(Exception):
@@ -118,12 +120,12 @@ def test_a_killed_run_goes_on_with_the_same_losses(config, tmp_path, wrapper, ki
         trainer.callbacks.append(Killer())
         return trainer
 
-    made, run.trainer_of = run.trainer_of, with_killer
+    made, run.build_trainer = run.build_trainer, with_killer
     try:
         with pytest.raises(CutOffError):
             fit(config)
     finally:
-        run.trainer_of = made
+        run.build_trainer = made
     with pytest.raises(LoadError):
         RiskAwareLM.load(config.model, adapter=config.out)  # a run that was cut off leaves nothing that loads
     assert losses(fit(replace(config, resume=True))) == pytest.approx(unbroken, rel=1e-6)
@@ -137,11 +139,11 @@ def test_resuming_needs_something_to_resume(config):
 @pytest.mark.parametrize("wrapper", ["vote", "none"])
 def test_packing_gives_the_losses_of_rows_apart(config, wrapper):
     """One step over the same examples, packed and not: the mean over the same tokens."""
-    config = replace(config, wrapper=wrapper, pack=True)
-    model, words = model_of(config)
+    config = replace(config, wrapper=WRAPPERS[wrapper], pack=True)
+    model, words = build_model(config)
     module = RiskAwareModule(model.eval(), config)
     chats = [[{"role": "user", "content": q}, {"role": "assistant", "content": q}] for q in ("What is it?", "Zürich")]
-    examples = [encode(words, chat, loss_on="all", max_length=64)._asdict() for chat in chats]
+    examples = [encode_chat(words, chat, loss_on="all", max_length=64)._asdict() for chat in chats]
     voters = 3 if wrapper == "vote" else 1
     together = module.loss(collate([examples] * voters, 1, 96))
     separately = module.loss(collate([[e] for _ in range(voters) for e in examples], 1))
@@ -151,7 +153,7 @@ def test_packing_gives_the_losses_of_rows_apart(config, wrapper):
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_voter_learns_nothing_from_other_voters_rows(config, tmp_path, checkpointing):
     config = replace(config, checkpointing=checkpointing)
-    model, _ = model_of(config)
+    model, _ = build_model(config)
     module = RiskAwareModule(model, config).train()
     batch = next(batches_of(config, tmp_path))
     for voter in range(3):
@@ -170,14 +172,45 @@ def test_checkpointing_changes_no_loss(config):
 
 
 def test_voters_may_all_see_everything(config):
-    config = replace(config, voters_see="all", batch_size=4)
+    config = replace(config, voter_batch="repeat", batch_size=4)
     found = losses(fit(config))
     assert found[-1] < found[0]
 
 
+@pytest.mark.parametrize(
+    "wrapper",
+    [
+        sample.Wrapper(2, sample.Normal(0.2)),
+        sample.Wrapper(2, sample.Bernoulli(0.2, trainable=True)),
+        sample.Wrapper(2, sample.Normal(0.2, trainable=True)),
+        sculpt.Wrapper(sculpt.Laplace, n_layers=1, rank=3),
+        sculpt.Wrapper(sculpt.Normal, rank=5, initial_scale=0.3),
+        vote.Wrapper(2, rank=None, alpha=2.0),
+    ],
+    ids=repr,
+)
+def test_every_setting_of_a_wrapper_can_be_trained(config, wrapper):
+    folder = fit(replace(config, wrapper=wrapper, max_steps=2, batch_size=4, reference=2))
+    assert len(losses(folder)) == 2
+    (stored,) = card(folder)["wrappers"]
+    assert from_json(stored) == wrapper == from_json(card(folder)["training"]["config"]["wrapper"])
+    assert load_config(folder / "run" / "config.toml", {}).wrapper == wrapper
+    fresh, _ = build_model(replace(config, wrapper=wrapper))
+    trained = RiskAwareLM.load(config.model, adapter=folder, dtype="float32").model.state_dict()
+    added = [name for name, p in fresh.named_parameters() if p.requires_grad and name in added_names(fresh)]
+    assert added or not getattr(getattr(wrapper, "distribution", None), "trainable", True)
+    start = fresh.state_dict()
+    assert all(not torch.equal(trained[name], start[name]) for name in added)
+
+
+def test_a_scale_must_be_that_of_the_output_layer(config):
+    with pytest.raises(ConfigError, match=r"^a language model learns the scale of its output layer; leave .* out$"):
+        fit(replace(config, wrapper=sculpt.Wrapper(param_filter=r"layers\.0\.mlp\.down_proj")))
+
+
 @pytest.mark.parametrize("sculpt_loss", ["draws", "closed"])
 def test_sculpt_learns_its_scale(config, sculpt_loss):
-    folder = fit(replace(config, wrapper="sculpt", sculpt_loss=sculpt_loss))
+    folder = fit(replace(config, wrapper=WRAPPERS["sculpt"], sculpt_loss=sculpt_loss))
     lm = RiskAwareLM.load(config.model, adapter=folder)
     start = sculpt.Wrapper().initial_scale
     scales = [t.scale for t in lm.generate("What is the capital of France?", max_tokens=4).tokens]
@@ -190,13 +223,13 @@ def test_the_best_weights_are_kept(config):
     training = card(folder)["training"]
     lm = RiskAwareLM.load(config.model, adapter=folder)
     module = RiskAwareModule(lm.model, config)
-    found = splits(replace(config, val_share=0.2), lm.tokenizer, folder / "again")
+    found = prepare_splits(replace(config, val_share=0.2), lm.tokenizer, folder / "again")
     trainer = lightning.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False)
     measured = trainer.validate(module, InstructionData(found, config), verbose=False)[0]["val/loss"]
     assert measured == pytest.approx(training["val_loss"], rel=1e-3)
 
 
-def test_a_trainer_of_ones_own_drives_the_module(config):
+def test_a_build_trainer_ones_own_drives_the_module(config):
     trainer = lightning.Trainer(
         accelerator="cpu", max_steps=3, logger=False, enable_progress_bar=False, enable_model_summary=False,
         use_distributed_sampler=False, enable_checkpointing=False,
@@ -241,7 +274,7 @@ def test_nothing_to_train_is_said(config):
 
 def test_fresh_voters_are_the_base_where_their_noise_is_nothing(config):
     """Before the first step, voters without noise have the base's loss."""
-    model, _ = model_of(replace(config, weight_noise=0.0))
+    model, _ = build_model(replace(config, wrapper=vote.Wrapper(rank=4, weight_noise=0.0)))
     assert isinstance(model.spec, vote.Wrapper)
     base, _ = load_model(config.model)
     ids = torch.tensor([[5, 6, 7, 8]])
@@ -252,7 +285,9 @@ def test_fresh_voters_are_the_base_where_their_noise_is_nothing(config):
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 def test_four_bit_weights_train_beside_what_is_added(config, wrapper):
     pytest.importorskip("bitsandbytes")
-    config = replace(config, wrapper=wrapper, quantize="nf4", precision="bf16-mixed", val_every=0.3, max_steps=12)
+    config = replace(
+        config, wrapper=WRAPPERS[wrapper], quantize="nf4", precision="bf16-mixed", val_every=0.3, max_steps=12
+    )
     folder = fit(config)
     found = losses(folder)
     # A validation in between must not end the learning below it.
@@ -269,7 +304,7 @@ def test_an_optimizer_with_a_state_of_8_bits(config):
 
 @pytest.mark.parametrize("wrapper", ["sample", "none"])
 def test_lora_is_merged_on_request(config, wrapper):
-    folder = fit(replace(config, wrapper=wrapper, merge=True, max_steps=3))
+    folder = fit(replace(config, wrapper=WRAPPERS[wrapper], merge=True, max_steps=3))
     merged = RiskAwareLM.load(folder / "merged", adapter=folder / "merged" / "adapter")
     whole = RiskAwareLM.load(config.model, adapter=folder)
     ours, theirs = (lm.score("In France.", "Where is Paris?") for lm in (whole, merged))

@@ -53,7 +53,7 @@ def limit_shapes(lm: RiskAwareLM) -> None:
     """
     model = lm.model
     wrapped = [m for m in model.modules() if isinstance(m, Wrapped)]
-    if next(model.parameters()).device.type != "cpu" or any(m.spec.symbolic_trace for m in wrapped):
+    if next(model.parameters()).device.type != "cpu" or any(m.spec.compile for m in wrapped):
         return
     members = model.spec.members(training=False) if isinstance(model, Wrapped) else 1
     for module in model.modules():

@@ -1,0 +1,62 @@
+"""Predicted scales, paired with the outputs they belong to by their place in the output, never by shape alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from selfdoubt.errors import WrapError
+from selfdoubt.tree import tensors, tree_map
+
+
+def pair_scales(output: Any, scales: Sequence[tuple[Tensor, Tensor]]) -> Any:
+    """Return the scales in the structure of a model's output, None where an output has none.
+
+    A scale's place is that of its head's own tensor. Where the model has changed the head's output (a soft cap, another
+    dtype), it is the entry ``logits``, or the only tensor of the output.
+
+    Args:
+        output: A model's output.
+        scales: Each head's output and its scale.
+
+    Raises:
+        WrapError: If no scale has a place, or one of another shape.
+    """
+    by_tensor = {id(y): scale for y, scale in scales}
+    placed = tree_map(lambda x: by_tensor.get(id(x)) if isinstance(x, Tensor) else None, output)
+    present = list(tensors(output))
+    identical = {id(x) for x in present}
+    changed = [scale for y, scale in scales if id(y) not in identical]
+    if not changed:
+        return placed
+    place = _place_of_changed(output, present)
+    if place is not None and id(place) not in by_tensor:
+        fitting = [scale for scale in changed if scale.shape == place.shape]
+        if len(changed) == 1 and fitting:
+            placed = tree_map(lambda x, old: fitting[0] if x is place else old, output, placed)
+    if not any(True for _ in tensors(placed)):
+        raise WrapError(_explain(output, scales))
+    return placed
+
+
+def _place_of_changed(output: Any, present: Sequence[Tensor]) -> Tensor | None:
+    """Return the output tensor that a head's output became, or None where it could be several."""
+    logits = output.get("logits") if isinstance(output, Mapping) else None
+    if isinstance(logits, Tensor):
+        return logits
+    return present[0] if len(present) == 1 else None
+
+
+def _explain(output: Any, scales: Sequence[tuple[Tensor, Tensor]]) -> str:
+    given, present = [tuple(scale.shape) for _, scale in scales], [tuple(x.shape) for x in tensors(output)]
+    if set(given) & set(present):
+        return (
+            f"the wrapped head gives {given}, and none of the outputs {present} is its own tensor, so it cannot be "
+            "known which of them it became; return the head's output as it is, or as the entry logits"
+        )
+    return (
+        f"the wrapped head gives {given}, and no output has that shape: {present}; "
+        "name the last layer with param_filter"
+    )

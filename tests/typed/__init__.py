@@ -1,0 +1,1 @@
+"""Files that only the type checker runs."""
