@@ -36,8 +36,8 @@ from selfdoubt.eval.records import Question, Record
 from selfdoubt.eval.run import ask_questions
 from selfdoubt.lm.adapters.adapter import save_adapter
 from selfdoubt.lm.adapters.lora import add_lora
-from selfdoubt.lm.scores import reference_quantiles
 from selfdoubt.lm.model import RiskAwareLM
+from selfdoubt.lm.scores import reference_quantiles
 from selfdoubt.metrics.bootstrap import compare
 from selfdoubt.train.head import head_of, run_trunk, sculpted_loss
 
