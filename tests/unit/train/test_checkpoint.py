@@ -30,11 +30,11 @@ class Trap:
 
 
 @pytest.fixture
-def run(model_folder, data_file, tmp_path) -> Path:
+def run(float32_folder, data_file, tmp_path) -> Path:
     """The folder of a run, without a checkpoint."""
     folder = tmp_path / "run"
     folder.mkdir()
-    config = TrainConfig(model=model_folder, data=data_file, out=str(tmp_path), wrapper=WRAPPERS["vote"])
+    config = TrainConfig(model=float32_folder, data=data_file, out=str(tmp_path), wrapper=WRAPPERS["vote"])
     (folder / SETTINGS).write_text(config.to_toml())
     return folder
 
