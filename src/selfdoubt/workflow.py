@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 from selfdoubt.calibration.adapter import (
     NO_CONDITIONS,
@@ -17,11 +17,11 @@ from selfdoubt.calibration.adapter import (
     read_conditions,
     write_adapter,
 )
-from selfdoubt.calibration.fit import fit_calibration, store_calibration
+from selfdoubt.calibration.fit import FitOptions, fit_calibration, store_calibration
 from selfdoubt.calibration.quality import CalibrationReport
 from selfdoubt.data.order import Draft, assign_ids, choose_subset
-from selfdoubt.data.question_sets import load_questions, read_column
-from selfdoubt.data.questions import Question
+from selfdoubt.data.question_sets import ReadOptions, load_questions, read_column
+from selfdoubt.data.questions import AS_USUAL, Columns, Question
 from selfdoubt.errors import ConfigError, DataError, require
 from selfdoubt.eval import records as files
 from selfdoubt.eval import run_folder
@@ -96,10 +96,13 @@ def evaluate(
     judge: Judge | str = "auto",
     limit: int | None = None,
     seed: int | None = None,
+    columns: Columns = AS_USUAL,
+    task: str | None = None,
+    split: str | None = None,
+    separator: str | None = None,
     states: str = "auto",
     draws: int = 1000,
     run: Run | None = None,
-    **reading: Any,
 ) -> Evaluation | None:
     """Ask a model a set of questions, judge its answers, and report which scores separate right from wrong ones.
 
@@ -115,10 +118,13 @@ def evaluate(
             "auto" takes choice for choices, rouge where wrong answers are known, else contains.
         limit: Ask a random subset of this size.
         seed: Of the subset, of the order of choices and of drawn answers; None takes that of ``config``.
+        columns: Columns of a file that hold question, answers, ..., where their names do not say it.
+        task: For TruthfulQA gen, mc1 or mc2.
+        split: A split on the hub; None takes the usual one.
+        separator: Separates several answers in one cell, e.g. ";".
         states: Decoder layers whose hidden states are kept to calibrate with: auto, none, all, or e.g. "3,7".
         draws: Bootstrap draws of each interval, at least 2.
         run: Further settings to keep, e.g. the model's name; None takes those that the model knows.
-        **reading: As for ``load_questions``: ``columns``, ``task``, ``split``, ``separator``, ...
 
     Returns:
         The run; None in all processes but the first of several.
@@ -138,7 +144,11 @@ def evaluate(
     run_folder.check_run_folder(folder)
     config = config or EvaluationConfig()
     config = config if seed is None else replace(config, seed=seed)
-    reading["seed"] = config.seed
+    reading: ReadOptions = {"seed": config.seed}
+    reading |= {"columns": columns} if columns != AS_USUAL else {}
+    reading |= {"task": task} if task is not None else {}
+    reading |= {"split": split} if split is not None else {}
+    reading |= {"separator": separator} if separator is not None else {}
     questions = load_asked(data, limit, **reading)
     check_questions(questions)
     if isinstance(judge, str):
@@ -147,7 +157,7 @@ def evaluate(
     layers = lm.layers
     lm.layers = choose_layers(lm, states)
     try:
-        asked = ask_questions(lm, questions, config, folder, run.to_json())
+        asked = ask_questions(lm, questions, config, folder, run)
     finally:
         lm.layers = layers
     if asked is None:
@@ -165,7 +175,7 @@ def calibrate(
     out: str | os.PathLike[str] | None = None,
     lm: RiskAwareLM | Callable[[Run], RiskAwareLM] | None = None,
     draws: int = 1000,
-    **options: Any,
+    **options: Unpack[FitOptions],
 ) -> CalibrationResult:
     """Learn from judged answers how probable it is that an answer is right, and store that in the adapter.
 
@@ -240,7 +250,7 @@ def describe_run(lm: RiskAwareLM, data: Any) -> Run:
 
 
 def load_asked(
-    data: str | os.PathLike[str] | Sequence[Asked], limit: int | None = None, **reading: Any
+    data: str | os.PathLike[str] | Sequence[Asked], limit: int | None = None, **reading: Unpack[ReadOptions]
 ) -> list[Question]:
     """Return the questions of a file, of a set, or of a list; as for ``evaluate``.
 
@@ -268,7 +278,7 @@ def _parse_asked(place: int, asked: Asked) -> Question:
     return Question("", text, answers=accepted)
 
 
-def _choose_judge(spec: str, questions: Sequence[Question], data: Any, reading: Mapping[str, Any]) -> Judge:
+def _choose_judge(spec: str, questions: Sequence[Question], data: Any, reading: ReadOptions) -> Judge:
     kind, _, name = spec.partition(":")
     if kind == "column" and name and not isinstance(data, (str, os.PathLike)):
         raise ConfigError(f"{spec} needs a file with that column, and the questions are a list; give a file")

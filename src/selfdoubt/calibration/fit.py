@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
@@ -51,6 +51,17 @@ OF_MEMBERS = ("epistemic", "aleatoric", "disagreement", "spread", "scale")
 #: while they read the question adds to the other scores, what they say of the answer is there already.
 MEMBER_SCORES = ("question_mean_epistemic", "sum_scale")
 WITHOUT_QUESTION = ("sum_epistemic",)
+
+
+class FitOptions(TypedDict, total=False):
+    """Options of ``fit_calibration``."""
+
+    target_accuracy: float | None
+    confidence: float
+    seed: int
+    folds: int
+    candidates: Sequence[str] | None
+    threshold_share: float
 
 
 def fit_calibration(

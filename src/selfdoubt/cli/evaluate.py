@@ -15,6 +15,7 @@ from selfdoubt.eval.config import EvaluationConfig
 if TYPE_CHECKING:
     import typer
 
+    from selfdoubt.data.question_sets import ReadOptions
     from selfdoubt.data.questions import Question
 else:
     typer = require("typer", "lm")
@@ -60,7 +61,7 @@ def evaluate(
     from selfdoubt.members import Wrapped
 
     config = build_config(EvaluationConfig, settings)
-    reading: dict[str, Any] = {
+    reading: ReadOptions = {
         "task": task, "seed": config.seed, "columns": build_config(Columns, settings), "separator": answer_separator,
         "split": split,
     }  # fmt: skip
@@ -91,7 +92,7 @@ def evaluate(
 
 
 def _choose_shots(
-    n: int, file: Path | None, questions: list[Question], data: str, reading: dict[str, Any]
+    n: int, file: Path | None, questions: list[Question], data: str, reading: ReadOptions
 ) -> list[Question]:
     from selfdoubt.data import question_sets
     from selfdoubt.eval.few_shot import choose_examples

@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 from selfdoubt.data import truthfulqa
 from selfdoubt.data.order import Draft, assign_ids, choose_subset
@@ -33,6 +33,18 @@ class HubSet:
     config: str | None = None
     split: str = "validation"
     columns: Columns = AS_USUAL
+
+
+class ReadOptions(TypedDict, total=False):
+    """Options of ``load_questions`` that say how a set is read."""
+
+    task: str | None
+    seed: int
+    columns: Columns
+    separator: str | None
+    config: str | None
+    split: str | None
+    revision: str | None
 
 
 TRUTHFULQA, POCKET = "truthfulqa", "pocket"
@@ -87,7 +99,7 @@ def load_questions(
     return [question for question, _ in choose_subset(drafts, limit, seed)]
 
 
-def read_column(source: str | os.PathLike[str], name: str, **options: Any) -> dict[str, Any]:
+def read_column(source: str | os.PathLike[str], name: str, **options: Unpack[ReadOptions]) -> dict[str, Any]:
     """Return the cells of one more column by question id, e.g. a person's judgement for
     ``selfdoubt.eval.judges.rules.Column``.
 

@@ -128,11 +128,11 @@ def _text(path: Path) -> str:
 
 
 def _from_lines(path: Path, text: str) -> Iterator[Placed]:
-    for number, line in enumerate(text.split("\n"), 1):  # a text may hold other line ends
-        if line.strip():
+    for number, row_text in enumerate(text.split("\n"), 1):  # a text may hold other line ends
+        if row_text.strip():
             place = f"{path}, line {number}"
             try:
-                row = json.loads(line)
+                row = json.loads(row_text)
             except (ValueError, RecursionError) as error:
                 raise DataError(f"{place}: broken JSON ({_why(error)}); write one object per line") from None
             yield place, _object(place, row)

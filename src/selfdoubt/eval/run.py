@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,7 @@ from selfdoubt.eval.config import EvaluationConfig
 from selfdoubt.eval.generate import AnsweredBatch, ask_batch
 from selfdoubt.eval.prompts import STOP
 from selfdoubt.eval.scores.agreement import build_equivalence
-from selfdoubt.eval.settings import Cost
+from selfdoubt.eval.settings import Cost, Run
 from selfdoubt.eval.shards import Shards
 from selfdoubt.lm.conditions import Conditions
 from selfdoubt.lm.hidden_states import find_decoder_layers
@@ -37,7 +37,7 @@ def ask_questions(
     questions: Sequence[Question],
     config: EvaluationConfig,
     out: Path,
-    about: Mapping[str, Any] | None = None,
+    run: Run | None = None,
 ) -> AnsweredBatch | None:
     """Ask all questions; finished batches are kept in ``out`` and never asked twice.
 
@@ -49,7 +49,7 @@ def ask_questions(
         questions: With unique ids; with choices all, or none.
         config: How to ask; see ``resolve_config`` for what the model decides.
         out: The run's folder.
-        about: What else the answers depend on, e.g. the model's name.
+        run: Settings that the answers depend on, too: the model's name, the data, ...
 
     Returns:
         All records in the order of the questions, with states and costs; None on all processes but the first.
@@ -65,7 +65,12 @@ def ask_questions(
         distributed.init_process_group("gloo")
     order = _by_length(lm, questions, config)
     batches = [order[i : i + config.batch_size] for i in range(0, len(order), config.batch_size)]
-    whole = {**(about or {}), **asdict(config), "layers": list(lm.layers), "questions": _digest(questions)}
+    whole = {
+        **({} if run is None else run.to_json()),
+        **asdict(config),
+        "layers": list(lm.layers),
+        "questions": _digest(questions),
+    }
     if rank == 0:
         shards = Shards(out, whole)
     if world > 1:
