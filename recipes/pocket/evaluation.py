@@ -6,11 +6,12 @@ import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 from recipes.pocket.atlas import fold
 from recipes.pocket.phrasings import PHRASINGS, sentence
-from selfdoubt.errors import SelfdoubtError
+from selfdoubt.data.readers import Row, read_json_lines
+from selfdoubt.errors import DataError, SelfdoubtError
 
 Category = Literal["known", "rare", "unseen", "ambiguous", "invented"]
 CATEGORIES: tuple[Category, ...] = get_args(Category)
@@ -40,7 +41,7 @@ class Question:
 
 
 def read(path: str | Path) -> list[Question]:
-    """Read a file of questions, one JSON object a line.
+    """Read a file of questions, one JSON object per line.
 
     Raises:
         EvaluationError: If the file is missing or a line is malformed; the message names the line.
@@ -50,28 +51,31 @@ def read(path: str | Path) -> list[Question]:
         raise EvaluationError(
             f"wanted a file of questions, found none at {file}; the shipped one is selfdoubt.pocket.evaluation_file()"
         )
+    try:
+        rows = list(read_json_lines(file))
+    except DataError as error:
+        raise EvaluationError(f"{error}, or write the file again with recipes.pocket.make") from None
     questions = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), 1):
-        if line:
-            try:
-                questions.append(_question(json.loads(line)))
-            except (TypeError, ValueError) as error:
-                raise EvaluationError(
-                    f"{file}, line {number}: wanted an object with the fields of Question, found: {error}; "
-                    "mend the line or write the file anew with recipes.pocket.make"
-                ) from None
+    for place, row in rows:
+        try:
+            questions.append(_question(row))
+        except (TypeError, ValueError) as error:
+            raise EvaluationError(
+                f"{place}: wanted an object with the fields of Question, found: {error}; "
+                "fix the line or write the file again with recipes.pocket.make"
+            ) from None
     return questions
 
 
 def write(path: str | Path, questions: Iterable[Question]) -> None:
-    """Write questions, one JSON object a line."""
+    """Write questions, one JSON object per line."""
     lines = [json.dumps(asdict(q), ensure_ascii=False) for q in questions]
     Path(path).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 
-def _question(record: Any) -> Question:
-    if not isinstance(record, dict) or set(record) != {field.name for field in fields(Question)}:
-        raise ValueError(sorted(record) if isinstance(record, dict) else f"a {type(record).__name__}")
+def _question(record: Row) -> Question:
+    if set(record) != {field.name for field in fields(Question)}:
+        raise ValueError(sorted(record))
     category, relation, answers = record["category"], record["relation"], record["answers"]
     if category not in CATEGORIES or relation not in PHRASINGS:
         raise ValueError(f"category {category!r}, relation {relation!r}")

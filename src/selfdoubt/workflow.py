@@ -83,7 +83,7 @@ class CalibrationResult:
 
     def lines(self) -> list[str]:
         """Return the findings, the place of the adapter and each run's findings, for a terminal."""
-        renewed = [line for e in self.evaluations for line in (f"{e.folder}:", *e.lines())]
+        renewed = [text for e in self.evaluations for text in (f"{e.folder}:", *e.lines())]
         return [*self.sentences, f"stored in {self.folder / 'selfdoubt.json'}", *renewed]
 
 

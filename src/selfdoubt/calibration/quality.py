@@ -1,4 +1,4 @@
-"""What a calibration is worth, in numbers that no head was fitted on."""
+"""Quality of a calibration, in numbers that no head was fitted on."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class CandidateReport:
 
 @dataclass(frozen=True)
 class CalibrationReport:
-    """How p_correct was learnt, and what it is worth."""
+    """Report of a calibration: how p_correct was learnt, and its quality."""
 
     answers: int  #: judged and usable
     left_out: Mapping[str, int]  #: reasons
@@ -55,7 +55,7 @@ class CalibrationReport:
     out_of_topic: tuple[float | None, ...]
 
     def about(self) -> dict[str, Any]:
-        """For ``Calibration.about``: enough to know later what a stored head is worth."""
+        """Return the entry ``Calibration.about``: enough to know the quality of a stored head later."""
         best = self.best
         return {
             "candidate": self.chosen,
@@ -71,13 +71,13 @@ class CalibrationReport:
         return next(c for c in self.candidates if c.name == self.chosen)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data, without the single probabilities, which belong to the records."""
-        found = asdict(self)
-        del found["out_of_fold"], found["out_of_topic"]
-        return found
+        """Return plain data, without the single probabilities, which belong to the records."""
+        entries = asdict(self)
+        del entries["out_of_fold"], entries["out_of_topic"]
+        return entries
 
     def rows(self) -> tuple[list[str], list[list[str]]]:
-        """A table of the candidates: its head, and a row each; the chosen one is starred."""
+        """Return a table of the candidates: its head, and one row each; the chosen one is starred."""
         head = ["head", "reads", "log loss", "Brier", "AUROC", "ECE"]
         if self.topics:
             head += [f"{name}, other topics" for name in ("log loss", "AUROC", "ECE")]
@@ -92,30 +92,30 @@ class CalibrationReport:
         return head, table
 
     def lines(self) -> list[str]:
-        """For a terminal, as plain text."""
+        """Return the report as plain text, for a terminal."""
         head, table = self.rows()
         widths = [max(len(row[i]) for row in (head, *table)) for i in range(len(head))]
-        found = [f"learnt from {self.learnt_from} of {self.answers} judged answers (held-out numbers; * is chosen)"]
+        lines = [f"learnt from {self.learnt_from} of {self.answers} judged answers (held-out numbers; * is chosen)"]
         if self.left_out:
-            found.append("left out: " + ", ".join(f"{n} {why}" for why, n in self.left_out.items()))
+            lines.append("left out: " + ", ".join(f"{n} {why}" for why, n in self.left_out.items()))
         for row in (head, *table):
             cells = [row[i].ljust(widths[i]) if i < 2 else row[i].rjust(widths[i]) for i in range(len(row))]
-            found.append("  ".join(cells).rstrip())
-        found += [f"warning: {text}" for text in self.warnings]
+            lines.append("  ".join(cells).rstrip())
+        lines += [f"warning: {text}" for text in self.warnings]
         if self.promise is not None:
             p = self.promise
-            found.append(
+            lines.append(
                 f"answers with p_correct >= {p.threshold:.4f} are given: {p.right} of {p.answered} were right, "
                 f"{100 * p.coverage:.1f} % of {p.answers} questions; at least {100 * p.target_accuracy:g} % are, with "
                 f"{100 * p.confidence:g} % confidence, for questions drawn as these were"
             )
         elif self.refusal is not None:
-            found.append(self.refusal)
-        return found
+            lines.append(self.refusal)
+        return lines
 
 
 def measure_quality(p: Float[np.ndarray, " n"], correct: Bool[np.ndarray, " n"]) -> Quality:
-    """Of those probabilities that are there (not NaN); right and wrong answers must be among them."""
+    """Measure those probabilities that are there (not NaN); right and wrong answers must be among them."""
     seen = ~np.isnan(p)
     p, correct = p[seen], correct[seen]
     return Quality(

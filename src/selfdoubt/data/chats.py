@@ -26,7 +26,7 @@ from selfdoubt.data.questions import (
     parse_question,
     parse_record,
 )
-from selfdoubt.data.readers import SUFFIXES, Placed, Row, read_file, read_hub
+from selfdoubt.data.readers import Placed, Row, looks_like_file, read_file, read_hub
 from selfdoubt.errors import DataError
 
 ChatMessages = list[dict[str, str]]
@@ -86,9 +86,7 @@ def _chats(source: str, columns: Columns) -> Iterator[ChatMessages]:
 
 def _rows(source: str) -> Iterator[Placed]:
     path = Path(source).expanduser()
-    if path.is_dir() or (
-        not path.exists() and (path.suffix.lower() in SUFFIXES or path.is_absolute() or source.startswith("."))
-    ):
+    if path.is_dir() or (not path.exists() and looks_like_file(source)):
         names = "JSON, JSONL, CSV, TSV or Parquet file"
         raise DataError(f"no data file at {source!r}; give a {names}, or a name on the hub")
     return read_file(path) if path.exists() else read_hub(source, None, "train", None, splits=(), extra="train")

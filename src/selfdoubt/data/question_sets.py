@@ -21,7 +21,7 @@ from selfdoubt.data.questions import (
     parse_question,
     parse_record,
 )
-from selfdoubt.data.readers import SUFFIXES, Placed, read_file_rows, read_hub_rows
+from selfdoubt.data.readers import SUFFIXES, Placed, looks_like_file, read_file_rows, read_hub_rows
 from selfdoubt.errors import ConfigError, DataError
 
 
@@ -147,7 +147,7 @@ def _rows(source: str, path: Path, config: str | None, split: str | None, revisi
         return read_hub_rows(known.name, config or known.config, split or known.split, revision)
     if path.is_file():
         return read_file_rows(path)
-    if path.suffix.lower() in SUFFIXES or path.is_absolute() or source.startswith(".") or "/" not in source:
+    if looks_like_file(source) or "/" not in source:
         names = ", ".join((POCKET, *KNOWN))
         raise DataError(
             f"no question file at {source!r}; give a {', '.join(SUFFIXES)} file, one of {names}, or owner/name"

@@ -45,6 +45,21 @@ def read_file(path: Path) -> Iterator[Placed]:
     return _from_lines(path, text) if suffix == ".jsonl" else _from_json(path, text, start, at_line)
 
 
+def looks_like_file(source: str) -> bool:
+    """Return whether a source that does not exist was meant as a file: such a name is not looked up on the hub."""
+    path = Path(source).expanduser()
+    return path.suffix.lower() in SUFFIXES or path.is_absolute() or source.startswith(".")
+
+
+def read_json_lines(path: Path) -> Iterator[Placed]:
+    """Yield the objects of a JSONL file of any name, one per line.
+
+    Raises:
+        DataError: If the file cannot be read, or a line is not a JSON object; the message names the place.
+    """
+    yield from _from_lines(path, _text(path))
+
+
 def read_file_rows(path: Path) -> list[Placed]:
     """Return all rows of a question file, at least one.
 
@@ -119,7 +134,7 @@ def _from_lines(path: Path, text: str) -> Iterator[Placed]:
             try:
                 row = json.loads(line)
             except (ValueError, RecursionError) as error:
-                raise DataError(f"{place}: broken JSON ({_why(error)}); write one object a line") from None
+                raise DataError(f"{place}: broken JSON ({_why(error)}); write one object per line") from None
             yield place, _object(place, row)
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from selfdoubt.data.questions import Question as Question
+from selfdoubt.data.readers import read_json_lines
 from selfdoubt.errors import DataError
 from selfdoubt.storage import write
 
@@ -94,7 +95,7 @@ def read_records(path: str | os.PathLike[str]) -> list[Record]:
         DataError: If it cannot be read, a line is broken, or an id comes twice.
     """
     records: dict[str, Record] = {}
-    for place, row in read_rows(path):
+    for place, row in read_json_lines(Path(path)):
         try:
             record = Record.from_json(row)
         except DataError as error:
@@ -103,30 +104,6 @@ def read_records(path: str | os.PathLike[str]) -> list[Record]:
             raise DataError(f"{place}: the id {record.question.id!r} comes twice; give every question its own")
         records[record.question.id] = record
     return list(records.values())
-
-
-def read_rows(path: str | os.PathLike[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield the objects of a JSONL file, each with its place in words.
-
-    Raises:
-        DataError: If the file cannot be read, or a line is not a JSON object.
-    """
-    try:
-        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")  # splitlines also cuts inside of texts
-    except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror}); give a JSONL file") from None
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text (byte {error.start}); convert it, e.g. with iconv") from None
-    for number, text in enumerate(lines, 1):
-        if not text.strip():
-            continue
-        try:
-            row = json.loads(text)
-        except ValueError as error:
-            raise DataError(f"{path}, line {number} is not JSON ({error}); write one object per line") from None
-        if not isinstance(row, dict):
-            raise DataError(f"{path}, line {number} is {type(row).__name__}, not an object with keys")
-        yield f"{path}, line {number}", row
 
 
 def save_records(path: str | os.PathLike[str], records: Iterable[Record]) -> None:

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from selfdoubt.data.cells import has_half
+from selfdoubt.data.readers import read_json_lines
 from selfdoubt.errors import ConfigError, DataError, NonFiniteError, PromptError
-from selfdoubt.eval import records
 from selfdoubt.storage import write
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def read_answer_rows(file: str, out: Path, question_column: str) -> list[dict[st
         raise ConfigError(f"--out {out} is the file of answers itself; give another name")
     if not out.absolute().parent.is_dir():
         raise ConfigError(f"--out {out}: the folder {out.absolute().parent} does not exist; make it first")
-    rows = [row for _, row in records.read_rows(file)]
+    rows = [dict(row) for _, row in read_json_lines(Path(file))]
     if not rows:
         raise DataError(f"{file} holds no answers; write one object per line")
     if not any(question_column in row for row in rows):

@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from selfdoubt import report as package
 from selfdoubt.errors import DataError
 from selfdoubt.eval.records import Question
 from selfdoubt.eval.settings import Run
@@ -81,6 +82,13 @@ def test_a_plot_of_an_earlier_report_does_not_stay(records, tmp_path):
     found = write_report([replace(r, correct=None) for r in records], Run(), tmp_path, draws=5)
     assert set(found) == {"report.json", "report.html"}
     assert sorted(tmp_path.iterdir()) == sorted(found.values())
+
+
+def test_all_is_what_the_package_exposes():
+    assert all(getattr(package, name).__module__.startswith("selfdoubt.report.") for name in package.__all__)
+    assert dir(package) == sorted(package.__all__)
+    with pytest.raises(AttributeError, match="has no attribute 'nonsense'"):
+        package.nonsense  # noqa: B018
 
 
 def test_a_report_comes_back_from_its_file(records, report, tmp_path):

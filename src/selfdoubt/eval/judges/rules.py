@@ -11,7 +11,16 @@ from typing import Any
 from selfdoubt.errors import ConfigError, require
 from selfdoubt.eval.judges.choices import Choice
 from selfdoubt.eval.judges.signs import find_spans, say_signs
-from selfdoubt.eval.judges.text import declines, fold, inside, normalise, rouge_l, token_f1
+from selfdoubt.eval.judges.text import (
+    check_f1_threshold,
+    declines,
+    fold,
+    inside,
+    normalise,
+    parse_f1_threshold,
+    rouge_l,
+    token_f1,
+)
 from selfdoubt.eval.judges.verdict import NO_ANSWER, Judge, Verdict, parse_verdict
 from selfdoubt.eval.records import Question
 
@@ -34,8 +43,7 @@ class F1:
     threshold: float = 0.5  #: in (0, 1]
 
     def __post_init__(self) -> None:
-        if not 0 < self.threshold <= 1:
-            raise ConfigError(f"the F1 threshold must be in (0, 1], got {self.threshold}; 0.5 is usual")
+        check_f1_threshold(self.threshold)
 
     def __call__(self, question: Question, answer: str | None, /) -> Verdict:
         """Judge an answer."""
@@ -154,14 +162,7 @@ def build_judge(spec: str, *, column: Mapping[str, Any] | None = None) -> Judge:
     if name in _PLAIN and not colon:
         return _PLAIN[name]()
     if name == "f1" and colon:
-        try:
-            return F1(float(setting))
-        except ValueError as error:
-            raise (
-                error
-                if isinstance(error, ConfigError)
-                else ConfigError(f"the F1 threshold must be a number, got {setting!r}; write e.g. f1:0.5")
-            ) from None
+        return F1(parse_f1_threshold(setting))
     if name == "regex" and setting:
         return Regex(setting)
     if name == "column" and setting:

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Sequence
 from functools import lru_cache
 
+from selfdoubt.errors import ConfigError
 from selfdoubt.eval.judges.signs import compose_negated, find_spans, keep_forms, keep_signs, meaningful
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
@@ -113,6 +114,28 @@ def same_key(text: str) -> tuple[str, str]:
         (True, False, False)
     """
     return normalise(text), meaningful(fold(text))
+
+
+def check_f1_threshold(threshold: float) -> None:
+    """Check that a least token F1 is in (0, 1].
+
+    Raises:
+        ConfigError: If it is not.
+    """
+    if not 0 < threshold <= 1:
+        raise ConfigError(f"the F1 threshold must be in (0, 1], got {threshold}; 0.5 is usual")
+
+
+def parse_f1_threshold(text: str) -> float:
+    """Parse the setting of ``f1:0.5``.
+
+    Raises:
+        ConfigError: If it is not a number.
+    """
+    try:
+        return float(text)
+    except ValueError:
+        raise ConfigError(f"the F1 threshold must be a number in (0, 1], got {text!r}; write e.g. f1:0.5") from None
 
 
 def places(words: str, text: str) -> list[int]:

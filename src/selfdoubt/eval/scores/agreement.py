@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import combinations
 
 from selfdoubt.errors import ConfigError, NonFiniteError, ShapeError
-from selfdoubt.eval.judges.text import rouge_l, same_key, token_f1
+from selfdoubt.eval.judges.text import check_f1_threshold, parse_f1_threshold, rouge_l, same_key, token_f1
 
 AGREEMENT_SCORES = (
     "self_consistency", "semantic_entropy", "semantic_entropy_weighted", "n_clusters", "lexical_dissimilarity",
@@ -40,8 +40,7 @@ class SameWords:
     threshold: float = 0.5  #: in (0, 1]
 
     def __post_init__(self) -> None:
-        if not 0 < self.threshold <= 1:
-            raise ConfigError(f"the F1 threshold must be in (0, 1], got {self.threshold}; 0.5 is usual")
+        check_f1_threshold(self.threshold)
 
     def __call__(self, pairs: Sequence[tuple[str, str]], _question: str = "", /) -> list[bool]:
         """Compare each pair."""
@@ -61,12 +60,7 @@ def build_equivalence(spec: str) -> Same:
     if name == "exact" and not colon:
         return _SAME_TEXT
     if name == "f1":
-        try:
-            return SameWords(float(setting)) if colon else SameWords()
-        except ValueError:
-            raise ConfigError(
-                f"the F1 threshold must be a number in (0, 1], got {setting!r}; write e.g. f1:0.5"
-            ) from None
+        return SameWords(parse_f1_threshold(setting)) if colon else SameWords()
     if name == "nli" and setting:
         from selfdoubt.eval.scores.entailment import SameMeaning
 
@@ -164,17 +158,6 @@ def lexical_dissimilarity(samples: Sequence[str], measure: str = "rouge") -> flo
         raise ConfigError(f"no similarity is called {measure!r}; choose one of {', '.join(measures)}")
     pairs = list(combinations(sorted(samples), 2))
     return max(0.0, 1 - math.fsum(1.0 if a == b else measures[measure](a, b) for a, b in pairs) / len(pairs))
-
-
-def choose_majority(texts: Sequence[str], alike: Same = _SAME_TEXT, question: str = "") -> int:
-    """Return the index of the first text of the largest cluster; of equally large ones, the one that appears first.
-
-    Raises:
-        ConfigError: If there are no texts.
-    """
-    _at_least(1, texts)
-    of = cluster_answers(texts, alike, question)
-    return of.index(max(range(max(of) + 1), key=of.count))
 
 
 def agreement_scores(
