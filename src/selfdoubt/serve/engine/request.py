@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from selfdoubt.lm import defaults
 from selfdoubt.lm.answer import Answer, Token
-from selfdoubt.lm.options import Options, read_options, read_sampling, stop_texts
+from selfdoubt.lm.options import Options, list_stop_texts, read_options, read_sampling
 from selfdoubt.lm.sampling import Sampling
 from selfdoubt.lm.text.prompt import Prompt, encode
 
@@ -68,7 +68,7 @@ def build_request(
         prompt = encode(front.tokenizer, prompt, raw=options.get("raw", False))
     sampling = replace(read_sampling(options, front.stop_ids), alternatives=alternatives)
     return GenerationRequest(
-        prompt, sampling, list_seeds(options.get("seed", 0), n), stop_texts(options), client, timeout
+        prompt, sampling, list_seeds(options.get("seed", 0), n), list_stop_texts(options), client, timeout
     )
 
 
