@@ -7,7 +7,6 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.terminal_theme import MONOKAI
-from selfdoubt.terminal import Screen
 
 from selfdoubt import RiskAwareLM
 from selfdoubt.cli.terminal import Screen
