@@ -116,7 +116,7 @@ KERNELS: dict[type[nn.Module], Kernel] = {
 }
 
 
-def kernel_of(leaf: nn.Module) -> Kernel | None:
+def find_kernel(leaf: nn.Module) -> Kernel | None:
     """Return the kernel for exactly this type (a subclass may compute something else); None where ``loop`` serves."""
     if is_quantized(leaf) or is_transposed(leaf):
         return linear

@@ -146,7 +146,7 @@ class VotingLeaf(Replacement):
     def __init__(self, leaf: Leaf, call: ForwardContext, spec: Wrapper, generator: torch.Generator) -> None:
         super().__init__(leaf.module, call)
         self.alpha = spec.alpha
-        self.kernel = kernels.kernel_of(compat.get_base_layer(leaf.module))
+        self.kernel = kernels.find_kernel(compat.get_base_layer(leaf.module))
         self.deviations = nn.ParameterDict(_initial(leaf, spec, generator))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -172,7 +172,7 @@ class VotingLeaf(Replacement):
 def _initial(leaf: Leaf, spec: Wrapper, generator: torch.Generator) -> dict[str, nn.Parameter]:
     """Initial deviations of a leaf's matched parameters."""
     base = compat.get_base_layer(leaf.module)
-    kernel = kernels.kernel_of(base)
+    kernel = kernels.find_kernel(base)
     if kernel is None:
         # The loop puts changed parameters into the whole leaf, under their full names; a ParameterDict takes no dots.
         parameters = {name.replace(".", "/"): leaf.module.get_parameter(name) for name in leaf.params}

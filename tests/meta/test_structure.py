@@ -222,6 +222,16 @@ def test_all_is_what_is_exposed():
         selfdoubt.nonsense  # noqa: B018
 
 
+@pytest.mark.parametrize("package", ["lm", "lm.adapters", "train"])
+def test_a_room_exposes_what_it_lists(package):
+    module = importlib.import_module(f"selfdoubt.{package}")
+    assert module.__all__ == module.__dir__()
+    for name in module.__all__:
+        assert getattr(module, name).__module__.startswith((f"selfdoubt.{package}.", "typing"))
+    with pytest.raises(AttributeError, match="has no attribute 'nonsense'"):
+        module.nonsense  # noqa: B018
+
+
 @pytest.mark.parametrize("name", FILES)
 def test_files_are_small_enough_to_read(name):
     text = FILES[name].read_text(encoding="utf-8")

@@ -22,7 +22,7 @@ from selfdoubt.eval.scores.agreement import build_equivalence
 from selfdoubt.eval.settings import Cost, Run
 from selfdoubt.eval.shards import Shards
 from selfdoubt.lm.conditions import Conditions
-from selfdoubt.lm.hidden_states import decoder_layers
+from selfdoubt.lm.hidden_states import find_decoder_layers
 from selfdoubt.lm.text.prompt import encode
 from selfdoubt.members import innermost
 
@@ -140,7 +140,7 @@ def choose_layers(lm: RiskAwareLM, text: str) -> tuple[int, ...]:
     elif text == "none":
         layers = ()
     elif text == "all":
-        layers = tuple(range(len(decoder_layers(innermost(lm.model)))))
+        layers = tuple(range(len(find_decoder_layers(innermost(lm.model)))))
     else:
         try:
             layers = tuple(int(part) for part in text.split(","))
@@ -151,7 +151,7 @@ def choose_layers(lm: RiskAwareLM, text: str) -> tuple[int, ...]:
 
 def choose_quarter_layers(lm: RiskAwareLM) -> tuple[int, ...]:
     """Return the decoder layers at a quarter, a half and three quarters of the depth, and the last."""
-    n = len(decoder_layers(innermost(lm.model)))
+    n = len(find_decoder_layers(innermost(lm.model)))
     return tuple(sorted({max(0, n * k // 4 - 1) for k in (1, 2, 3, 4)}))
 
 

@@ -14,7 +14,7 @@ from selfdoubt.errors import WrapError
 from selfdoubt.rows import unfold
 
 
-def joined(mine: Any, theirs: Any, members: int) -> Any:
+def join_caches(mine: Any, theirs: Any, members: int) -> Any:
     """Return ``mine`` with the sequences of ``theirs`` behind its own, member by member; the shorter is left-padded.
 
     What stands on padding is zero and must be masked. ``theirs`` is used up.

@@ -11,7 +11,7 @@ from torch import nn
 
 from selfdoubt.lm.answer_scorer import AnswerScorer
 from selfdoubt.lm.calibration import Calibration
-from selfdoubt.lm.load import find_stop_ids, vocabulary_size
+from selfdoubt.lm.load import count_token_ids, find_stop_ids
 from selfdoubt.lm.scores import DEFAULT_RISK, TOKEN_RISK, Signal, check_score, check_signal
 from selfdoubt.lm.stepper import HFStepper
 from selfdoubt.lm.tokens import TokenBuilder
@@ -65,7 +65,7 @@ class LMFront:
         return cls(
             tokenizer,
             str(model),
-            vocabulary_size(model),
+            count_token_ids(model),
             find_stop_ids(model, tokenizer),
             HFStepper(model).context,
             source(model),

@@ -18,7 +18,7 @@ from selfdoubt.lm.decode import DecodeBatch, TokenEvent, TokenSequence, decode_b
 from selfdoubt.lm.front import LMFront, ModelWithFront
 from selfdoubt.lm.hidden_states import AnswerStates, HiddenStatePooler
 from selfdoubt.lm.inputs import PromptLike
-from selfdoubt.lm.options import Options, read_number, read_sampling, stop_texts
+from selfdoubt.lm.options import Options, list_stop_texts, read_number, read_sampling
 from selfdoubt.lm.prefill import prefill_in_chunks, run_to_end
 from selfdoubt.lm.sampling import Sampling
 from selfdoubt.lm.stepper import HFStepper
@@ -179,7 +179,7 @@ def build_requests(
         PromptError: If a prompt is empty.
         ConfigError: If an option is out of range.
     """
-    sampling, stops = read_sampling(options, front.stop_ids), stop_texts(options)
+    sampling, stops = read_sampling(options, front.stop_ids), list_stop_texts(options)
     encoded = [encode(front.tokenizer, prompt, raw=options.get("raw", False)) for prompt in prompts]
     pairs = zip(encoded, seeds, strict=True)
     return [SequenceRequest(i, prompt, sampling, seed, stops) for i, (prompt, seed) in enumerate(pairs)]

@@ -65,7 +65,7 @@ class AnswerStates(NamedTuple):
         return rows[self.layers.index(key.layer)]
 
 
-def decoder_layers(base: nn.Module) -> nn.ModuleList:
+def find_decoder_layers(base: nn.Module) -> nn.ModuleList:
     """Return the stack of a Hugging Face decoder: its longest list of modules of one class.
 
     Raises:
@@ -77,13 +77,13 @@ def decoder_layers(base: nn.Module) -> nn.ModuleList:
     return max(lists, key=len)
 
 
-def decoder_layer(base: nn.Module, layer: int) -> nn.Module:
+def find_decoder_layer(base: nn.Module, layer: int) -> nn.Module:
     """Return one layer of the stack; 0 is the first.
 
     Raises:
         ConfigError: If the model lacks this layer.
     """
-    stack = decoder_layers(base)
+    stack = find_decoder_layers(base)
     if not 0 <= layer < len(stack):
         raise ConfigError(f"{type(base).__name__} has the decoder layers 0 to {len(stack) - 1}, and not {layer}")
     return stack[layer]

@@ -161,7 +161,7 @@ def _ids(ids: Any) -> set[int]:
     return set(ids) if isinstance(ids, list | tuple) else set() if ids is None else {ids}
 
 
-def vocabulary_size(model: nn.Module) -> int:
+def count_token_ids(model: nn.Module) -> int:
     """Return the number of token ids that a model reads, also where LoRA or voters lie around its embedding."""
     embedding: Any = innermost(model).get_input_embeddings()  # type: ignore[operator]
     return int(compat.get_base_layer(embedding).num_embeddings)  # type: ignore[arg-type]
@@ -219,7 +219,7 @@ def find_pocket_voters() -> Path:
     return pocket.voters_folder()
 
 
-def find_base_name(name: str | None) -> str | None:
+def name_base(name: str | None) -> str | None:
     """Return the name under which a model loads on any machine: "pocket" for its folder in this package."""
     from selfdoubt import pocket
 

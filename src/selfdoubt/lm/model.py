@@ -23,8 +23,8 @@ from selfdoubt.lm.confidence import confidence_order
 from selfdoubt.lm.front import LMFront
 from selfdoubt.lm.generation import Stream, build_requests, generate_answers
 from selfdoubt.lm.inputs import PromptLike, check_question, is_chat, list_pairs, list_questions
-from selfdoubt.lm.load import POCKET, Quantization, choose_dtype, find_base_name, find_pocket_voters, load_model
-from selfdoubt.lm.notes import PLAIN_NOTE, untrained_note
+from selfdoubt.lm.load import POCKET, Quantization, choose_dtype, find_pocket_voters, load_model, name_base
+from selfdoubt.lm.notes import PLAIN_NOTE, explain_untrained
 from selfdoubt.lm.options import Options, read_number, read_options, read_seed
 from selfdoubt.lm.scores import DEFAULT_RISK, RANK_SCORES, TOKEN_RISK, Score, Signal
 from selfdoubt.lm.scoring import score_teacher_forced
@@ -197,7 +197,7 @@ class RiskAwareLM:
                 model = given(model)  # type: ignore[operator]
         note = None
         if given is not None:
-            note = untrained_note(given)
+            note = explain_untrained(given)
             warnings.warn(note, UntrainedWarning, stacklevel=2)
         elif wrapper == "auto" and (added is None or added.manifest is None):
             note = PLAIN_NOTE
@@ -232,7 +232,7 @@ class RiskAwareLM:
         if front.calibration is not None:
             extra["calibration"] = front.calibration.to_json()
         return save_adapter(
-            self.model, folder, base=base or find_base_name(front.name), revision=revision or front.revision,
+            self.model, folder, base=base or name_base(front.name), revision=revision or front.revision,
             extra=extra, tokenizer=front.tokenizer,
         )  # fmt: skip
 

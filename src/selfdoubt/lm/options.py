@@ -88,7 +88,7 @@ def read_sampling(options: Options, stop_ids: Collection[int]) -> Sampling:
     return Sampling(**given, stop_ids=frozenset({*stop_ids, *more}))
 
 
-def stop_texts(options: Options) -> tuple[str, ...]:
+def list_stop_texts(options: Options) -> tuple[str, ...]:
     """Return the texts among the stops.
 
     Raises:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from selfdoubt.errors import PromptError, WrapError
 from selfdoubt.lm import cache
 from selfdoubt.lm.chunks import ChunkSizer
-from selfdoubt.lm.hidden_states import capture_outputs, decoder_layer
+from selfdoubt.lm.hidden_states import capture_outputs, find_decoder_layer
 from selfdoubt.members import Wrapped, innermost
 from selfdoubt.rows import expand, unfold
 
@@ -88,7 +88,7 @@ class HFStepper:
         self.members = model.spec.members(training=False) if isinstance(model, Wrapped) else 1
         self._model = model
         base = innermost(model)
-        self._blocks = [decoder_layer(base, layer) for layer in layers]
+        self._blocks = [find_decoder_layer(base, layer) for layer in layers]
         self._config = base.config.get_text_config()  # type: ignore[union-attr, operator]
         self._device = next(base.parameters()).device
         self._takes_positions = "position_ids" in inspect.signature(base.forward).parameters
@@ -184,7 +184,7 @@ class HFStepper:
             WrapError: If the model's cache is of a kind that cannot be joined.
         """
         mine, theirs = self._lengths(), other._lengths()
-        self._cache = cache.joined(self._cache, other._cache, self.members)
+        self._cache = cache.join_caches(self._cache, other._cache, self.members)
         self._rows += other._rows
         width = self._cache.get_seq_length()
         used = torch.cat([mine, theirs])[:, None] > torch.arange(width - 1, -1, -1, device=self._device)

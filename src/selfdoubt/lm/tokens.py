@@ -9,7 +9,7 @@ from typing import Any
 from selfdoubt.lm.answer import Alternative, Token
 from selfdoubt.lm.prefill import ScoredId
 from selfdoubt.lm.scores import TOKEN_RISK, Signal
-from selfdoubt.lm.text.detokenizer import TEXTS, TextsBetween, texts_in_pieces
+from selfdoubt.lm.text.detokenizer import TEXTS, TextsBetween, detokenize_in_chunks
 from selfdoubt.lm.text.prompt import Prompt
 
 
@@ -54,7 +54,7 @@ class TokenBuilder:
         Returns:
             The tokens, without those that nothing predicted.
         """
-        texts = yield from texts_in_pieces(self._tokenizer, ids, before)
+        texts = yield from detokenize_in_chunks(self._tokenizer, ids, before)
         tokens: list[Token] = []
         for token, text in zip(scored, texts, strict=True):
             if token is not None:

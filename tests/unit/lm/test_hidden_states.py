@@ -7,7 +7,7 @@ import torch
 
 from selfdoubt import RiskAwareLM, vote
 from selfdoubt.errors import ConfigError
-from selfdoubt.lm.hidden_states import HiddenStatePooler, StateKey, decoder_layers
+from selfdoubt.lm.hidden_states import HiddenStatePooler, StateKey, find_decoder_layers
 from selfdoubt.lm.text.prompt import encode
 from tests.zoo import talker, tokenizer
 
@@ -52,11 +52,11 @@ def test_states_against_what_the_model_itself_calls_hidden():
 
 def test_states_of_members_are_averaged_and_listening_leaves_no_trace():
     base = talker()
-    before = [len(layer._forward_hooks) for layer in decoder_layers(base)]
+    before = [len(layer._forward_hooks) for layer in find_decoder_layers(base)]
     lm = RiskAwareLM(vote.Wrapper(n_voters=3, rank=2, weight_noise=0.0)(base), tokenizer(), layers=(1,))
     plain = RiskAwareLM(talker(), tokenizer(), layers=(1,))
     close(lm.score("Some words", QUESTIONS[0]).states, plain.score("Some words", QUESTIONS[0]).states)
-    assert [len(layer._forward_hooks) for layer in decoder_layers(base)] == before
+    assert [len(layer._forward_hooks) for layer in find_decoder_layers(base)] == before
 
 
 def test_no_states_are_kept_unless_asked_for():

@@ -52,7 +52,7 @@ def save_adapter(
         WrapError: If the model has neither a wrapper nor LoRA.
     """
     folder = Path(folder)
-    names = lora.lora_names(model)
+    names = lora.list_lora_names(model)
     storage.check_saved(model, names, extra)
     # Without its manifest a folder is not an adapter of ours: it goes before anything changes, and comes last.
     (folder / storage.MANIFEST).unlink(missing_ok=True)

@@ -57,7 +57,7 @@ def add_lora(
     names = _layers(model, targets)
     config = peft.LoraConfig(
         r=r, lora_alpha=int(alpha) if alpha == int(alpha) else alpha, lora_dropout=dropout,
-        target_modules=short_names(names, [name for name, _ in model.named_modules()]), task_type="CAUSAL_LM",
+        target_modules=shorten_names(names, [name for name, _ in model.named_modules()]), task_type="CAUSAL_LM",
         fan_in_fan_out=any(compat.is_transposed(model.get_submodule(name)) for name in names),
     )  # fmt: skip
     _inject(model, config)
@@ -79,7 +79,7 @@ def save_lora(model: nn.Module, folder: str | os.PathLike[str], *, base: str | N
         ConfigError: If the model has no LoRA.
     """
     inner = innermost(model)
-    names = lora_names(inner)
+    names = list_lora_names(inner)
     if not names:
         raise ConfigError("the model has no LoRA to save; put some in with add_lora(model, r=64)")
     peft = require("peft", "train")
@@ -132,7 +132,7 @@ def load_lora(model: nn.Module, folder: str | os.PathLike[str], *, trainable: bo
         raise
     except Exception as error:
         raise _other_base(folder, base, " ".join(str(error).split())[:300]) from error
-    lacking = sorted(lora_names(model) & set(result.missing_keys))
+    lacking = sorted(list_lora_names(model) & set(result.missing_keys))
     if lacking or result.unexpected_keys:
         what = f"lacks {lacking[0]}" if lacking else f"has {result.unexpected_keys[0]}, which the model lacks"
         raise _other_base(folder, base, f"it {what}")
@@ -144,7 +144,7 @@ def has_lora(folder: str | os.PathLike[str]) -> bool:
     return (Path(folder) / CONFIG).is_file()
 
 
-def lora_names(model: nn.Module) -> set[str]:
+def list_lora_names(model: nn.Module) -> set[str]:
     """Return the names in ``model.state_dict()`` that belong to LoRA, wrapped or not."""
     layers = [name for name, _ in compat.list_lora_layers(model)]
     inside = {name for name in model.state_dict() if any(name.startswith(f"{layer}.") for layer in layers)}
@@ -228,7 +228,7 @@ def remove_lora(folder: Path) -> None:
     (folder / WEIGHTS).unlink(missing_ok=True)
 
 
-def short_names(names: Collection[str], among: Iterable[str]) -> list[str]:
+def shorten_names(names: Collection[str], among: Iterable[str]) -> list[str]:
     """Return the last parts of layers' names where these say the same, as PEFT's files usually do; else the names."""
     short = {name.rpartition(".")[2] for name in names}
     everywhere = {name for name in among if name.rpartition(".")[2] in short}

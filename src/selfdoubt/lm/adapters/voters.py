@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from selfdoubt import compat, kernels, storage
 from selfdoubt.errors import BaseMismatchError, WrapError, require
 from selfdoubt.lm.adapters.adapter import AdapterFolder
-from selfdoubt.lm.adapters.lora import lora_names, short_names, write_peft
+from selfdoubt.lm.adapters.lora import list_lora_names, shorten_names, write_peft
 from selfdoubt.lm.load import load_skeleton
 from selfdoubt.members import Wrapped, base_name, innermost, source
 from selfdoubt.rows import Replacement
@@ -55,7 +55,7 @@ def write_voters(voters: Voters, folder: Path) -> list[Path]:
     scale = voters.spec.alpha * rank
     config = peft.LoraConfig(
         r=rank, lora_alpha=int(scale) if scale == int(scale) else scale, inference_mode=True, lora_bias=biased,
-        target_modules=short_names(list(voters.leaves), voters.modules), base_model_name_or_path=voters.base,
+        target_modules=shorten_names(list(voters.leaves), voters.modules), base_model_name_or_path=voters.base,
         fan_in_fan_out=any(compat.is_transposed(layer) for layer, _ in voters.leaves.values()),
         task_type="CAUSAL_LM" if voters.is_causal else None,
     )  # fmt: skip
@@ -84,7 +84,7 @@ def read_voters(wrapped: nn.Module, base: str | None = None) -> Voters:
     """
     if not isinstance(wrapped, Wrapped) or not isinstance(wrapped.spec, Vote):
         raise WrapError(f"only voters become PEFT adapters, and this is {_describe(wrapped)}; wrap with vote.Wrapper")
-    if lora_names(wrapped):
+    if list_lora_names(wrapped):
         raise _on_lora("the model")
     inner = innermost(wrapped)
     replaced = [name for name, module in wrapped.named_modules() if isinstance(module, Replacement)]
@@ -175,7 +175,7 @@ def _lora(layer: nn.Module, deviation: dict[str, Tensor], rank: int, *, biased: 
 
 
 def _check_layer(name: str, layer: nn.Module, *, biased: bool) -> None:
-    if kernels.kernel_of(layer) not in (kernels.linear, kernels.embedding):
+    if kernels.find_kernel(layer) not in (kernels.linear, kernels.embedding):
         raise WrapError(
             f"LoRA holds deviations of linear and embedding layers, and {name} is {type(layer).__name__}; "
             'train voters of linear layers only, e.g. param_filter="q_proj|v_proj"'
@@ -191,7 +191,7 @@ def _check_fits(
     folder: Path, base: str, name: str, layer: nn.Module, deviations: Mapping[str, Tensor], spec: Vote
 ) -> None:
     """Check that deviations read from a file have the shapes that their layer needs."""
-    if kernels.kernel_of(layer) not in (kernels.linear, kernels.embedding):
+    if kernels.find_kernel(layer) not in (kernels.linear, kernels.embedding):
         return
     fan_in, fan_out = kernels.fans(layer)
     n, r = spec.n_voters, spec.rank or 0

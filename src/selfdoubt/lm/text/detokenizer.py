@@ -115,7 +115,9 @@ class Detokenizer:
         return _decode(self._tokenizer, ids)
 
 
-def texts_in_pieces(tokenizer: Any, ids: Sequence[int], before: Sequence[int] = ()) -> Generator[None, None, list[str]]:
+def detokenize_in_chunks(
+    tokenizer: Any, ids: Sequence[int], before: Sequence[int] = ()
+) -> Generator[None, None, list[str]]:
     """Find the piece of text of each id, some hundreds at a time; they add up to the text of all.
 
     Args:
@@ -146,7 +148,7 @@ def _add_last(texts: list[str], late: list[str]) -> None:
         texts[place] += text
 
 
-def text_between(tokenizer: Any, token: int) -> str:
+def decode_between(tokenizer: Any, token: int) -> str:
     """Return the text of one token as it stands among others: with its space. U+FFFD stands for parts of characters."""
     if get_piece(tokenizer, token) is None:
         return ""
@@ -155,7 +157,7 @@ def text_between(tokenizer: Any, token: int) -> str:
 
 
 class TextsBetween(dict[int, str]):
-    """``text_between`` by token; the same few tokens are asked for again and again."""
+    """``decode_between`` by token; the same few tokens are asked for again and again."""
 
     def __init__(self, tokenizer: Any) -> None:
         super().__init__()
@@ -163,7 +165,7 @@ class TextsBetween(dict[int, str]):
 
     def __missing__(self, token: int) -> str:
         """Ask the tokenizer, once."""
-        self[token] = text_between(self._tokenizer, token)
+        self[token] = decode_between(self._tokenizer, token)
         return self[token]
 
 

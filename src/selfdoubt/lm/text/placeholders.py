@@ -40,7 +40,7 @@ class Standing:
         self._true = np.zeros(ends[-1], dtype="<u4")
         self.contents: list[str] = []
         for message, hidden, count, end in zip(messages, places, counts, ends, strict=True):
-            codes = codes_of(message["content"]).copy()
+            codes = get_codes(message["content"]).copy()
             self._true[end - count : end] = codes[hidden]
             codes[hidden] = self._stand_ins[end - count : end]
             self.contents.append(codes.tobytes().decode("utf-32-le"))
@@ -57,7 +57,7 @@ class Standing:
 
         None where the text is not what comes of a rendering once all stand-ins are put back.
         """
-        codes, true = codes_of(rendered), codes_of(text)
+        codes, true = get_codes(rendered), get_codes(text)
         if len(codes) != len(true):
             return None
         numbers = np.full(len(codes), -1)
@@ -70,7 +70,7 @@ class Standing:
 
 def free_characters(text: str) -> Codes:
     """Return the private characters that a text does not hold."""
-    return _PRIVATE[~np.isin(_PRIVATE, codes_of(text))] if _ANY.search(text) else _PRIVATE
+    return _PRIVATE[~np.isin(_PRIVATE, get_codes(text))] if _ANY.search(text) else _PRIVATE
 
 
 def find_hidden(content: str, level: int, literals: Sequence[str], encoder: Encoder) -> Ints:
@@ -108,7 +108,7 @@ def limit_places(hidden: Sequence[Ints], pool: int) -> Sequence[Ints]:
     return [p if len(p) <= 2 * half else np.concatenate([p[:half], p[-half:]]) for p in hidden]
 
 
-def codes_of(text: str) -> Codes:
+def get_codes(text: str) -> Codes:
     """Return the code points of a text."""
     return np.frombuffer(text.encode("utf-32-le"), dtype="<u4")
 

@@ -24,10 +24,10 @@ from selfdoubt.lm.text.placeholders import (
     Codes,
     Ints,
     Standing,
-    codes_of,
     find_hidden,
     find_literals,
     free_characters,
+    get_codes,
     limit_places,
 )
 
@@ -254,7 +254,7 @@ def _searched(
     The template's control tokens are not looked at: "assistant" stands in one of them.
     """
     theirs = {m[0] for content in contents for m in encoder.pattern.finditer(content)}
-    codes = np.where(owners == -1, codes_of(text), 0)
+    codes = np.where(owners == -1, get_codes(text), 0)
     for match in encoder.pattern.finditer(text):
         if match[0] not in theirs:
             codes[match.start() : match.end()] = 0

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 from selfdoubt.lm.answer import Answer, Token
-from selfdoubt.lm.options import Options, read_options, read_sampling, stop_texts
+from selfdoubt.lm.options import Options, list_stop_texts, read_options, read_sampling
 from selfdoubt.lm.sampling import Sampling
 from selfdoubt.lm.text.prompt import Prompt, encode
 
@@ -65,7 +65,7 @@ def to_ask(
         question = encode(front.tokenizer, question, raw=options.get("raw", False))
     sampling = replace(read_sampling(options, front.stop_ids), alternatives=alternatives)
     seeds = tuple(options.get("seed", 0) + i for i in range(n))
-    return Ask(question, sampling, seeds, stop_texts(options), client, timeout)
+    return Ask(question, sampling, seeds, list_stop_texts(options), client, timeout)
 
 
 class Began(NamedTuple):
