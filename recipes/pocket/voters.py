@@ -34,6 +34,7 @@ from selfdoubt.eval.run import choose_quarter_layers
 from selfdoubt.lm.conditions import Conditions
 from selfdoubt.lm.model import RiskAwareLM
 from selfdoubt.lm.scores import reference_quantiles
+from selfdoubt.train import TrainConfig, fit
 
 VOTERS = vote.Wrapper(n_voters=3, rank=16, weight_noise=0.5)
 STEPS, ROWS, LENGTH, RATE = 300, 48, 64, 2e-3

@@ -6,6 +6,7 @@ Run it on a folder to see what is left: ``python -m tests.meta.language src/self
 from __future__ import annotations
 
 import ast
+import builtins
 import re
 import sys
 from collections import defaultdict
@@ -127,6 +128,30 @@ def private_uses(tree: ast.Module) -> list[tuple[int, str]]:
             if node.attr not in defined and owner not in ("self", "cls", "super()") and not owner.startswith("torch"):
                 hits.append((node.lineno, ast.unparse(node)))
     return hits
+
+
+def undefined_names(tree: ast.Module) -> list[tuple[int, str]]:
+    """Return names that are read and bound nowhere in the file.
+
+    Linters cannot look for them here: the axis names of jaxtyping's shapes look to them like names. Those stand in
+    strings, which this leaves alone.
+    """
+    bound = set(dir(builtins)) | {"__file__", "__name__", "__doc__", "__path__"}
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            bound.add(node.name)
+        elif isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load):
+            bound.add(node.id)
+        elif isinstance(node, ast.arg):
+            bound.add(node.arg)
+        elif isinstance(node, (ast.Import, ast.ImportFrom)):
+            bound |= {alias.asname or alias.name.split(".")[0] for alias in node.names}
+        elif (isinstance(node, ast.ExceptHandler) and node.name) or (
+            isinstance(node, (ast.MatchAs, ast.MatchStar)) and node.name
+        ):
+            bound.add(node.name)
+    names = (node for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load))
+    return [(node.lineno, node.id) for node in names if node.id not in bound]
 
 
 def imports_of(name: str, files: dict[str, Path]) -> set[str]:

@@ -9,6 +9,10 @@ import pytest
 from tests.meta import language
 
 FILES = language.python_files()
+TOP = language.ROOT.parents[1]
+PYTHON = [
+    p for room in ("src", "recipes", "benchmarks", "examples", "tests") for p in sorted((TOP / room).rglob("*.py"))
+]
 #: Names that are a part of a stored or a served format: they stay as they are written.
 STORED_WORDS = {"withhold", "withheld"}
 #: A command and the function that it calls; a distribution of two wrappers (the tutorial's names).
@@ -41,6 +45,11 @@ def test_private_names_stay_at_home(name):
     assert language.private_uses(parse(name)) == []
 
 
+@pytest.mark.parametrize("path", PYTHON, ids=lambda p: str(p.relative_to(TOP)))
+def test_every_name_is_defined(path):
+    assert language.undefined_names(ast.parse(path.read_text(encoding="utf-8"))) == []
+
+
 def test_a_public_name_has_one_home():
     found = {name: homes for name, homes in language.homonyms(FILES).items() if name not in HOMONYMS}
     assert found == {}
@@ -58,6 +67,7 @@ def test_no_module_imports_itself_in_a_circle():
         ('def f():\n    """The sum."""\n', language.verbless),
         ("found = 1\n", language.variables),
         ("def f(plan): ...\n", language.variables),
+        ("def f():\n    return defined_nowhere\n", language.undefined_names),
         ("from selfdoubt.risk import _share\n", language.private_uses),
         ("from selfdoubt import risk\nrisk._share(1)\n", language.private_uses),
     ],
