@@ -26,15 +26,16 @@ from recipes.pocket import evaluation, voters
 from selfdoubt import pocket, sample, sculpt, targets
 from selfdoubt.calibration.fit import fit_calibration
 from selfdoubt.data import question_sets
-from selfdoubt.eval.generate import AnsweredBatch, EvaluationConfig
+from selfdoubt.eval.config import EvaluationConfig
+from selfdoubt.eval.generate import AnsweredBatch
 from selfdoubt.eval.judges.judge import judge_records
 from selfdoubt.eval.judges.verdict import Judge, Verdict
 from selfdoubt.eval.records import Question, Record
 from selfdoubt.eval.run import ask_questions
 from selfdoubt.lm.adapters.adapter import save_adapter
-from selfdoubt.lm.answer import reference_quantiles
 from selfdoubt.lm.model import RiskAwareLM
-from selfdoubt.metrics.bootstrap import compare
+from selfdoubt.lm.scores import reference_quantiles
+from selfdoubt.metrics import compare_scores
 
 ARMS = ("plain", "vote", "sample", "sculpt")
 #: Arms that are also asked again and again, and about their own answers.
@@ -244,13 +245,13 @@ def _rows(
     defined = ~np.any([np.isnan(v) for v in scores.values()], axis=0)
     ids = [r.question.id for r, d in zip(records, defined, strict=True) if d]
     used = {name: values[defined] for name, values in scores.items()}
-    found = compare(used, right[defined], metrics, baseline=baseline, draws=draws, clusters=ids)
+    found = compare_scores(used, right[defined], metrics, baseline=baseline, draws=draws, clusters=ids)
     rows = []
     for (name, metric), own in found.items():
         row: results.Row = {
             "model": "pocket", "arm": arm, "domain": domain, "part": part, "score": name, "metric": metric,
-            "value": round(own.interval.value, 4),
-            "interval": [round(own.interval.low, 4), round(own.interval.high, 4)], "answers": int(defined.sum()),
+            "value": round(own.estimate.value, 4),
+            "interval": [round(own.estimate.low, 4), round(own.estimate.high, 4)], "answers": int(defined.sum()),
         }  # fmt: skip
         if own.difference is not None:
             row["against"] = baseline

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.terminal_theme import MONOKAI
-from selfdoubt.terminal import Screen
 
 from selfdoubt import RiskAwareLM
+from selfdoubt.cli.terminal import Screen
 
 QUESTIONS = ("What is the capital of France?", "In which country is Tartu?", "In which country is Zorbelheim?")
 

@@ -7,6 +7,8 @@ import math
 import numpy as np
 
 from selfdoubt.eval.records import Question, Record, Sample
+from selfdoubt.eval.settings import Run
+from selfdoubt.report import measure_answers
 
 
 def record(id="q", correct=True, *, topic=None, samples=(), **more):
@@ -45,3 +47,8 @@ COSTS = {
     "agreement": {"passes": 0, "seconds": 2.0},
     "p_true": {"passes": 1, "seconds": 5.0},
 }
+
+
+def measured(records, run=None, **options):
+    """Return the report on these answers as ``report.json`` holds it."""
+    return measure_answers(records, Run.parse(run or {}), **options).to_json()

@@ -31,9 +31,9 @@ from selfdoubt.errors import SelfdoubtError
 from selfdoubt.eval.generate import stack_states
 from selfdoubt.eval.records import Question, Record
 from selfdoubt.eval.run import choose_quarter_layers
-from selfdoubt.lm.answer import reference_quantiles
 from selfdoubt.lm.conditions import Conditions
 from selfdoubt.lm.model import RiskAwareLM
+from selfdoubt.lm.scores import reference_quantiles
 from selfdoubt.train import TrainConfig, fit
 
 VOTERS = vote.Wrapper(n_voters=3, rank=16, weight_noise=0.5)

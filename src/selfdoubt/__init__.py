@@ -12,16 +12,17 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from selfdoubt.version import __version__
 
 if TYPE_CHECKING:
-    from selfdoubt import errors, risk, sample, sculpt, vote
+    from selfdoubt import errors, metrics, risk, sample, sculpt, vote
     from selfdoubt.errors import SelfdoubtError
     from selfdoubt.forecast import Forecast
     from selfdoubt.lm.answer import Answer, Token
     from selfdoubt.lm.model import RiskAwareLM
     from selfdoubt.members import Wrapped
     from selfdoubt.storage import load, save
+    from selfdoubt.workflow import calibrate, evaluate
 
 __all__ = [
     "Answer",
@@ -31,8 +32,11 @@ __all__ = [
     "Token",
     "Wrapped",
     "__version__",
+    "calibrate",
     "errors",
+    "evaluate",
     "load",
+    "metrics",
     "risk",
     "sample",
     "save",
@@ -47,6 +51,8 @@ _HOMES = {
     "SelfdoubtError": "selfdoubt.errors",
     "Token": "selfdoubt.lm.answer",
     "Wrapped": "selfdoubt.members",
+    "calibrate": "selfdoubt.workflow",
+    "evaluate": "selfdoubt.workflow",
     "load": "selfdoubt.storage",
     "save": "selfdoubt.storage",
 }

@@ -20,7 +20,7 @@ from typing import Any
 
 from selfdoubt.errors import ConfigError, LoadError
 
-Kind = Callable[[Any, str], Any]
+FieldCheck = Callable[[Any, str], Any]
 
 #: Largest integer that every JSON reader keeps exactly.
 EXACT = 2**53
@@ -34,13 +34,13 @@ class FieldError(ValueError):
 
     Args:
         path: Where it stands.
-        wanted: What it must be.
-        found: A text that says what was found.
+        expected: A text that says what it must be.
+        actual: The value that is there, as a text.
     """
 
-    def __init__(self, path: str, wanted: str, found: str) -> None:
-        super().__init__(f"{path} must be {wanted}, found {found}")
-        self.path, self.wanted, self.found = path, wanted, found
+    def __init__(self, path: str, expected: str, actual: str) -> None:
+        super().__init__(f"{path} must be {expected}, found {actual}")
+        self.path, self.expected, self.actual = path, expected, actual
 
 
 def shown(value: Any) -> str:
@@ -50,17 +50,17 @@ def shown(value: Any) -> str:
     return _SHORT.repr(value)
 
 
-def _refuse(path: str, wanted: str, value: Any) -> FieldError:
-    return FieldError(path, wanted, shown(value))
+def _refuse(path: str, expected: str, value: Any) -> FieldError:
+    return FieldError(path, expected, shown(value))
 
 
 def number(
     low: float = -math.inf, high: float = math.inf, *, above: float = -math.inf, below: float = math.inf
-) -> Kind:
+) -> FieldCheck:
     """Return a kind: a finite number (no bool) in ``[low, high]`` that is ``> above`` and ``< below``."""
     bounds = {"at least": low, "above": above, "at most": high, "below": below}
-    said = " and ".join(f"{word} {bound:g}" for word, bound in bounds.items() if math.isfinite(bound))
-    wanted = f"a finite number {said}".strip()
+    limits = " and ".join(f"{word} {bound:g}" for word, bound in bounds.items() if math.isfinite(bound))
+    expected = f"a finite number {limits}".strip()
 
     def check(value: Any, path: str) -> float:
         given: Any = math.nan
@@ -69,13 +69,13 @@ def number(
         elif isinstance(value, Real) and not isinstance(value, bool):
             given = float(value)
         if not (abs(given) <= 1e308 and low <= given <= high and above < given < below):
-            raise _refuse(path, wanted, value)
+            raise _refuse(path, expected, value)
         return float(given)
 
     return check
 
 
-def whole(low: int = 0, high: int = EXACT) -> Kind:
+def whole(low: int = 0, high: int = EXACT) -> FieldCheck:
     """Return a kind: a whole number (no bool) in ``[low, high]``."""
 
     def check(value: Any, path: str) -> int:
@@ -131,19 +131,19 @@ def anything(value: Any, path: str) -> Any:  # noqa: ARG001
     return value
 
 
-def choice(*options: Any) -> Kind:
+def choice(*options: Any) -> FieldCheck:
     """Return a kind: one of these values."""
-    wanted = " or ".join(repr(option) for option in options)
+    expected = " or ".join(repr(option) for option in options)
 
     def check(value: Any, path: str) -> Any:
         if not any(type(value) is type(option) and value == option for option in options):
-            raise _refuse(path, wanted, value)
+            raise _refuse(path, expected, value)
         return value
 
     return check
 
 
-def optional(kind: Kind) -> Kind:
+def optional(kind: FieldCheck) -> FieldCheck:
     """Return a kind: nothing (None, JSON's null) or what ``kind`` takes."""
 
     def check(value: Any, path: str) -> Any:
@@ -152,13 +152,13 @@ def optional(kind: Kind) -> Kind:
         try:
             return kind(value, path)
         except FieldError as error:
-            wanted = f"null or {error.wanted}" if error.path == path else error.wanted
-            raise FieldError(error.path, wanted, error.found) from None
+            expected = f"null or {error.expected}" if error.path == path else error.expected
+            raise FieldError(error.path, expected, error.actual) from None
 
     return check
 
 
-def either(first: Kind, second: Kind) -> Kind:
+def either(first: FieldCheck, second: FieldCheck) -> FieldCheck:
     """Return a kind: what one of two kinds takes."""
 
     def check(value: Any, path: str) -> Any:
@@ -168,12 +168,12 @@ def either(first: Kind, second: Kind) -> Kind:
             try:
                 return second(value, path)
             except FieldError as other:
-                raise FieldError(path, f"{one.wanted}, or {other.wanted}", one.found) from None
+                raise FieldError(path, f"{one.expected}, or {other.expected}", one.actual) from None
 
     return check
 
 
-def listing(kind: Kind, least: int = 0, most: int | None = None) -> Kind:
+def listing(kind: FieldCheck, least: int = 0, most: int | None = None) -> FieldCheck:
     """Return a kind: a list of ``least`` to ``most`` values of one kind; gives a tuple."""
     many = "" if not least and most is None else f" of {'' if least == most else 'at least '}{least}"
 
@@ -187,14 +187,14 @@ def listing(kind: Kind, least: int = 0, most: int | None = None) -> Kind:
 
 def ascending(value: Any, path: str) -> tuple[float, ...]:
     """Check for a list of finite numbers that is not empty, each at least as large as the one before."""
-    found: tuple[float, ...] = listing(number(), 1)(value, path)
-    for i in range(1, len(found)):
-        if found[i] < found[i - 1]:
-            raise FieldError(f"{path}[{i}]", f"at least {found[i - 1]}, as numbers ascend", str(found[i]))
-    return found
+    numbers: tuple[float, ...] = listing(number(), 1)(value, path)
+    for i in range(1, len(numbers)):
+        if numbers[i] < numbers[i - 1]:
+            raise FieldError(f"{path}[{i}]", f"at least {numbers[i - 1]}, as numbers ascend", str(numbers[i]))
+    return numbers
 
 
-def table(kind: Kind) -> Kind:
+def table(kind: FieldCheck) -> FieldCheck:
     """Return a kind: an object of any keys whose values are of one kind."""
 
     def check(value: Any, path: str) -> dict[str, Any]:
@@ -205,7 +205,9 @@ def table(kind: Kind) -> Kind:
     return check
 
 
-def record(needed: Mapping[str, Kind], also: Mapping[str, Kind] | None = None, *, open_ended: bool = False) -> Kind:
+def record(
+    needed: Mapping[str, FieldCheck], also: Mapping[str, FieldCheck] | None = None, *, open_ended: bool = False
+) -> FieldCheck:
     """Return a kind: an object with exactly these keys.
 
     Args:
@@ -230,7 +232,7 @@ def record(needed: Mapping[str, Kind], also: Mapping[str, Kind] | None = None, *
     return check
 
 
-def check_settings(settings: Any, kinds: Mapping[str, Kind]) -> None:
+def check_settings(settings: Any, kinds: Mapping[str, FieldCheck]) -> None:
     """Check the fields of a dataclass of settings.
 
     Raises:
@@ -243,9 +245,9 @@ def check_settings(settings: Any, kinds: Mapping[str, Kind]) -> None:
         try:
             kind(getattr(settings, key), key)
         except FieldError as error:
-            wanted = error.wanted.replace("null", "None").replace("true or false", "True or False")
+            expected = error.expected.replace("null", "None").replace("true or false", "True or False")
             raise ConfigError(
-                f"{error.path} must be {wanted}, got {error.found}; try {key}={defaults[key]!r}"
+                f"{error.path} must be {expected}, got {error.actual}; try {key}={defaults[key]!r}"
             ) from None
 
 
@@ -276,32 +278,32 @@ def read_object(path: Path) -> dict[str, Any]:
             holds a number that is NaN or infinite.
     """
     try:
-        found = json.loads(
+        content = json.loads(
             path.read_text(encoding="utf-8"), object_pairs_hook=_distinct, parse_constant=_finite, parse_float=_finite
         )
-        if not isinstance(found, dict):
-            raise _refuse("it", "a table", found)
+        if not isinstance(content, dict):
+            raise _refuse("it", "a table", content)
     except RecursionError:
-        raise broken(path, "it is nested too deeply") from None
+        raise broken_file(path, "it is nested too deeply") from None
     except (OSError, ValueError) as error:
-        raise broken(path, error) from None
-    return found
+        raise broken_file(path, error) from None
+    return content
 
 
-def broken(path: Path, why: Exception | str, repair: str = REPAIR) -> LoadError:
+def broken_file(path: Path, why: Exception | str, repair: str = REPAIR) -> LoadError:
     """Return the error for a file that cannot be used, in one line."""
-    own = isinstance(why, (str, FieldError))
-    words = " ".join((str(why) if own else f"{type(why).__name__}: {why}").split())[:400]
+    is_ours = isinstance(why, (str, FieldError))
+    words = " ".join((str(why) if is_ours else f"{type(why).__name__}: {why}").split())[:400]
     return LoadError(f"{path} is broken: {words}; {repair}")
 
 
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    entries: dict[str, Any] = {}
     for key, value in pairs:
-        if key in found:
+        if key in entries:
             raise FieldError(shown(key), "there once", "it twice")
-        found[key] = value
-    return found
+        entries[key] = value
+    return entries
 
 
 def _finite(token: str) -> float:
@@ -317,7 +319,7 @@ MEMBERS, WIDTH, SCALE = 1_000_000, 2**16, 1e6
 #: The name under which files keep a wrapper's ``compile``.
 STORED_COMPILE = "symbolic_trace"
 #: Kinds of the settings that all wrappers have, by their names in files.
-SHARED: Mapping[str, Kind] = {
+SHARED: Mapping[str, FieldCheck] = {
     "param_filter": optional(regex),
     "shared_inputs": listing(nonempty),
     STORED_COMPILE: flag,

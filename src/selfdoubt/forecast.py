@@ -1,4 +1,4 @@
-"""What several members say of one output: the prediction, its spread, and where the spread comes from."""
+"""The forecast of several members for one output: the prediction, its spread, and the sources of the spread."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from selfdoubt import risk
 
-Kind = Literal["values", "logits"]
+OutputKind = Literal["values", "logits"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,7 +23,7 @@ class Forecast:
 
     members: Shaped[Tensor, "members batch *rest"]
     scale_std: Shaped[Tensor, "members batch *rest"] | None = None  #: predicted std, from a sculpt inside
-    kind: Kind = "values"
+    kind: OutputKind = "values"
 
     @property
     def mean(self) -> Tensor:

@@ -1,4 +1,4 @@
-"""What a change of a leaf's parameters, one per member, adds to its output, for all members at once.
+"""Kernels: the change of a leaf's output by a change of its parameters, one per member, for all members at once.
 
 Each kernel computes ``delta_m(x_m)``, linear in the deviation, for the leaves in ``KERNELS``; ``loop`` runs any other
 leaf once per member. Rows are member-major, so a leaf's input folds to ``(members, rows_per_member, ...)``.
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.utils.rnn import PackedSequence
 
+from selfdoubt.compat import is_quantized, is_transposed
 from selfdoubt.errors import WrapError
 from selfdoubt.rows import unfold
 from selfdoubt.targets import Leaf
@@ -52,7 +53,7 @@ def embedding(
     ids: Shaped[Tensor, "rows *t"],
     deviations: Deviations,
 ) -> Float[Tensor, "rows *t d"]:
-    """Each member looks its rows up in its own table, ``(m, entries, d)`` or factors ``(m, entries, r) (m, r, d)``."""
+    """Look each member's rows up in its own table, ``(m, entries, d)`` or factors ``(m, entries, r) (m, r, d)``."""
     folded = unfold(ids, _members(deviations))
     member = torch.arange(len(folded), device=ids.device).view(-1, *[1] * (folded.ndim - 1))
     if "weight" in deviations:
@@ -62,7 +63,7 @@ def embedding(
 
 
 def convolution(leaf: nn.Module, x: Float[Tensor, "rows c *space"], deviations: Deviations) -> Tensor:
-    """One grouped convolution: members side by side in the channels."""
+    """Run one grouped convolution: members side by side in the channels."""
     assert isinstance(leaf, (nn.Conv1d, nn.Conv2d))
     members = _members(deviations)
     folded = unfold(x, members)
@@ -115,8 +116,8 @@ KERNELS: dict[type[nn.Module], Kernel] = {
 }
 
 
-def kernel_of(leaf: nn.Module) -> Kernel | None:
-    """The kernel for exactly this type (a subclass may compute something else), or None: then ``loop`` serves."""
+def find_kernel(leaf: nn.Module) -> Kernel | None:
+    """Return the kernel for exactly this type (a subclass may compute something else); None where ``loop`` serves."""
     if is_quantized(leaf) or is_transposed(leaf):
         return linear
     if isinstance(leaf, (nn.Conv1d, nn.Conv2d)) and leaf.padding_mode != "zeros":
@@ -126,18 +127,8 @@ def kernel_of(leaf: nn.Module) -> Kernel | None:
     return KERNELS.get(type(leaf))
 
 
-def is_transposed(leaf: nn.Module) -> bool:
-    """Whether this is Hugging Face's ``Conv1D``: a linear layer with its weight stored as ``(in, out)``."""
-    return type(leaf).__name__ == "Conv1D" and type(leaf).__module__ == "transformers.pytorch_utils"
-
-
-def is_quantized(leaf: nn.Module) -> bool:
-    """Whether this is a linear layer with packed weights (bitsandbytes): its weight has neither shape nor gradient."""
-    return isinstance(leaf, nn.Linear) and type(leaf).__module__.startswith("bitsandbytes")
-
-
 def fans(leaf: nn.Module) -> tuple[int, int]:
-    """How many features a linear layer reads and gives, packed or not; entries and features of an embedding."""
+    """Return the features that a linear layer reads and gives, packed or not; entries and features of an embedding."""
     if isinstance(leaf, nn.Embedding):
         return leaf.num_embeddings, leaf.embedding_dim
     if isinstance(leaf, nn.Linear):
@@ -153,7 +144,7 @@ def loop(leaf: nn.Module, deviations: Deviations, alpha: float, args: tuple[Any,
         WrapError: If the leaf takes a packed sequence, or gives a tensor without the batch in dimension 0.
     """
     members = _members(deviations)
-    own = dict(leaf.named_parameters())
+    parameters = dict(leaf.named_parameters())
     first = next(tensors((args, kwargs)))
     if any(isinstance(x, PackedSequence) for x in (*args, *kwargs.values())) or len(first) % members:
         raise WrapError(f"{type(leaf).__name__} reads a packed sequence, not rows; leave it out with param_filter")
@@ -184,26 +175,26 @@ def loop(leaf: nn.Module, deviations: Deviations, alpha: float, args: tuple[Any,
     outputs = []
     for m in range(members):
         changed = {
-            (name := key.replace("/", ".")): own[name] + alpha * deviation[m].to(own[name].dtype)
+            (name := key.replace("/", ".")): parameters[name] + alpha * deviation[m].to(parameters[name].dtype)
             for key, deviation in deviations.items()
         }
         inputs = tuple(share(a, m, axes[min(i, 1)]) for i, a in enumerate(args))
         named = {name: share(a, m, axes[name == "hx"]) for name, a in kwargs.items()}
         outputs.append(functional_call(leaf, changed, inputs, named))
     if isinstance(outputs[0], tuple) and axes[1]:
-        return tuple(join(axis, *parts) for axis, parts in zip(axes, zip(*outputs, strict=True), strict=True))
+        return tuple(join(axis, *pieces) for axis, pieces in zip(axes, zip(*outputs, strict=True), strict=True))
     return join(0, *outputs)
 
 
 def check_rows(model: nn.Module, leaf: Leaf) -> None:
-    """Members are rows of dimension 0: a leaf that sees time there, or an unknown choice of rows, cannot have members.
+    """Check that members can be rows of dimension 0: a leaf must not see time there, or an unknown choice of rows.
 
     Raises:
         WrapError: If the leaf, or the transformer layer around it, has ``batch_first=False``, or if it is one expert of
             a routed mixture.
     """
-    parts = leaf.name.split(".")
-    around = [model.get_submodule(".".join(parts[:end])) for end in range(len(parts))]
+    steps = leaf.name.split(".")
+    around = [model.get_submodule(".".join(steps[:end])) for end in range(len(steps))]
     layers = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
     for module in (leaf.module, *(m.self_attn for m in around if isinstance(m, layers))):
         if getattr(module, "batch_first", True) is False:

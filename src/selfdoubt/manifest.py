@@ -18,11 +18,11 @@ from typing import Any
 from selfdoubt.errors import ConfigError, LoadError
 from selfdoubt.fields import (
     STORED_COMPILE,
+    FieldCheck,
     FieldError,
-    Kind,
     anything,
     ascending,
-    broken,
+    broken_file,
     choice,
     flag,
     listing,
@@ -39,7 +39,7 @@ from selfdoubt.fields import (
 from selfdoubt.members import Spec
 from selfdoubt.wrapper_text import METHODS
 
-FORMAT = 1
+MANIFEST_FORMAT = 1
 WEIGHTS, MANIFEST = "added.safetensors", "selfdoubt.json"
 #: Entries of the manifest that are worth a folder without any weights.
 LEARNT = frozenset({"reference", "calibration"})
@@ -64,7 +64,7 @@ def read_manifest(folder: str | os.PathLike[str], *, sealed: bool = True) -> dic
 
     Args:
         folder: An adapter folder.
-        sealed: Whether the manifest must be as its checksum says.
+        sealed: True refuses a manifest that is not as its checksum says.
 
     Raises:
         LoadError: If it is missing, not JSON, of a newer format, lacks an entry, has one of a wrong kind or out of
@@ -72,18 +72,18 @@ def read_manifest(folder: str | os.PathLike[str], *, sealed: bool = True) -> dic
     """
     path = Path(folder) / MANIFEST
     if not path.is_file():
-        lacks = f"{MANIFEST} in it is no file" if path.exists() else f"it has no {MANIFEST}"
+        lacks = f"{MANIFEST} in it is not a file" if path.exists() else f"it has no {MANIFEST}"
         raise LoadError(f"{folder} is not an adapter folder: {lacks}; make one with selfdoubt.save")
     manifest = read_object(path)
     try:
         version = whole(1)(manifest.get("format"), "format")
-        if version != FORMAT:
-            raise LoadError(f"{path} has format {version}, and this version reads {FORMAT}; upgrade selfdoubt")
+        if version != MANIFEST_FORMAT:
+            raise LoadError(f"{path} has format {version}, and this version reads {MANIFEST_FORMAT}; upgrade selfdoubt")
         check_manifest(manifest)
-        found = _digest_of(manifest) if sealed and "checksums" in manifest else None
+        digest = _digest_of(manifest) if sealed and "checksums" in manifest else None
     except (FieldError, RecursionError) as error:
-        raise broken(path, error) from None
-    if found is not None and found != manifest["checksums"]["manifest"]:
+        raise broken_file(path, error) from None
+    if digest is not None and digest != manifest["checksums"]["manifest"]:
         raise _changed(Path(folder), MANIFEST)
     return manifest
 
@@ -94,8 +94,8 @@ def check_manifest(manifest: Mapping[str, Any]) -> None:
     Raises:
         FieldError: If one is missing, of a wrong kind or out of range.
     """
-    found = _MANIFEST(manifest, "")
-    if not (found["wrappers"] or found.get("lora") or any(found.get(key) for key in LEARNT)):
+    checked = _MANIFEST(manifest, "")
+    if not (checked["wrappers"] or checked.get("lora") or any(checked.get(key) for key in LEARNT)):
         raise FieldError("wrappers", "a list of at least one", "none")
 
 
@@ -203,7 +203,7 @@ def _wrapper(entry: Any, path: str, *, complete: bool = True) -> Spec:
             f"{path}.method", f"one of {', '.join(METHODS)} (a newer selfdoubt may know more)", shown(method)
         )
     module = import_module(f"selfdoubt.{method}")
-    kinds: dict[str, Kind] = {"method": anything, **module.Wrapper.kinds}
+    kinds: dict[str, FieldCheck] = {"method": anything, **module.Wrapper.kinds}
     if method == "sample":
         kinds["distribution"] = _noise if complete else _partial_noise
     elif method == "sculpt":
@@ -274,12 +274,12 @@ _MANIFEST = record(
 
 def _present(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
     """Return the names of the covered files that are in a folder and belong to its adapter."""
-    wanted = [
+    expected = [
         WEIGHTS,
         *(LORA if manifest.get("lora") else ()),
         *(TOKENIZER if (folder / TOKENIZER[0]).is_file() else ()),
     ]
-    return [file for file in wanted if (folder / file).is_file()]
+    return [file for file in expected if (folder / file).is_file()]
 
 
 def _digest_of(manifest: Mapping[str, Any]) -> str:

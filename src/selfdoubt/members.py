@@ -16,12 +16,14 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from selfdoubt import targets
+from selfdoubt.compat import list_quantization_states
 from selfdoubt.errors import CaptureError, ConfigError, ShapeError, WrapError
 from selfdoubt.forecast import Forecast
 from selfdoubt.messages import show_message
-from selfdoubt.rows import Call, Replacement, added_names, expand, unfold
+from selfdoubt.rows import ForwardContext, Replacement, added_names, expand, unfold
 from selfdoubt.scales import pair_scales
 from selfdoubt.targets import Leaf
 from selfdoubt.tree import tensors, tree_map
@@ -29,7 +31,7 @@ from selfdoubt.tree import tensors, tree_map
 
 @runtime_checkable
 class Spec(Protocol):
-    """What a wrapper, a frozen dataclass of settings, tells ``Wrapped``."""
+    """A wrapper as ``Wrapped`` sees it: a frozen dataclass of settings."""
 
     @property
     def verbose(self) -> int:
@@ -45,26 +47,26 @@ class Spec(Protocol):
 
     @property
     def output(self) -> Literal["auto", "values", "logits"]:
-        """What the outputs are."""
+        """The kind of the outputs."""
 
     @property
     def goes_inside(self) -> bool:
-        """Whether a model wrapped by this can be wrapped again."""
+        """True if a model wrapped by this can be wrapped again."""
 
     def find(self, model: nn.Module) -> list[Leaf]:
-        """The leaves to replace."""
+        """Find the leaves to replace."""
 
-    def make_leaf(self, leaf: Leaf, index: int, call: Call) -> nn.Module:
-        """The module that takes a leaf's place."""
+    def make_leaf(self, leaf: Leaf, index: int, call: ForwardContext) -> nn.Module:
+        """Make the module that takes a leaf's place."""
 
     def freezes(self) -> bool:
-        """Whether the model's own parameters stop training."""
+        """Return True if the model's own parameters stop training."""
 
     def members(self, *, training: bool) -> int:
-        """How many members run."""
+        """Return the number of members that run."""
 
     def splits(self, *, training: bool) -> bool:
-        """Whether a batch is split over the members instead of repeated for each."""
+        """Return True if a batch is split over the members instead of repeated for each."""
 
 
 class Wrapped(nn.Module):
@@ -82,7 +84,7 @@ class Wrapped(nn.Module):
                 f"{model.spec!r}; put sculpt inside: vote.Wrapper(...)(sculpt.Wrapper(...)(model))"
             )
         leaves = spec.find(model)
-        self.call = Call()
+        self.call = ForwardContext()
         self.module = _share(model, freeze=spec.freezes())
         self.leaf_names = [leaf.name for leaf in leaves]
         for index, leaf in reversed(list(enumerate(leaves))):  # leaves inside others first
@@ -90,7 +92,7 @@ class Wrapped(nn.Module):
             targets.replace(self.module, leaf.name, spec.make_leaf(shared, index, self.call))
         self.training = model.training
         self._inputs = _input_names(model)
-        self._batch_norms = [m for m in self.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        self._batch_norms = [m for m in self.modules() if isinstance(m, _BatchNorm)]
         # The fused path of nn.TransformerEncoderLayer reads its layers' weights and would step over replaced leaves.
         self._has_fused_path = any(isinstance(m, nn.TransformerEncoderLayer) for m in self.modules())
         self._is_compiled = bool(spec.compile)
@@ -101,7 +103,7 @@ class Wrapped(nn.Module):
             show_message(_summary(self, leaves))
 
     def forward(self, *args: Any, return_risk: bool = False, training: bool | None = None, **kwargs: Any) -> Any:
-        """The model's own output structure: the mean over members or, in training, each row's own member.
+        """Return the model's own output structure: the mean over members or, in training, each row's own member.
 
         Args:
             *args: The model's own inputs. Tensors as long as the first one share its batch axis.
@@ -125,7 +127,7 @@ class Wrapped(nn.Module):
                 return y, scales
             if training:
                 raise ConfigError(
-                    "in training each row meets one member, so there is no disagreement to return; "
+                    "in training each row meets one member, so members cannot disagree; "
                     "ask for return_risk=True with training=False"
                 )
         forecast = self.forecast(*args, **kwargs)
@@ -135,7 +137,7 @@ class Wrapped(nn.Module):
         return mean, tree_map(lambda f: f.std if isinstance(f, Forecast) else None, forecast)
 
     def forecast(self, *args: Any, **kwargs: Any) -> Any:
-        """Every member's prediction: a ``Forecast`` in place of each output tensor that has a batch axis."""
+        """Return every member's prediction: a ``Forecast`` in place of each output tensor that has a batch axis."""
         members = self.spec.members(training=False)
         batch = self._batch_size(args, kwargs)
 
@@ -198,11 +200,11 @@ class Wrapped(nn.Module):
     @property
     def distribution(self) -> Any:
         """The distribution of the sculpt in or under this wrapper."""
-        own = getattr(self.spec, "distribution", None)
-        return self.module.distribution if isinstance(self.module, Wrapped) else own
+        distribution = getattr(self.spec, "distribution", None)
+        return self.module.distribution if isinstance(self.module, Wrapped) else distribution
 
     def extra_repr(self) -> str:
-        """The settings, so that ``print(wrapped)`` says what was done."""
+        """Return the settings, so that ``print(wrapped)`` says what was done."""
         return repr(self.spec)
 
     def _run_graph(self, *args: Any, **kwargs: Any) -> Any:
@@ -212,10 +214,10 @@ class Wrapped(nn.Module):
             return self._graph(*args, **kwargs)
         except torch._dynamo.exc.Unsupported as error:
             where = error.real_stack[-1] if getattr(error, "real_stack", None) else None
-            line = f"{where.filename}:{where.lineno}: {where.line}" if where else "an unknown line"
+            source_line = f"{where.filename}:{where.lineno}: {where.line}" if where else "an unknown line"
             reason = str(error).strip().splitlines()[0]
             raise CaptureError(
-                f"compile=True needs one graph, and {line} cannot be captured ({reason}); "
+                f"compile=True needs one graph, and {source_line} cannot be captured ({reason}); "
                 "use compile=False, the default"
             ) from None
 
@@ -261,7 +263,7 @@ def wrap(spec: Spec, model: Any) -> Any:
 
 
 def check_spec(wrapper: Any) -> None:
-    """Nothing, if this wraps models.
+    """Check that this wraps models.
 
     Raises:
         ConfigError: If it does not.
@@ -271,17 +273,17 @@ def check_spec(wrapper: Any) -> None:
 
 
 def innermost(model: nn.Module) -> nn.Module:
-    """The model inside all wrappers, with its replaced leaves; a plain model itself."""
+    """Return the model inside all wrappers, with its replaced leaves; a plain model itself."""
     return innermost(model.module) if isinstance(model, Wrapped) else model
 
 
 def source(model: nn.Module) -> str | None:
-    """The folder or hub name that a Hugging Face model came from, as its config has it; None where it has none."""
+    """Return the folder or hub name of a Hugging Face model, as its config has it; None where it has none."""
     return getattr(getattr(innermost(model), "config", None), "name_or_path", None) or None
 
 
 def base_name(model: nn.Module, name: str) -> str:
-    """What a module or parameter of a wrapped model is called in the model that was wrapped."""
+    """Return the name that a module or parameter of a wrapped model has in the model that was wrapped."""
     kept: list[str] = []
     module: Any = model
     for part in name.split("."):
@@ -293,15 +295,14 @@ def base_name(model: nn.Module, name: str) -> str:
 
 
 def _share(model: nn.Module, *, freeze: bool) -> nn.Module:
-    """A new tree of modules over the same parameters and buffers: the original keeps its own leaves.
+    """Build a new tree of modules over the same parameters and buffers: the original keeps its own leaves.
 
     Frozen parameters are views that do not train, so that the original's still do. What an inner wrapper added goes on
     training.
     """
     memo: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
-    # bitsandbytes keeps what belongs to packed weights in attributes, and moves it about: both need the same ones.
-    beside = (v for m in model.modules() for v in vars(m).values() if type(v).__module__.startswith("bitsandbytes"))
-    memo |= {id(v): v for v in beside}
+    # Quantisation states belong to the packed weights, which both trees share.
+    memo |= {id(state): state for state in list_quantization_states(model)}
     if freeze:
         added = set(added_names(model))
         for name, p in model.named_parameters():

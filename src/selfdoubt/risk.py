@@ -36,7 +36,7 @@ def mix(logits: Float[Tensor, "members *batch classes"]) -> Float[Tensor, "*batc
     The free constant is set to the mean of the members' log-normalisers, so the result is on the members' own scale.
 
     Raises:
-        ShapeError: If there is no member axis.
+        ShapeError: If the member axis is missing.
     """
     _check(logits)
     if logits.shape[0] == 1:
@@ -54,7 +54,7 @@ def mixture(logits: Float[Tensor, "members *batch classes"]) -> Float[Tensor, "*
     member comes back unchanged.
 
     Raises:
-        ShapeError: If there is no member axis.
+        ShapeError: If the member axis is missing.
     """
     _check(logits)
     if logits.shape[0] == 1:
@@ -91,7 +91,7 @@ def epistemic(logits: Float[Tensor, "members *batch classes"]) -> Float[Tensor, 
         logits: Unnormalised scores, one slice per member.
 
     Raises:
-        ShapeError: If there is no member axis.
+        ShapeError: If the member axis is missing.
         NonFiniteError: If a logit is NaN or infinite.
 
     Example:
@@ -102,14 +102,14 @@ def epistemic(logits: Float[Tensor, "members *batch classes"]) -> Float[Tensor, 
 
 
 def token_scores(logits: Float[Tensor, "members *batch classes"], chosen: Int[Tensor, "*batch"]) -> TokenScores:
-    """All token scores in one pass over the classes.
+    """Return all token scores in one pass over the classes.
 
     Args:
         logits: Unnormalised scores, one slice per member.
         chosen: Index of the class that was taken.
 
     Raises:
-        ShapeError: If there is no member axis.
+        ShapeError: If the member axis is missing.
         NonFiniteError: If a logit is NaN or infinite.
     """
     return _scores(logits, chosen)[0]
@@ -130,29 +130,31 @@ def scores_among(
         logits: Unnormalised scores, one slice per member.
         chosen: Index of the class that was taken.
         others: Indices of classes, all different; the chosen one may be among them.
-        mixed: What ``mixture`` makes of the logits.
+        mixed: The ``mixture`` of the logits.
 
     Raises:
-        ShapeError: If there is no member axis.
+        ShapeError: If the member axis is missing.
         NonFiniteError: If a logit is NaN or infinite.
     """
     scores, logp = _scores(logits, chosen)
     mean = logp[0] if logits.shape[0] == 1 else mixed
-    own = mean.gather(-1, chosen.unsqueeze(-1)).double().clamp_max(0)
+    chosen_logp = mean.gather(-1, chosen.unsqueeze(-1)).double().clamp_max(0)
     rest = mean.gather(-1, others).double().clamp_max(0)
     apart = (others != chosen.unsqueeze(-1)).all(-1, keepdim=True)
     # Rounding of the normaliser may bring the whole a little above 1: what is named is scaled to fit.
-    whole = rest.exp().sum(-1, keepdim=True) + own.exp() * apart
-    excess = (whole.log() + 4e-15).clamp_min(0)  # the margin is for whoever adds up in another order
-    return scores._replace(logprob=(own - excess).squeeze(-1)), rest - excess
+    whole = rest.exp().sum(-1, keepdim=True) + chosen_logp.exp() * apart
+    excess = (whole.log() + 4e-15).clamp_min(0)  # the margin is for sums in another order
+    return scores._replace(logprob=(chosen_logp - excess).squeeze(-1)), rest - excess
 
 
-def percentile(value: float, reference: Sequence[float]) -> float:
-    """Share of reference values below ``value`` (ties count half), in [0, 1].
+def percentile(value: float, reference: Sequence[float], *, linear: bool = False) -> float:
+    """Return the share of reference values below ``value``, in [0, 1].
 
     Args:
         value: A risk.
         reference: Ascending values or quantiles of the same risk.
+        linear: Read the reference as equally spaced quantiles, and interpolate between the neighbours of ``value``.
+            Otherwise values are counted, and ties count half.
 
     Raises:
         ShapeError: If the reference is empty.
@@ -161,12 +163,20 @@ def percentile(value: float, reference: Sequence[float]) -> float:
     Example:
         >>> percentile(2.5, [1.0, 2.0, 3.0, 4.0])
         0.5
+        >>> percentile(2.5, [1.0, 2.0, 4.0], linear=True)
+        0.625
     """
     if not reference:
         raise ShapeError("a percentile needs at least one reference value, got none")
     if not math.isfinite(value):
         raise NonFiniteError(f"a percentile needs a finite risk, got {value}")
-    return (bisect_left(reference, value) + bisect_right(reference, value)) / (2 * len(reference))
+    place = bisect_left(reference, value)
+    if not linear:
+        return (place + bisect_right(reference, value)) / (2 * len(reference))
+    if place == 0 or place == len(reference):
+        return float(place > 0)
+    low, high = reference[place - 1], reference[place]
+    return (place - 1 + (value - low) / (high - low)) / (len(reference) - 1)
 
 
 def _scores(logits: Tensor, chosen: Tensor) -> tuple[TokenScores, Tensor]:
@@ -218,7 +228,7 @@ def _entropies_of(logp: Tensor, probs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def wide_dtype(x: Tensor) -> torch.dtype:
-    """The dtype in which sums over ``x`` run: float32, or float64 where ``x`` has it."""
+    """Return the dtype in which sums over ``x`` run: float32, or float64 where ``x`` has it."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 

@@ -34,24 +34,24 @@ def unfold(x: Shaped[Tensor, "rows *rest"], members: int) -> Shaped[Tensor, "mem
 
 
 @dataclass(eq=False)
-class Call:
-    """What the replaced leaves of one model share in a call: how many members run, and the scales that were predicted.
+class ForwardContext:
+    """The state that the replaced leaves of one model share in a call: the members that run, and predicted scales.
 
     It keeps its values until the next call, because gradient checkpointing runs leaves again during backward.
     """
 
     members: int = 1
-    rows: int = 1  #: lines of the batch, members times its size
+    rows: int = 1  #: members times the size of the batch
     training: bool = False
     reached: bool = False
     scales: list[tuple[Tensor, Tensor]] = field(default_factory=list)  #: (a head's output, its predicted scale)
 
-    def __reduce__(self) -> tuple[type[Call], tuple[()]]:
-        """A copy starts afresh: what a call left behind is part of a graph, which cannot be copied."""
-        return Call, ()
+    def __reduce__(self) -> tuple[type[ForwardContext], tuple[()]]:
+        """Return a fresh one: what a call left behind is part of a graph, which cannot be copied."""
+        return ForwardContext, ()
 
     def per_row(self, x: Any) -> Any:
-        """A leaf's input with lines of its own for every row: a single line (position ids, say) is every row's.
+        """Return a leaf's input with an entry for every row: a single entry (position ids, say) is every row's.
 
         Raises:
             ShapeError: If the lines cannot be rows.
@@ -74,7 +74,7 @@ class Replacement(nn.Module):
     Attributes it does not have are the leaf's: models and libraries read ``layer.weight`` or ``layer.in_features``.
     """
 
-    def __init__(self, leaf: nn.Module, call: Call) -> None:
+    def __init__(self, leaf: nn.Module, call: ForwardContext) -> None:
         super().__init__()
         self.leaf = leaf
         self.call = call
@@ -88,7 +88,7 @@ class Replacement(nn.Module):
 
 
 def added_names(model: nn.Module) -> list[str]:
-    """Names in ``model.state_dict()`` of what wrapping added: all under a replacement but not under its leaf."""
+    """Return the names in ``model.state_dict()`` that wrapping added: under a replacement, and not under its leaf."""
     replaced = [name for name, module in model.named_modules() if isinstance(module, Replacement)]
 
     def is_added(key: str) -> bool:

@@ -22,11 +22,22 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from selfdoubt import kernels, targets
+from selfdoubt import compat, kernels, targets
 from selfdoubt.errors import ConfigError, WrapError
-from selfdoubt.fields import MEMBERS, SCALE, SHARED, Kind, check_settings, choice, flag, number, resolve_compile, whole
+from selfdoubt.fields import (
+    MEMBERS,
+    SCALE,
+    SHARED,
+    FieldCheck,
+    check_settings,
+    choice,
+    flag,
+    number,
+    resolve_compile,
+    whole,
+)
 from selfdoubt.members import Wrapped, wrap
-from selfdoubt.rows import Call, Replacement
+from selfdoubt.rows import ForwardContext, Replacement
 from selfdoubt.targets import Leaf
 
 P = ParamSpec("P")
@@ -39,7 +50,7 @@ class Bernoulli:
     p: float = 0.1
     trainable: bool = False
 
-    kinds: ClassVar[Mapping[str, Kind]] = {"p": number(above=0, below=1), "trainable": flag}
+    kinds: ClassVar[Mapping[str, FieldCheck]] = {"p": number(above=0, below=1), "trainable": flag}
 
     def __post_init__(self) -> None:
         check_settings(self, self.kinds)
@@ -67,7 +78,7 @@ class Normal:
     std: float = 0.3
     trainable: bool = False
 
-    kinds: ClassVar[Mapping[str, Kind]] = {"std": number(above=0, high=SCALE), "trainable": flag}
+    kinds: ClassVar[Mapping[str, FieldCheck]] = {"std": number(above=0, high=SCALE), "trainable": flag}
 
     def __post_init__(self) -> None:
         check_settings(self, self.kinds)
@@ -123,7 +134,7 @@ class Wrapper:
     symbolic_trace: InitVar[bool | None] = None
 
     goes_inside: ClassVar[bool] = False
-    kinds: ClassVar[Mapping[str, Kind]] = {
+    kinds: ClassVar[Mapping[str, FieldCheck]] = {
         "n_samples": whole(1, MEMBERS), "output": choice("auto", "values", "logits"), **SHARED,
     }  # fmt: skip
 
@@ -155,7 +166,7 @@ class Wrapper:
                 )
         return leaves
 
-    def make_leaf(self, leaf: Leaf, index: int, call: Call) -> nn.Module:
+    def make_leaf(self, leaf: Leaf, index: int, call: ForwardContext) -> nn.Module:
         """Build a leaf whose input gets noise."""
         return NoisyLeaf(leaf, index, call, self)
 
@@ -185,9 +196,9 @@ class NoisyLeaf(Replacement):
 
     parameter: Tensor
 
-    def __init__(self, leaf: Leaf, index: int, call: Call, spec: Wrapper) -> None:
+    def __init__(self, leaf: Leaf, index: int, call: ForwardContext, spec: Wrapper) -> None:
         super().__init__(leaf.module, call)
-        base = targets.base_layer(leaf.module)
+        base = compat.get_base_layer(leaf.module)
         self.distribution = spec.distribution
         self.key = int(_mix(torch.tensor(spec.seed * 1_000_003 + index)))
         self.looks_up = isinstance(base, nn.Embedding)

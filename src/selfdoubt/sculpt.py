@@ -20,11 +20,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from selfdoubt import kernels, targets
+from selfdoubt import compat, targets
 from selfdoubt.errors import ConfigError, WrapError
-from selfdoubt.fields import SHARED, WIDTH, Kind, check_settings, number, optional, resolve_compile, whole
+from selfdoubt.fields import SHARED, WIDTH, FieldCheck, check_settings, number, optional, resolve_compile, whole
 from selfdoubt.members import Wrapped, wrap
-from selfdoubt.rows import Call, Replacement
+from selfdoubt.rows import ForwardContext, Replacement
 from selfdoubt.targets import Leaf
 from selfdoubt.tree import tree_map
 
@@ -144,7 +144,7 @@ class Wrapper:
 
     output: ClassVar[Literal["auto", "values", "logits"]] = "auto"
     goes_inside: ClassVar[bool] = True
-    kinds: ClassVar[Mapping[str, Kind]] = {
+    kinds: ClassVar[Mapping[str, FieldCheck]] = {
         "n_layers": whole(1, 64),
         "rank": optional(whole(1, WIDTH)),
         "initial_scale": number(above=0, high=100),
@@ -174,14 +174,13 @@ class Wrapper:
         if self.param_filter is not None:
             return targets.find(model, self.param_filter)
         heads = [leaf for leaf in targets.find(model, targets.EVERYTHING) if _is_head(leaf)]
-        language_models = (m for m in model.modules() if callable(getattr(m, "get_output_embeddings", None)))
-        outputs = {id(m.get_output_embeddings()) for m in language_models}  # type: ignore[operator]
+        outputs = {id(compat.get_output_head(m)) for m in model.modules() if compat.has_output_head(m)}
         chosen = [leaf for leaf in heads if id(leaf.module) in outputs] or heads[-1:]
         if not chosen:
             raise WrapError("no linear or convolution layer to serve as a head; name one with param_filter")
         return chosen
 
-    def make_leaf(self, leaf: Leaf, index: int, call: Call) -> nn.Module:
+    def make_leaf(self, leaf: Leaf, index: int, call: ForwardContext) -> nn.Module:
         """Build a head with a scale branch."""
         if not _is_head(leaf):
             raise WrapError(
@@ -208,9 +207,9 @@ class Wrapper:
 class ScaledHead(Replacement):
     """A head and a branch that predicts the scale of each of its outputs."""
 
-    def __init__(self, leaf: Leaf, call: Call, spec: Wrapper) -> None:
+    def __init__(self, leaf: Leaf, call: ForwardContext, spec: Wrapper) -> None:
         super().__init__(leaf.module, call)
-        self.branch = _branch(targets.base_layer(leaf.module), spec)
+        self.branch = _branch(compat.get_base_layer(leaf.module), spec)
         parameter = next(leaf.module.parameters())
         dtype = parameter.dtype if parameter.is_floating_point() else torch.get_default_dtype()
         self.branch.to(parameter.device, dtype)
@@ -232,8 +231,8 @@ class ScaledHead(Replacement):
 
 
 def _is_head(leaf: Leaf) -> bool:
-    base = targets.base_layer(leaf.module)
-    return isinstance(base, (nn.Linear, nn.Conv1d, nn.Conv2d)) or kernels.is_transposed(base)
+    base = compat.get_base_layer(leaf.module)
+    return isinstance(base, (nn.Linear, nn.Conv1d, nn.Conv2d)) or compat.is_transposed(base)
 
 
 def _branch(head: nn.Module, spec: Wrapper) -> nn.Sequential:
@@ -252,7 +251,7 @@ def _branch(head: nn.Module, spec: Wrapper) -> nn.Sequential:
         )  # fmt: skip
     else:
         weight = head.get_parameter("weight")
-        fan_in, fan_out = weight.shape if kernels.is_transposed(head) else (
+        fan_in, fan_out = weight.shape if compat.is_transposed(head) else (
             getattr(head, "in_features", weight.shape[-1]), getattr(head, "out_features", weight.shape[0])
         )  # fmt: skip
         for _ in range(spec.n_layers - 1):

@@ -11,7 +11,8 @@ from __future__ import annotations
 import os
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from safetensors import SafetensorError
@@ -19,13 +20,13 @@ from safetensors.torch import load_file
 from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
-from selfdoubt import __version__
-from selfdoubt.errors import BaseMismatchError, LoadError, SelfdoubtError, TargetError, WrapError
-from selfdoubt.fields import FieldError, broken
+from selfdoubt.compat import is_lora_weight
+from selfdoubt.errors import BaseMismatchError, ConfigError, LoadError, SelfdoubtError, TargetError, WrapError
+from selfdoubt.fields import FieldError, broken_file
 from selfdoubt.manifest import (
-    FORMAT,
     LEARNT,
     MANIFEST,
+    MANIFEST_FORMAT,
     WEIGHTS,
     from_json,
     plain_manifest,
@@ -38,6 +39,7 @@ from selfdoubt.manifest import (
 )  # fmt: skip
 from selfdoubt.members import Spec, Wrapped, innermost, source
 from selfdoubt.rows import added_names
+from selfdoubt.version import __version__
 
 __all__ = [
     "LEARNT",
@@ -63,7 +65,7 @@ _LARGE_RANK = 1024
 
 
 def save(
-    wrapped: nn.Module,
+    wrapped: nn.Module | SavesItself,
     folder: str | os.PathLike[str],
     *,
     base: str | None = None,
@@ -74,7 +76,8 @@ def save(
     """Write what wrapping added or left training; the base model itself is not written.
 
     Args:
-        wrapped: A wrapped model; with ``elsewhere``, or with ``LEARNT`` entries in ``extra``, also a plain one.
+        wrapped: A wrapped model; with ``elsewhere``, or with ``LEARNT`` entries in ``extra``, also a plain one. Or a
+            ``RiskAwareLM``, which saves all of itself.
         folder: Made if missing; an adapter in it is replaced.
         base: Name or folder of the base model; taken from a Hugging Face config if None.
         revision: Revision of the base model.
@@ -86,21 +89,20 @@ def save(
 
     Raises:
         WrapError: If nothing was added to the model.
-        ConfigError: If an entry of ``extra`` is none that can be read back.
+        ConfigError: If an entry of ``extra`` is none that can be read back, or the model belongs to a ``RiskAwareLM``
+            whose reference answers or calibration would be dropped.
     """
-    if not isinstance(wrapped, Wrapped) and not elsewhere and not LEARNT & set(extra or {}):
-        raise WrapError(
-            f"{type(wrapped).__name__} is not wrapped, so there is nothing to save: wrap it first, e.g. "
-            "vote.Wrapper()(model)"
-        )
+    if isinstance(wrapped, SavesItself):
+        return wrapped.save(folder, base=base, revision=revision)
+    check_saved(wrapped, elsewhere, extra)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     state = wrapped.state_dict()
-    wanted = set(added_names(wrapped)) | {n for n, p in wrapped.named_parameters() if p.requires_grad}
-    tensors = {name: state[name].detach().cpu().contiguous() for name in sorted(wanted - set(elsewhere))}
+    names = set(added_names(wrapped)) | {n for n, p in wrapped.named_parameters() if p.requires_grad}
+    tensors = {name: state[name].detach().cpu().contiguous() for name in sorted(names - set(elsewhere))}
     base_model = innermost(wrapped)
     manifest = plain_manifest({
-        "format": FORMAT,
+        "format": MANIFEST_FORMAT,
         "wrappers": [to_json(spec) for spec in _specs(wrapped)],
         "base": {
             "name": base or source(base_model),
@@ -120,6 +122,47 @@ def save(
     return folder
 
 
+def check_saved(wrapped: nn.Module, elsewhere: Collection[str] = (), extra: Mapping[str, Any] | None = None) -> None:
+    """Check that there is something to save, and that nothing that belongs to it is left out.
+
+    Raises:
+        WrapError: If nothing was added to the model.
+        ConfigError: If a language model around it has reference answers or a calibration, and ``extra`` lacks them.
+    """
+    if not isinstance(wrapped, Wrapped) and not elsewhere and not LEARNT & set(extra or {}):
+        raise WrapError(
+            f"{type(wrapped).__name__} is not wrapped, so there is nothing to save: wrap it first, e.g. "
+            "vote.Wrapper()(model)"
+        )
+    reference = _OWNERS.get(wrapped)
+    owner = None if reference is None else reference()
+    lacking = [] if owner is None else sorted(owner.learnt() - set(extra or {}))
+    if lacking:
+        raise ConfigError(
+            f"the language model around this one has a {' and a '.join(lacking)}, which saving the model alone would "
+            "drop; save all of it with lm.save(folder)"
+        )
+
+
+@runtime_checkable
+class SavesItself(Protocol):
+    """A model with more than weights to save, such as ``RiskAwareLM``."""
+
+    def learnt(self) -> frozenset[str]:
+        """Return the entries of ``LEARNT`` that it has."""
+
+    def save(self, folder: str | os.PathLike[str], *, base: str | None = None, revision: str | None = None) -> Path:
+        """Write all of it."""
+
+
+_OWNERS: WeakKeyDictionary[nn.Module, ref[SavesItself]] = WeakKeyDictionary()
+
+
+def register_owner(model: nn.Module, owner: SavesItself) -> None:
+    """Note that a model belongs to something that has more to save; both may go when nothing else holds them."""
+    _OWNERS[model] = ref(owner)
+
+
 def load(folder: str | os.PathLike[str], model: nn.Module) -> Wrapped:
     """Wrap a base model as a folder says, with the weights in it.
 
@@ -137,7 +180,7 @@ def load(folder: str | os.PathLike[str], model: nn.Module) -> Wrapped:
 
 
 def restore(folder: str | os.PathLike[str], model: nn.Module, manifest: Mapping[str, Any] | None = None) -> nn.Module:
-    """As ``load``; where only LoRA was trained, and the model has it by now, the model itself.
+    """Wrap as ``load`` does; where only LoRA was trained, and the model has it by now, return the model itself.
 
     Args:
         folder: An adapter folder.
@@ -152,7 +195,7 @@ def restore(folder: str | os.PathLike[str], model: nn.Module, manifest: Mapping[
     if manifest is None:
         manifest = read_manifest(folder)
         verify(folder, manifest)
-    if manifest.get("lora") and not any(".lora_" in name for name, _ in model.named_parameters()):
+    if manifest.get("lora") and not any(is_lora_weight(name) for name, _ in model.named_parameters()):
         raise LoadError(
             f"{folder} has LoRA beneath its wrapper, and the model has none yet: load both with "
             f"RiskAwareLM.load(..., adapter={str(folder)!r})"
@@ -169,7 +212,7 @@ def restore(folder: str | os.PathLike[str], model: nn.Module, manifest: Mapping[
 
 
 def rewrap(folder: Path, manifest: Mapping[str, Any], model: nn.Module) -> nn.Module:
-    """The model in fresh wrappers with the settings of a manifest.
+    """Put the model into fresh wrappers with the settings of a manifest.
 
     Raises:
         LoadError: If a setting cannot be read.
@@ -184,12 +227,12 @@ def rewrap(folder: Path, manifest: Mapping[str, Any], model: nn.Module) -> nn.Mo
         except SelfdoubtError:
             raise
         except Exception as error:  # settings that this model cannot take fail wherever they are used
-            raise broken(folder / MANIFEST, error) from error
+            raise broken_file(folder / MANIFEST, error) from error
     return wrapped
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file.
+    """Read the tensors of a safetensors file.
 
     Raises:
         LoadError: If it is missing or broken, or a number in it is not finite.
@@ -197,14 +240,14 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         if not path.is_file():
             raise FileNotFoundError("no such file")
-        found: dict[str, Tensor] = load_file(path)
+        tensors: dict[str, Tensor] = load_file(path)
     except (OSError, SafetensorError, ValueError, KeyError) as error:
         why = " ".join(str(error).split())[:200]
         raise LoadError(f"{path} cannot be read ({why}); save or download the adapter again") from None
-    for name, tensor in found.items():
+    for name, tensor in tensors.items():
         if tensor.is_complex() or (tensor.is_floating_point() and not tensor.float().isfinite().all()):
             raise LoadError(f"{path} has a number in {name} that is not finite; save or download the adapter again")
-    return found
+    return tensors
 
 
 def _check_sizes(folder: Path, entry: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
@@ -219,16 +262,16 @@ def _check_sizes(folder: Path, entry: Mapping[str, Any], tensors: Mapping[str, T
         sizes = _sizes_of_vote(entry, shapes)
     elif entry["method"] == "sculpt":
         sizes = _sizes_of_sculpt(entry, shapes)
-    for name, found in sizes.items():
-        if found != {entry[name]}:
-            wanted = " or ".join(map(str, sorted(found))) or "that of its tensors"
-            raise broken(folder / MANIFEST, FieldError(name, f"{wanted} as in {WEIGHTS}", str(entry[name])))
+    for name, measured in sizes.items():
+        if measured != {entry[name]}:
+            expected = " or ".join(map(str, sorted(measured))) or "that of its tensors"
+            raise broken_file(folder / MANIFEST, FieldError(name, f"{expected} as in {WEIGHTS}", str(entry[name])))
 
 
 def _sizes_of_vote(entry: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, set[int]]:
-    own = {name: shape for name, shape in shapes.items() if ".deviations." in name}
-    ranks = {shape[1] for name, shape in own.items() if name.endswith(".weight_b") and len(shape) > 1}
-    sizes = {"n_voters": {shape[0] for shape in own.values()}}
+    deviations = {name: shape for name, shape in shapes.items() if ".deviations." in name}
+    ranks = {shape[1] for name, shape in deviations.items() if name.endswith(".weight_b") and len(shape) > 1}
+    sizes = {"n_voters": {shape[0] for shape in deviations.values()}}
     # Leaves that take no low rank have full deviations, whatever the rank.
     return sizes | ({"rank": ranks} if ranks or (entry["rank"] or 0) > _LARGE_RANK else {})
 
@@ -240,12 +283,13 @@ def _sizes_of_sculpt(entry: Mapping[str, Any], shapes: Mapping[str, tuple[int, .
         if head and layer.endswith(".weight") and ".deviations." not in layer:
             heads.setdefault(head, {})[int(layer.partition(".")[0])] = shape[0]
     if entry["n_layers"] > 1:
-        return {"n_layers": {len(own) for own in heads.values()}, "rank": {own[min(own)] for own in heads.values()}}
-    return {"n_layers": {max(1, len(own) - 1) for own in heads.values()}}  # one layer of low rank is two
+        ranks = {layers[min(layers)] for layers in heads.values()}
+        return {"n_layers": {len(layers) for layers in heads.values()}, "rank": ranks}
+    return {"n_layers": {max(1, len(layers) - 1) for layers in heads.values()}}  # one layer of low rank is two
 
 
 def fingerprint(wrapped: nn.Module, elsewhere: Collection[str] = ()) -> dict[str, list[float]]:
-    """Mean size and length of up to eight frozen, unquantised parameters, by name: enough to tell two bases apart.
+    """Return mean size and length of up to eight frozen, unquantised parameters, by name: they differ between bases.
 
     Rounding to another float type changes a mean by far less than the tolerance in ``load``.
     """
@@ -266,8 +310,8 @@ def _size(p: Tensor) -> float:
 
 def _check_fits(folder: Path, wrapped: nn.Module, tensors: dict[str, Tensor], base: dict[str, Any]) -> None:
     state = wrapped.state_dict()
-    wanted = set(added_names(wrapped))
-    missing, unknown = sorted(wanted - set(tensors)), sorted(set(tensors) - set(state))
+    names = set(added_names(wrapped))
+    missing, unknown = sorted(names - set(tensors)), sorted(set(tensors) - set(state))
     if missing or unknown:
         what = f"lacks {missing[0]}" if missing else f"has {unknown[0]}, which the model lacks"
         raise BaseMismatchError(f"{folder} was made for another base model than this ({base['name']}): it {what}")
@@ -279,9 +323,9 @@ def _check_fits(folder: Path, wrapped: nn.Module, tensors: dict[str, Tensor], ba
                 f"{folder} was made for another base model than this ({base['name']}): {name} is "
                 f"{tuple(tensor.shape)}, and this base wants {tuple(state[name].shape)}"
             )
-    found = dict(wrapped.named_parameters())
+    parameters = dict(wrapped.named_parameters())
     for name, (size, numel) in base["fingerprint"].items():
-        p = found.get(name)
+        p = parameters.get(name)
         if p is None or p.numel() != numel or abs(_size(p) - size) > 0.01 * abs(size):
             raise BaseMismatchError(
                 f"{folder} was made for another base model than this: {name} differs; load it onto {base['name']}"
@@ -289,5 +333,5 @@ def _check_fits(folder: Path, wrapped: nn.Module, tensors: dict[str, Tensor], ba
 
 
 def _specs(model: nn.Module) -> list[Spec]:
-    """Specs from the innermost wrapper outwards."""
+    """Return the specs from the innermost wrapper outwards."""
     return [*_specs(model.module), model.spec] if isinstance(model, Wrapped) else []

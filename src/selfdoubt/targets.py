@@ -1,4 +1,4 @@
-"""Where a wrapper acts: a regex over full parameter names picks leaves.
+"""The leaves that a wrapper replaces: a regex over full parameter names picks them.
 
 A leaf is the smallest module that owns a matched parameter, usually an ``nn.Linear``. Three kinds of module are one
 leaf as a whole, since replacing a part of them would be ignored or wrong: adapter layers around a base layer (PEFT),
@@ -15,6 +15,7 @@ from difflib import SequenceMatcher
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from selfdoubt.compat import has_output_head, is_adapter_layer
 from selfdoubt.errors import ConfigError, TargetError
 
 #: Query and value projections, under the names that decoder families give them (some fuse them into one).
@@ -32,7 +33,7 @@ class Leaf:
 
 
 def find(model: nn.Module, param_filter: str | None) -> list[Leaf]:
-    """The leaves whose parameters match, in the model's own order.
+    """Find the leaves whose parameters match, in the model's own order.
 
     Args:
         model: Any module.
@@ -66,7 +67,7 @@ def find(model: nn.Module, param_filter: str | None) -> list[Leaf]:
 
 
 def outermost(leaves: list[Leaf]) -> list[Leaf]:
-    """Leaves inside other leaves join them, in the model's order: what runs once per member is one leaf as a whole."""
+    """Join leaves inside other leaves with them, in the model's order: a leaf runs once per member, as a whole."""
     joined: dict[str, Leaf] = {}
     for leaf in leaves:
         outer = next((name for name in joined if leaf.name.startswith(f"{name}.")), None)
@@ -79,8 +80,8 @@ def outermost(leaves: list[Leaf]) -> list[Leaf]:
 
 
 def default_filter(model: nn.Module) -> str:
-    """The filter that None stands for: attention's query and value in a decoder, everything elsewhere."""
-    is_decoder = any(callable(getattr(m, "get_output_embeddings", None)) for m in model.modules())
+    """Return the filter that None stands for: attention's query and value in a decoder, everything elsewhere."""
+    is_decoder = any(has_output_head(m) for m in model.modules())
     names = (name for name, _ in model.named_parameters())
     return DECODER_FILTER if is_decoder and any(re.search(DECODER_FILTER, n) for n in names) else EVERYTHING
 
@@ -91,26 +92,19 @@ def replace(model: nn.Module, name: str, new: nn.Module) -> None:
     setattr(model.get_submodule(parent), child, new)
 
 
-def base_layer(module: nn.Module) -> nn.Module:
-    """The layer inside an adapter layer, or the module itself."""
-    inner = getattr(module, "base_layer", None)
-    return base_layer(inner) if isinstance(inner, nn.Module) else module
-
-
 def _owner(modules: dict[str, nn.Module], full_name: str) -> str:
-    """The leaf that owns a parameter: its module, or the outermost module that must stay whole."""
+    """Return the leaf that owns a parameter: its module, or the outermost module that must stay whole."""
     path = full_name.rpartition(".")[0]
-    parts = path.split(".")
-    for end in range(1, len(parts)):
-        ancestor = ".".join(parts[:end])
+    steps = path.split(".")
+    for end in range(1, len(steps)):
+        ancestor = ".".join(steps[:end])
         if _is_whole(modules[ancestor]):
             return ancestor
     return path
 
 
 def _is_whole(module: nn.Module) -> bool:
-    has_base = isinstance(getattr(module, "base_layer", None), nn.Module)
-    return has_base or is_parametrized(module) or isinstance(module, nn.MultiheadAttention)
+    return is_adapter_layer(module) or is_parametrized(module) or isinstance(module, nn.MultiheadAttention)
 
 
 def _nothing_matches(model: nn.Module, pattern: str) -> str:
@@ -119,9 +113,9 @@ def _nothing_matches(model: nn.Module, pattern: str) -> str:
         return f"param_filter={pattern!r} matches nothing: the model has no parameters"
 
     def similarity(name: str) -> float:
-        parts = [name, *name.split(".")]
-        wanted = [w for w in re.split(r"[|().*+?^$\\]+", pattern) if w] or [pattern]
-        return max(SequenceMatcher(None, w, p).ratio() for w in wanted for p in parts)
+        pieces = [name, *name.split(".")]
+        words = [w for w in re.split(r"[|().*+?^$\\]+", pattern) if w] or [pattern]
+        return max(SequenceMatcher(None, w, p).ratio() for w in words for p in pieces)
 
     nearest = sorted(names, key=similarity, reverse=True)[:3]
     return (

@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def tensors(tree: Any) -> Iterator[Tensor]:
-    """All tensors of a tree, in order."""
+    """Yield all tensors of a tree, in order."""
     if isinstance(tree, Tensor):
         yield tree
     elif isinstance(tree, Mapping):
@@ -21,7 +21,7 @@ def tensors(tree: Any) -> Iterator[Tensor]:
 
 
 def tree_map(function: Callable[..., Any], tree: Any, *others: Any) -> Any:
-    """The same structure with ``function(leaf, *same place in others)`` in place of each leaf.
+    """Return the same structure with ``function(leaf, *same place in others)`` in place of each leaf.
 
     A leaf is whatever is not a container: a tensor, None, a number, a key-value cache. Missing parts of ``others``
     arrive as None.

@@ -20,14 +20,14 @@ from typing import Any, ClassVar, Literal, ParamSpec, overload
 import torch
 from torch import Tensor, nn
 
-from selfdoubt import kernels, targets
+from selfdoubt import compat, kernels, targets
 from selfdoubt.errors import ConfigError, WrapError
 from selfdoubt.fields import (
     MEMBERS,
     SCALE,
     SHARED,
     WIDTH,
-    Kind,
+    FieldCheck,
     check_settings,
     choice,
     flag,
@@ -37,7 +37,7 @@ from selfdoubt.fields import (
     whole,
 )
 from selfdoubt.members import Wrapped, wrap
-from selfdoubt.rows import Call, Replacement
+from selfdoubt.rows import ForwardContext, Replacement
 from selfdoubt.targets import Leaf
 
 P = ParamSpec("P")
@@ -89,7 +89,7 @@ class Wrapper:
     symbolic_trace: InitVar[bool | None] = None
 
     goes_inside: ClassVar[bool] = False
-    kinds: ClassVar[Mapping[str, Kind]] = {
+    kinds: ClassVar[Mapping[str, FieldCheck]] = {
         "n_voters": whole(1, MEMBERS),
         "rank": optional(whole(1, WIDTH)),
         "finetune": flag,
@@ -120,15 +120,15 @@ class Wrapper:
         leaves = targets.outermost(targets.find(model, self.param_filter))
         for leaf in leaves:
             kernels.check_rows(model, leaf)
-            base = targets.base_layer(leaf.module)
-            if kernels.is_quantized(base) and (self.rank is None or not self.finetune):
+            base = compat.get_base_layer(leaf.module)
+            if compat.is_quantized(base) and (self.rank is None or not self.finetune):
                 raise WrapError(
                     f"{leaf.name} holds packed {type(base).__name__} weights, which cannot take a full deviation; "
                     f"use low-rank ones: vote.Wrapper(n_voters={self.n_voters}, rank=16, ...)"
                 )
         return leaves
 
-    def make_leaf(self, leaf: Leaf, index: int, call: Call) -> nn.Module:
+    def make_leaf(self, leaf: Leaf, index: int, call: ForwardContext) -> nn.Module:
         """Build a leaf with one deviation per voter."""
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + index)
         return VotingLeaf(leaf, call, self, generator)
@@ -153,10 +153,10 @@ class EagerWrapper(Wrapper):
 class VotingLeaf(Replacement):
     """A leaf and one deviation of its matched parameters per voter."""
 
-    def __init__(self, leaf: Leaf, call: Call, spec: Wrapper, generator: torch.Generator) -> None:
+    def __init__(self, leaf: Leaf, call: ForwardContext, spec: Wrapper, generator: torch.Generator) -> None:
         super().__init__(leaf.module, call)
         self.alpha = spec.alpha
-        self.kernel = kernels.kernel_of(targets.base_layer(leaf.module))
+        self.kernel = kernels.find_kernel(compat.get_base_layer(leaf.module))
         self.deviations = nn.ParameterDict(_initial(leaf, spec, generator))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -170,7 +170,7 @@ class VotingLeaf(Replacement):
         if self.kernel is None:
             return kernels.loop(self.leaf, self.deviations, self.alpha, args, kwargs)
         y = self.leaf(*args, **kwargs)
-        delta = self.kernel(targets.base_layer(self.leaf), self._as_deviation(x), self.deviations)
+        delta = self.kernel(compat.get_base_layer(self.leaf), self._as_deviation(x), self.deviations)
         return torch.add(y, delta.to(y.dtype), alpha=self.alpha)
 
     def _as_deviation(self, x: Tensor) -> Tensor:
@@ -181,8 +181,8 @@ class VotingLeaf(Replacement):
 
 def _initial(leaf: Leaf, spec: Wrapper, generator: torch.Generator) -> dict[str, nn.Parameter]:
     """Draw the initial deviations of a leaf's matched parameters."""
-    base = targets.base_layer(leaf.module)
-    kernel = kernels.kernel_of(base)
+    base = compat.get_base_layer(leaf.module)
+    kernel = kernels.find_kernel(base)
     if kernel is None:
         # The loop puts changed parameters into the whole leaf, under their full names; a ParameterDict takes no dots.
         parameters = {name.replace(".", "/"): leaf.module.get_parameter(name) for name in leaf.params}
@@ -221,7 +221,7 @@ def _normal(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
 
 
 def _float_dtype(base: nn.Module, parameter: Tensor) -> torch.dtype:
-    if parameter.is_floating_point() and not kernels.is_quantized(base):
+    if parameter.is_floating_point() and not compat.is_quantized(base):
         return parameter.dtype
     return getattr(base, "compute_dtype", None) or torch.get_default_dtype()
 
@@ -229,7 +229,7 @@ def _float_dtype(base: nn.Module, parameter: Tensor) -> torch.dtype:
 def _weight_std(base: nn.Module, parameter: Tensor) -> float:
     """Return the standard deviation of the leaf's weight, the unit of ``weight_noise`` for all its parameters."""
     weight = getattr(base, "weight", parameter)
-    if kernels.is_quantized(base):
+    if compat.is_quantized(base):
         # Packed weights cannot be read without their library, but for x ~ N(0, 1) the mean of (W x)^2 is the
         # sum of squares of a row of W.
         x = torch.randn((256, kernels.fans(base)[0]), generator=torch.Generator().manual_seed(0))

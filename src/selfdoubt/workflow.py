@@ -1,111 +1,324 @@
-"""From answers to a judged, measured and reported run."""
+"""Evaluate and calibrate a model: from questions to a judged, measured and reported run, and on to an adapter."""
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 from selfdoubt.calibration.adapter import (
-    MODEL,
     NO_CONDITIONS,
+    SAME_MODEL,
     check_target,
     join_states,
     name_by_run,
     read_conditions,
     write_adapter,
 )
-from selfdoubt.calibration.fit import fit_calibration, store_calibration
-from selfdoubt.errors import ConfigError
+from selfdoubt.calibration.fit import FitOptions, fit_calibration, store_calibration
+from selfdoubt.calibration.quality import CalibrationReport
+from selfdoubt.data.order import Draft, assign_ids, choose_subset
+from selfdoubt.data.question_sets import ReadOptions, load_questions, read_column
+from selfdoubt.data.questions import AS_USUAL, Columns, Question
+from selfdoubt.errors import ConfigError, DataError, require
 from selfdoubt.eval import records as files
 from selfdoubt.eval import run_folder
-from selfdoubt.eval.generate import AnsweredBatch
+from selfdoubt.eval.config import EvaluationConfig
 from selfdoubt.eval.judges.judge import judge_records
-from selfdoubt.eval.judges.rules import get_judge_name
+from selfdoubt.eval.judges.rules import build_judge, choose_default_judge, get_judge_name
 from selfdoubt.eval.judges.verdict import Judge
 from selfdoubt.eval.records import Record
-from selfdoubt.eval.run_folder import save_run
-from selfdoubt.report.write import write_report
+from selfdoubt.eval.run import ask_questions, check_questions, choose_layers, describe_conditions
+from selfdoubt.eval.settings import Run
+from selfdoubt.lm.calibration import Calibration
+from selfdoubt.lm.load import POCKET, resolve_model
+from selfdoubt.members import Wrapped
+from selfdoubt.report.results import Report
+from selfdoubt.report.write import read_report, write_report
 
 if TYPE_CHECKING:
     from selfdoubt.lm.model import RiskAwareLM
 
-
-def judge_and_report(
-    asked: AnsweredBatch, judge: Judge, out: Path, run: Mapping[str, Any], *, draws: int = 1000
-) -> list[str]:
-    """Judge, keep, measure and report.
-
-    Args:
-        asked: All answers.
-        judge: Who says what is right.
-        out: The run's folder.
-        run: Its settings, for people and for ``selfdoubt calibrate``.
-        draws: Bootstrap draws of each interval.
-
-    Returns:
-        What to tell on a terminal.
-    """
-    found = judge_records(asked.records, judge)
-    whole = {**run, "judge": get_judge_name(judge), "costs": asked.costs}
-    save_run(asked, found, whole, out)
-    return report(found, whole, out, draws=draws)
+#: A question with its accepted answers.
+Asked = Question | tuple[str, str | Sequence[str]]
 
 
-def report(records: Sequence[Record], run: Mapping[str, Any], out: Path, *, draws: int) -> list[str]:
-    """Measure and report what is judged; returns what to tell on a terminal."""
-    paths = write_report(records, run, out, draws=draws)
-    said = json.loads(paths["report.json"].read_text(encoding="utf-8"))["verdict"]["sentences"]
-    return [*said, *(str(path) for path in paths.values())]
+@dataclass(frozen=True)
+class Evaluation:
+    """A judged and reported run."""
+
+    folder: Path
+    run: Run  #: its settings
+    records: tuple[Record, ...]
+    report: Report  #: all numbers of ``report.json``
+    files: Mapping[str, Path]  #: ``report.json``, ``report.html`` and the plots
+    lm: RiskAwareLM | None = field(default=None, repr=False, compare=False)  #: the model that answered
+
+    @property
+    def sentences(self) -> tuple[str, ...]:
+        """The findings, in words."""
+        return self.report.verdict.sentences
+
+    def lines(self) -> list[str]:
+        """Return the findings and the places of the files, for a terminal."""
+        return [*self.sentences, *(str(path) for path in self.files.values())]
 
 
-def calibrate_runs(
-    folders: Sequence[Path],
-    out: Path | None,
-    load: Callable[[Mapping[str, Any]], RiskAwareLM],
+@dataclass(frozen=True)
+class CalibrationResult:
+    """A calibration, what it is worth, and the adapter that holds it."""
+
+    calibration: Calibration
+    quality: CalibrationReport
+    folder: Path  #: the adapter: ``RiskAwareLM.load(model, adapter=folder)``
+    evaluations: tuple[Evaluation, ...]  #: the runs with renewed reports; none with ``draws=0``
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def sentences(self) -> tuple[str, ...]:
+        """The findings: a table of the heads, and the guarantee or why there is none."""
+        return (*self.quality.lines(), *self.warnings)
+
+    def lines(self) -> list[str]:
+        """Return the findings, the place of the adapter and each run's findings, for a terminal."""
+        renewed = [text for e in self.evaluations for text in (f"{e.folder}:", *e.lines())]
+        return [*self.sentences, f"stored in {self.folder / 'selfdoubt.json'}", *renewed]
+
+
+def evaluate(
+    lm: RiskAwareLM,
+    data: str | os.PathLike[str] | Sequence[Asked],
+    out: str | os.PathLike[str],
     *,
+    config: EvaluationConfig | None = None,
+    judge: Judge | str = "auto",
+    limit: int | None = None,
+    seed: int | None = None,
+    columns: Columns = AS_USUAL,
+    task: str | None = None,
+    split: str | None = None,
+    separator: str | None = None,
+    states: str = "auto",
     draws: int = 1000,
-    **options: Any,
-) -> list[str]:
-    """Calibrate on one evaluated folder or several, and store the head in the adapter.
+    run: Run | None = None,
+) -> Evaluation | None:
+    """Ask a model a set of questions, judge its answers, and report which scores separate right from wrong ones.
 
-    With several folders, each is a topic of its own: "another domain" is then another set of questions.
+    A run that was cut off in the same folder goes on.
 
     Args:
-        folders: Evaluated with the same model.
-        out: A new adapter folder; None puts the calibration into the adapter that answered.
-        load: The model that a run's settings describe; only called for a new adapter of a model that had none.
-        draws: Bootstrap draws of the renewed reports; 0 renews none.
-        **options: As for ``fit_calibration``.
+        lm: The model.
+        data: A question file, the name of a set ("pocket", "truthfulqa", ...) or of one on the hub; or questions:
+            ``Question``s, or pairs of a question and its accepted answer or answers.
+        out: The run's folder.
+        config: How to ask.
+        judge: Says which answers are right: a ``Judge``, or as ``--judge`` takes it, e.g. "exact" or "column:NAME";
+            "auto" takes choice for choices, rouge where wrong answers are known, else contains.
+        limit: Ask a random subset of this size.
+        seed: Of the subset, of the order of choices and of drawn answers; None takes that of ``config``.
+        columns: Columns of a file that hold question, answers, ..., where their names do not say it.
+        task: For TruthfulQA gen, mc1 or mc2.
+        split: A split on the hub; None takes the usual one.
+        separator: Separates several answers in one cell, e.g. ";".
+        states: Decoder layers whose hidden states are kept to calibrate with: auto, none, all, or e.g. "3,7".
+        draws: Bootstrap draws of each interval, at least 2.
+        run: Further settings to keep, e.g. the model's name; None takes those that the model knows.
 
     Returns:
-        What to tell on a terminal.
+        The run; None in all processes but the first of several.
+
+    Raises:
+        ConfigError: If an option is out of range, or ``out`` holds another run or other things than a run.
+        DataError: If the questions cannot be read, ids come twice, or only some have choices.
+        MissingExtraError: Without the extra [qa].
+
+    Example:
+        ``selfdoubt.evaluate(lm, [("What is the capital of France?", "Paris"), ...], "runs/mine").sentences``
+    """
+    require("sklearn", "qa")
+    if draws < 2:
+        raise ConfigError(f"draws must be at least 2, got {draws}")
+    folder = Path(out)
+    run_folder.check_run_folder(folder)
+    config = config or EvaluationConfig()
+    config = config if seed is None else replace(config, seed=seed)
+    reading: ReadOptions = {"seed": config.seed}
+    reading |= {"columns": columns} if columns != AS_USUAL else {}
+    reading |= {"task": task} if task is not None else {}
+    reading |= {"split": split} if split is not None else {}
+    reading |= {"separator": separator} if separator is not None else {}
+    questions = load_asked(data, limit, **reading)
+    check_questions(questions)
+    if isinstance(judge, str):
+        judge = _choose_judge(judge, questions, data, reading)
+    run = run or describe_run(lm, data)
+    layers = lm.layers
+    lm.layers = choose_layers(lm, states)
+    try:
+        asked = ask_questions(lm, questions, config, folder, run)
+    finally:
+        lm.layers = layers
+    if asked is None:
+        return None
+    records = judge_records(asked.records, judge)
+    conditions = describe_conditions(lm, questions, config).to_json()
+    run = replace(run, seed=config.seed, conditions=conditions, judge=get_judge_name(judge), costs=asked.costs)
+    run_folder.save_run(asked, records, run, folder)
+    return replace(write_run_report(records, run, folder, draws=draws), lm=lm)
+
+
+def calibrate(
+    runs: Evaluation | str | os.PathLike[str] | Sequence[Evaluation | str | os.PathLike[str]],
+    *,
+    out: str | os.PathLike[str] | None = None,
+    lm: RiskAwareLM | Callable[[Run], RiskAwareLM] | None = None,
+    draws: int = 1000,
+    **options: Unpack[FitOptions],
+) -> CalibrationResult:
+    """Learn from judged answers how probable it is that an answer is right, and store that in the adapter.
+
+    With several runs, each is a topic of its own: "another domain" is then another set of questions.
+
+    Args:
+        runs: Folders of runs, or what ``evaluate`` returned; all with the same model.
+        out: A new adapter folder; None puts the calibration into the adapter that answered.
+        lm: The model that answered, or a function that loads it from a run's settings; only needed for a new adapter
+            of a model that had none. None takes that of an ``Evaluation``, or loads it by the run's settings.
+        draws: Bootstrap draws of the renewed reports; 0 leaves reports, answers and ``run.json`` as they are.
+        **options: As for ``selfdoubt.calibration.fit.fit_calibration``: ``target_accuracy``, ``confidence``,
+            ``candidates``, ``folds``, ``seed``, ...
 
     Raises:
         ConfigError: If the runs are of different models or their answers were made differently, or there is no adapter
             to put the calibration into.
-        DataError: If a folder is no run, or holds too few judged answers.
+        DataError: If a folder does not hold a run, or holds too few judged answers.
+        MissingExtraError: Without the extra [qa].
+
+    Example:
+        ``selfdoubt.calibrate("runs/mine", target_accuracy=0.9).quality.best.inside.auroc``
     """
-    runs = [run_folder.read_run(folder) for folder in folders]
-    about = runs[0][2]
-    for folder, (_, _, other) in zip(folders, runs, strict=True):
-        differs = [name for name in MODEL if other.get(name) != about.get(name)]
+    require("sklearn", "qa")
+    given = [runs] if isinstance(runs, (Evaluation, str, os.PathLike)) else list(runs)
+    if not given:
+        raise ConfigError("calibrating needs at least one run; give a folder that `selfdoubt evaluate` wrote")
+    folders = [run.folder if isinstance(run, Evaluation) else Path(run) for run in given]
+    read = [run_folder.read_run(folder) for folder in folders]
+    settings = [run for _, _, run in read]
+    about = settings[0]
+    for folder, other in zip(folders, settings, strict=True):
+        differs = [name for name in SAME_MODEL if getattr(other, name) != getattr(about, name)]
         if differs:
             raise ConfigError(f"{folder} was answered by another {differs[0]} than {folders[0]}; calibrate each alone")
-    target = check_target(about, out, folders)
+    target = check_target(about, None if out is None else Path(out), folders)
     records = [
-        name_by_run(r, folder, len(runs)) for folder, (own, _, _) in zip(folders, runs, strict=True) for r in own
+        name_by_run(record, folder, len(read))
+        for folder, (answers, _, _) in zip(folders, read, strict=True)
+        for record in answers
     ]
-    made = read_conditions([run for _, _, run in runs], folders)
-    head, quality = fit_calibration(records, join_states([states for _, states, _ in runs]), conditions=made, **options)
-    place = store_calibration(head, target) if out is None else write_adapter(head, about, records, target, load)
-    lines = [*quality.lines(), *([] if made else [NO_CONDITIONS]), f"stored in {place}"]
+    conditions = read_conditions(settings, folders)
+    states = join_states([states for _, states, _ in read])
+    calibration, quality = fit_calibration(records, states, conditions=conditions, **options)
+    if out is None:
+        store_calibration(calibration, target)
+    else:
+        known = lm or next((run.lm for run in given if isinstance(run, Evaluation) and run.lm is not None), None)
+        write_adapter(calibration, about, records, target, _loader(known))
+    evaluations = []
     held_out = iter(quality.out_of_fold)
-    for folder, (own, _, run) in zip(folders, runs, strict=True):
-        found = [replace(r, p_correct=next(held_out), p_correct_note=None, abstain=None) for r in own]
+    for folder, (answers, _, run) in zip(folders, read, strict=True):
+        probabilities = [next(held_out) for _ in answers]
         if draws:
-            files.save_records(folder / run_folder.ANSWERS, found)
-            lines += [f"{folder}:", *report(found, run, folder, draws=draws)]
-    return lines
+            evaluations.append(_renew(folder, run, answers, probabilities, calibration, draws))
+    warnings = () if conditions else (NO_CONDITIONS,)
+    return CalibrationResult(calibration, quality, target, tuple(evaluations), warnings)
+
+
+def write_run_report(records: Sequence[Record], run: Run, folder: Path, *, draws: int) -> Evaluation:
+    """Measure judged answers, and write the report into the folder."""
+    paths = write_report(records, run, folder, draws=draws)
+    return Evaluation(folder, run, tuple(records), read_report(folder), paths)
+
+
+def describe_run(lm: RiskAwareLM, data: Any) -> Run:
+    """Return the settings of a run as far as the model knows them."""
+    source = os.fspath(data) if isinstance(data, (str, os.PathLike)) else None
+    pocket = lm.name is not None and lm.name == str(resolve_model(POCKET))
+    wrapper = "none" if not isinstance(lm.model, Wrapped) else "auto" if pocket else None
+    return Run(model=POCKET if pocket else lm.name, wrapper=wrapper, dtype="auto", risk=lm.risk, data=source)
+
+
+def load_asked(
+    data: str | os.PathLike[str] | Sequence[Asked], limit: int | None = None, **reading: Unpack[ReadOptions]
+) -> list[Question]:
+    """Return the questions of a file, of a set, or of a list; as for ``evaluate``.
+
+    Raises:
+        ConfigError: If questions are listed and an option says how to read a file.
+    """
+    if isinstance(data, (str, os.PathLike)):
+        return load_questions(data, limit=limit, **reading)
+    seed = reading.pop("seed", 0)
+    if reading:
+        raise ConfigError(f"{', '.join(reading)} say how to read a file, and the questions are a list; leave them out")
+    if limit is not None and limit < 1:
+        raise ConfigError(f"the limit must be at least 1 question, got {limit}; leave it out for all")
+    drafts: list[Draft] = [(_parse_asked(i, asked), {}) for i, asked in enumerate(data)]
+    return [question for question, _ in choose_subset(assign_ids("the list of questions", drafts), limit, seed)]
+
+
+def _parse_asked(place: int, asked: Asked) -> Question:
+    if isinstance(asked, Question):
+        return asked
+    text, answers = asked
+    accepted = (answers,) if isinstance(answers, str) else tuple(answers)
+    if not text.strip() or not all(answer.strip() for answer in accepted):
+        raise DataError(f"question {place} of the list, or an answer to it, is empty; fix or remove it")
+    return Question("", text, answers=accepted)
+
+
+def _choose_judge(spec: str, questions: Sequence[Question], data: Any, reading: ReadOptions) -> Judge:
+    kind, _, name = spec.partition(":")
+    if kind == "column" and name and not isinstance(data, (str, os.PathLike)):
+        raise ConfigError(f"{spec} needs a file with that column, and the questions are a list; give a file")
+    column = read_column(data, name, **reading) if kind == "column" and name else None
+    return build_judge(choose_default_judge(questions) if spec == "auto" else spec, column=column)
+
+
+def _renew(
+    folder: Path,
+    run: Run,
+    answers: Sequence[Record],
+    probabilities: Sequence[float | None],
+    calibration: Calibration,
+    draws: int,
+) -> Evaluation:
+    """Write a run's answers, settings and report again, with probabilities of heads that had not seen the answer."""
+    renewed = [
+        replace(record, p_correct=p, p_correct_note=None, abstain=calibration.abstains(p))
+        for record, p in zip(answers, probabilities, strict=True)
+    ]
+    settings = run.with_guarantee(calibration.threshold, calibration.promise)
+    files.save_records(folder / run_folder.ANSWERS, renewed)
+    if settings != run:
+        run_folder.save_settings(settings, folder)
+    return write_run_report(renewed, settings, folder, draws=draws)
+
+
+def _loader(lm: RiskAwareLM | Callable[[Run], RiskAwareLM] | None) -> Callable[[Run], RiskAwareLM]:
+    from selfdoubt.lm.model import RiskAwareLM
+
+    if isinstance(lm, RiskAwareLM):
+        return lambda _: lm
+    return _load_by_settings if lm is None else lm
+
+
+def _load_by_settings(run: Run) -> RiskAwareLM:
+    from selfdoubt.lm.model import RiskAwareLM
+
+    if run.wrapper not in ("auto", "none"):
+        raise ConfigError("the run does not say how to load its model with its wrapper; give the model, lm=...")
+    wrapper: Any = "auto" if run.wrapper == "auto" else None
+    dtype, quantize = run.dtype or "auto", run.quantize
+    return RiskAwareLM.load(run.model, adapter=run.adapter, wrapper=wrapper, dtype=dtype, quantize=quantize)  # type: ignore[arg-type]

@@ -92,11 +92,15 @@ def test_the_same_seed_gives_the_same_answer_and_another_seed_others() -> None:
     assert sorted(first) != sorted(answers(100))
 
 
-def test_candidates_come_with_the_least_risky_first() -> None:
+def test_candidates_come_most_confident_first() -> None:
     done = run("ask", "In which country is Qarzovia?", "--candidates", "5", "--json")
-    risks = [item["risk"] for line in done.stdout.splitlines() if (item := json.loads(line))["type"] == "answer"]
-    assert len(risks) == 5
-    assert risks == sorted(risks)
+    answers = [item for line in done.stdout.splitlines() if (item := json.loads(line))["type"] == "answer"]
+    assert len(answers) == 5
+    order = []
+    for answer in answers:
+        p, without = answer["p_correct"], answer["p_correct"] is None and answer["p_correct_note"] is not None
+        order.append((without, -(1 - answer["percentile"] if p is None else p), answer["risk"]))
+    assert order == sorted(order)
 
 
 def test_until_percentile_says_whether_it_became_confident() -> None:

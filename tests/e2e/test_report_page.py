@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from selfdoubt.eval.records import Question, Record
+from selfdoubt.eval.settings import Run
 from selfdoubt.report.write import write_report
 from tests.records import COSTS, judged, sample
 
@@ -38,7 +39,7 @@ def records():
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     place = tmp_path_factory.mktemp("report")
-    write_report(records(), {"model": EVIL, "data": "made up", "costs": COSTS}, place, draws=20)
+    write_report(records(), Run.parse({"model": EVIL, "data": "made up", "costs": COSTS}), place, draws=20)
     return place
 
 
@@ -99,7 +100,7 @@ def test_answers_are_filtered_and_shown_two_hundred_at_a_time(page):
     page.locator("select[name=topic]").select_option("=odd")
     listed(page, sum(r.correct is False and r.question.topic == "odd" for r in every))
     page.locator("select[name=topic]").select_option("")
-    page.get_by_label("Judged").select_option("withheld")
+    page.get_by_label("Judged").select_option("abstained")
     listed(page, sum(r.abstain is True for r in every))
     page.get_by_label("Judged").select_option("unjudged")
     assert "timeout" in listed(page, 1).first.inner_text()

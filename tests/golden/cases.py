@@ -56,8 +56,8 @@ def score() -> Golden:
 
 def evaluate() -> Golden:
     """A run with samples and hidden states: all files of its folder."""
-    done = selfdoubt("evaluate", "--data", "questions.jsonl", "--out", "run", "--samples", "2", "--batch-size", "8",
-                     "--limit", "8", "--draws", "20", *FIXED)  # fmt: skip
+    done = selfdoubt("evaluate", "--data", "questions.jsonl", "--out", "run", "--samples", "2", "--p-true",
+                     "--batch-size", "8", "--limit", "8", "--draws", "20", *FIXED)  # fmt: skip
     return {
         "evaluate_done": {"code": done.code, "err": done.err, "lines": len(done.out.splitlines())},
         **{f"evaluate_{name}": value for name, value in run_folder(Path("run")).items()},
@@ -75,6 +75,28 @@ def evaluate_choices() -> Golden:
             "files": gold.names(Path("run")),
             "answers": _rows(Path("run/answers.jsonl")),
             "run": _json(Path("run/run.json")),
+        }
+    }
+
+
+def resume() -> Golden:
+    """A run that an earlier version was cut off in goes on: its batches are read, and nothing is asked again."""
+    unpack_written()
+    run = Path("written/run")
+    for left in ("answers.jsonl", "report.json", "report.html", "run.json"):
+        (run / left).unlink()
+    parts = {path: path.stat().st_mtime_ns for path in (run / "parts").iterdir()}
+    done = selfdoubt("evaluate", "--data", "questions.jsonl", "--out", str(run), "--draws", "10", "--wrapper", "none",
+                     "--states", "none", *FIXED)  # fmt: skip
+    return {
+        "resume": {
+            "code": done.code,
+            "err": done.err,
+            "files": gold.names(run),
+            "answers": _rows(run / "answers.jsonl")[:2],
+            "bytes": gold.file_hash(run / "answers.jsonl"),
+            "same parts": {path: path.stat().st_mtime_ns for path in (run / "parts").iterdir()} == parts,
+            "run": _json(run / "run.json"),
         }
     }
 
@@ -180,4 +202,4 @@ def command(name: str, done: Done, value: Golden) -> Golden:
     return {name: value, f"{name}_text": done.text()}
 
 
-CASES = (ask, ask_untrained, score, evaluate, evaluate_choices, report, calibrate)
+CASES = (ask, ask_untrained, score, evaluate, evaluate_choices, resume, report, calibrate)

@@ -22,4 +22,4 @@ def test_it_is_as_it_was(case: Case, tmp_path: Path) -> None:
     with folder(tmp_path.resolve()):
         found = case()
     for name, value in found.items():
-        gold.check(name, value)
+        gold.check(name, value, always_near=name in web.TOGETHER)

@@ -27,6 +27,7 @@ REPLIES: dict[str, tuple[str, dict[str, Any]]] = {
                                     "stream_options": {"include_usage": True}, **_GREEDY, "max_tokens": 4}),
     "chat_stream_withheld": (CHAT, {"messages": UNKNOWN, "stream": True, "withhold": True, **_GREEDY}),
     "text": (TEXT, {"prompt": ["The capital of", "In which"], "logprobs": 2, **_GREEDY, "max_tokens": 3}),
+    "text_one": (TEXT, {"prompt": "The capital of", "logprobs": 2, **_GREEDY, "max_tokens": 3}),
     "text_ids": (TEXT, {"prompt": [[5, 77, 300], [12]], "risk": False, **_GREEDY, "max_tokens": 2}),
     "text_stream": (TEXT, {"prompt": "In which", "stream": True, "logprobs": 1, **_GREEDY, "max_tokens": 3}),
     "score": (SCORE, {"input": [{"text": "The capital of France is Lima.", "messages": QUESTION},
@@ -55,6 +56,8 @@ ERRORS: dict[str, tuple[str, Any]] = {
     "no such path": ("/v1/embeddings", {"input": "x"}),
     "wrong method": ("/v1/models", {}),
 }
+#: Of several sequences: whether they are computed together, and so their last digits, depends on when each comes in.
+TOGETHER = frozenset({"serve_text", "serve_text_ids", "serve_chat_choices"})
 #: Words for people, names of the code's own, and the version.
 _FREE = frozenset({"title", "description", "summary", "operationId", "tags", "version"})
 

@@ -53,15 +53,15 @@ def together(model, starts, *, one_by_one, leaves=None):
     """Tokens of each guest; ``leaves`` goes away after two of its own."""
     found = {name: [] for name in range(len(GUESTS))}
     batch, step = None, 0
-    while batch is None or batch.lines or step <= GUESTS[-1][0]:
+    while batch is None or batch.sequences or step <= GUESTS[-1][0]:
         here = [n for n, guest in enumerate(GUESTS) if guest[0] == step]
         for names in [[n] for n in here] if one_by_one else [here] if here else []:
             new = opened(model, names, starts)
-            if batch is None or not batch.lines:
+            if batch is None or not batch.sequences:
                 batch = new
             else:
                 batch.join(new)
-        if batch.lines:
+        if batch.sequences:
             for event in batch.choose():
                 found[event.sequence].append(event.token)
             batch.step({leaves} if leaves is not None and len(found[leaves]) == 2 else set())
@@ -115,7 +115,7 @@ def test_a_batch_that_everybody_left_is_empty():
     starts = prompts(*(guest[1] for guest in GUESTS))
     batch = opened(causal("llama"), [0, 1], starts)
     batch.drop({0, 1})
-    assert batch.lines == []
+    assert batch.sequences == []
 
 
 def test_what_keeps_a_recurrent_state_cannot_be_joined():

@@ -68,7 +68,8 @@ def verbless(tree: ast.Module) -> list[tuple[int, str]]:
 
 def banned(source: str) -> list[tuple[int, str]]:
     """Return lines of prose (comments, docstrings, messages) with a banned word."""
-    pattern = re.compile(r"\b(" + "|".join(map(re.escape, BANNED_WORDS)) + r")\b", re.IGNORECASE)
+    # "There is no answer" is plain English, "this is no answer" is not.
+    pattern = re.compile(r"(?<!there )\b(" + "|".join(map(re.escape, BANNED_WORDS)) + r")\b", re.IGNORECASE)
     return [(number, m.group(1)) for number, line in enumerate(source.splitlines(), 1) for m in pattern.finditer(line)]
 
 

@@ -149,7 +149,7 @@ def test_counting_equals_repeating(name, answers, seed):
     n = len(score)
     random = np.random.default_rng(seed)
     counts = np.stack([np.bincount(random.integers(n, size=m), minlength=n) for m in (n, n, n + 3)])
-    fast = METRICS[name].over_draws(Order.of(score, correct).ranked(counts))
+    fast = METRICS[name].over_draws(Order.sort(score, correct).rank(counts))
     for found, count in zip(fast, counts, strict=True):
         again = np.repeat(np.arange(n), count)
         try:

@@ -9,7 +9,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from selfdoubt.lm.prefill import run_to_end
-from selfdoubt.lm.text.detokenizer import Detokenizer, TextsBetween, texts_in_pieces
+from selfdoubt.lm.text.detokenizer import Detokenizer, TextsBetween, detokenize_in_chunks
 from selfdoubt.lm.text.stops import StopFinder
 from tests.speakers import KINDS, words
 
@@ -55,7 +55,7 @@ def test_pieces_add_up_to_what_is_decoded_at_once(kind, data):
     for n, token in enumerate(ids, 1):
         found += pieces.add(token)
         assert found + pieces.flush() == decoded(tokenizer, ids[:n])  # at whatever length it ends
-    assert "".join(run_to_end(texts_in_pieces(tokenizer, ids))) == decoded(tokenizer, ids)
+    assert "".join(run_to_end(detokenize_in_chunks(tokenizer, ids))) == decoded(tokenizer, ids)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -67,7 +67,7 @@ def test_text_after_a_text_has_the_space_that_parts_them(kind, data):
         before += tokenizer.convert_tokens_to_ids(["▁the", "▁Paris"])
     ids = data.draw(ids_of(tokenizer))
     together = decoded(tokenizer, before + ids)
-    assert decoded(tokenizer, before) + "".join(run_to_end(texts_in_pieces(tokenizer, ids, before))) == together
+    assert decoded(tokenizer, before) + "".join(run_to_end(detokenize_in_chunks(tokenizer, ids, before))) == together
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -85,7 +85,7 @@ def test_many_pieces_cost_the_same_each(kind):
             seen += len(part)
             return tokenizer.decode(part, **options)
 
-    assert "".join(run_to_end(texts_in_pieces(Counting(), ids))) == tokenizer.decode(ids)
+    assert "".join(run_to_end(detokenize_in_chunks(Counting(), ids))) == tokenizer.decode(ids)
     assert seen < 60 * len(ids)
 
 
@@ -95,10 +95,23 @@ def test_a_run_of_bytes_gives_each_token_the_characters_that_it_completes(kind):
     raw = {byte: tokenizer.convert_tokens_to_ids(f"<0x{byte:02X}>") for byte in range(256)}
     run = [raw[byte] for byte in "⠓é\n".encode()]
     word = tokenizer.convert_tokens_to_ids("Paris")
-    assert run_to_end(texts_in_pieces(tokenizer, [word, *run, word])) == ["Paris", "", "", "⠓", "", "é", "\n", "Paris"]
+    assert run_to_end(detokenize_in_chunks(tokenizer, [word, *run, word])) == [
+        "Paris",
+        "",
+        "",
+        "⠓",
+        "",
+        "é",
+        "\n",
+        "Paris",
+    ]
     pieces = Detokenizer(tokenizer)
     assert [pieces.add(i) for i in [word, *run, word]] == ["Paris", *[""] * len(run), "⠓é\nParis"]
-    assert run_to_end(texts_in_pieces(tokenizer, [word, *run, raw[0xFF], word])) == ["Paris", *["\ufffd"] * 7, "Paris"]
+    assert run_to_end(detokenize_in_chunks(tokenizer, [word, *run, raw[0xFF], word])) == [
+        "Paris",
+        *["\ufffd"] * 7,
+        "Paris",
+    ]
 
 
 @pytest.mark.parametrize("kind", ["llama", "unigram", "wordpiece"])

@@ -317,6 +317,6 @@ def test_full_rank_beside_packed_weights_names_the_low_rank_way(kind):
 
 
 def test_only_exactly_known_types_have_a_kernel():
-    assert kernels.kernel_of(nn.Linear(1, 1)) is kernels.linear
-    assert kernels.kernel_of(nn.Embedding(1, 1, max_norm=1.0)) is None
-    assert kernels.kernel_of(LlamaRMSNorm(1)) is None
+    assert kernels.find_kernel(nn.Linear(1, 1)) is kernels.linear
+    assert kernels.find_kernel(nn.Embedding(1, 1, max_norm=1.0)) is None
+    assert kernels.find_kernel(LlamaRMSNorm(1)) is None

@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
 from selfdoubt import targets
+from selfdoubt.compat import get_base_layer
 from selfdoubt.errors import ConfigError, TargetError
 from tests.zoo import FAMILIES, causal, mlp
 
@@ -76,8 +77,8 @@ def test_modules_whose_parts_cannot_be_replaced_are_one_leaf():
 def test_the_layer_inside_adapters():
     inner, outer, outermost = nn.Linear(1, 1), nn.Module(), nn.Module()
     outer.base_layer, outermost.base_layer = inner, outer
-    assert targets.base_layer(outermost) is inner
-    assert targets.base_layer(inner) is inner
+    assert get_base_layer(outermost) is inner
+    assert get_base_layer(inner) is inner
 
 
 def test_replace_puts_a_module_into_its_place():

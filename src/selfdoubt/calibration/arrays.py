@@ -10,19 +10,20 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from selfdoubt.calibration import heads
-from selfdoubt.calibration.heads import Answers, Rows
-from selfdoubt.errors import ConfigError, DataError
+from selfdoubt.calibration.heads import CalibrationAnswers, RowIndices
+from selfdoubt.errors import DataError
 from selfdoubt.eval.records import Record
-from selfdoubt.lm.answer import ANSWER_SCORES
+from selfdoubt.lm.hidden_states import StateKey
+from selfdoubt.lm.scores import ANSWER_SCORES
 
 #: Least number of answers a head learns from, and of right and of wrong ones among them.
 LEAST, LEAST_OF_CLASS = 20, 5
-#: Most topics that are left out in turn; more are merged to so many groups.
+#: Most topics that are left out in turn; more are merged to this number of groups.
 TOPIC_GROUPS = 8
 
 
-def calibration_rows(records: Sequence[Record]) -> tuple[Rows, dict[str, int]]:
-    """Places of the records that can be learnt from, and why how many others cannot.
+def calibration_rows(records: Sequence[Record]) -> tuple[RowIndices, dict[str, int]]:
+    """Return places of the records that can be learnt from, and the numbers of the others by reason.
 
     Raises:
         DataError: If there are none.
@@ -44,21 +45,21 @@ def calibration_rows(records: Sequence[Record]) -> tuple[Rows, dict[str, int]]:
     return np.array(kept), dict(left_out)
 
 
-def calibration_arrays(records: Sequence[Record], kept: Rows, states: Mapping[str, Any]) -> Answers:
-    """The records at these places, with the scores that all of them have and that vary.
+def calibration_arrays(records: Sequence[Record], kept: RowIndices, states: Mapping[str, Any]) -> CalibrationAnswers:
+    """Return the records at these places, with the scores that all of them have and that vary.
 
     Raises:
         ConfigError: If a state is not named "position.layer".
         DataError: If a score or a state is not finite, ``sum_nll`` is always the same, or states do not fit.
     """
-    own = [records[i] for i in kept]
+    usable = [records[i] for i in kept]
     # Only what comes with one answer: samples and P(True) are not asked for when p_correct is.
-    names = sorted(set(ANSWER_SCORES).intersection(*(set(r.scores) for r in own)))
-    table = np.array([[r.scores[name] for name in names] for r in own], np.float64)
+    names = sorted(set(ANSWER_SCORES).intersection(*(set(r.scores) for r in usable)))
+    table = np.array([[r.scores[name] for name in names] for r in usable], np.float64)
     if not np.isfinite(table).all():
         row, column = np.argwhere(~np.isfinite(table))[0]
         raise DataError(
-            f"the score {names[column]} of question {own[row].question.id} is {table[row, column]}, not a number; "
+            f"the score {names[column]} of question {usable[row].question.id} is {table[row, column]}, not a number; "
             "ask that question again"
         )
     varies = np.ptp(table, axis=0) > 1e-9 * np.maximum(1, np.abs(table).max(0))
@@ -66,50 +67,47 @@ def calibration_arrays(records: Sequence[Record], kept: Rows, states: Mapping[st
         raise DataError(
             f"the score sum_nll is {table[0, names.index('sum_nll')]:.4g} for all answers: nothing to learn"
         )
-    return Answers(
+    return CalibrationAnswers(
         names=tuple(name for name, v in zip(names, varies, strict=True) if v),
         scores=table[:, varies],
         states={key: _state(key, value, len(records))[kept] for key, value in states.items()},
-        correct=np.array([r.correct for r in own], bool),
-        questions=numbered(own),
+        correct=np.array([r.correct for r in usable], bool),
+        questions=number_questions(usable),
     )
 
 
-def numbered(records: Sequence[Record]) -> Int[np.ndarray, " records"]:
-    """A number for each question, the same where the text is, but for case and spaces."""
+def number_questions(records: Sequence[Record]) -> Int[np.ndarray, " records"]:
+    """Number the questions, alike where the text is, but for case and spaces."""
     texts = [" ".join(r.question.text.casefold().split()) for r in records]
     return np.unique(texts, return_inverse=True)[1]
 
 
 def _state(key: str, value: Any, n: int) -> Float[np.ndarray, "records width"]:
-    try:
-        heads.split_key(key)
-    except ValueError:
-        raise ConfigError(f"states are named like 'first.2' (position.layer), got {key!r}") from None
-    found = np.asarray(value)
-    if found.ndim != 2 or len(found) != n:
-        raise DataError(f"the states {key} must be one row for each of {n} records, got the shape {found.shape}")
-    if not np.isfinite(found).all():
-        raise DataError(f"the states {key} of record {np.argwhere(~np.isfinite(found))[0][0]} are not finite")
-    return found.astype(np.float32)
+    StateKey.parse(key)
+    table = np.asarray(value)
+    if table.ndim != 2 or len(table) != n:
+        raise DataError(f"the states {key} must be one row for each of {n} records, got the shape {table.shape}")
+    if not np.isfinite(table).all():
+        raise DataError(f"the states {key} of record {np.argwhere(~np.isfinite(table))[0][0]} are not finite")
+    return table.astype(np.float32)
 
 
-def split(
+def split_questions(
     questions: Int[np.ndarray, " n"], share: float, seed: int
 ) -> tuple[Bool[np.ndarray, " n"], Bool[np.ndarray, " n"]]:
-    """Which answers the head learns from; and one answer of each question. Nothing but the questions is looked at."""
+    """Choose the answers that the head learns from, and one answer of each question, by the questions alone."""
     draw = np.random.default_rng([seed, 1])
     unique, place = np.unique(questions, return_inverse=True)
     tested = np.zeros(len(unique), bool)
     tested[draw.permutation(len(unique))[: round(share * len(unique))]] = True
     order = draw.permutation(len(place))
-    once = np.zeros(len(place), bool)
-    once[order[np.unique(place[order], return_index=True)[1]]] = True
-    return ~tested[place], once
+    one_per_question = np.zeros(len(place), bool)
+    one_per_question[order[np.unique(place[order], return_index=True)[1]]] = True
+    return ~tested[place], one_per_question
 
 
-def check_enough(answers: Answers, split: bool) -> None:
-    """That a head can be learnt at all.
+def check_enough(answers: CalibrationAnswers, split: bool) -> None:
+    """Check that a head can be learnt at all.
 
     Raises:
         DataError: If there are too few answers, or none of one kind.
@@ -128,8 +126,8 @@ def check_enough(answers: Answers, split: bool) -> None:
     )
 
 
-def topic_groups(topics: Sequence[str | None], answers: Answers) -> list[Rows]:
-    """Rows of each topic, or of some topics together; none if fewer than two have enough answers of both kinds.
+def topic_groups(topics: Sequence[str | None], answers: CalibrationAnswers) -> list[RowIndices]:
+    """Return rows of each topic, or of some topics together; none if fewer than two have enough answers of both kinds.
 
     A topic is not there if too little is left to learn from without it, and without questions that it shares.
     """
@@ -139,11 +137,11 @@ def topic_groups(topics: Sequence[str | None], answers: Answers) -> list[Rows]:
     groups: list[list[str]] = [[] for _ in range(min(TOPIC_GROUPS, len(sizes)))]
     for topic, _ in sorted(sizes.items(), key=lambda item: (-item[1], item[0])):
         min(groups, key=lambda g: sum(sizes[t] for t in g)).append(topic)
-    parts = [np.flatnonzero(np.isin(names, group)) for group in groups]
-    found = [
+    rows_of_groups = [np.flatnonzero(np.isin(names, group)) for group in groups]
+    usable = [
         rows
-        for (rest, _), rows in zip(heads.rests(answers, parts), parts, strict=True)
+        for (rest, _), rows in zip(heads.rests(answers, rows_of_groups), rows_of_groups, strict=True)
         if min(rest.classes) >= LEAST_OF_CLASS
     ]
-    told = answers.at(np.concatenate(found)).classes if len(found) > 1 else (0, 0)
-    return found if len(enough) > 1 and min(told) >= LEAST_OF_CLASS else []
+    both = answers.at(np.concatenate(usable)).classes if len(usable) > 1 else (0, 0)
+    return usable if len(enough) > 1 and min(both) >= LEAST_OF_CLASS else []

@@ -1,4 +1,4 @@
-"""Learns p_correct, and the threshold of a promise, from judged answers; puts both into an adapter."""
+"""Learns p_correct, and the threshold of a guaranteed accuracy, from judged answers; puts both into an adapter."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
@@ -20,17 +20,27 @@ from selfdoubt.calibration.arrays import (
     calibration_arrays,
     calibration_rows,
     check_enough,
-    numbered,
-    split,
+    number_questions,
+    split_questions,
     topic_groups,
 )
-from selfdoubt.calibration.heads import Answers, Fit, fit_logistic, fit_one_score, held_out, losses, within_one_error
-from selfdoubt.calibration.quality import CalibrationReport, CandidateReport, quality
+from selfdoubt.calibration.heads import (
+    CalibrationAnswers,
+    Fit,
+    fit_logistic,
+    fit_one_score,
+    held_out,
+    within_one_error,
+)
+from selfdoubt.calibration.quality import CalibrationReport, CandidateReport, measure_quality
 from selfdoubt.calibration.threshold import AccuracyGuarantee, Grid, explain_no_threshold, find_threshold, grid_from
 from selfdoubt.errors import ConfigError
 from selfdoubt.eval.records import Record
-from selfdoubt.lm.calibration import Calibration, States
+from selfdoubt.lm.calibration import Calibration
 from selfdoubt.lm.conditions import Conditions
+from selfdoubt.lm.hidden_states import AnswerStates
+from selfdoubt.lm.scores import Score
+from selfdoubt.metrics import log_losses
 
 #: From the simplest head to the richest. "score": isotonic on one score; the others are logistic on the answer's
 #: surprisal and entropy, the question's too, members' scores too, and one hidden state too.
@@ -41,6 +51,17 @@ OF_MEMBERS = ("epistemic", "aleatoric", "disagreement", "spread", "scale")
 #: while they read the question adds to the other scores, what they say of the answer is there already.
 MEMBER_SCORES = ("question_mean_epistemic", "sum_scale")
 WITHOUT_QUESTION = ("sum_epistemic",)
+
+
+class FitOptions(TypedDict, total=False):
+    """Options of ``fit_calibration``."""
+
+    target_accuracy: float | None
+    confidence: float
+    seed: int
+    folds: int
+    candidates: Sequence[str] | None
+    threshold_share: float
 
 
 def fit_calibration(
@@ -62,14 +83,14 @@ def fit_calibration(
     head does on a subject that it was not calibrated on.
 
     With a target, questions are split at random: on one part the head is chosen and fitted; on the other, which it
-    never sees, the threshold is tested (``qa.threshold`` says what is promised and why). The stored head is the one
+    never sees, the threshold is tested (``calibration.threshold`` proves the guarantee). The stored head is the one
     that was tested. The price is a head, and report, from ``1 - threshold_share`` of the questions only.
 
     Args:
         records: Judged answers. Left out and counted: unjudged ones, those without an answer or its ``sum_nll``; and in
             the tested part all but one answer of the same question.
         states: Hidden states in the order of ``records``: ``"first.2" -> (records, width)``.
-        target_accuracy: Least accuracy of the answers that are given, in (0, 1); None for no threshold.
+        target_accuracy: Least accuracy of the answers at or above the threshold, in (0, 1); None for no threshold.
         confidence: Of keeping it, in (0, 1).
         seed: Of splits and folds.
         folds: At least 2.
@@ -79,68 +100,72 @@ def fit_calibration(
             Answers cut at max tokens are found in the records. None stores no record of it, and each number says so.
 
     Returns:
-        What to store, and what to tell people. Where no threshold qualifies, ``threshold`` is None and the report says
-        why.
+        The calibration to store, and a report for people. Where no threshold qualifies, ``threshold`` is
+        None and the report says why.
 
     Raises:
-        ConfigError: If an option is out of range, or a candidate is unknown or cannot be had from these records.
+        ConfigError: If an option is out of range, or a candidate is unknown or needs scores that these records lack.
         DataError: If there are too few answers, only right or only wrong ones, no score varies, or one is not finite.
     """
     _check_options(folds, target_accuracy, confidence, threshold_share, candidates)
     places, left_out = calibration_rows(records)
-    learning, once = np.ones(len(places), bool), np.ones(len(places), bool)
+    learning, one_per_question = np.ones(len(places), bool), np.ones(len(places), bool)
     if target_accuracy is not None:
-        learning, once = split(numbered([records[i] for i in places]), threshold_share, seed)
+        learning, one_per_question = split_questions(
+            number_questions([records[i] for i in places]), threshold_share, seed
+        )
     kept = places[learning]
-    own = calibration_arrays(records, kept, states or {})  # of no other answer anything is known while a head is fitted
-    check_enough(own, target_accuracy is not None)
-    options = _options(own, candidates)
+    arrays = calibration_arrays(records, kept, states or {})  # no other answer is known while a head is fitted
+    check_enough(arrays, target_accuracy is not None)
+    options = _options(arrays, candidates)
 
-    parts = heads.folds(own, folds, seed)
-    inside = {name: held_out(own, parts, fit, seed) for name, fit in options.items()}
-    groups = topic_groups([records[i].question.topic for i in kept], own)
-    outside = {name: held_out(own, groups, fit, seed) for name, fit in options.items()} if groups else {}
-    chosen = _choose({name: losses(p, own.correct) for name, p in inside.items()})
-    fitted = {name: fit(own, seed) for name, fit in options.items()}
+    folded = heads.folds(arrays, folds, seed)
+    inside = {name: held_out(arrays, folded, fit, seed) for name, fit in options.items()}
+    groups = topic_groups([records[i].question.topic for i in kept], arrays)
+    outside = {name: held_out(arrays, groups, fit, seed) for name, fit in options.items()} if groups else {}
+    chosen = _choose({name: log_losses(p, arrays.correct) for name, p in inside.items()})
+    fitted = {name: fit(arrays, seed) for name, fit in options.items()}
 
-    found = np.full(len(records), np.nan)
-    found[kept] = inside[chosen]
+    p_correct = np.full(len(records), np.nan)
+    p_correct[kept] = inside[chosen]
     head = fitted[chosen]
     for i, record in enumerate(records):
-        if np.isnan(found[i]):
+        if np.isnan(p_correct[i]):
             p = head.p_correct(record.scores, _states_at(head, states or {}, i))
-            found[i] = np.nan if p is None else p
+            p_correct[i] = np.nan if p is None else p
     promise, refusal = None, None
     if target_accuracy is not None:
-        again, tested = places[~learning & ~once], places[~learning & once]
+        again, tested = places[~learning & ~one_per_question], places[~learning & one_per_question]
         scored = np.array([all(name in records[i].scores for name in head.features) for i in tested], bool)
         left_out |= {"asked again, so not tested": len(again), "without a score that the head reads": sum(~scored)}
         tested = tested[scored]
         right = np.array([records[i].correct for i in tested], bool)
-        p_tested = np.nan_to_num(found[tested], nan=0.0)  # too far from all that was learnt: withheld
-        promise, refusal = _promise(p_tested, right, target_accuracy, confidence, inside[chosen], threshold_share)
+        p_tested = np.nan_to_num(p_correct[tested], nan=0.0)  # too far from all that was learnt: abstain
+        promise, refusal = _find_guarantee(
+            p_tested, right, target_accuracy, confidence, inside[chosen], threshold_share
+        )
     reports = tuple(
         CandidateReport(
             name=name,
             features=fitted[name].features,
-            state=_state_name(fitted[name]),
-            inside=quality(inside[name], own.correct),
-            outside=quality(outside[name], own.correct) if outside else None,
+            state=None if (state := fitted[name].state) is None else str(state.key),
+            inside=measure_quality(inside[name], arrays.correct),
+            outside=measure_quality(outside[name], arrays.correct) if outside else None,
         )
         for name in options
     )
     report = CalibrationReport(
         answers=len(places),
         left_out={why: int(n) for why, n in left_out.items() if n},
-        learnt_from=len(own),
+        learnt_from=len(arrays),
         chosen=chosen,
         candidates=reports,
         topics=len(groups),
-        warnings=_warnings(chosen, outside, own.correct),
+        warnings=_warnings(chosen, outside, arrays.correct),
         promise=promise,
         refusal=refusal,
-        out_of_fold=_told(found),
-        out_of_topic=_told(_at(kept, outside.get(chosen), len(records))),
+        out_of_fold=_to_optional(p_correct),
+        out_of_topic=_to_optional(_at(kept, outside.get(chosen), len(records))),
     )
     head = replace(
         head,
@@ -152,20 +177,20 @@ def fit_calibration(
     return head, report
 
 
-def _fewest_when_cut(records: Sequence[Record], places: heads.Rows) -> int | None:
+def _fewest_when_cut(records: Sequence[Record], places: heads.RowIndices) -> int | None:
     """Return the fewest tokens of an answer that was cut at max tokens; None where none was."""
-    own = [records[i] for i in places]
-    return min((len(r.tokens) for r in own if r.finish == "length" and r.tokens), default=None)
+    usable = [records[i] for i in places]
+    return min((len(r.tokens) for r in usable if r.finish == "length" and r.tokens), default=None)
 
 
 def _at(rows: Int[np.ndarray, " rows"], p: Float[np.ndarray, " rows"] | None, n: int) -> Float[np.ndarray, " records"]:
-    found = np.full(n, np.nan)
+    filled = np.full(n, np.nan)
     if p is not None:
-        found[rows] = p
-    return found
+        filled[rows] = p
+    return filled
 
 
-def _told(p: Float[np.ndarray, " records"]) -> tuple[float | None, ...]:
+def _to_optional(p: Float[np.ndarray, " records"]) -> tuple[float | None, ...]:
     return tuple(None if math.isnan(value) else float(value) for value in p)
 
 
@@ -176,7 +201,7 @@ def store_calibration(calibration: Calibration, adapter_folder: str | os.PathLik
         The file.
 
     Raises:
-        LoadError: If the folder is no adapter, or its files are not those that were saved.
+        LoadError: If the folder is not an adapter, or its files are not those that were saved.
     """
     manifest = storage.read_manifest(adapter_folder)
     storage.verify(adapter_folder, manifest)
@@ -198,40 +223,44 @@ def _check_options(
         raise ConfigError(f"{what}; choose of {', '.join(CANDIDATES)}")
 
 
-def _options(answers: Answers, wanted: Sequence[str] | None) -> dict[str, Fit]:
-    """How to fit each candidate that these answers allow, from the simplest to the richest."""
-    members = [name for name in answers.names if name.rpartition("_")[2] in OF_MEMBERS]
-    plain = [name for name in answers.names if name not in members]
-    own = [name for name in plain if not name.startswith(("question_", "both_"))]
-    asked = [name for name in plain if name.startswith("question_")]
+def _options(answers: CalibrationAnswers, chosen: Sequence[str] | None) -> dict[str, Fit]:
+    """Return a way to fit each candidate that these answers allow, from the simplest to the richest."""
+    scores = [Score.parse(name) for name in answers.names]
+    members = [str(score) for score in scores if score.signal in OF_MEMBERS]
+    plain = [str(score) for score in scores if score.signal not in OF_MEMBERS]
+    of_answer = [name for name in plain if Score.parse(name).part == "answer"]
+    asked = [name for name in plain if Score.parse(name).part == "question"]
     new = [name for name in MEMBER_SCORES if name in members] or [n for n in WITHOUT_QUESTION if n in members]
     new = [name for name in new if not _is_another(answers, name, plain)]
     single = tuple(name for name in heads.SINGLE if name in answers.names)
-    found: dict[str, Fit] = {"score": partial(fit_one_score, names=single), "answer": partial(fit_logistic, names=own)}
-    read = own
+    options: dict[str, Fit] = {
+        "score": partial(fit_one_score, names=single),
+        "answer": partial(fit_logistic, names=of_answer),
+    }
+    read = of_answer
     if asked:
         read = [*read, *asked]
-        found["question"] = partial(fit_logistic, names=read)
+        options["question"] = partial(fit_logistic, names=read)
     if new:
         read = [*read, *new]
-        found["members"] = partial(fit_logistic, names=read)
+        options["members"] = partial(fit_logistic, names=read)
     if answers.states:
-        found["state"] = partial(fit_logistic, names=read, keys=sorted(answers.states))
-    lacking = [name for name in wanted or () if name not in found]
+        options["state"] = partial(fit_logistic, names=read, keys=sorted(answers.states))
+    lacking = [name for name in chosen or () if name not in options]
     if lacking:
         needs = {"question": "scores of the question", "members": "scores of members that differ", "state": "states"}
         raise ConfigError(f"the candidate {lacking[0]!r} needs {needs[lacking[0]]}, and these records have none")
-    return {name: fit for name, fit in found.items() if wanted is None or name in wanted}
+    return {name: fit for name, fit in options.items() if chosen is None or name in chosen}
 
 
-def _is_another(answers: Answers, name: str, names: Sequence[str]) -> bool:
-    """Whether a score is only another name of one of these: without members, aleatoric is total."""
+def _is_another(answers: CalibrationAnswers, name: str, names: Sequence[str]) -> bool:
+    """Return whether a score is only another name of one of these: without members, aleatoric is total."""
     column = answers.columns([name])
     return bool(np.isclose(answers.columns(names), column, rtol=1e-6, atol=1e-9).all(0).any())
 
 
 def _choose(loss: Mapping[str, Float[np.ndarray, " n"]]) -> str:
-    """The best; of equals the simplest.
+    """Choose the best head; of equals the simplest.
 
     The simplest within one standard error of the best was no better: of the pocket's questions, by heads from 100, 250
     and 600 of them (12, 10 and 5 draws), log loss on the others was .425, .386 and .347, and .422, .376 and .343 so.
@@ -245,7 +274,7 @@ def _warnings(
     if not outside:
         return ()
     seen = ~np.isnan(outside[chosen])
-    loss = {name: losses(p[seen], correct[seen]) for name, p in outside.items()}
+    loss = {name: log_losses(p[seen], correct[seen]) for name, p in outside.items()}
     simpler = list(outside)[: list(outside).index(chosen)]
     better = [name for name in simpler if not within_one_error(loss[chosen], loss[name])]
     if not better:
@@ -258,7 +287,7 @@ def _warnings(
     )
 
 
-def _promise(
+def _find_guarantee(
     p: Float[np.ndarray, " n"],
     correct: Bool[np.ndarray, " n"],
     target: float,
@@ -271,13 +300,9 @@ def _promise(
     return promise, None if promise else explain_no_threshold(p, correct, target, confidence, grid=grid, share=share)
 
 
-def _states_at(head: Calibration, states: Mapping[str, Any], row: int) -> States | None:
-    """What ``head`` reads of one record's states."""
+def _states_at(head: Calibration, states: Mapping[str, Any], row: int) -> AnswerStates | None:
+    """Return the states of one record that ``head`` reads."""
     if head.state is None:
         return None
-    hidden = torch.as_tensor(np.asarray(states[f"{head.state.position}.{head.state.layer}"])[row])[None].float()
-    return States((head.state.layer,), hidden, hidden, hidden)
-
-
-def _state_name(head: Calibration) -> str | None:
-    return None if head.state is None else f"{head.state.position}.{head.state.layer}"
+    hidden = torch.as_tensor(np.asarray(states[str(head.state.key)])[row])[None].float()
+    return AnswerStates((head.state.layer,), hidden, hidden, hidden)

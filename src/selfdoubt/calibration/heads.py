@@ -16,7 +16,9 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from selfdoubt.errors import require
-from selfdoubt.lm.calibration import FLOOR, POSITIONS, Calibration, Position, StateHead
+from selfdoubt.lm.calibration import FLOOR, Calibration, StateHead
+from selfdoubt.lm.hidden_states import Position, StateKey
+from selfdoubt.metrics import log_losses
 
 #: Well-known scores, among which a head on one score chooses.
 SINGLE = (
@@ -41,18 +43,18 @@ PREFERRED: tuple[Position, ...] = ("first", "question", "mean")
 #: At this size layers and positions are compared, by their first principal components: the ranking is the same.
 USUAL_SIZE = 1.0
 FIRST_COMPONENTS = 32
-#: States are cut to so many principal components while a head is fitted; the penalty all but silences the rest. (Of 32,
-#: 64, 128 and all 256 none was better than another by more than 0.002 in log loss, in the domain or outside.)
+#: Number of principal components to which states are cut while a head is fitted; the penalty all but silences the rest.
+#: (Of 32, 64, 128 and all 256 none was better than another by more than 0.002 in log loss, in the domain or outside.)
 COMPONENTS = 128
 INNER_FOLDS = 3
 
 Fit = Callable[["Answers", int], Calibration]
-Rows = Int[np.ndarray, "_"]  #: places of some answers
+RowIndices = Int[np.ndarray, "_"]  #: places of some answers
 Probabilities = Float[np.ndarray, " answers"]
 
 
 @dataclass(frozen=True, eq=False)
-class Answers:
+class CalibrationAnswers:
     """Judged answers as arrays: one row each."""
 
     names: tuple[str, ...]  #: of scores; each varies
@@ -64,23 +66,23 @@ class Answers:
     def __len__(self) -> int:
         return len(self.correct)
 
-    def at(self, rows: Rows | Bool[np.ndarray, " answers"]) -> Answers:
-        """Some of them."""
+    def at(self, rows: RowIndices | Bool[np.ndarray, " answers"]) -> CalibrationAnswers:
+        """Select some of them."""
         states = {key: values[rows] for key, values in self.states.items()}
-        return Answers(self.names, self.scores[rows], states, self.correct[rows], self.questions[rows])
+        return CalibrationAnswers(self.names, self.scores[rows], states, self.correct[rows], self.questions[rows])
 
     def columns(self, names: Sequence[str]) -> Float[np.ndarray, "answers some"]:
-        """Scores by name."""
+        """Return scores by name."""
         return self.scores[:, [self.names.index(name) for name in names]]
 
     @cached_property
     def classes(self) -> tuple[int, int]:
-        """How many questions have a wrong answer, and how many a right one."""
+        """Numbers of questions with a wrong answer, and with a right one."""
         return len(set(self.questions[~self.correct])), len(set(self.questions[self.correct]))
 
 
-def folds(answers: Answers, n: int, seed: int) -> list[Rows]:
-    """Rows of up to ``n`` folds; equal questions lie in one, right and wrong answers are spread evenly over all.
+def folds(answers: CalibrationAnswers, n: int, seed: int) -> list[RowIndices]:
+    """Return rows of up to ``n`` folds; equal questions lie in one, right and wrong answers are spread evenly over all.
 
     Questions are dealt in turn: first those with wrong answers only, then the mixed, then those with right ones only.
     So with at least n questions of a class every fold has one, and with two every fold's rest has one.
@@ -95,57 +97,53 @@ def folds(answers: Answers, n: int, seed: int) -> list[Rows]:
     return [np.flatnonzero(fold[place] == i) for i in range(n)]
 
 
-def rests(answers: Answers, parts: Sequence[Rows]) -> Iterator[tuple[Answers, Rows]]:
-    """For each part the answers to questions that are not in it, and its rows."""
-    for rows in parts:
+def rests(answers: CalibrationAnswers, groups: Sequence[RowIndices]) -> Iterator[tuple[CalibrationAnswers, RowIndices]]:
+    """Yield for each group the answers to questions that are not in it, and its rows."""
+    for rows in groups:
         yield answers.at(~np.isin(answers.questions, answers.questions[rows])), rows
 
 
-def held_out(answers: Answers, parts: Sequence[Rows], fit: Fit, seed: int) -> Probabilities:
-    """p_correct of each answer by a head that was fitted without its part; NaN where it is in none."""
-    found = np.full(len(answers), np.nan)
-    for rest, rows in rests(answers, parts):
-        found[rows] = predict(fit(rest, seed), answers.at(rows))
-    return found
+def held_out(answers: CalibrationAnswers, groups: Sequence[RowIndices], fit: Fit, seed: int) -> Probabilities:
+    """Return p_correct of each answer by a head that was fitted without its group; NaN where it is in none."""
+    p_correct = np.full(len(answers), np.nan)
+    for rest, rows in rests(answers, groups):
+        p_correct[rows] = predict(fit(rest, seed), answers.at(rows))
+    return p_correct
 
 
-def predict(head: Calibration, answers: Answers) -> Probabilities:
+def predict(head: Calibration, answers: CalibrationAnswers) -> Probabilities:
     """Return ``Calibration.p_correct`` of many answers at once; beyond what was seen, the number of its edge."""
     scores = answers.columns(head.features)
     if head.kind == "isotonic":
         x, y = np.array(head.knots).T
         return np.asarray(np.interp(scores[:, 0], x, y))
     low, high = np.array(head.ranges).reshape(-1, 2).T
-    logit = head.bias + _twice(np.clip(scores, low, high)) @ np.array([*head.weights, *head.linear])
+    logs, linear = np.hsplit(_twice(np.clip(scores, low, high)), 2)
+    share = np.zeros(len(scores))
     if head.state is not None:
-        hidden = answers.states[f"{head.state.position}.{head.state.layer}"]
-        logit = logit + np.minimum(hidden.astype(np.float64) @ np.array(head.state.weights), head.state.most)
-    return np.asarray(require("scipy.special", "qa").expit(logit))
+        hidden = answers.states[str(head.state.key)]
+        share = np.minimum(hidden.astype(np.float64) @ np.array(head.state.weights), head.state.most)
+    return np.asarray(require("scipy.special", "qa").expit(head.logit([*linear.T], [*logs.T], share)))
 
 
-def losses(p: Probabilities, correct: Bool[np.ndarray, " answers"]) -> Probabilities:
-    """Log loss of each answer, in nats; a probability counts as at least 1e-6 away from 0 and 1."""
-    p = p.clip(1e-6, 1 - 1e-6)
-    return np.asarray(-np.log(np.where(correct, p, 1 - p)))
-
-
-def fit_one_score(answers: Answers, seed: int, names: Sequence[str]) -> Calibration:
-    """Isotonic on the best of some scores by held-out log loss; the first of them where there is too little to tell."""
+def fit_one_score(answers: CalibrationAnswers, seed: int, names: Sequence[str]) -> Calibration:
+    """Fit isotonic regression on the best of some scores by held-out log loss; with too few answers on the first."""
     best, least = names[0], np.inf
     if len(names) > 1 and min(answers.classes) >= 2:
-        parts = folds(answers, INNER_FOLDS, seed)
+        inner = folds(answers, INNER_FOLDS, seed)
         for name in names:
-            p = held_out(answers, parts, lambda rest, _, name=name: isotonic(rest, name), seed)  # type: ignore[misc]
-            loss = losses(p, answers.correct).mean()
+            p = held_out(answers, inner, lambda rest, _, name=name: isotonic(rest, name), seed)  # type: ignore[misc]
+            loss = log_losses(p, answers.correct).mean()
             if loss < least - 1e-12:
                 best, least = name, loss
     return isotonic(answers, best)
 
 
-def isotonic(answers: Answers, name: str) -> Calibration:
-    """p falls as the score grows. One wrong answer is added at the surest end, and one right one at the other.
+def isotonic(answers: CalibrationAnswers, name: str) -> Calibration:
+    """Fit isotonic regression: p falls as the score grows.
 
-    So p is never 0 or 1, on which one surprise would cost an infinite loss.
+    One wrong answer is added at the surest end, and one right one at the other. So p is never 0 or 1,
+    on which one surprise would cost an infinite loss.
     """
     x = answers.columns([name])[:, 0]
     x, y = np.append(x, [x.min(), x.max()]), np.append(answers.correct, [False, True]).astype(float)
@@ -154,8 +152,8 @@ def isotonic(answers: Answers, name: str) -> Calibration:
     return Calibration("isotonic", (name,), knots=tuple(knots))
 
 
-def fit_logistic(answers: Answers, seed: int, names: Sequence[str], keys: Sequence[str] = ()) -> Calibration:
-    """Logistic on scores, and on the best of some hidden states.
+def fit_logistic(answers: CalibrationAnswers, seed: int, names: Sequence[str], keys: Sequence[str] = ()) -> Calibration:
+    """Fit logistic regression on scores, and on the best of some hidden states.
 
     Strength of the penalty on scores, the state and the strength of its own penalty are chosen in this order by
     held-out log loss, the latter two within one standard error of the best: the first position of ``PREFERRED`` and
@@ -165,15 +163,15 @@ def fit_logistic(answers: Answers, seed: int, names: Sequence[str], keys: Sequen
     raw = answers.columns(names)
     scores = _Standard(_twice(raw))
     enough = min(answers.classes) >= 2
-    parts = folds(answers, INNER_FOLDS, seed) if enough else []
+    inner = folds(answers, INNER_FOLDS, seed) if enough else []
 
     def loss(design: Float[np.ndarray, "answers columns"], c: float) -> Probabilities:
-        found = np.empty(len(answers))
-        for rows in parts:
+        losses = np.empty(len(answers))
+        for rows in inner:
             rest = ~np.isin(answers.questions, answers.questions[rows])
             p = _learner(c).fit(design[rest], answers.correct[rest]).predict_proba(design[rows])[:, 1]
-            found[rows] = losses(p, answers.correct[rows])
-        return found
+            losses[rows] = log_losses(p, answers.correct[rows])
+        return losses
 
     def joined(state: _Standard, size: float) -> Float[np.ndarray, "answers columns"]:
         return np.hstack([scores.values, state.values * (size / np.sqrt(state.width))])
@@ -196,28 +194,28 @@ def fit_logistic(answers: Answers, seed: int, names: Sequence[str], keys: Sequen
     learner = _learner(strength).fit(design, answers.correct)
     weights, bias = [], float(learner.intercept_[0])
     for (block, scale), w in zip(blocks, np.split(learner.coef_[0], [scores.values.shape[1]]), strict=False):
-        own = block.raw(w * scale)
-        bias -= float(own @ block.mean)
-        weights.append(tuple(own.tolist()))
+        raw_weights = block.raw(w * scale)
+        bias -= float(raw_weights @ block.mean)
+        weights.append(tuple(raw_weights.tolist()))
     head = None
     if key:
-        position, layer = split_key(key)
+        chosen = StateKey.parse(key)
         state, values = blocks[1][0], answers.states[key].astype(np.float64) @ np.array(weights[1])
         spread = np.divide(1, state.scale, out=np.zeros(len(state.scale)), where=state.scale > 0)
         center, width = (tuple(float(f"{v:.6g}") for v in row) for row in (state.mean, spread))
-        head = StateHead(layer, position, weights[1], float(values.max()), center, width, state.reach)
+        head = StateHead(chosen.layer, chosen.position, weights[1], float(values.max()), center, width, state.reach)
     ranges = tuple(zip(raw.min(0).tolist(), raw.max(0).tolist(), strict=True))
     logs, linear = weights[0][: len(names)], weights[0][len(names) :]
     return Calibration("logistic", tuple(names), logs, linear, bias, ranges, state=head)
 
 
 def _preferred(loss: Mapping[str, Probabilities]) -> str:
-    """The best state of the first position that comes within one standard error of the best of all."""
+    """Choose the best state of the first position that comes within one standard error of the best of all."""
     best = min(loss, key=lambda key: loss[key].mean())
     for position in PREFERRED:
-        own = [key for key in loss if split_key(key)[0] == position]
-        first = min(own, key=lambda key: loss[key].mean(), default=best)
-        if own and within_one_error(loss[first], loss[best]):
+        keys = [key for key in loss if StateKey.parse(key).position == position]
+        first = min(keys, key=lambda key: loss[key].mean(), default=best)
+        if keys and within_one_error(loss[first], loss[best]):
             return first
     return best
 
@@ -228,7 +226,7 @@ def _learner(c: float) -> Any:
 
 
 def within_one_error(loss: Probabilities, best: Probabilities) -> bool:
-    """Whether the mean loss exceeds the best one by at most one standard error of the paired difference."""
+    """Return whether the mean loss exceeds the best one by at most one standard error of the paired difference."""
     gap = loss - best
     return bool(gap.mean() <= gap.std(ddof=1) / np.sqrt(len(gap)) if len(gap) > 1 else gap.mean() <= 0)
 
@@ -257,18 +255,6 @@ class _Standard:
         return np.asarray((weights if self._back is None else weights @ self._back) * self.scale)
 
 
-def split_key(key: str) -> tuple[Position, int]:
-    """Position and layer of "position.layer".
-
-    Raises:
-        ValueError: If it is none.
-    """
-    position, _, layer = key.rpartition(".")
-    if position not in POSITIONS or not layer.isdecimal():
-        raise ValueError(key)
-    return position, int(layer)
-
-
 def _twice(scores: Float[np.ndarray, "answers some"]) -> Float[np.ndarray, "answers twice"]:
-    """The logarithms of scores, as ``calibration.transform_score``, and the scores themselves."""
+    """Return the logarithms of scores, as ``calibration.transform_score``, and the scores themselves."""
     return np.hstack([np.log(np.maximum(scores, 0) + FLOOR), scores])

@@ -1,4 +1,4 @@
-"""What a calibration is worth, in numbers that no head was fitted on."""
+"""Quality of a calibration, in numbers that no head was fitted on."""
 
 from __future__ import annotations
 
@@ -9,10 +9,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float
 
-from selfdoubt.calibration.heads import losses
 from selfdoubt.calibration.threshold import AccuracyGuarantee
-from selfdoubt.metrics.calibration import brier, ece
-from selfdoubt.metrics.selective import auroc
+from selfdoubt.metrics import auroc, brier, ece, log_losses
 
 
 @dataclass(frozen=True)
@@ -20,7 +18,7 @@ class Quality:
     """Of probabilities, held against judgements."""
 
     answers: int
-    log_loss: float  #: nats; probabilities count as at least 1e-6 away from 0 and 1
+    log_loss: float  #: nats; probabilities count as at least 1e-7 away from 0 and 1
     brier: float  #: mean squared error, in [0, 1]
     auroc: float  #: chance that a right answer has a higher p_correct than a wrong one
     ece: float  #: mean distance of accuracy and p_correct in 15 bins of equal width, in [0, 1]
@@ -39,7 +37,7 @@ class CandidateReport:
 
 @dataclass(frozen=True)
 class CalibrationReport:
-    """How p_correct was learnt, and what it is worth."""
+    """Report of a calibration: how p_correct was learnt, and its quality."""
 
     answers: int  #: judged and usable
     left_out: Mapping[str, int]  #: reasons
@@ -57,7 +55,7 @@ class CalibrationReport:
     out_of_topic: tuple[float | None, ...]
 
     def about(self) -> dict[str, Any]:
-        """For ``Calibration.about``: enough to know later what a stored head is worth."""
+        """Return the entry ``Calibration.about``: enough to know the quality of a stored head later."""
         best = self.best
         return {
             "candidate": self.chosen,
@@ -73,13 +71,13 @@ class CalibrationReport:
         return next(c for c in self.candidates if c.name == self.chosen)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data, without the single probabilities, which belong to the records."""
-        found = asdict(self)
-        del found["out_of_fold"], found["out_of_topic"]
-        return found
+        """Return plain data, without the single probabilities, which belong to the records."""
+        entries = asdict(self)
+        del entries["out_of_fold"], entries["out_of_topic"]
+        return entries
 
     def rows(self) -> tuple[list[str], list[list[str]]]:
-        """A table of the candidates: its head, and a row each; the chosen one is starred."""
+        """Return a table of the candidates: its head, and one row each; the chosen one is starred."""
         head = ["head", "reads", "log loss", "Brier", "AUROC", "ECE"]
         if self.topics:
             head += [f"{name}, other topics" for name in ("log loss", "AUROC", "ECE")]
@@ -94,35 +92,35 @@ class CalibrationReport:
         return head, table
 
     def lines(self) -> list[str]:
-        """For a terminal, as plain text."""
+        """Return the report as plain text, for a terminal."""
         head, table = self.rows()
         widths = [max(len(row[i]) for row in (head, *table)) for i in range(len(head))]
-        found = [f"learnt from {self.learnt_from} of {self.answers} judged answers (held-out numbers; * is chosen)"]
+        lines = [f"learnt from {self.learnt_from} of {self.answers} judged answers (held-out numbers; * is chosen)"]
         if self.left_out:
-            found.append("left out: " + ", ".join(f"{n} {why}" for why, n in self.left_out.items()))
+            lines.append("left out: " + ", ".join(f"{n} {why}" for why, n in self.left_out.items()))
         for row in (head, *table):
             cells = [row[i].ljust(widths[i]) if i < 2 else row[i].rjust(widths[i]) for i in range(len(row))]
-            found.append("  ".join(cells).rstrip())
-        found += [f"warning: {text}" for text in self.warnings]
+            lines.append("  ".join(cells).rstrip())
+        lines += [f"warning: {text}" for text in self.warnings]
         if self.promise is not None:
             p = self.promise
-            found.append(
+            lines.append(
                 f"answers with p_correct >= {p.threshold:.4f} are given: {p.right} of {p.answered} were right, "
                 f"{100 * p.coverage:.1f} % of {p.answers} questions; at least {100 * p.target_accuracy:g} % are, with "
                 f"{100 * p.confidence:g} % confidence, for questions drawn as these were"
             )
         elif self.refusal is not None:
-            found.append(self.refusal)
-        return found
+            lines.append(self.refusal)
+        return lines
 
 
-def quality(p: Float[np.ndarray, " n"], correct: Bool[np.ndarray, " n"]) -> Quality:
-    """Of those probabilities that are there (not NaN); right and wrong answers must be among them."""
+def measure_quality(p: Float[np.ndarray, " n"], correct: Bool[np.ndarray, " n"]) -> Quality:
+    """Measure those probabilities that are there (not NaN); right and wrong answers must be among them."""
     seen = ~np.isnan(p)
     p, correct = p[seen], correct[seen]
     return Quality(
         answers=len(p),
-        log_loss=float(losses(p, correct).mean()),
+        log_loss=float(log_losses(p, correct).mean()),
         brier=brier(p, correct),
         auroc=auroc(1 - p, correct),
         ece=ece(p, correct),

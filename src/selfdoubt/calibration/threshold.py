@@ -1,11 +1,11 @@
-"""The least p_correct of an answer that is given, such that given answers are right as often as was promised.
+"""Threshold of p_correct at or above which answers are right at least as often as the target, with a guarantee.
 
 Learn then test (Angelopoulos, Bates, Candès, Jordan and Lei, 2021, "Learn then test: calibrating predictive algorithms
 to achieve risk control"), with the exact binomial tail of selective classification (Geifman and El-Yaniv, 2017,
 "Selective classification for deep neural networks"; Bates et al., 2021, "Distribution-free, risk-controlling prediction
 sets").
 
-Why the promise holds. Let a(t) be the accuracy among all questions of the world whose answer has p_correct >= t.
+Why the guarantee holds. Let a(t) be the accuracy among all questions of the world whose answer has p_correct >= t.
 
 1. The thresholds, their order and the starting points are fixed before the calibration answers are looked at: they are
    plain numbers, or come from other answers (``grid_from``). So is p_correct: its head was fitted on other answers.
@@ -19,8 +19,8 @@ Why the promise holds. Let a(t) be the accuracy among all questions of the world
    the target, for any dependence between tests; hence also the lowest passed one, which is taken.
 
 Nothing here assumes that p_correct is calibrated, or that accuracy falls with the threshold. What is assumed is 2.: for
-another kind of question, or if one question is counted several times, nothing is promised. The chance is over the draw
-of the calibration answers: of all who calibrate so, at most a share of 1 - confidence ends below the target.
+another kind of question, or if one question is counted several times, nothing is guaranteed. The chance is over the
+draw of the calibration answers: of all who calibrate so, at most a share of 1 - confidence ends below the target.
 
 A sequence best starts where enough answers are expected that a test can be passed at all. That must not be read off the
 calibration answers themselves: "where N is large enough" would tie N to R wherever p_correct ranks badly. ``grid_from``
@@ -39,9 +39,10 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from selfdoubt.errors import ConfigError, DataError, require
+from selfdoubt.formatting import format_percent
 
 #: Steps of coverage at which ``grid_from`` puts thresholds.
-LEVELS = 50
+COVERAGE_STEPS = 50
 #: A sequence starts where twice as many answers are expected as would do if all of them were right.
 MARGIN = 2.0
 
@@ -53,14 +54,14 @@ class AccuracyGuarantee:
     threshold: float
     target_accuracy: float
     confidence: float
-    coverage: float  #: share of the calibration answers that are given, in [0, 1]
+    coverage: float  #: share of the calibration answers at or above the threshold, in [0, 1]
     answers: int  #: how many calibration answers there were
-    answered: int  #: how many of them are given
+    answered: int  #: how many of them are at or above the threshold
     right: int  #: how many of these are right
     bound: float  #: exact lower bound of their accuracy at the level of this one test, >= target_accuracy
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data, as ``Calibration.promise`` holds it."""
+        """Return plain data, as ``Calibration.promise`` holds it."""
         return asdict(self)
 
 
@@ -84,7 +85,7 @@ class Grid:
 
 
 def fixed_grid(target_accuracy: float) -> Grid:
-    """Thresholds that look at no answers, from halfway between the target and 1 down to 0.
+    """Return thresholds that look at no answers, from halfway between the target and 1 down to 0.
 
     Half of the level starts there and half at p_correct = target: where p_correct is honest, the answers above that are
     right more often than the target, and there are the most of them.
@@ -99,25 +100,25 @@ def fixed_grid(target_accuracy: float) -> Grid:
 def grid_from(
     elsewhere: Float[np.ndarray, " others"], answers: int, target_accuracy: float, confidence: float = 0.95
 ) -> Grid:
-    """Thresholds at even steps of coverage among other answers than those that will be tested.
+    """Return thresholds at even steps of coverage among other answers than those that will be tested.
 
     One sequence, which starts where ``MARGIN`` times as many answers are expected as would pass if all were right.
 
     Args:
         elsewhere: p_correct of answers that the tests will not see, out-of-fold where a head was fitted on them.
         answers: How many answers the tests will see.
-        target_accuracy: Least accuracy of the answers that are given, in (0, 1).
+        target_accuracy: Least accuracy of the answers at or above the threshold, in (0, 1).
         confidence: In (0, 1).
     """
     _check_p(elsewhere)
-    wanted = min(MARGIN * least_answers(target_accuracy, confidence), answers)
-    coverages = [i / LEVELS for i in range(1, LEVELS + 1) if answers * i / LEVELS >= wanted]
-    found = np.quantile(elsewhere, [1 - c for c in coverages[:-1]], method="inverted_cdf")
-    return Grid((*sorted({float(t) for t in found if t > 0}, reverse=True), 0.0))
+    needed = min(MARGIN * least_answers(target_accuracy, confidence), answers)
+    coverages = [i / COVERAGE_STEPS for i in range(1, COVERAGE_STEPS + 1) if answers * i / COVERAGE_STEPS >= needed]
+    quantiles = np.quantile(elsewhere, [1 - c for c in coverages[:-1]], method="inverted_cdf")
+    return Grid((*sorted({float(t) for t in quantiles if t > 0}, reverse=True), 0.0))
 
 
 def least_answers(target_accuracy: float, confidence: float = 0.95) -> int:
-    """With fewer answers given than this, nothing can be promised even if all of them are right."""
+    """Return the least number of answers that can prove the target, if all of them are right."""
     _check_share("the target accuracy", target_accuracy)
     _check_share("the confidence", confidence)
     return max(1, math.ceil(math.log(1 - confidence) / math.log(target_accuracy) - 1e-9))
@@ -136,7 +137,7 @@ def find_threshold(
     Args:
         p_correct: In [0, 1], by a head that has not seen these answers.
         correct: Which of them are right; one answer a question.
-        target_accuracy: Least accuracy of the answers that are given, in (0, 1).
+        target_accuracy: Least accuracy of the answers at or above the threshold, in (0, 1).
         confidence: Of keeping it, over the draw of these answers, in (0, 1).
         grid: Fixed without these answers: ``fixed_grid(target_accuracy)`` if None.
 
@@ -174,7 +175,7 @@ def find_threshold(
 def counts(
     p_correct: Float[np.ndarray, " answers"], correct: Bool[np.ndarray, " judged"], grid: Grid
 ) -> tuple[Int[np.ndarray, " thresholds"], Int[np.ndarray, " thresholds"]]:
-    """How many answers lie at or above each threshold, and how many of these are right."""
+    """Count the answers at or above each threshold, and the right ones among them."""
     _check_p(p_correct)
     if correct.shape != p_correct.shape:
         raise DataError(f"wanted one judgement for each p_correct, got {len(correct)} and {len(p_correct)}")
@@ -191,7 +192,7 @@ def passed(
     confidence: float = 0.95,
     starts: Sequence[int] = (0,),
 ) -> Float[np.ndarray, "sets thresholds"]:
-    """The level at which each threshold passed its test, 0 where it did not: steps 2 and 3 of the argument above.
+    """Return the level at which each threshold passed its test, 0 where it did not: steps 2 and 3 of the proof above.
 
     Args:
         answered: Answers at or above each threshold, the surest threshold first, for each calibration set.
@@ -222,7 +223,7 @@ def explain_no_threshold(
     grid: Grid | None = None,
     share: float = 1.0,
 ) -> str:
-    """Why no threshold qualifies, in words: the best bound, and roughly how many more answers it would take.
+    """Explain in words why no threshold qualifies: the best bound, and roughly how many more answers it would take.
 
     Args:
         p_correct: As for ``find_threshold``, as are the others.
@@ -230,7 +231,8 @@ def explain_no_threshold(
     """
     grid = grid or fixed_grid(target_accuracy)
     answered, right = counts(p_correct, correct, grid)
-    goal = f"no threshold keeps {_percent(target_accuracy)} of answers right with {_percent(confidence)} confidence"
+    shares = format_percent(target_accuracy), format_percent(confidence)
+    goal = f"no threshold keeps {shares[0]} of answers right with {shares[1]} confidence"
     least = least_answers(target_accuracy, confidence)
     total = len(p_correct)
     if total < least:
@@ -243,11 +245,12 @@ def explain_no_threshold(
     # No sequence got beyond its start, so these are the bounds that count.
     bounds = {place: _bound(int(answered[place]), int(right[place]), level) for place in grid.starts}
     best = max(bounds, key=lambda place: bounds[place])
-    seen = f"{right[best]} of the surest {answered[best]} were right, which proves {_percent(bounds[best])}"
-    wanted = [
-        _wanted(int(n), int(k), total, target_accuracy, level, least) for n, k in zip(answered, right, strict=True)
+    seen = f"{right[best]} of the surest {answered[best]} were right, which proves {format_percent(bounds[best])}"
+    sizes = [
+        _estimate_needed(int(n), int(k), total, target_accuracy, level, least)
+        for n, k in zip(answered, right, strict=True)
     ]
-    needed = min((w for w in wanted if w is not None), default=None)
+    needed = min((w for w in sizes if w is not None), default=None)
     if needed is None:
         return (
             f"{goal}: {seen}, and no share of the answers was right often enough; more answers would not help, "
@@ -258,8 +261,8 @@ def explain_no_threshold(
     return f"{goal}: {seen}; roughly {math.ceil(more / unit) * unit} more judged answers may do"
 
 
-def _wanted(n: int, k: int, total: int, target: float, level: float, least: int) -> int | None:
-    """How many answers it would take at this threshold, if shares stay as they are; None if it would never do."""
+def _estimate_needed(n: int, k: int, total: int, target: float, level: float, least: int) -> int | None:
+    """Estimate the number of answers that would do at this threshold if shares stay as they are; None for never."""
     if n < min(least, 20) or k / n <= target:
         return None
     sizes = np.unique(np.geomspace(least, 1e6, 200).astype(int))
@@ -269,12 +272,8 @@ def _wanted(n: int, k: int, total: int, target: float, level: float, least: int)
 
 
 def _bound(n: int, k: int, level: float) -> float:
-    """Clopper and Pearson's lower bound of a share of which k of n were seen."""
+    """Return Clopper and Pearson's lower bound of a share of which k of n were seen."""
     return float(require("scipy.stats", "qa").beta.ppf(level, k, n - k + 1)) if k else 0.0
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.3g} %"
 
 
 def _few(values: Sequence[float]) -> str:

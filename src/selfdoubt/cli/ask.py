@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from selfdoubt.cli import flags
 from selfdoubt.cli.output import printer
 from selfdoubt.errors import ConfigError, require
+from selfdoubt.lm import defaults
 
 if TYPE_CHECKING:
     import typer
@@ -16,7 +17,7 @@ else:
 
 def ask(
     questions: Annotated[list[str], typer.Argument(help="One question or more, each in quotes.", show_default=False)],
-    model: flags.Model = None,
+    model: flags.ModelFlag = None,
     adapter: flags.Adapter = None,
     wrapper: flags.WrapperText = "auto",
     dtype: flags.Dtype = "auto",
@@ -29,10 +30,14 @@ def ask(
         float | None,
         typer.Option(help="0 takes the most probable token. [default: 0, with several tries 1]", show_default=False),
     ] = None,
-    top_p: Annotated[float, typer.Option(help="Draw from the smallest set of tokens with this probability.")] = 1.0,
-    max_tokens: Annotated[int, typer.Option(help="Most tokens of an answer.")] = 256,
-    seed: Annotated[int, typer.Option(help="Same seed, same answer.")] = 0,
-    candidates: Annotated[int | None, typer.Option(help="Give N answers, the least risky first.", metavar="N")] = None,
+    top_p: Annotated[
+        float, typer.Option(help="Draw from the smallest set of tokens with this probability.")
+    ] = defaults.TOP_P,
+    max_tokens: Annotated[int, typer.Option(help="Most tokens of an answer.")] = defaults.MAX_TOKENS,
+    seed: Annotated[int, typer.Option(help="Same seed, same answer.")] = defaults.SEED,
+    candidates: Annotated[
+        int | None, typer.Option(help="Give N answers, the most confident first.", metavar="N")
+    ] = None,
     until_percentile: Annotated[
         float | None,
         typer.Option(
@@ -40,7 +45,9 @@ def ask(
             metavar="P",
         ),
     ] = None,
-    max_tries: Annotated[int, typer.Option(help="Most tries of --until-percentile.", metavar="K")] = 10,
+    max_tries: Annotated[
+        int, typer.Option(help="Most tries of --until-percentile.", metavar="K")
+    ] = defaults.MAX_ATTEMPTS,
     show_withheld: Annotated[
         bool, typer.Option("--show-withheld", help="Where the model is not sure, also show what it would have said.")
     ] = False,
@@ -65,7 +72,7 @@ def ask(
         for question in questions:
             tried = lm.generate_until(question, until_percentile, max_tries=max_tries, **options)
             output.whole(question, tried.answer)
-            output.verdict(tried.tries, until_percentile, confident=tried.confident)
+            output.verdict(tried.attempts, until_percentile, confident=tried.confident)
             confident &= tried.confident
         return 0 if confident else 1
     withholds = lm.calibration is not None and lm.calibration.threshold is not None

@@ -10,6 +10,9 @@ from selfdoubt.errors import require
 
 if TYPE_CHECKING:
     import typer
+
+    from selfdoubt.eval.settings import Run
+    from selfdoubt.lm.model import RiskAwareLM
 else:
     typer = require("typer", "lm")
 
@@ -41,32 +44,30 @@ def calibrate(
     draws: Annotated[int, typer.Option(help="Bootstrap draws of the report's intervals; 0 leaves it as it is.")] = 1000,
     trust_remote_code: flags.RemoteCode = False,
 ) -> int:
-    """Learn from judged answers how probable it is that an answer is right, and below which it is withheld.
+    """Learn from judged answers how probable it is that an answer is right, and below which to abstain.
 
-    Each run's report is written anew with the probabilities of heads that had not seen the answer.
+    Each run's report is written again, with the probabilities of heads that had not seen the answer.
     """
     require("sklearn", "qa")
     flags.quiet()
-    from selfdoubt.workflow import calibrate_runs
+    from selfdoubt import workflow
 
-    for line in calibrate_runs(
+    def load(run: Run) -> RiskAwareLM:
+        adapter = None if run.adapter is None else Path(run.adapter)
+        wrapper, dtype = run.wrapper or "auto", run.dtype or "auto"
+        return flags.load_lm(run.model, adapter, wrapper, dtype, run.quantize, None, trust_remote_code)
+
+    result = workflow.calibrate(
         runs,
-        out,
-        lambda run: flags.load_lm(
-            run.get("model"),
-            run.get("adapter"),
-            run["wrapper"],
-            run["dtype"],
-            run.get("quantize"),
-            None,
-            trust_remote_code,
-        ),
+        out=out,
+        lm=load,
         target_accuracy=target_accuracy,
         confidence=confidence,
         candidates=None if heads is None else [name.strip() for name in heads.split(",")],
         folds=folds,
         seed=seed,
         draws=draws,
-    ):
-        print(line)
+    )
+    for text in result.lines():
+        print(text)
     return 0

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from selfdoubt.cli import flags
 from selfdoubt.errors import ConfigError, require
+from selfdoubt.lm import defaults
 
 if TYPE_CHECKING:
     import typer
@@ -17,7 +18,7 @@ else:
 
 
 def chat(
-    model: flags.Model = None,
+    model: flags.ModelFlag = None,
     adapter: flags.Adapter = None,
     wrapper: flags.WrapperText = "auto",
     dtype: flags.Dtype = "auto",
@@ -26,7 +27,9 @@ def chat(
     trust_remote_code: flags.RemoteCode = False,
     host: Annotated[str, typer.Option(help="An address of this machine that no other can reach.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="0 takes a free one.")] = 7860,
-    max_tokens: Annotated[int, typer.Option(help="Most tokens of an answer, until the page says otherwise.")] = 256,
+    max_tokens: Annotated[
+        int, typer.Option(help="Most tokens of an answer, until the page says otherwise.")
+    ] = defaults.MAX_TOKENS,
     no_open: Annotated[bool, typer.Option("--no-open", help="Do not open a browser.")] = False,
 ) -> int:
     """Chat on a page of your own: every token in the colour of its risk. Nothing leaves this machine."""

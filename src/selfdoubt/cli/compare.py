@@ -22,12 +22,8 @@ def compare(
 ) -> int:
     """Put two runs side by side, on the questions that both were asked."""
     require("scipy", "qa")
-    from selfdoubt.report.compare import as_text
-    from selfdoubt.report.compare import compare as side_by_side
+    from selfdoubt.report.compare import compare_runs
 
-    found = side_by_side(a, b, draws=draws)
-    if as_json:
-        print(as_line(found))
-    else:
-        print("\n".join(as_text(found)))
+    comparison = compare_runs(a, b, draws=draws)
+    print(as_line(comparison.to_json()) if as_json else "\n".join(comparison.lines()))
     return 0

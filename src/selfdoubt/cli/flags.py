@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -15,12 +14,13 @@ from selfdoubt.wrapper_text import parse_wrapper_text
 if TYPE_CHECKING:
     import typer
 
-    from selfdoubt.eval.records import Question
+    from selfdoubt.data.questions import Question
+    from selfdoubt.eval.judges.verdict import Judge
     from selfdoubt.lm.model import RiskAwareLM
 else:
     typer = require("typer", "lm")
 
-Model = Annotated[
+ModelFlag = Annotated[
     str | None,
     typer.Option(
         help="A model folder, a hub name, or 'pocket' for the one inside this package. [default: the adapter's base, "
@@ -56,22 +56,10 @@ Data = Annotated[
         show_default=False,
     ),
 ]
-Task = Annotated[str | None, typer.Option(help="TruthfulQA: gen, mc1 or mc2.", show_default=False)]
-QuestionColumn = Annotated[str | None, typer.Option(help="Column of the question, where its name does not say it.")]
-AnswerColumn = Annotated[str | None, typer.Option(help="Column of the accepted answers.")]
-AnswerSeparator = Annotated[str | None, typer.Option(help="What parts several answers in one cell, e.g. ';'.")]
-TopicColumn = Annotated[str | None, typer.Option(help="Column of the topic.")]
-ContextColumn = Annotated[str | None, typer.Option(help="Column of a passage to read first.")]
-ChoiceColumn = Annotated[str | None, typer.Option(help="Column of the choices.")]
-AnswersName = Annotated[
-    str | None,
-    typer.Option(
-        help="How an answer names one of the choices, where it could mean two: text, index (from 0), label or letter.",
-        show_default=False,
-    ),
-]
+TaskFlag = Annotated[str | None, typer.Option(help="TruthfulQA: gen, mc1 or mc2.", show_default=False)]
+AnswerSeparator = Annotated[str | None, typer.Option(help="Separates several answers in one cell, e.g. ';'.")]
 Split = Annotated[str | None, typer.Option(help="Split of a set on the hub.", show_default=False)]
-Judge = Annotated[
+JudgeFlag = Annotated[
     str | None,
     typer.Option(
         help="Who says what is right: exact, f1:0.5, contains, rouge, bleu, choice, regex:PATTERN, column:NAME or llm. "
@@ -93,10 +81,11 @@ def pick_judge(
     model: str | None,
     out: Path,
     column: Callable[[str], dict[str, Any]],
-) -> Any:
-    """The judge that the flags name; ``column`` reads one more column of the questions' file."""
+) -> Judge:
+    """Return the judge that the flags name; ``column`` reads one more column of the questions' file."""
     from selfdoubt.eval.judges import rules as judges
     from selfdoubt.eval.judges.llm import LLMJudge
+    from selfdoubt.eval.run_folder import CACHE
 
     if (spec == "llm") != (model is not None):
         raise ConfigError("--judge llm and --judge-model NAME go together: give both, or neither")
@@ -106,22 +95,10 @@ def pick_judge(
         spec = judges.choose_default_judge(questions) if spec is None else spec
         kind, _, name = spec.partition(":")
         return judges.build_judge(spec, column=column(name) if kind == "column" and name else None)
-    found = LLMJudge(model, base_url=url, cache=str(out / "judge.jsonl"))
+    judge = LLMJudge(model, base_url=url, cache=str(out / CACHE))
     out.mkdir(parents=True, exist_ok=True)
-    found.probe()
-    return found
-
-
-def new_run(out: Path) -> None:
-    """Refuse a folder that holds something else than a run."""
-    if out.exists() and not out.is_dir():
-        raise ConfigError(f"--out {out} is a file; give a folder")
-    if (
-        out.is_dir()
-        and any(out.iterdir())
-        and not any((out / n).exists() for n in ("parts", "run.json", "judge.jsonl"))
-    ):
-        raise ConfigError(f"--out {out} holds other things than a run; give a new or empty folder")
+    judge.probe()
+    return judge
 
 
 def load_lm(
@@ -133,11 +110,11 @@ def load_lm(
     risk: str | None,
     remote: bool,
 ) -> RiskAwareLM:
-    """The model that the flags name; what its risk lacks is said in one line on standard error."""
+    """Load the model that the flags name; one line on standard error says what its risk lacks."""
     quiet()
     from selfdoubt.errors import UntrainedWarning
-    from selfdoubt.lm.answer import DEFAULT_RISK
     from selfdoubt.lm.model import RiskAwareLM
+    from selfdoubt.lm.scores import DEFAULT_RISK
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UntrainedWarning)  # the note says it, in one line
@@ -156,21 +133,19 @@ def load_lm(
 
 
 def whole_texts(*texts: str | None) -> None:
-    """Refuse bytes of the command line that are no text in its encoding: no tokenizer takes them."""
+    """Refuse bytes of the command line that are not text in its encoding: no tokenizer takes them."""
     from selfdoubt.data.cells import has_half
 
     for text in texts:
         if text is not None and has_half(text):
-            raise ConfigError(f"{ascii(text)[:80]} holds bytes that are no UTF-8 text; convert it, e.g. with iconv")
+            raise ConfigError(f"{ascii(text)[:80]} holds bytes that are not UTF-8 text; convert it, e.g. with iconv")
 
 
 def quiet() -> None:
     """Only errors of the libraries reach the terminal, and no progress bars."""
-    transformers = require("transformers", "lm")
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    require("huggingface_hub", "lm").utils.logging.set_verbosity_error()
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # peft imports it, and it tells of kernels it can miss
+    from selfdoubt.compat import silence_libraries
+
+    silence_libraries()
 
 
 def parse_wrapper(text: str) -> Any:

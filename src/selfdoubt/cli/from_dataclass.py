@@ -32,9 +32,9 @@ def with_flags(*configs: type, before: str | None = None, optional: bool = False
     """
 
     def decorate(command: Command) -> Command:
-        own = inspect.signature(command, eval_str=True).parameters.values()
+        parameters = inspect.signature(command, eval_str=True).parameters.values()
         # Only by name: a flag with a default may precede one without.
-        kept = [p.replace(kind=p.KEYWORD_ONLY) for p in own if p.kind is not p.VAR_KEYWORD]
+        kept = [p.replace(kind=p.KEYWORD_ONLY) for p in parameters if p.kind is not p.VAR_KEYWORD]
         place = next((i for i, p in enumerate(kept) if p.name == before), len(kept))
         kept[place:place] = [flag for config in configs for flag in make_flags(config, optional=optional)]
         command.__signature__ = inspect.Signature(kept)  # type: ignore[attr-defined]

@@ -53,7 +53,7 @@ class Lines:
             self.screen.console.print()
         else:
             self.begin(question, list(answer.question))
-        withheld = answer.withheld and self.unsure != "as any"
+        withheld = answer.abstained and self.unsure != "as any"
         if withheld:
             self.screen.unsure(answer, told=self.unsure == "told")
         if withheld and self.unsure == "hidden":
@@ -104,7 +104,7 @@ class JsonLines:
         self.end(answer)
 
     def _withholds(self, answer: Answer) -> bool:
-        return answer.withheld and self.unsure != "as any"
+        return answer.abstained and self.unsure != "as any"
 
     def verdict(self, tries: int, wanted: float, *, confident: bool) -> None:
         """Whether answering again led to a confident answer."""

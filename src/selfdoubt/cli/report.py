@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -23,17 +24,26 @@ def report(
         ),
     ],
     out: Annotated[Path | None, typer.Option(help="The folder to write. [default: that of the answers]")] = None,
-    judge: flags.Judge = None,
+    judge: flags.JudgeFlag = None,
     judge_url: flags.JudgeUrl = None,
     judge_model: flags.JudgeModel = None,
-    question_column: flags.QuestionColumn = None,
+    question_column: Annotated[
+        str | None, typer.Option(help="Column of the question, where its name does not say it.")
+    ] = None,
     answer_column: Annotated[
         str | None, typer.Option(help="Column of the system's answers, where its name does not say it.")
     ] = None,
     gold_column: Annotated[
         str | None, typer.Option(help="Column of the accepted answers, where its name does not say it.")
     ] = None,
-    answers_name: flags.AnswersName = None,
+    answers_name: Annotated[
+        str | None,
+        typer.Option(
+            help="How an answer names one of the choices, where it could mean two: text, index (from 0), label or "
+            "letter.",
+            show_default=False,
+        ),
+    ] = None,
     draws: Annotated[int, typer.Option(help="Bootstrap draws of the confidence intervals.")] = 1000,
 ) -> int:
     """Report on answers that exist, by another judge if you like; nothing is asked again."""
@@ -45,17 +55,18 @@ def report(
     from selfdoubt.eval import run_folder
     from selfdoubt.eval.judges.judge import judge_records
     from selfdoubt.eval.judges.rules import get_judge_name, needs_answers
+    from selfdoubt.eval.settings import Run
 
     given = Columns(question=question_column, answers=gold_column, named_by=answers_name)
     folder = answers if answers.is_dir() else answers.parent
     out = folder if out is None else out
     read: files.ExternalAnswers | None = None
-    run: dict[str, Any] = {}
+    run = Run.parse({})
     if answers.is_file():
         read = files.read_external_answers(answers, columns=given, answer=answer_column)
         records = read.records
     elif answer_column is not None or given != Columns():
-        raise ConfigError(f"columns are named for a file of answers, and {answers} is none; leave them out")
+        raise ConfigError(f"columns are named for a file of answers, and {answers} is not one; leave them out")
     else:
         records, run = run_folder.read_run_answers(answers)
     unjudged = [r for r in records if r.correct is None and r.note is None]
@@ -78,8 +89,8 @@ def report(
                 f"{answers} does not say which answers are right: it has no verdicts (correct) and no accepted "
                 "answers; name their column with --gold-column, or that of verdicts with --judge column:NAME"
             )
-        run = {**run, "judge": get_judge_name(picked)}
+        run = replace(run, judge=get_judge_name(picked))
         records = judge_records(records, picked, unknown=unknown, only_open=judge is None)
-    for line in workflow.report(records, run, out, draws=draws):
-        print(line)
+    for text in workflow.write_run_report(records, run, out, draws=draws).lines():
+        print(text)
     return 0

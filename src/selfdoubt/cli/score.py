@@ -27,7 +27,7 @@ def score(
     question_column: Annotated[str, typer.Option(help="--out: the key of the question.")] = "question",
     answer_column: Annotated[str, typer.Option(help="--out: the key of the answer.")] = "answer",
     batch_size: Annotated[int, typer.Option(help="--out: answers side by side.")] = 32,
-    model: flags.Model = None,
+    model: flags.ModelFlag = None,
     adapter: flags.Adapter = None,
     wrapper: flags.WrapperText = "auto",
     dtype: flags.Dtype = "auto",

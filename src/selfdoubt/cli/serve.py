@@ -23,7 +23,7 @@ _LIMITS, _SETTINGS = Limits(), Settings()
 
 
 def serve(
-    model: flags.Model = None,
+    model: flags.ModelFlag = None,
     adapter: flags.Adapter = None,
     wrapper: flags.WrapperText = "auto",
     dtype: flags.Dtype = "auto",
@@ -170,7 +170,7 @@ def serve(
 
 def _load(threads: int | None, *model: Any) -> RiskAwareLM:
     """For this process, or for that of a replica."""
-    from selfdoubt.serve.engine.engine import memory
+    from selfdoubt.serve.engine import memory
     from selfdoubt.serve.engine.threads import share
 
     memory.bound_process()

@@ -89,7 +89,7 @@ class Screen:
             table.add_column(name, justify="right", no_wrap=True)
         for question, answer in zip(questions, answers, strict=True):
             text = Text()
-            if answer.withheld and hide:
+            if answer.abstained and hide:
                 text.append(answer.shown)
             else:
                 for token in answer.tokens:

@@ -31,8 +31,8 @@ def whole_text(place: str, column: str, text: str) -> str:
     """
     half = _HALF.search(text)
     if half:
-        found = f"\\u{ord(half[0]):04x}"
-        raise DataError(f"{place}: {column} holds {found}, half of a character; mend or remove the row")
+        escape = f"\\u{ord(half[0]):04x}"
+        raise DataError(f"{place}: {column} holds {escape}, half of a character; fix or remove the row")
     return text
 
 
@@ -58,9 +58,9 @@ def required_text(place: str, row: Row, column: str) -> str:
     """
     cell = row.get(column)
     if not isinstance(cell, str):
-        raise DataError(f"{place}: {column} must be text, found {type(cell).__name__}; mend or remove the row")
+        raise DataError(f"{place}: {column} must be text, found {type(cell).__name__}; fix or remove the row")
     if not cell.strip():
-        raise DataError(f"{place}: {column} is empty; mend or remove the row")
+        raise DataError(f"{place}: {column} is empty; fix or remove the row")
     return whole_text(place, column, trimmed(cell))
 
 
@@ -71,8 +71,8 @@ def optional_text(place: str, row: Row, column: str | None) -> str | None:
         DataError: If it is something else.
     """
     cell = None if column is None else row.get(column)
-    found = None if cell is None or cell == "" else plain(place, str(column), cell)
-    return trimmed(cell) if isinstance(cell, str) and found else found
+    text = None if cell is None or cell == "" else plain(place, str(column), cell)
+    return trimmed(cell) if isinstance(cell, str) and text else text
 
 
 def texts(place: str, column: str, cell: Any, separator: str | None = None) -> tuple[str, ...]:
@@ -83,7 +83,7 @@ def texts(place: str, column: str, cell: Any, separator: str | None = None) -> t
         place: Where the cell is, in words.
         column: Its column.
         cell: What it holds.
-        separator: Parts one text into several; empty parts are left out.
+        separator: Separates several texts in one; empty parts are left out.
 
     Raises:
         DataError: If it is empty, or not text. An explicit empty list is none: then only declining is right.
@@ -99,10 +99,10 @@ def texts(place: str, column: str, cell: Any, separator: str | None = None) -> t
         else:
             raise DataError(f"{place}: {column} is an object with {names(cell)}; wanted text or a list of texts")
     if isinstance(cell, Sequence) and not isinstance(cell, str):
-        parts = [part["text"] if isinstance(part, Mapping) and "text" in part else part for part in cell]
+        entries = [part["text"] if isinstance(part, Mapping) and "text" in part else part for part in cell]
     else:
-        parts = [cell]
-    return tuple(dict.fromkeys(text for part in parts for text in _ways(place, column, part)))
+        entries = [cell]
+    return tuple(dict.fromkeys(text for part in entries for text in _ways(place, column, part)))
 
 
 def _ways(place: str, column: str, part: Any) -> tuple[str, ...]:
@@ -122,13 +122,13 @@ def listed(place: str, column: str, cell: str, separator: str | None) -> Any:
     if (bare[:1], bare[-1:]) in (("[", "]"), ("{", "}"), ("(", ")")):
         for parse in (json.loads, _python):
             try:
-                found = parse(bare)
+                value = parse(bare)
             except (ValueError, SyntaxError, RecursionError, MemoryError, tokenize.TokenError):
                 continue
-            if isinstance(found, tuple) and found and all(isinstance(part, str) for part in found):
-                return list(found)
-            if isinstance(found, list) or (isinstance(found, dict) and _KNOWN & {str(k).lower() for k in found}):
-                return found
+            if isinstance(value, tuple) and value and all(isinstance(part, str) for part in value):
+                return list(value)
+            if isinstance(value, list) or (isinstance(value, dict) and _KNOWN & {str(k).lower() for k in value}):
+                return value
         if _LOOKS.match(bare):
             raise DataError(
                 f"{place}: {column} looks like a list but is neither JSON nor Python: {bare[:40]!r}; write JSON, with "
@@ -136,8 +136,8 @@ def listed(place: str, column: str, cell: str, separator: str | None) -> Any:
             )
     if separator is None:
         return cell
-    parts = [part.strip() for part in cell.split(separator) if part.strip()]
-    return parts or cell
+    pieces = [part.strip() for part in cell.split(separator) if part.strip()]
+    return pieces or cell
 
 
 _KNOWN = {"text", "value"}  # keys of SQuAD's and TriviaQA's objects
@@ -160,10 +160,10 @@ def plain(place: str, column: str, cell: Any) -> str:
     """
     is_number = isinstance(cell, (int, float)) and not isinstance(cell, bool) and math.isfinite(cell)
     if not isinstance(cell, str) and not is_number:
-        raise DataError(f"{place}: {column} must be text, found {cell!r}; mend or remove the row")
+        raise DataError(f"{place}: {column} must be text, found {cell!r}; fix or remove the row")
     if not str(cell).strip():
         hint = " (write [] where only declining is right)" if column.lower().startswith("answer") else ""
-        raise DataError(f"{place}: {column} is empty{hint}; mend or remove the row")
+        raise DataError(f"{place}: {column} is empty{hint}; fix or remove the row")
     return whole_text(place, column, str(cell).strip())
 
 

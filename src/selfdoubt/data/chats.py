@@ -26,10 +26,10 @@ from selfdoubt.data.questions import (
     parse_question,
     parse_record,
 )
-from selfdoubt.data.readers import SUFFIXES, Placed, Row, read_file, read_hub
+from selfdoubt.data.readers import Placed, Row, looks_like_file, read_file, read_hub
 from selfdoubt.errors import DataError
 
-Chat = list[dict[str, str]]
+ChatMessages = list[dict[str, str]]
 
 #: The role of a text that an instruction works on. The Alpaca prompt has a place for it; other templates get it after
 #: the instruction.
@@ -41,10 +41,10 @@ LAYOUTS = {
     "chat": ("messages",),
 }
 #: Flags of ``selfdoubt train`` that name a column.
-FLAGS = {"question": "--question-column", "answers": "--answer-column"}
+TRAIN_FLAGS = {"question": "--question-column", "answers": "--answer-column"}
 
 
-def read_chats(source: str, *, limit: int | None = None, columns: Columns = AS_USUAL) -> Iterator[Chat]:
+def read_chats(source: str, *, limit: int | None = None, columns: Columns = AS_USUAL) -> Iterator[ChatMessages]:
     """Yield the chats of a file (JSON, JSONL, CSV, TSV or Parquet) or of a data set on the hub, one by one.
 
     Args:
@@ -59,12 +59,12 @@ def read_chats(source: str, *, limit: int | None = None, columns: Columns = AS_U
     return islice(_chats(source, columns), limit)
 
 
-def _chats(source: str, columns: Columns) -> Iterator[Chat]:
+def _chats(source: str, columns: Columns) -> Iterator[ChatMessages]:
     rows = _rows(source)
     first = next(rows, None)
     if first is None:
         raise DataError(f"{source} holds no records; give a file with at least two")
-    to_chat: Callable[[str, Row], Chat]
+    to_chat: Callable[[str, Row], ChatMessages]
     layout = _layout(first[1]) if columns == AS_USUAL else "question and answer"
     if layout == "instruction":
         names = {lower_name(name): name for name in reversed([*first[1]])}
@@ -75,20 +75,18 @@ def _chats(source: str, columns: Columns) -> Iterator[Chat]:
     elif columns == AS_USUAL and is_record(first[1]):
         to_chat = _answered
     else:
-        found = _columns(source, first[1], columns)
-        if found.choices is not None:  # how answers name them, the whole file says
+        resolved = _columns(source, first[1], columns)
+        if resolved.choices is not None:  # how answers name them, the whole file says
             rest = [*rows]
-            rows, found = iter(rest), decide_naming([first, *rest], found)
-        to_chat = partial(_asked, found)
+            rows, resolved = iter(rest), decide_naming([first, *rest], resolved)
+        to_chat = partial(_asked, resolved)
     for place, row in chain([first], rows):
         yield to_chat(place, row)
 
 
 def _rows(source: str) -> Iterator[Placed]:
     path = Path(source).expanduser()
-    if path.is_dir() or (
-        not path.exists() and (path.suffix.lower() in SUFFIXES or path.is_absolute() or source.startswith("."))
-    ):
+    if path.is_dir() or (not path.exists() and looks_like_file(source)):
         names = "JSON, JSONL, CSV, TSV or Parquet file"
         raise DataError(f"no data file at {source!r}; give a {names}, or a name on the hub")
     return read_file(path) if path.exists() else read_hub(source, None, "train", None, splits=(), extra="train")
@@ -97,41 +95,41 @@ def _rows(source: str) -> Iterator[Placed]:
 def _layout(row: Row) -> str:
     """Return which layout the columns of the first record are, without regard to case."""
     columns = {lower_name(name) for name in row}
-    fits = (layout for layout, wanted in LAYOUTS.items() if columns.issuperset(wanted))
+    fits = (layout for layout, needed in LAYOUTS.items() if columns.issuperset(needed))
     return next(fits, "question and answer")
 
 
 def _columns(source: str, row: Row, given: Columns) -> Columns:
     try:
-        return find_columns(source, row if given.choices else collect_choices(row), given, flags=FLAGS)
+        return find_columns(source, row if given.choices else collect_choices(row), given, flags=TRAIN_FLAGS)
     except DataError as error:
         if given != AS_USUAL or "that looks like" not in str(error):
             raise
     columns = {lower_name(name) for name in row}
-    lacks = {name: [c for c in wanted if c not in columns] for name, wanted in LAYOUTS.items()}
+    lacks = {name: [c for c in needed if c not in columns] for name, needed in LAYOUTS.items()}
     raise DataError(
         f"{source} has the columns {sorted(columns)}; "
         + ", ".join(f"as {name} it lacks {' and '.join(missing)}" for name, missing in lacks.items())
     )
 
 
-def _asked(columns: Columns, place: str, row: Row) -> Chat:
+def _asked(columns: Columns, place: str, row: Row) -> ChatMessages:
     name = columns.answers or "answer"
     if not columns.choices and isinstance(row.get(name), str) and not row[name].strip():
         answers: tuple[str, ...] = ("",)
         question = required_text(place, row, columns.question or "question")
     else:
-        found = parse_question(place, collect_choices(row), columns)
-        question, answers = found.text, found.answers
+        parsed = parse_question(place, collect_choices(row), columns)
+        question, answers = parsed.text, parsed.answers
     return _pair(place, name, question, answers, row.get(name))
 
 
-def _answered(place: str, row: Row) -> Chat:
+def _answered(place: str, row: Row) -> ChatMessages:
     question = parse_record(place, row)
     return _pair(place, "answers", question.text, question.answers, row.get("answers"))
 
 
-def _pair(place: str, name: str, question: str, answers: tuple[str, ...], cell: Any) -> Chat:
+def _pair(place: str, name: str, question: str, answers: tuple[str, ...], cell: Any) -> ChatMessages:
     if not answers:
         raise DataError(f"{place}: {name} is an empty list, so there is nothing to learn; remove the record")
     return [{"role": "user", "content": question}, {"role": "assistant", "content": _raw(cell, answers[0])}]
@@ -143,35 +141,35 @@ def _raw(cell: Any, stripped: str) -> str:
     return next((text for text in texts if isinstance(text, str) and text.strip() == stripped), stripped)
 
 
-def _instruction(first: str, last: str, more: str, place: str, row: Row) -> Chat:
+def _instruction(first: str, last: str, more: str, place: str, row: Row) -> ChatMessages:
     texts = []
     for column, text in ((first, row.get(first)), (last, row.get(last)), (more, row.get(more) or "")):
         if not isinstance(text, str):
-            raise DataError(f"{place}: {column} must be text, found {type(text).__name__}; mend or remove the record")
+            raise DataError(f"{place}: {column} must be text, found {type(text).__name__}; fix or remove the record")
         texts.append(whole_text(place, column, text))
     if not texts[0].strip():
-        raise DataError(f"{place}: {first} is empty; mend or remove the record")
+        raise DataError(f"{place}: {first} is empty; fix or remove the record")
     chat = [{"role": "user", "content": texts[0]}]
     if texts[2].strip():
         chat.append({"role": INPUT, "content": texts[2]})
     return [*chat, {"role": "assistant", "content": texts[1]}]
 
 
-def _messages(column: str, place: str, row: Row) -> Chat:
+def _messages(column: str, place: str, row: Row) -> ChatMessages:
     messages: Any = row.get(column)
     if isinstance(messages, str):  # a cell of a CSV file
         try:
             messages = json.loads(messages)
         except json.JSONDecodeError as error:
-            raise DataError(f"{place}: messages is not JSON ({error.msg}); mend the record") from None
+            raise DataError(f"{place}: messages is not JSON ({error.msg}); fix the record") from None
     if not isinstance(messages, list) or not messages:
-        raise DataError(f"{place}: messages must be a list of objects with role and content; mend the record")
+        raise DataError(f"{place}: messages must be a list of objects with role and content; fix the record")
     chat = []
     for message in messages:
         role, content = (message.get(k) if isinstance(message, Mapping) else None for k in ("role", "content"))
         if not isinstance(role, str) or not isinstance(content, str):
-            raise DataError(f"{place}: each message needs a role and a content, both text; mend the record")
+            raise DataError(f"{place}: each message needs a role and a content, both text; fix the record")
         chat.append({"role": role, "content": whole_text(place, column, content)})
     if not any(m["role"] == "assistant" for m in chat):
-        raise DataError(f"{place}: no message is the assistant's, so there is nothing to learn; mend the record")
+        raise DataError(f"{place}: no message is the assistant's, so there is nothing to learn; fix the record")
     return chat

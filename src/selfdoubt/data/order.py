@@ -13,7 +13,7 @@ Draft = tuple[Question, Row]
 
 
 def text_id(text: str, context: str | None = None) -> str:
-    """A short name of a question: 12 hexadecimal digits.
+    """Return a short name of a question: 12 hexadecimal digits.
 
     Example:
         >>> text_id("What is the capital of France?")
@@ -22,13 +22,13 @@ def text_id(text: str, context: str | None = None) -> str:
     return _digest(text, context or "")[:12]
 
 
-def rank_key(seed: int, *parts: str) -> str:
-    """What to sort by for a random order that depends on the seed and on nothing around."""
-    return _digest(str(seed), *parts)
+def rank_key(seed: int, *keys: str) -> str:
+    """Return a key to sort by, for a random order that depends on the seed and on nothing around."""
+    return _digest(str(seed), *keys)
 
 
 def choose_subset(drafts: list[Draft], limit: int | None, seed: int) -> list[Draft]:
-    """A random ``limit`` of them in their order; a greater limit keeps those of a smaller one."""
+    """Choose a random ``limit`` of them, in their order; a greater limit keeps those of a smaller one."""
     if limit is None or limit >= len(drafts):
         return drafts
     kept = sorted(range(len(drafts)), key=lambda i: rank_key(seed, drafts[i][0].id))[:limit]
@@ -36,28 +36,28 @@ def choose_subset(drafts: list[Draft], limit: int | None, seed: int) -> list[Dra
 
 
 def assign_ids(source: str, drafts: list[Draft]) -> list[Draft]:
-    """The same with an id each: their own, or one made of the text. A repeated question gets "-2", "-3" behind it.
+    """Give each question an id: its own, or one made of its text. A repeated question gets "-2", "-3" behind it.
 
     Raises:
         DataError: If two different questions have the same id.
     """
     seen: dict[str, str] = {}
-    found = []
+    named = []
     for question, row in drafts:
-        own = question.id or text_id(question.text, question.context)
-        if own in seen and question.id and seen[own] != question.text:
+        id_ = question.id or text_id(question.text, question.context)
+        if id_ in seen and question.id and seen[id_] != question.text:
             raise DataError(
-                f"{source}: the id {own!r} comes twice, for {seen[own][:60]!r} and {question.text[:60]!r}; "
+                f"{source}: the id {id_!r} comes twice, for {seen[id_][:60]!r} and {question.text[:60]!r}; "
                 "give every question its own"
             )
-        name, times = own, 1
+        name, times = id_, 1
         while name in seen:
             times += 1
-            name = f"{own}-{times}"
+            name = f"{id_}-{times}"
         seen[name] = question.text
-        found.append((replace(question, id=name), row))
-    return found
+        named.append((replace(question, id=name), row))
+    return named
 
 
-def _digest(*parts: str) -> str:
-    return hashlib.sha256("\0".join(parts).encode("utf-8", "surrogatepass")).hexdigest()
+def _digest(*texts: str) -> str:
+    return hashlib.sha256("\0".join(texts).encode("utf-8", "surrogatepass")).hexdigest()

@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 from selfdoubt.data import truthfulqa
 from selfdoubt.data.order import Draft, assign_ids, choose_subset
@@ -21,18 +21,30 @@ from selfdoubt.data.questions import (
     parse_question,
     parse_record,
 )
-from selfdoubt.data.readers import SUFFIXES, Placed, read_file_rows, read_hub_rows
+from selfdoubt.data.readers import SUFFIXES, Placed, looks_like_file, read_file_rows, read_hub_rows
 from selfdoubt.errors import ConfigError, DataError
 
 
 @dataclass(frozen=True)
 class HubSet:
-    """Where a known set lies on the hub."""
+    """The place of a known set on the hub."""
 
     name: str
     config: str | None = None
     split: str = "validation"
     columns: Columns = AS_USUAL
+
+
+class ReadOptions(TypedDict, total=False):
+    """Options of ``load_questions`` that say how a set is read."""
+
+    task: str | None
+    seed: int
+    columns: Columns
+    separator: str | None
+    config: str | None
+    split: str | None
+    revision: str | None
 
 
 TRUTHFULQA, POCKET = "truthfulqa", "pocket"
@@ -57,7 +69,7 @@ def load_questions(
     split: str | None = None,
     revision: str | None = None,
 ) -> list[Question]:
-    """The questions of a set, in the order of their file.
+    """Return the questions of a set, in the order of their file.
 
     A file is known by what it holds: TruthfulQA's two, SQuAD's and TriviaQA's JSON, a file of answers (its questions),
     or any JSONL, JSON, CSV, TSV or Parquet with a question and its answers, or choices, in columns.
@@ -68,15 +80,15 @@ def load_questions(
         limit: Take this many at random by ``seed``, at least 1; they keep their order, and more hold those of fewer.
         seed: Of the limit, and of the order of TruthfulQA's choices, which hangs on question and seed alone.
         columns: Which columns hold what, where their names do not say it.
-        separator: What parts several answers in one cell, e.g. ";"; without it a cell is one answer, or a JSON list.
+        separator: Separates several answers in one cell, e.g. ";"; without it a cell is one answer, or a JSON list.
         config: A configuration on the hub.
         split: A split on the hub; None takes the usual one.
         revision: A branch, tag or commit on the hub.
 
     Raises:
         DataError: If it cannot be read, lacks columns, or a question is broken; the message names the place.
-        ConfigError: If the limit is below 1, or there is no such task.
-        MissingExtraError: If a set of the hub is wanted without the package ``datasets``.
+        ConfigError: If the limit is below 1, or the task is unknown.
+        MissingExtraError: If a set is on the hub and the package ``datasets`` is not installed.
     """
     if limit is not None and limit < 1:
         raise ConfigError(f"the limit must be at least 1 question, got {limit}; leave it out for all")
@@ -87,8 +99,8 @@ def load_questions(
     return [question for question, _ in choose_subset(drafts, limit, seed)]
 
 
-def read_column(source: str | os.PathLike[str], name: str, **options: Any) -> dict[str, Any]:
-    """The cells of one more column by question id, e.g. a person's judgement for
+def read_column(source: str | os.PathLike[str], name: str, **options: Unpack[ReadOptions]) -> dict[str, Any]:
+    """Return the cells of one more column by question id, e.g. a person's judgement for
     ``selfdoubt.eval.judges.rules.Column``.
 
     Args:
@@ -97,7 +109,7 @@ def read_column(source: str | os.PathLike[str], name: str, **options: Any) -> di
         **options: As in ``load_questions``, but for the limit.
 
     Raises:
-        DataError: As ``load_questions``, and if there is no such column.
+        DataError: As ``load_questions``, and if it lacks the column.
     """
     drafts = _read(os.fspath(source), **options)
     if not any(name in row for _, row in drafts):
@@ -147,7 +159,7 @@ def _rows(source: str, path: Path, config: str | None, split: str | None, revisi
         return read_hub_rows(known.name, config or known.config, split or known.split, revision)
     if path.is_file():
         return read_file_rows(path)
-    if path.suffix.lower() in SUFFIXES or path.is_absolute() or source.startswith(".") or "/" not in source:
+    if looks_like_file(source) or "/" not in source:
         names = ", ".join((POCKET, *KNOWN))
         raise DataError(
             f"no question file at {source!r}; give a {', '.join(SUFFIXES)} file, one of {names}, or owner/name"

@@ -1,15 +1,16 @@
-"""What the columns of a row mean: a question, its accepted answers, its choices, its topic."""
+"""Columns of a row and what they mean: a question, its accepted answers, its choices, its topic."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
 from selfdoubt.data.cells import listed, names, optional_text, required_text, texts, whole_text
 from selfdoubt.data.readers import Row
 from selfdoubt.errors import ConfigError, DataError
+from selfdoubt.setting import setting
 
 
 @dataclass(frozen=True)
@@ -41,14 +42,22 @@ class Columns:
         ConfigError: If ``named_by`` is none of ``NAMED_BY``.
     """
 
-    question: str | None = None
-    answers: str | None = None  #: one text, a list of texts, or of choices: a text, a letter or an index from 0
+    question: str | None = setting(
+        None, "Column of the question, where its name does not say it.", flag="--question-column"
+    )
+    #: One text, a list of texts, or of choices: a text, a letter or an index from 0.
+    answers: str | None = setting(None, "Column of the accepted answers.", flag="--answer-column")
     id: str | None = None
-    topic: str | None = None
-    context: str | None = None
+    topic: str | None = setting(None, "Column of the topic.", flag="--topic-column")
+    context: str | None = setting(None, "Column of a passage to read first.", flag="--context-column")
     wrong_answers: str | None = None
-    choices: str | None = None
-    named_by: str | None = None  #: no column: how an answer names a choice, where that is ambiguous
+    choices: str | None = setting(None, "Column of the choices.", flag="--choice-column")
+    #: Not a column.
+    named_by: str | None = setting(
+        None,
+        "How an answer names one of the choices, where it could mean two: text, index (from 0), label or letter.",
+        flag="--answers-name",
+    )
 
     def __post_init__(self) -> None:
         if self.named_by is not None and self.named_by not in NAMED_BY:
@@ -67,9 +76,8 @@ USUAL: dict[str, tuple[str, ...]] = {
     "wrong_answers": ("wrong_answers", "incorrect_answers"),
     "choices": ("choices", "options"),
 }
-#: Flags of the command line that name a column.
-FLAGS = {"question": "--question-column", "answers": "--answer-column", "choices": "--choice-column",
-         "topic": "--topic-column", "context": "--context-column"}  # fmt: skip
+#: Flags of ``selfdoubt evaluate`` that name a column, for messages.
+COLUMN_FLAGS = {f.name: f.metadata["flag"] for f in fields(Columns) if f.name != "named_by" and "flag" in f.metadata}
 _LETTERED = re.compile(r"(?:(?P<word>option|choice|opt)_?)?(?P<label>[a-j]|[1-9])")
 
 
@@ -84,7 +92,7 @@ def find_columns(
     given: Columns,
     *,
     system: str | None = None,
-    flags: Mapping[str, str] = FLAGS,
+    flags: Mapping[str, str] = COLUMN_FLAGS,
     needed: Sequence[str] = ("question", "answers"),
 ) -> Columns:
     """Find the columns that hold what, from the first row.
@@ -100,20 +108,20 @@ def find_columns(
     Raises:
         DataError: If a given column is missing, none looks like a question or its answers, or several do.
     """
-    found: dict[str, str | None] = {}
+    columns: dict[str, str | None] = {}
     for part, usual in USUAL.items():
         name = getattr(given, part)
         if name is not None and name not in row:
             raise DataError(f"{source} has no column {name!r} for the {part}; it has {names(row)}")
-        found[part] = _usual(source, row, part, usual, system, flags) if name is None else name
+        columns[part] = _usual(source, row, part, usual, system, flags) if name is None else name
     for part in needed:
-        if found[part] is None:
+        if columns[part] is None:
             names_of = (n for n in USUAL[part] if n != lower_name(system or ""))
             raise DataError(
                 f"{source} has no column that looks like the {part} ({' or '.join(names_of)}); "
                 f"it has {names(row)}: say which one it is{_with(flags, part)}"
             )
-    return Columns(**found, named_by=given.named_by)
+    return Columns(**columns, named_by=given.named_by)
 
 
 def _usual(
@@ -121,7 +129,7 @@ def _usual(
 ) -> str | None:
     """Find the column of a usual name. Two are ambiguous, also where their first cells are equal, except that a list of
     accepted answers goes before one answer."""
-    fits = [name for wanted in usual for name in row if lower_name(name) == wanted and name != system]
+    fits = [name for usual_name in usual for name in row if lower_name(name) == usual_name and name != system]
     if not fits:
         return None
     rivals = (
@@ -144,18 +152,18 @@ def collect_choices(row: Row) -> Row:
     """Return a row with its lettered columns (A, B, C, D; option_a, ...; choice1, ...) as one column of choices."""
     if any(lower_name(name) in USUAL["choices"] for name in row):
         return row
-    found: dict[tuple[str, str], str] = {}
+    lettered: dict[tuple[str, str], str] = {}
     for name in row:
         match = _LETTERED.fullmatch(lower_name(name))
         if match and (match["word"] or match["label"].isalpha()):
-            found.setdefault((match["word"] or "", match["label"]), name)
-    for word, first in {(word, "1" if label.isdecimal() else "a"): None for word, label in found}:
+            lettered.setdefault((match["word"] or "", match["label"]), name)
+    for word, first in {(word, "1" if label.isdecimal() else "a"): None for word, label in lettered}:
         labels: list[str] = []
-        while (word, label := chr(ord(first) + len(labels))) in found:
+        while (word, label := chr(ord(first) + len(labels))) in lettered:
             labels.append(label)
-        filled = [label for label in labels if row[found[word, label]] not in (None, "")]
+        filled = [label for label in labels if row[lettered[word, label]] not in (None, "")]
         if len(labels) > 1 and filled:
-            cells = [row[found[word, label]] for label in filled]
+            cells = [row[lettered[word, label]] for label in filled]
             return {**row, "choices": {"text": cells, "label": [label.upper() for label in filled]}}
     return row
 
@@ -175,8 +183,8 @@ def parse_question(place: str, row: Row, columns: Columns, separator: str | None
     right: tuple[int, ...] = ()
     if columns.choices is not None and row.get(columns.choices) not in (None, "", []):
         options = _options(place, columns.choices, row[columns.choices], separator)
-        found = _right(place, name, options, cell, row.get("right"), separator, columns.named_by)
-        choices, right = _unique(options.texts, found)
+        indices = _right(place, name, options, cell, row.get("right"), separator, columns.named_by)
+        choices, right = _unique(options.texts, indices)
         answers = tuple(choices[i] for i in right)
     else:
         answers = texts(place, name, cell, separator)
@@ -220,10 +228,10 @@ def _options(place: str, column: str, cell: Any, separator: str | None) -> _Opti
         or isinstance(cell, str)
         or not all(isinstance(c, (str, int, float)) for c in cell)
     ):
-        raise DataError(f"{place}: {column} must be a list of texts, found {str(cell)[:40]!r}; mend or remove the row")
+        raise DataError(f"{place}: {column} must be a list of texts, found {str(cell)[:40]!r}; fix or remove the row")
     numbers = all(not isinstance(c, str) for c in cell)
-    found = tuple(whole_text(place, column, str(c).strip()) for c in cell)
-    return _Options(found, tuple(str(label).strip() for label in labels), numbers)
+    texts = tuple(whole_text(place, column, str(c).strip()) for c in cell)
+    return _Options(texts, tuple(str(label).strip() for label in labels), numbers)
 
 
 def _right(
@@ -231,21 +239,21 @@ def _right(
 ) -> tuple[int, ...]:
     """Return which choices are right: those of the given indices, else those that the cell names."""
     indices = isinstance(given, (list, tuple))
-    wanted = given if indices else cell
-    if isinstance(wanted, str) and wanted.strip() not in options.texts:
-        wanted = listed(place, column, wanted, separator)
-    found: set[int] = set()
-    for one in wanted if isinstance(wanted, (list, tuple)) else [wanted]:
+    answer = given if indices else cell
+    if isinstance(answer, str) and answer.strip() not in options.texts:
+        answer = listed(place, column, answer, separator)
+    right: set[int] = set()
+    for one in answer if isinstance(answer, (list, tuple)) else [answer]:
         named = _named(place, column, options, one, "index" if indices else named_by)
         if not named or not all(options.texts[i] for i in named):
             choices = ", ".join(map(repr, options.texts))
             raise DataError(
-                f"{place}: the right answer {one!r} is none of the choices {choices}; mend or remove the row"
+                f"{place}: the right answer {one!r} is none of the choices {choices}; fix or remove the row"
             )
-        found.update(named)
-    if not found:
-        raise DataError(f"{place}: none of the choices is right; mend or remove the row")
-    return tuple(sorted(found))
+        right.update(named)
+    if not right:
+        raise DataError(f"{place}: none of the choices is right; fix or remove the row")
+    return tuple(sorted(right))
 
 
 def _named(place: str, column: str, options: _Options, answer: Any, by: str | None) -> list[int]:
@@ -310,6 +318,6 @@ def parse_record(place: str, row: Row) -> Question:
 
 
 __all__ = [
-    "AS_USUAL", "FLAGS", "NAMED_BY", "USUAL", "Columns", "Question", "collect_choices", "find_columns", "is_record",
-    "lower_name", "parse_question", "parse_record",
+    "AS_USUAL", "COLUMN_FLAGS", "NAMED_BY", "USUAL", "Columns", "Question", "collect_choices", "find_columns",
+    "is_record", "lower_name", "parse_question", "parse_record",
 ]  # fmt: skip

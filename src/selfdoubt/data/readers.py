@@ -39,10 +39,25 @@ def read_file(path: Path) -> Iterator[Placed]:
     text = _text(path)
     if suffix in (".csv", ".tsv"):
         return _from_csv(path, text)
-    start, line = _skip(text, 0, 1)
+    start, at_line = _skip(text, 0, 1)
     if text[start : start + 1] == "[":
-        return _from_list(path, text, start, line)
-    return _from_lines(path, text) if suffix == ".jsonl" else _from_json(path, text, start, line)
+        return _from_list(path, text, start, at_line)
+    return _from_lines(path, text) if suffix == ".jsonl" else _from_json(path, text, start, at_line)
+
+
+def looks_like_file(source: str) -> bool:
+    """Return whether a source that does not exist was meant as a file: such a name is not looked up on the hub."""
+    path = Path(source).expanduser()
+    return path.suffix.lower() in SUFFIXES or path.is_absolute() or source.startswith(".")
+
+
+def read_json_lines(path: Path) -> Iterator[Placed]:
+    """Yield the objects of a JSONL file of any name, one per line.
+
+    Raises:
+        DataError: If the file cannot be read, or a line is not a JSON object; the message names the place.
+    """
+    yield from _from_lines(path, _text(path))
 
 
 def read_file_rows(path: Path) -> list[Placed]:
@@ -77,11 +92,11 @@ def read_hub(
     datasets = require("datasets", extra)
     datasets.disable_progress_bars()
     try:
-        found = datasets.load_dataset(name, config, split=split, revision=revision)
+        loaded = datasets.load_dataset(name, config, split=split, revision=revision)
         if split is None:
-            split = next((s for s in splits if s in found), next(iter(found)))
-            found = found[split]
-        yield from ((f"{name}, {split}, row {number}", row) for number, row in enumerate(found, 1))
+            split = next((s for s in splits if s in loaded), next(iter(loaded)))
+            loaded = loaded[split]
+        yield from ((f"{name}, {split}, row {number}", row) for number, row in enumerate(loaded, 1))
     except Exception as error:  # the hub raises what it likes
         text = " ".join(str(error).split())[:160]
         raise DataError(
@@ -102,10 +117,10 @@ def read_hub_rows(name: str, config: str | None, split: str | None, revision: st
 
 def _text(path: Path) -> str:
     try:
-        found = path.read_bytes()
-        if found[:2] in _UTF_16 or b"\0" in found[:2]:
+        raw = path.read_bytes()
+        if raw[:2] in _UTF_16 or b"\0" in raw[:2]:
             raise DataError(f"{path} is not UTF-8 text but UTF-16; save it as UTF-8, or convert it, e.g. with iconv")
-        return found.decode("utf-8-sig")
+        return raw.decode("utf-8-sig")
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror})") from None
     except UnicodeDecodeError as error:
@@ -113,13 +128,13 @@ def _text(path: Path) -> str:
 
 
 def _from_lines(path: Path, text: str) -> Iterator[Placed]:
-    for number, line in enumerate(text.split("\n"), 1):  # a text may hold other line ends
-        if line.strip():
+    for number, row_text in enumerate(text.split("\n"), 1):  # a text may hold other line ends
+        if row_text.strip():
             place = f"{path}, line {number}"
             try:
-                row = json.loads(line)
+                row = json.loads(row_text)
             except (ValueError, RecursionError) as error:
-                raise DataError(f"{place}: broken JSON ({_why(error)}); write one object a line") from None
+                raise DataError(f"{place}: broken JSON ({_why(error)}); write one object per line") from None
             yield place, _object(place, row)
 
 
@@ -138,7 +153,7 @@ def _from_csv(path: Path, text: str) -> Iterator[Placed]:
             if any(cell.strip() for cell in cells):  # Excel writes rows of empty cells
                 yield (place := f"{path}, line {reader.line_num}"), _named(place, header, cells, delimiter)
     except csv.Error as error:
-        raise DataError(f"{path}, line {reader.line_num}: broken CSV ({error}); mend the quotes") from None
+        raise DataError(f"{path}, line {reader.line_num}: broken CSV ({error}); fix the quotes") from None
 
 
 def _check_separator(path: Path, header: list[str], delimiter: str) -> None:
@@ -150,11 +165,11 @@ def _check_separator(path: Path, header: list[str], delimiter: str) -> None:
     names = [name for name in header if name]
     other = next((c for c in _SEPARATORS if c != delimiter and c in names[0]), None) if len(names) == 1 else None
     if other is not None:
-        suffix, wanted = (".tsv", "tabs") if delimiter == "\t" else (".csv", "commas")
+        suffix, separator = (".tsv", "tabs") if delimiter == "\t" else (".csv", "commas")
         name = {"\t": ", or name it .tsv", ",": ", or name it .csv"}.get(other, "")
         raise DataError(
-            f"{path}: the header {names[0][:40]!r} is parted by {_SEPARATORS[other]}, and a {suffix} file by "
-            f"{wanted}; save it with {wanted}{name}"
+            f"{path}: the header {names[0][:40]!r} is separated by {_SEPARATORS[other]}, and a {suffix} file by "
+            f"{separator}; save it with {separator}{name}"
         )
 
 
@@ -172,40 +187,40 @@ def _named(place: str, header: list[str], cells: list[str], delimiter: str) -> R
     return row
 
 
-def _from_list(path: Path, text: str, at: int, line: int) -> Iterator[Placed]:
+def _from_list(path: Path, text: str, at: int, at_line: int) -> Iterator[Placed]:
     """Read a list of objects; each is parsed where it stands, so that its line is known."""
     decoder, number = json.JSONDecoder(), 0
-    at, line = _skip(text, at + 1, line)
+    at, at_line = _skip(text, at + 1, at_line)
     while text[at : at + 1] != "]":
         record, end = _parsed(path, decoder, text, at)
         number += 1
-        place = f"{path}, line {line}, entry {number}"
+        place = f"{path}, line {at_line}, entry {number}"
         yield place, _object(place, record)
-        at, line = _skip(text, end, line + text.count("\n", at, end))
+        at, at_line = _skip(text, end, at_line + text.count("\n", at, end))
         if text[at : at + 1] == ",":
-            at, line = _skip(text, at + 1, line)
+            at, at_line = _skip(text, at + 1, at_line)
         elif text[at : at + 1] != "]":
-            raise DataError(f"{path}, line {line}: wanted ',' or ']' after a record, found {text[at : at + 20]!r}")
-    at, line = _skip(text, at + 1, line)
+            raise DataError(f"{path}, line {at_line}: wanted ',' or ']' after a record, found {text[at : at + 20]!r}")
+    at, at_line = _skip(text, at + 1, at_line)
     if at < len(text):
-        raise DataError(f"{path}, line {line}: found {text[at : at + 20]!r} behind the list; remove it")
+        raise DataError(f"{path}, line {at_line}: found {text[at : at + 20]!r} behind the list; remove it")
 
 
-def _from_json(path: Path, text: str, at: int, line: int) -> Iterator[Placed]:
+def _from_json(path: Path, text: str, at: int, at_line: int) -> Iterator[Placed]:
     if text[at : at + 1] != "{":
-        raise DataError(f"{path}, line {line}: wanted a list of objects, found {text[at : at + 20]!r}")
-    found, end = _parsed(path, json.JSONDecoder(), text, at)
+        raise DataError(f"{path}, line {at_line}: wanted a list of objects, found {text[at : at + 20]!r}")
+    document, end = _parsed(path, json.JSONDecoder(), text, at)
     if text[end:].strip():  # objects one a line, under the other name
         yield from _from_lines(path, text)
-    elif isinstance(found.get("data"), list) and {"columns", "schema"} & set(found):
+    elif isinstance(document.get("data"), list) and {"columns", "schema"} & set(document):
         raise DataError(f"{path}: wanted a list of objects, found a table; in pandas, to_json(orient='records')")
-    elif isinstance(found.get("data"), list):
-        yield from _squad(path, found["data"])
+    elif isinstance(document.get("data"), list):
+        yield from _squad(path, document["data"])
     else:
-        rows = found["Data"] if isinstance(found.get("Data"), list) else [found]
-        if found and all(isinstance(cell, Mapping) for cell in found.values()) and len(rows) == 1:
-            wanted = "a list of objects, found objects by name; in pandas, to_json(orient='records')"
-            raise DataError(f"{path}: wanted {wanted}")
+        rows = document["Data"] if isinstance(document.get("Data"), list) else [document]
+        if document and all(isinstance(cell, Mapping) for cell in document.values()) and len(rows) == 1:
+            problem = "a list of objects, found objects by name; in pandas, to_json(orient='records')"
+            raise DataError(f"{path}: wanted {problem}")
         places = (f"{path}, entry {number}" for number in range(1, len(rows) + 1))
         yield from ((place, _object(place, row)) for place, row in zip(places, rows, strict=True))
 
@@ -214,20 +229,20 @@ def _parsed(path: Path, decoder: json.JSONDecoder, text: str, at: int) -> tuple[
     try:
         return decoder.raw_decode(text, at)
     except (ValueError, RecursionError) as error:
-        line = getattr(error, "lineno", None) or text.count("\n", 0, at) + 1
-        raise DataError(f"{path}, line {line}: broken JSON ({_why(error)}); mend the record") from None
+        at_line = getattr(error, "lineno", None) or text.count("\n", 0, at) + 1
+        raise DataError(f"{path}, line {at_line}: broken JSON ({_why(error)}); fix the record") from None
 
 
 def _why(error: Exception) -> str:
     return "it is nested too deeply" if isinstance(error, RecursionError) else str(getattr(error, "msg", error))
 
 
-def _skip(text: str, at: int, line: int) -> tuple[int, int]:
+def _skip(text: str, at: int, at_line: int) -> tuple[int, int]:
     """Go past white space, counting lines."""
     while at < len(text) and text[at].isspace():
-        line += text[at] == "\n"
+        at_line += text[at] == "\n"
         at += 1
-    return at, line
+    return at, at_line
 
 
 def _squad(path: Path, articles: list[Any]) -> Iterator[Placed]:
@@ -240,7 +255,7 @@ def _squad(path: Path, articles: list[Any]) -> Iterator[Placed]:
                     place = f"{path}, question {asked.get('id', number)}"
                     impossible = asked.get("is_impossible", False)
                     if not impossible and not asked["answers"]:
-                        raise DataError(f"{place}: has no answers but is not marked is_impossible; mend the file")
+                        raise DataError(f"{place}: has no answers but is not marked is_impossible; fix the file")
                     answers = [] if impossible else asked["answers"]
                     row = {"id": asked.get("id"), "question": asked["question"], "answers": answers}
                     yield place, {**row, "context": paragraph["context"], "topic": article.get("title")}

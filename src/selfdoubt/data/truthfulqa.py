@@ -18,22 +18,22 @@ from selfdoubt.errors import ConfigError, DataError
 
 HUB = "truthfulqa/truthful_qa"
 CSV, JSON = "TruthfulQA.csv", "mc_task.json"
-Task = Literal["gen", "mc1", "mc2"]
+TruthfulQATask = Literal["gen", "mc1", "mc2"]
 _GEN = ("question", "best_answer", "correct_answers", "incorrect_answers")
 
 
 def is_generation(row: Row) -> bool:
-    """Whether this is a row of ``TruthfulQA.csv`` or of the hub's generation set."""
+    """Return whether this is a row of ``TruthfulQA.csv`` or of the hub's generation set."""
     return set(_GEN) <= set(_lower(row))
 
 
 def is_choice(row: Row) -> bool:
-    """Whether this is an entry of ``mc_task.json`` or of the hub's multiple-choice set."""
+    """Return whether this is an entry of ``mc_task.json`` or of the hub's multiple-choice set."""
     return {"question", "mc1_targets", "mc2_targets"} <= set(row)
 
 
 def from_path(path: Path, task: str | None, seed: int) -> list[tuple[Question, Row]]:
-    """The questions of the two files: of a folder that holds them, or of one that has the other beside it.
+    """Return the questions of the two files: of a folder that holds them, or of one that has the other next to it.
 
     Args:
         path: The folder or either file.
@@ -42,7 +42,7 @@ def from_path(path: Path, task: str | None, seed: int) -> list[tuple[Question, R
 
     Raises:
         DataError: If a file is missing or broken, or a question of one is not in the other.
-        ConfigError: If there is no such task.
+        ConfigError: If the task is unknown.
     """
     files = _files(path)
     kind = _task(task, "mc1" if path == files.get(JSON) else "gen")
@@ -54,11 +54,11 @@ def from_path(path: Path, task: str | None, seed: int) -> list[tuple[Question, R
 
 
 def from_the_hub(task: str | None, seed: int, split: str | None, revision: str | None) -> list[tuple[Question, Row]]:
-    """The questions of the hub's two configurations.
+    """Return the questions of the hub's two configurations.
 
     Raises:
         DataError: If they cannot be loaded.
-        ConfigError: If there is no such task.
+        ConfigError: If the task is unknown.
     """
     kind = _task(task, "gen")
     generation = read_hub_rows(HUB, "generation", split or "validation", revision)
@@ -67,35 +67,37 @@ def from_the_hub(task: str | None, seed: int, split: str | None, revision: str |
 
 
 def _files(path: Path) -> dict[str, Path]:
-    """Which of the two files there are; a file given by another name stands for the one that it looks like."""
+    """Find the two files, or one of them; a file of another name stands for the one that it looks like."""
     folder = path if path.is_dir() else path.parent
-    found = {name: folder / name for name in (CSV, JSON) if (folder / name).is_file()}
+    files = {name: folder / name for name in (CSV, JSON) if (folder / name).is_file()}
     if path.is_file():
         first = next(iter(read_file_rows(path)), None)
-        found[CSV if first is not None and is_generation(first[1]) else JSON] = path
-    return found
+        files[CSV if first is not None and is_generation(first[1]) else JSON] = path
+    return files
 
 
-def _task(task: str | None, default: Task) -> Task:
-    names: tuple[Task, ...] = get_args(Task)
+def _task(task: str | None, default: TruthfulQATask) -> TruthfulQATask:
+    names: tuple[TruthfulQATask, ...] = get_args(TruthfulQATask)
     for name in names:
         if name == (task or default):
             return name
     raise ConfigError(f"TruthfulQA has no task {task!r}; choose one of {', '.join(names)}")
 
 
-def _questions(generation: list[Placed], choice: list[Placed], task: Task, seed: int) -> list[tuple[Question, Row]]:
+def _questions(
+    generation: list[Placed], choice: list[Placed], task: TruthfulQATask, seed: int
+) -> list[tuple[Question, Row]]:
     if task == "gen":
         return [(_open(place, row), row) for place, row in generation]
     topics = {required_text(place, low, "question"): low.get("category")
               for place, row in generation for low in [_lower(row)]}  # fmt: skip
-    found = []
+    questions = []
     for place, row in choice:
         text = required_text(place, row, "question")
         if topics and text not in topics:
             raise DataError(f"{place}: the question {text!r} is not in {CSV}; take both files from one release")
-        found.append((_closed(place, row, text, topics.get(text), task, seed), row))
-    return found
+        questions.append((_closed(place, row, text, topics.get(text), task, seed), row))
+    return questions
 
 
 def _open(place: str, row: Row) -> Question:
@@ -107,19 +109,19 @@ def _open(place: str, row: Row) -> Question:
     )
 
 
-def _closed(place: str, row: Row, text: str, topic: str | None, task: Task, seed: int) -> Question:
+def _closed(place: str, row: Row, text: str, topic: str | None, task: TruthfulQATask, seed: int) -> Question:
     targets = row.get(f"{task}_targets")
     if isinstance(targets, Mapping) and {"choices", "labels"} <= set(targets):
         pairs = list(zip(targets["choices"], targets["labels"], strict=True))
     else:
         pairs = list(targets.items()) if isinstance(targets, Mapping) else []
     if {label for _, label in pairs} != {0, 1} or not all(isinstance(c, str) and c.strip() for c, _ in pairs):
-        raise DataError(f"{place}: {task}_targets must map texts to 0 and 1, with at least one of each; mend the entry")
-    own = text_id(text)
-    pairs = sorted(pairs, key=lambda pair: rank_key(seed, own, pair[0]))
+        raise DataError(f"{place}: {task}_targets must map texts to 0 and 1, with at least one of each; fix the entry")
+    id_ = text_id(text)
+    pairs = sorted(pairs, key=lambda pair: rank_key(seed, id_, pair[0]))
     choices = tuple(c for c, _ in pairs)
     right = tuple(i for i, (_, label) in enumerate(pairs) if label == 1)
-    return Question(own, text, None, tuple(choices[i] for i in right), (), choices, right, topic)
+    return Question(id_, text, None, tuple(choices[i] for i in right), (), choices, right, topic)
 
 
 def _lower(row: Row) -> dict[str, Any]:

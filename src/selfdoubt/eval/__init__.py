@@ -2,3 +2,56 @@
 
 ``judges`` say what is right, ``scores`` compare several answers to one question.
 """
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from selfdoubt.eval.config import EvaluationConfig
+    from selfdoubt.eval.few_shot import choose_examples
+    from selfdoubt.eval.prompts import Prompting
+    from selfdoubt.eval.records import Record, Sample, read_records, save_records
+    from selfdoubt.eval.run import ask_questions
+    from selfdoubt.eval.run_folder import read_run
+    from selfdoubt.eval.settings import Cost, Run
+
+__all__ = [
+    "Cost",
+    "EvaluationConfig",
+    "Prompting",
+    "Record",
+    "Run",
+    "Sample",
+    "ask_questions",
+    "choose_examples",
+    "read_records",
+    "read_run",
+    "save_records",
+]
+
+_HOMES = {
+    "EvaluationConfig": "config",
+    "Prompting": "prompts",
+    "Record": "records",
+    "Sample": "records",
+    "Run": "settings",
+    "Cost": "settings",
+    "ask_questions": "run",
+    "read_records": "records",
+    "save_records": "records",
+    "read_run": "run_folder",
+    "choose_examples": "few_shot",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # Lazy, so that the command line can list its flags without importing torch.
+    if name in _HOMES:
+        return getattr(import_module(f"selfdoubt.eval.{_HOMES[name]}"), name)
+    raise AttributeError(f"module 'selfdoubt.eval' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -27,9 +27,9 @@ from selfdoubt.eval.judges.verdict import parse_verdict
 from selfdoubt.eval.records import Record, Sample
 
 #: Usual names of the column that holds a system's answer.
-SYSTEM = ("answer", "prediction", "predicted_answer", "model_answer", "response", "output", "completion")
+SYSTEM_COLUMNS = ("answer", "prediction", "predicted_answer", "model_answer", "response", "output", "completion")
 #: Flags of ``selfdoubt report`` that name a column.
-FLAGS = {"question": "--question-column", "answers": "--gold-column"}
+REPORT_FLAGS = {"question": "--question-column", "answers": "--gold-column"}
 UNKNOWN = "no accepted answer is given"
 #: Columns that mean the same in any case.
 _PARTS = {f.name for f in fields(Record)} - {"question", "answer"}
@@ -37,7 +37,7 @@ _PARTS = {f.name for f in fields(Record)} - {"question", "answer"}
 
 @dataclass(frozen=True)
 class ExternalAnswers:
-    """Records of a file, with what only the file knows."""
+    """Records of a file, with the knowledge that only the file has."""
 
     records: list[Record]
     rows: Mapping[str, Row]  #: by the record's id
@@ -63,7 +63,7 @@ def read_external_answers(path: Path, *, columns: Columns, answer: str | None = 
     Args:
         path: The file.
         columns: Which columns hold the question and its accepted answers, where their names do not say it.
-        answer: The column of the system's answers; None looks for ``SYSTEM``.
+        answer: The column of the system's answers; None looks for ``SYSTEM_COLUMNS``.
 
     Raises:
         DataError: If it cannot be read, lacks a column, or a row is broken; the message names the place.
@@ -73,19 +73,19 @@ def read_external_answers(path: Path, *, columns: Columns, answer: str | None = 
         raise DataError(f"{path} holds no answers; give a file with at least one")
     first = {name: cell for _, row in reversed(placed) for name, cell in row.items()}
     system = _system(path, first, answer)
-    found = _columns(str(path), collect_choices(first), columns, system)
-    taken = {str(row[found.id]) for _, row in placed if found.id and row.get(found.id) not in (None, "")}
+    resolved = _columns(str(path), collect_choices(first), columns, system)
+    taken = {str(row[resolved.id]) for _, row in placed if resolved.id and row.get(resolved.id) not in (None, "")}
     records: list[Record] = []
     rows: dict[str, Row] = {}
     unknown: set[str] = set()
     for number, (place, row) in enumerate(placed, 1):
-        question, known = _question(place, row, found)
-        own = question.id or _free(str(number), taken)
-        if own in rows:
-            raise DataError(f"{place}: the id {own!r} comes twice; give every question its own")
-        rows[own] = row
-        unknown |= set() if known else {own}
-        records.append(_record(place, row, system, replace(question, id=own)))
+        question, known = _question(place, row, resolved)
+        id_ = question.id or _free(str(number), taken)
+        if id_ in rows:
+            raise DataError(f"{place}: the id {id_!r} comes twice; give every question its own")
+        rows[id_] = row
+        unknown |= set() if known else {id_}
+        records.append(_record(place, row, system, replace(question, id=id_)))
     return ExternalAnswers(records, rows, frozenset(unknown))
 
 
@@ -99,11 +99,11 @@ def _system(path: Path, first: Row, given: str | None) -> str:
         if given not in first:
             raise DataError(f"{path} has no column {given!r} for the system's answers; it has {names(first)}")
         return given
-    fits = [name for wanted in SYSTEM for name in first if lower_name(name) == wanted]
+    fits = [name for usual in SYSTEM_COLUMNS for name in first if lower_name(name) == usual]
     if not fits:
         raise DataError(
-            f"{path} has no column that looks like a system's answer ({' or '.join(SYSTEM)}); it has {names(first)}: "
-            "say which one it is with --answer-column"
+            f"{path} has no column that looks like a system's answer ({' or '.join(SYSTEM_COLUMNS)}); it has "
+            f"{names(first)}: say which one it is with --answer-column"
         )
     if len(fits) > 1:
         raise DataError(
@@ -115,7 +115,7 @@ def _system(path: Path, first: Row, given: str | None) -> str:
 
 def _columns(source: str, first: Row, given: Columns, system: str) -> Columns:
     """Find columns as for questions, but that accepted answers may be missing."""
-    return find_columns(source, first, given, system=system, flags=FLAGS, needed=("question",))
+    return find_columns(source, first, given, system=system, flags=REPORT_FLAGS, needed=("question",))
 
 
 def _free(name: str, taken: set[str]) -> str:
@@ -142,7 +142,7 @@ def _record(place: str, row: Row, system: str, question: Question) -> Record:
     if isinstance(answer, (int, float)) and not isinstance(answer, bool) and math.isfinite(answer):
         answer = str(answer).removesuffix(".0")  # pandas makes 4 of a column with gaps 4.0
     if answer is not None and not isinstance(answer, str):
-        raise DataError(f"{place}: {system} must be text, found {type(answer).__name__}; mend or remove the row")
+        raise DataError(f"{place}: {system} must be text, found {type(answer).__name__}; fix or remove the row")
     verdict = parse_verdict(f"{place}: correct", row.get("correct"))
     grade = _number(place, "grade", row.get("grade"))
     return Record(
@@ -171,8 +171,8 @@ def _number(place: str, name: str, cell: Any, *, share: bool = False) -> float |
     except (TypeError, ValueError, OverflowError):
         value = math.nan
     if not math.isfinite(value) or (share and not 0 <= value <= 1):
-        wanted = "a number from 0 to 1" if share else "a number"
-        raise DataError(f"{place}: {name} must be {wanted}, found {str(cell)[:40]!r}; mend it, or leave it out")
+        kind = "a number from 0 to 1" if share else "a number"
+        raise DataError(f"{place}: {name} must be {kind}, found {str(cell)[:40]!r}; fix it, or leave it out")
     return value
 
 
@@ -180,7 +180,7 @@ def _text(place: str, name: str, cell: Any) -> str | None:
     if cell is None or cell == "":
         return None
     if not isinstance(cell, str):
-        raise DataError(f"{place}: {name} must be text, found {type(cell).__name__}; mend it, or leave it out")
+        raise DataError(f"{place}: {name} must be text, found {type(cell).__name__}; fix it, or leave it out")
     return cell
 
 
@@ -197,34 +197,34 @@ def _json(cell: Any) -> Any:
 
 
 def _scores(place: str, cell: Any) -> dict[str, float]:
-    found = _json(cell)
-    if found is None:
+    scores = _json(cell)
+    if scores is None:
         return {}
-    if not isinstance(found, Mapping):
-        raise DataError(f"{place}: scores must map names to numbers, found {str(found)[:40]!r}; mend or remove it")
-    values = {str(name): _number(place, f"the score {name}", value) for name, value in found.items()}
+    if not isinstance(scores, Mapping):
+        raise DataError(f"{place}: scores must map names to numbers, found {str(scores)[:40]!r}; fix or remove it")
+    values = {str(name): _number(place, f"the score {name}", value) for name, value in scores.items()}
     return {name: value for name, value in values.items() if value is not None}
 
 
 def _list(place: str, name: str, cell: Any) -> list[Any]:
-    found = _json(cell)
-    if found is None:
+    entries = _json(cell)
+    if entries is None:
         return []
-    if not isinstance(found, (list, tuple)):
-        raise DataError(f"{place}: {name} must be a list, found {str(found)[:40]!r}; mend it, or leave it out")
-    return list(found)
+    if not isinstance(entries, (list, tuple)):
+        raise DataError(f"{place}: {name} must be a list, found {str(entries)[:40]!r}; fix it, or leave it out")
+    return list(entries)
 
 
 def _tokens(place: str, name: str, cell: Any) -> tuple[tuple[str, float], ...]:
-    found = []
+    pairs = []
     for pair in _list(place, name, cell):
         if not isinstance(pair, (list, tuple)) or len(pair) != 2 or not isinstance(pair[0], str):
             raise DataError(f"{place}: {name} must be pairs of a text and its risk, found {str(pair)[:40]!r}")
         risk = _number(place, f"the risk of {name}", pair[1])
         if risk is None:
-            raise DataError(f"{place}: {pair[0]!r} of {name} lacks its risk; mend it, or leave them out")
-        found.append((pair[0], risk))
-    return tuple(found)
+            raise DataError(f"{place}: {pair[0]!r} of {name} lacks its risk; fix it, or leave them out")
+        pairs.append((pair[0], risk))
+    return tuple(pairs)
 
 
 def _sample(place: str, cell: Any) -> Sample:
@@ -232,7 +232,7 @@ def _sample(place: str, cell: Any) -> Sample:
         raise DataError(f"{place}: samples must be objects with text and risk, found {str(cell)[:40]!r}")
     risk = _number(place, "the risk of a sample", cell.get("risk"))
     if risk is None:
-        raise DataError(f"{place}: a sample lacks its risk; mend it, or leave the samples out")
+        raise DataError(f"{place}: a sample lacks its risk; fix it, or leave the samples out")
     percentile = _number(place, "the percentile of a sample", cell.get("percentile"), share=True)
     return Sample(
         cell["text"], risk, percentile, parse_verdict(f"{place}: correct of a sample", cell.get("correct")).correct

@@ -1,15 +1,17 @@
-"""What a model is asked: a question and examples as chat messages, or as plain text to continue. Pure functions."""
+"""Prompts: a question and examples as chat messages, or as plain text to continue. Pure functions."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from selfdoubt.data.questions import Question
 from selfdoubt.errors import ConfigError
-from selfdoubt.eval.records import Question
+from selfdoubt.setting import setting
 
-STYLES = ("chat", "qa")
-Message = dict[str, str]
+PROMPT_STYLES = ("auto", "chat", "qa")
+PromptMessage = dict[str, str]
+BuiltPrompt = str | list[PromptMessage]  #: plain text in the style "qa", else messages
 
 #: An answer in the style "qa" ends where the line ends.
 STOP = "\n"
@@ -23,27 +25,28 @@ BY_LETTER = "Answer with the letter of the right option."
 
 @dataclass(frozen=True)
 class Prompting:
-    """How to ask."""
+    """The form of prompts."""
 
-    style: str = "chat"  #: one of ``STYLES``
-    instruction: str | None = (
-        None  #: a line before everything; None takes the usual one of the kind of question, "" none
+    style: str = setting(
+        "auto", "chat: the model's template; qa: plain 'Q: ... A:'; auto: chat where there is a template."
     )
-    system: bool = (
-        True  #: in a chat, give the instruction as the system's message and not as part of the first question
-    )
-    options: bool = False  #: show the choices, with letters
+    #: None takes the usual one of the kind of question, "" none.
+    instruction: str | None = setting(None, "An instruction before each question.")
+    #: In a chat, give the instruction as the system's message and not as part of the first question; None: where the
+    #: template has a place for it.
+    system: bool | None = None
+    options: bool = setting(False, "Multiple choice: show the choices, and answer by letter.", flag="--show-choices")
 
     def __post_init__(self) -> None:
-        if self.style not in STYLES:
-            raise ConfigError(f"no style of prompts is called {self.style!r}; choose one of {', '.join(STYLES)}")
+        if self.style not in PROMPT_STYLES:
+            raise ConfigError(f"no style of prompts is called {self.style!r}; choose one of {', '.join(PROMPT_STYLES)}")
 
 
-CHAT = Prompting()
+AUTO, CHAT = Prompting(), Prompting("chat")
 
 
-def build_prompt(question: Question, shots: Sequence[Question] = (), how: Prompting = CHAT) -> list[Message] | str:
-    r"""What the model is asked.
+def build_prompt(question: Question, shots: Sequence[Question] = (), how: Prompting = CHAT) -> BuiltPrompt:
+    r"""Build the prompt of a question.
 
     Args:
         question: The question; its context comes before it.
@@ -62,26 +65,26 @@ def build_prompt(question: Question, shots: Sequence[Question] = (), how: Prompt
         blocks = [f"{_line_by_line(_body(s, how, 'Q: '))}\nA: {_one_line(shown_answer(s, how.options))}" for s in shots]
         last = f"{_line_by_line(_body(question, how, 'Q: '))}\nA:"
         return "\n\n".join(([instruction] if instruction else []) + [*blocks, last])
-    turns: list[Message] = []
+    turns: list[PromptMessage] = []
     for shot in shots:
         turns += [_user(_body(shot, how, "")), {"role": "assistant", "content": shown_answer(shot, how.options)}]
     turns.append(_user(_body(question, how, "")))
     if not instruction:
         return turns
-    if how.system:
+    if how.system is not False:
         return [{"role": "system", "content": instruction}, *turns]
     return [_user(f"{instruction}\n\n{turns[0]['content']}"), *turns[1:]]
 
 
 def choose_instruction(question: Question, options: bool) -> str:
-    """The line that goes before questions of this kind; empty where they need none."""
+    """Return the line that goes before questions of this kind; empty where they need none."""
     if options and question.choices:
         return BY_LETTER
     return FROM_PASSAGE if question.context else ""
 
 
 def shown_answer(question: Question, options: bool = False) -> str:
-    """The answer that an example shows: the first accepted one, a letter and its choice, or that there is none."""
+    """Return an example's answer: the first accepted one, a letter and its choice, or that there is none."""
     if options and question.choices:
         index = question.right[0]
         return f"{letter(index)}. {question.choices[index]}"
@@ -89,12 +92,12 @@ def shown_answer(question: Question, options: bool = False) -> str:
 
 
 def letter(index: int) -> str:
-    """A, B, C, ... for the choice of this index."""
+    """Return A, B, C, ... for the choice of this index."""
     return chr(ord("A") + index)
 
 
 def answer_text(text: str, how: Prompting = CHAT) -> str:
-    r"""The answer in what the model wrote: stripped, and in the style "qa" its first line that is not empty.
+    r"""Return the answer in a text of the model: stripped, and in the style "qa" its first line that is not empty.
 
     Example:
         >>> answer_text(" Paris.\n\nQ: What next?", Prompting("qa"))
@@ -117,7 +120,7 @@ def _body(question: Question, how: Prompting, mark: str) -> str:
     return "\n".join(([passage, *lines] if mark else [passage, "", *lines]) if passage else lines)
 
 
-def _user(content: str) -> Message:
+def _user(content: str) -> PromptMessage:
     return {"role": "user", "content": content}
 
 
@@ -126,5 +129,5 @@ def _one_line(text: str) -> str:
 
 
 def _line_by_line(text: str) -> str:
-    """Without empty lines, which part the examples."""
-    return "\n".join(line for line in text.splitlines() if line.strip())
+    """Leave out empty lines, which separate the examples."""
+    return "\n".join(filter(str.strip, text.splitlines()))

@@ -1,16 +1,17 @@
-"""What a question file and an answer file hold, one JSON object a line. Needs no library: other tools read it too."""
+"""Records of answers, and files of them: one JSON object per line, which other tools read too."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from selfdoubt.data.questions import Question as Question
+from selfdoubt.data.readers import read_json_lines
 from selfdoubt.errors import DataError
 from selfdoubt.storage import write
 
@@ -47,31 +48,35 @@ class Record:
     def to_json(self) -> dict[str, Any]:
         """Return plain data, flat; what is unknown or empty is left out, but for ``answer`` and ``correct``, and for
         ``answers``: an empty list of them says that only declining is right."""
-        own = self.question
-        found: dict[str, Any] = {"id": own.id, "question": own.text}
-        found |= {} if own.choices else {"answers": []}
-        found |= {f.name: _plain(getattr(own, f.name)) for f in fields(own)[2:] if _told(getattr(own, f.name))}
+        question = self.question
+        entries: dict[str, Any] = {"id": question.id, "question": question.text}
+        entries |= {} if question.choices else {"answers": []}
+        entries |= {
+            f.name: _plain(getattr(question, f.name))
+            for f in fields(question)[2:]
+            if _is_known(getattr(question, f.name))
+        }
         for f in fields(self)[1:]:
             value = getattr(self, f.name)
-            if f.name in ("answer", "correct") or _told(value):
-                found[f.name] = [_sample(s) for s in value] if f.name == "samples" else _plain(value)
-        return found
+            if f.name in ("answer", "correct") or _is_known(value):
+                entries[f.name] = [_sample(s) for s in value] if f.name == "samples" else _plain(value)
+        return entries
 
     @classmethod
     def from_json(cls, row: Mapping[str, Any]) -> Record:
-        """The record that ``to_json`` described.
+        """Return the record that ``to_json`` described.
 
         Raises:
             DataError: If an entry is missing, unknown to be of its kind, or not a finite number.
         """
         try:
-            own = {f.name: _frozen(row[f.name]) for f in fields(Question)[2:] if row.get(f.name) is not None}
+            asked = {f.name: _frozen(row[f.name]) for f in fields(Question)[2:] if row.get(f.name) is not None}
             rest = {f.name: _frozen(row[f.name]) for f in fields(cls)[1:] if row.get(f.name) is not None}
             rest["correct"] = None if row.get("correct") is None else _truth(row["correct"])
             for name in ("answers", "wrong_answers", "choices", "right", "tokens", "question_tokens", "samples"):
-                if not isinstance({**own, **rest}.get(name, ()), tuple):
+                if not isinstance({**asked, **rest}.get(name, ()), tuple):
                     raise TypeError(f"{name} must be a list")
-            question = Question(str(row["id"]), str(row["question"]), **own)
+            question = Question(str(row["id"]), str(row["question"]), **asked)
             rest["samples"] = tuple(Sample(**s) for s in rest.get("samples", ()))
             rest["scores"] = {str(k): float(v) for k, v in rest.get("scores", {}).items()}
             record = cls(question, **{"answer": None, **rest})
@@ -84,59 +89,35 @@ class Record:
 
 
 def read_records(path: str | os.PathLike[str]) -> list[Record]:
-    """All records of a file.
+    """Read all records of a file.
 
     Raises:
         DataError: If it cannot be read, a line is broken, or an id comes twice.
     """
-    found: dict[str, Record] = {}
-    for place, row in rows(path):
+    records: dict[str, Record] = {}
+    for place, row in read_json_lines(Path(path)):
         try:
             record = Record.from_json(row)
         except DataError as error:
             raise DataError(f"{place}: {error}; write the file again with `selfdoubt evaluate`") from None
-        if record.question.id in found:
+        if record.question.id in records:
             raise DataError(f"{place}: the id {record.question.id!r} comes twice; give every question its own")
-        found[record.question.id] = record
-    return list(found.values())
-
-
-def rows(path: str | os.PathLike[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The objects of a JSONL file, each with its place in words.
-
-    Raises:
-        DataError: If the file cannot be read, or a line is not a JSON object.
-    """
-    try:
-        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")  # splitlines also cuts inside of texts
-    except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror}); give a JSONL file") from None
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text (byte {error.start}); convert it, e.g. with iconv") from None
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise DataError(f"{path}, line {number} is not JSON ({error}); write one object a line") from None
-        if not isinstance(row, dict):
-            raise DataError(f"{path}, line {number} is {type(row).__name__}, not an object with keys")
-        yield f"{path}, line {number}", row
+        records[record.question.id] = record
+    return list(records.values())
 
 
 def save_records(path: str | os.PathLike[str], records: Iterable[Record]) -> None:
     """Write a file of records, whole or not at all; half of a character is written as JSON escapes it."""
-    write(Path(path), "".join(line(r) for r in records).encode("utf-8", "backslashreplace"))
+    write(Path(path), "".join(format_record(r) for r in records).encode("utf-8", "backslashreplace"))
 
 
-def line(record: Record) -> str:
-    """One line of a file of records."""
+def format_record(record: Record) -> str:
+    """Return one line of a file of records."""
     return json.dumps(record.to_json(), ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def with_scores(record: Record, scores: Mapping[str, float]) -> Record:
-    """The record with more scores."""
+    """Return the record with more scores."""
     return replace(record, scores={**record.scores, **scores})
 
 
@@ -146,7 +127,7 @@ def _truth(value: Any) -> bool:
     return value
 
 
-def _told(value: Any) -> bool:
+def _is_known(value: Any) -> bool:
     return value is not None and value not in ((), {})
 
 

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 
 from selfdoubt.eval.judges.signs import HANGUL, UNSPACED
 
-#: A loop is a part that stands so many times in a row (two whole ones and half of a third will do), that has at
-#: least so many units (words, or characters of scripts without spaces) in all, and that fills such a share of all.
+#: A loop is a part that stands at least ``TIMES`` times in a row (two whole ones and half of a third), that has at
+#: least ``SHORTEST`` units (words, or characters of scripts without spaces) in all, and that fills ``SHARE`` of all.
 TIMES, SHORTEST, SHARE = 2.5, 6, 0.5
 _UNIT = re.compile(rf"[{UNSPACED}{HANGUL}]|[^\W{UNSPACED}{HANGUL}]+")
 
 
-def repeats(text: str) -> bool:
+def is_repeating(text: str) -> bool:
     """Return whether an answer is mostly a loop: one part two and a half times in a row or more.
 
     Parts are made of words in lower case without signs, of scripts without spaces of characters. A loop may begin after
@@ -21,8 +21,10 @@ def repeats(text: str) -> bool:
     the answer. A list whose lines begin alike, a refrain, and a short answer do not count.
 
     Example:
-        >>> repeats("I'm not a game. I'm a game. I'm a game. I'm a game."), repeats("No, no, no!"), repeats("Paris")
-        (True, False, False)
+        >>> is_repeating("I'm not a game. I'm a game. I'm a game. I'm a game.")
+        True
+        >>> is_repeating("No, no, no!"), is_repeating("Paris")
+        (False, False)
     """
     units = _UNIT.findall(text.lower())
     longest = max((_run(units, period) for period in range(1, int(len(units) / TIMES) + 1)), default=0)
@@ -30,7 +32,7 @@ def repeats(text: str) -> bool:
 
 
 def _run(units: Sequence[str], period: int) -> int:
-    """Return the longest stretch that equals itself ``period`` units later, and its first part; 0 if it is no loop."""
+    """Return the longest stretch that equals itself ``period`` units later, with its first part; 0 without a loop."""
     best = now = 0
     for i in range(period, len(units)):
         now = now + 1 if units[i] == units[i - period] else 0

@@ -8,22 +8,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from selfdoubt.data.cells import has_half
+from selfdoubt.data.readers import read_json_lines
 from selfdoubt.errors import ConfigError, DataError, NonFiniteError, PromptError
-from selfdoubt.eval import records
 from selfdoubt.storage import write
 
 if TYPE_CHECKING:
     from selfdoubt.lm.answer import Answer
     from selfdoubt.lm.model import RiskAwareLM
 
-#: What scoring writes into a row; what stood there before is replaced.
+#: Keys that scoring writes into a row, in place of earlier ones.
 WRITTEN = (
     "scores", "tokens", "question_tokens", "percentile", "p_correct", "p_correct_note", "abstain", "finish", "note"
 )  # fmt: skip
 
 
 def read_answer_rows(file: str, out: Path, question_column: str) -> list[dict[str, Any]]:
-    """The rows of a file of answers, before a model loads.
+    """Read the rows of a file of answers, before a model loads.
 
     Raises:
         DataError: If the file cannot be read, is empty, or no row has a question.
@@ -32,10 +32,10 @@ def read_answer_rows(file: str, out: Path, question_column: str) -> list[dict[st
     if out.resolve() == Path(file).resolve():
         raise ConfigError(f"--out {out} is the file of answers itself; give another name")
     if not out.absolute().parent.is_dir():
-        raise ConfigError(f"--out {out}: there is no folder {out.absolute().parent}; make it first")
-    rows = [row for _, row in records.rows(file)]
+        raise ConfigError(f"--out {out}: the folder {out.absolute().parent} does not exist; make it first")
+    rows = [dict(row) for _, row in read_json_lines(Path(file))]
     if not rows:
-        raise DataError(f"{file} holds no answers; write one object a line")
+        raise DataError(f"{file} holds no answers; write one object per line")
     if not any(question_column in row for row in rows):
         keys = ", ".join(sorted(rows[0]))
         raise DataError(
@@ -68,40 +68,40 @@ def rescore(
     """
     if batch_size < 1:
         raise ConfigError(f"batch_size must be at least 1, got {batch_size}")
-    found: list[dict[str, Any]] = [
+    scored_rows: list[dict[str, Any]] = [
         {"id": str(i), **{k: v for k, v in row.items() if k not in WRITTEN}} for i, row in enumerate(rows, 1)
     ]
-    fit = [i for i, row in enumerate(rows) if not _refuse(found[i], row, question_column, answer_column)]
+    fit = [i for i, row in enumerate(rows) if not _refuse(scored_rows[i], row, question_column, answer_column)]
     fit.sort(key=lambda i: (-len(str(rows[i][question_column])) - len(rows[i][answer_column]), i))
     for first in range(0, len(fit), batch_size):
         part = fit[first : first + batch_size]
         pairs = [(rows[i][question_column], rows[i][answer_column]) for i in part]
         for i, scored in zip(part, _score(lm, pairs), strict=True):
-            found[i] |= {"note": scored} if isinstance(scored, str) else _entries(scored)
+            scored_rows[i] |= {"note": scored} if isinstance(scored, str) else _entries(scored)
     write(
         out,
-        "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in found).encode(
+        "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in scored_rows).encode(
             "utf-8", "backslashreplace"
         ),
     )
-    return sum("scores" not in row for row in found)
+    return sum("scores" not in row for row in scored_rows)
 
 
-def _refuse(found: dict[str, Any], row: Mapping[str, Any], question_column: str, answer_column: str) -> bool:
+def _refuse(entry: dict[str, Any], row: Mapping[str, Any], question_column: str, answer_column: str) -> bool:
     for name in (question_column, answer_column):
         value = row.get(name)
         chat = name == question_column and isinstance(value, list) and value
         if not chat and not (isinstance(value, str) and value.strip()):
-            found["note"] = f"not scored: {name} is {'missing' if value is None else 'empty or no text'}"
+            entry["note"] = f"not scored: {name} is {'missing' if value is None else 'empty or no text'}"
             return True
         if has_half(json.dumps(value, ensure_ascii=False)):
-            found["note"] = f"not scored: {name} holds half of a character (a lone surrogate)"
+            entry["note"] = f"not scored: {name} holds half of a character (a lone surrogate)"
             return True
     return False
 
 
 def _score(lm: RiskAwareLM, pairs: Sequence[tuple[Any, str]]) -> list[Answer | str]:
-    """An answer, or why there is none; where a batch fails, each of it is tried alone."""
+    """Return answers, or why there is none; where a batch fails, each answer of it is tried alone."""
     try:
         return list(lm.score_batch(pairs, alternatives=0))
     except (PromptError, NonFiniteError) as error:

@@ -5,20 +5,24 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, distributed
 
-from selfdoubt.errors import DataError
-from selfdoubt.eval.generate import AnsweredBatch, EvaluationConfig, ask_batch
-from selfdoubt.eval.records import Question
+from selfdoubt.data.questions import Question
+from selfdoubt.errors import ConfigError, DataError, PromptError
+from selfdoubt.eval.config import EvaluationConfig
+from selfdoubt.eval.generate import AnsweredBatch, ask_batch
+from selfdoubt.eval.prompts import STOP
 from selfdoubt.eval.scores.agreement import build_equivalence
+from selfdoubt.eval.settings import Cost, Run
 from selfdoubt.eval.shards import Shards
-from selfdoubt.lm.hidden_states import decoder_layers
+from selfdoubt.lm.conditions import Conditions
+from selfdoubt.lm.hidden_states import find_decoder_layers
 from selfdoubt.lm.text.prompt import encode
 from selfdoubt.members import innermost
 
@@ -31,9 +35,9 @@ if TYPE_CHECKING:
 def ask_questions(
     lm: RiskAwareLM,
     questions: Sequence[Question],
-    plan: EvaluationConfig,
+    config: EvaluationConfig,
     out: Path,
-    about: Mapping[str, Any] | None = None,
+    run: Run | None = None,
 ) -> AnsweredBatch | None:
     """Ask all questions; finished batches are kept in ``out`` and never asked twice.
 
@@ -43,56 +47,120 @@ def ask_questions(
     Args:
         lm: The model.
         questions: With unique ids; with choices all, or none.
-        plan: How to ask.
+        config: How to ask; see ``resolve_config`` for what the model decides.
         out: The run's folder.
-        about: What else the answers depend on, e.g. the model's name.
+        run: Settings that the answers depend on, too: the model's name, the data, ...
 
     Returns:
         All records in the order of the questions, with states and costs; None on all processes but the first.
 
     Raises:
         DataError: If ids come twice, or only some questions have choices.
-        ConfigError: If ``out`` holds parts of another run.
+        ConfigError: If ``out`` holds shards of another run.
     """
-    _check(questions)
+    check_questions(questions)
+    config = resolve_config(config, lm)
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if world > 1 and not distributed.is_initialized():
         distributed.init_process_group("gloo")
-    order = _by_length(lm, questions, plan)
-    batches = [order[i : i + plan.batch_size] for i in range(0, len(order), plan.batch_size)]
-    whole = {**(about or {}), **asdict(plan), "layers": list(lm.layers), "questions": _digest(questions)}
+    order = _by_length(lm, questions, config)
+    batches = [order[i : i + config.batch_size] for i in range(0, len(order), config.batch_size)]
+    whole = {
+        **({} if run is None else run.to_json()),
+        **asdict(config),
+        "layers": list(lm.layers),
+        "questions": _digest(questions),
+    }
     if rank == 0:
-        parts = Shards(out, whole)
+        shards = Shards(out, whole)
     if world > 1:
         distributed.barrier()
     if rank > 0:
-        parts = Shards(out, whole)
-    own = range(rank, len(batches), world)
-    alike = build_equivalence(plan.clusters)
+        shards = Shards(out, whole)
+    share = range(rank, len(batches), world)
+    alike = build_equivalence(config.clusters)
     with _progress(quiet=rank > 0) as progress:
-        done = sum(len(batches[b]) for b in own if parts.has(b))
-        task = progress.add_task("asking", total=sum(len(batches[b]) for b in own), completed=done)
-        for b in own:
-            if not parts.has(b):
-                parts.put(b, ask_batch(lm, [questions[i] for i in batches[b]], plan, alike))
+        done = sum(len(batches[b]) for b in share if shards.has(b))
+        task = progress.add_task("asking", total=sum(len(batches[b]) for b in share), completed=done)
+        for b in share:
+            if not shards.has(b):
+                shards.put(b, ask_batch(lm, [questions[i] for i in batches[b]], config, alike))
                 progress.advance(task, len(batches[b]))
-    found = {b: parts.get(b) for b in own}
+    answered = {b: shards.get(b) for b in share}
     if world > 1:
         gathered: list[Any] | None = [None] * world if rank == 0 else None
-        distributed.gather_object(found, gathered)
+        distributed.gather_object(answered, gathered)
         if gathered is None:
             return None
-        found = {b: asked for share in gathered for b, asked in share.items()}
-    return _join(questions, batches, [found[b] for b in range(len(batches))])
+        answered = {b: asked for part in gathered for b, asked in part.items()}
+    return _join(questions, batches, [answered[b] for b in range(len(batches))])
+
+
+def resolve_config(config: EvaluationConfig, lm: RiskAwareLM) -> EvaluationConfig:
+    """Return a config whose style and place of the instruction are decided, as the model's chat template allows."""
+    style, system = config.how.style, config.how.system
+    if style == "auto":
+        style = "qa" if lm.tokenizer.chat_template is None else "chat"
+    if system is None:
+        system = style == "chat" and _takes_system(lm)
+    return replace(config, how=replace(config.how, style=style, system=system))
+
+
+def _takes_system(lm: RiskAwareLM) -> bool:
+    """Return whether the chat template has a place for a system message."""
+    if lm.tokenizer.chat_template is None:
+        return False
+    try:
+        both = encode(lm.tokenizer, [{"role": "system", "content": "~"}, {"role": "user", "content": "?"}]).ids
+    except PromptError:
+        return False
+    return both != encode(lm.tokenizer, "?").ids
+
+
+def describe_conditions(lm: RiskAwareLM, questions: Sequence[Question], config: EvaluationConfig) -> Conditions:
+    """Return how the answers to these questions are made, for a calibration."""
+    config = resolve_config(config, lm)
+    forms = {encode(lm.tokenizer, config.prompt(question), raw=config.raw).form for question in questions}
+    return Conditions.of_model(
+        lm.model,
+        made="choice" if questions and questions[0].choices else "greedy",
+        forms=tuple(sorted(forms)),
+        stops=(STOP,) if config.raw else (),
+    )
+
+
+def choose_layers(lm: RiskAwareLM, text: str) -> tuple[int, ...]:
+    """Return decoder layers by name (auto, none, all, or numbers like "3,7"), with the one that a calibration reads.
+
+    Raises:
+        ConfigError: If the text is something else.
+    """
+    if text == "auto":
+        layers = choose_quarter_layers(lm)
+    elif text == "none":
+        layers = ()
+    elif text == "all":
+        layers = tuple(range(len(find_decoder_layers(innermost(lm.model)))))
+    else:
+        try:
+            layers = tuple(int(part) for part in text.split(","))
+        except ValueError:
+            raise ConfigError(f"--states must be auto, none, all or numbers like 3,7, got {text!r}") from None
+    return tuple(sorted({*lm.layers, *layers}))
 
 
 def choose_quarter_layers(lm: RiskAwareLM) -> tuple[int, ...]:
-    """The decoder layers at a quarter, a half and three quarters of the depth, and the last."""
-    n = len(decoder_layers(innermost(lm.model)))
+    """Return the decoder layers at a quarter, a half and three quarters of the depth, and the last."""
+    n = len(find_decoder_layers(innermost(lm.model)))
     return tuple(sorted({max(0, n * k // 4 - 1) for k in (1, 2, 3, 4)}))
 
 
-def _check(questions: Sequence[Question]) -> None:
+def check_questions(questions: Sequence[Question]) -> None:
+    """Check that questions can be asked in one run.
+
+    Raises:
+        DataError: If there are none, an id comes twice, or only some have choices.
+    """
     if not questions:
         raise DataError("there are no questions; give a file with at least one")
     ids = [q.id for q in questions]
@@ -106,9 +174,9 @@ def _check(questions: Sequence[Question]) -> None:
         )
 
 
-def _by_length(lm: RiskAwareLM, questions: Sequence[Question], plan: EvaluationConfig) -> list[int]:
-    """Places of the questions, the longest prompt first: what does not fit the memory is known at once."""
-    lengths = [len(encode(lm.tokenizer, plan.prompt(q), raw=plan.raw).ids) for q in questions]
+def _by_length(lm: RiskAwareLM, questions: Sequence[Question], config: EvaluationConfig) -> list[int]:
+    """Return the places of the questions, the longest prompt first: what does not fit the memory is known at once."""
+    lengths = [len(encode(lm.tokenizer, config.prompt(q), raw=config.raw).ids) for q in questions]
     return sorted(range(len(questions)), key=lambda i: (-lengths[i], i))
 
 
@@ -130,18 +198,18 @@ def _progress(*, quiet: bool) -> Progress:
 
 
 def _join(
-    questions: Sequence[Question], batches: Sequence[Sequence[int]], parts: Sequence[AnsweredBatch]
+    questions: Sequence[Question], batches: Sequence[Sequence[int]], answered: Sequence[AnsweredBatch]
 ) -> AnsweredBatch:
     place = {i: row for row, i in enumerate(i for batch in batches for i in batch)}
     rows = [place[i] for i in range(len(questions))]
-    records = [record for part in parts for record in part.records]
+    records = [record for part in answered for record in part.records]
     states: dict[str, Tensor] = {
-        name: torch.cat([part.states[name] for part in parts])[rows] for name in parts[0].states
+        name: torch.cat([part.states[name] for part in answered])[rows] for name in answered[0].states
     }
-    costs: dict[str, dict[str, float]] = {}
-    for part, batch in zip(parts, batches, strict=True):
+    costs: dict[str, Cost] = {}
+    for part, batch in zip(answered, batches, strict=True):
         for name, cost in part.costs.items():
-            total = costs.setdefault(name, {"passes": 0.0, "seconds": 0.0})
-            total["passes"] += cost["passes"] * len(batch) / len(questions)
-            total["seconds"] += cost["seconds"]
+            total = costs.get(name, Cost(0.0, 0.0))
+            passes = total.passes + cost.passes * len(batch) / len(questions)
+            costs[name] = Cost(passes, total.seconds + cost.seconds)
     return AnsweredBatch([records[row] for row in rows], states, costs)

@@ -1,17 +1,18 @@
-"""A run in parts, so that it can be cut off and shared out: a batch of questions is a file, there as a whole or not.
+"""A run in shards, so that it can be cut off and shared out: a batch of questions is a file, there whole or not.
 
 ::
 
     OUT/parts/plan.json           what was asked, and how; a run that goes on must have the same
     OUT/parts/00007.jsonl         the records of batch 7; written last
-    OUT/parts/00007.safetensors   their hidden states, where they are wanted
-    OUT/parts/00007.json          what they cost
+    OUT/parts/00007.safetensors   their hidden states, where they are kept
+    OUT/parts/00007.json          their costs
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,11 @@ from safetensors.torch import save as serialize
 from selfdoubt.errors import ConfigError, DataError
 from selfdoubt.eval import records
 from selfdoubt.eval.generate import AnsweredBatch
+from selfdoubt.eval.run_folder import SHARDS_FOLDER
+from selfdoubt.eval.settings import Cost
 from selfdoubt.storage import write
 
-FOLDER, PLAN = "parts", "plan.json"
+SHARDS_SETTINGS = "plan.json"
 
 
 class Shards:
@@ -34,36 +37,38 @@ class Shards:
         about: What the answers depend on, as plain data.
 
     Raises:
-        ConfigError: If the folder holds parts of another run.
+        ConfigError: If the folder holds shards of another run.
     """
 
     def __init__(self, out: Path, about: Mapping[str, Any]) -> None:
-        self.folder = out / FOLDER
-        plan = self.folder / PLAN
+        self.folder = out / SHARDS_FOLDER
+        file = self.folder / SHARDS_SETTINGS
         text = json.dumps(about, indent=1, sort_keys=True, ensure_ascii=False)
-        if plan.is_file():
-            differs = _difference(_read(plan), json.loads(text))
+        if file.is_file():
+            differs = _difference(_read(file), json.loads(text))
             if differs:
                 raise ConfigError(
                     f"{out} holds answers of another run ({differs}); give another --out, or remove the folder"
                 )
         else:
             self.folder.mkdir(parents=True, exist_ok=True)
-            write(plan, text.encode("utf-8", "backslashreplace"))
+            write(file, text.encode("utf-8", "backslashreplace"))
 
     def has(self, batch: int) -> bool:
-        """Whether a batch is finished."""
+        """Return whether a batch is finished."""
         return self._path(batch, "jsonl").is_file()
 
     def put(self, batch: int, asked: AnsweredBatch) -> None:
         """Keep a finished batch."""
         if asked.states:
             write(self._path(batch, "safetensors"), serialize({k: v.contiguous() for k, v in asked.states.items()}))
-        write(self._path(batch, "json"), json.dumps(asked.costs).encode())
+        write(
+            self._path(batch, "json"), json.dumps({name: asdict(cost) for name, cost in asked.costs.items()}).encode()
+        )
         records.save_records(self._path(batch, "jsonl"), asked.records)
 
     def get(self, batch: int) -> AnsweredBatch:
-        """A finished batch.
+        """Read a finished batch.
 
         Raises:
             DataError: If a file of it is broken.
@@ -72,7 +77,7 @@ class Shards:
         return AnsweredBatch(
             records.read_records(self._path(batch, "jsonl")),
             load_file(states) if states.is_file() else {},
-            _read(self._path(batch, "json")),
+            {name: Cost(**cost) for name, cost in _read(self._path(batch, "json")).items()},
         )
 
     def _path(self, batch: int, kind: str) -> Path:

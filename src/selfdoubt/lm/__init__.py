@@ -2,3 +2,71 @@
 
 ``text`` turns messages into token ids and back, ``adapters`` are folders of what was added to a model.
 """
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from selfdoubt.lm.answer import Alternative, Answer, Token
+    from selfdoubt.lm.calibration import Calibration
+    from selfdoubt.lm.conditions import Conditions
+    from selfdoubt.lm.confidence import choose_best
+    from selfdoubt.lm.front import LMFront
+    from selfdoubt.lm.generation import Stream
+    from selfdoubt.lm.hidden_states import AnswerStates, StateKey
+    from selfdoubt.lm.load import load_model
+    from selfdoubt.lm.model import RiskAwareLM
+    from selfdoubt.lm.options import Options
+    from selfdoubt.lm.scores import Score, reference_quantiles
+    from selfdoubt.lm.until import Attempts
+
+_HOMES = {
+    "Alternative": "answer",
+    "Answer": "answer",
+    "AnswerStates": "hidden_states",
+    "Attempts": "until",
+    "Calibration": "calibration",
+    "Conditions": "conditions",
+    "LMFront": "front",
+    "Options": "options",
+    "RiskAwareLM": "model",
+    "Score": "scores",
+    "StateKey": "hidden_states",
+    "Stream": "generation",
+    "Token": "answer",
+    "choose_best": "confidence",
+    "load_model": "load",
+    "reference_quantiles": "scores",
+}
+
+__all__ = [
+    "Alternative",
+    "Answer",
+    "AnswerStates",
+    "Attempts",
+    "Calibration",
+    "Conditions",
+    "LMFront",
+    "Options",
+    "RiskAwareLM",
+    "Score",
+    "StateKey",
+    "Stream",
+    "Token",
+    "choose_best",
+    "load_model",
+    "reference_quantiles",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # Lazy, so that the command line can print its help without importing torch.
+    if name in _HOMES:
+        return getattr(import_module(f"selfdoubt.lm.{_HOMES[name]}"), name)
+    raise AttributeError(f"module 'selfdoubt.lm' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -9,21 +9,20 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from selfdoubt.errors import WrapError, require
+from selfdoubt.compat import is_joinable_cache_layer
+from selfdoubt.errors import WrapError
 from selfdoubt.rows import unfold
 
 
-def joined(mine: Any, theirs: Any, members: int) -> Any:
-    """``mine``, with the sequences of ``theirs`` behind its own, member by member; the shorter is padded on the left.
+def join_caches(mine: Any, theirs: Any, members: int) -> Any:
+    """Return ``mine`` with the sequences of ``theirs`` behind its own, member by member; the shorter is left-padded.
 
     What stands on padding is zero and must be masked. ``theirs`` is used up.
 
     Raises:
         WrapError: If a layer keeps something else than keys and values (a recurrent state, say).
     """
-    kinds = require("transformers.cache_utils", "lm")
-    known = (kinds.DynamicLayer, kinds.DynamicSlidingWindowLayer)
-    strange = [layer for layer in (*mine.layers, *theirs.layers) if type(layer) not in known]
+    strange = [layer for layer in (*mine.layers, *theirs.layers) if not is_joinable_cache_layer(layer)]
     if strange:
         raise WrapError(f"caches with a {type(strange[0]).__name__} cannot be joined: their sequences run one by one")
     length = max(mine.get_seq_length(), theirs.get_seq_length())
@@ -39,7 +38,7 @@ def joined(mine: Any, theirs: Any, members: int) -> Any:
 
 
 def trim(cache: Any, columns: int) -> None:
-    """Forget so many columns on the left, on which every sequence has padding."""
+    """Forget the first ``columns`` columns, on which every sequence has padding."""
     length = cache.get_seq_length() - columns
     for layer in cache.layers:
         if layer.is_initialized:

@@ -1,4 +1,4 @@
-"""p_correct: the calibrated probability that an answer is right, and the threshold below which it is withheld.
+"""p_correct: the calibrated probability that an answer is right, and the threshold below which the model abstains.
 
 Learnt by ``selfdoubt calibrate``, stored in an adapter's ``selfdoubt.json``, applied here with nothing but torch.
 """
@@ -9,39 +9,27 @@ import math
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from selfdoubt.errors import LoadError, NonFiniteError
-from selfdoubt.fields import (
-    FieldError,
-    anything,
-    ascending,
-    choice,
-    listing,
-    nonempty,
-    number,
-    optional,
-    record,
-    table,
-    whole,
-)
-from selfdoubt.lm.conditions import CONDITIONS, Conditions, Origin
+from selfdoubt.fields import FieldError, ascending
+from selfdoubt.lm.calibration_entry import CALIBRATION_ENTRY, SHARE, HeadKind
+from selfdoubt.lm.conditions import Conditions, Origin
+from selfdoubt.lm.hidden_states import AnswerStates, Position, StateKey
+from selfdoubt.lm.scores import ANSWER_SCORES
 
-Kind = Literal["isotonic", "logistic"]
-Position = Literal["question", "first", "mean"]
-#: Where hidden states are taken: at the question's last own token; where the answer's first token is chosen; and the
-#: mean over all places where a token of the answer is chosen. Each is the mean over members.
-POSITIONS: tuple[Position, ...] = ("question", "first", "mean")
+#: A float, or an array of them.
+Numbers = TypeVar("Numbers")
 #: Added to a score before its logarithm, in nats (or shares): doubts far below it all count as none. Of 1e-6 to 1e-2,
 #: the square root and no transform, 1e-2 had the least log loss in the domain and outside with members' scores, whose
 #: smallest values are noise.
 FLOOR = 1e-2
 #: How far above the highest seen score, as a share of the seen range, a score may lie; and how many times as far from
-#: the mean as the farthest seen hidden state, a state. Beyond there is no number.
+#: the mean as the farthest seen hidden state, a state. Beyond, an answer gets no number.
 SCORE_SLACK, STATE_SLACK = 0.1, 1.5
 #: Greatest gap to the model's own most probable answer, in nats, at which an answer has a number: half as probable.
 #: (Pocket, texts given or drawn at temperature 1: up to there the number keeps its word, beyond it is too low, and of
@@ -53,21 +41,12 @@ NO_RECORD = "the calibration has no record of how it was made, so the number may
 AGAIN = "run `selfdoubt calibrate` again"
 
 
-class Estimate(NamedTuple):
-    """What a calibration says of an answer."""
+class ConfidenceEstimate(NamedTuple):
+    """The confidence of a calibration in one answer."""
 
     p_correct: float | None = None  #: in [0, 1]
-    note: str | None = None  #: one line: why there is no number, or a caveat
+    note: str | None = None  #: one line: why the number is missing, or a caveat
     abstain: bool | None = None  #: None without a threshold
-
-
-class States(NamedTuple):
-    """Hidden states after some decoder layers, one row a layer, float32 on the host."""
-
-    layers: tuple[int, ...]  #: 0 is the first decoder layer
-    question: Float[Tensor, "layers width"]
-    first: Float[Tensor, "layers width"]
-    mean: Float[Tensor, "layers width"]
 
 
 @dataclass(frozen=True)
@@ -82,6 +61,11 @@ class StateHead:
     spread: tuple[float, ...] = ()
     reach: float = math.inf  #: of their distances from the center, the greatest
 
+    @property
+    def key(self) -> StateKey:
+        """The name of the state that is read."""
+        return StateKey(self.position, self.layer)
+
     def value(self, hidden: Float[Tensor, " width"]) -> float:
         """Return its share of the logit, at most ``most``.
 
@@ -94,13 +78,13 @@ class StateHead:
                 f"the calibration reads hidden states of width {len(self.weights)}, and this model's are "
                 f"{len(hidden)} wide; run `selfdoubt calibrate` with this model"
             )
-        found = float(hidden.double() @ torch.tensor(self.weights, dtype=torch.float64))
-        if not math.isfinite(found):
+        value = float(hidden.double() @ torch.tensor(self.weights, dtype=torch.float64))
+        if not math.isfinite(value):
             raise NonFiniteError(f"the hidden state of layer {self.layer} is not finite: p_correct needs numbers")
-        return min(found, self.most)
+        return min(value, self.most)
 
     def is_far(self, hidden: Float[Tensor, " width"]) -> bool:
-        """Return whether a state lies far outside of those of the calibration answers."""
+        """Return True if a state lies far outside of those of the calibration answers."""
         if not self.center:
             return False
         center, spread = (torch.tensor(v, dtype=torch.float64) for v in (self.center, self.spread))
@@ -119,10 +103,10 @@ class Calibration:
     ``isotonic``: p is linear between ``knots`` (score, p), and constant outside them.
 
     Scores grow with doubt. Below the seen range an answer counts as the surest that was seen; above it, where nothing
-    was seen that doubtful, there is no number.
+    was seen that doubtful, an answer gets no number.
     """
 
-    kind: Kind
+    kind: HeadKind
     features: tuple[str, ...]  #: names of answer scores
     weights: tuple[float, ...] = ()  #: of their logarithms
     linear: tuple[float, ...] = ()  #: of themselves
@@ -130,7 +114,7 @@ class Calibration:
     ranges: tuple[tuple[float, float], ...] = ()  #: of each feature among the calibration answers
     knots: tuple[tuple[float, float], ...] = ()
     state: StateHead | None = None
-    threshold: float | None = None  #: least p_correct of an answer that is given; None: nothing is withheld
+    threshold: float | None = None  #: least p_correct of an answered question; None: the model never abstains
     promise: Mapping[str, Any] | None = None  #: target_accuracy, confidence, coverage, answers: what holds above it
     about: Mapping[str, Any] = field(default_factory=dict)  #: how it was learnt, for people
     conditions: Conditions | None = None  #: how its answers were made; None in files made earlier
@@ -138,12 +122,12 @@ class Calibration:
     def estimate(
         self,
         scores: Mapping[str, float],
-        states: States | None,
+        states: AnswerStates | None,
         origin: Origin,
         finish: str,
         gaps: Sequence[float],
         misfit: str | None = None,
-    ) -> Estimate:
+    ) -> ConfidenceEstimate:
         """Return the probability that an answer is right, or why there is none.
 
         A calibration on the model's own most probable answers holds for these alone. An answer that is less probable by
@@ -161,22 +145,22 @@ class Calibration:
             NonFiniteError: If a score or the state is not a finite number.
             LoadError: If the state has another width than this was learnt for.
         """
-        own = self.conditions
-        note = misfit if misfit or own is None else own.refuse_answer(origin, finish, len(gaps))
-        by_gap = origin.made != "choice" and (own is None or own.made == "greedy")
+        conditions = self.conditions
+        note = misfit if misfit or conditions is None else conditions.refuse_answer(origin, finish, len(gaps))
+        by_gap = origin.made != "choice" and (conditions is None or conditions.made == "greedy")
         gap = math.fsum((*gaps, origin.end_gap)) if by_gap else 0.0
         if note is None and gap > GAP_LIMIT:
             note = NOT_OWN
         p = None if note else self.p_correct(scores, states)
         if p is None:
-            return Estimate(None, note or self._why_not(scores, states), self.abstains(None))
+            return ConfidenceEstimate(None, note or self._why_not(scores, states), self.abstains(None))
         p *= math.exp(-gap)
-        return Estimate(p, NO_RECORD if own is None else None, self.abstains(p))
+        return ConfidenceEstimate(p, NO_RECORD if conditions is None else None, self.abstains(p))
 
-    def _why_not(self, scores: Mapping[str, float], states: States | None) -> str:
+    def _why_not(self, scores: Mapping[str, float], states: AnswerStates | None) -> str:
         """Return why ``p_correct`` is None."""
         lacking = [name for name in self.features if name not in scores]
-        if lacking and all(name.startswith(("question_", "both_")) for name in lacking):
+        if lacking and all(name in ANSWER_SCORES and ANSWER_SCORES[name].needs_question for name in lacking):
             return "the calibration reads the question, too; give the question"
         if lacking:
             return f"the calibration reads the score {lacking[0]}, which this answer lacks"
@@ -184,12 +168,9 @@ class Calibration:
             return f"the calibration reads the hidden state of layer {self.state.layer}, which was not kept"
         return FAR
 
-    def _hidden(self, states: States | None) -> Float[Tensor, " width"] | None:
+    def _hidden(self, states: AnswerStates | None) -> Float[Tensor, " width"] | None:
         """Return what the head reads of the states; None where it is missing."""
-        if self.state is None or states is None or self.state.layer not in states.layers:
-            return None
-        rows: Tensor = getattr(states, self.state.position)
-        return rows[states.layers.index(self.state.layer)]
+        return None if self.state is None or states is None else states.get(self.state.key)
 
     def _is_far(self, scores: Mapping[str, float]) -> bool:
         """Return whether a score is more doubtful than all that was seen."""
@@ -199,7 +180,7 @@ class Calibration:
             for name, (low, high) in zip(self.features, ranges, strict=True)
         )
 
-    def p_correct(self, scores: Mapping[str, float], states: States | None = None) -> float | None:
+    def p_correct(self, scores: Mapping[str, float], states: AnswerStates | None = None) -> float | None:
         """Return the probability that an answer is right, in [0, 1], if it was made as the calibration answers were.
 
         None where a score or the state is missing, or lies far outside of what was seen on the doubtful side.
@@ -222,15 +203,31 @@ class Calibration:
             return None
         if self.kind == "isotonic":
             return _between(self.knots, scores[self.features[0]])
-        value = self.bias
-        for i, (name, (low, high)) in enumerate(zip(self.features, self.ranges, strict=True)):
-            score = min(max(scores[name], low), high)
-            value += self.weights[i] * transform_score(score) + self.linear[i] * score
+        clipped = [
+            min(max(scores[name], low), high) for name, (low, high) in zip(self.features, self.ranges, strict=True)
+        ]
+        share = 0.0
         if self.state is not None and hidden is not None:
-            value += self.state.value(hidden)
+            share = self.state.value(hidden)
             if self.state.is_far(hidden):
                 return None
+        value = self.logit(clipped, [transform_score(score) for score in clipped], share)
         return 1 / (1 + math.exp(-value)) if value > -700 else 0.0
+
+    def logit(self, scores: Sequence[Numbers], logs: Sequence[Numbers], share: Numbers | float) -> Numbers:
+        """Return the logit of p_correct of a logistic head, for one answer (floats) or for many (arrays).
+
+        Args:
+            scores: Of each feature, clipped to its range.
+            logs: The same on the logarithmic scale of ``transform_score``.
+            share: Of the hidden state, see ``StateHead.value``; 0 without one.
+        """
+        value: Any = self.bias
+        features: Any = zip(self.weights, self.linear, scores, logs, strict=True)
+        for weight, linear, score, log in features:
+            value = value + (weight * log + linear * score)
+        logit: Numbers = value + share
+        return logit
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -242,11 +239,11 @@ class Calibration:
         return None if self.conditions is None else self.conditions.refuse_model(model)
 
     def abstains(self, p_correct: float | None) -> bool | None:
-        """Whether an answer with this probability is withheld; None without a threshold."""
+        """Return True if the model abstains from an answer with this probability; None without a threshold."""
         return None if self.threshold is None else p_correct is None or p_correct < self.threshold
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data for ``selfdoubt.json``."""
+        """Return plain data for ``selfdoubt.json``."""
         state = None
         if self.state is not None:  # what is not limited is left out: JSON has no infinity
             state = {k: v for k, v in asdict(self.state).items() if v not in (math.inf, ())}
@@ -254,53 +251,22 @@ class Calibration:
 
     @classmethod
     def from_json(cls, entry: Mapping[str, Any]) -> Calibration:
-        """The calibration that ``to_json`` described.
+        """Return the calibration that ``to_json`` described.
 
         Raises:
             LoadError: If an entry is missing, unknown or of a wrong kind.
         """
         try:
-            own = _ENTRY(entry, "calibration")
-            if own["state"] is not None:
-                own["state"] = StateHead(**own["state"])
-            if own.get("conditions") is not None:
-                own["conditions"] = Conditions(**own["conditions"])
-            found = cls(**own)
-            _check_fits(found)
+            fields = CALIBRATION_ENTRY(entry, "calibration")
+            if fields["state"] is not None:
+                fields["state"] = StateHead(**fields["state"])
+            if fields.get("conditions") is not None:
+                fields["conditions"] = Conditions(**fields["conditions"])
+            calibration = cls(**fields)
+            _check_fits(calibration)
         except FieldError as error:
             raise LoadError(f"the calibration cannot be read ({error}); {AGAIN}") from None
-        return found
-
-
-_weight = number(-1e15, 1e15)  # their sums stay finite
-_size = number(0, 1e15)
-_share = number(0, 1)
-_pair = listing(_weight, 2, 2)
-#: Entries of a stored calibration; those that came later than others are in the second table.
-_ENTRY = record(
-    {
-        "kind": choice(*get_args(Kind)),
-        "features": listing(nonempty, 1),
-        "weights": listing(_weight),
-        "linear": listing(_weight),
-        "bias": _weight,
-        "ranges": listing(_pair),
-        "knots": listing(_pair),
-        "state": optional(record(
-            {"layer": whole(), "position": choice(*POSITIONS), "weights": listing(_weight, 1)},
-            {"most": _weight, "center": listing(_weight), "spread": listing(_size), "reach": _size},
-        )),
-        "threshold": optional(_share),
-        "promise": optional(record(
-            {},
-            dict.fromkeys(("threshold", "target_accuracy", "confidence", "coverage", "bound"), _share)
-            | dict.fromkeys(("answers", "answered", "right"), whole()),
-            open_ended=True,
-        )),
-        "about": table(anything),
-    },
-    {"conditions": optional(CONDITIONS)},
-)  # fmt: skip
+        return calibration
 
 
 def _check_fits(head: Calibration) -> None:
@@ -311,7 +277,7 @@ def _check_fits(head: Calibration) -> None:
         lengths, n = {"features": n}, 1
         ascending([x for x, _ in head.knots], "calibration.knots")
         for i, (_, p) in enumerate(head.knots):
-            _share(p, f"calibration.knots[{i}][1]")
+            SHARE(p, f"calibration.knots[{i}][1]")
         if head.state is not None:
             raise FieldError("calibration.state", "null in an isotonic head", "one")
     if head.state is not None:
@@ -327,7 +293,7 @@ def _check_fits(head: Calibration) -> None:
 
 
 def read_calibration(manifest: Mapping[str, Any]) -> Calibration | None:
-    """The calibration in an adapter's manifest, if it has one.
+    """Return the calibration in an adapter's manifest, if it has one.
 
     Raises:
         LoadError: If it is broken.
@@ -337,7 +303,7 @@ def read_calibration(manifest: Mapping[str, Any]) -> Calibration | None:
 
 
 def transform_score(score: float) -> float:
-    """A score on a logarithmic scale, where sums over few and many tokens compare."""
+    """Return a score on a logarithmic scale, where sums over few and many tokens compare."""
     return math.log(max(score, 0.0) + FLOOR)
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from selfdoubt import storage
+from selfdoubt.compat import is_beneath_adapter, is_lora_weight
 from selfdoubt.fields import anything, choice, listing, nonempty, number, optional, record, string, table, whole
 from selfdoubt.lm.text.prompt_form import CHAT, RAW, TEXT
 from selfdoubt.members import Wrapped, base_name
@@ -32,7 +33,7 @@ _AGAIN = "run `selfdoubt evaluate` and `selfdoubt calibrate` with this model"
 
 @dataclass(frozen=True)
 class Origin:
-    """How one answer came about."""
+    """The origin of one answer: the way in which its tokens were chosen."""
 
     made: Made
     form: str = CHAT  #: of its prompt, see ``selfdoubt.lm.text.prompt_form``
@@ -44,7 +45,7 @@ class Origin:
 
 @dataclass(frozen=True)
 class Conditions:
-    """How the answers of a calibration were made, and by which model."""
+    """The conditions under which the answers of a calibration were made, and their model."""
 
     made: Made = "greedy"
     temperature: float = 0.0  #: of sampled answers, as is ``top_p``
@@ -73,7 +74,7 @@ class Conditions:
     def refuse_answer(self, origin: Origin, finish: str, tokens: int) -> str | None:
         """Return why this calibration says nothing about an answer that came about so; None where it does.
 
-        Whether the answer is the one that the model would give is not looked at: ``Calibration.estimate`` does.
+        That the answer is the one that the model would give is not checked here: ``Calibration.estimate`` does.
         """
         if origin.form not in self.forms:
             return _of_form(origin.form, self.forms)
@@ -115,11 +116,11 @@ class Conditions:
         Raises:
             FieldError: If an entry is missing, unknown, of a wrong kind or out of range.
         """
-        return cls(**CONDITIONS(entry, "conditions"))
+        return cls(**CONDITIONS_ENTRY(entry, "conditions"))
 
 
 #: Kinds of the entries of stored conditions.
-CONDITIONS = record(
+CONDITIONS_ENTRY = record(
     {"made": choice(*get_args(Made))},
     {
         "temperature": number(0),
@@ -142,12 +143,12 @@ _MADE: dict[str, str] = {
 
 def read_wrapper_settings(model: nn.Module) -> tuple[dict[str, Any], ...]:
     """Return the wrappers' settings as plain data, from the innermost outwards."""
-    found: list[dict[str, Any]] = []
+    wrappers: list[dict[str, Any]] = []
     while isinstance(model, Wrapped):
-        own = storage.to_json(model.spec)
-        found.append({k: list(v) if isinstance(v, tuple) else v for k, v in own.items() if k not in _SILENT})
+        settings = storage.to_json(model.spec)
+        wrappers.append({k: list(v) if isinstance(v, tuple) else v for k, v in settings.items() if k not in _SILENT})
         model = model.module
-    return tuple(reversed(found))
+    return tuple(reversed(wrappers))
 
 
 def sketch_weights(model: nn.Module, names: Mapping[str, Any] | None = None) -> dict[str, tuple[float, ...]]:
@@ -161,18 +162,18 @@ def sketch_weights(model: nn.Module, names: Mapping[str, Any] | None = None) -> 
         names: Parameters to read, those of another sketch; None chooses them.
     """
     added = set(added_names(model))
-    own = {base_name(model, name): p for name, p in model.named_parameters() if name not in added}
-    own = {name: p for name, p in own.items() if ".lora_" not in name}
+    parameters = {base_name(model, name): p for name, p in model.named_parameters() if name not in added}
+    parameters = {name: p for name, p in parameters.items() if not is_lora_weight(name)}
     if names is None:
-        norms = [name for name, p in own.items() if p.ndim == 1]
-        tables = [name for name, p in own.items() if p.ndim > 1]
+        norms = [name for name, p in parameters.items() if p.ndim == 1]
+        tables = [name for name, p in parameters.items() if p.ndim > 1]
         names = dict.fromkeys([*norms[-1:], *(tables[(len(tables) - 1) * k // 4] for k in range(4) if tables)])
-    readable = {name: own[name] for name in names if name in own and _is_plain(own[name]) and not _is_adapted(name)}
+    readable = {
+        name: parameters[name]
+        for name in names
+        if name in parameters and _is_plain(parameters[name]) and not is_beneath_adapter(name)
+    }
     return {name: _numbers(p) for name, p in readable.items()}
-
-
-def _is_adapted(name: str) -> bool:
-    return ".base_layer." in name  # merging LoRA changes it
 
 
 def _is_plain(p: Tensor) -> bool:

@@ -18,7 +18,7 @@ from selfdoubt.lm.prefill import ScoredId, score_ids
 from selfdoubt.lm.sampling import Sampling, choose
 from selfdoubt.lm.stepper import StepOutput, Stepper
 
-Finish = Literal["stop", "length"]
+EndReason = Literal["stop", "length"]
 
 
 class TokenEvent(NamedTuple):
@@ -26,9 +26,9 @@ class TokenEvent(NamedTuple):
 
     sequence: int
     token: ScoredId | None
-    finish: Finish | None
+    finish: EndReason | None
     states: Float[Tensor, "layers width"] | None = None  #: hidden states in which this was chosen
-    end: ScoredId | None = None  #: the stop token that ended it: no part of the answer
+    end: ScoredId | None = None  #: the stop token that ended it: not part of the answer
 
 
 @dataclass(eq=False)
@@ -56,13 +56,13 @@ class TokenSequence:
         self.room = min(self.room, self.sampling.max_tokens)
 
     def draw(self) -> Float[Tensor, ""]:
-        """A number in [0, 1) for the next token: the same one until that token is taken."""
+        """Return a number in [0, 1) for the next token: the same one until that token is taken."""
         if self._draw is None:
             self._draw = torch.rand((), generator=self._generator, dtype=torch.float64)
         return self._draw
 
     def take(self, token: ScoredId, states: Float[Tensor, "layers width"] | None) -> TokenEvent:
-        """What happens when this token is the next."""
+        """Take a token as the next; return the event of it."""
         self._draw = None
         few = token._replace(alternatives=token.alternatives[: self.sampling.alternatives])
         if token.id in self.sampling.stop_ids:
@@ -78,55 +78,55 @@ class DecodeBatch:
 
     Args:
         stepper: Has read the prompts.
-        following: What comes next after them.
-        lines: The sequences, in the order of the prompts.
+        next_logits: Of each sequence.
+        sequences: In the order of the prompts.
     """
 
-    def __init__(self, stepper: Stepper, following: StepOutput, lines: Sequence[TokenSequence]) -> None:
-        self.lines = list(lines)
+    def __init__(self, stepper: Stepper, next_logits: StepOutput, sequences: Sequence[TokenSequence]) -> None:
+        self.sequences = list(sequences)
         self._stepper = stepper
-        self._following = following
+        self._next = next_logits
         self._chosen: Int[Tensor, " batch"] | None = None
         self._ended: set[int] = set()
 
     def choose(self) -> list[TokenEvent]:
-        """The next token of every sequence, or its end.
+        """Choose the next token of every sequence, or its end.
 
         Raises:
-            NonFiniteError: If a sequence's logits are; nothing is chosen then. ``broken`` tells which.
+            NonFiniteError: If a logit is not finite; nothing is chosen then. See ``find_non_finite``.
         """
-        following = self._following
-        samplings = [line.sampling for line in self.lines]
-        mixed = risk.mixture(following.logits)
-        chosen = choose(mixed, samplings, torch.stack([line.draw() for line in self.lines]))
+        next_logits = self._next
+        samplings = [sequence.sampling for sequence in self.sequences]
+        mixed = risk.mixture(next_logits.logits)
+        chosen = choose(mixed, samplings, torch.stack([sequence.draw() for sequence in self.sequences]))
         most = max(sampling.alternatives for sampling in samplings)
-        tokens = score_ids(following.at(None), chosen[:, None], most, mixed[:, None])
+        tokens = score_ids(next_logits.at(None), chosen[:, None], most, mixed[:, None])
         self._chosen = chosen
         events = []
-        for row, (line, (token,)) in enumerate(zip(self.lines, tokens, strict=True)):
-            events.append(line.take(token, None if following.states is None else following.states[0, row]))
+        for row, (sequence, (token,)) in enumerate(zip(self.sequences, tokens, strict=True)):
+            events.append(sequence.take(token, None if next_logits.states is None else next_logits.states[0, row]))
         self._ended = {event.sequence for event in events if event.finish is not None}
         return events
 
     def step(self, gone: Set[int] = frozenset()) -> None:
-        """Go on with the sequences that have not ended, less those that nobody wants more of."""
+        """Go on with the sequences that have not ended, less those in ``gone``."""
         kept = self._leave(self._ended | gone)
-        if self.lines:
+        if self.sequences:
             assert self._chosen is not None
-            self._following = self._stepper.step(self._chosen if kept is None else self._chosen[kept])
+            self._next = self._stepper.step(self._chosen if kept is None else self._chosen[kept])
 
     def drop(self, gone: Set[int]) -> None:
         """Let sequences go before their next token is chosen."""
         kept = self._leave(gone)
-        if self.lines and kept is not None:
-            self._following = self._following.of(kept)
+        if self.sequences and kept is not None:
+            self._next = self._next.of(kept)
 
     def _leave(self, gone: Set[int]) -> list[int] | None:
-        """Free the rows of these sequences; the places of those that stay, None where all do."""
-        kept = [row for row, line in enumerate(self.lines) if line.name not in gone]
-        if len(kept) == len(self.lines):
+        """Free the rows of these sequences; return the places of those that stay, None where all do."""
+        kept = [row for row, sequence in enumerate(self.sequences) if sequence.name not in gone]
+        if len(kept) == len(self.sequences):
             return None
-        self.lines = [self.lines[row] for row in kept]
+        self.sequences = [self.sequences[row] for row in kept]
         if kept:
             self._stepper.keep(kept)
         return kept
@@ -138,18 +138,18 @@ class DecodeBatch:
             WrapError: If the model's cache cannot be joined.
         """
         self._stepper.join(other._stepper)
-        self._following = self._following.beside(other._following)
-        self.lines += other.lines
+        self._next = self._next.join(other._next)
+        self.sequences += other.sequences
 
-    def broken(self) -> set[int]:
-        """The sequences whose next logits are NaN or infinite."""
-        fine = self._following.logits.isfinite().all(-1).all(0).tolist()
-        return {line.name for line, is_fine in zip(self.lines, fine, strict=True) if not is_fine}
+    def find_non_finite(self) -> set[int]:
+        """Return the names of the sequences whose next logits are NaN or infinite."""
+        fine = self._next.logits.isfinite().all(-1).all(0).tolist()
+        return {sequence.name for sequence, is_fine in zip(self.sequences, fine, strict=True) if not is_fine}
 
 
 def decode(
     stepper: Stepper,
-    following: StepOutput,
+    next_logits: StepOutput,
     lengths: Sequence[int],
     sampling: Sampling,
     seeds: Sequence[int],
@@ -159,19 +159,19 @@ def decode(
 
     Args:
         stepper: Has read the prompts.
-        following: What comes next after the prompts.
+        next_logits: Of each prompt.
         lengths: Tokens in each prompt.
         sampling: How tokens are chosen.
         seeds: One for each sequence.
-        closed: Sequences that whoever reads the events wants no more of; looked at after each token.
+        closed: Names of sequences to end early; looked at after each token.
     """
     room = [(stepper.context or 2**62) - length for length in lengths]
-    lines = [TokenSequence(i, sampling, seed, room[i]) for i, seed in enumerate(seeds)]
-    yield from decode_batch(DecodeBatch(stepper, following, lines), closed)
+    sequences = [TokenSequence(i, sampling, seed, room[i]) for i, seed in enumerate(seeds)]
+    yield from decode_batch(DecodeBatch(stepper, next_logits, sequences), closed)
 
 
 def decode_batch(batch: DecodeBatch, closed: Set[int] = frozenset()) -> Iterator[TokenEvent]:
     """Choose tokens until every sequence of a batch has ended; see ``decode``."""
-    while batch.lines:
+    while batch.sequences:
         yield from batch.choose()
         batch.step(closed)

@@ -4,68 +4,65 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
-from dataclasses import replace
-from itertools import repeat
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Literal
 
 from jaxtyping import Float
 from torch import Tensor
 
 from selfdoubt.errors import ConfigError
 from selfdoubt.lm.answer import Answer, Token
-from selfdoubt.lm.calibration import States
 from selfdoubt.lm.chunks import ChunkSizer
 from selfdoubt.lm.conditions import Made, Origin
 from selfdoubt.lm.decode import DecodeBatch, TokenEvent, TokenSequence, decode_batch
-from selfdoubt.lm.hidden_states import HiddenStatePooler
-from selfdoubt.lm.prefill import ScoredId, prefill_in_chunks, run_to_end
+from selfdoubt.lm.front import LMFront, ModelWithFront
+from selfdoubt.lm.hidden_states import AnswerStates, HiddenStatePooler
+from selfdoubt.lm.inputs import PromptLike
+from selfdoubt.lm.options import Options, list_stop_texts, read_number, read_sampling
+from selfdoubt.lm.prefill import prefill_in_chunks, run_to_end
 from selfdoubt.lm.sampling import Sampling
 from selfdoubt.lm.stepper import HFStepper
-from selfdoubt.lm.text.detokenizer import TEXTS, Detokenizer, texts_in_pieces
-from selfdoubt.lm.text.prompt import Prompt
+from selfdoubt.lm.text.detokenizer import Detokenizer
+from selfdoubt.lm.text.prompt import Prompt, encode
 from selfdoubt.lm.text.stops import StopFinder
 
-if TYPE_CHECKING:
-    from selfdoubt.lm.model import RiskAwareLM
-
-
-#: The model's most probable answer to a single question.
-OWN = Origin("greedy")
+#: Of the model's most probable answer to a single question.
+GREEDY = Origin("greedy")
 
 
 class AnswerInProgress:
-    """One answer in the making.
+    """An answer of which some tokens are chosen.
 
     Args:
-        lm: Whose answer it is.
+        front: Of the model that answers.
         question: The tokens of the question's own words.
         stops: Texts that end the answer.
-        state: The hidden states at the question's end, where they are wanted.
+        state: The hidden states at the question's end; None where no layers are asked for.
         before: Token ids that the answer's text goes on from; none where it stands by itself.
         origin: How the answer is made, as far as it is known before it ends.
     """
 
     def __init__(
         self,
-        lm: RiskAwareLM,
+        front: LMFront,
         question: list[Token],
         stops: Sequence[str] = (),
         state: Float[Tensor, "layers width"] | None = None,
         before: Sequence[int] = (),
-        origin: Origin = OWN,
+        origin: Origin = GREEDY,
     ) -> None:
-        self.lm = lm
+        self._front = front
         self._origin = origin
         self.question = question
         self.tokens: list[Token] = []
         self.finish: Literal["stop", "length"] | None = None
         self._finder = StopFinder(stops)
         self._ahead: StopFinder | None = None  # has read the pending text, too
-        self._pieces = Detokenizer(lm.tokenizer, before)
+        self._pieces = Detokenizer(front.tokenizer, before)
         self._held: deque[tuple[Token, Tensor | None]] = deque()  # not certain, or maybe the beginning of a stop
         self._released = 0  # characters
-        self._ending: list[Token] = []  # what ended the answer and is no part of it
-        self._asked = state
+        self._ending: list[Token] = []  # ended the answer, and is not part of it
+        self._question_state = state
         self._first: Tensor | None = None
         self._sum: Tensor | None = None
 
@@ -76,13 +73,13 @@ class AnswerInProgress:
         self.finish = event.finish
         cut = None
         if event.token is not None:
-            late, own = self._pieces.push(event.token.id)
+            late, text = self._pieces.push(event.token.id)
             cut = self._complete(late)
-            self._held.append((self.lm._token(event.token, own), event.states))
-            cut = self._finder.feed(own) if cut is None else cut
+            self._held.append((self._front.tokens.build(event.token, text), event.states))
+            cut = self._finder.feed(text) if cut is None else cut
         elif event.end is not None:
-            self._ending = [self.lm._token(event.end, "")]
-            by_caller = None if event.end.id in self.lm.stop_ids else f"token {event.end.id}"
+            self._ending = [self._front.tokens.build(event.end, "")]
+            by_caller = None if event.end.id in self._front.stop_ids else f"token {event.end.id}"
             self._origin = replace(self._origin, end_gap=event.end.gap, stop=by_caller)
         if cut is None and (self.finish is not None or self._stops_ahead()):
             cut = self._complete(self._pieces.rest())
@@ -121,7 +118,7 @@ class AnswerInProgress:
         end = cut
         if end is None:
             end = self._finder.length - (self._finder.partial if self.finish is None else 0)
-        found: list[Token] = []
+        released: list[Token] = []
         while self._held and not (cut is not None and self._released >= end):
             token, states = self._held[0]
             beyond = self._released + len(token.text) - end
@@ -130,139 +127,145 @@ class AnswerInProgress:
                     break
                 token = replace(token, text=token.text[:-beyond])
             self._held.popleft()
-            found.append(token)
+            released.append(token)
             self._released += len(token.text)
             if states is not None:
                 self._sum = states if self._sum is None else self._sum + states
         if cut is not None:
             self._ending = [token for token, _ in self._held]
             self._held.clear()
-        self.tokens += found
-        return found
+        self.tokens += released
+        return released
 
     @property
     def answer(self) -> Answer:
         """The answer, once it has ended."""
         assert self.finish is not None
         text = "".join(t.text for t in self.tokens)
-        return self.lm.answer(
+        return self._front.scorer.score(
             self.tokens, self.question, self.finish, text, self._states(), self._ending, origin=self._origin
         )
 
-    def _states(self) -> States | None:
-        if self._asked is None or self._first is None:
+    def _states(self) -> AnswerStates | None:
+        if self._question_state is None or self._first is None:
             return None
         mean = self._first if self._sum is None else self._sum / max(1, len(self.tokens))
-        return States(self.lm.layers, self._asked.cpu(), self._first.cpu(), mean.cpu())
+        return AnswerStates(self._front.layers, self._question_state.cpu(), self._first.cpu(), mean.cpu())
 
 
-class SequenceRequest(NamedTuple):
-    """One answer that is wanted."""
+@dataclass(frozen=True)
+class SequenceRequest:
+    """A request for one answer: what is asked, how tokens are chosen, and where the answer ends."""
 
     name: int  #: what the batch calls it
     prompt: Prompt
     sampling: Sampling
     seed: int
-    stops: Sequence[str] = ()
+    stops: Sequence[str] = ()  #: texts that end the answer
 
     @property
     def origin(self) -> Origin:
-        """How the answer will come about."""
-        own = self.sampling
-        made: Made = "sampled" if own.temperature > 0 else "greedy"
-        return Origin(made, self.prompt.form, own.temperature, own.top_p)
+        """The origin of the answer, as far as it is known before it ends."""
+        made: Made = "sampled" if self.sampling.temperature > 0 else "greedy"
+        return Origin(made, self.prompt.form, self.sampling.temperature, self.sampling.top_p)
+
+
+def build_requests(
+    front: LMFront, prompts: Sequence[PromptLike], options: Options, seeds: Sequence[int]
+) -> list[SequenceRequest]:
+    """Return the requests of prompts that share their options.
+
+    Raises:
+        PromptError: If a prompt is empty.
+        ConfigError: If an option is out of range.
+    """
+    sampling, stops = read_sampling(options, front.stop_ids), list_stop_texts(options)
+    encoded = [encode(front.tokenizer, prompt, raw=options.get("raw", False)) for prompt in prompts]
+    pairs = zip(encoded, seeds, strict=True)
+    return [SequenceRequest(i, prompt, sampling, seed, stops) for i, (prompt, seed) in enumerate(pairs)]
+
+
+def generate_answers(
+    lm: ModelWithFront, prompts: Sequence[PromptLike], batch_size: int, seeds: Sequence[int], options: Options
+) -> list[Answer]:
+    """Answer prompts, ``batch_size`` at a time; one seed per prompt.
+
+    Raises:
+        PromptError: If a prompt is empty or too long.
+        ConfigError: If an option is out of range.
+    """
+    if read_number("batch_size", batch_size, whole=True) < 1:
+        raise ConfigError(f"batch_size must be at least 1, got {batch_size}")
+    requests = build_requests(lm.front, prompts, options, seeds)
+    answers: list[Answer] = []
+    for first in range(0, len(requests), batch_size):
+        batch, steps = generate_batch(lm, requests[first : first + batch_size])
+        deque(steps, maxlen=0)
+        answers += [progress.answer for progress in batch]
+    return answers
 
 
 def start_batch(
-    lm: RiskAwareLM, wanted: Sequence[SequenceRequest], sizer: ChunkSizer | None = None
+    lm: ModelWithFront, requests: Sequence[SequenceRequest], sizer: ChunkSizer | None = None
 ) -> Generator[None, None, tuple[list[AnswerInProgress], DecodeBatch]]:
-    """Read prompts piece by piece; in the end there are answers in the making, and the batch that makes them.
+    """Prefill the prompts in chunks; in the end there are answers in progress, and the batch that decodes them.
 
     A prompt that comes several times is read once. ``sizer`` chooses the sizes of the pieces; None reads as much at
     once as memory for the logits allows.
     """
-    different = {tuple(want.prompt.ids): want.prompt for want in wanted}
-    place = {ids: row for row, ids in enumerate(different)}
-    rows = [place[tuple(want.prompt.ids)] for want in wanted]
-    stepper = HFStepper(lm.model, lm.layers, sizer)
+    front = lm.front
+    prompts = {tuple(request.prompt.ids): request.prompt for request in requests}
+    place = {ids: row for row, ids in enumerate(prompts)}
+    rows = [place[tuple(request.prompt.ids)] for request in requests]
+    stepper = HFStepper(lm.model, front.layers, sizer)
     pool = (
-        HiddenStatePooler([[find_last_user_token(p)] for p in different.values()], [len(i) for i in different])
-        if lm.layers
+        HiddenStatePooler([[find_last_user_token(p)] for p in prompts.values()], [len(i) for i in prompts])
+        if front.layers
         else None
     )
-    scored, following = yield from prefill_in_chunks(stepper, [list(ids) for ids in different], pool=pool)
+    scored, next_logits = yield from prefill_in_chunks(stepper, [list(ids) for ids in prompts], pool=pool)
     questions = []
-    for ids, prompt in zip(scored, different.values(), strict=True):
-        questions.append((yield from build_question_in_chunks(lm, ids, prompt)))
-    asked = [None] * len(different) if pool is None or pool.means is None else [means[0] for means in pool.means]
+    for ids, prompt in zip(scored, prompts.values(), strict=True):
+        questions.append((yield from front.tokens.build_question_in_chunks(ids, prompt)))
+    states = [None] * len(prompts) if pool is None or pool.means is None else [means[0] for means in pool.means]
     answers = [
-        AnswerInProgress(lm, questions[row], want.stops, asked[row], find_unscored_tokens(want.prompt), want.origin)
-        for row, want in zip(rows, wanted, strict=True)
+        AnswerInProgress(
+            front, questions[row], request.stops, states[row], find_unscored_tokens(request.prompt), request.origin
+        )
+        for row, request in zip(rows, requests, strict=True)
     ]
-    if len(different) < len(wanted):
+    if len(prompts) < len(requests):
         stepper.keep(rows)
-        following = following.of(rows)
-    lines = [TokenSequence(w.name, w.sampling, w.seed, (stepper.context or 2**62) - len(w.prompt.ids)) for w in wanted]
-    return answers, DecodeBatch(stepper, following, lines)
+        next_logits = next_logits.of(rows)
+    room = stepper.context or 2**62
+    sequences = [TokenSequence(r.name, r.sampling, r.seed, room - len(r.prompt.ids)) for r in requests]
+    return answers, DecodeBatch(stepper, next_logits, sequences)
 
 
 def generate_batch(
-    lm: RiskAwareLM, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[int], stops: Sequence[str]
+    lm: ModelWithFront, requests: Sequence[SequenceRequest]
 ) -> tuple[list[AnswerInProgress], Iterator[list[Token]]]:
-    """Read prompts; answers in the making, and the steps that make them, each with the tokens that it made certain."""
-    wanted = [
-        SequenceRequest(i, *each, stops) for i, each in enumerate(zip(prompts, repeat(sampling), seeds, strict=False))
-    ]
-    answers, batch = run_to_end(start_batch(lm, wanted))
+    """Read the prompts; return the answers in progress, and the steps that make them.
+
+    Each step gives the tokens that it made certain.
+    """
+    answers, batch = run_to_end(start_batch(lm, requests))
+    by_name = {request.name: answer for request, answer in zip(requests, answers, strict=True)}
 
     def steps() -> Iterator[list[Token]]:
         closed: set[int] = set()
         for event in decode_batch(batch, closed):
-            yield answers[event.sequence].add(event)
-            if answers[event.sequence].finish is not None:
+            answer = by_name[event.sequence]
+            yield answer.add(event)
+            if answer.finish is not None:
                 closed.add(event.sequence)
 
     return answers, steps()
 
 
-def build_tokens_in_chunks(
-    lm: RiskAwareLM, scored: Sequence[ScoredId | None], ids: Sequence[int], before: Sequence[int] = ()
-) -> Generator[None, None, list[Token]]:
-    """Give scored ids their text, some hundreds at a time.
-
-    Args:
-        lm: Whose they are.
-        scored: The scores of each id.
-        ids: Of a text.
-        before: Ids that it goes on from, see ``Detokenizer``.
-
-    Yields:
-        Nothing, after each piece.
-
-    Returns:
-        The tokens, without those that nothing predicted.
-    """
-    texts = yield from texts_in_pieces(lm.tokenizer, ids, before)
-    found: list[Token] = []
-    for token, text in zip(scored, texts, strict=True):
-        if token is not None:
-            found.append(lm._token(token, text))
-            if not len(found) % TEXTS:
-                yield
-    return found
-
-
-def build_question_in_chunks(
-    lm: RiskAwareLM, scored: Sequence[ScoredId | None], prompt: Prompt
-) -> Generator[None, None, list[Token]]:
-    """Give the scored ids of a prompt their text, those of the question's own words; as ``build_tokens_in_chunks``."""
-    places = [i for i, own in enumerate(prompt.own) if own]
-    return build_tokens_in_chunks(lm, [scored[i] for i in places], [prompt.ids[i] for i in places])
-
-
 def find_last_user_token(prompt: Prompt) -> tuple[int, int]:
-    """The place of the question's last own token, or of the prompt's last."""
-    last = max((i for i, own in enumerate(prompt.own) if own), default=len(prompt.ids) - 1)
+    """Return the place of the question's last own token, or of the prompt's last, and the place after it."""
+    last = max((i for i, is_user in enumerate(prompt.is_user_token) if is_user), default=len(prompt.ids) - 1)
     return last, last + 1
 
 
@@ -271,22 +274,20 @@ def find_unscored_tokens(prompt: Prompt) -> list[int]:
 
     There are none after a chat template or a control token: what parts the answer from those is not the answer's.
     """
-    return prompt.ids if prompt.own[-1:] == [True] else []
+    return prompt.ids if prompt.is_user_token[-1:] == [True] else []
 
 
 class Stream(Iterator[Token]):
     """Tokens as they are chosen. ``question`` is there from the start, ``answer`` when the tokens have ended."""
 
-    def __init__(
-        self, lm: RiskAwareLM, prompt: Prompt, sampling: Sampling, seed: int, stops: Sequence[str] = ()
-    ) -> None:
-        (self._sequence,), self._steps = generate_batch(lm, [prompt], sampling, [seed], stops)
+    def __init__(self, lm: ModelWithFront, request: SequenceRequest) -> None:
+        (self._progress,), self._steps = generate_batch(lm, [request])
         self._ready: deque[Token] = deque()
 
     @property
     def question(self) -> list[Token]:
         """The tokens of the question's own words."""
-        return self._sequence.question
+        return self._progress.question
 
     @property
     def answer(self) -> Answer:
@@ -295,9 +296,9 @@ class Stream(Iterator[Token]):
         Raises:
             ConfigError: If the tokens have not ended yet.
         """
-        if self._sequence.finish is None or self._ready:
+        if self._progress.finish is None or self._ready:
             raise ConfigError("the answer is not finished; read the stream to its end first")
-        return self._sequence.answer
+        return self._progress.answer
 
     def __next__(self) -> Token:
         while not self._ready:

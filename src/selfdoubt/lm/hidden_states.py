@@ -1,10 +1,11 @@
-"""Hidden states of some decoder layers: overheard while a model runs, and averaged over chosen places."""
+"""Hidden states of some decoder layers: captured while a model runs, and averaged over chosen places."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from jaxtyping import Float
@@ -12,9 +13,60 @@ from torch import Tensor, nn
 
 from selfdoubt.errors import ConfigError
 
+#: Where hidden states are taken: at the question's last own token; where the answer's first token is chosen; and the
+#: mean over all places where a token of the answer is chosen. Each is the mean over members.
+Position = Literal["question", "first", "mean"]
+POSITIONS: tuple[Position, ...] = get_args(Position)
 
-def decoder_layers(base: nn.Module) -> nn.ModuleList:
-    """The stack of a Hugging Face decoder: its longest list of modules of one class.
+
+@dataclass(frozen=True)
+class StateKey:
+    """The name of a stored hidden state: ``position.layer``; layer 0 is the first.
+
+    Example:
+        >>> StateKey.parse("first.2")
+        StateKey(position='first', layer=2)
+        >>> str(StateKey("mean", 0))
+        'mean.0'
+    """
+
+    position: Position
+    layer: int
+
+    def __str__(self) -> str:
+        return f"{self.position}.{self.layer}"
+
+    @classmethod
+    def parse(cls, name: str) -> StateKey:
+        """Return the key that is printed so.
+
+        Raises:
+            ConfigError: If it is none.
+        """
+        position, _, layer = name.rpartition(".")
+        if position not in POSITIONS or not layer.isdecimal():
+            raise ConfigError(f"states are named like 'first.2' (position.layer), got {name!r}")
+        return cls(position, int(layer))
+
+
+class AnswerStates(NamedTuple):
+    """Hidden states of one answer after some decoder layers, one row per layer, float32 on the host."""
+
+    layers: tuple[int, ...]  #: 0 is the first decoder layer
+    question: Float[Tensor, "layers width"]
+    first: Float[Tensor, "layers width"]
+    mean: Float[Tensor, "layers width"]
+
+    def get(self, key: StateKey) -> Float[Tensor, " width"] | None:
+        """Return the state of a position and layer; None where the layer is missing."""
+        if key.layer not in self.layers:
+            return None
+        rows: Tensor = getattr(self, key.position)
+        return rows[self.layers.index(key.layer)]
+
+
+def find_decoder_layers(base: nn.Module) -> nn.ModuleList:
+    """Return the stack of a Hugging Face decoder: its longest list of modules of one class.
 
     Raises:
         ConfigError: If it has none.
@@ -25,13 +77,13 @@ def decoder_layers(base: nn.Module) -> nn.ModuleList:
     return max(lists, key=len)
 
 
-def decoder_layer(base: nn.Module, layer: int) -> nn.Module:
-    """One layer of the stack; 0 is the first.
+def find_decoder_layer(base: nn.Module, layer: int) -> nn.Module:
+    """Return one layer of the stack; 0 is the first.
 
     Raises:
-        ConfigError: If there is no such layer.
+        ConfigError: If the model lacks this layer.
     """
-    stack = decoder_layers(base)
+    stack = find_decoder_layers(base)
     if not 0 <= layer < len(stack):
         raise ConfigError(f"{type(base).__name__} has the decoder layers 0 to {len(stack) - 1}, and not {layer}")
     return stack[layer]
@@ -39,18 +91,18 @@ def decoder_layer(base: nn.Module, layer: int) -> nn.Module:
 
 @contextmanager
 def capture_outputs(layers: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
-    """What each of these modules puts out while the block runs, in the order of ``layers``."""
-    heard: list[Any] = [None] * len(layers)
+    """Capture the outputs of these modules while the block runs, in the order of ``layers``."""
+    captured: list[Any] = [None] * len(layers)
 
     def hook(place: int) -> Any:
         def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
-            heard[place] = output[0] if isinstance(output, tuple) else output
+            captured[place] = output[0] if isinstance(output, tuple) else output
 
         return keep
 
     handles = [layer.register_forward_hook(hook(place)) for place, layer in enumerate(layers)]
     try:
-        yield heard
+        yield captured
     finally:
         for handle in handles:
             handle.remove()

@@ -1,4 +1,4 @@
-"""What a caller may hand over as questions: a text, a chat, or a list, an array or a column of them."""
+"""Questions as callers give them: a text, a chat, or a list, an array or a column of them."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from typing import Any
 
 from selfdoubt.errors import PromptError
 
-Question = str | Sequence[Mapping[str, str]]
+PromptLike = str | Sequence[Mapping[str, str]]
 
 
 def is_chat(item: Any) -> bool:
-    """Return whether this is one chat: a list of messages."""
+    """Return True for one chat: a list of messages."""
     return isinstance(item, Sequence) and not isinstance(item, str) and bool(item) and isinstance(item[0], Mapping)
 
 
-def list_questions(prompt: Any) -> list[Question]:
+def list_questions(prompt: Any) -> list[PromptLike]:
     """Return the questions of a list, a tuple, a generator, a pandas column, an Arrow column or an array.
 
     Args:
@@ -38,7 +38,7 @@ def list_questions(prompt: Any) -> list[Question]:
     return [check_question(item, f"question {number}: ") for number, item in enumerate(prompt, 1)]
 
 
-def list_pairs(pairs: Any) -> list[tuple[Question | None, str]]:
+def list_pairs(pairs: Any) -> list[tuple[PromptLike | None, str]]:
     """Return questions and texts, checked; a question may be None.
 
     Raises:
@@ -46,18 +46,18 @@ def list_pairs(pairs: Any) -> list[tuple[Question | None, str]]:
     """
     if isinstance(pairs, (str, bytes, Mapping, AnySet)) or not isinstance(pairs, Iterable):
         raise PromptError(f"wanted a list of pairs, each a question (or None) and a text, got {_shown(pairs)}")
-    found: list[tuple[Question | None, str]] = []
+    checked: list[tuple[PromptLike | None, str]] = []
     for number, pair in enumerate(pairs, 1):
         if not isinstance(pair, (tuple, list)) or len(pair) != 2:
             raise PromptError(f"pair {number}: wanted a question (or None) and a text, got {_shown(pair)}")
         question, text = pair
         if not isinstance(text, str):
             raise PromptError(f"pair {number}: the text to score must be a text, got {_shown(text)}")
-        found.append((None if question is None else check_question(question, f"pair {number}: "), text))
-    return found
+        checked.append((None if question is None else check_question(question, f"pair {number}: "), text))
+    return checked
 
 
-def check_question(item: Any, place: str = "") -> Question:
+def check_question(item: Any, place: str = "") -> PromptLike:
     """Return a text or a chat as it is.
 
     Raises:

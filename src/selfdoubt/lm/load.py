@@ -1,4 +1,4 @@
-"""From a name or a folder to a causal language model and its tokenizer. The only importer of bitsandbytes."""
+"""From a name or a folder to a causal language model and its tokenizer."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from selfdoubt import compat
 from selfdoubt.errors import ConfigError, LoadError, require
 from selfdoubt.members import innermost
-from selfdoubt.targets import base_layer
 
 POCKET = "pocket"
 Quantization = Literal["nf4"]
@@ -21,7 +21,7 @@ Quantization = Literal["nf4"]
 def load_model(
     name: str | os.PathLike[str],
     *,
-    words: str | os.PathLike[str] | None = None,
+    tokenizer: str | os.PathLike[str] | None = None,
     dtype: torch.dtype | str = "auto",
     device: torch.device | str | None = None,
     quantize: Quantization | None = None,
@@ -35,7 +35,7 @@ def load_model(
 
     Args:
         name: A folder, a name on the hub, or "pocket" for the small model inside this package.
-        words: A folder with another tokenizer than the model's own.
+        tokenizer: A folder with another tokenizer than the model's own.
         dtype: "auto" takes the checkpoint's own, but bfloat16 for float16 on a CPU.
         device: None takes a GPU where there is one.
         quantize: "nf4" loads 4-bit weights by bitsandbytes (double quantisation, bfloat16 compute).
@@ -59,45 +59,41 @@ def load_model(
     }
     options = dict(common, dtype=_dtype(dtype), use_safetensors=True)
     if quantize is not None:
-        options |= _quantized(transformers, quantize, device)
+        options |= _quantized(quantize, device)
     transformers.utils.logging.disable_progress_bar()
     try:
-        own = common if words is None else {"local_files_only": True}
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source if words is None else words, **own)
+        local = common if tokenizer is None else {"local_files_only": True}
+        words = transformers.AutoTokenizer.from_pretrained(source if tokenizer is None else tokenizer, **local)
         model = transformers.AutoModelForCausalLM.from_pretrained(source, **options)
     except Exception as error:
         raise LoadError(_why(str(name), error)) from error
-    for module in model.modules():
-        # On some CPUs a pass without gradients repacks 4-bit weights for good: what follows differs by 1e-2 from what
-        # was before, and no gradient comes through the layer any more.
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+    compat.forbid_repacking(model)
     if quantize is None:
         model = model.to(device)
         if model.dtype == torch.float16 and device.type == "cpu":
             model = model.to(torch.bfloat16)
-    if tokenizer.pad_token_id is None:
+    if words.pad_token_id is None:
         # Padding is masked out, so any token serves; the vocabulary must not grow.
-        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
-    return model.eval().requires_grad_(False), tokenizer
+        words.pad_token = words.eos_token or words.unk_token
+    return model.eval().requires_grad_(False), words
 
 
 def choose_dtype(model: nn.Module) -> torch.dtype:
-    """What a model computes in most quickly where it is: its own type, but float32 on a CPU that emulates bfloat16.
+    """Choose the type in which a model is quickest where it is: its own, but float32 on a CPU that emulates bfloat16.
 
     Emulated products are ten times slower than float32's. A model that would fill more than half of the memory in
     float32 keeps its type: slow is better than none.
     """
     first = next(model.parameters())
-    own: torch.dtype = first.dtype
-    if first.device.type != "cpu" or own != torch.bfloat16 or torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return own
+    dtype: torch.dtype = first.dtype
+    if first.device.type != "cpu" or dtype != torch.bfloat16 or torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return dtype
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
-    return torch.float32 if 4 * sum(p.numel() for p in model.parameters()) <= memory / 2 else own
+    return torch.float32 if 4 * sum(p.numel() for p in model.parameters()) <= memory / 2 else dtype
 
 
 def find_stop_ids(model: nn.Module, tokenizer: Any) -> frozenset[int]:
-    """Token ids that end an answer: all that the model, its tokenizer and its chat template end a text or a turn with.
+    """Find the token ids that end an answer: a text or turn, for the model, its tokenizer or its chat template.
 
     They are the ends that the generation config names; the config's, as far as they are control tokens (a config
     without any inherits its class's number, which may be a word); the tokenizer's; and ``find_turn_end``. They count
@@ -124,11 +120,11 @@ def find_turn_end(tokenizer: Any) -> int | None:
         text = str(tokenizer.apply_chat_template(turns, tokenize=False))
     except Exception:  # templates are programs: they raise what they like, and say so when they are asked a question
         return None
-    before, found, after = text.rpartition(_MARKS[1])
+    before, mark, after = text.rpartition(_MARKS[1])
     front, _, between = before.partition(_MARKS[0])
     control = _control_tokens(tokenizer)
     end = _first_token(after.lstrip(), control)
-    if not found or end is None or end == tokenizer.bos_token != tokenizer.eos_token:
+    if not mark or end is None or end == tokenizer.bos_token != tokenizer.eos_token:
         return None
     opened = any(token in front for token in control if token != tokenizer.bos_token)
     if opened and after.strip() == between.strip() and not any(t in after.lstrip()[len(end) :] for t in control):
@@ -147,13 +143,13 @@ def _first_token(text: str, control: dict[str, int]) -> str | None:
 
 def _control_tokens(tokenizer: Any) -> dict[str, int]:
     """Return the ids of the tokens that are no text, by what the chat template writes for them."""
-    found = {
+    marked = {
         str(token): i
         for i, token in tokenizer.added_tokens_decoder.items()
         if token.special or re.fullmatch(r"<.+>|\[.+\]", str(token))
     }
     named = {str(t): i for t, i in zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True)}
-    return {token: i for token, i in {**found, **named}.items() if token.strip()}
+    return {token: i for token, i in {**marked, **named}.items() if token.strip()}
 
 
 def _text_configs(config: Any) -> list[Any]:
@@ -161,30 +157,20 @@ def _text_configs(config: Any) -> list[Any]:
     return [config.get_text_config()] if hasattr(config, "get_text_config") else []
 
 
-def _ids(found: Any) -> set[int]:
-    return set(found) if isinstance(found, list | tuple) else set() if found is None else {found}
+def _ids(ids: Any) -> set[int]:
+    return set(ids) if isinstance(ids, list | tuple) else set() if ids is None else {ids}
 
 
-def vocabulary_size(model: nn.Module) -> int:
-    """Return how many token ids a model reads, whatever was put around its embedding (LoRA, a voter's deviation)."""
+def count_token_ids(model: nn.Module) -> int:
+    """Return the number of token ids that a model reads, also where LoRA or voters lie around its embedding."""
     embedding: Any = innermost(model).get_input_embeddings()  # type: ignore[operator]
-    return int(base_layer(embedding).num_embeddings)  # type: ignore[arg-type]
-
-
-def eight_bit_adamw() -> type:
-    """AdamW with its state in 8 bits, by bitsandbytes.
-
-    Raises:
-        MissingExtraError: If bitsandbytes is not installed.
-    """
-    found: type = require("bitsandbytes", "quant").optim.AdamW8bit
-    return found
+    return int(compat.get_base_layer(embedding).num_embeddings)  # type: ignore[arg-type]
 
 
 def load_skeleton(
     name: str | os.PathLike[str], *, revision: str | None = None, trust_remote_code: bool = False
 ) -> nn.Module:
-    """The layers of a Hugging Face causal language model without their weights: only its config is read.
+    """Build the layers of a Hugging Face causal language model without their weights: only its config is read.
 
     Raises:
         LoadError: If the model is missing, gated, or cannot be built.
@@ -206,7 +192,7 @@ def load_skeleton(
 
 
 def resolve_model(name: str | os.PathLike[str]) -> str:
-    """The folder or hub name to load.
+    """Return the folder or hub name to load.
 
     Raises:
         LoadError: If it looks like a folder and is not there, or is not a model folder.
@@ -226,30 +212,38 @@ def resolve_model(name: str | os.PathLike[str]) -> str:
     return text
 
 
+def find_pocket_voters() -> Path:
+    """Return the adapter folder of the voters that come with the pocket model."""
+    from selfdoubt import pocket
+
+    return pocket.voters_folder()
+
+
+def name_base(name: str | None) -> str | None:
+    """Return the name under which a model loads on any machine: "pocket" for its folder in this package."""
+    from selfdoubt import pocket
+
+    return POCKET if name is not None and Path(name) == pocket.folder() else name
+
+
 def _dtype(dtype: torch.dtype | str) -> torch.dtype | str:
     if isinstance(dtype, torch.dtype) or dtype == "auto":
         return dtype
-    found = getattr(torch, dtype, None)
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+    named = getattr(torch, dtype, None)
+    if not isinstance(named, torch.dtype) or not named.is_floating_point:
         raise ConfigError(f"dtype must be auto, float32, bfloat16, float16 or float64, got {dtype!r}")
-    return found
+    return named
 
 
-def _quantized(transformers: Any, quantize: str, device: torch.device) -> dict[str, Any]:
+def _quantized(quantize: str, device: torch.device) -> dict[str, Any]:
+    """Return the options with which quantised weights are loaded."""
     if quantize != "nf4":
         raise ConfigError(f"quantize must be 'nf4' or None, got {quantize!r}")
-    require("bitsandbytes", "quant")
-    config = transformers.BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
-    )
-    return {"quantization_config": config, "device_map": {"": str(device)}}
+    return {"quantization_config": compat.build_nf4_config(), "device_map": {"": str(device)}}
 
 
 def _why(name: str, error: Exception) -> str:
-    """One line for what transformers and the hub raise: what is wrong, and the repair."""
+    """Explain an error of transformers or the hub in one line, with the repair."""
     chain: list[str] = []
     cause: BaseException | None = error
     while cause is not None and len(chain) < 8:

@@ -5,33 +5,31 @@ from __future__ import annotations
 import math
 import os
 import warnings
-from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
-from copy import copy
+from dataclasses import replace
+from pathlib import Path
 from typing import Any, Literal, Unpack, cast, overload
 
 import torch
 from torch import nn
 
+from selfdoubt import storage
 from selfdoubt.errors import ConfigError, UntrainedWarning
-from selfdoubt.lm import answer as answers
-from selfdoubt.lm.adapters.adapter import base_of, check_adapter, load_adapter, own_tokenizer, read_adapter
-from selfdoubt.lm.answer import Alternative, Answer, Token, answer_scores, check_score, pick_risk, rank_scores
-from selfdoubt.lm.calibration import Calibration, Estimate, States, read_calibration
-from selfdoubt.lm.conditions import Origin
-from selfdoubt.lm.generation import Stream, generate_batch
-from selfdoubt.lm.inputs import Question, check_question, is_chat, list_pairs, list_questions
-from selfdoubt.lm.load import POCKET, Quantization, choose_dtype, find_stop_ids, load_model, vocabulary_size
-from selfdoubt.lm.notes import PLAIN_NOTE, untrained_note
-from selfdoubt.lm.options import Options, read_number, read_options, read_sampling, read_seed, stop_texts
-from selfdoubt.lm.prefill import ScoredId
+from selfdoubt.lm import defaults
+from selfdoubt.lm.adapters.adapter import check_adapter, save_adapter
+from selfdoubt.lm.answer import Answer
+from selfdoubt.lm.calibration import Calibration
+from selfdoubt.lm.confidence import confidence_order
+from selfdoubt.lm.front import LMFront
+from selfdoubt.lm.generation import Stream, build_requests, generate_answers
+from selfdoubt.lm.inputs import PromptLike, check_question, is_chat, list_pairs, list_questions
+from selfdoubt.lm.load import POCKET, Quantization, choose_dtype, find_pocket_voters, load_model, name_base
+from selfdoubt.lm.notes import PLAIN_NOTE, explain_untrained
+from selfdoubt.lm.options import Options, read_number, read_options, read_seed
+from selfdoubt.lm.scores import DEFAULT_RISK, RANK_SCORES, TOKEN_RISK, Score, Signal
 from selfdoubt.lm.scoring import score_teacher_forced
-from selfdoubt.lm.stepper import HFStepper
-from selfdoubt.lm.text.detokenizer import TextsBetween
-from selfdoubt.lm.text.prompt import encode
 from selfdoubt.lm.until import Attempts, generate_until
-from selfdoubt.members import Spec, check_spec, source
-from selfdoubt.risk import percentile
+from selfdoubt.members import Spec, check_spec
 
 
 class RiskAwareLM:
@@ -51,8 +49,8 @@ class RiskAwareLM:
         *,
         reference: Mapping[str, Sequence[float]] | None = None,
         calibration: Calibration | None = None,
-        risk: str = answers.DEFAULT_RISK,
-        token_risk: str = answers.TOKEN_RISK,
+        risk: str = DEFAULT_RISK,
+        token_risk: Signal = TOKEN_RISK,
         layers: Sequence[int] = (),
         note: str | None = None,
     ) -> None:
@@ -64,25 +62,76 @@ class RiskAwareLM:
             reference: Ascending quantiles of answer scores, by name: they turn a risk into a percentile.
             calibration: Turns scores into ``p_correct``, and says below which one to abstain.
             risk: Name of the answer score that is the risk.
-            token_risk: Name of the token score that is a token's risk.
+            token_risk: Name of the token signal that is a token's risk.
             layers: Decoder layers whose hidden states come with an answer (``Answer.states``); 0 is the first.
-            note: One line for people on what this model's risk lacks, e.g. that its members are untrained.
+            note: One line on what this model's risk lacks, e.g. that its members are untrained.
+
+        Raises:
+            ConfigError: If the risk is unknown.
         """
-        check_score(risk)
         self.model = model
-        self.tokenizer = tokenizer
-        self.reference = dict(reference or {})
-        self.calibration = calibration
-        self.misfit = None if calibration is None else calibration.misfit(model)  #: why no answer has a p_correct
-        self.layers = tuple(sorted({*layers, *(() if calibration is None else calibration.layers)}))
-        self.risk = risk
-        self.token_risk = token_risk
-        self.note = note
-        self.stop_ids = find_stop_ids(model, tokenizer)
-        self.context = HFStepper(model).context  #: most tokens of prompt and answer together, or None
-        self.name = source(model)  #: a folder, or a name on the hub; None where the model's config has none
-        self.vocabulary = vocabulary_size(model)
-        self._texts = TextsBetween(tokenizer)
+        self._front = LMFront.read(
+            model, tokenizer, reference=reference, calibration=calibration, layers=layers, risk=risk,
+            token_risk=token_risk, note=note,
+        )  # fmt: skip
+        storage.register_owner(model, self)
+
+    @property
+    def front(self) -> LMFront:
+        """All that is known of the model but its weights: small enough to send to another process."""
+        return self._front
+
+    @property
+    def tokenizer(self) -> Any:
+        """The model's tokenizer."""
+        return self._front.tokenizer
+
+    @property
+    def name(self) -> str | None:
+        """The model's folder, or its name on the hub; None where its config has none."""
+        return self._front.name
+
+    @property
+    def calibration(self) -> Calibration | None:
+        """The calibration that gives answers their ``p_correct``."""
+        return self._front.calibration
+
+    @property
+    def risk(self) -> str:
+        """The name of the answer score that is the risk."""
+        return self._front.risk
+
+    @property
+    def note(self) -> str | None:
+        """One line on what this model's risk lacks."""
+        return self._front.note
+
+    @property
+    def reference(self) -> Mapping[str, Sequence[float]]:
+        """Ascending quantiles of answer scores, by name."""
+        return self._front.reference
+
+    @reference.setter
+    def reference(self, reference: Mapping[str, Sequence[float]]) -> None:
+        self._front = replace(self._front, reference=dict(reference))
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Decoder layers whose hidden states come with an answer."""
+        return self._front.layers
+
+    @layers.setter
+    def layers(self, layers: Sequence[int]) -> None:
+        self._front = replace(self._front, layers=tuple(layers))
+
+    @property
+    def stop_ids(self) -> frozenset[int]:
+        """Token ids that end an answer."""
+        return self._front.stop_ids
+
+    @stop_ids.setter
+    def stop_ids(self, ids: Iterable[int]) -> None:
+        self._front = replace(self._front, stop_ids=frozenset(ids))
 
     @classmethod
     def load(
@@ -97,7 +146,7 @@ class RiskAwareLM:
         revision: str | None = None,
         trust_remote_code: bool = False,
         token: str | None = None,
-        risk: str = answers.DEFAULT_RISK,
+        risk: str = DEFAULT_RISK,
         layers: Sequence[int] = (),
     ) -> RiskAwareLM:
         """Load a model and make it aware of its risk.
@@ -128,37 +177,69 @@ class RiskAwareLM:
         given = None if wrapper == "auto" else wrapper
         if given is not None:
             check_spec(given)
-        if adapter is not None:
-            check_adapter(adapter, given)  # a wrong folder is said before a large model loads
-            if name is None:
-                name, revision = base_of(adapter, None, revision)
-        name = POCKET if name is None else name
+        # The adapter is read and checked once, before a large model loads.
+        added = None if adapter is None else check_adapter(adapter, given)
+        if name is None:
+            name, revision = (POCKET, revision) if added is None else added.choose_base(None, revision)
         model, tokenizer = load_model(
-            name, words=None if adapter is None else own_tokenizer(adapter), dtype=dtype, device=device,
+            name, tokenizer=None if added is None else added.tokenizer, dtype=dtype, device=device,
             quantize=quantize, revision=revision, trust_remote_code=trust_remote_code, token=token,
         )  # fmt: skip
         if dtype == "auto" and quantize is None:
             model = model.to(choose_dtype(model))
-        if adapter is None and wrapper == "auto" and os.fspath(name) == POCKET:
-            from selfdoubt import pocket
-
-            adapter = pocket.voters_folder()
-        manifest: dict[str, Any] = {}
-        if adapter is not None:
-            manifest = read_adapter(adapter, given) or {}
-            model = load_adapter(model, adapter, given)
+        if added is None and wrapper == "auto" and os.fspath(name) == POCKET:
+            added = check_adapter(find_pocket_voters())
+        if added is not None:
+            model = added.apply(model, given)
         elif given is not None:
             with torch.random.fork_rng():  # what is fresh is the same each time: a run can go on, an answer come again
                 torch.manual_seed(0)
                 model = given(model)  # type: ignore[operator]
         note = None
         if given is not None:
-            note = untrained_note(given)
+            note = explain_untrained(given)
             warnings.warn(note, UntrainedWarning, stacklevel=2)
-        elif wrapper == "auto" and not manifest:
+        elif wrapper == "auto" and (added is None or added.manifest is None):
             note = PLAIN_NOTE
-        learnt: dict[str, Any] = {"reference": manifest.get("reference"), "calibration": read_calibration(manifest)}
-        return cls(model.eval(), tokenizer, **learnt, risk=risk, layers=layers, note=note)
+        reference, calibration = (None, None) if added is None else (added.reference, added.calibration)
+        lm = cls(
+            model.eval(), tokenizer, reference=reference, calibration=calibration, risk=risk, layers=layers, note=note
+        )
+        lm._front = replace(lm._front, revision=revision)
+        return lm
+
+    def save(self, folder: str | os.PathLike[str], *, base: str | None = None, revision: str | None = None) -> Path:
+        """Write all that was added to the base model: wrappers, LoRA, reference answers, calibration and tokenizer.
+
+        ``RiskAwareLM.load(adapter=folder)`` then gives the same answers, percentiles and p_correct. The base model
+        itself is not written.
+
+        Args:
+            folder: Made if missing; an adapter in it is replaced.
+            base: Name or folder of the base model; None takes the model's own.
+            revision: Revision of the base model.
+
+        Returns:
+            The folder.
+
+        Raises:
+            WrapError: If nothing was added to the base model.
+        """
+        front = self._front
+        extra: dict[str, Any] = {}
+        if front.reference:
+            extra["reference"] = {name: list(quantiles) for name, quantiles in front.reference.items()}
+        if front.calibration is not None:
+            extra["calibration"] = front.calibration.to_json()
+        return save_adapter(
+            self.model, folder, base=base or name_base(front.name), revision=revision or front.revision,
+            extra=extra, tokenizer=front.tokenizer,
+        )  # fmt: skip
+
+    def learnt(self) -> frozenset[str]:
+        """Return what this model has beside its weights: "reference", "calibration"."""
+        known = {"reference": bool(self._front.reference), "calibration": self._front.calibration is not None}
+        return frozenset(name for name, is_there in known.items() if is_there)
 
     @overload
     def generate(self, prompt: str, **options: Unpack[Options]) -> Answer: ...
@@ -173,9 +254,9 @@ class RiskAwareLM:
     ) -> Any: ...
     def generate(
         self,
-        prompt: Question | Iterable[Question],
+        prompt: PromptLike | Iterable[PromptLike],
         *,
-        batch_size: int = 32,
+        batch_size: int = defaults.BATCH_SIZE,
         seeds: Sequence[int] | None = None,
         **options: Unpack[Options],
     ) -> Answer | list[Answer]:
@@ -197,17 +278,21 @@ class RiskAwareLM:
             NonFiniteError: If the model gives NaN or infinite logits.
         """
         options = read_options(options, "batch_size", "seeds")
-        seed = options.get("seed", 0)
+        seed = options.get("seed", defaults.SEED)
         if isinstance(prompt, str) or is_chat(prompt):
-            return self._generate([cast("Question", prompt)], 1, [seed], options)[0]
+            return generate_answers(self, [cast("PromptLike", prompt)], 1, [seed], options)[0]
         prompts = list_questions(prompt)
         seeds = [seed] * len(prompts) if seeds is None else [read_seed("each of the seeds", i) for i in seeds]
         if len(seeds) != len(prompts):
             raise ConfigError(f"there must be one seed for each prompt, got {len(seeds)} for {len(prompts)}")
-        return self._generate(prompts, batch_size, seeds, options)
+        return generate_answers(self, prompts, batch_size, seeds, options)
 
-    def candidates(self, prompt: Question, n: int, *, batch_size: int = 32, **options: Unpack[Options]) -> list[Answer]:
-        """Draw ``n`` answers to one question with the seeds ``seed``, ``seed + 1``, ...; the least risky comes first.
+    def candidates(
+        self, prompt: PromptLike, n: int, *, batch_size: int = defaults.BATCH_SIZE, **options: Unpack[Options]
+    ) -> list[Answer]:
+        """Draw ``n`` answers to one question with the seeds ``seed``, ``seed + 1``, ..., the most confident first.
+
+        See ``Answer.confidence``; of equally confident ones, the least risky comes first.
 
         Raises:
             ConfigError: If ``n`` is below 1, or the temperature is 0, which would give the same answer each time.
@@ -219,16 +304,21 @@ class RiskAwareLM:
         options.setdefault("temperature", 1.0)
         if options["temperature"] == 0 and n > 1:
             raise ConfigError("candidates at temperature 0 are all the same; use a temperature above 0, e.g. 1")
-        seeds = [options.get("seed", 0) + i for i in range(n)]
-        found = self._generate([check_question(prompt)] * n, batch_size, seeds, options)
+        seeds = [options.get("seed", defaults.SEED) + i for i in range(n)]
+        answers = generate_answers(self, [check_question(prompt)] * n, batch_size, seeds, options)
         # Candidates share their question: where only it makes the risk, the same score of the answer orders them.
-        bare = self.risk.removeprefix("question_")
-        return sorted(found, key=lambda a: (a.risk, a.scores.get(bare, math.inf)))
+        alone = self.risk if self.risk in RANK_SCORES else str(replace(Score.parse(self.risk), part="answer"))
+        return sorted(answers, key=lambda a: (*confidence_order(a), a.scores.get(alone, math.inf)))
 
     def generate_until(
-        self, prompt: Question, percentile: float, *, max_tries: int = 10, **options: Unpack[Options]
+        self,
+        prompt: PromptLike,
+        percentile: float,
+        *,
+        max_tries: int = defaults.MAX_ATTEMPTS,
+        **options: Unpack[Options],
     ) -> Attempts:
-        """Answer again, with the seeds ``seed``, ``seed + 1``, ..., until the answer is among the surest.
+        """Answer again, with the seeds ``seed``, ``seed + 1``, ..., until an answer is confident.
 
         Args:
             prompt: A question or messages.
@@ -242,7 +332,7 @@ class RiskAwareLM:
         options = read_options(options, "max_tries")
         return generate_until(self, check_question(prompt), percentile, max_tries, options)
 
-    def stream(self, prompt: Question, **options: Unpack[Options]) -> Stream:
+    def stream(self, prompt: PromptLike, **options: Unpack[Options]) -> Stream:
         """Answer a question token by token.
 
         Returns:
@@ -253,16 +343,17 @@ class RiskAwareLM:
             As ``generate``.
         """
         options = read_options(options)
-        encoded = encode(self.tokenizer, check_question(prompt), raw=options.get("raw", False))
-        sampling = read_sampling(options, self.stop_ids)
-        return Stream(self, encoded, sampling, options.get("seed", 0), stop_texts(options))
+        (request,) = build_requests(
+            self._front, [check_question(prompt)], options, [options.get("seed", defaults.SEED)]
+        )
+        return Stream(self, request)
 
-    def score(self, text: str, question: Question | None = None, *, raw: bool = False) -> Answer:
-        """Risk of text that exists already, teacher-forced.
+    def score(self, text: str, question: PromptLike | None = None, *, raw: bool = False) -> Answer:
+        """Score text that exists already, teacher-forced.
 
         Args:
             text: The answer to score, or with no question any text.
-            question: What it answers.
+            question: A question or messages; None where the text answers none.
             raw: Do not put the question into the chat template.
 
         Raises:
@@ -271,14 +362,18 @@ class RiskAwareLM:
         return self.score_batch([(question, text)], raw=raw)[0]
 
     def score_batch(
-        self, pairs: Sequence[tuple[Question | None, str]], *, raw: bool = False, alternatives: int = 5
+        self,
+        pairs: Sequence[tuple[PromptLike | None, str]],
+        *,
+        raw: bool = False,
+        alternatives: int = defaults.ALTERNATIVES,
     ) -> list[Answer]:
-        """Risk of several texts side by side, each the answer to its question or, with None, any text.
+        """Score several texts side by side, each the answer to its question or, with None, any text.
 
         Args:
             pairs: Questions and their answers.
             raw: Do not put questions into the chat template; a text then follows its question without a space.
-            alternatives: How many of the most probable tokens are told with each token.
+            alternatives: How many of the most probable tokens come with each token.
 
         Raises:
             PromptError: If a text is empty or too long.
@@ -288,54 +383,3 @@ class RiskAwareLM:
         if read_number("alternatives", alternatives, whole=True) < 0:
             raise ConfigError(f"alternatives must not be negative, got {alternatives}")
         return score_teacher_forced(self, list_pairs(pairs), raw=raw, alternatives=alternatives)
-
-    def answer(
-        self, tokens: Sequence[Token], question: Sequence[Token], finish: Literal["stop", "length", "given"], text: str,
-        states: States | None = None, ending: Sequence[Token] = (), *, origin: Origin,
-    ) -> Answer:  # fmt: skip
-        """Put tokens together and score the whole.
-
-        What ended an answer without tokens is what it is scored by; ``origin`` says how the tokens came about.
-        """
-        scores = answer_scores(tokens or ending, question)
-        scores |= rank_scores(scores, self.reference)
-        value, name = pick_risk(scores, self.risk)
-        reference = self.reference.get(name)
-        rank = None if reference is None else percentile(value, reference)
-        known, gaps = Estimate(), [token.gap for token in tokens]
-        if self.calibration is not None:
-            known = self.calibration.estimate(scores, states, origin, finish, gaps, self.misfit)
-        return Answer(
-            text, tuple(tokens), tuple(question), scores, value, name, rank, finish,
-            known.p_correct, known.abstain, states, known.note,
-        )  # fmt: skip
-
-    def without_weights(self) -> RiskAwareLM:
-        """What knows all about this model, and cannot run it: small enough to send to whoever speaks for it."""
-        paper = copy(self)
-        paper.model = nn.Identity()
-        return paper
-
-    def _token(self, scored: ScoredId, text: str) -> Token:
-        plain = scored._asdict()
-        # A space that the chosen token lost in its place, its alternatives would lose there, too.
-        lost = bool(scored.alternatives) and self._texts[scored.id] == f" {text}"
-        named = [(self._texts[i].removeprefix(" " if lost else ""), i, p) for i, p in plain.pop("alternatives")]
-        options = tuple(Alternative(words, i, math.exp(p)) for words, i, p in named)
-        value = 0.0 - scored.logprob if self.token_risk == "nll" else getattr(scored, self.token_risk)
-        return Token(text=text, **plain, risk=value, alternatives=options)
-
-    def _generate(
-        self, prompts: Sequence[Question], batch_size: int, seeds: Sequence[int], options: Options
-    ) -> list[Answer]:
-        if read_number("batch_size", batch_size, whole=True) < 1:
-            raise ConfigError(f"batch_size must be at least 1, got {batch_size}")
-        sampling, stops = read_sampling(options, self.stop_ids), stop_texts(options)
-        encoded = [encode(self.tokenizer, prompt, raw=options.get("raw", False)) for prompt in prompts]
-        found: list[Answer] = []
-        for first in range(0, len(encoded), batch_size):
-            part = slice(first, first + batch_size)
-            sequences, steps = generate_batch(self, encoded[part], sampling, seeds[part], stops)
-            deque(steps, maxlen=0)
-            found += [sequence.answer for sequence in sequences]
-        return found

@@ -13,7 +13,7 @@ PLAIN_NOTE = (
 )
 
 
-def untrained_note(spec: Spec) -> str:
+def explain_untrained(spec: Spec) -> str:
     """Return one line on what a wrapper does that nothing has trained; figures: ``experiments/LOG.md``."""
     method = to_json(spec)["method"]
     if method == "sculpt":

@@ -1,4 +1,4 @@
-"""How to answer: what a caller may say, and what the token loop makes of it."""
+"""Options of an answer: as callers give them, and as the token loop takes them."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from numbers import Integral, Real
-from typing import Any, TypedDict, cast
+from typing import Any, Literal, TypedDict, cast
 
 from selfdoubt.errors import ConfigError
 from selfdoubt.lm.sampling import Sampling
 
 
 class Options(TypedDict, total=False):
-    """How to answer. Everything may be left out, and None is the same as left out."""
+    """Options of an answer. All may be left out, and None is the same as left out."""
 
     max_tokens: int  #: most tokens of an answer; 256
     temperature: float  #: 0, the default, takes the most probable token each time
@@ -23,7 +23,9 @@ class Options(TypedDict, total=False):
     raw: bool  #: continue the text as it is, without the chat template; False
 
 
-#: What other libraries call an option, and what does the same here.
+#: Options that ``Sampling`` has, too; the others have defaults in ``lm.defaults``.
+SAMPLING: tuple[Literal["max_tokens", "temperature", "top_p"], ...] = ("max_tokens", "temperature", "top_p")
+#: Names of options in other libraries, and of those that do the same here.
 ELSEWHERE = {
     "max_new_tokens": "max_tokens",
     "max_completion_tokens": "max_tokens",
@@ -49,7 +51,7 @@ def read_options(options: Mapping[str, Any], *further: str) -> Options:
 
     Args:
         options: A caller's keyword arguments.
-        *further: Names that the caller's function takes beside them: they are not options, but may be what was meant.
+        *further: Names that the caller's function takes as well: they are not options, but may be meant.
 
     Raises:
         ConfigError: If an option is unknown (the message names the nearest), or of a wrong type.
@@ -57,22 +59,22 @@ def read_options(options: Mapping[str, Any], *further: str) -> Options:
     known = Options.__annotations__
     for name in options:
         if name not in known:
-            raise ConfigError(f"there is no option {name!r}; {_nearest(name, [*known, *further])}")
-    found: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
-    for name in ("max_tokens", "temperature", "top_p"):
-        if name in found:
-            found[name] = read_number(name, found[name], whole=name == "max_tokens")
-    if "seed" in found:
-        found["seed"] = read_seed("seed", found["seed"])
-    if "stop" in found:
-        found["stop"] = _stops(found["stop"])
-    if not isinstance(found.get("raw", False), bool):
-        raise ConfigError(f"raw must be True or False, got {found['raw']!r}")
-    return cast("Options", found)
+            raise ConfigError(f"no option is called {name!r}; {_nearest(name, [*known, *further])}")
+    given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
+    for name in SAMPLING:
+        if name in given:
+            given[name] = read_number(name, given[name], whole=name == "max_tokens")
+    if "seed" in given:
+        given["seed"] = read_seed("seed", given["seed"])
+    if "stop" in given:
+        given["stop"] = _stops(given["stop"])
+    if not isinstance(given.get("raw", False), bool):
+        raise ConfigError(f"raw must be True or False, got {given['raw']!r}")
+    return cast("Options", given)
 
 
 def read_sampling(options: Options, stop_ids: Collection[int]) -> Sampling:
-    """How tokens are chosen.
+    """Return the options that say how tokens are chosen, as the token loop takes them.
 
     Args:
         options: A caller's, as ``read_options`` returns them.
@@ -81,25 +83,21 @@ def read_sampling(options: Options, stop_ids: Collection[int]) -> Sampling:
     Raises:
         ConfigError: If an option is out of range.
     """
-    own = {item for item in options.get("stop", ()) if isinstance(item, int)}
-    return Sampling(
-        temperature=options.get("temperature", 0.0),
-        top_p=options.get("top_p", 1.0),
-        max_tokens=options.get("max_tokens", 256),
-        stop_ids=frozenset({*stop_ids, *own}),
-    )
+    more = {item for item in options.get("stop", ()) if isinstance(item, int)}
+    given: dict[str, Any] = {name: options[name] for name in SAMPLING if name in options}
+    return Sampling(**given, stop_ids=frozenset({*stop_ids, *more}))
 
 
-def stop_texts(options: Options) -> tuple[str, ...]:
-    """The texts among the stops.
+def list_stop_texts(options: Options) -> tuple[str, ...]:
+    """Return the texts among the stops.
 
     Raises:
         ConfigError: If one is empty.
     """
-    found = tuple(item for item in options.get("stop", ()) if isinstance(item, str))
-    if "" in found:
+    texts = tuple(item for item in options.get("stop", ()) if isinstance(item, str))
+    if "" in texts:
         raise ConfigError("a stop text must not be empty: every answer would end at once")
-    return found
+    return texts
 
 
 def read_number(name: str, value: Any, *, whole: bool) -> int | float:
@@ -122,12 +120,12 @@ def read_seed(name: str, value: Any) -> int:
     """Return a seed as Python's own int.
 
     Raises:
-        ConfigError: If it is no whole number, or has more than 64 bits: no generator takes it.
+        ConfigError: If it is not a whole number, or has more than 64 bits: no generator takes it.
     """
-    found = int(read_number(name, value, whole=True))
-    if not -(2**63) <= found < 2**64:
-        raise ConfigError(f"{name} must be at least -2**63 and below 2**64, got one of {found.bit_length()} bits")
-    return found
+    seed = int(read_number(name, value, whole=True))
+    if not -(2**63) <= seed < 2**64:
+        raise ConfigError(f"{name} must be at least -2**63 and below 2**64, got one of {seed.bit_length()} bits")
+    return seed
 
 
 def _nearest(name: str, known: Sequence[str]) -> str:
@@ -143,9 +141,9 @@ def _stops(stops: Any) -> list[str | int]:
         raise ConfigError(f"stop is a list of texts or token ids, got the text {stops!r}; write [{stops!r}]")
     if isinstance(stops, (bytes, Mapping)) or not isinstance(stops, Iterable):
         raise ConfigError(f"stop must be a list of texts or token ids, got {stops!r}")
-    found: list[str | int] = []
+    items: list[str | int] = []
     for item in stops:
         if isinstance(item, bool) or not isinstance(item, (str, Integral)):
             raise ConfigError(f"stop must be a list of texts or token ids, and one of it is {item!r}")
-        found.append(item if isinstance(item, str) else int(item))
-    return found
+        items.append(item if isinstance(item, str) else int(item))
+    return items

@@ -1,4 +1,4 @@
-"""Token ids that are there already: a prompt or a text is read, and each token scored. No text, no model library."""
+"""Prefill and teacher forcing: a prompt or a text is read, and each of its tokens scored. No text, no model library."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ def prefill_in_chunks(
     Args:
         stepper: Fresh, or done with what it read before.
         prompts: Token ids.
-        alternatives: How many of the most probable tokens are told with each token.
+        alternatives: How many of the most probable tokens come with each token.
         pool: Takes the hidden states, where the stepper has them.
 
     Yields:
         Nothing, after each piece but the last.
 
     Returns:
-        The scored tokens of each prompt, and what comes next, ``(members, batch, classes)``.
+        The scored tokens of each prompt, and the logits after it, ``(members, batch, classes)``.
     """
     width = max(len(p) for p in prompts)
     scored: list[list[ScoredId | None]] = [[None] for _ in prompts]
@@ -74,12 +74,12 @@ def prefill_in_chunks(
 def prefill(
     stepper: Stepper, prompts: Sequence[Sequence[int]], alternatives: int = 0, pool: HiddenStatePooler | None = None
 ) -> tuple[list[list[ScoredId | None]], StepOutput]:
-    """``prefill_in_chunks``, in one go."""
+    """Run ``prefill_in_chunks`` in one go."""
     return run_to_end(prefill_in_chunks(stepper, prompts, alternatives, pool))
 
 
 def run_to_end(pieces: Generator[None, None, T]) -> T:
-    """What a generator that works piece by piece returns in the end."""
+    """Run a generator that works piece by piece to its end, and return its result."""
     while True:
         try:
             next(pieces)
@@ -89,7 +89,7 @@ def run_to_end(pieces: Generator[None, None, T]) -> T:
 
 def teacher_force_in_chunks(
     stepper: Stepper,
-    following: StepOutput,
+    next_logits: StepOutput,
     texts: Sequence[Sequence[int]],
     alternatives: int = 0,
     pool: HiddenStatePooler | None = None,
@@ -99,9 +99,9 @@ def teacher_force_in_chunks(
 
     Args:
         stepper: Has read the prompts.
-        following: What comes next after the prompts.
+        next_logits: After the prompts.
         texts: Token ids, at least one for each prompt.
-        alternatives: How many of the most probable tokens are told with each token.
+        alternatives: How many of the most probable tokens come with each token.
         pool: Takes the hidden states in which the texts' tokens but the first are predicted, right-padded.
         ends: Ids that would end a text. With some, each text has one more token: the most probable of them, behind it.
 
@@ -113,8 +113,8 @@ def teacher_force_in_chunks(
     """
     last = sorted(ends)
     width = max(len(t) for t in texts) + bool(last)
-    ids = torch.tensor([list(t) + [0] * (width - len(t)) for t in texts]).to(following.logits.device)
-    found = score_ids(following.at(None), ids[:, :1], alternatives, risk.mixture(following.logits)[:, None])
+    ids = torch.tensor([list(t) + [0] * (width - len(t)) for t in texts]).to(next_logits.logits.device)
+    scored = score_ids(next_logits.at(None), ids[:, :1], alternatives, risk.mixture(next_logits.logits)[:, None])
     # Without ends the last token predicts nothing that is asked for.
     for first, piece in stepper.extend(texts if last else [t[:-1] for t in texts]) if width > 1 else ():
         if pool is not None and piece.states is not None:
@@ -125,45 +125,45 @@ def teacher_force_in_chunks(
         for row, text in enumerate(texts) if last else ():
             if 0 <= (place := len(text) - 1 - first) < columns:
                 chosen[row, place] = last[int(mixed[row, place, last].argmax())]
-        for tokens, more in zip(found, score_ids(piece, chosen, alternatives, mixed), strict=True):
+        for tokens, more in zip(scored, score_ids(piece, chosen, alternatives, mixed), strict=True):
             tokens += more
         if first + columns < width - 1:
             yield
-    return [tokens[: len(text) + bool(last)] for tokens, text in zip(found, texts, strict=True)]
+    return [tokens[: len(text) + bool(last)] for tokens, text in zip(scored, texts, strict=True)]
 
 
 def score_ids(
-    following: StepOutput,
+    next_logits: StepOutput,
     chosen: Int[Tensor, "batch t"],
     alternatives: int,
     mixed: Float[Tensor, "batch t classes"] | None = None,
 ) -> list[list[ScoredId]]:
-    """Scores of chosen tokens, moved to the host in one go.
+    """Return the scores of chosen tokens, moved to the host in one go.
 
     Args:
-        following: What came next.
+        next_logits: Of the places where they were chosen.
         chosen: The ids that were taken.
-        alternatives: How many of the most probable tokens are told with each token.
-        mixed: What ``risk.mixture`` makes of the logits, where it is at hand.
+        alternatives: How many of the most probable tokens come with each token.
+        mixed: The ``risk.mixture`` of the logits, where it is at hand.
     """
     others: list[Tensor] = []
     if alternatives:
-        mixed = risk.mixture(following.logits) if mixed is None else mixed
+        mixed = risk.mixture(next_logits.logits) if mixed is None else mixed
         top = mixed.topk(min(alternatives, mixed.shape[-1]), -1).indices
-        scores, logprobs = risk.scores_among(following.logits, chosen, top, mixed)
+        scores, logprobs = risk.scores_among(next_logits.logits, chosen, top, mixed)
         others = [*top.double().unbind(-1), *logprobs.unbind(-1)]
     else:
-        scores = risk.token_scores(following.logits, chosen)
+        scores = risk.token_scores(next_logits.logits, chosen)
     columns = [s.double() for s in scores]
-    if following.scale is not None:
-        index = chosen[None, ..., None].expand(len(following.scale), -1, -1, 1)
-        columns.append(following.scale.gather(-1, index).squeeze(-1).double().square().mean(0).sqrt())
+    if next_logits.scale is not None:
+        index = chosen[None, ..., None].expand(len(next_logits.scale), -1, -1, 1)
+        columns.append(next_logits.scale.gather(-1, index).squeeze(-1).double().square().mean(0).sqrt())
     columns += others
     gaps = torch.zeros_like(columns[0])
     if mixed is not None:
         gaps = (mixed.amax(-1) - mixed.gather(-1, chosen[..., None]).squeeze(-1)).double()
     table = torch.stack([*columns, gaps, chosen.double()], -1).tolist()
-    has_scale = following.scale is not None
+    has_scale = next_logits.scale is not None
 
     def token(row: list[float]) -> ScoredId:
         named = dict(zip(risk.TokenScores._fields, row, strict=False))

@@ -5,12 +5,12 @@ from __future__ import annotations
 #: Upper bounds in nats of the levels but the last.
 BOUNDS = (0.05, 0.25, 0.75, 1.5)
 #: A colour for each level: from blue to vermilion in steps that colour-blind eyes tell apart too (after Okabe & Ito,
-#: 2008). Whoever shows them underlines the last as well.
+#: 2008). A page or terminal underlines the last as well.
 COLOURS = ("#56b4e9", "#9fc6a0", "#f0e442", "#e69f00", "#ff6a3d")
 
 
 def level(risk: float) -> int:
-    """0 for the surest of the five levels, 4 for the most doubtful.
+    """Return 0 for the surest of the five levels, 4 for the most doubtful.
 
     Args:
         risk: Of one token, in nats.

@@ -1,4 +1,4 @@
-"""How the next tokens are chosen: greedily, or drawn from the most probable."""
+"""The choice of the next tokens: greedy, or drawn from the most probable."""
 
 from __future__ import annotations
 
@@ -10,28 +10,29 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from selfdoubt.errors import ConfigError
+from selfdoubt.lm import defaults
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are chosen.
+    """Settings of the choice of tokens.
 
     Args:
         temperature: 0 takes the most probable token; above 0 sharpens or flattens the mean distribution.
         top_p: Draw from the smallest set of tokens that holds this share of probability, in (0, 1].
         max_tokens: Most tokens of an answer, at least 1.
         stop_ids: Tokens that end an answer; they are not part of it.
-        alternatives: How many of the most probable tokens are told with each token.
+        alternatives: How many of the most probable tokens come with each token.
 
     Raises:
         ConfigError: If a setting is out of range.
     """
 
-    temperature: float = 0.0
-    top_p: float = 1.0
-    max_tokens: int = 256
+    temperature: float = defaults.TEMPERATURE
+    top_p: float = defaults.TOP_P
+    max_tokens: int = defaults.MAX_TOKENS
     stop_ids: frozenset[int] = frozenset()
-    alternatives: int = 5
+    alternatives: int = defaults.ALTERNATIVES
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < float("inf"):
@@ -47,7 +48,7 @@ class Sampling:
 def choose(
     logits: Float[Tensor, "batch classes"], samplings: Sequence[Sampling], uniform: Float[Tensor, " batch"]
 ) -> Int[Tensor, " batch"]:
-    """The next token of each sequence: the most probable, or by inverting the distribution function at ``uniform``.
+    """Choose the next token of each sequence: the most probable, or that at ``uniform`` of the distribution function.
 
     Args:
         logits: Of the mean distribution.
@@ -67,7 +68,7 @@ def choose(
 def _drawn(
     logits: Float[Tensor, "batch classes"], samplings: Sequence[Sampling], uniform: Float[Tensor, " batch"]
 ) -> Int[Tensor, " batch"]:
-    """Draws of rows that all have a ``top_p`` below 1, or all have none."""
+    """Draw for rows that all have a ``top_p`` below 1, or all have none."""
     settings = uniform.new_tensor([[s.temperature, s.top_p] for s in samplings])
     temperature, top_p = settings[:, :1], settings[:, 1:]
     # In float64 first: a difference in bfloat16 is another distribution. And less the largest: then the coldest
@@ -84,5 +85,5 @@ def _drawn(
     # Strictly below the whole, whatever the rounding: then the place that is found has a probability.
     target = torch.minimum(uniform[:, None] * whole, whole.nextafter(torch.zeros_like(whole)))
     index = torch.searchsorted(cumulative, target, right=True)
-    found: Tensor = (index if order is None else order.gather(-1, index)).squeeze(-1)
-    return found
+    drawn: Tensor = (index if order is None else order.gather(-1, index)).squeeze(-1)
+    return drawn

@@ -4,91 +4,78 @@ from __future__ import annotations
 
 import math
 from collections.abc import Generator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from selfdoubt.errors import PromptError
 from selfdoubt.lm.answer import Answer
-from selfdoubt.lm.calibration import States
 from selfdoubt.lm.chunks import ChunkSizer
 from selfdoubt.lm.conditions import Made, Origin
-from selfdoubt.lm.generation import (
-    build_question_in_chunks,
-    build_tokens_in_chunks,
-    find_last_user_token,
-    find_unscored_tokens,
-)
-from selfdoubt.lm.hidden_states import HiddenStatePooler
-from selfdoubt.lm.inputs import Question
+from selfdoubt.lm.front import ModelWithFront
+from selfdoubt.lm.generation import find_last_user_token, find_unscored_tokens
+from selfdoubt.lm.hidden_states import AnswerStates, HiddenStatePooler
+from selfdoubt.lm.inputs import PromptLike
 from selfdoubt.lm.prefill import prefill_in_chunks, run_to_end, teacher_force_in_chunks
 from selfdoubt.lm.stepper import HFStepper
 from selfdoubt.lm.text.prompt import Prompt, encode, encode_pair, strip_answer
 from selfdoubt.lm.text.prompt_form import TEXT
 
-if TYPE_CHECKING:
-    from selfdoubt.lm.model import RiskAwareLM
-
 
 class TeacherForcedText(NamedTuple):
-    """A text to score.
-
-    Args:
-        text: Its letters.
-        ids: Its token ids.
-        prompt: What it answers; None where it answers nothing.
-    """
+    """A text to score."""
 
     text: str
-    ids: list[int]
-    prompt: Prompt | None
+    ids: list[int]  #: of the text
+    prompt: Prompt | None  #: that it answers; None where it answers nothing
 
 
 def encode_teacher_forced(
-    tokenizer: Any, pairs: Sequence[tuple[Question | None, str]], *, raw: bool
+    tokenizer: Any, pairs: Sequence[tuple[PromptLike | None, str]], *, raw: bool
 ) -> list[TeacherForcedText]:
-    """Return the token ids of texts and of what they answer.
+    """Return the token ids of texts and of the prompts that they answer.
 
     Raises:
         PromptError: If a text or a question is empty.
     """
-    found = []
+    texts = []
     for question, text in pairs:
         if question is None:
-            bare = _checked(text, joined=True)
-            found.append(TeacherForcedText(bare, encode(tokenizer, bare, raw=True).ids, None))
+            bare = _strip(text, joined=True)
+            texts.append(TeacherForcedText(bare, encode(tokenizer, bare, raw=True).ids, None))
         else:
-            bare = _checked(text, joined=raw)
+            bare = _strip(text, joined=raw)
             prompt, ids = encode_pair(tokenizer, question, bare, raw=raw)
-            found.append(TeacherForcedText(bare, ids, prompt))
-    return found
+            texts.append(TeacherForcedText(bare, ids, prompt))
+    return texts
 
 
 def score_teacher_forced(
-    lm: RiskAwareLM,
-    pairs: Sequence[tuple[Question | None, str]],
+    lm: ModelWithFront,
+    pairs: Sequence[tuple[PromptLike | None, str]],
     *,
     raw: bool,
     alternatives: int,
     made: Made = "given",
 ) -> list[Answer]:
-    """See ``RiskAwareLM.score_batch``. A question that comes several times is read once; ``made`` says whose texts."""
-    return run_to_end(score_in_chunks(lm, encode_teacher_forced(lm.tokenizer, pairs, raw=raw), alternatives, made=made))
+    """Score texts as ``RiskAwareLM.score_batch`` does; ``made`` says how they came about."""
+    texts = encode_teacher_forced(lm.front.tokenizer, pairs, raw=raw)
+    return run_to_end(score_in_chunks(lm, texts, alternatives, made=made))
 
 
 def score_in_chunks(
-    lm: RiskAwareLM,
-    given: Sequence[TeacherForcedText],
+    lm: ModelWithFront,
+    texts: Sequence[TeacherForcedText],
     alternatives: int,
     sizer: ChunkSizer | None = None,
     made: Made = "given",
 ) -> Generator[None, None, list[Answer]]:
-    """Score texts side by side, piece by piece.
+    """Score texts side by side, piece by piece. A prompt that comes several times is read once.
 
     Args:
         lm: The model.
-        given: From ``encode_teacher_forced``.
-        alternatives: How many of the most probable tokens are told with each token.
+        texts: From ``encode_teacher_forced``.
+        alternatives: How many of the most probable tokens come with each token.
         sizer: Chooses the sizes of the pieces; None reads as much at once as memory for the logits allows.
-        made: Whose texts they are.
+        made: How the texts came about.
 
     Yields:
         Nothing, after each piece.
@@ -99,79 +86,88 @@ def score_in_chunks(
     Raises:
         PromptError: If a text is too long.
     """
-    found: dict[int, Answer] = {}
-    bare = [i for i, item in enumerate(given) if item.prompt is None]
-    if bare:
-        texts = yield from _score_texts(lm, [given[i] for i in bare], alternatives, sizer)
-        found |= zip(bare, texts, strict=True)
-    asked = [i for i, item in enumerate(given) if item.prompt is not None]
-    if asked:
-        if bare:
+    scored: dict[int, Answer] = {}
+    alone = [i for i, text in enumerate(texts) if text.prompt is None]
+    if alone:
+        answers = yield from _score_texts(lm, [texts[i] for i in alone], alternatives, sizer)
+        scored |= zip(alone, answers, strict=True)
+    prompted = [i for i, text in enumerate(texts) if text.prompt is not None]
+    if prompted:
+        if alone:
             yield
-        answers = yield from _score_answers(lm, [given[i] for i in asked], alternatives, sizer, made)
-        found |= zip(asked, answers, strict=True)
-    return [found[i] for i in range(len(given))]
+        answers = yield from _score_answers(lm, [texts[i] for i in prompted], alternatives, sizer, made)
+        scored |= zip(prompted, answers, strict=True)
+    return [scored[i] for i in range(len(texts))]
 
 
 def _score_texts(
-    lm: RiskAwareLM, given: Sequence[TeacherForcedText], alternatives: int, sizer: ChunkSizer | None
+    lm: ModelWithFront, texts: Sequence[TeacherForcedText], alternatives: int, sizer: ChunkSizer | None
 ) -> Generator[None, None, list[Answer]]:
-    ids = [item.ids for item in given]
+    """Score texts that answer nothing."""
+    front = lm.front
+    ids = [text.ids for text in texts]
     lengths = [len(i) for i in ids]
-    pool = HiddenStatePooler([[(n - 1, n)] for n in lengths], lengths) if lm.layers else None
-    scored, _ = yield from prefill_in_chunks(HFStepper(lm.model, lm.layers, sizer), ids, alternatives, pool)
-    found = []
-    for row, item in enumerate(given):
+    pool = HiddenStatePooler([[(n - 1, n)] for n in lengths], lengths) if front.layers else None
+    scored, _ = yield from prefill_in_chunks(HFStepper(lm.model, front.layers, sizer), ids, alternatives, pool)
+    answers = []
+    for row, text in enumerate(texts):
         end = None if pool is None or pool.means is None else pool.means[row, 0].cpu()
-        states = None if end is None else States(lm.layers, end, end, end)  # without a question, but its end
-        start = 1 if item.ids[:1] == [lm.tokenizer.bos_token_id] else 0
-        tokens = yield from build_tokens_in_chunks(lm, scored[row][start:], item.ids[start:])
-        found.append(lm.answer(tokens, [], "given", item.text, states, origin=Origin("given", TEXT)))
-    return found
+        states = None if end is None else AnswerStates(front.layers, end, end, end)  # without a question, but its end
+        start = 1 if text.ids[:1] == [front.tokenizer.bos_token_id] else 0
+        tokens = yield from front.tokens.build_in_chunks(scored[row][start:], text.ids[start:])
+        origin = Origin("given", TEXT)
+        answers.append(front.scorer.score(tokens, [], "given", text.text, states, origin=origin))
+    return answers
 
 
 def _score_answers(
-    lm: RiskAwareLM, given: Sequence[TeacherForcedText], alternatives: int, sizer: ChunkSizer | None, made: Made
+    lm: ModelWithFront, texts: Sequence[TeacherForcedText], alternatives: int, sizer: ChunkSizer | None, made: Made
 ) -> Generator[None, None, list[Answer]]:
-    encoded = [item.prompt for item in given if item.prompt is not None]
+    """Score texts that answer prompts."""
+    front = lm.front
+    encoded = [text.prompt for text in texts if text.prompt is not None]
     prompts = {tuple(prompt.ids): prompt for prompt in encoded}
     place = {ids: row for row, ids in enumerate(prompts)}
     rows = [place[tuple(prompt.ids)] for prompt in encoded]
     lengths = [len(ids) for ids in prompts]
-    texts = [item.ids for item in given]
-    asked = HiddenStatePooler([[find_last_user_token(p)] for p in prompts.values()], lengths) if lm.layers else None
-    rest = (
-        HiddenStatePooler([[(0, len(t) - 1)] for t in texts], [len(t) for t in texts], "right") if lm.layers else None
-    )
-    stepper = HFStepper(lm.model, lm.layers, sizer)
+    ids = [text.ids for text in texts]
+    asked = HiddenStatePooler([[find_last_user_token(p)] for p in prompts.values()], lengths) if front.layers else None
+    rest = HiddenStatePooler([[(0, len(i) - 1)] for i in ids], [len(i) for i in ids], "right") if front.layers else None
+    stepper = HFStepper(lm.model, front.layers, sizer)
     # Whether a text is what the model would say also hangs on its end; only a calibration asks for it.
-    longest = max(len(prompt.ids) + len(t) for prompt, t in zip(encoded, texts, strict=True))
+    longest = max(len(prompt.ids) + len(i) for prompt, i in zip(encoded, ids, strict=True))
     room = stepper.context is None or longest <= stepper.context
-    ends = lm.stop_ids if lm.calibration is not None and room else ()
-    read_once, following = yield from prefill_in_chunks(stepper, [list(ids) for ids in prompts], alternatives, asked)
+    ends = front.stop_ids if front.calibration is not None and room else ()
+    prefilled, next_logits = yield from prefill_in_chunks(stepper, [list(i) for i in prompts], alternatives, asked)
     questions = []
-    for scored_prompt, prompt in zip(read_once, prompts.values(), strict=True):
-        questions.append((yield from build_question_in_chunks(lm, scored_prompt, prompt)))
+    for scored_prompt, prompt in zip(prefilled, prompts.values(), strict=True):
+        questions.append((yield from front.tokens.build_question_in_chunks(scored_prompt, prompt)))
     yield
     stepper.keep(rows)
-    following = following.of(rows)
-    scored = yield from teacher_force_in_chunks(stepper, following, texts, alternatives, rest, ends)
-    found = []
-    for i, item in enumerate(given):
+    next_logits = next_logits.of(rows)
+    scored = yield from teacher_force_in_chunks(stepper, next_logits, ids, alternatives, rest, ends)
+    answers = []
+    for i, text in enumerate(texts):
         end_gap = scored[i].pop().gap if ends else 0.0 if room else math.inf
         origin = Origin(made, encoded[i].form, end_gap=end_gap)
         states = None
-        if asked is not None and asked.means is not None and following.states is not None:
-            first, n = following.states[0, i], len(texts[i])
+        if asked is not None and asked.means is not None and next_logits.states is not None:
+            first, n = next_logits.states[0, i], len(ids[i])
             others = 0.0 if rest is None or rest.means is None else rest.means[i, 0]
             mean = (first + (n - 1) * others) / n
-            states = States(lm.layers, asked.means[rows[i], 0].cpu(), first.cpu(), mean.cpu())
-        tokens = yield from build_tokens_in_chunks(lm, scored[i], item.ids, find_unscored_tokens(encoded[i]))
-        found.append(lm.answer(tokens, questions[rows[i]], "given", item.text, states, origin=origin))
-    return found
+            states = AnswerStates(front.layers, asked.means[rows[i], 0].cpu(), first.cpu(), mean.cpu())
+        tokens = yield from front.tokens.build_in_chunks(scored[i], text.ids, find_unscored_tokens(encoded[i]))
+        question = questions[rows[i]]
+        answers.append(front.scorer.score(tokens, question, "given", text.text, states, origin=origin))
+    return answers
 
 
-def _checked(text: str, *, joined: bool) -> str:
+def _strip(text: str, *, joined: bool) -> str:
+    """Return a text without white space around it.
+
+    Raises:
+        PromptError: If nothing is left.
+    """
     bare = strip_answer(text, joined=joined)
     if not bare.strip():
         raise PromptError("the text to score is empty")

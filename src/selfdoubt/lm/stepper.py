@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from selfdoubt.errors import PromptError, WrapError
 from selfdoubt.lm import cache
 from selfdoubt.lm.chunks import ChunkSizer
-from selfdoubt.lm.hidden_states import capture_outputs, decoder_layer
+from selfdoubt.lm.hidden_states import capture_outputs, find_decoder_layer
 from selfdoubt.members import Wrapped, innermost
 from selfdoubt.rows import expand, unfold
 
@@ -26,22 +26,22 @@ _CHUNK = 2**25
 
 
 class StepOutput(NamedTuple):
-    """What a model says next, the deviation it predicts for each logit, and the hidden states it was thinking in."""
+    """The output of one step: logits, the deviation predicted for each logit, and hidden states."""
 
     logits: Float[Tensor, "members batch *t classes"]
     scale: Float[Tensor, "members batch *t classes"] | None  #: None without a sculpt
     states: Float[Tensor, "1 batch *t layers width"] | None = None  #: mean over members; None unless asked for
 
     def at(self, index: Any) -> StepOutput:
-        """The same at some places of the axis behind the batch."""
+        """Return the output at some places of the axis behind the batch."""
         return StepOutput(*(None if x is None else x[:, :, index] for x in self))  # type: ignore[arg-type]
 
     def of(self, sequences: Sequence[int]) -> StepOutput:
-        """The same of some sequences."""
+        """Return the output of some sequences."""
         return StepOutput(*(None if x is None else x[:, list(sequences)] for x in self))  # type: ignore[arg-type]
 
-    def beside(self, other: StepOutput) -> StepOutput:
-        """Those of both batches, in this order."""
+    def join(self, other: StepOutput) -> StepOutput:
+        """Return the outputs of both batches, in this order."""
         pairs = zip(self, other, strict=True)
         return StepOutput(*(None if a is None or b is None else torch.cat([a, b], 1) for a, b in pairs))  # type: ignore[arg-type]
 
@@ -88,7 +88,7 @@ class HFStepper:
         self.members = model.spec.members(training=False) if isinstance(model, Wrapped) else 1
         self._model = model
         base = innermost(model)
-        self._blocks = [decoder_layer(base, layer) for layer in layers]
+        self._blocks = [find_decoder_layer(base, layer) for layer in layers]
         self._config = base.config.get_text_config()  # type: ignore[union-attr, operator]
         self._device = next(base.parameters()).device
         self._takes_positions = "position_ids" in inspect.signature(base.forward).parameters
@@ -141,13 +141,13 @@ class HFStepper:
             )
         rows = expand(padded, self.members)
         if min(len(t) for t in texts) < width or self._mask is not None:
-            own = expand((torch.arange(width, device=self._device) < lengths[:, None]).long(), self.members)
-            old = own.new_ones(len(own), before) if self._mask is None else self._mask
-            self._mask = torch.cat([old, own], dim=1)
+            new = expand((torch.arange(width, device=self._device) < lengths[:, None]).long(), self.members)
+            old = new.new_ones(len(new), before) if self._mask is None else self._mask
+            self._mask = torch.cat([old, new], dim=1)
         yield from self._pieces(rows, before)
 
     def _pieces(self, rows: Int[Tensor, "rows t"], before: int) -> Iterator[tuple[int, StepOutput]]:
-        """Read columns so many at a time that their logits fit; ``before`` columns are read already."""
+        """Read as many columns at a time as their logits fit; ``before`` columns are read already."""
         largest, width, first = max(1, _CHUNK // (len(rows) * self._config.vocab_size)), rows.shape[1], 0
         while first < width:
             columns = min(largest, width - first)
@@ -184,7 +184,7 @@ class HFStepper:
             WrapError: If the model's cache is of a kind that cannot be joined.
         """
         mine, theirs = self._lengths(), other._lengths()
-        self._cache = cache.joined(self._cache, other._cache, self.members)
+        self._cache = cache.join_caches(self._cache, other._cache, self.members)
         self._rows += other._rows
         width = self._cache.get_seq_length()
         used = torch.cat([mine, theirs])[:, None] > torch.arange(width - 1, -1, -1, device=self._device)
@@ -192,7 +192,7 @@ class HFStepper:
         self._trim()
 
     def _lengths(self) -> Int[Tensor, " batch"]:
-        """Tokens that each sequence has in the cache."""
+        """Return the number of tokens that each sequence has in the cache."""
         batch = self._rows // self.members
         if self._mask is None:
             return torch.full((batch,), self._cache.get_seq_length(), device=self._device)
@@ -216,7 +216,7 @@ class HFStepper:
             inputs["attention_mask"] = mask
             if self._takes_positions:
                 inputs["position_ids"] = (mask.cumsum(1) - 1).clamp_min(0)[:, first:]
-        with capture_outputs(self._blocks) as heard:
+        with capture_outputs(self._blocks) as captured:
             if isinstance(self._model, Wrapped):
                 output, scales = self._model.forward_rows(**inputs)
             else:
@@ -230,6 +230,6 @@ class HFStepper:
             std = self._model.distribution.std((output.logits, scales.logits))
             scale = unfold(std, self.members)
         states = None
-        if heard:
-            states = torch.stack([unfold(h.detach(), self.members).float().mean(0, keepdim=True) for h in heard], -2)
+        if captured:
+            states = torch.stack([unfold(h.detach(), self.members).float().mean(0, keepdim=True) for h in captured], -2)
         return StepOutput(unfold(output.logits, self.members), scale, states)

@@ -1,17 +1,18 @@
-"""Answers again until an answer is among the surest."""
+"""Answering again until an answer is among the most confident."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from selfdoubt.errors import ConfigError
-from selfdoubt.lm.answer import Answer, fallback_score
-from selfdoubt.lm.inputs import Question
+from selfdoubt.lm import defaults
+from selfdoubt.lm.answer import Answer
+from selfdoubt.lm.confidence import is_confident
+from selfdoubt.lm.front import ModelWithFront
+from selfdoubt.lm.generation import generate_answers
+from selfdoubt.lm.inputs import PromptLike
 from selfdoubt.lm.options import Options, read_number
-
-if TYPE_CHECKING:
-    from selfdoubt.lm.model import RiskAwareLM
+from selfdoubt.lm.scores import fallback_score
 
 
 @dataclass(frozen=True)
@@ -19,13 +20,13 @@ class Attempts:
     """The outcome of answering until confident: the first confident answer, or else the least risky."""
 
     answer: Answer
-    tries: int
+    attempts: int
     confident: bool
 
 
 def generate_until(
-    lm: RiskAwareLM,
-    prompt: Question,
+    lm: ModelWithFront,
+    prompt: PromptLike,
     percentile: float,
     max_tries: int,
     options: Options,
@@ -35,17 +36,18 @@ def generate_until(
         raise ConfigError(f"the percentile must be between 0 and 1, got {percentile}")
     if read_number("max_tries", max_tries, whole=True) < 1:
         raise ConfigError(f"max_tries must be at least 1, got {max_tries}")
-    if not {lm.risk, fallback_score(lm.risk)} & set(lm.reference):
+    front = lm.front
+    if not {front.risk, str(fallback_score(front.risk))} & set(front.reference):
         raise ConfigError(
-            f"a percentile of {lm.risk} needs reference answers, and this model has none; "
+            f"a percentile of {front.risk} needs reference answers, and this model has none; "
             "use an adapter that has them (the pocket model does)"
         )
     options.setdefault("temperature", 1.0)
-    first = options.get("seed", 0)
-    tried: list[Answer] = []
+    first = options.get("seed", defaults.SEED)
+    answers: list[Answer] = []
     for i in range(max_tries):
-        tried += lm._generate([prompt], 1, [first + i], options)
-        rank = tried[-1].percentile
-        if rank is not None and rank <= percentile:
-            return Attempts(tried[-1], i + 1, True)
-    return Attempts(min(tried, key=lambda a: a.risk), max_tries, False)
+        answers += generate_answers(lm, [prompt], 1, [first + i], options)
+        rank = answers[-1].percentile
+        if is_confident(None if rank is None else 1 - rank, 1 - percentile):
+            return Attempts(answers[-1], i + 1, True)
+    return Attempts(min(answers, key=lambda a: a.risk), max_tries, False)

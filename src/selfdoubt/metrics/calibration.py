@@ -1,4 +1,4 @@
-"""How well ``p_correct`` keeps its word: calibration error, Brier score, log loss. Pure functions of numpy arrays.
+"""Metrics of ``p_correct``: calibration error, Brier score, log loss. Pure functions of numpy arrays.
 
 ``p_correct`` is the probability that the answer is right, in [0, 1]; ``correct`` says whether it is. Answers with equal
 probabilities share their mean accuracy, so file order cannot matter. All of this is defined when every answer is right
@@ -10,10 +10,10 @@ from __future__ import annotations
 from typing import Literal, NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 
 from selfdoubt.errors import ConfigError, MetricError
-from selfdoubt.metrics.ranking import Order, PerDraw, Ranked, checked
+from selfdoubt.metrics.ranking import JudgementsLike, PerDraw, Ranked, ScoresLike, rank_answers
 
 Spacing = Literal["width", "mass"]
 #: Probabilities are kept this far from 0 and 1 in the log loss: a sure and wrong answer costs 16.1 nats, not infinity.
@@ -31,13 +31,13 @@ class Reliability(NamedTuple):
 
 
 def ece(
-    p_correct: Float[np.ndarray, "answers"],
-    correct: Bool[np.ndarray, "answers"],
+    p_correct: ScoresLike,
+    correct: JudgementsLike,
     *,
     bins: int = 15,
     spacing: Spacing = "width",
 ) -> float:
-    """Expected calibration error: the mean over answers of |accuracy - confidence| of their bin, in [0, 1].
+    """Return the expected calibration error: the mean over answers of |accuracy - confidence| of their bin, in [0, 1].
 
     Naeini, Cooper and Hauskrecht (2015), "Obtaining well calibrated probabilities using Bayesian binning"; 15 bins of
     equal width as in Guo et al. (2017), "On calibration of modern neural networks". A bin holds its lower edge; the
@@ -57,8 +57,8 @@ def ece(
     return _only(kernel(_ranked(p_correct, correct), bins))
 
 
-def brier(p_correct: Float[np.ndarray, "answers"], correct: Bool[np.ndarray, "answers"]) -> float:
-    """Brier score: the mean of (p - correct)^2, in [0, 1], lower is better (Brier, 1950).
+def brier(p_correct: ScoresLike, correct: JudgementsLike) -> float:
+    """Return the Brier score: the mean of (p - correct)^2, in [0, 1], lower is better (Brier, 1950).
 
     Raises:
         MetricError: Too few answers, p outside [0, 1] or not finite, lists that do not fit.
@@ -70,8 +70,8 @@ def brier(p_correct: Float[np.ndarray, "answers"], correct: Bool[np.ndarray, "an
     return _only(brier_over_draws(_ranked(p_correct, correct)))
 
 
-def nll(p_correct: Float[np.ndarray, "answers"], correct: Bool[np.ndarray, "answers"]) -> float:
-    """Log loss: the mean of -log of the probability given to what came true, in nats, lower is better.
+def nll(p_correct: ScoresLike, correct: JudgementsLike) -> float:
+    """Return the log loss: the mean of -log of the probability given to what came true, in nats, lower is better.
 
     p is clipped to [1e-7, 1 - 1e-7] (``CLIP``), so the range is [1e-7, 16.12].
 
@@ -86,13 +86,13 @@ def nll(p_correct: Float[np.ndarray, "answers"], correct: Bool[np.ndarray, "answ
 
 
 def reliability(
-    p_correct: Float[np.ndarray, "answers"],
-    correct: Bool[np.ndarray, "answers"],
+    p_correct: ScoresLike,
+    correct: JudgementsLike,
     *,
     bins: int = 15,
     spacing: Spacing = "width",
 ) -> Reliability:
-    """The table behind ``ece``: ``sum(answers / n * |accuracy - confidence|)`` is it.
+    """Return the table behind ``ece``, which is ``sum(answers / n * |accuracy - confidence|)``.
 
     Raises:
         MetricError: Too few answers, p outside [0, 1] or not finite, lists that do not fit.
@@ -118,7 +118,7 @@ def reliability(
 
 
 def ece_over_draws(r: Ranked, bins: int = 15) -> PerDraw:
-    """``ece`` of every draw, bins of equal width."""
+    """Return ``ece`` of every draw, bins of equal width."""
     place = np.searchsorted(_edges(bins)[1:-1], r.score, side="right")
     inside = place[:, None] == np.arange(bins)
     gaps = (r.answers * r.score - r.right) @ inside.astype(np.float64)
@@ -126,7 +126,7 @@ def ece_over_draws(r: Ranked, bins: int = 15) -> PerDraw:
 
 
 def ece_mass_over_draws(r: Ranked, bins: int = 15) -> PerDraw:
-    """``ece`` of every draw, bins of equal mass."""
+    """Return ``ece`` of every draw, bins of equal mass."""
     gap = (r.answers * r.score - r.right).cumsum(1)
     each = r.score - r.mean  # of one answer of the group
     before = np.zeros(len(gap))
@@ -142,30 +142,42 @@ def ece_mass_over_draws(r: Ranked, bins: int = 15) -> PerDraw:
 
 
 def brier_over_draws(r: Ranked) -> PerDraw:
-    """``brier`` of every draw."""
+    """Return ``brier`` of every draw."""
     return (r.right @ np.square(1 - r.score) + r.wrong @ np.square(r.score)) / r.n
 
 
+def log_losses(p_correct: ScoresLike, correct: JudgementsLike) -> Float[np.ndarray, "answers"]:
+    """Return the log loss of each answer, in nats: ``nll`` is their mean; NaN where p_correct is.
+
+    Example:
+        >>> log_losses(np.array([1.0, 0.5]), np.array([True, False])).round(4)
+        array([0.    , 0.6931])
+    """
+    p = np.asarray(p_correct, np.float64).clip(CLIP, 1 - CLIP)
+    return np.asarray(-np.log(np.where(correct, p, 1 - p)))
+
+
 def nll_over_draws(r: Ranked) -> PerDraw:
-    """``nll`` of every draw."""
+    """Return ``nll`` of every draw."""
     p = r.score.clip(CLIP, 1 - CLIP)
     return -(r.right @ np.log(p) + r.wrong @ np.log1p(-p)) / r.n
 
 
-def _only(found: PerDraw) -> float:
-    """The number of the only draw."""
-    return float(found[0])
+def _only(draws: PerDraw) -> float:
+    """Return the number of the only draw."""
+    return float(draws[0])
 
 
-def _ranked(p_correct: Float[np.ndarray, "answers"], correct: Bool[np.ndarray, "answers"]) -> Ranked:
-    p, right = checked(p_correct, correct, "p_correct")
+def _ranked(p_correct: ScoresLike, correct: JudgementsLike) -> Ranked:
+    ranked = rank_answers(p_correct, correct, "p_correct")
+    p = np.asarray(p_correct, np.float64)
     bad = np.flatnonzero((p < 0) | (p > 1))
     if len(bad):
         raise MetricError(
             f"p_correct must lie in [0, 1], p_correct[{bad[0]}] is {p[bad[0]]:g}; "
-            "a score that is no probability goes to a metric of order, such as auroc"
+            "a score that is not a probability goes to a metric of order, such as auroc"
         )
-    return Order.of(p, right).ranked(np.ones((1, len(p)), np.int64))
+    return ranked
 
 
 def _edges(bins: int) -> Float[np.ndarray, "edges"]:

@@ -1,9 +1,9 @@
 """Answers sorted by doubt, ties together, in one or in many resamples: the arithmetic below every metric.
 
-A metric of ``curves`` is a function of two small tables: how many answers share each value of the score, and how many
-of them are right. A resample of the questions changes these counts and nothing else, so the answers are sorted once and
+A metric is a function of two small tables: how many answers share each value of the score, and how many of them are
+right. A resample of the questions changes these counts and nothing else, so the answers are sorted once and
 the metric of a thousand resamples is a few operations on ``(draws, groups)``. A metric that is not defined on a draw is
-NaN **here only**: ``curves`` raises, ``intervals`` counts.
+NaN **here only**: ``selective`` raises, ``bootstrap`` counts.
 
 Ties share their mean accuracy: each of them counts as if every order within the group were taken and averaged. The
 accuracy of the ``k`` surest is then ``(right_before + (k - before) * mean) / k`` within a group, and sums of it over
@@ -12,6 +12,7 @@ accuracy of the ``k`` surest is then ``(right_before + (k - before) * mean) / k`
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -21,6 +22,10 @@ from jaxtyping import Bool, Float, Int, Shaped
 
 from selfdoubt.errors import MetricError
 
+#: One number per answer, as an array or any other sequence.
+ScoresLike = Float[np.ndarray, "answers"] | Sequence[float]
+#: Which answers are right.
+JudgementsLike = Bool[np.ndarray, "answers"] | Sequence[bool]
 PerDraw = Float[np.ndarray, "draws"]
 Table = Int[np.ndarray, "draws groups"]
 #: Shares of whole numbers are compared with this much room for rounding, of one answer.
@@ -91,7 +96,7 @@ class Ranked:
         return self.right_end[:, -1]
 
     def within(self, k: Int[np.ndarray, "draws"]) -> Int[np.ndarray, "draws 1"]:
-        """The group in which each draw's ``k``-th answer lies."""
+        """Return the group in which each draw's ``k``-th answer lies."""
         return np.count_nonzero(self.end < k[:, None], axis=1)[:, None].clip(max=self.end.shape[1] - 1)
 
 
@@ -104,15 +109,15 @@ class Order(NamedTuple):
     right: Bool[np.ndarray, "answers"]  #: in that order
 
     @classmethod
-    def of(cls, score: Float[np.ndarray, "answers"], correct: Bool[np.ndarray, "answers"]) -> Order:
+    def sort(cls, score: Float[np.ndarray, "answers"], correct: Bool[np.ndarray, "answers"]) -> Order:
         """Sort scores, and remember which are equal."""
         order = np.argsort(score, kind="stable")
         values = score[order]
         starts = np.flatnonzero(np.concatenate([[True], values[1:] != values[:-1]]))
         return cls(values[starts], order, starts, correct[order])
 
-    def ranked(self, counts: Int[np.ndarray, "draws answers"]) -> Ranked:
-        """The groups of each draw.
+    def rank(self, counts: Int[np.ndarray, "draws answers"]) -> Ranked:
+        """Return the groups of each draw.
 
         Args:
             counts: How often each draw holds each answer.
@@ -124,10 +129,12 @@ class Order(NamedTuple):
         return Ranked(self.score, answers, right)
 
 
-def checked(
-    score: Shaped[np.ndarray, "answers"], correct: Shaped[np.ndarray, "answers"], name: str = "risk"
+def check_answers(
+    score: ScoresLike | Shaped[np.ndarray, "answers"],
+    correct: JudgementsLike | Shaped[np.ndarray, "answers"],
+    name: str = "risk",
 ) -> tuple[Float[np.ndarray, "answers"], Bool[np.ndarray, "answers"]]:
-    """Scores in float64 and judgements, if any metric can be computed of them.
+    """Return scores in float64 and judgements, if any metric can be computed of them.
 
     Raises:
         MetricError: If they are not two lists of one length of at least 2, a score is not finite, or a judgement is
@@ -141,7 +148,8 @@ def checked(
         )
     if correct.dtype != np.bool_:
         raise MetricError(
-            f"correct must hold booleans, got {correct.dtype}; take unjudged answers out with judged({name}, correct)"
+            f"correct must hold booleans, got {correct.dtype}; take unjudged answers out with "
+            f"drop_unjudged({name}, correct)"
         )
     if score.dtype.kind not in "fiu":
         raise MetricError(f"{name} must hold numbers, got {score.dtype}; give one float for each answer")
@@ -156,82 +164,97 @@ def checked(
     return score.astype(np.float64), correct
 
 
-def accuracy_at(r: Ranked, coverage: float) -> PerDraw:
-    """Mean accuracy of the ``ceil(coverage * n)`` surest."""
+def rank_answers(
+    score: ScoresLike | Shaped[np.ndarray, "answers"],
+    correct: JudgementsLike | Shaped[np.ndarray, "answers"],
+    name: str = "risk",
+) -> Ranked:
+    """Return the groups of the answers as they are, as the only draw.
+
+    Raises:
+        MetricError: As ``check_answers``.
+    """
+    values, right = check_answers(score, correct, name)
+    return Order.sort(values, right).rank(np.ones((1, len(values)), np.int64))
+
+
+def accuracy_at_over_draws(r: Ranked, coverage: float) -> PerDraw:
+    """Return the mean accuracy of the ``ceil(coverage * n)`` surest."""
     k = np.maximum(np.ceil(coverage * r.n - ROUNDING), 1).astype(np.int64)
     group = r.within(k)
     lead, mean = (np.take_along_axis(x, group, 1)[:, 0] for x in (r.lead, r.mean))
     return lead / k + mean
 
 
-def coverage_at(r: Ranked, accuracy: float) -> PerDraw:
-    """Largest share of answers up to the end of a group whose accuracy is at least this."""
+def coverage_at_over_draws(r: Ranked, accuracy: float) -> PerDraw:
+    """Return the largest share of answers up to the end of a group whose accuracy is at least this."""
     reached = r.right_end >= accuracy * r.end - ROUNDING
     return np.where(reached, r.end, 0).max(1) / r.n
 
 
-def auarc(r: Ranked) -> PerDraw:
-    """Mean over k = 1 .. n of the accuracy of the k surest."""
+def auarc_over_draws(r: Ranked) -> PerDraw:
+    """Return the mean over k = 1 .. n of the accuracy of the k surest."""
     return _accuracies(r, np.zeros_like(r.n)) / r.n
 
 
-def auarc_trapezoid(r: Ranked) -> PerDraw:
-    """Area under the accuracy between coverage 1/n and 1 by trapezoids, divided by 1 - 1/n."""
+def auarc_trapezoid_over_draws(r: Ranked) -> PerDraw:
+    """Return the area under the accuracy between coverage 1/n and 1 by trapezoids, divided by 1 - 1/n."""
     first = np.take_along_axis(r.mean, r.within(np.ones_like(r.n)), 1)[:, 0]
     with np.errstate(divide="ignore", invalid="ignore"):
-        return (auarc(r) * r.n - (first + r.n_right / r.n) / 2) / (r.n - 1)
+        return (auarc_over_draws(r) * r.n - (first + r.n_right / r.n) / 2) / (r.n - 1)
 
 
-def aurc(r: Ranked) -> PerDraw:
-    """Mean over k of the error of the k surest."""
-    return 1 - auarc(r)
+def aurc_over_draws(r: Ranked) -> PerDraw:
+    """Return the mean over k of the error of the k surest."""
+    return 1 - auarc_over_draws(r)
 
 
-def aurc_trapezoid(r: Ranked) -> PerDraw:
-    """The same area by trapezoids."""
-    return 1 - auarc_trapezoid(r)
+def aurc_trapezoid_over_draws(r: Ranked) -> PerDraw:
+    """Return the area under the error by trapezoids."""
+    return 1 - auarc_trapezoid_over_draws(r)
 
 
-def excess_aurc(r: Ranked) -> PerDraw:
-    """AURC less that of the best order."""
-    return _with_both(r, _best(r, np.zeros_like(r.n)) / r.n - auarc(r))
+def excess_aurc_over_draws(r: Ranked) -> PerDraw:
+    """Return AURC less that of the best order."""
+    return _with_both(r, _best(r, np.zeros_like(r.n)) / r.n - auarc_over_draws(r))
 
 
-def augrc(r: Ranked) -> PerDraw:
-    """Area under the share of answers that are given and wrong, over coverage from 0 to 1."""
+def augrc_over_draws(r: Ranked) -> PerDraw:
+    """Return the area under the share of answers that are given and wrong, over coverage from 0 to 1."""
     return _dot(r.answers, r.start - r.right_start + r.wrong / 2) / np.square(r.n, dtype=np.float64)
 
 
-def prr(r: Ranked, max_rejection: float = 1.0) -> PerDraw:
-    """How much of the way from a random order to the best one the accuracy goes, over the first rejections."""
+def prr_over_draws(r: Ranked, max_rejection: float = 1.0) -> PerDraw:
+    """Return the part of the way from a random order to the best one that the accuracy goes, over the rejections."""
     rejected = np.floor(max_rejection * r.n + ROUNDING).astype(np.int64)
     kept = r.n - rejected
     random = rejected * r.n_right / r.n
     with np.errstate(divide="ignore", invalid="ignore"):
-        found = (_accuracies(r, kept) - random) / (_best(r, kept) - random)
-    return np.where(rejected >= 2, _with_both(r, found), np.nan)
+        ratio = (_accuracies(r, kept) - random) / (_best(r, kept) - random)
+    return np.where(rejected >= 2, _with_both(r, ratio), np.nan)
 
 
-def auroc(r: Ranked) -> PerDraw:
-    """How often a wrong answer has the higher risk, of all pairs of a wrong and a right one; ties count half."""
+def auroc_over_draws(r: Ranked) -> PerDraw:
+    """Return the share of pairs of a wrong and a right answer in which the wrong one has the higher risk; ties half."""
     with np.errstate(divide="ignore", invalid="ignore"):
         return _dot(r.wrong, r.right_start + r.right / 2) / ((r.n - r.n_right) * r.n_right)
 
 
-def auprc(r: Ranked) -> PerDraw:
-    """Average precision of finding wrong answers from the riskiest down."""
+def auprc_over_draws(r: Ranked) -> PerDraw:
+    """Return the average precision of finding wrong answers from the riskiest down."""
     n_wrong = r.n - r.n_right
-    found = n_wrong[:, None] - (r.start - r.right_start)  # wrong answers of this risk or more
+    retrieved = n_wrong[:, None] - (r.start - r.right_start)  # wrong answers of this risk or more
     with np.errstate(divide="ignore", invalid="ignore"):
-        return _with_both(r, _dot(r.wrong, found / np.maximum(r.n[:, None] - r.start, 1)) / n_wrong)
+        return _with_both(r, _dot(r.wrong, retrieved / np.maximum(r.n[:, None] - r.start, 1)) / n_wrong)
 
 
-def _with_both(r: Ranked, found: PerDraw) -> PerDraw:
-    return np.where((r.n_right > 0) & (r.n_right < r.n), found, np.nan)
+def _with_both(r: Ranked, metric: PerDraw) -> PerDraw:
+    """Return NaN on draws without a right or without a wrong answer."""
+    return np.where((r.n_right > 0) & (r.n_right < r.n), metric, np.nan)
 
 
 def _accuracies(r: Ranked, low: Int[np.ndarray, "draws"]) -> PerDraw:
-    """Sum of the accuracy of the k surest over k = low + 1 .. n."""
+    """Return the sum of the accuracy of the k surest over k = low + 1 .. n."""
     if not low.any():
         return r.n_right + _dot(r.lead, np.diff(r.harmonic_end, axis=1, prepend=0))
     first = low[:, None]
@@ -241,7 +264,7 @@ def _accuracies(r: Ranked, low: Int[np.ndarray, "draws"]) -> PerDraw:
 
 
 def _best(r: Ranked, low: Int[np.ndarray, "draws"]) -> PerDraw:
-    """The same sum if all right answers came first: of min(1, right / k)."""
+    """Return the same sum if all right answers came first: of min(1, right / k)."""
     right = r.n_right
     return np.maximum(right - low, 0) + right * (r.harmonic[r.n] - r.harmonic[np.maximum(right, low)])
 

@@ -1,4 +1,51 @@
 """Reports: what risk scores are worth, measured on judged answers, as JSON, PNG and a page.
 
-``html`` holds the page.
+``measure`` and ``best_of_n`` make the numbers of ``results.Report``, ``summary`` says them in words, ``compare`` puts
+two runs side by side, ``write`` keeps it all, and ``html`` holds the page.
 """
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from selfdoubt.report.compare import RunComparison, compare_runs
+    from selfdoubt.report.html import render_page
+    from selfdoubt.report.measure import measure_answers
+    from selfdoubt.report.png import draw_pictures
+    from selfdoubt.report.results import Report
+    from selfdoubt.report.write import read_report, write_report
+
+__all__ = [
+    "Report",
+    "RunComparison",
+    "compare_runs",
+    "draw_pictures",
+    "measure_answers",
+    "read_report",
+    "render_page",
+    "write_report",
+]
+
+_HOMES = {
+    "Report": "results",
+    "RunComparison": "compare",
+    "compare_runs": "compare",
+    "draw_pictures": "png",
+    "measure_answers": "measure",
+    "read_report": "write",
+    "render_page": "html",
+    "write_report": "write",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # Lazy, so that a single module can be imported without torch and the page.
+    if name in _HOMES:
+        return getattr(import_module(f"selfdoubt.report.{_HOMES[name]}"), name)
+    raise AttributeError(f"module 'selfdoubt.report' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

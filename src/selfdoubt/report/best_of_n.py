@@ -1,111 +1,110 @@
-"""What further answers to a question are worth: the least risky of them, the majority's, or the first sure one."""
+"""The worth of further answers to a question: the least risky, the majority's, or the first confident one."""
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from statistics import fmean
-from typing import Any
 
-from selfdoubt.eval.judges.text import same_key
 from selfdoubt.eval.records import Record, Sample
-from selfdoubt.report.metric_entries import Draws, Entry, mean, nothing, proportion
+from selfdoubt.eval.scores.agreement import cluster_answers
+from selfdoubt.eval.settings import Run
+from selfdoubt.lm.confidence import is_confident
+from selfdoubt.metrics import Estimate, estimate_mean, estimate_share
+from selfdoubt.report.metric_entries import Bootstrap
+from selfdoubt.report.results import NoSamples, SampleResults, ScoreCost, UntilConfident
 from selfdoubt.risk import percentile
 
 #: "In the 99 % confidence percentile": at most this share of reference answers has a lower risk.
-SURE = 0.01
+CONFIDENT = 0.01
 
 
-def tries(records: Sequence[Record], run: Mapping[str, Any], draw: Draws) -> dict[str, Any]:
+def measure_samples(records: Sequence[Record], run: Run, bootstrap: Bootstrap) -> SampleResults | NoSamples:
     """Measure the samples of each record, which stand in the order in which they were drawn.
 
     Args:
         records: Those with samples count; of these, the ones whose samples are all judged.
-        run: ``risk`` names the score that is a sample's risk; ``costs`` as for ``measure``.
-        draw: The bootstrap, over questions.
-
-    Returns:
-        ``drawn`` (questions with samples), ``questions`` (of these, measured), ``samples`` (the greatest number a
-        question), ``unjudged`` (questions left out); accuracy of ``one_answer`` (the one that was not drawn),
-        ``least_risky``, ``most_risky``, ``random`` and ``majority`` (entries; ties count with their mean); and
-        ``until_sure``. Or ``drawn`` and ``why`` there is nothing.
+        run: ``risk`` names the score that is a sample's risk; ``costs`` as for ``measure_answers``.
+        bootstrap: Over questions.
     """
     drawn = [r for r in records if r.samples]
     whole = [r for r in drawn if all(s.correct is not None for s in r.samples)]
     if not whole:
         why = "no question has all of its samples judged" if drawn else "no samples were drawn"
-        return {"drawn": len(drawn), "why": why}
-    ways: dict[str, Callable[[Sequence[Sample]], float]] = {
-        "least_risky": lambda own: _at(own, min(s.risk for s in own)),
-        "most_risky": lambda own: _at(own, max(s.risk for s in own)),
+        return NoSamples(len(drawn), why)
+    rules: dict[str, Callable[[Sequence[Sample]], float]] = {
+        "least_risky": lambda samples: _accuracy_at(samples, min(s.risk for s in samples)),
+        "most_risky": lambda samples: _accuracy_at(samples, max(s.risk for s in samples)),
         "random": _accuracy,
-        "majority": majority,
+        "majority": measure_majority,
     }
     first = [r.correct for r in whole if r.correct is not None]
-    return {
-        "drawn": len(drawn),
-        "questions": len(whole),
-        "samples": max(len(r.samples) for r in whole),
-        "unjudged": len(drawn) - len(whole),
-        "one_answer": proportion(first) if first else nothing("none of these answers is judged"),
-        **{name: mean([way(r.samples) for r in whole], draw) for name, way in ways.items()},
-        "until_sure": _until_sure(whole, records, run, draw),
-    }
+    return SampleResults(
+        drawn=len(drawn),
+        questions=len(whole),
+        samples=max(len(r.samples) for r in whole),
+        unjudged=len(drawn) - len(whole),
+        one_answer=estimate_share(first) if first else Estimate.missing("none of these answers is judged"),
+        **{name: estimate_mean([rule(r.samples) for r in whole], **bootstrap) for name, rule in rules.items()},
+        until_confident=_measure_until_confident(whole, records, run, bootstrap),
+    )
 
 
-def majority(samples: Sequence[Sample]) -> float:
-    """Share of right ones among the samples that say what most of them say; where several lead, the mean over them."""
-    groups: dict[tuple[str, str], list[Sample]] = defaultdict(list)
-    for sample in samples:
-        groups[same_key(sample.text)].append(sample)
-    most = max(len(group) for group in groups.values())
-    return fmean(_accuracy(group) for group in groups.values() if len(group) == most)
+def measure_majority(samples: Sequence[Sample]) -> float:
+    """Return the share of right ones among the samples that say the most frequent thing.
+
+    Where several say it equally often, the mean over them.
+    """
+    clusters = cluster_answers([sample.text for sample in samples])
+    groups = [[s for s, c in zip(samples, clusters, strict=True) if c == number] for number in sorted(set(clusters))]
+    most = max(map(len, groups))
+    return fmean(_accuracy(group) for group in groups if len(group) == most)
 
 
 def _accuracy(samples: Sequence[Sample]) -> float:
     return fmean(bool(s.correct) for s in samples)
 
 
-def _at(samples: Sequence[Sample], risk: float) -> float:
+def _accuracy_at(samples: Sequence[Sample], risk: float) -> float:
     return _accuracy([s for s in samples if s.risk == risk])
 
 
-def _until_sure(
-    whole: Sequence[Record], records: Sequence[Record], run: Mapping[str, Any], draw: Draws
-) -> dict[str, Any]:
-    """Take the first sample whose risk is among the lowest; ``tries`` counts all samples where there is none."""
-    name = str(run.get("risk") or "sum_nll")
-    own = sorted(r.scores[name] for r in records if name in r.scores)
-    own = own or sorted(s.risk for r in records for s in r.samples)
+def _measure_until_confident(
+    whole: Sequence[Record], records: Sequence[Record], run: Run, bootstrap: Bootstrap
+) -> UntilConfident:
+    """Take the first sample whose risk is among the lowest; all samples count as tries where there is none."""
+    name = run.risk or "sum_nll"
+    reference = sorted(r.scores[name] for r in records if name in r.scores)
+    reference = reference or sorted(s.risk for r in records for s in r.samples)
     ranked_here = False
     counts: list[float] = []
-    found: list[bool] = []
+    reached: list[bool] = []
     for record in whole:
         count = len(record.samples)
         for number, sample in enumerate(record.samples, 1):
             ranked_here |= sample.percentile is None
-            place = percentile(sample.risk, own) if sample.percentile is None else sample.percentile
-            if place <= SURE:
-                found.append(bool(sample.correct))
+            rank = percentile(sample.risk, reference) if sample.percentile is None else sample.percentile
+            if is_confident(1 - rank, 1 - CONFIDENT):
+                reached.append(bool(sample.correct))
                 count = number
                 break
         counts.append(float(count))
-    tried = mean(counts, draw)
-    reached: Entry = proportion([True] * len(found) + [False] * (len(whole) - len(found)))
-    return {
-        "percentile": SURE,
-        "reference": f"the {len(own)} answers of this run ({name})" if ranked_here else "the model's reference answers",
-        "reached": reached,
-        "accuracy": proportion(found) if found else nothing("no sample is that sure"),
-        "tries": tried,
-        "cost": _cost(run.get("costs", {}), tried["value"]),
-    }
+    tried = estimate_mean(counts, **bootstrap)
+    here = f"the {len(reference)} answers of this run ({name})"
+    return UntilConfident(
+        percentile=CONFIDENT,
+        reference=here if ranked_here else "the model's reference answers",
+        reached=estimate_share([True] * len(reached) + [False] * (len(whole) - len(reached))),
+        accuracy=estimate_share(reached) if reached else Estimate.missing("no sample is that sure"),
+        mean_tries=tried,
+        cost=_price_tries(run, tried.value),
+    )
 
 
-def _cost(costs: Mapping[str, Mapping[str, float]], tried: float) -> dict[str, float | None]:
-    """Seconds of so many tries for every question of the run, and how many times those of one answer that is."""
-    if "answer" not in costs or "samples" not in costs or not costs["samples"]["passes"]:
-        return {"passes": tried, "seconds": None, "ratio": None}
-    seconds = costs["samples"]["seconds"] / costs["samples"]["passes"] * tried
-    alone = costs["answer"]["seconds"]
-    return {"passes": tried, "seconds": seconds, "ratio": seconds / alone if alone else None}
+def _price_tries(run: Run, tried: float | None) -> ScoreCost:
+    """Return the price of this many tries for every question of the run."""
+    costs = run.costs or {}
+    if tried is None or "answer" not in costs or "samples" not in costs or not costs["samples"].passes:
+        return ScoreCost(passes=tried, seconds=None, ratio=None)
+    seconds = costs["samples"].seconds / costs["samples"].passes * tried
+    alone = costs["answer"].seconds
+    return ScoreCost(passes=tried, seconds=seconds, ratio=seconds / alone if alone else None)

@@ -1,23 +1,25 @@
-"""Writes what was measured: ``report.json`` for programs, ``report.html`` for people, PNGs for papers."""
+"""Writes and reads a report: ``report.json`` for programs, ``report.html`` for people, PNGs for papers."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
+from selfdoubt.errors import DataError
 from selfdoubt.eval.records import Record
+from selfdoubt.eval.settings import Run
 from selfdoubt.report import png
-from selfdoubt.report.html.page import page
-from selfdoubt.report.measure import measure
+from selfdoubt.report.html import render_page
+from selfdoubt.report.measure import measure_answers
+from selfdoubt.report.results import Report
 from selfdoubt.storage import write
 
 
 def write_report(
     records: Sequence[Record],
-    run: Mapping[str, Any],
+    run: Run,
     folder: str | os.PathLike[str],
     *,
     draws: int = 1000,
@@ -27,7 +29,7 @@ def write_report(
 
     Args:
         records: All answers of a run.
-        run: As for ``measure``.
+        run: As for ``measure_answers``.
         folder: Made if missing; a report in it is replaced.
         draws: Bootstrap draws behind each interval.
         seed: Of these draws.
@@ -40,12 +42,12 @@ def write_report(
         DataError: If there are no records.
         MissingExtraError: Without matplotlib.
     """
-    report = measure(records, run, draws=draws, seed=seed)
-    text = json.dumps(report, ensure_ascii=False, allow_nan=False, indent=1)
+    report = measure_answers(records, run, draws=draws, seed=seed)
+    text = json.dumps(report.to_json(), ensure_ascii=False, allow_nan=False, indent=1)
     files = {
         "report.json": f"{text}\n".encode("utf-8", "backslashreplace"),
-        "report.html": page(records, report).encode("utf-8", "replace"),  # a lone surrogate is not UTF-8
-        **png.pictures(report),
+        "report.html": render_page(records, report).encode("utf-8", "replace"),  # a lone surrogate is not UTF-8
+        **png.draw_pictures(report),
     }
     Path(folder).mkdir(parents=True, exist_ok=True)
     for name, data in files.items():
@@ -54,3 +56,18 @@ def write_report(
         if name not in files:  # of an earlier report
             (Path(folder) / name).unlink(missing_ok=True)
     return {name: Path(folder) / name for name in files}
+
+
+def read_report(folder: str | os.PathLike[str]) -> Report:
+    """Read the report in a folder.
+
+    Raises:
+        DataError: If there is none, or it is broken.
+    """
+    path = Path(folder) / "report.json"
+    try:
+        return Report.parse(json.loads(path.read_text(encoding="utf-8")))
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror}); give a folder with a report") from None
+    except ValueError as error:
+        raise DataError(f"{path} is not a report ({error}); report again") from None

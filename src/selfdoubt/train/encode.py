@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from selfdoubt.data import chats
-from selfdoubt.data.chats import INPUT, Chat
+from selfdoubt.data.chats import INPUT, ChatMessages
 from selfdoubt.data.questions import AS_USUAL, Columns
 from selfdoubt.errors import ConfigError, DataError, LoadError, require
 from selfdoubt.lm.load import find_turn_end
@@ -58,7 +58,7 @@ def prepare_tokenizer(tokenizer: Any, prompt: str) -> None:
 
 
 def encode_chat(
-    tokenizer: Any, chat: Chat, *, loss_on: str, max_length: int, ends: frozenset[int] | None = None
+    tokenizer: Any, chat: ChatMessages, *, loss_on: str, max_length: int, ends: frozenset[int] | None = None
 ) -> EncodedChat:
     """Return the ids of a chat; the loss predicts the assistant's words and what ends each of them, or everything.
 
@@ -102,8 +102,8 @@ def find_ends(tokenizer: Any) -> frozenset[int]:
     return frozenset(i for i in (find_turn_end(tokenizer), tokenizer.eos_token_id) if i is not None)
 
 
-def _with_input_inside(chat: Chat) -> Chat:
-    joined: Chat = []
+def _with_input_inside(chat: ChatMessages) -> ChatMessages:
+    joined: ChatMessages = []
     for message in chat:
         if message["role"] == INPUT:
             joined[-1] = dict(joined[-1], content=f"{joined[-1]['content']}\n\n{message['content']}")

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from selfdoubt import risk, sculpt
+from selfdoubt.compat import get_output_head
 from selfdoubt.errors import WrapError
 from selfdoubt.members import Wrapped, innermost
 from selfdoubt.rows import Replacement
@@ -45,7 +46,7 @@ def get_head(model: nn.Module) -> nn.Module:
     Raises:
         WrapError: If the model names none.
     """
-    head = cast(Any, innermost(model)).get_output_embeddings()
+    head = get_output_head(innermost(model))
     if not isinstance(head, nn.Module):
         raise WrapError(f"{type(innermost(model)).__name__} names no output layer, which training needs")
     return head

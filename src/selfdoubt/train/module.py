@@ -13,9 +13,9 @@ from torch.distributed.tensor import DTensor
 from torchmetrics import MeanMetric
 
 from selfdoubt import sculpt
+from selfdoubt.compat import find_eight_bit_adamw
 from selfdoubt.errors import ConfigError, NonFiniteError
 from selfdoubt.lm.adapters.lora import leave_casts_to_autocast
-from selfdoubt.lm.load import eight_bit_adamw
 from selfdoubt.members import Wrapped, innermost
 from selfdoubt.rows import expand
 from selfdoubt.train.batches import Batch
@@ -123,7 +123,7 @@ class RiskAwareModule(lightning.LightningModule):
         config = self.config
         trained = [p for p in self.parameters() if p.requires_grad]
         if config.optimizer == "adamw8bit":
-            make: Any = eight_bit_adamw()
+            make: Any = find_eight_bit_adamw()
             optimizer = make(trained, lr=config.lr, weight_decay=config.weight_decay)
         else:
             optimizer = torch.optim.AdamW(trained, lr=config.lr, weight_decay=config.weight_decay)

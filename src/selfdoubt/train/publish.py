@@ -12,17 +12,18 @@ from typing import Any
 
 from torch import nn
 
-from selfdoubt import __version__
 from selfdoubt.errors import ConfigError, PromptError, SelfdoubtError, TargetError
 from selfdoubt.lm.adapters import lora
 from selfdoubt.lm.adapters.adapter import check_adapter, save_adapter
 from selfdoubt.lm.adapters.new_folder import check_free
-from selfdoubt.lm.answer import Answer, reference_quantiles
+from selfdoubt.lm.answer import Answer
 from selfdoubt.lm.load import load_skeleton, resolve_model
 from selfdoubt.lm.model import RiskAwareLM
+from selfdoubt.lm.scores import reference_quantiles
 from selfdoubt.lm.text.prompt import encode
 from selfdoubt.members import Wrapped
 from selfdoubt.train.config import TrainConfig
+from selfdoubt.version import __version__
 
 CARD = "README.md"
 MERGED = "merged"  #: the base with LoRA merged into it, in a folder of the adapter's
@@ -119,7 +120,7 @@ def has_room(lm: RiskAwareLM, question: list[dict[str, str]]) -> bool:
         prompt = encode(lm.tokenizer, question)
     except PromptError:
         return False
-    return lm.context is None or len(prompt.ids) < lm.context
+    return lm.front.context is None or len(prompt.ids) < lm.front.context
 
 
 def check_publishable(config: TrainConfig, model: nn.Module, tokenizer: Any, out: Path) -> None:

@@ -18,7 +18,7 @@ def test_places_that_do_not_exist_are_withheld_and_known_ones_are_given():
     threshold = lm.calibration.threshold
     assert lm.calibration.promise["target_accuracy"] == 0.9
     assert lm.calibration.conditions is not None
-    assert lm.misfit is None
+    assert lm.front.misfit is None
     for name in ("Zorbelheim", "Qwxyzk", "Tartu"):  # the last is real, and the model is wrong about it
         assert lm.generate(f"In which country is {name}?").p_correct < threshold - 0.15
     famous = ["What is the capital of Japan?", "Where is Tokyo?", "What is the currency of France?"]

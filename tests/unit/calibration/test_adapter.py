@@ -13,12 +13,13 @@ from selfdoubt import RiskAwareLM, vote
 from selfdoubt.calibration.adapter import NO_CONDITIONS
 from selfdoubt.errors import ConfigError, DataError
 from selfdoubt.eval import run_folder
-from selfdoubt.eval.generate import EvaluationConfig
+from selfdoubt.eval.config import EvaluationConfig
 from selfdoubt.eval.prompts import Prompting
 from selfdoubt.eval.records import Question
-from selfdoubt.eval.run import ask_questions
+from selfdoubt.eval.run import ask_questions, describe_conditions
+from selfdoubt.eval.settings import Run
 from selfdoubt.lm.calibration import read_calibration
-from selfdoubt.workflow import calibrate_runs
+from selfdoubt.workflow import calibrate
 from tests.zoo import talker, tokenizer
 
 SHOTS = (Question("s1", "Who was first?", answers=("Ada",)), Question("s2", "Who was last?", answers=("Alan",)))
@@ -39,28 +40,26 @@ def model():
     return vote.Wrapper(n_voters=2, rank=2, weight_noise=0.5)(talker()).eval()
 
 
-def ask_all(model, out, plan, questions=QUESTIONS, **about):
+def ask_all(model, out, plan, questions=QUESTIONS, half=20, **about):
     """A run; what is right is made up, so that both kinds are there."""
     lm = RiskAwareLM(model, tokenizer(), **about)
     plan = replace(plan, max_tokens=6)
     asked = ask_questions(lm, questions, plan, out)
     risks = sorted(r.scores["sum_nll"] for r in asked.records)
     records = [
-        replace(r, correct=(r.scores["sum_nll"] < risks[20]) != (i % 5 == 0)) for i, r in enumerate(asked.records)
+        replace(r, correct=(r.scores["sum_nll"] < risks[half]) != (i % 5 == 0)) for i, r in enumerate(asked.records)
     ]
-    run_folder.save_run(
-        asked, records, {"model": "talker", "conditions": plan.conditions(lm, questions).to_json()}, out
-    )
+    settings = Run(model="talker", conditions=describe_conditions(lm, questions, plan).to_json(), costs=asked.costs)
+    run_folder.save_run(asked, records, settings, out)
     return records
 
 
 def learnt(model, tmp_path, *folders):
-    lines = calibrate_runs(
-        folders, tmp_path / "adapter", lambda _: RiskAwareLM(model, tokenizer()), draws=0,
-        candidates=["score", "answer"],
-    )  # fmt: skip
+    result = calibrate(
+        folders, out=tmp_path / "adapter", lm=RiskAwareLM(model, tokenizer()), draws=0, candidates=["score", "answer"]
+    )
     manifest = json.loads((tmp_path / "adapter" / "selfdoubt.json").read_text(encoding="utf-8"))
-    return RiskAwareLM(model, tokenizer(), calibration=read_calibration(manifest)), lines
+    return RiskAwareLM(model, tokenizer(), calibration=read_calibration(manifest)), result.warnings
 
 
 @pytest.mark.parametrize("form", PLANS)
@@ -96,9 +95,9 @@ def test_runs_of_several_forms_are_learnt_together_but_not_of_several_makes(mode
     for name in ("chat", "shots"):
         ask_all(model, tmp_path / name, PLANS[name])
     ask_all(model, tmp_path / "choices", EvaluationConfig(), CHOICES)
-    lm, lines = learnt(model, tmp_path, tmp_path / "chat", tmp_path / "shots")
+    lm, warnings = learnt(model, tmp_path, tmp_path / "chat", tmp_path / "shots")
     assert len(lm.calibration.conditions.forms) == 2
-    assert NO_CONDITIONS not in lines
+    assert NO_CONDITIONS not in warnings
     with pytest.raises(ConfigError, match=r"were made otherwise than those of .*calibrate each alone"):
         learnt(model, tmp_path / "other", tmp_path / "chat", tmp_path / "choices")
 
@@ -107,10 +106,34 @@ def test_a_run_of_an_earlier_version_is_learnt_from_and_says_what_it_lacks(model
     ask_all(model, tmp_path / "run", EvaluationConfig())
     about = tmp_path / "run" / "run.json"
     about.write_text('{"model": "talker", "costs": {}}', encoding="utf-8")
-    lm, lines = learnt(model, tmp_path, tmp_path / "run")
-    assert NO_CONDITIONS in lines
+    lm, warnings = learnt(model, tmp_path, tmp_path / "run")
+    assert NO_CONDITIONS in warnings
     assert lm.calibration.conditions is None
     assert "no record" in lm.generate(QUESTIONS[0].text, max_tokens=6).p_correct_note
     about.write_text('{"model": "talker", "conditions": {"made": "up"}}', encoding="utf-8")
     with pytest.raises(DataError, match="conditions that cannot be read"):
         learnt(model, tmp_path / "other", tmp_path / "run")
+
+
+def test_a_calibrated_run_reports_the_guarantee_of_its_threshold(model, tmp_path):
+    many = [Question(f"q{i}", f"What is {i} and {i * i}?", answers=("this",)) for i in range(160)]
+    ask_all(model, tmp_path / "run", EvaluationConfig(), many, half=110)
+    calibrate(
+        tmp_path / "run", out=tmp_path / "adapter", lm=RiskAwareLM(model, tokenizer()), draws=2,
+        candidates=["answer"], target_accuracy=0.6, confidence=0.9,
+    )  # fmt: skip
+    stored = json.loads((tmp_path / "adapter" / "selfdoubt.json").read_text(encoding="utf-8"))["calibration"]
+    settings = json.loads((tmp_path / "run" / "run.json").read_text(encoding="utf-8"))
+    shown = json.loads((tmp_path / "run" / "report.json").read_text(encoding="utf-8"))["abstention"]
+    assert settings["threshold"] == shown["threshold"] == stored["threshold"]
+    assert settings["promise"] == shown["promise"] == stored["promise"]
+    assert shown["decided"] == 160
+    assert 0 < shown["answered"] < 160
+    page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8").replace("&nbsp;", " ")
+    assert "60 % right, with confidence 90 %, on questions like those it was set with" in page
+
+    calibrate(  # without a target there is no threshold, and the report claims none
+        tmp_path / "run", out=tmp_path / "other", lm=RiskAwareLM(model, tokenizer()), draws=2, candidates=["score"]
+    )  # fmt: skip
+    assert "threshold" not in json.loads((tmp_path / "run" / "run.json").read_text(encoding="utf-8"))
+    assert "why" in json.loads((tmp_path / "run" / "report.json").read_text(encoding="utf-8"))["abstention"]

@@ -18,10 +18,11 @@ from selfdoubt import storage, vote
 from selfdoubt.calibration import heads
 from selfdoubt.calibration.arrays import calibration_arrays
 from selfdoubt.calibration.fit import CANDIDATES, fit_calibration, store_calibration
-from selfdoubt.calibration.quality import quality
+from selfdoubt.calibration.quality import measure_quality
 from selfdoubt.errors import ConfigError, DataError, LoadError
 from selfdoubt.eval.records import Question, Record
-from selfdoubt.lm.calibration import Calibration, States, read_calibration
+from selfdoubt.lm.calibration import Calibration, read_calibration
+from selfdoubt.lm.hidden_states import AnswerStates
 
 FAST = ("score", "answer", "question")
 
@@ -109,7 +110,7 @@ def test_many_at_once_is_one_by_one():
 
 
 def heads_states(layer, hidden):
-    return States((layer,), hidden, hidden, hidden)
+    return AnswerStates((layer,), hidden, hidden, hidden)
 
 
 def test_an_isotonic_head_never_rises_and_is_never_certain():
@@ -193,7 +194,7 @@ def test_the_report_against_scikit_learn():
 
 def test_calibration_error_by_hand():
     p = np.array([0.8, 0.8, 0.8, 0.2, 1.0, np.nan])
-    found = quality(p, np.array([True, True, False, False, True, True]))
+    found = measure_quality(p, np.array([True, True, False, False, True, True]))
     assert found.ece == pytest.approx((abs(2 - 2.4) + 0.2 + 0.0) / 5)
     assert found.answers == 5
 
@@ -204,7 +205,7 @@ def test_p_correct_is_calibrated_on_new_questions():
     p = np.array([head.p_correct(r.scores) for r in fresh], float)
     known = ~np.isnan(p)
     assert known.mean() > 0.99
-    found = quality(p[known], np.array([r.correct for r in fresh])[known])
+    found = measure_quality(p[known], np.array([r.correct for r in fresh])[known])
     assert found.ece < 0.04
     assert found.log_loss == pytest.approx(report.best.inside.log_loss, abs=0.04)
 

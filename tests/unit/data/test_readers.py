@@ -156,11 +156,11 @@ def test_a_question_and_its_passage_keep_their_indentation(tmp_path, suffix, que
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
-        ("a.csv", b"question;answer\nQ1?;a\n", "parted by ';'"),
-        ("a.csv", b"sep=;\nquestion;answer\nQ1?;a\n", "parted by ';'"),
-        ("a.csv", b"question\tanswer\nQ1?\ta\n", "parted by tabs.*or name it .tsv"),
-        ("a.csv", b"question|answer\nQ1?|a\n", r"parted by '\|'"),
-        ("a.tsv", b"question,answer\nQ1?,a\n", "parted by ','.*or name it .csv"),
+        ("a.csv", b"question;answer\nQ1?;a\n", "separated by ';'"),
+        ("a.csv", b"sep=;\nquestion;answer\nQ1?;a\n", "separated by ';'"),
+        ("a.csv", b"question\tanswer\nQ1?\ta\n", "separated by tabs.*or name it .tsv"),
+        ("a.csv", b"question|answer\nQ1?|a\n", r"separated by '\|'"),
+        ("a.tsv", b"question,answer\nQ1?,a\n", "separated by ','.*or name it .csv"),
         ("a.csv", "question,answer\nQ1?,a\n".encode("utf-16"), "but UTF-16"),
         ("a.csv", "question,answer\nQ1?,a\n".encode("utf-16-be"), "but UTF-16"),
         ("a.json", b'{"question":{"0":"Q1?"},"answer":{"0":"a"}}', "orient='records'"),

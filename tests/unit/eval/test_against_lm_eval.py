@@ -13,7 +13,8 @@ import transformers
 
 from selfdoubt import RiskAwareLM
 from selfdoubt.data import question_sets
-from selfdoubt.eval.generate import EvaluationConfig, ask_batch
+from selfdoubt.eval.config import EvaluationConfig
+from selfdoubt.eval.generate import ask_batch
 from selfdoubt.eval.prompts import Prompting
 from selfdoubt.eval.records import Question
 from selfdoubt.eval.scores.agreement import build_equivalence

@@ -18,7 +18,6 @@ from selfdoubt.eval.scores.agreement import (
     build_equivalence,
     cluster_answers,
     lexical_dissimilarity,
-    majority,
     self_consistency,
     semantic_entropy,
     semantic_entropy_weighted,
@@ -113,12 +112,6 @@ def test_lexical_dissimilarity_is_one_minus_the_mean_over_pairs():
         lexical_dissimilarity(["a", "b"], "x")
 
 
-def test_the_majority_is_the_largest_cluster_and_the_first_of_equals():
-    assert majority(["Rome", "paris", "Oslo", "Paris"]) == 1
-    assert majority(["Rome", "Paris"]) == 0
-    assert majority(["x"]) == 0
-
-
 def test_rules_have_names():
     assert [build_equivalence("exact"), build_equivalence("f1"), build_equivalence("f1:0.8")] == [
         SameText(),
@@ -133,7 +126,7 @@ def test_rules_have_names():
 
 
 def test_what_cannot_be_scored_is_an_error_and_never_a_number():
-    for one in (lambda: self_consistency("x", []), lambda: semantic_entropy([]), lambda: majority([])):
+    for one in (lambda: self_consistency("x", []), lambda: semantic_entropy([])):
         with pytest.raises(ConfigError, match="at least 1 sample, got 0"):
             one()
     with pytest.raises(ConfigError, match="at least 2 samples, got 1"):

@@ -11,13 +11,14 @@ import torch
 from selfdoubt import RiskAwareLM, vote
 from selfdoubt.calibration.arrays import calibration_rows
 from selfdoubt.errors import ConfigError, DataError
-from selfdoubt.eval.generate import EvaluationConfig, ask_batch, sample_seed
+from selfdoubt.eval.config import EvaluationConfig
+from selfdoubt.eval.generate import ask_batch, sample_seed
 from selfdoubt.eval.prompts import Prompting
 from selfdoubt.eval.records import Question, Record
 from selfdoubt.eval.run import ask_questions, choose_quarter_layers
 from selfdoubt.eval.scores.agreement import build_equivalence, cluster_answers
-from selfdoubt.eval.scores.p_true import p_true
-from selfdoubt.report.measure import measure
+from selfdoubt.eval.scores.p_true import estimate_p_true
+from tests.records import measured
 from tests.zoo import talker, tokenizer
 
 QUESTIONS = [
@@ -87,9 +88,9 @@ def test_choices_may_be_shown_and_named_by_letter():
 
 def test_p_true_is_the_share_of_true_in_what_comes_next():
     lm = model()
-    found = p_true(lm, [(QUESTIONS[0], "Paris"), (QUESTIONS[1], "")], PLAN)
+    found = estimate_p_true(lm, [(QUESTIONS[0], "Paris"), (QUESTIONS[1], "")], PLAN)
     assert all(0 < p < 1 for p in found)
-    assert p_true(lm, [(QUESTIONS[1], "")], PLAN)[0] == pytest.approx(found[1], rel=1e-4)
+    assert estimate_p_true(lm, [(QUESTIONS[1], "")], PLAN)[0] == pytest.approx(found[1], rel=1e-4)
     # Both words of which the first letter is the whole of what can differ.
     words = [lm.tokenizer(w, add_special_tokens=False)["input_ids"][0] for w in ("True", "False")]
     assert words[0] != words[1]
@@ -174,7 +175,7 @@ def test_a_run_with_empty_answers_compares_all_of_them():
         for i, r in enumerate(ask_batch(lm, questions, plan, build_equivalence("exact")).records)
     ]
     assert any(r.answer == "" for r in found)
-    report = measure(found, {}, draws=20)
+    report = measured(found, draws=20)
     assert "why" not in report["picked"]
     assert all(score["note"] is None and score["judged"] == 30 for score in report["scores"].values())
     assert len(calibration_rows(found)[0]) == 30

@@ -168,7 +168,7 @@ def test_a_pattern_is_searched_and_may_name_the_accepted_answers():
     assert Regex("^Paris$")(PARIS, "in Paris").correct is False
     assert Regex("^{answer}[.]?$")(ask("a.b", "c"), "a.b.").correct
     assert Regex("^{answer}[.]?$")(ask("a.b", "c"), "axb").correct is False
-    with pytest.raises(ConfigError, match="no regular expression"):
+    with pytest.raises(ConfigError, match="is not a valid regular expression"):
         Regex("(")
 
 

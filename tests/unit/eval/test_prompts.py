@@ -80,7 +80,7 @@ def test_an_answer_in_plain_text_is_its_first_line():
 
 
 def test_what_cannot_be_asked_is_one_line():
-    with pytest.raises(ConfigError, match="no style of prompts is called 'song'; choose one of chat, qa"):
+    with pytest.raises(ConfigError, match="no style of prompts is called 'song'; choose one of auto, chat, qa"):
         Prompting("song")
     with pytest.raises(ConfigError, match="question 1 has 0 choices"):
         build_prompt(FRANCE, how=Prompting(options=True))
@@ -97,5 +97,5 @@ def test_the_risk_of_a_question_is_that_of_its_own_words_with_examples_before_it
         pytest.skip("the pocket model is not in this checkout")
     tokenizer = transformers.AutoTokenizer.from_pretrained(pocket.folder())
     encoded = encode(tokenizer, build_prompt(SPAIN, [FRANCE]))
-    own = tokenizer.decode([i for i, mine in zip(encoded.ids, encoded.own, strict=True) if mine])
+    own = tokenizer.decode([i for i, mine in zip(encoded.ids, encoded.is_user_token, strict=True) if mine])
     assert own.strip() == SPAIN.text

@@ -46,8 +46,8 @@ def test_records_come_back_as_they_were_written(tmp_path):
     ("line", "message"),
     [
         ("{}", "line 1: a record of answers is broken .KeyError: 'id'"),
-        ("[1]", "line 1 is list, not an object"),
-        ("{", "line 1 is not JSON"),
+        ("[1]", "line 1: wanted an object with keys, found list"),
+        ("{", "line 1: broken JSON"),
         ('{"id": "1", "question": "?", "scores": {"sum_nll": NaN}}', "the score sum_nll of question 1 is nan"),
         ('{"id": "1", "question": "?", "scores": {"sum_nll": "high"}}', "a record of answers is broken"),
     ],

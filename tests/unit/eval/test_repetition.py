@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from selfdoubt.eval.judges.rules import Rouge, get_judge_name
-from selfdoubt.eval.repetition import repeats
-from selfdoubt.report.measure import measure
+from selfdoubt.eval.repetition import is_repeating
+from selfdoubt.eval.settings import Run
 from selfdoubt.report.write import write_report
-from tests.records import judged
+from tests.records import judged, measured
 
 
 @pytest.mark.parametrize(
@@ -31,7 +31,7 @@ from tests.records import judged
     ],
 )
 def test_loops_repeat(text):
-    assert repeats(text)
+    assert is_repeating(text)
 
 
 @pytest.mark.parametrize(
@@ -51,7 +51,7 @@ def test_loops_repeat(text):
     ],
 )
 def test_lists_refrains_and_short_answers_do_not(text):
-    assert not repeats(text)
+    assert not is_repeating(text)
 
 
 words = st.lists(st.sampled_from(["sun", "moon", "sea", "wind", "tree"]), min_size=2, max_size=6)
@@ -60,13 +60,13 @@ words = st.lists(st.sampled_from(["sun", "moon", "sea", "wind", "tree"]), min_si
 @given(words, st.integers(3, 8), st.sampled_from([" ", ". ", ", "]))
 def test_any_part_three_times_in_a_row_is_a_loop_wherever_it_is_cut(part, times, between):
     text = between.join([" ".join(part)] * times)
-    assert repeats(text)
-    assert repeats(f"Well, {text} sun")
+    assert is_repeating(text)
+    assert is_repeating(f"Well, {text} sun")
 
 
 @given(st.lists(st.integers(0, 10**6), unique=True, max_size=40))
 def test_what_never_comes_twice_is_no_loop(numbers):
-    assert not repeats(" ".join(map(str, numbers)))
+    assert not is_repeating(" ".join(map(str, numbers)))
 
 
 def loops(n):
@@ -75,24 +75,24 @@ def loops(n):
 
 
 def test_the_report_counts_them_and_says_so(tmp_path):
-    report = measure(loops(15), {"judge": "contains"}, draws=5)
+    report = measured(loops(15), {"judge": "contains"}, draws=5)
     right = sum(bool(r.correct) for r in loops(15)[:15])
     assert report["repetition"] == {"repeating": 15, "of": 60, "share": 0.25, "right": right}
     line = f"15 of 60 answers (25 %) repeat themselves; {right} of them are judged right."
     assert line in report["verdict"]["sentences"]
-    files = write_report(loops(15), {}, tmp_path, draws=5)
+    files = write_report(loops(15), Run(), tmp_path, draws=5)
     assert "repeat themselves" in files["report.html"].read_text(encoding="utf-8")
     assert json.loads(files["report.json"].read_text(encoding="utf-8"))["repetition"]["repeating"] == 15
 
 
 def test_a_report_without_them_does_not_speak_of_it():
-    report = measure(judged(60), {"judge": "contains"}, draws=5)
+    report = measured(judged(60), {"judge": "contains"}, draws=5)
     assert report["repetition"]["repeating"] == 0
     assert not any("repeat" in s or "weak judge" in s for s in report["verdict"]["sentences"])
 
 
 @pytest.mark.parametrize(("judge", "weak"), [("rouge", True), ("bleu", True), ("exact", False), ("llm: x", False)])
 def test_judges_that_count_words_are_called_weak(judge, weak):
-    said = " ".join(measure(judged(60), {"judge": judge}, draws=5)["verdict"]["sentences"])
+    said = " ".join(measured(judged(60), {"judge": judge}, draws=5)["verdict"]["sentences"])
     assert ("a weak judge" in said) == weak
     assert get_judge_name(Rouge()) == "rouge"

@@ -71,7 +71,7 @@ def test_bad_files_are_told_before_a_model_loads(tmp_path):
     assert len(read_answer_rows(str(file), tmp_path / "out.jsonl", "q")) == 1
     with pytest.raises(ConfigError, match="is the file of answers itself"):
         read_answer_rows(str(file), file, "q")
-    with pytest.raises(ConfigError, match="there is no folder"):
+    with pytest.raises(ConfigError, match="does not exist; make it first"):
         read_answer_rows(str(file), tmp_path / "no" / "out.jsonl", "q")
     file.write_text("", encoding="utf-8")
     with pytest.raises(DataError, match="holds no answers"):

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from selfdoubt.eval.judges.choices import chosen
 from selfdoubt.eval.judges.rules import Contains
-from selfdoubt.eval.judges.signs import spans
+from selfdoubt.eval.judges.signs import find_spans
 from selfdoubt.eval.judges.text import fold, same_key
 from selfdoubt.eval.records import Question
 from selfdoubt.eval.scores.agreement import SameText
@@ -228,7 +228,7 @@ def test_choices_that_differ_in_a_sign_are_told_apart():
     ],
 )
 def test_spans_leave_units_and_particles_outside(words, text, found):
-    at = spans(words, text)
+    at = find_spans(words, text)
     assert [s for s, _ in at] == [s for s, _ in found]
     assert all(text[s:e].startswith(words[:1]) for s, e in at)
 

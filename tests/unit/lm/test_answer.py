@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from selfdoubt.errors import ConfigError
-from selfdoubt.lm.answer import (
+from selfdoubt.lm.answer import Answer, Token
+from selfdoubt.lm.scores import (
     ANSWER_SCORES,
-    Answer,
-    Token,
+    Score,
     answer_scores,
     pick_risk,
     rank_scores,
@@ -94,6 +94,20 @@ def test_reference_quantiles_rank_tokens_too():
 def test_an_unknown_risk():
     with pytest.raises(ConfigError, match=r"^no answer score is called 'doubt'; choose one of .*max_aleatoric, .*$"):
         pick_risk({"mean_nll": 1.0}, "doubt")
+
+
+@pytest.mark.parametrize("name", sorted(ANSWER_SCORES))
+def test_a_score_is_printed_as_it_is_parsed(name):
+    score = Score.parse(name)
+    assert str(score) == name
+    assert score == ANSWER_SCORES[name]
+    assert score.needs_question == name.startswith(("question_", "both_"))
+
+
+@pytest.mark.parametrize("name", ["", "nll", "sum", "sum_nll_", "question_rank_nll", "answer_sum_nll", "rank_nll"])
+def test_a_name_that_is_not_a_score(name):
+    with pytest.raises(ConfigError, match="no answer score is called"):
+        Score.parse(name)
 
 
 def test_no_tokens_at_all():

@@ -61,7 +61,7 @@ def test_an_untrained_wrapper_works_when_asked_for_and_warns(wrapper, said):
         lm = RiskAwareLM.load(pocket.folder(), wrapper=wrapper)
     assert lm.model.spec == wrapper
     assert lm.generate(QUESTIONS[0], max_tokens=3).tokens
-    assert lm.note == lm.without_weights().note
+    assert lm.note == lm.front.note
 
 
 def test_who_asks_for_a_plain_model_is_told_nothing(recwarn):

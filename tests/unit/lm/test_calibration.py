@@ -13,8 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from selfdoubt.errors import LoadError, NonFiniteError
-from selfdoubt.lm.calibration import FAR, Calibration, StateHead, States, read_calibration, transform_score
+from selfdoubt.lm.calibration import FAR, Calibration, StateHead, read_calibration, transform_score
 from selfdoubt.lm.conditions import Conditions, Origin
+from selfdoubt.lm.hidden_states import AnswerStates
 from tests.plain import run
 
 LOGISTIC = Calibration(
@@ -35,7 +36,7 @@ SCORES = {"sum_nll": 1.25, "mean_total": 0.5, "other": 9.0}
 def states(hidden, layers=(1, 3)):
     rows = torch.zeros(len(layers), len(hidden))
     rows[-1] = torch.tensor(hidden)
-    return States(layers, rows * 7, rows, rows * 11)
+    return AnswerStates(layers, rows * 7, rows, rows * 11)
 
 
 def test_a_logistic_head_by_hand():

@@ -55,7 +55,7 @@ def logits(model):
 
 def outcome(folder):
     """What a folder gives: logits of all members, what ranks them, and what calibrates them."""
-    manifest = check_adapter(folder) or {}
+    manifest = check_adapter(folder).manifest or {}
     model = load_adapter(base(), folder)
     return logits(model), manifest.get("reference"), read_calibration(manifest)
 
@@ -320,7 +320,7 @@ def test_what_could_not_be_read_back_is_not_written(tmp_path):
     for reference in ([1.0], {"a": []}, {"a": [2.0, 1.0]}):
         with pytest.raises(ValueError, match=r"^selfdoubt\.json cannot be written: reference"):
             storage.save(model, tmp_path, extra={"reference": reference})
-    assert read_adapter(tmp_path) is not None
+    assert read_adapter(tmp_path).manifest is not None
 
 
 def test_the_voters_that_ship_carry_checksums():

@@ -37,7 +37,7 @@ def scored(token):
 
 def answered(kind, ids, stops=(), finish="length"):
     """The answer of these ids, and the tokens that each step let go; the steps end with the answer."""
-    progress = AnswerInProgress(speaker(kind), [], stops, before=before(kind))
+    progress = AnswerInProgress(speaker(kind).front, [], stops, before=before(kind))
     released = []
     for n, token in enumerate(ids, 1):
         last = n == len(ids) and finish == "length"
@@ -170,4 +170,4 @@ def test_tokens_beyond_the_vocabulary_are_without_text_in_every_tokenizer():
     named = [o for a in answers for t in (*a.tokens, *a.question) for o in t.alternatives]
     assert any(o.id >= known for o in named)
     assert all(o.text == "" for o in named if o.id >= known)
-    assert _prompt_of(lm, [5, known, 6], Limits()).ids == [5, known, 6]
+    assert _prompt_of(lm.front, [5, known, 6], Limits()).ids == [5, known, 6]

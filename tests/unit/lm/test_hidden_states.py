@@ -7,7 +7,7 @@ import torch
 
 from selfdoubt import RiskAwareLM, vote
 from selfdoubt.errors import ConfigError
-from selfdoubt.lm.hidden_states import HiddenStatePooler, decoder_layers
+from selfdoubt.lm.hidden_states import HiddenStatePooler, StateKey, find_decoder_layers
 from selfdoubt.lm.text.prompt import encode
 from tests.zoo import talker, tokenizer
 
@@ -43,7 +43,7 @@ def test_states_against_what_the_model_itself_calls_hidden():
     with torch.no_grad():
         hidden = plain(input_ids=torch.tensor([ids]), output_hidden_states=True).hidden_states
     hidden = [h.float() for h in hidden]
-    last, first = max(i for i, own in enumerate(prompt.own) if own), len(prompt.ids) - 1
+    last, first = max(i for i, own in enumerate(prompt.is_user_token) if own), len(prompt.ids) - 1
     # hidden_states[k + 1] is what layer k puts out, but for the last, which the model norms.
     torch.testing.assert_close(answer.states.question[0], hidden[1][0, last])
     torch.testing.assert_close(answer.states.first[0], hidden[1][0, first])
@@ -52,11 +52,11 @@ def test_states_against_what_the_model_itself_calls_hidden():
 
 def test_states_of_members_are_averaged_and_listening_leaves_no_trace():
     base = talker()
-    before = [len(layer._forward_hooks) for layer in decoder_layers(base)]
+    before = [len(layer._forward_hooks) for layer in find_decoder_layers(base)]
     lm = RiskAwareLM(vote.Wrapper(n_voters=3, rank=2, weight_noise=0.0)(base), tokenizer(), layers=(1,))
     plain = RiskAwareLM(talker(), tokenizer(), layers=(1,))
     close(lm.score("Some words", QUESTIONS[0]).states, plain.score("Some words", QUESTIONS[0]).states)
-    assert [len(layer._forward_hooks) for layer in decoder_layers(base)] == before
+    assert [len(layer._forward_hooks) for layer in find_decoder_layers(base)] == before
 
 
 def test_no_states_are_kept_unless_asked_for():
@@ -77,3 +77,22 @@ def test_a_pool_in_pieces_is_the_mean_over_its_places():
     torch.testing.assert_close(pool.means[0, 0], states[0, 2:4].mean(0))
     torch.testing.assert_close(pool.means[0, 1], states[0, 5:7].mean(0))
     torch.testing.assert_close(pool.means[1, 1], states[1, 4:7].mean(0))
+
+
+@pytest.mark.parametrize("name", ["question.0", "first.2", "mean.31"])
+def test_a_state_key_is_printed_as_it_is_parsed(name):
+    assert str(StateKey.parse(name)) == name
+
+
+@pytest.mark.parametrize("name", ["", "first", "first.", "first.-1", "last.2", "first.2.3"])
+def test_a_name_that_is_not_a_state_key(name):
+    with pytest.raises(ConfigError, match=r"states are named like 'first\.2' \(position\.layer\), got"):
+        StateKey.parse(name)
+
+
+def test_states_are_read_by_key():
+    lm = RiskAwareLM(talker(), tokenizer(), layers=(1,))
+    states = lm.generate("Hi", max_tokens=2).states
+    assert states.get(StateKey("mean", 1)) is not None
+    torch.testing.assert_close(states.get(StateKey("first", 1)), states.first[0])
+    assert states.get(StateKey("first", 0)) is None

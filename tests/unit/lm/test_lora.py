@@ -14,7 +14,7 @@ import selfdoubt
 from selfdoubt import RiskAwareLM, sample, sculpt, storage, vote
 from selfdoubt.errors import BaseMismatchError, ConfigError, LoadError, TargetError, WrapError
 from selfdoubt.lm.adapters.adapter import load_adapter, save_adapter
-from selfdoubt.lm.adapters.lora import add_lora, has_lora, load_lora, lora_names, merge_lora, save_lora
+from selfdoubt.lm.adapters.lora import add_lora, has_lora, list_lora_names, load_lora, merge_lora, save_lora
 from tests.zoo import causal, packable, prompts, talker, tokenizer
 
 peft = pytest.importorskip("peft")
@@ -72,7 +72,7 @@ def test_fresh_lora_changes_nothing_trains_alone_and_leaves_the_head(family):
     assert type(model) is kind
     assert torch.equal(logits(model), logits(causal(family)))
     training = {name for name, p in model.named_parameters() if p.requires_grad}
-    assert training == lora_names(model)
+    assert training == list_lora_names(model)
     layers = {name.partition(".lora_")[0] for name in training}
     linear = {
         name
@@ -85,7 +85,7 @@ def test_fresh_lora_changes_nothing_trains_alone_and_leaves_the_head(family):
 
 def test_targets_are_a_regex_over_parameter_names():
     model = add_lora(fresh(), r=2, targets=r"layers\.1\.self_attn\.[qv]_proj")
-    assert {n.partition(".lora_")[0] for n in lora_names(model)} == {
+    assert {n.partition(".lora_")[0] for n in list_lora_names(model)} == {
         "model.layers.1.self_attn.q_proj", "model.layers.1.self_attn.v_proj",
     }  # fmt: skip
     with pytest.raises(TargetError) as error:
@@ -101,8 +101,8 @@ def test_lora_trains_beneath_noise_and_nothing_else_does():
     wrapped = sample.Wrapper(n_samples=2)(model)
     wrapped(input_ids=IDS, training=True).logits.square().mean().backward()
     moved = {name for name, p in wrapped.named_parameters() if p.grad is not None}
-    assert moved == lora_names(wrapped)
-    assert len(moved) == len(lora_names(model)) == 28
+    assert moved == list_lora_names(wrapped)
+    assert len(moved) == len(list_lora_names(model)) == 28
 
 
 @pytest.mark.parametrize(
@@ -131,7 +131,7 @@ def test_plain_peft_reads_what_is_written(tmp_path, family, wrapper):
     again = load_lora(fresh(family), tmp_path)
     assert torch.equal(logits(again), logits(model))
     assert all(
-        p.requires_grad == (n in lora_names(again))
+        p.requires_grad == (n in list_lora_names(again))
         for n, p in load_lora(fresh(family), tmp_path, trainable=True).named_parameters()
     )
 
@@ -142,13 +142,13 @@ def test_plain_peft_reads_what_is_written(tmp_path, family, wrapper):
 @pytest.mark.filterwarnings("ignore:.*tie_word_embeddings")  # plain PEFT's, of merging
 def test_lora_on_embeddings_is_exact_and_answers(tmp_path, family, targets, wrapper):
     model = WRAPPERS[wrapper](trained(family, targets=targets))
-    assert any("lora_embedding_A" in name for name in lora_names(model))
+    assert any("lora_embedding_A" in name for name in list_lora_names(model))
     save_adapter(model, tmp_path)
     again = load_adapter(fresh(family), tmp_path)
     assert torch.equal(logits(again), logits(model))
     bare = load_lora(fresh(family), tmp_path)
     assert torch.equal(plain_peft(tmp_path, family)(input_ids=IDS).logits, logits(bare))
-    assert RiskAwareLM(again, tokenizer()).vocabulary == causal(family).get_input_embeddings().num_embeddings
+    assert RiskAwareLM(again, tokenizer()).front.vocabulary == causal(family).get_input_embeddings().num_embeddings
 
 
 def test_lora_of_plain_peft_on_an_embedding_is_read(tmp_path):
@@ -157,7 +157,7 @@ def test_lora_of_plain_peft_on_an_embedding_is_read(tmp_path):
     theirs.save_pretrained(tmp_path, save_embedding_layers=False)
     assert torch.equal(logits(load_adapter(fresh(), tmp_path)), logits(theirs))
     voters = load_adapter(fresh(), tmp_path, vote.Wrapper(n_voters=2, rank=2, param_filter="embed_tokens"))
-    assert RiskAwareLM(voters, tokenizer()).vocabulary == 61
+    assert RiskAwareLM(voters, tokenizer()).front.vocabulary == 61
 
 
 def test_what_plain_peft_writes_is_read(tmp_path):
@@ -300,7 +300,7 @@ def test_merging_changes_no_output(family, wrapper):
     before = logits(model)
     assert merge_lora(model) is model
     assert_close(logits(model), before, rtol=1e-10, atol=1e-10)
-    assert not lora_names(model)
+    assert not list_lora_names(model)
     with pytest.raises(ConfigError, match=r"^the model has no LoRA to merge"):
         merge_lora(model)
 
@@ -360,13 +360,13 @@ def test_lora_beside_packed_weights(tmp_path):
         return RiskAwareLM.load(tmp_path / "base", quantize="nf4", device="cpu", **options).model
 
     model = shaken(add_lora(load(wrapper=None), r=4))
-    assert len(lora_names(model)) == 28
+    assert len(list_lora_names(model)) == 28
     save_adapter(sample.Wrapper(n_samples=2)(model), tmp_path / "adapter")
     again = load(adapter=tmp_path / "adapter")
     assert_close(logits(again), logits(sample.Wrapper(n_samples=2)(model.eval())))
     assert not torch.equal(logits(again), logits(sample.Wrapper(n_samples=2)(load(wrapper=None))))
     with pytest.raises(WrapError, match=r"^LoRA cannot be merged into the packed weights of model\.layers\.0"):
         merge_lora(again)
-    assert len(lora_names(again)) == 28
+    assert len(list_lora_names(again)) == 28
     # The same adapter beside the unpacked base.
-    assert len(lora_names(RiskAwareLM.load(tmp_path / "base", adapter=tmp_path / "adapter").model)) == 28
+    assert len(list_lora_names(RiskAwareLM.load(tmp_path / "base", adapter=tmp_path / "adapter").model)) == 28

@@ -12,6 +12,8 @@ import torch
 import selfdoubt
 from selfdoubt import RiskAwareLM, sample, sculpt, vote
 from selfdoubt.errors import ConfigError, LoadError, NonFiniteError, PromptError
+from selfdoubt.lm.calibration import Calibration
+from selfdoubt.lm.conditions import Conditions
 from selfdoubt.lm.prefill import prefill
 from selfdoubt.lm.stepper import HFStepper
 from selfdoubt.lm.text.prompt import encode
@@ -184,12 +186,25 @@ def test_candidates_come_least_risky_first():
     assert sorted(a.text for a in found) == sorted(alone)
 
 
+def test_candidates_come_by_p_correct_where_there_is_one():
+    plain = talking()
+    drawn = Conditions.of_model(plain.model, made="sampled", temperature=1.0, cut=0)
+    knots = ((0.0, 0.1), (9.0, 0.9))  # here the riskier is the better
+    head = Calibration("isotonic", ("mean_total",), knots=knots, conditions=drawn)
+    lm = RiskAwareLM(plain.model, plain.tokenizer, risk="mean_total", calibration=head)
+    candidates = lm.candidates(QUESTIONS[0], 5, max_tokens=6, seed=2)
+    numbers = [a.p_correct for a in candidates]
+    assert None not in numbers
+    assert numbers == sorted(numbers, reverse=True)
+    assert [a.risk for a in candidates] == sorted((a.risk for a in candidates), reverse=True)
+
+
 def test_answering_again_until_confident():
     lm = talking(risk="mean_nll", reference={"mean_nll": [0.0, 1000.0]})
     surely = lm.generate_until(QUESTIONS[0], 0.5, max_tokens=4)
-    assert (surely.tries, surely.confident) == (1, True)
+    assert (surely.attempts, surely.confident) == (1, True)
     never = lm.generate_until(QUESTIONS[0], 0.1, max_tries=3, max_tokens=4)
-    assert (never.tries, never.confident) == (3, False)
+    assert (never.attempts, never.confident) == (3, False)
     tried = [lm.generate(QUESTIONS[0], max_tokens=4, temperature=1.0, seed=s).risk for s in range(3)]
     assert never.answer.risk == pytest.approx(min(tried), rel=1e-4)
     assert never.answer.percentile == 0.5

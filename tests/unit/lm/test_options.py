@@ -31,7 +31,7 @@ DOORS = {
     "stream": lambda lm, **o: lm.stream("Hi", **o),
     "candidates": lambda lm, **o: lm.candidates("Hi", 2, **o),
     "until": lambda lm, **o: lm.generate_until("Hi", 0.5, **o),
-    "engine": lambda lm, **o: to_ask(lm, "Hi", 1, 0, "", None, o),
+    "engine": lambda lm, **o: to_ask(lm.front, "Hi", 1, 0, "", None, o),
 }
 
 
@@ -48,7 +48,7 @@ DOORS = {
     ],
 )
 def test_an_unknown_option_is_an_error_at_every_door(lm, door, name, nearest):
-    with pytest.raises(ConfigError, match=re.escape(f"there is no option {name!r}; {nearest}")):
+    with pytest.raises(ConfigError, match=re.escape(f"no option is called {name!r}; {nearest}")):
         DOORS[door](lm, **{name: 1})
 
 

@@ -13,7 +13,7 @@ from sklearn.metrics import average_precision_score, brier_score_loss, log_loss,
 from torchmetrics.functional.classification import binary_calibration_error
 
 from selfdoubt.errors import ConfigError, MetricError
-from selfdoubt.metrics import selective
+from selfdoubt.metrics import compare_scores, selective
 from selfdoubt.metrics.calibration import brier, ece, nll, reliability
 from selfdoubt.metrics.selective import METRICS
 from tests import oracles
@@ -160,13 +160,13 @@ def test_coverage_at_does_not_part_ties():
 
 
 def test_unjudged_answers_are_left_out_and_counted():
-    found = selective.judged([0.3, math.nan, 0.1], [False, None, True])
+    found = selective.drop_unjudged([0.3, math.nan, 0.1], [False, None, True])
     assert found.risk.tolist() == [0.3, 0.1]
     assert found.correct.tolist() == [False, True]
     assert found.n_unjudged == 1
-    assert selective.judged([], []).n_unjudged == 0
+    assert selective.drop_unjudged([], []).n_unjudged == 0
     with pytest.raises(MetricError, match=r"^risk and correct must be two lists of one length, got 1 and 2; .*None"):
-        selective.judged([0.3], [False, None])
+        selective.drop_unjudged([0.3], [False, None])
 
 
 @pytest.mark.parametrize("spacing", ["width", "mass"])
@@ -240,12 +240,21 @@ def test_lists_that_do_not_fit_are_an_error(name, unchecked):
             MetricError, match=r"must be two lists of one length, got shapes \(.*\) and \(.*\); give one"
         ):
             function(score, correct)
-    with pytest.raises(MetricError, match=r"^correct must hold booleans, got object; take .* with judged\("):
+    with pytest.raises(MetricError, match=r"^correct must hold booleans, got object; take .* with drop_unjudged\("):
         function(np.zeros(2), np.array([True, None]))
     with pytest.raises(MetricError, match=r"^correct must hold booleans, got int64; "):
         function(np.zeros(2), np.array([1, 0]))
     with pytest.raises(MetricError, match=r"must hold numbers, got <U1; "):
         function(np.array(["a", "b"]), np.array([True, False]))
+
+
+def test_lists_are_taken_as_arrays_are():
+    risk, p, correct = [0.1, 0.9, 0.3, 0.7], [0.9, 0.1, 0.8, 0.2], [True, False, True, False]
+    for name, metric in METRICS.items():
+        score = p if metric.needs_probability else risk
+        assert metric.function(score, correct) == metric.function(np.array(score), np.array(correct)), name
+    listed = compare_scores({"risk": risk}, correct, ["accuracy"], draws=5)
+    assert listed == compare_scores({"risk": np.array(risk)}, np.array(correct), ["accuracy"], draws=5)
 
 
 def test_lists_and_whole_numbers_are_taken_as_they_are(unchecked):

@@ -28,7 +28,7 @@ def complaint_of(model, data):
 
 
 def planned(request, lm, settings=Settings(), limits=Limits()):  # noqa: B008
-    return plan(request, settings, limits, lm)
+    return plan(request, settings, limits, lm.front)
 
 
 def test_every_parameter_of_openai_is_known():
@@ -123,7 +123,7 @@ def test_prompts_come_as_one_or_several(talker):
     assert of(["a", "b"]) == ["a", "b"]
     assert [p.ids for p in of([5, 6])] == [[5, 6]]
     assert [p.ids for p in of([[5], [6, 7]])] == [[5], [6, 7]]
-    assert of([0, 9])[0].own == [False, True]  # <|bos|> is nobody's word
+    assert of([0, 9])[0].is_user_token == [False, True]  # <|bos|> is nobody's word
 
 
 def test_parts_of_a_content_are_lines_and_a_developer_is_the_system(talker):

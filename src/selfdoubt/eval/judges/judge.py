@@ -21,28 +21,28 @@ def judge_records(
 
     Args:
         records: All of them.
-        judge: Who says what is right.
+        judge: Says which answers are right.
         unknown: Ids of questions of which no right answer is known: a judge that needs one leaves them unjudged.
         only_open: Keep the verdicts that there are.
     """
     bare = set(unknown) if needs_answers(judge) else set()
     asked = [r for r in records if not _keeps(r, only_open) and r.question.id not in bare]
-    wanted = {(r.question.id, text): r.question for r in asked for text in _texts(r)}
-    pairs = [(question, text) for (_, text), question in wanted.items()]
-    verdicts = dict(zip(wanted, _verdicts(judge, pairs), strict=True))
-    found = []
+    questions = {(r.question.id, text): r.question for r in asked for text in _texts(r)}
+    pairs = [(question, text) for (_, text), question in questions.items()]
+    verdicts = dict(zip(questions, _verdicts(judge, pairs), strict=True))
+    judged = []
     for record in records:
         if _keeps(record, only_open):
-            found.append(record)
+            judged.append(record)
             continue
         if record.question.id in bare:
-            found.append(replace(record, correct=None, grade=None, note=record.note or UNKNOWN))
+            judged.append(replace(record, correct=None, grade=None, note=record.note or UNKNOWN))
             continue
-        own = verdicts[record.question.id, record.answer]
+        verdict = verdicts[record.question.id, record.answer]
         samples = tuple(replace(s, correct=verdicts[record.question.id, s.text].correct) for s in record.samples)
-        note = own.note if record.note is None else record.note
-        found.append(replace(record, correct=own.correct, grade=own.grade, note=note, samples=samples))
-    return found
+        note = verdict.note if record.note is None else record.note
+        judged.append(replace(record, correct=verdict.correct, grade=verdict.grade, note=note, samples=samples))
+    return judged
 
 
 def _keeps(record: Record, only_open: bool) -> bool:

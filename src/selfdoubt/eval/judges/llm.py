@@ -21,7 +21,7 @@ from selfdoubt.errors import ConfigError, DataError, LoadError, require
 from selfdoubt.eval.judges.verdict import NO_ANSWER, Verdict
 from selfdoubt.eval.records import Question
 
-Pair = tuple[Question, str | None]
+JudgedPair = tuple[Question, str | None]
 
 RIGHT, WRONG = "right", "wrong"
 JUDGE_INSTRUCTION = (
@@ -58,11 +58,11 @@ class LLMJudge:
             )
 
     def __call__(self, question: Question, answer: str | None, /) -> Verdict:
-        """The verdict on one answer."""
+        """Judge one answer."""
         return self.verdicts([(question, answer)])[0]
 
-    def verdicts(self, pairs: Sequence[Pair]) -> list[Verdict]:
-        """The verdict on each answer, in their order. What is asked twice is sent once.
+    def verdicts(self, pairs: Sequence[JudgedPair]) -> list[Verdict]:
+        """Judge each answer, in their order. A pair that comes twice is sent once.
 
         Raises:
             MissingExtraError: If the package ``openai`` is not installed.
@@ -88,7 +88,7 @@ class LLMJudge:
         ]
 
     def key(self, question: Question, answer: str) -> str:
-        """What the reply to this is kept under: a hash of the model, its options and the whole prompt."""
+        """Return the key of the reply to this in the cache: a hash of the model, its options and the whole prompt."""
         asked = [self.model, sorted(self.options.items()), messages(question, answer)]
         return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
 
@@ -96,7 +96,7 @@ class LLMJudge:
         """Ask once, to learn early whether the judge can be reached at all.
 
         Raises:
-            LoadError: If it cannot; the message says what it said.
+            LoadError: If it cannot; the message holds its error.
         """
         with self._client() as client:
             reply, problem = self._ask(client, messages(Question("probe", "Is 1 + 1 = 2?", answers=("yes",)), "yes"))
@@ -116,22 +116,26 @@ class LLMJudge:
         try:
             reply = client.chat.completions.create(model=self.model, messages=prompt, **self.options)
             text = reply.choices[0].message.content
-        except Exception as error:  # a client and a server of any kind; what went wrong is told, for this answer alone
+        except Exception as error:  # a client and a server of any kind; the error becomes the note of this answer alone
             return None, f"the judge failed ({type(error).__name__}: {' '.join(str(error).split())[:120]})"
         return (text, "") if isinstance(text, str) else (None, "the judge replied without text")
 
 
 def messages(question: Question, answer: str) -> list[dict[str, str]]:
-    """What the judge model reads."""
+    """Build the messages that the judge model reads."""
     accepted = question.answers or tuple(question.choices[i] for i in question.right)
-    parts = [f"Question: {question.text}"]
+    paragraphs = [f"Question: {question.text}"]
     if question.context:
-        parts.insert(0, f"Passage: {question.context}")
-    parts.append(_listed("Accepted answers", accepted) if accepted else "There is no right answer to this question.")
+        paragraphs.insert(0, f"Passage: {question.context}")
+    paragraphs.append(
+        _listed("Accepted answers", accepted) if accepted else "There is no right answer to this question."
+    )
     if question.wrong_answers:
-        parts.append(_listed("Known wrong answers", question.wrong_answers))
-    parts.append(f"Answer to judge: {json.dumps(answer, ensure_ascii=False)}")  # in quotes: it cannot pose as the rest
-    return [{"role": "system", "content": JUDGE_INSTRUCTION}, {"role": "user", "content": "\n\n".join(parts)}]
+        paragraphs.append(_listed("Known wrong answers", question.wrong_answers))
+    paragraphs.append(
+        f"Answer to judge: {json.dumps(answer, ensure_ascii=False)}"
+    )  # in quotes: it cannot pose as the rest
+    return [{"role": "system", "content": JUDGE_INSTRUCTION}, {"role": "user", "content": "\n\n".join(paragraphs)}]
 
 
 def _listed(title: str, texts: Sequence[str]) -> str:
@@ -139,18 +143,18 @@ def _listed(title: str, texts: Sequence[str]) -> str:
 
 
 def parse_reply(reply: str) -> Verdict:
-    """The verdict in a judge's reply: the one of the two words that it says; thoughts in ``<think>`` do not count.
+    """Parse the verdict in a judge's reply: that one of the two words; thoughts in ``<think>`` do not count.
 
     Example:
         >>> parse_reply("**Wrong.**").correct, parse_reply("It is not right.").note
         (False, "the judge's reply is unreadable: 'It is not right.'")
     """
-    said = re.sub(r"<think>.*?(</think>|$)", "", reply, flags=re.S).lower()
-    words = set(re.findall(r"[a-z]+", said))
-    found = words & {RIGHT, WRONG}
-    if len(found) != 1 or words & {"not", "isn", "neither", "nor"}:
+    text = re.sub(r"<think>.*?(</think>|$)", "", reply, flags=re.S).lower()
+    words = set(re.findall(r"[a-z]+", text))
+    verdicts = words & {RIGHT, WRONG}
+    if len(verdicts) != 1 or words & {"not", "isn", "neither", "nor"}:
         return Verdict(None, None, f"the judge's reply is unreadable: {' '.join(reply.split())[:80]!r}")
-    return Verdict(found == {RIGHT})
+    return Verdict(verdicts == {RIGHT})
 
 
 class _Replies:
@@ -163,9 +167,9 @@ class _Replies:
             lines = [] if self._path is None else _lines(self._path)
         except OSError as error:
             raise DataError(f"the judge's cache {path} cannot be used ({error.strerror}); give another file") from None
-        for line in lines:
+        for raw in lines:
             try:
-                row = json.loads(line)
+                row = json.loads(raw)
                 self.known[str(row["key"])] = str(row["reply"])
             except (ValueError, KeyError, TypeError):
                 continue  # the torn end of a run that was killed: it is asked again
@@ -175,10 +179,10 @@ class _Replies:
         self.known[key] = reply
         if self._path is None:
             return
-        line = json.dumps({"key": key, "model": model, "reply": reply}) + "\n"
+        text = json.dumps({"key": key, "model": model, "reply": reply}) + "\n"
         try:
             with self._path.open("ab", buffering=0) as file:  # one write at the end: lines of two processes do not mix
-                file.write((b"\n" if self._torn else b"") + line.encode())
+                file.write((b"\n" if self._torn else b"") + text.encode())
         except OSError as error:
             raise DataError(f"the judge's cache {self._path} cannot be written ({error.strerror})") from None
         self._torn = False

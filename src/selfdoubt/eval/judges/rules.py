@@ -1,4 +1,4 @@
-"""Is this answer right? One frozen dataclass a rule; calling it with a question and an answer gives a ``Verdict``."""
+"""Is this answer right? One frozen dataclass per rule; calling it with a question and an answer gives a ``Verdict``."""
 
 from __future__ import annotations
 
@@ -10,8 +10,17 @@ from typing import Any
 
 from selfdoubt.errors import ConfigError, require
 from selfdoubt.eval.judges.choices import Choice
-from selfdoubt.eval.judges.signs import spans, spoken
-from selfdoubt.eval.judges.text import declines, fold, inside, normalise, rouge_l, token_f1
+from selfdoubt.eval.judges.signs import find_spans, say_signs
+from selfdoubt.eval.judges.text import (
+    check_f1_threshold,
+    declines,
+    fold,
+    inside,
+    normalise,
+    parse_f1_threshold,
+    rouge_l,
+    token_f1,
+)
 from selfdoubt.eval.judges.verdict import NO_ANSWER, Judge, Verdict, parse_verdict
 from selfdoubt.eval.records import Question
 
@@ -23,7 +32,7 @@ class Exact:
     """Equal to an accepted answer in normal form (SQuAD's exact match). The grade is 0 or 1."""
 
     def __call__(self, question: Question, answer: str | None, /) -> Verdict:
-        """The verdict."""
+        """Judge an answer."""
         return _against_accepted(question, answer, lambda a, b: float(normalise(a) == normalise(b)), 1.0)
 
 
@@ -34,11 +43,10 @@ class F1:
     threshold: float = 0.5  #: in (0, 1]
 
     def __post_init__(self) -> None:
-        if not 0 < self.threshold <= 1:
-            raise ConfigError(f"the F1 threshold must be in (0, 1], got {self.threshold}; 0.5 is usual")
+        check_f1_threshold(self.threshold)
 
     def __call__(self, question: Question, answer: str | None, /) -> Verdict:
-        """The verdict."""
+        """Judge an answer."""
         return _against_accepted(question, answer, token_f1, self.threshold)
 
 
@@ -55,7 +63,7 @@ class Contains:
     """
 
     def __call__(self, question: Question, answer: str | None, /) -> Verdict:
-        """The verdict."""
+        """Judge an answer."""
         return _against_accepted(question, answer, functools.partial(_contained, question), 1.0)
 
 
@@ -69,7 +77,7 @@ class Rouge:
     """
 
     def __call__(self, question: Question, answer: str | None, /) -> Verdict:
-        """The verdict."""
+        """Judge an answer."""
         return _nearest(question, answer, lambda text, reference: rouge_l(reference, text))
 
 
@@ -81,7 +89,7 @@ class Bleu:
     """
 
     def __call__(self, question: Question, answer: str | None, /) -> Verdict:
-        """The verdict."""
+        """Judge an answer."""
         return _nearest(question, answer, _bleu)
 
 
@@ -101,17 +109,17 @@ class Regex:
             re.compile(self._filled(("",)))
         except re.error as error:
             raise ConfigError(
-                f"{self.pattern!r} is no regular expression ({error}); mend it, e.g. escape with \\"
+                f"{self.pattern!r} is not a valid regular expression ({error}); fix it, e.g. escape with \\"
             ) from None
 
     def __call__(self, question: Question, answer: str | None, /) -> Verdict:
-        """The verdict."""
+        """Judge an answer."""
         if answer is None:
             return NO_ANSWER
         if "{answer}" in self.pattern and not question.answers:
             return Verdict(declines(answer), float(declines(answer)))
-        found = bool(re.search(self._filled(question.answers), answer))
-        return Verdict(found, float(found))
+        matches = bool(re.search(self._filled(question.answers), answer))
+        return Verdict(matches, float(matches))
 
     def _filled(self, answers: Iterable[str]) -> str:
         return self.pattern.replace("{answer}", f"(?:{'|'.join(map(re.escape, answers))})")
@@ -129,39 +137,32 @@ class Column:
     values: Mapping[str, Any] = field(repr=False)  #: by the question's id
 
     def __call__(self, question: Question, answer: str | None, /) -> Verdict:
-        """The verdict.
+        """Judge an answer.
 
         Raises:
             DataError: If the cell is something else.
         """
         if answer is None:
             return NO_ANSWER
-        found = parse_verdict(f"column {self.name} of question {question.id}", self.values.get(question.id))
-        return Verdict(None, None, f"the column {self.name} is empty") if found.correct is None else found
+        verdict = parse_verdict(f"column {self.name} of question {question.id}", self.values.get(question.id))
+        return Verdict(None, None, f"the column {self.name} is empty") if verdict.correct is None else verdict
 
 
 def build_judge(spec: str, *, column: Mapping[str, Any] | None = None) -> Judge:
-    """The judge of a name: exact, f1, f1:0.5, contains, rouge, bleu, choice, regex:PATTERN, column:NAME.
+    """Build the judge of a name: exact, f1, f1:0.5, contains, rouge, bleu, choice, regex:PATTERN, column:NAME.
 
     Args:
         spec: The name, with its setting after a colon.
         column: Cells by question id, for ``column:NAME``.
 
     Raises:
-        ConfigError: If there is no such judge, or its setting is missing or wrong.
+        ConfigError: If the name is unknown, or its setting is missing or wrong.
     """
     name, colon, setting = spec.partition(":")
     if name in _PLAIN and not colon:
         return _PLAIN[name]()
     if name == "f1" and colon:
-        try:
-            return F1(float(setting))
-        except ValueError as error:
-            raise (
-                error
-                if isinstance(error, ConfigError)
-                else ConfigError(f"the F1 threshold must be a number, got {setting!r}; write e.g. f1:0.5")
-            ) from None
+        return F1(parse_f1_threshold(setting))
     if name == "regex" and setting:
         return Regex(setting)
     if name == "column" and setting:
@@ -196,15 +197,15 @@ def needs_answers(one: Judge) -> bool:
 
 
 def choose_default_judge(questions: Iterable[Question]) -> str:
-    """The usual judge of a set, by what most questions hold: choices, or wrong answers beside right ones, or neither.
+    """Choose the usual judge of a set, by what most questions hold: choices, or wrong answers too, or neither.
 
     Returns:
         "choice", "rouge" or "contains".
     """
-    found = list(questions)
-    if 2 * sum(bool(q.choices) for q in found) > len(found):
+    asked = list(questions)
+    if 2 * sum(bool(q.choices) for q in asked) > len(asked):
         return "choice"
-    if 2 * sum(bool(q.wrong_answers and q.answers) for q in found) > len(found):
+    if 2 * sum(bool(q.wrong_answers and q.answers) for q in asked) > len(asked):
         return "rouge"
     return "contains"
 
@@ -229,8 +230,8 @@ def _contained(question: Question, answer: str, accepted: str) -> float:
     text = fold(answer)
     words = _name(accepted)
     if not words:  # signs alone: "!"; or a tag, which stands as it is: "the <p> tag"
-        bare, said = accepted.strip().lower(), answer.strip().lower()
-        return float(bare in said if any(c.isalnum() for c in bare) else bare == said)
+        bare, spoken = accepted.strip().lower(), answer.strip().lower()
+        return float(bare in spoken if any(c.isalnum() for c in bare) else bare == spoken)
     if text == words or text == fold(accepted):
         return 1.0
     if declines(answer):
@@ -252,11 +253,11 @@ def _contained(question: Question, answer: str, accepted: str) -> float:
 
 def _stands(name: str, text: str) -> list[tuple[int, int]]:
     """Find where a folded name stands, with its signs or with them said in words."""
-    return [span for way in (name, *spoken(name)) for span in spans(way, text)]
+    return [span for way in (name, *say_signs(name)) for span in find_spans(way, text)]
 
 
 def _name(text: str) -> str:
-    """Folded, without an article before it."""
+    """Fold a name, and leave out an article before it."""
     return re.sub(r"^(a|an|the) (?=\S)", "", fold(text))
 
 

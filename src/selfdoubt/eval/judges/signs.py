@@ -1,7 +1,7 @@
 """Signs that change what a short text means: -5 is not 5, C++ not C, 10⁶ not 106. Pure functions.
 
-``keep_signs`` marks such signs by where they stand, so that ``judges.text.fold`` drops only the others; ``spans``
-finds a folded name in a folded text; ``spoken`` says a sign in words.
+``keep_signs`` marks such signs by where they stand, so that ``judges.text.fold`` drops only the others; ``find_spans``
+finds a folded name in a folded text; ``say_signs`` says a sign in words.
 """
 
 # ruff: noqa: RUF001 (fullwidth signs are marks here)
@@ -125,10 +125,10 @@ def compose_negated(text: str) -> str:
 def keep_signs(plain: str) -> str:
     """Return a text in lower case with a space for each sign that says nothing, and the others in one form."""
     for _ in range(4):  # what is dropped may bring two signs together, once
-        found = _keep_once(plain)
-        if found == plain:
+        kept = _keep_once(plain)
+        if kept == plain:
             break
-        plain = found
+        plain = kept
     return plain
 
 
@@ -161,8 +161,8 @@ _PARTICLES = (
 
 @lru_cache(4096)
 def _finder(words: str) -> re.Pattern[str]:
-    parts = words.split()
-    named = [p for p in parts if p.strip(UNITS)] or parts
+    tokens = words.split()
+    named = [p for p in tokens if p.strip(UNITS)] or tokens
     body = rf"(?: [{UNITS}]+)? ".join(_pattern(word) for word in named)
     first, last = named[0][0], named[-1].rstrip(UNITS)[-1:] or named[-1][-1]
     edge = rf"[^\s{UNSPACED}{HANGUL}]"
@@ -190,7 +190,7 @@ def _pattern(word: str) -> str:
     return rf"{re.escape(core)}[{re.escape(units) or UNITS}]*"
 
 
-def spans(words: str, text: str) -> list[tuple[int, int]]:
+def find_spans(words: str, text: str) -> list[tuple[int, int]]:
     """Find where ``words`` stand as whole words in ``text``, both folded: their first character, and the one behind.
 
     A unit at a number may be missing in either, and must not differ. In scripts without spaces between words they may
@@ -203,8 +203,8 @@ def spans(words: str, text: str) -> list[tuple[int, int]]:
 
 
 _SPOKEN: tuple[tuple[re.Pattern[str], tuple[str, ...]], ...] = tuple(
-    (re.compile(pattern), said)
-    for pattern, said in (
+    (re.compile(pattern), spoken)
+    for pattern, spoken in (
         (r"(?<!\S)-(?=\S)", ("minus ", "negative ")),
         (r"(?<!\S)≥", ("at least ", "greater than or equal to ", "no less than ", "not less than ")),
         (r"(?<!\S)≤", ("at most ", "less than or equal to ", "no more than ", "not more than ", "up to ")),
@@ -223,16 +223,16 @@ _SPOKEN: tuple[tuple[re.Pattern[str], tuple[str, ...]], ...] = tuple(
 )
 
 
-def spoken(words: str) -> Iterator[str]:
+def say_signs(words: str) -> Iterator[str]:
     """Yield the folded name with a sign said in words, in each usual way; nothing where it holds none.
 
     Example:
-        >>> list(spoken("-5")), list(spoken("c#"))
+        >>> list(say_signs("-5")), list(say_signs("c#"))
         (['minus 5', 'negative 5'], ['c sharp'])
     """
-    for pattern, said in _SPOKEN:
+    for pattern, spoken in _SPOKEN:
         if pattern.search(words):
-            yield from (pattern.sub(way, words) for way in said)
+            yield from (pattern.sub(way, words) for way in spoken)
 
 
 def meaningful(folded: str) -> str:

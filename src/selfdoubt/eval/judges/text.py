@@ -1,4 +1,4 @@
-"""How two short texts are compared: normal forms, word overlap, and whether an answer declines. Pure functions."""
+"""Comparison of two short texts: normal forms, word overlap, and answers that decline. Pure functions."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from collections import Counter
 from collections.abc import Sequence
 from functools import lru_cache
 
-from selfdoubt.eval.judges.signs import compose_negated, keep_forms, keep_signs, meaningful, spans
+from selfdoubt.errors import ConfigError
+from selfdoubt.eval.judges.signs import compose_negated, find_spans, keep_forms, keep_signs, meaningful
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = dict.fromkeys(map(ord, string.punctuation))
@@ -89,9 +90,9 @@ def fold(text: str) -> str:
     """Lower case words without accents and punctuation, to find a name in a sentence.
 
     Accents: what NFKD takes apart from Latin, Greek and Cyrillic letters, and a small table of ł, ø, đ and others (ß
-    becomes ss). Dashes, apostrophes and other signs part words; dots of abbreviations (U.S.) and commas of thousands
-    (1,000) do not. Signs that change the meaning stay where they stand for it (``judges.signs``): -5, 3.5, 5:30,
-    C++, C#, ≥ 5, Na+, 10^6.
+    becomes ss). Dashes, apostrophes and other signs separate words; dots of abbreviations (U.S.) and commas of
+    thousands (1,000) do not. Signs that change the meaning stay where they stand for it (``judges.signs``): -5, 3.5,
+    5:30, C++, C#, ≥ 5, Na+, 10^6.
 
     Example:
         >>> fold("The city of Łódź (U.S.A.-born), 1,000.5")
@@ -115,21 +116,44 @@ def same_key(text: str) -> tuple[str, str]:
     return normalise(text), meaningful(fold(text))
 
 
-def places(words: str, text: str) -> list[int]:
-    """Where ``words`` stand as whole words in ``text``, both folded: places of their first characters.
+def check_f1_threshold(threshold: float) -> None:
+    """Check that a least token F1 is in (0, 1].
 
-    As ``selfdoubt.eval.judges.signs.spans``, which also gives their ends.
+    Raises:
+        ConfigError: If it is not.
     """
-    return [start for start, _ in spans(words, text)]
+    if not 0 < threshold <= 1:
+        raise ConfigError(f"the F1 threshold must be in (0, 1], got {threshold}; 0.5 is usual")
+
+
+def parse_f1_threshold(text: str) -> float:
+    """Parse the setting of ``f1:0.5``.
+
+    Raises:
+        ConfigError: If it is not a number.
+    """
+    try:
+        return float(text)
+    except ValueError:
+        raise ConfigError(f"the F1 threshold must be a number in (0, 1], got {text!r}; write e.g. f1:0.5") from None
+
+
+def places(words: str, text: str) -> list[int]:
+    """Find where ``words`` stand as whole words in ``text``, both folded: places of their first characters.
+
+    As ``selfdoubt.eval.judges.signs.find_spans``, which also gives their ends.
+    """
+    return [start for start, _ in find_spans(words, text)]
 
 
 def inside(span: tuple[int, int], other: tuple[int, int]) -> bool:
-    """Whether a span of characters is part of a longer one."""
+    """Return whether a span of characters is part of a longer one."""
     return span != other and other[0] <= span[0] and span[1] <= other[1]
 
 
 #: Whole answers that decline, folded (an apostrophe is a space).
-DECLINING = frozenset({"none", "n a", "unknown", "unsure", "impossible", "idk", "pass", "nobody knows", "no one knows"})
+DECLINING = frozenset({"none", "n a", "unknown", "unsure", "impossible", "idk", "pass"})
+_UNKNOWN_TO_ALL = re.compile("no(body| one) knows")
 #: How an answer that declines begins, folded and without "the": regular expressions.
 DECLINING_STARTS = (
     "i (don t|do not|dont) know",
@@ -153,7 +177,7 @@ _TURNS = re.compile(r"\b(but|however|although|though|maybe|perhaps|probably)\b")
 
 
 def declines(text: str | None) -> bool:
-    """Whether an answer says that it has none: empty, one of ``DECLINING``, or one of ``DECLINING_STARTS``.
+    """Return whether an answer says that it has none: empty, one of ``DECLINING``, or one of ``DECLINING_STARTS``.
 
     An answer that goes on to give one ("I'm not sure, but I think it is Paris") does not decline.
 
@@ -162,4 +186,9 @@ def declines(text: str | None) -> bool:
         (True, True, False)
     """
     plain = fold(text or "")
-    return not plain or plain in DECLINING or (bool(_STARTS.match(plain)) and not _TURNS.search(plain))
+    return (
+        not plain
+        or plain in DECLINING
+        or bool(_UNKNOWN_TO_ALL.fullmatch(plain))
+        or (bool(_STARTS.match(plain)) and not _TURNS.search(plain))
+    )

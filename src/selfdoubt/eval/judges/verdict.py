@@ -1,4 +1,4 @@
-"""What a judge is, and what it says of one answer."""
+"""Judges, and their verdict on one answer."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from selfdoubt.eval.records import Question
 
 
 class Verdict(NamedTuple):
-    """What a judge says of one answer."""
+    """The judgement of one answer."""
 
     correct: bool | None  #: None: unjudged, and ``note`` says why
     grade: float | None = None  #: the judge's number where it has one; the better the greater

@@ -12,15 +12,15 @@ from dataclasses import dataclass
 from itertools import combinations
 
 from selfdoubt.errors import ConfigError, NonFiniteError, ShapeError
-from selfdoubt.eval.judges.text import rouge_l, same_key, token_f1
+from selfdoubt.eval.judges.text import check_f1_threshold, parse_f1_threshold, rouge_l, same_key, token_f1
 
 AGREEMENT_SCORES = (
     "self_consistency", "semantic_entropy", "semantic_entropy_weighted", "n_clusters", "lexical_dissimilarity",
 )  # fmt: skip
 
 
-#: A rule that says which pairs of answers to a question mean the same: one truth value a pair. The order within a pair
-#: does not matter.
+#: A rule that says which pairs of answers to a question mean the same: one truth value per pair. The order within a
+#: pair does not matter.
 Same = Callable[[Sequence[tuple[str, str]], str], list[bool]]
 
 
@@ -29,7 +29,7 @@ class SameText:
     """Equal in SQuAD's normal form, and in the signs that change a meaning: -5 is not 5, C++ is not C."""
 
     def __call__(self, pairs: Sequence[tuple[str, str]], _question: str = "", /) -> list[bool]:
-        """One truth value a pair."""
+        """Compare each pair."""
         return [same_key(a) == same_key(b) for a, b in pairs]
 
 
@@ -40,11 +40,10 @@ class SameWords:
     threshold: float = 0.5  #: in (0, 1]
 
     def __post_init__(self) -> None:
-        if not 0 < self.threshold <= 1:
-            raise ConfigError(f"the F1 threshold must be in (0, 1], got {self.threshold}; 0.5 is usual")
+        check_f1_threshold(self.threshold)
 
     def __call__(self, pairs: Sequence[tuple[str, str]], _question: str = "", /) -> list[bool]:
-        """One truth value a pair."""
+        """Compare each pair."""
         return [token_f1(a, b) >= self.threshold for a, b in pairs]
 
 
@@ -52,21 +51,16 @@ _SAME_TEXT = SameText()
 
 
 def build_equivalence(spec: str) -> Same:
-    """The rule of a name: exact, f1, f1:0.5, or nli:FOLDER_OR_HUB_NAME.
+    """Build the rule of a name: exact, f1, f1:0.5, or nli:FOLDER_OR_HUB_NAME.
 
     Raises:
-        ConfigError: If there is no such rule, or its setting is wrong.
+        ConfigError: If the name is unknown, or its setting is wrong.
     """
     name, colon, setting = spec.partition(":")
     if name == "exact" and not colon:
         return _SAME_TEXT
     if name == "f1":
-        try:
-            return SameWords(float(setting)) if colon else SameWords()
-        except ValueError:
-            raise ConfigError(
-                f"the F1 threshold must be a number in (0, 1], got {setting!r}; write e.g. f1:0.5"
-            ) from None
+        return SameWords(parse_f1_threshold(setting)) if colon else SameWords()
     if name == "nli" and setting:
         from selfdoubt.eval.scores.entailment import SameMeaning
 
@@ -75,7 +69,7 @@ def build_equivalence(spec: str) -> Same:
 
 
 def cluster_answers(texts: Sequence[str], alike: Same = _SAME_TEXT, question: str = "") -> list[int]:
-    """The cluster of each text, numbered in the order in which they appear.
+    """Return the cluster of each text, numbered in the order in which they appear.
 
     A text joins the first cluster whose first text means the same, else it starts one (Kuhn et al., 2023, algorithm 1).
 
@@ -96,7 +90,7 @@ def cluster_answers(texts: Sequence[str], alike: Same = _SAME_TEXT, question: st
 
 
 def self_consistency(greedy: str, samples: Sequence[str], alike: Same = _SAME_TEXT, question: str = "") -> float:
-    """The share of samples that do not mean the same as the answer, in [0, 1] (after Wang et al., 2023).
+    """Return the share of samples that do not mean the same as the answer, in [0, 1] (after Wang et al., 2023).
 
     Raises:
         ConfigError: If there are no samples.
@@ -108,7 +102,7 @@ def self_consistency(greedy: str, samples: Sequence[str], alike: Same = _SAME_TE
 
 
 def semantic_entropy(of: Sequence[int]) -> float:
-    """Entropy of the clusters' shares of samples, in nats, in [0, log n] (Farquhar et al., 2024, the discrete form).
+    """Return the entropy of the clusters' shares of samples, in nats, in [0, log n] (Farquhar et al., 2024, discrete).
 
     Args:
         of: The cluster of each sample.
@@ -122,7 +116,7 @@ def semantic_entropy(of: Sequence[int]) -> float:
 
 
 def semantic_entropy_weighted(of: Sequence[int], nll: Sequence[float]) -> float:
-    """Entropy of the clusters weighted by likelihood, in nats, in [0, log clusters] (Kuhn et al., 2023).
+    """Return the entropy of the clusters weighted by likelihood, in nats, in [0, log clusters] (Kuhn et al., 2023).
 
     p(c) is the sum of exp(-nll) over its samples, normalised over the clusters (the Rao-Blackwellised form of Farquhar
     et al., 2024). A text drawn twice counts twice, as in theirs.
@@ -133,7 +127,7 @@ def semantic_entropy_weighted(of: Sequence[int], nll: Sequence[float]) -> float:
 
     Raises:
         ConfigError: If there are no samples.
-        ShapeError: If there is not one number a sample.
+        ShapeError: If there is not one number per sample.
         NonFiniteError: If one is NaN or infinite.
     """
     _at_least(1, of)
@@ -148,7 +142,8 @@ def semantic_entropy_weighted(of: Sequence[int], nll: Sequence[float]) -> float:
 
 
 def lexical_dissimilarity(samples: Sequence[str], measure: str = "rouge") -> float:
-    """One minus the mean similarity over all pairs of samples, in [0, 1] (Fomicheva et al., 2020; Kuhn et al., 2023).
+    """Return one minus the mean similarity over pairs of samples, in [0, 1] (Fomicheva et al., 2020; Kuhn et al.,
+    2023).
 
     Args:
         samples: At least two.
@@ -165,17 +160,6 @@ def lexical_dissimilarity(samples: Sequence[str], measure: str = "rouge") -> flo
     return max(0.0, 1 - math.fsum(1.0 if a == b else measures[measure](a, b) for a, b in pairs) / len(pairs))
 
 
-def majority(texts: Sequence[str], alike: Same = _SAME_TEXT, question: str = "") -> int:
-    """The index of the first text of the largest cluster; of equally large ones, of the one that appears first.
-
-    Raises:
-        ConfigError: If there are no texts.
-    """
-    _at_least(1, texts)
-    of = cluster_answers(texts, alike, question)
-    return of.index(max(range(max(of) + 1), key=of.count))
-
-
 def agreement_scores(
     greedy: str,
     samples: Sequence[str],
@@ -183,7 +167,7 @@ def agreement_scores(
     alike: Same = _SAME_TEXT,
     question: str = "",
 ) -> dict[str, float]:
-    """All scores by the names in ``AGREEMENT_SCORES``: without ``nll``, or of one sample, some are absent.
+    """Return all scores by the names in ``AGREEMENT_SCORES``: without ``nll``, or of one sample, some are absent.
 
     Args:
         greedy: The answer whose risk this is.
@@ -194,20 +178,20 @@ def agreement_scores(
 
     Raises:
         ConfigError: If there are no samples.
-        ShapeError: If there is not one ``nll`` a sample.
+        ShapeError: If there is not one ``nll`` per sample.
         NonFiniteError: If an ``nll`` is NaN or infinite.
     """
     of = cluster_answers(samples, alike, question)
-    found = {
+    scores = {
         "self_consistency": self_consistency(greedy, samples, alike, question),
         "semantic_entropy": semantic_entropy(of),
         "n_clusters": float(len(set(of))),
     }
     if nll is not None:
-        found["semantic_entropy_weighted"] = semantic_entropy_weighted(of, nll)
+        scores["semantic_entropy_weighted"] = semantic_entropy_weighted(of, nll)
     if len(samples) > 1:
-        found["lexical_dissimilarity"] = lexical_dissimilarity(samples)
-    return found
+        scores["lexical_dissimilarity"] = lexical_dissimilarity(samples)
+    return scores
 
 
 def _at_least(n: int, samples: Sequence[object]) -> None:

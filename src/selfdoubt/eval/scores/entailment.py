@@ -1,4 +1,4 @@
-"""Whether two answers entail each other, by a Hugging Face model for natural language inference."""
+"""Entailment between two answers, judged by a Hugging Face model for natural language inference."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class SameMeaning:
             raise ConfigError(f"batch_size must be at least 1, got {self.batch_size}")
 
     def __call__(self, pairs: Sequence[tuple[str, str]], question: str = "", /) -> list[bool]:
-        """One truth value a pair.
+        """Compare each pair.
 
         Raises:
             LoadError: If the model cannot be loaded.
@@ -35,12 +35,12 @@ class SameMeaning:
             NonFiniteError: If it gives NaN.
         """
         read = [(f"{question} {a}".strip(), f"{question} {b}".strip()) for a, b in pairs]
-        wanted = list(dict.fromkeys([*read, *((b, a) for a, b in read)]))
+        directed = list(dict.fromkeys([*read, *((b, a) for a, b in read)]))
         # Of like length side by side; the order of equal ones is theirs.
-        wanted.sort(key=lambda pair: len(pair[0]) + len(pair[1]))
+        directed.sort(key=lambda pair: len(pair[0]) + len(pair[1]))
         entails: dict[tuple[str, str], bool] = {}
-        for first in range(0, len(wanted), self.batch_size):
-            part = wanted[first : first + self.batch_size]
+        for first in range(0, len(directed), self.batch_size):
+            part = directed[first : first + self.batch_size]
             entails.update(zip(part, self._entails(part), strict=True))
         return [entails[a, b] and entails[b, a] for a, b in read]
 
@@ -59,18 +59,18 @@ class SameMeaning:
 
 
 def entailment_label(labels: dict[int, str], model: str) -> int:
-    """Which class of a model is entailment, by the names in its configuration.
+    """Return the class of a model that is entailment, by the names in its configuration.
 
     Raises:
         ConfigError: If none begins with "entail", or several do.
     """
-    found = [i for i, name in labels.items() if str(name).lower().startswith("entail")]
-    if len(found) != 1:
+    labelled = [i for i, name in labels.items() if str(name).lower().startswith("entail")]
+    if len(labelled) != 1:
         raise ConfigError(
             f"{model} has the labels {', '.join(map(str, labels.values()))}, and exactly one must begin with 'entail'; "
-            "take a model for natural language inference, or mend id2label in its config.json"
+            "take a model for natural language inference, or fix id2label in its config.json"
         )
-    return int(found[0])
+    return int(labelled[0])
 
 
 @cache

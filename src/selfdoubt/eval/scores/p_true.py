@@ -17,7 +17,7 @@ from selfdoubt.lm.text.encoder import get_encoder
 from selfdoubt.lm.text.prompt import encode
 
 if TYPE_CHECKING:
-    from selfdoubt.eval.generate import EvaluationConfig
+    from selfdoubt.eval.config import EvaluationConfig
     from selfdoubt.lm.model import RiskAwareLM
 
 _TEXT = """\
@@ -28,25 +28,25 @@ Is the proposed answer true or false? Say only True or False."""
 _FORMS = {"true": ("True", " True", "true", " true"), "false": ("False", " False", "false", " false")}
 
 
-def p_true(lm: RiskAwareLM, pairs: Sequence[tuple[Question, str]], plan: EvaluationConfig) -> list[float]:
-    """The probability of "true" against "false", in [0, 1], for each question with its answer.
+def estimate_p_true(lm: RiskAwareLM, pairs: Sequence[tuple[Question, str]], config: EvaluationConfig) -> list[float]:
+    """Return the probability of "true" against "false", in [0, 1], for each question with its answer.
 
     Raises:
         ConfigError: If the vocabulary does not tell the two words apart by their first token.
     """
-    end = "\nVerdict:" if plan.raw else ""
-    prompts = [encode(lm.tokenizer, _prompt(q, a) + end, raw=plan.raw).ids for q, a in pairs]
+    end = "\nVerdict:" if config.raw else ""
+    prompts = [encode(lm.tokenizer, _prompt(q, a) + end, raw=config.raw).ids for q, a in pairs]
     true, false = (_first_ids(lm.tokenizer, forms) for forms in _FORMS.values())
     both = true & false  # such as a token of one space
     if not true - both or not false - both:
         raise ConfigError("this vocabulary has no token that tells true from false; ask without --p-true")
-    found: list[float] = []
-    for first in range(0, len(prompts), plan.batch_size):
-        _, following = prefill(HFStepper(lm.model), prompts[first : first + plan.batch_size])
+    shares: list[float] = []
+    for first in range(0, len(prompts), config.batch_size):
+        _, following = prefill(HFStepper(lm.model), prompts[first : first + config.batch_size])
         logp = risk.mixture(following.logits).double().log_softmax(-1)
         mass = [logp[:, sorted(ids - both)].logsumexp(-1) for ids in (true, false)]
-        found += torch.stack(mass, -1).softmax(-1)[:, 0].tolist()
-    return found
+        shares += torch.stack(mass, -1).softmax(-1)[:, 0].tolist()
+    return shares
 
 
 def _prompt(question: Question, answer: str) -> str:

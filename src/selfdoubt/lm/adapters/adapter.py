@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch import nn
 from selfdoubt import storage
 from selfdoubt.errors import ConfigError, LoadError
 from selfdoubt.lm.adapters import lora, peft_config
-from selfdoubt.lm.calibration import read_calibration
+from selfdoubt.lm.calibration import Calibration, read_calibration
 from selfdoubt.members import Spec
 
 
@@ -31,6 +32,7 @@ def save_adapter(
     base: str | None = None,
     revision: str | None = None,
     extra: Mapping[str, Any] | None = None,
+    tokenizer: Any = None,
 ) -> Path:
     """Write a whole adapter folder: what wrappers added, and LoRA where the model has it.
 
@@ -40,51 +42,109 @@ def save_adapter(
         base: Name or folder of the base model; taken from the model's config if None.
         revision: Revision of the base model.
         extra: More entries for ``selfdoubt.json``, e.g. ``{"reference": ...}``.
+        tokenizer: Written, too, so that the adapter loads with it; None leaves a tokenizer in the folder as it is.
 
     Returns:
         The folder.
 
     Raises:
+        ConfigError: If the model is known to have reference answers or a calibration, and ``extra`` lacks them.
         WrapError: If the model has neither a wrapper nor LoRA.
     """
     folder = Path(folder)
-    names = lora.lora_names(model)
-    # Without its manifest a folder is none of ours: it goes before anything changes, and comes last.
+    names = lora.list_lora_names(model)
+    storage.check_saved(model, names, extra)
+    # Without its manifest a folder is not an adapter of ours: it goes before anything changes, and comes last.
     (folder / storage.MANIFEST).unlink(missing_ok=True)
     lora.remove_lora(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
     if names:
         lora.save_lora(model, folder, base=base)
         extra = {**(extra or {}), "lora": True}
     return storage.save(model, folder, base=base, revision=revision, extra=extra, elsewhere=names)
 
 
+@dataclass(frozen=True)
+class AdapterFolder:
+    """An adapter folder whose manifest was read and checked, once."""
+
+    path: Path
+    manifest: Mapping[str, Any] | None  #: None for a folder that plain PEFT wrote
+    calibration: Calibration | None = None
+
+    @property
+    def has_lora(self) -> bool:
+        """True if LoRA lies beneath the wrappers."""
+        return self.manifest is None or bool(self.manifest.get("lora"))
+
+    @property
+    def has_voters(self) -> bool:
+        """True if one of the wrappers is ``vote``."""
+        return self.manifest is not None and any(entry["method"] == "vote" for entry in self.manifest["wrappers"])
+
+    @property
+    def reference(self) -> Mapping[str, list[float]] | None:
+        """Reference quantiles by score; None where there are none."""
+        return None if self.manifest is None else self.manifest.get("reference")
+
+    @property
+    def tokenizer(self) -> Path | None:
+        """The folder, if it holds a tokenizer: training may have given it another chat template than the base has."""
+        return self.path if (self.path / "tokenizer_config.json").is_file() else None
+
+    def choose_base(self, base: str | None = None, revision: str | None = None) -> tuple[str, str | None]:
+        """Return name and revision of the base model: those given, else those that the folder names.
+
+        Raises:
+            LoadError: If a file of plain PEFT is missing or broken.
+            ConfigError: If none is named.
+        """
+        if base is not None:
+            return base, revision
+        if self.manifest is None:
+            name, known = peft_config.read_config(self.path).get("base_model_name_or_path"), None
+        else:
+            name, known = self.manifest["base"]["name"], self.manifest["base"].get("revision")
+        if not name:
+            raise ConfigError(f"{self.path} does not say which model it was made for; name it, e.g. --model FOLDER")
+        return name, revision or known
+
+    def apply(self, model: nn.Module, wrapper: Spec | None = None) -> nn.Module:
+        """Put the adapter onto its base model: LoRA first, in place, then the wrappers.
+
+        Args:
+            model: The base model, without wrapper and LoRA.
+            wrapper: Only for a folder of plain PEFT: goes around the model with its LoRA.
+
+        Returns:
+            The model, wrapped where the folder or ``wrapper`` says so; only what wrappers added trains.
+
+        Raises:
+            LoadError: If a file is missing or broken.
+            BaseMismatchError: If the adapter was made for another model.
+        """
+        if self.has_lora:
+            lora.load_lora(model, self.path)
+            model.requires_grad_(False)
+        if self.manifest is not None:
+            return storage.restore(self.path, model, self.manifest)
+        return model if wrapper is None else wrapper(model)  # type: ignore[operator]
+
+
 def load_adapter(model: nn.Module, folder: str | os.PathLike[str], wrapper: Spec | None = None) -> nn.Module:
-    """Put an adapter onto its base model: LoRA first, in place, then the wrappers.
-
-    Args:
-        model: The base model, without wrapper and LoRA.
-        folder: An adapter folder, or one that plain PEFT wrote.
-        wrapper: Only for a folder of plain PEFT: what goes around the model with its LoRA.
-
-    Returns:
-        The model, wrapped where the folder or ``wrapper`` says so; nothing in it trains but what wrappers added.
+    """Check an adapter folder and put it onto its base model; see ``AdapterFolder.apply``.
 
     Raises:
         LoadError: If a file is missing or broken.
         BaseMismatchError: If the adapter was made for another model.
         ConfigError: If the folder brings a wrapper and another is given.
     """
-    manifest = check_adapter(folder, wrapper)
-    if manifest is None or manifest.get("lora"):
-        lora.load_lora(model, folder)
-        model.requires_grad_(False)
-    if manifest is not None:
-        return storage.restore(folder, model, manifest)
-    return model if wrapper is None else wrapper(model)  # type: ignore[operator]
+    return check_adapter(folder, wrapper).apply(model, wrapper)
 
 
-def read_adapter(folder: str | os.PathLike[str], wrapper: Spec | None = None) -> dict[str, Any] | None:
-    """What can be said of an adapter folder before a large model loads: its manifest, or None for plain PEFT's.
+def read_adapter(folder: str | os.PathLike[str], wrapper: Spec | None = None) -> AdapterFolder:
+    """Read the manifest of an adapter folder, before a large model loads.
 
     Raises:
         LoadError: If it is not an adapter folder, or a file is missing or broken, its calibration included.
@@ -93,7 +153,7 @@ def read_adapter(folder: str | os.PathLike[str], wrapper: Spec | None = None) ->
     folder = Path(folder)
     if lora.has_lora(folder) and not (folder / storage.MANIFEST).exists():
         peft_config.read_config(folder)
-        return None
+        return AdapterFolder(folder, None)
     manifest = storage.read_manifest(folder)
     if wrapper is not None:
         raise ConfigError("an adapter brings its own wrapper: give either adapter=... or wrapper=...")
@@ -105,47 +165,19 @@ def read_adapter(folder: str | os.PathLike[str], wrapper: Spec | None = None) ->
             "elsewhere; save both with save_adapter, or remove one"
         )
     try:
-        read_calibration(manifest)
+        return AdapterFolder(folder, manifest, read_calibration(manifest))
     except LoadError as error:
         raise LoadError(f"{folder / storage.MANIFEST}: {error}") from None
-    return manifest
 
 
-def check_adapter(folder: str | os.PathLike[str], wrapper: Spec | None = None) -> dict[str, Any] | None:
+def check_adapter(folder: str | os.PathLike[str], wrapper: Spec | None = None) -> AdapterFolder:
     """Read an adapter folder as ``read_adapter`` does, and check that its files are those that were saved.
 
     Raises:
         LoadError: If a file is missing, broken, or was changed after it was saved.
         ConfigError: If the folder brings a wrapper and another is given.
     """
-    manifest = read_adapter(folder, wrapper)
-    if manifest is not None:
-        storage.verify(folder, manifest)
-    return manifest
-
-
-def base_of(
-    folder: str | os.PathLike[str], base: str | None = None, revision: str | None = None
-) -> tuple[str, str | None]:
-    """Name and revision of an adapter's base model: those given, else those that the folder names.
-
-    Raises:
-        LoadError: If it is not an adapter folder.
-        ConfigError: If there is no name.
-    """
-    if base is not None:
-        return base, revision
-    manifest = read_adapter(folder)
-    named = (
-        {"name": peft_config.read_config(Path(folder)).get("base_model_name_or_path")}
-        if manifest is None
-        else manifest["base"]
-    )
-    if not named["name"]:
-        raise ConfigError(f"{folder} does not say which model it was made for; name it, e.g. --model FOLDER")
-    return named["name"], revision or named.get("revision")
-
-
-def own_tokenizer(folder: str | os.PathLike[str]) -> Path | None:
-    """The folder, if it holds a tokenizer: training may have given it another chat template than the base has."""
-    return Path(folder) if (Path(folder) / "tokenizer_config.json").is_file() else None
+    adapter = read_adapter(folder, wrapper)
+    if adapter.manifest is not None:
+        storage.verify(folder, adapter.manifest)
+    return adapter

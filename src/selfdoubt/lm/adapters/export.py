@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,7 @@ from torch import nn
 from selfdoubt import storage
 from selfdoubt.errors import ConfigError, WrapError
 from selfdoubt.lm.adapters import lora, peft_config, voters
-from selfdoubt.lm.adapters.adapter import (
-    base_of,
-    check_adapter,
-    load_adapter,
-    own_tokenizer,
-    read_adapter,
-    save_adapter,
-)
+from selfdoubt.lm.adapters.adapter import check_adapter, save_adapter
 from selfdoubt.lm.adapters.new_folder import new_folder
 from selfdoubt.lm.load import load_model
 from selfdoubt.members import Wrapped
@@ -65,16 +59,16 @@ def export_peft(
     sources = (source,) if is_folder else ()
     with new_folder(out, {"kind": "peft"}, sources) as new:  # type: ignore[arg-type]
         if isinstance(source, nn.Module):
-            found = voters.voters_of(source, base)
+            exported = voters.read_voters(source, base)
         else:
             folder = Path(source)
-            manifest = check_adapter(folder)
-            if manifest is None or (manifest.get("lora") and not _has_voters(manifest)):
+            checked = check_adapter(folder)
+            if checked.has_lora and not checked.has_voters:
                 for file in (peft_config.WEIGHTS, peft_config.CONFIG):
                     shutil.copyfile(folder / file, new / file)
                 return [Path(out)]
-            found = voters.voters_in(folder, base=base, revision=revision, trust_remote_code=trust_remote_code)
-        written = voters.write_voters(found, new)
+            exported = voters.load_voters(checked, base=base, revision=revision, trust_remote_code=trust_remote_code)
+        written = voters.write_voters(exported, new)
     return [Path(out) / folder.name for folder in written]
 
 
@@ -111,26 +105,26 @@ def export_merged(
         ConfigError: If ``out`` holds something else, the base is unknown, or the wrapper picked layers of LoRA itself.
     """
     folder, out = Path(adapter), Path(out)
-    manifest = read_adapter(folder)
-    if manifest is not None and not manifest.get("lora"):
+    source = check_adapter(folder)
+    if not source.has_lora:
         raise WrapError(f"{folder} has no LoRA to merge; voters become PEFT adapters instead: selfdoubt export --peft")
-    known = manifest or {"wrappers": []}
-    base, revision = base_of(folder, base, revision)
+    manifest = source.manifest or {"wrappers": []}
+    base, revision = source.choose_base(base, revision)
     with new_folder(out, {"kind": "merged", "base": base}, (folder, base)) as new:
         model, tokenizer = load_model(
-            base, words=own_tokenizer(folder), dtype=dtype, revision=revision, trust_remote_code=trust_remote_code
+            base, tokenizer=source.tokenizer, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code
         )
-        merged = _merged(load_adapter(model, folder), model, folder, known)
+        merged = _merged(source.apply(model), model, folder, manifest)
         model.save_pretrained(new)  # type: ignore[operator]
         tokenizer.save_pretrained(new)
-        own = {"format", "wrappers", "base", "versions", "lora", "checksums"}
-        extra = {key: value for key, value in known.items() if key not in own}
+        made_again = {"format", "wrappers", "base", "versions", "lora", "checksums"}
+        extra = {key: value for key, value in manifest.items() if key not in made_again}
         if isinstance(merged, Wrapped) or storage.LEARNT & set(extra):
             save_adapter(merged, new / ADAPTER, base=name or str(out), extra=extra)
     return out
 
 
-def _merged(wrapped: nn.Module, model: nn.Module, folder: Path, manifest: dict[str, Any]) -> nn.Module:
+def _merged(wrapped: nn.Module, model: nn.Module, folder: Path, manifest: Mapping[str, Any]) -> nn.Module:
     """Merge LoRA into the model that ``wrapped`` shares its weights with, and wrap that as before."""
     added = {name: wrapped.state_dict()[name] for name in added_names(wrapped)}
     lora.merge_lora(model)
@@ -143,7 +137,3 @@ def _merged(wrapped: nn.Module, model: nn.Module, folder: Path, manifest: dict[s
         )
     again.load_state_dict(added, strict=False)
     return again
-
-
-def _has_voters(manifest: dict[str, Any]) -> bool:
-    return any(entry["method"] == "vote" for entry in manifest["wrappers"])

@@ -17,9 +17,9 @@ from typing import Any
 from safetensors.torch import save as serialize
 from torch import nn
 
-from selfdoubt import kernels, storage, targets
+from selfdoubt import compat, storage, targets
 from selfdoubt.errors import BaseMismatchError, ConfigError, TargetError, WrapError, require
-from selfdoubt.fields import broken
+from selfdoubt.fields import broken_file
 from selfdoubt.lm.adapters.peft_config import CONFIG, WEIGHTS, check_ranks, read_config
 from selfdoubt.members import base_name, innermost, source
 
@@ -57,8 +57,8 @@ def add_lora(
     names = _layers(model, targets)
     config = peft.LoraConfig(
         r=r, lora_alpha=int(alpha) if alpha == int(alpha) else alpha, lora_dropout=dropout,
-        target_modules=short_names(names, [name for name, _ in model.named_modules()]), task_type="CAUSAL_LM",
-        fan_in_fan_out=any(kernels.is_transposed(model.get_submodule(name)) for name in names),
+        target_modules=shorten_names(names, [name for name, _ in model.named_modules()]), task_type="CAUSAL_LM",
+        fan_in_fan_out=any(compat.is_transposed(model.get_submodule(name)) for name in names),
     )  # fmt: skip
     _inject(model, config)
     return model
@@ -79,7 +79,7 @@ def save_lora(model: nn.Module, folder: str | os.PathLike[str], *, base: str | N
         ConfigError: If the model has no LoRA.
     """
     inner = innermost(model)
-    names = lora_names(inner)
+    names = list_lora_names(inner)
     if not names:
         raise ConfigError("the model has no LoRA to save; put some in with add_lora(model, r=64)")
     peft = require("peft", "train")
@@ -113,16 +113,16 @@ def load_lora(model: nn.Module, folder: str | os.PathLike[str], *, trainable: bo
         MissingExtraError: If PEFT is not installed.
     """
     folder = Path(folder)
-    own = read_config(folder)
+    settings = read_config(folder)
     peft = require("peft", "train")
     tensors = storage.read_tensors(folder / WEIGHTS)
-    check_ranks(folder, own, tensors)
+    check_ranks(folder, settings, tensors)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # settings of newer versions, which are told below where they matter
+            warnings.simplefilter("ignore")  # settings of newer versions; below is an error where they matter
             config = peft.LoraConfig.from_pretrained(str(folder))
     except Exception as error:
-        raise broken(folder / CONFIG, error) from error
+        raise broken_file(folder / CONFIG, error) from error
     config.inference_mode = not trainable
     base = config.base_model_name_or_path
     try:
@@ -132,7 +132,7 @@ def load_lora(model: nn.Module, folder: str | os.PathLike[str], *, trainable: bo
         raise
     except Exception as error:
         raise _other_base(folder, base, " ".join(str(error).split())[:300]) from error
-    lacking = sorted(lora_names(model) & set(result.missing_keys))
+    lacking = sorted(list_lora_names(model) & set(result.missing_keys))
     if lacking or result.unexpected_keys:
         what = f"lacks {lacking[0]}" if lacking else f"has {result.unexpected_keys[0]}, which the model lacks"
         raise _other_base(folder, base, f"it {what}")
@@ -140,23 +140,23 @@ def load_lora(model: nn.Module, folder: str | os.PathLike[str], *, trainable: bo
 
 
 def has_lora(folder: str | os.PathLike[str]) -> bool:
-    """Whether a folder holds an adapter of PEFT."""
+    """Return True if a folder holds an adapter of PEFT."""
     return (Path(folder) / CONFIG).is_file()
 
 
-def lora_names(model: nn.Module) -> set[str]:
-    """Names in ``model.state_dict()`` that belong to LoRA, wrapped or not."""
-    layers = [name for name, _ in _lora_layers(model)]
+def list_lora_names(model: nn.Module) -> set[str]:
+    """Return the names in ``model.state_dict()`` that belong to LoRA, wrapped or not."""
+    layers = [name for name, _ in compat.list_lora_layers(model)]
     inside = {name for name in model.state_dict() if any(name.startswith(f"{layer}.") for layer in layers)}
-    return {name for name in inside if ".base_layer." not in name}
+    return {name for name in inside if not compat.is_beneath_adapter(name)}
 
 
 def leave_casts_to_autocast(model: nn.Module, *, active: bool) -> None:
-    """Whether LoRA takes its input as it comes, for autocast to cast, instead of in its own weights' type.
+    """Let LoRA take its input as it comes, for autocast to cast, or else in its own weights' type.
 
     Without this a float32 copy of every layer's input is made, and kept for the backward pass.
     """
-    for _, layer in _lora_layers(model):
+    for _, layer in compat.list_lora_layers(model):
         layer.cast_input_dtype_enabled = not active
 
 
@@ -172,7 +172,7 @@ def merge_lora(model: nn.Module) -> nn.Module:
             except for a sum.
     """
     check_mergeable(model)
-    for path, layer in list(_lora_layers(model)):
+    for path, layer in list(compat.list_lora_layers(model)):
         try:
             layer.merge(safe_merge=True)
         except (ValueError, RuntimeError) as error:
@@ -192,13 +192,13 @@ def check_mergeable(model: nn.Module) -> None:
         ConfigError: If the model has no LoRA.
         WrapError: If a weight is packed, or tied to another.
     """
-    layers = list(_lora_layers(model))
+    layers = list(compat.list_lora_layers(model))
     if not layers:
         raise ConfigError("the model has no LoRA to merge; load it together with its adapter folder")
     tied = _tied(model)
     for path, layer in layers:
         name, base = base_name(model, path), layer.get_base_layer()
-        if kernels.is_quantized(base):
+        if compat.is_quantized(base):
             raise WrapError(
                 f"LoRA cannot be merged into the packed weights of {name} ({type(base).__name__}): load the base "
                 "without quantize, e.g. dtype='bfloat16', and merge there"
@@ -228,17 +228,17 @@ def remove_lora(folder: Path) -> None:
     (folder / WEIGHTS).unlink(missing_ok=True)
 
 
-def short_names(names: Collection[str], among: Iterable[str]) -> list[str]:
-    """The last parts of layers' names where these say the same, as PEFT's files usually do; else the names."""
+def shorten_names(names: Collection[str], among: Iterable[str]) -> list[str]:
+    """Return the last parts of layers' names where these say the same, as PEFT's files usually do; else the names."""
     short = {name.rpartition(".")[2] for name in names}
     everywhere = {name for name in among if name.rpartition(".")[2] in short}
     return sorted(short if everywhere == set(names) else names)
 
 
 def _layers(model: nn.Module, regex: str | None) -> list[str]:
-    """Names of the layers that get LoRA."""
+    """Return the names of the layers that get LoRA."""
     if regex is None:
-        head = getattr(model, "get_output_embeddings", lambda: None)()
+        head = compat.get_output_head(model)
         return [name for name, m in model.named_modules() if _is_linear(m) and m is not head]
     try:
         leaves = targets.find(model, regex)
@@ -256,13 +256,13 @@ def _layers(model: nn.Module, regex: str | None) -> list[str]:
 
 
 def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) or kernels.is_transposed(module)
+    return isinstance(module, nn.Linear) or compat.is_transposed(module)
 
 
 def _inject(model: nn.Module, config: Any) -> None:
-    """PEFT's layers into the model, their weights in float32 where the model's are shorter."""
+    """Put PEFT's layers into the model, their weights in float32 where the model's are shorter."""
     peft = require("peft", "train")
-    if hasattr(model, "peft_config") or any(True for _ in _lora_layers(model)):
+    if hasattr(model, "peft_config") or any(True for _ in compat.list_lora_layers(model)):
         raise ConfigError("the model has LoRA already: merge it first with merge_lora(model), or load a fresh model")
     with _quietly():
         peft.inject_adapter_in_model(config, model, adapter_name=_NAME)
@@ -277,17 +277,11 @@ def _quietly() -> Iterator[None]:
         yield
 
 
-def _lora_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    for name, module in model.named_modules():
-        if isinstance(getattr(module, "base_layer", None), nn.Module) and "lora_A" in module._modules:
-            yield name, module
-
-
 def _tied(model: nn.Module) -> set[int]:
-    """Parameters that have more than one owner."""
+    """Return the ids of parameters that have more than one owner."""
     owners: dict[int, int] = {}
     for module in model.modules():
-        for parameter in module._parameters.values():
+        for parameter in module.parameters(recurse=False):
             owners[id(parameter)] = owners.get(id(parameter), 0) + 1
     return {parameter for parameter, count in owners.items() if count > 1}
 

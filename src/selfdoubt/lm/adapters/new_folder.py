@@ -24,7 +24,7 @@ MARK = "selfdoubt-export.json"
 def new_folder(
     out: str | os.PathLike[str], about: Mapping[str, Any], sources: tuple[str | os.PathLike[str], ...] = ()
 ) -> Iterator[Path]:
-    """A folder beside ``out`` that takes its place when all went well, and else goes.
+    """Make a folder next to ``out`` that takes its place when all went well, and else goes.
 
     Args:
         out: Missing, empty, or exported before.
@@ -79,7 +79,7 @@ def check_upload(name: str) -> None:
     """Say at once what would keep a folder from the hub at the end of long work.
 
     Raises:
-        ConfigError: If the name is none of the hub, or there is no token.
+        ConfigError: If the name is none of the hub, or a token is missing.
     """
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
         raise ConfigError(f"a name on the hub looks like user/name, got {name!r}")
@@ -101,7 +101,7 @@ def upload(folder: str | os.PathLike[str], name: str, *, without: str | None = N
         Its address.
 
     Raises:
-        ConfigError: If the name is none of the hub, or there is no token.
+        ConfigError: If the name is none of the hub, or a token is missing.
         UploadError: If the hub cannot be reached or refuses.
     """
     check_upload(name)

@@ -14,7 +14,7 @@ from selfdoubt.fields import (
     SCALE,
     WIDTH,
     FieldError,
-    broken,
+    broken_file,
     choice,
     either,
     flag,
@@ -72,10 +72,10 @@ def read_config(folder: Path) -> dict[str, Any]:
                 f"{path} is an adapter of type {kind[:60]}, and only LORA can be loaded; merge it into its base with "
                 "PEFT"
             )
-        found = _CONFIG(config, "")
+        checked = _CONFIG(config, "")
     except FieldError as error:
-        raise broken(path, error) from None
-    if found.get("modules_to_save") or config.get("trainable_token_indices") or found.get("bias", "none") != "none":
+        raise broken_file(path, error) from None
+    if checked.get("modules_to_save") or config.get("trainable_token_indices") or checked.get("bias", "none") != "none":
         raise LoadError(
             f"{path} also trains weights of the base (modules_to_save, trainable_token_indices or bias), "
             "and only LoRA can be loaded; merge it into its base with PEFT, and load that model"
@@ -94,8 +94,9 @@ def check_ranks(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, T
     Raises:
         LoadError: If a rank is larger than that of any tensor.
     """
-    found = [t.shape[0] for key, t in tensors.items() if t.ndim and re.search(r"\.lora_(embedding_)?A(\.|$)", key)]
+    factors = [t for key, t in tensors.items() if t.ndim and re.search(r"\.lora_(embedding_)?A(\.|$)", key)]
+    largest = max((t.shape[0] for t in factors), default=None)
     ranks = {"r": config.get("r", 8)} | {f"rank_pattern.{k}": r for k, r in (config.get("rank_pattern") or {}).items()}
     for key, rank in ranks.items():
-        if found and rank > max(found):
-            raise broken(folder / CONFIG, FieldError(key, f"at most {max(found)}, as in {WEIGHTS}", str(rank)))
+        if largest is not None and rank > largest:
+            raise broken_file(folder / CONFIG, FieldError(key, f"at most {largest}, as in {WEIGHTS}", str(rank)))

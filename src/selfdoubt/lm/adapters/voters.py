@@ -14,10 +14,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from selfdoubt import kernels, storage, targets
+from selfdoubt import compat, kernels, storage
 from selfdoubt.errors import BaseMismatchError, WrapError, require
-from selfdoubt.lm.adapters.adapter import base_of, check_adapter
-from selfdoubt.lm.adapters.lora import lora_names, short_names, write_peft
+from selfdoubt.lm.adapters.adapter import AdapterFolder
+from selfdoubt.lm.adapters.lora import list_lora_names, shorten_names, write_peft
 from selfdoubt.lm.load import load_skeleton
 from selfdoubt.members import Wrapped, base_name, innermost, source
 from selfdoubt.rows import Replacement
@@ -55,8 +55,8 @@ def write_voters(voters: Voters, folder: Path) -> list[Path]:
     scale = voters.spec.alpha * rank
     config = peft.LoraConfig(
         r=rank, lora_alpha=int(scale) if scale == int(scale) else scale, inference_mode=True, lora_bias=biased,
-        target_modules=short_names(list(voters.leaves), voters.modules), base_model_name_or_path=voters.base,
-        fan_in_fan_out=any(kernels.is_transposed(layer) for layer, _ in voters.leaves.values()),
+        target_modules=shorten_names(list(voters.leaves), voters.modules), base_model_name_or_path=voters.base,
+        fan_in_fan_out=any(compat.is_transposed(layer) for layer, _ in voters.leaves.values()),
         task_type="CAUSAL_LM" if voters.is_causal else None,
     )  # fmt: skip
     folders = [folder / f"voter-{m}" for m in range(voters.spec.n_voters)]
@@ -76,15 +76,15 @@ def write_voters(voters: Voters, folder: Path) -> list[Path]:
     return folders
 
 
-def voters_of(wrapped: nn.Module, base: str | None = None) -> Voters:
-    """The voters of a wrapped model.
+def read_voters(wrapped: nn.Module, base: str | None = None) -> Voters:
+    """Return the voters of a wrapped model.
 
     Raises:
         WrapError: If the model has no voters, or they lie on LoRA or on another wrapper's layers.
     """
     if not isinstance(wrapped, Wrapped) or not isinstance(wrapped.spec, Vote):
         raise WrapError(f"only voters become PEFT adapters, and this is {_describe(wrapped)}; wrap with vote.Wrapper")
-    if lora_names(wrapped):
+    if list_lora_names(wrapped):
         raise _on_lora("the model")
     inner = innermost(wrapped)
     replaced = [name for name, module in wrapped.named_modules() if isinstance(module, Replacement)]
@@ -95,18 +95,18 @@ def voters_of(wrapped: nn.Module, base: str | None = None) -> Voters:
         name = base_name(wrapped, path)
         if any(path.startswith(f"{r}.") and not f"{path}.".startswith(f"{r}.leaf.") for r in replaced):
             raise WrapError(f"voters deviate in {name}, which another wrapper added; narrow their param_filter")
-        leaves[name] = (targets.base_layer(leaf.leaf), dict(leaf.deviations))
+        leaves[name] = (compat.get_base_layer(leaf.leaf), dict(leaf.deviations))
     modules = {base_name(inner, name) for name, _ in inner.named_modules()}
     return Voters(wrapped.spec, leaves, modules, _is_causal(inner), base or source(inner))
 
 
-def voters_in(
-    folder: Path, *, base: str | None = None, revision: str | None = None, trust_remote_code: bool = False
+def load_voters(
+    adapter: AdapterFolder, *, base: str | None = None, revision: str | None = None, trust_remote_code: bool = False
 ) -> Voters:
-    """The voters of an adapter folder; of the base model only the config is read.
+    """Load the voters of an adapter folder; of the base model only the config is read.
 
     Args:
-        folder: An adapter folder.
+        adapter: A checked adapter folder.
         base: Name or folder of the base model; None takes the one that the manifest names.
         revision: Revision of the base model; None takes the manifest's, if the base is the manifest's.
         trust_remote_code: Run code that comes with the model.
@@ -116,7 +116,7 @@ def voters_in(
         BaseMismatchError: If the voters were made for another base.
         WrapError: If the folder has no voters, or they lie on LoRA.
     """
-    manifest = check_adapter(folder)
+    folder, manifest = adapter.path, adapter.manifest
     if manifest is None:
         raise WrapError(f"{folder} is LoRA of plain PEFT and has no voters; it is a PEFT adapter already")
     spec = storage.from_json(manifest["wrappers"][-1]) if manifest["wrappers"] else None
@@ -124,10 +124,10 @@ def voters_in(
         raise WrapError(f"only voters become PEFT adapters, and {folder} holds {spec!r}; train with wrapper='vote'")
     if manifest.get("lora"):
         raise _on_lora(str(folder))
-    name, revision = base_of(folder, base, revision)
+    name, revision = adapter.choose_base(base, revision)
     model = load_skeleton(name, revision=revision, trust_remote_code=trust_remote_code)
     modules = dict(model.named_modules())
-    found: dict[str, tuple[nn.Module, dict[str, Tensor]]] = {}
+    leaves: dict[str, tuple[nn.Module, dict[str, Tensor]]] = {}
     for key, tensor in storage.read_tensors(folder / storage.WEIGHTS).items():
         path, is_deviation, parameter = key.removeprefix("module." * len(manifest["wrappers"])).rpartition(
             ".deviations."
@@ -138,12 +138,12 @@ def voters_in(
             path = ".".join(part for part in path.split(".") if part != "leaf")
         if path not in modules:
             raise BaseMismatchError(f"{folder} does not fit {name}: it deviates in {path}, which the model lacks")
-        found.setdefault(path, (modules[path], {}))[1][parameter] = tensor
-    if not found:
+        leaves.setdefault(path, (modules[path], {}))[1][parameter] = tensor
+    if not leaves:
         raise BaseMismatchError(f"{folder} holds no deviations; save or download it again")
-    for path, (layer, deviations) in found.items():
+    for path, (layer, deviations) in leaves.items():
         _check_fits(folder, name, path, layer, deviations, spec)
-    return Voters(spec, found, modules, _is_causal(model), name)
+    return Voters(spec, leaves, modules, _is_causal(model), name)
 
 
 def _rank(layer: nn.Module, deviations: Mapping[str, Tensor]) -> int:
@@ -153,7 +153,7 @@ def _rank(layer: nn.Module, deviations: Mapping[str, Tensor]) -> int:
 
 
 def _lora(layer: nn.Module, deviation: dict[str, Tensor], rank: int, *, biased: bool) -> dict[str, Tensor]:
-    """One voter's deviation of one layer under PEFT's names; factors that are too short are filled with zeros."""
+    """Return one voter's deviation of one layer under PEFT's names; short factors are filled with zeros."""
     fan_in, fan_out = kernels.fans(layer)
     like = next(iter(deviation.values()))
     looks_up = isinstance(layer, nn.Embedding)
@@ -161,7 +161,7 @@ def _lora(layer: nn.Module, deviation: dict[str, Tensor], rank: int, *, biased: 
         a, b = deviation["weight_a"], deviation["weight_b"].T
         a = a.T if looks_up else a
     elif "weight" in deviation:
-        weight = deviation["weight"].T if looks_up or kernels.is_transposed(layer) else deviation["weight"]
+        weight = deviation["weight"].T if looks_up or compat.is_transposed(layer) else deviation["weight"]
         one = torch.eye(min(fan_in, fan_out), dtype=weight.dtype)
         a, b = (one, weight) if fan_in <= fan_out else (weight, one)
     else:
@@ -175,7 +175,7 @@ def _lora(layer: nn.Module, deviation: dict[str, Tensor], rank: int, *, biased: 
 
 
 def _check_layer(name: str, layer: nn.Module, *, biased: bool) -> None:
-    if kernels.kernel_of(layer) not in (kernels.linear, kernels.embedding):
+    if kernels.find_kernel(layer) not in (kernels.linear, kernels.embedding):
         raise WrapError(
             f"LoRA holds deviations of linear and embedding layers, and {name} is {type(layer).__name__}; "
             'train voters of linear layers only, e.g. param_filter="q_proj|v_proj"'
@@ -190,29 +190,26 @@ def _check_layer(name: str, layer: nn.Module, *, biased: bool) -> None:
 def _check_fits(
     folder: Path, base: str, name: str, layer: nn.Module, deviations: Mapping[str, Tensor], spec: Vote
 ) -> None:
-    """Deviations read from a file have the shapes that their layer wants."""
-    if kernels.kernel_of(layer) not in (kernels.linear, kernels.embedding):
+    """Check that deviations read from a file have the shapes that their layer needs."""
+    if kernels.find_kernel(layer) not in (kernels.linear, kernels.embedding):
         return
     fan_in, fan_out = kernels.fans(layer)
     n, r = spec.n_voters, spec.rank or 0
     a = (n, fan_in, r) if isinstance(layer, nn.Embedding) else (n, r, fan_in)
     flat = (
-        (n, fan_in, fan_out)
-        if isinstance(layer, nn.Embedding) or kernels.is_transposed(layer)
-        else (n, fan_out, fan_in)
+        (n, fan_in, fan_out) if isinstance(layer, nn.Embedding) or compat.is_transposed(layer) else (n, fan_out, fan_in)
     )
-    wanted = {"weight": flat, "bias": (n, fan_out), "weight_a": a, "weight_b": (n, r, fan_out)}
+    expected = {"weight": flat, "bias": (n, fan_out), "weight_a": a, "weight_b": (n, r, fan_out)}
     for parameter, tensor in deviations.items():
-        if wanted.get(parameter) != tuple(tensor.shape):
+        if expected.get(parameter) != tuple(tensor.shape):
             raise BaseMismatchError(
                 f"{folder} does not fit {base}: the deviation of {name}.{parameter} is {tuple(tensor.shape)}, "
-                f"and the model wants {wanted.get(parameter)}"
+                f"and the model wants {expected.get(parameter)}"
             )
 
 
 def _is_causal(model: nn.Module) -> bool:
-    head = getattr(model, "get_output_embeddings", None)
-    return callable(head) and head() is not None
+    return compat.get_output_head(model) is not None
 
 
 def _describe(model: nn.Module) -> str:

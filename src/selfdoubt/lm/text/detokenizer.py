@@ -43,8 +43,8 @@ class Detokenizer:
 
     def add(self, token: int) -> str:
         """Take a token, and return the text that is certain now; empty while a character or a run is incomplete."""
-        late, own = self.push(token)
-        return "".join(late) + own
+        late, text = self.push(token)
+        return "".join(late) + text
 
     def push(self, token: int) -> tuple[list[str], str]:
         """Take a token; return what is certain now of as many tokens right before it, and of itself."""
@@ -68,10 +68,10 @@ class Detokenizer:
         text = self._decode(self._ids)
         self.pending = text.endswith(_REPLACEMENT) and len(text) > len(self._emitted)
         certain = text[: len(text) - self.pending]
-        own = certain[len(self._emitted) :]
-        self._emitted = certain if own else self._emitted
+        piece_text = certain[len(self._emitted) :]
+        self._emitted = certain if piece_text else self._emitted
         self._forget()
-        return late, own
+        return late, piece_text
 
     def flush(self) -> str:
         """Return what is left at the end: the pending text as it is decoded when nothing follows."""
@@ -115,7 +115,9 @@ class Detokenizer:
         return _decode(self._tokenizer, ids)
 
 
-def texts_in_pieces(tokenizer: Any, ids: Sequence[int], before: Sequence[int] = ()) -> Generator[None, None, list[str]]:
+def detokenize_in_chunks(
+    tokenizer: Any, ids: Sequence[int], before: Sequence[int] = ()
+) -> Generator[None, None, list[str]]:
     """Find the piece of text of each id, some hundreds at a time; they add up to the text of all.
 
     Args:
@@ -130,23 +132,23 @@ def texts_in_pieces(tokenizer: Any, ids: Sequence[int], before: Sequence[int] = 
         A text per id.
     """
     pieces = Detokenizer(tokenizer, before)
-    found: list[str] = []
+    texts: list[str] = []
     for token in ids:
-        late, own = pieces.push(token)
-        _add_last(found, late)
-        found.append(own)
-        if not len(found) % TEXTS:
+        late, text = pieces.push(token)
+        _add_last(texts, late)
+        texts.append(text)
+        if not len(texts) % TEXTS:
             yield
-    _add_last(found, pieces.rest())
-    return found
+    _add_last(texts, pieces.rest())
+    return texts
 
 
-def _add_last(found: list[str], late: list[str]) -> None:
-    for place, text in enumerate(late, len(found) - len(late)):
-        found[place] += text
+def _add_last(texts: list[str], late: list[str]) -> None:
+    for place, text in enumerate(late, len(texts) - len(late)):
+        texts[place] += text
 
 
-def text_between(tokenizer: Any, token: int) -> str:
+def decode_between(tokenizer: Any, token: int) -> str:
     """Return the text of one token as it stands among others: with its space. U+FFFD stands for parts of characters."""
     if get_piece(tokenizer, token) is None:
         return ""
@@ -155,7 +157,7 @@ def text_between(tokenizer: Any, token: int) -> str:
 
 
 class TextsBetween(dict[int, str]):
-    """``text_between`` by token; the same few tokens are asked for again and again."""
+    """``decode_between`` by token; the same few tokens are asked for again and again."""
 
     def __init__(self, tokenizer: Any) -> None:
         super().__init__()
@@ -163,7 +165,7 @@ class TextsBetween(dict[int, str]):
 
     def __missing__(self, token: int) -> str:
         """Ask the tokenizer, once."""
-        self[token] = text_between(self._tokenizer, token)
+        self[token] = decode_between(self._tokenizer, token)
         return self[token]
 
 

@@ -75,8 +75,8 @@ class Encoder:
             PromptError: If the text holds half a surrogate pair, which is not a character.
         """
         check_text(text)
-        found = self._plain.encode(text, add_special_tokens=False)
-        return Encoded(found.ids, found.offsets)
+        encoding = self._plain.encode(text, add_special_tokens=False)
+        return Encoded(encoding.ids, encoding.offsets)
 
     def encode_letters(self, text: str, kept: Sequence[tuple[int, int]] = ()) -> Encoded:
         """Encode a text in which control tokens are letters, but for those that stand at ``kept``.
@@ -100,8 +100,8 @@ class Encoder:
             at = end
         pieces.append(text[at:])
         back += range(at, len(text) + 1)
-        found = lettering.encode("".join(pieces), add_special_tokens=False)
-        return Encoded([real.get(i, i) for i in found.ids], [(back[a], back[b]) for a, b in found.offsets])
+        encoding = lettering.encode("".join(pieces), add_special_tokens=False)
+        return Encoded([real.get(i, i) for i in encoding.ids], [(back[a], back[b]) for a, b in encoding.offsets])
 
     def start_ids(self) -> list[int]:
         """Return the ids that the tokenizer puts before a text, usually the beginning-of-text token or none.
@@ -121,32 +121,32 @@ class Encoder:
         from tokenizers import AddedToken
 
         names = {text: f"\ue000{self._secret}:{i}\ue001" for i, text in enumerate(self.control)}
-        found = self._copy(self.control)
+        copied = self._copy(self.control)
         known = {token.content: token for token in self._added.values()}
-        found.add_tokens([
+        copied.add_tokens([
             AddedToken(name, normalized=False, **{flag: getattr(known.get(text), flag, False) for flag in _FLAGS})
             for text, name in names.items()
         ])  # fmt: skip
-        found.encode_special_tokens = True
-        return found, names, {found.token_to_id(name): self.control[text].id for text, name in names.items()}
+        copied.encode_special_tokens = True
+        return copied, names, {copied.token_to_id(name): self.control[text].id for text, name in names.items()}
 
     def _copy(self, special: Any) -> Any:
         """Make another object on the same vocabulary, without truncation, padding and what is put around a text."""
         from tokenizers import AddedToken, Tokenizer
 
-        found = Tokenizer(self._backend.model)
+        copied = Tokenizer(self._backend.model)
         for part in ("normalizer", "pre_tokenizer"):
             if (value := getattr(self._backend, part)) is not None:
-                setattr(found, part, value)
-        found.add_tokens([
+                setattr(copied, part, value)
+        copied.add_tokens([
             AddedToken(
                 t.content, special=t.special or t.content in special, normalized=t.normalized,
                 **{flag: getattr(t, flag) for flag in _FLAGS},
             )
             for _, t in sorted(self._added.items())
         ])  # fmt: skip
-        if all(found.token_to_id(t.content) == i for i, t in self._added.items()):
-            return found
+        if all(copied.token_to_id(t.content) == i for i, t in self._added.items()):
+            return copied
         data = json.loads(self._backend.to_str()) | {"truncation": None, "padding": None, "post_processor": None}
         for token in data["added_tokens"]:
             token["special"] |= token["content"] in special
@@ -186,9 +186,9 @@ class SlowEncoder(Encoder):
             for first, end in [*kept, (len(text), len(text))]:
                 token = added.get(self.control[text[first:end]].id) if end > first else None
                 piece = text[at:first].lstrip() if strip else text[at:first]
-                found = self._ids(piece.rstrip() if getattr(token, "lstrip", False) else piece, letters=True)
-                ids += found
-                spans += [(at, first)] * len(found)
+                piece_ids = self._ids(piece.rstrip() if getattr(token, "lstrip", False) else piece, letters=True)
+                ids += piece_ids
+                spans += [(at, first)] * len(piece_ids)
                 if end > first:
                     ids.append(self.control[text[first:end]].id)
                     spans.append((first, end))
@@ -203,8 +203,8 @@ class SlowEncoder(Encoder):
         return next((whole[:i] for i in places if whole[i : i + len(bare)] == bare), [])
 
     def _ids(self, text: str, *, letters: bool = False) -> list[int]:
-        own = {"add_special_tokens": False, "split_special_tokens": letters}
-        return list(self._tokenizer(text, **own)["input_ids"]) if text else []
+        options = {"add_special_tokens": False, "split_special_tokens": letters}
+        return list(self._tokenizer(text, **options)["input_ids"]) if text else []
 
 
 _KNOWN: WeakKeyDictionary[Any, tuple[Any, Encoder]] = WeakKeyDictionary()
@@ -216,11 +216,11 @@ def get_encoder(tokenizer: Any) -> Encoder:
         return SlowEncoder(tokenizer)
     key = len(tokenizer), tokenizer.chat_template, tokenizer.all_special_tokens
     with _LOCK:
-        known, found = _KNOWN.get(tokenizer, (None, None))
-        if found is None or known != key:
-            found = Encoder(tokenizer)
-            _KNOWN[tokenizer] = key, found
-        return found
+        known, encoder = _KNOWN.get(tokenizer, (None, None))
+        if encoder is None or known != key:
+            encoder = Encoder(tokenizer)
+            _KNOWN[tokenizer] = key, encoder
+        return encoder
 
 
 def check_text(text: str) -> None:
@@ -240,14 +240,14 @@ def check_text(text: str) -> None:
 def _control(tokenizer: Any) -> dict[str, Control]:
     named = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
     template = str(tokenizer.chat_template or "")
-    found = {text: Control(text, i, True) for text, i in named.items()}
+    tokens = {text: Control(text, i, True) for text, i in named.items()}
     for i, token in tokenizer.added_tokens_decoder.items():
         text = str(token)
         # A token for white space or a letter is text, also where a template writes it.
         written = len(text) > 2 and text in template and not text.replace("▁", " ").isspace()
         if token.special or text in named or written:
-            found[text] = Control(text, i, bool(token.special) or text in named)
-    return {text: token for text, token in found.items() if text and not _BYTE.fullmatch(text)}
+            tokens[text] = Control(text, i, bool(token.special) or text in named)
+    return {text: token for text, token in tokens.items() if text and not _BYTE.fullmatch(text)}
 
 
 def _common(one: Sequence[int], other: Sequence[int]) -> int:

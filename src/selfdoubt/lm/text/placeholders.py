@@ -15,7 +15,7 @@ from selfdoubt.lm.text.encoder import Encoder
 
 Ints = np.ndarray[Any, np.dtype[np.intp]]
 Codes = np.ndarray[Any, np.dtype[np.uint32]]
-Chat = Sequence[Mapping[str, str]]
+ChatText = Sequence[Mapping[str, str]]
 
 _RANGES = (0xE000, 0xF900), (0xF0000, 0xFFFFE), (0x100000, 0x10FFFE)
 _PRIVATE: Codes = np.concatenate([np.arange(first, end, dtype="<u4") for first, end in _RANGES])
@@ -30,8 +30,8 @@ class Standing:
     Stand-ins are numbered through all contents; ``message`` and ``place`` say of each what it stands for.
     """
 
-    def __init__(self, messages: Chat, places: Sequence[Ints], pool: Codes) -> None:
-        counts = [len(own) for own in places]
+    def __init__(self, messages: ChatText, places: Sequence[Ints], pool: Codes) -> None:
+        counts = [len(hidden) for hidden in places]
         ends = np.cumsum(counts).tolist()
         self.places = places
         self.message = np.repeat(np.arange(len(counts)), counts)
@@ -39,10 +39,10 @@ class Standing:
         self._stand_ins = pool[: ends[-1]]
         self._true = np.zeros(ends[-1], dtype="<u4")
         self.contents: list[str] = []
-        for message, own, count, end in zip(messages, places, counts, ends, strict=True):
-            codes = codes_of(message["content"]).copy()
-            self._true[end - count : end] = codes[own]
-            codes[own] = self._stand_ins[end - count : end]
+        for message, hidden, count, end in zip(messages, places, counts, ends, strict=True):
+            codes = get_codes(message["content"]).copy()
+            self._true[end - count : end] = codes[hidden]
+            codes[hidden] = self._stand_ins[end - count : end]
             self.contents.append(codes.tobytes().decode("utf-32-le"))
 
     def neighbours(self, number: int) -> tuple[int, int | None]:
@@ -57,7 +57,7 @@ class Standing:
 
         None where the text is not what comes of a rendering once all stand-ins are put back.
         """
-        codes, true = codes_of(rendered), codes_of(text)
+        codes, true = get_codes(rendered), get_codes(text)
         if len(codes) != len(true):
             return None
         numbers = np.full(len(codes), -1)
@@ -70,7 +70,7 @@ class Standing:
 
 def free_characters(text: str) -> Codes:
     """Return the private characters that a text does not hold."""
-    return _PRIVATE[~np.isin(_PRIVATE, codes_of(text))] if _ANY.search(text) else _PRIVATE
+    return _PRIVATE[~np.isin(_PRIVATE, get_codes(text))] if _ANY.search(text) else _PRIVATE
 
 
 def find_hidden(content: str, level: int, literals: Sequence[str], encoder: Encoder) -> Ints:
@@ -104,11 +104,11 @@ def limit_places(hidden: Sequence[Ints], pool: int) -> Sequence[Ints]:
         return hidden
     half = most // (2 * len(hidden))
     if not half:
-        raise PromptError(f"the chat has {len(hidden)} messages, and only {most // 2} can be told apart; shorten it")
-    return [own if len(own) <= 2 * half else np.concatenate([own[:half], own[-half:]]) for own in hidden]
+        raise PromptError(f"the chat has {len(hidden)} messages, and only {most // 2} can be distinguished; shorten it")
+    return [p if len(p) <= 2 * half else np.concatenate([p[:half], p[-half:]]) for p in hidden]
 
 
-def codes_of(text: str) -> Codes:
+def get_codes(text: str) -> Codes:
     """Return the code points of a text."""
     return np.frombuffer(text.encode("utf-32-le"), dtype="<u4")
 
@@ -116,13 +116,13 @@ def codes_of(text: str) -> Codes:
 @lru_cache(maxsize=16)
 def find_literals(source: str) -> tuple[str, ...]:
     """Return the texts in quotes in a template: what it may look for in a content."""
-    found = set()
+    literals = set()
     for match in (string for block in _BLOCK.findall(source) for string in _STRING.finditer(block)):
         try:
-            found.add(str(ast.literal_eval(match[0])))
+            literals.add(str(ast.literal_eval(match[0])))
         except (SyntaxError, ValueError):  # such as one over several lines
-            found.add(match[0][1:-1])
-    return tuple(found - {""})
+            literals.add(match[0][1:-1])
+    return tuple(literals - {""})
 
 
 def _places(part: str, text: str) -> Iterator[int]:

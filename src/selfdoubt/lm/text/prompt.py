@@ -15,7 +15,7 @@ from selfdoubt.lm.text.placeholders import Ints
 from selfdoubt.lm.text.prompt_form import CHAT, chat_form, text_form
 from selfdoubt.lm.text.template import render_chat
 
-Message = Mapping[str, str]
+MessageLike = Mapping[str, str]
 
 #: A byte order mark: what some editors write before a text; it is not part of it.
 BOM = "\ufeff"
@@ -25,7 +25,7 @@ class Prompt(NamedTuple):
     """Token ids, and whether each is part of the last message's own words rather than of the template."""
 
     ids: list[int]
-    own: list[bool]
+    is_user_token: list[bool]
     form: str = CHAT  #: of all but the last message, see ``selfdoubt.lm.text.prompt_form``
 
 
@@ -36,7 +36,7 @@ class Turns(NamedTuple):
     turn: list[int]
 
 
-def encode(tokenizer: Any, prompt: str | Sequence[Message], *, raw: bool = False) -> Prompt:
+def encode(tokenizer: Any, prompt: str | Sequence[MessageLike], *, raw: bool = False) -> Prompt:
     """Return the token ids of a question or of chat messages.
 
     They are those of ``tokenizer.apply_chat_template``, but that control tokens in a message are letters: otherwise a
@@ -70,19 +70,19 @@ def _is_alone(tokenizer: Any, message: dict[str, str], ids: list[int]) -> bool:
         return False
 
 
-def encode_turns(tokenizer: Any, messages: Sequence[Message]) -> Turns:
+def encode_turns(tokenizer: Any, messages: Sequence[MessageLike]) -> Turns:
     """Return the token ids of a whole chat with its answers, as the chat template renders it, to learn from.
 
     Raises:
         PromptError: If a message lacks its parts, or the template refuses the chat.
     """
-    own = [dict(m) for m in messages]
-    _check(own)
-    return _encode_chat(tokenizer, own, list(range(len(own))), answer_next=False)
+    turns = [dict(m) for m in messages]
+    _check(turns)
+    return _encode_chat(tokenizer, turns, list(range(len(turns))), answer_next=False)
 
 
 def encode_pair(
-    tokenizer: Any, question: str | Sequence[Message], text: str, *, raw: bool = False
+    tokenizer: Any, question: str | Sequence[MessageLike], text: str, *, raw: bool = False
 ) -> tuple[Prompt, list[int]]:
     """Return a prompt, and the ids of a text that follows it.
 
@@ -136,7 +136,7 @@ def strip_answer(text: str, *, joined: bool = False) -> str:
     return text.strip(BOM).rstrip(ends) if joined else text.strip(ends)
 
 
-def _messages(prompt: str | Sequence[Message]) -> list[dict[str, str]]:
+def _messages(prompt: str | Sequence[MessageLike]) -> list[dict[str, str]]:
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(m) for m in prompt]
     _check(messages)
     if not messages or not strip_answer(messages[-1]["content"]):
@@ -144,13 +144,13 @@ def _messages(prompt: str | Sequence[Message]) -> list[dict[str, str]]:
     return messages
 
 
-def _check(messages: Sequence[Message]) -> None:
+def _check(messages: Sequence[MessageLike]) -> None:
     for message in messages:
         if not isinstance(message.get("role"), str) or not isinstance(message.get("content"), str):
             raise PromptError(f"a message needs a role and a content, both text, got {sorted(message)}")
 
 
-def _joined(messages: Sequence[Message]) -> str:
+def _joined(messages: Sequence[MessageLike]) -> str:
     return "\n".join(m["content"] for m in messages)
 
 
@@ -180,9 +180,9 @@ def _encode_border(tokenizer: Any, before: str, text: str) -> tuple[Prompt, list
     return Prompt(read, [i not in special for i in read], text_form(before)), ids[border:]
 
 
-def _encode_chat(tokenizer: Any, messages: list[dict[str, str]], wanted: list[int], *, answer_next: bool) -> Turns:
-    """Encode a chat; the turns in ``wanted`` are told apart, the words of others may count as the template's."""
-    text, owners = render_chat(tokenizer, messages, wanted, answer_next=answer_next)
+def _encode_chat(tokenizer: Any, messages: list[dict[str, str]], numbers: list[int], *, answer_next: bool) -> Turns:
+    """Encode a chat and locate the words of the messages in ``numbers``; others' may count as the template's."""
+    text, owners = render_chat(tokenizer, messages, numbers, answer_next=answer_next)
     encoder = get_encoder(tokenizer)
     edges = [0, *(np.flatnonzero(np.diff(owners)) + 1).tolist(), len(owners)]
     answers = {i for i, m in enumerate(messages) if m["role"] == "assistant"}
@@ -199,8 +199,8 @@ def _encode_chat(tokenizer: Any, messages: list[dict[str, str]], wanted: list[in
         again, usurped = _control_of(tokenizer, encoder, encoded, text, owners, answers)
         if usurped or not again >= theirs:
             raise PromptError("a message holds the text of a control token that cannot be read as letters; remove it")
-    said = np.where(np.isin(owners, wanted), owners, -1).tolist()
-    return Turns(encoded.ids, [max(said[a:b], default=-1) for a, b in encoded.spans])
+    turn = np.where(np.isin(owners, numbers), owners, -1).tolist()
+    return Turns(encoded.ids, [max(turn[a:b], default=-1) for a, b in encoded.spans])
 
 
 def _control_of(

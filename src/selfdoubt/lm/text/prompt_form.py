@@ -42,7 +42,7 @@ def text_form(text: str) -> str:
     """
     before, _, last = text.strip().rpartition("\n\n")
     lines = last.split("\n")
-    labels = [_label(line) for line in lines]
+    labels = [_label(text_line) for text_line in lines]
     if labels[0] and labels[0] in labels[1:]:  # examples without an empty line: the question is the last that begins so
         start = len(labels) - 1 - labels[::-1].index(labels[0])
         before, labels = "\n".join([before, *lines[:start]]), labels[start:]
@@ -50,11 +50,11 @@ def text_form(text: str) -> str:
     return _digest(RAW, [before, *labels]) if before or any(labels) else RAW
 
 
-def _label(line: str) -> str:
+def _label(text: str) -> str:
     """Return what a line begins with, such as "Q:"; empty where it begins with none."""
-    found = _LABEL.match(line)
-    return found.group(1) if found else ""
+    label = _LABEL.match(text)
+    return label.group(1) if label else ""
 
 
-def _digest(kind: str, parts: Sequence[object]) -> str:
-    return f"{kind}:{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]}"
+def _digest(kind: str, values: Sequence[object]) -> str:
+    return f"{kind}:{hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]}"

@@ -74,8 +74,8 @@ class _Stop:
     def _shorter(self, length: int) -> int:
         """Return the length of the longest shorter beginning that the text also ends with."""
         while len(self._back) < length:
-            character, found = self.text[len(self._back)], self._back[-1]
-            while found and self.text[found] != character:
-                found = self._back[found - 1]
-            self._back.append(found + (self.text[found] == character))
+            character, matched = self.text[len(self._back)], self._back[-1]
+            while matched and self.text[matched] != character:
+                matched = self._back[matched - 1]
+            self._back.append(matched + (self.text[matched] == character))
         return self._back[length - 1]

@@ -20,14 +20,14 @@ import numpy as np
 from selfdoubt.errors import PromptError
 from selfdoubt.lm.text.encoder import Encoder, check_text, get_encoder
 from selfdoubt.lm.text.placeholders import (
-    Chat,
+    ChatText,
     Codes,
     Ints,
     Standing,
-    codes_of,
     find_hidden,
     find_literals,
     free_characters,
+    get_codes,
     limit_places,
 )
 
@@ -52,7 +52,7 @@ class _End(NamedTuple):
     length: int
 
 
-def render_chat(tokenizer: Any, messages: Chat, wanted: Sequence[int], *, answer_next: bool) -> Rendered:
+def render_chat(tokenizer: Any, messages: ChatText, numbers: Sequence[int], *, answer_next: bool) -> Rendered:
     """Render a chat with the tokenizer's template, and find who wrote what.
 
     Args:
@@ -69,7 +69,7 @@ def render_chat(tokenizer: Any, messages: Chat, wanted: Sequence[int], *, answer
     """
     for message in messages:
         check_text(message["role"] + message["content"])
-    last = max(wanted)
+    last = max(numbers)
     role = messages[last]["role"]
     rewritten = False
     # Some templates read contents only as lists of parts, and print nothing of a text.
@@ -81,32 +81,34 @@ def render_chat(tokenizer: Any, messages: Chat, wanted: Sequence[int], *, answer
             if as_parts:
                 break
             raise
-        found = _located(chat, text, wanted)
-        if found is not None and ((found.owners == last).any() or not messages[last]["content"].strip()):
-            return found
-        rewritten |= found is None
+        rendered = _located(chat, text, numbers)
+        if rendered is not None and ((rendered.owners == last).any() or not messages[last]["content"].strip()):
+            return rendered
+        rewritten |= rendered is None
     if rewritten:
         raise PromptError(
-            f"the chat template rewrites message {last + 1} ({role}), so that its words cannot be told from the "
-            "template's own; ask with raw=True, or use a template that leaves contents as they are"
+            f"the chat template rewrites message {last + 1} ({role}), so that its words cannot be distinguished "
+            "from the template's own; ask with raw=True, or use a template that leaves contents as they are"
         )
     raise PromptError(f"the chat template leaves out message {last + 1} ({role}); ask without it, or with raw=True")
 
 
 class _Chat(NamedTuple):
     tokenizer: Any
-    messages: Chat
+    messages: ChatText
     answer_next: bool
     as_parts: bool
 
     def render(self, contents: Sequence[str]) -> str:
         """Return the text with these contents in place of the messages' own."""
-        said: list[dict[str, Any]] = [
+        messages: list[dict[str, Any]] = [
             dict(m, content=[{"type": "text", "text": c}] if self.as_parts else c)
             for m, c in zip(self.messages, contents, strict=True)
         ]
         try:
-            return str(self.tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=self.answer_next))
+            return str(
+                self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=self.answer_next)
+            )
         except Exception as error:  # templates are programs: they raise what they like
             why = " ".join(str(error).split())[:300]
             raise PromptError(f"the model's chat template refuses these messages: {why}") from error
@@ -119,7 +121,7 @@ class _Chat(NamedTuple):
             return ""
 
 
-def _located(chat: _Chat, text: str, wanted: Sequence[int]) -> Rendered | None:
+def _located(chat: _Chat, text: str, message_numbers: Sequence[int]) -> Rendered | None:
     """Find who wrote what; None where the template rewrites the words of a wanted message."""
     encoder = get_encoder(chat.tokenizer)
     contents = [m["content"] for m in chat.messages]
@@ -140,19 +142,19 @@ def _located(chat: _Chat, text: str, wanted: Sequence[int]) -> Rendered | None:
             continue
         owners, ends = _owners(contents, text, numbers, standing)
         for end in ends if level else ():
-            if end.message in wanted:
+            if end.message in message_numbers:
                 _doubt(chat, text, owners, standing, pool, end)
-        bare = [i for i in wanted if not len(hidden[i])]
-        found = _searched(encoder, contents, text, bare, owners) if bare else Rendered(text, owners)
+        bare = [i for i in message_numbers if not len(hidden[i])]
+        result = _searched(encoder, contents, text, bare, owners) if bare else Rendered(text, owners)
         break
     else:
-        found = _searched(encoder, contents, text, wanted, np.full(len(text), -1))
-    if found is not None and level > 1:  # not all that a message wrote is known to be its
-        _check_control(encoder, found, neutral)
-    return found
+        result = _searched(encoder, contents, text, message_numbers, np.full(len(text), -1))
+    if result is not None and level > 1:  # not all that a message wrote is known to be its
+        _check_control(encoder, result, neutral)
+    return result
 
 
-def _check_control(encoder: Encoder, found: Rendered, neutral: str) -> None:
+def _check_control(encoder: Encoder, rendered: Rendered, neutral: str) -> None:
     """Refuse a control token that the template made of a message's words.
 
     Args:
@@ -160,10 +162,10 @@ def _check_control(encoder: Encoder, found: Rendered, neutral: str) -> None:
         found: The text, not all of whose owners are known.
         neutral: The text in which all contents are stand-ins: the control tokens in it are the template's.
     """
-    matches = [m for m in encoder.pattern.finditer(found.text) if encoder.control[m[0]].special]
-    own = Counter(m[0] for m in matches if (found.owners[m.start() : m.end()] == -1).all())
-    own.subtract(m[0] for m in encoder.pattern.finditer(neutral))
-    made = [token for token, count in own.items() if count > 0]
+    matches = [m for m in encoder.pattern.finditer(rendered.text) if encoder.control[m[0]].special]
+    from_template = Counter(m[0] for m in matches if (rendered.owners[m.start() : m.end()] == -1).all())
+    from_template.subtract(m[0] for m in encoder.pattern.finditer(neutral))
+    made = [token for token, count in from_template.items() if count > 0]
     if made:
         raise PromptError(
             f"the chat template rewrites the messages, and a {made[0]!r} in it may come from one of them; ask without "
@@ -180,9 +182,9 @@ def _owners(contents: Sequence[str], text: str, numbers: Ints, standing: Standin
     places = np.flatnonzero(numbers >= 0)
     if not len(places):
         return owners, []
-    found = numbers[places]
-    owners[places] = standing.message[found]
-    joined = (np.diff(found) == 1) & (np.diff(standing.message[found]) == 0)
+    result = numbers[places]
+    owners[places] = standing.message[result]
+    joined = (np.diff(result) == 1) & (np.diff(standing.message[result]) == 0)
     for k in np.flatnonzero(joined & (np.diff(places) > 1)).tolist():
         owners[places[k] : places[k + 1]] = owners[places[k]]
     ends: list[_End] = []
@@ -193,8 +195,8 @@ def _owners(contents: Sequence[str], text: str, numbers: Ints, standing: Standin
         limit = len(text) if after == len(places) else int(places[after])
         message = int(owners[at])
         content = contents[message]
-        left, right = (int(standing.place[found[k]]) for k in (first, after - 1))
-        start, end = standing.neighbours(int(found[first]))[0], standing.neighbours(int(found[after - 1]))[1]
+        left, right = (int(standing.place[result[k]]) for k in (first, after - 1))
+        start, end = standing.neighbours(int(result[first]))[0], standing.neighbours(int(result[after - 1]))[1]
         end = len(content) if end is None else end
         length = _alike(text[max(free, at - (left - start)) : at][::-1], content[start:left][::-1])
         ends.append(_End(message, 0, at, left, length))
@@ -233,8 +235,8 @@ def _doubt(chat: _Chat, text: str, owners: Ints, standing: Standing, pool: Codes
     while low < high:
         middle = (low + high + 1) // 2
         more = np.arange(inner - middle, inner) if end.side == 0 else np.arange(inner, inner + middle)
-        own = [np.union1d(p, more) if i == end.message else p for i, p in enumerate(standing.places)]
-        tried = Standing(chat.messages, own, pool)
+        places = [np.union1d(p, more) if i == end.message else p for i, p in enumerate(standing.places)]
+        tried = Standing(chat.messages, places, pool)
         if tried.put_back(chat.rendered(tried), text) is not None:
             low = middle
         else:
@@ -245,22 +247,22 @@ def _doubt(chat: _Chat, text: str, owners: Ints, standing: Standing, pool: Codes
 
 
 def _searched(
-    encoder: Encoder, contents: Sequence[str], text: str, wanted: Sequence[int], owners: Ints
+    encoder: Encoder, contents: Sequence[str], text: str, numbers: Sequence[int], owners: Ints
 ) -> Rendered | None:
     """Look for words that no stand-in tells, in their order, the last of them from the end; None if they are not there.
 
     The template's control tokens are not looked at: "assistant" stands in one of them.
     """
     theirs = {m[0] for content in contents for m in encoder.pattern.finditer(content)}
-    codes = np.where(owners == -1, codes_of(text), 0)
+    codes = np.where(owners == -1, get_codes(text), 0)
     for match in encoder.pattern.finditer(text):
         if match[0] not in theirs:
             codes[match.start() : match.end()] = 0
     left = codes.astype("<u4").tobytes().decode("utf-32-le")
     at = 0
-    for i in sorted(wanted):
+    for i in sorted(numbers):
         words = contents[i].strip()
-        first = left.rfind(words, at) if i == max(wanted) else left.find(words, at)
+        first = left.rfind(words, at) if i == max(numbers) else left.find(words, at)
         if first < 0:
             return None
         at = first + len(words)

@@ -65,7 +65,7 @@
     const [name, text] = VERDICTS[row.v] || ["unjudged", "– unjudged"];
     facts.append(make("span", name, text));
     const add = (known, words) => { if (known !== undefined && known !== null) facts.append(make("span", "", words)); };
-    if (row.w) facts.append(make("span", "", "withheld"));
+    if (row.w) facts.append(make("span", "", "abstained"));
     add(row.k, `p_correct ${percent(row.k)}`);
     add(row.h, `riskier than ${percent(row.h)} of these answers`);
     add(row.p, `than ${percent(row.p)} of the reference answers`);
@@ -113,8 +113,8 @@
     right: (row) => row.v === 1,
     wrong: (row) => row.v === 0,
     unjudged: (row) => row.v === null,
-    withheld: (row) => row.w === true,
-    given: (row) => row.w === false,
+    abstained: (row) => row.w === true,
+    answered: (row) => row.w === false,
   };
   let found = [], shown = 0;
   const next = () => {

@@ -9,48 +9,57 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-from bisect import bisect_left, bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
 from selfdoubt.eval.records import Record
 from selfdoubt.lm.risk_levels import BOUNDS, COLOURS, level
-from selfdoubt.report.html import plots, tables
-from selfdoubt.report.measure import risk_of
+from selfdoubt.report.html.plots import draw_curves, draw_reliability
+from selfdoubt.report.html.tables import (
+    format_percent_html,
+    render_abstention,
+    render_samples,
+    render_scores,
+    render_settings,
+    render_topics,
+)
+from selfdoubt.report.measure import get_risk
+from selfdoubt.report.results import NoAbstention, Report
 from selfdoubt.report.summary import LABELS
+from selfdoubt.risk import percentile
 
 #: Answers in each of the two lists of surprises.
 SURPRISES = 10
 LONGEST_PASSAGE = 1200
 
 
-def page(records: Sequence[Record], report: Mapping[str, Any]) -> str:
-    """The whole page.
+def render_page(records: Sequence[Record], report: Report) -> str:
+    """Return the whole page.
 
     Args:
         records: All answers, in the order of their file.
-        report: As ``measure`` makes it from them.
+        report: As ``measure_answers`` makes it from them.
     """
-    style = _file("page.css") + ":root{" + "".join(f"--t{i}:{c};" for i, c in enumerate(COLOURS)) + "}"
-    script = _file("page.js")
+    style = _read_file("page.css") + ":root{" + "".join(f"--t{i}:{c};" for i, c in enumerate(COLOURS)) + "}"
+    script = _read_file("page.js")
     policy = (
         f"default-src 'none'; style-src {_hash(style)}; script-src {_hash(script)}; base-uri 'none'; form-action 'none'"
     )
-    ranks = _ranks(records, report["verdict"]["score"])
-    data = {"bounds": BOUNDS, "answers": [_row(r, rank) for r, rank in zip(records, ranks, strict=True)]}
-    name = _name(report)
+    ranks = _rank(records, report.verdict.score)
+    data = {"bounds": BOUNDS, "answers": [_to_row(r, rank) for r, rank in zip(records, ranks, strict=True)]}
+    name = _name_run(report)
     body = [
         f"<h1>{escape(name)}</h1>",
-        _verdict(report),
-        _plots(report),
-        f"<h2>Scores</h2><p>{_reading(report)}</p>{tables.scores(report)}",
-        f'<div class="pair">{tables.abstention(report)}{tables.samples(report)}</div>',
-        tables.topics(report),
-        _surprises(records, ranks),
-        _list(records),
-        _method(report),
+        _render_verdict(report),
+        _render_plots(report),
+        f"<h2>Scores</h2><p>{_explain_scores(report)}</p>{render_scores(report)}",
+        f'<div class="pair">{render_abstention(report)}{render_samples(report)}</div>',
+        render_topics(report),
+        _render_surprises(records, ranks),
+        _render_list(records),
+        _describe_method(report),
     ]
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -58,23 +67,23 @@ def page(records: Sequence[Record], report: Mapping[str, Any]) -> str:
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         '<meta name="color-scheme" content="light dark">'
         f"<title>{escape(name)}</title><style>{style}</style></head>\n<body><main>{''.join(body)}</main>\n"
-        f'<script type="application/json" id="data">{embedded(data)}</script>\n'
+        f'<script type="application/json" id="data">{embed_json(data)}</script>\n'
         f"<script>{script}</script>\n</body></html>\n"
     )
 
 
-def embedded(data: Any) -> str:
-    """JSON that may stand inside of a script element: ASCII only, and without a character that could begin a tag.
+def embed_json(data: Any) -> str:
+    """Return JSON that may stand inside of a script element: ASCII without a character that could begin a tag.
 
     Example:
-        >>> embedded("</script>")
+        >>> embed_json("</script>")
         '"\\\\u003c/script\\\\u003e"'
     """
     text = json.dumps(data, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
-def _file(name: str) -> str:
+def _read_file(name: str) -> str:
     return Path(__file__).with_name(name).read_text(encoding="utf-8")
 
 
@@ -82,37 +91,35 @@ def _hash(text: str) -> str:
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 
-def _name(report: Mapping[str, Any]) -> str:
-    run = report["run"]
-    model = " + ".join(str(run[key]) for key in ("model", "adapter") if run.get(key))
-    return f"selfdoubt: {model or 'a model'} on {run.get('data') or 'a set of questions'}"
+def _name_run(report: Report) -> str:
+    run = report.run
+    model = " + ".join(name for name in (run.model, run.adapter) if name)
+    return f"selfdoubt: {model or 'a model'} on {run.data or 'a set of questions'}"
 
 
-def _verdict(report: Mapping[str, Any]) -> str:
-    counts, accuracy = report["counts"], report["accuracy"]
-    numbers = [(f"{counts['asked']}", "asked")]
-    if accuracy["value"] is not None:
-        ends = f"right, {100 * accuracy['low']:.0f} to {100 * accuracy['high']:.0f} %"
-        numbers.append(
-            (tables.as_percent(accuracy["value"]), ends if not counts["unjudged"] else f"{ends}, of the judged")
-        )
-    numbers.append((f"{counts['unjudged']}", "unjudged"))
-    if "why" not in report["abstention"]:
-        numbers.append((f"{counts['abstained']}", "withheld"))
+def _render_verdict(report: Report) -> str:
+    counts, accuracy = report.counts, report.accuracy
+    numbers = [(f"{counts.asked}", "asked")]
+    if accuracy.value is not None and accuracy.low is not None and accuracy.high is not None:
+        ends = f"right, {100 * accuracy.low:.0f} to {100 * accuracy.high:.0f} %"
+        numbers.append((format_percent_html(accuracy.value), f"{ends}, of the judged" if counts.unjudged else ends))
+    numbers.append((f"{counts.unjudged}", "unjudged"))
+    if not isinstance(report.abstention, NoAbstention):
+        numbers.append((f"{counts.abstained}", "abstained"))
     tiles = "".join(f"<li><b>{value}</b>{escape(text)}</li>" for value, text in numbers)
-    said = "".join(f"<p>{escape(s)}</p>" for s in report["verdict"]["sentences"]).replace(" %", "&nbsp;%")
-    reasons = "".join(f"<li>{n}: {escape(why)}</li>" for why, n in counts["unjudged_because"].items())
+    text = "".join(f"<p>{escape(s)}</p>" for s in report.verdict.sentences).replace(" %", "&nbsp;%")
+    reasons = "".join(f"<li>{n}: {escape(why)}</li>" for why, n in counts.unjudged_because.items())
     why = f'<details><summary>Why unjudged</summary><ul class="plain">{reasons}</ul></details>' if reasons else ""
-    return f'<section class="verdict" aria-label="Result">{said}</section><ul class="numbers">{tiles}</ul>{why}'
+    return f'<section class="verdict" aria-label="Result">{text}</section><ul class="numbers">{tiles}</ul>{why}'
 
 
-def _plots(report: Mapping[str, Any]) -> str:
-    figures = [figure for figure in (plots.curves(report), plots.reliability(report)) if figure]
+def _render_plots(report: Report) -> str:
+    figures = [figure for figure in (draw_curves(report), draw_reliability(report)) if figure]
     return f'<div class="pair">{"".join(figures)}</div>' if figures else ""
 
 
-def _reading(report: Mapping[str, Any]) -> str:
-    base = LABELS.get(report["baseline"], report["baseline"])
+def _explain_scores(report: Report) -> str:
+    base = LABELS.get(report.baseline, report.baseline)
     return (
         f"PRR is 1 for the best possible order of the answers and 0 for a random one; AUROC 1 and 0.5. Under each "
         f"number its 95 % interval. A difference to {escape(base)} counts where its interval leaves out zero. "
@@ -120,16 +127,15 @@ def _reading(report: Mapping[str, Any]) -> str:
     )
 
 
-def _ranks(records: Sequence[Record], score: str | None) -> list[float | None]:
-    """The share of these answers with a lower risk; ties count half."""
-    risks = [None if score is None else risk_of(r, score) for r in records]
+def _rank(records: Sequence[Record], score: str | None) -> list[float | None]:
+    """Return the share of these answers with a lower risk; ties count half."""
+    risks = [None if score is None else get_risk(r, score) for r in records]
     known = sorted(v for v in risks if v is not None)
-    n = max(1, 2 * len(known))
-    return [None if v is None else (bisect_left(known, v) + bisect_right(known, v)) / n for v in risks]
+    return [None if v is None else percentile(v, known) for v in risks]
 
 
-def _row(record: Record, rank: float | None) -> dict[str, Any]:
-    """An answer for the page's list, without what is not known."""
+def _to_row(record: Record, rank: float | None) -> dict[str, Any]:
+    """Return an answer for the page's list, without what is not known."""
     q = record.question
     right = None if record.correct is None else int(record.correct)
     accepted = q.answers or tuple(q.choices[i] for i in q.right if i < len(q.choices))
@@ -144,7 +150,7 @@ def _row(record: Record, rank: float | None) -> dict[str, Any]:
 
 
 def _tokens(record: Record) -> Sequence[tuple[str, float]]:
-    """The answer's tokens, if they are the answer."""
+    """Return the answer's tokens, if they are the answer."""
     whole = "".join(text for text, _ in record.tokens).strip()
     return record.tokens if record.answer is not None and whole == record.answer.strip() else ()
 
@@ -157,7 +163,7 @@ def _round(value: float | None) -> float | None:
     return None if value is None else float(f"{value:.4g}")
 
 
-def _surprises(records: Sequence[Record], ranks: Sequence[float | None]) -> str:
+def _render_surprises(records: Sequence[Record], ranks: Sequence[float | None]) -> str:
     known = [(rank, r) for r, rank in zip(records, ranks, strict=True) if rank is not None]
     right = sorted((p for p in known if p[1].correct is True), key=lambda p: -p[0])[:SURPRISES]
     wrong = sorted((p for p in known if p[1].correct is False), key=lambda p: p[0])[:SURPRISES]
@@ -170,28 +176,28 @@ def _surprises(records: Sequence[Record], ranks: Sequence[float | None]) -> str:
     return (
         "<h2>Where risk was mistaken</h2><p>Each token in the colour of its risk, in nats.</p>"
         f'<ul class="legend">{swatches}</ul>'
-        f'<div class="pair"><section><h3>The riskiest right answers</h3>{_answers(right)}</section>'
-        f"<section><h3>The safest wrong answers</h3>{_answers(wrong)}</section></div>"
+        f'<div class="pair"><section><h3>The riskiest right answers</h3>{_render_answers(right)}</section>'
+        f"<section><h3>The safest wrong answers</h3>{_render_answers(wrong)}</section></div>"
     )
 
 
-def _answers(found: Sequence[tuple[float, Record]]) -> str:
-    if not found:
+def _render_answers(ranked: Sequence[tuple[float, Record]]) -> str:
+    if not ranked:
         return "<p>There are none.</p>"
-    return f'<ul class="answers">{"".join(_answer(r, rank) for rank, r in found)}</ul>'
+    return f'<ul class="answers">{"".join(_render_answer(r, rank) for rank, r in ranked)}</ul>'
 
 
-def _answer(record: Record, rank: float) -> str:
+def _render_answer(record: Record, rank: float) -> str:
     tokens = _tokens(record)
-    said = (
+    text = (
         "".join(f'<span class="t t{level(risk)}" title="{risk:.3f} nats">{escape(t)}</span>' for t, risk in tokens)
         if tokens
         else "<em>no answer</em>" if record.answer is None else escape(record.answer)
     )  # fmt: skip
     verdict = '<span class="right">✓ right</span>' if record.correct else '<span class="wrong">✗ wrong</span>'
-    facts = [verdict, f"<span>riskier than {tables.as_percent(round(rank, 3))} of these answers</span>"]
+    facts = [verdict, f"<span>riskier than {format_percent_html(round(rank, 3))} of these answers</span>"]
     facts += (
-        [f"<span>p_correct {tables.as_percent(round(record.p_correct, 2))}</span>"]
+        [f"<span>p_correct {format_percent_html(round(record.p_correct, 2))}</span>"]
         if record.p_correct is not None
         else []
     )
@@ -199,16 +205,16 @@ def _answer(record: Record, rank: float) -> str:
         [f"<span>accepted: {escape(' · '.join(record.question.answers[:4]))}</span>"] if record.question.answers else []
     )
     return (
-        f'<li><p class="ask" dir="auto">{escape(record.question.text)}</p><p class="say" dir="auto">{said}</p>'
+        f'<li><p class="ask" dir="auto">{escape(record.question.text)}</p><p class="say" dir="auto">{text}</p>'
         f'<p class="facts">{"".join(facts)}</p></li>'
     )
 
 
-def _list(records: Sequence[Record]) -> str:
+def _render_list(records: Sequence[Record]) -> str:
     topics = sorted({r.question.topic for r in records if r.question.topic is not None})
     choice = [("all", "all"), ("right", "right"), ("wrong", "wrong"), ("unjudged", "unjudged")]
     if any(r.abstain is not None for r in records):
-        choice += [("withheld", "withheld"), ("given", "given, not withheld")]
+        choice += [("abstained", "abstained"), ("answered", "answered, not abstained")]
     options = "".join(f'<option value="{value}">{text}</option>' for value, text in choice)
     topic = "".join(f'<option value="={escape(t)}">{escape(t)}</option>' for t in topics)
     pick = f'<label>Topic<select name="topic"><option value="">all</option>{topic}</select></label>' if topics else ""
@@ -223,16 +229,17 @@ def _list(records: Sequence[Record]) -> str:
     )
 
 
-def _method(report: Mapping[str, Any]) -> str:
-    run = {k: v for k, v in report["run"].items() if k not in ("costs", "promise", "conditions") and v is not None}
+def _describe_method(report: Report) -> str:
+    hidden = ("costs", "promise", "conditions")
+    settings = [(k, v) for k, v in report.run.to_json().items() if k not in hidden and v is not None]
     costs = [
-        (f"cost of {name}", f"{c['seconds']:.1f} s in all; passes a question: {c['passes']:.3g}")
-        for name, c in report["run"].get("costs", {}).items()
+        (f"cost of {name}", f"{c.seconds:.1f} s in all; passes per question: {c.passes:.3g}")
+        for name, c in (report.run.costs or {}).items()
     ]
     return (
         "<h2>How it was measured</h2><p>Scores grow with doubt; p_correct ranks by 1 - p_correct. Equal scores share "
         "their mean accuracy, so the order of the file does not matter. Wrong is the positive class of AUROC and "
         "AUPRC. Unjudged answers are not counted. Intervals: bootstrap over questions, "
-        f"{report['draws']} draws, seed {report['seed']}, the same draws for every score; accuracies: Wilson.</p>"
-        f"{tables.settings([*run.items(), *costs])}"
+        f"{report.draws} draws, seed {report.seed}, the same draws for every score; accuracies: Wilson.</p>"
+        f"{render_settings([*settings, *costs])}"
     )

@@ -6,11 +6,13 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from selfdoubt.report.summary import LABELS, percent
+from selfdoubt.formatting import format_percent
+from selfdoubt.metrics import Estimate
+from selfdoubt.report.results import NoAbstention, NoSamples, Report, ScoreResults, UntilConfident
+from selfdoubt.report.summary import LABELS, describe_promise
 
-Entry = Mapping[str, Any]
-#: How many rows of scores are seen before a click.
-FEW = 12
+#: Rows of scores that are seen before a click.
+SHOWN_SCORES = 12
 #: Key, what stands above the column, whether it is a share in percent, and whether less is better.
 COLUMNS = (
     ("prr", "PRR", False, False),
@@ -37,44 +39,44 @@ COLUMNS = (
 )
 
 
-def scores(report: Mapping[str, Any]) -> str:
-    """All scores, the highest PRR first, sortable by every column."""
-    found, verdict = report["scores"], report["verdict"]
-    order = sorted(found, key=lambda name: -_or(found[name]["metrics"]["prr"]["value"], -9e9))
-    keep = {*order[:FEW], report["baseline"], verdict["score"], *(n for n in order if n in LABELS)}
+def render_scores(report: Report) -> str:
+    """Return a table of all scores, the highest PRR first, sortable by every column."""
+    scores = report.scores
+    order = sorted(scores, key=lambda name: -_or(scores[name].metrics["prr"].value, -9e9))
+    keep = {*order[:SHOWN_SCORES], report.baseline, report.verdict.score, *(n for n in order if n in LABELS)}
     head = "".join(_head(title, less=less, sorted_by=key == "prr") for key, title, _, less in COLUMNS)
-    rows = "".join(_score(name, found[name], report, hidden=name not in keep) for name in order)
+    rows = "".join(_render_score(name, scores[name], report, hidden=name not in keep) for name in order)
     rest = sum(name not in keep for name in order)
     button = f'<p><button class="plain" data-shows="scores">Show all {len(order)} scores</button></p>' if rest else ""
     return (
-        scrolled(
+        wrap_scrolling(
             "Scores",
             f'<table id="scores" class="short"><caption hidden>Scores</caption><thead><tr>'
             f"{_head('Score', less=True)}{head}</tr></thead><tbody>{rows}</tbody></table>",
         )
         + button
-        + _left_out(report)
+        + _list_left_out(report)
     )
 
 
 def _head(title: str, *, less: bool, sorted_by: bool = False) -> str:
-    """A title that sorts, ``less``: the least first."""
+    """Return a title that sorts, ``less``: the least first."""
     first, now = "ascending" if less else "descending", ' aria-sort="descending"' if sorted_by else ""
     return f'<th scope="col" data-first="{first}"{now}><button>{title}</button></th>'
 
 
-def scrolled(name: str, table: str) -> str:
-    """A table that scrolls inside of the page, with a keyboard too."""
+def wrap_scrolling(name: str, table: str) -> str:
+    """Return a table that scrolls inside of the page, with a keyboard too."""
     return f'<div class="scroll" role="region" aria-label="{escape(name)}" tabindex="0">{table}</div>'
 
 
-def _score(name: str, own: Mapping[str, Any], report: Mapping[str, Any], *, hidden: bool) -> str:
+def _render_score(name: str, score: ScoreResults, report: Report, *, hidden: bool) -> str:
     kinds = [
         kind
         for kind, is_it in (
             ("rest", hidden),
-            ("base", name == report["baseline"]),
-            ("claim", name == report["verdict"]["score"]),
+            ("base", name == report.baseline),
+            ("claim", name == report.verdict.score),
         )
         if is_it
     ]
@@ -82,65 +84,66 @@ def _score(name: str, own: Mapping[str, Any], report: Mapping[str, Any], *, hidd
     for key, _, share, _ in COLUMNS:
         group, _, part = key.rpartition(" ")
         if key == "judged":
-            cells.append(_number(own["judged"], f"{own['judged']}"))
+            cells.append(_render_number(score.judged, f"{score.judged}"))
         elif group == "cost":
-            value = own["cost"][part]
-            cells.append(
-                _number(value, "unknown" if value is None else f"{value:.3g}" if part == "passes" else _short(value))
-            )
+            cells.append(_render_cost(getattr(score.cost, part), digits_only=part == "passes"))
         elif group == "against":
-            entry = own["against"].get(part)
+            difference = score.against.get(part)
             cells.append(
-                _number(None, "baseline" if name == report["baseline"] else "-")
-                if entry is None
-                else cell(entry, signed=True)
+                _render_number(None, "baseline" if name == report.baseline else "-")
+                if difference is None
+                else render_cell(difference, signed=True)
             )
         else:
-            cells.append(cell(own["metrics"][key], share=share))
+            cells.append(render_cell(score.metrics[key], share=share))
     below = [name] if name in LABELS and name not in LABELS[name] else []
-    below += [f"{own['judged']} of {report['counts']['judged']} answers"] if own["note"] else []
-    small = "".join(f"<small>{broken(text)}</small>" for text in below)
-    title = f' title="{escape(own["note"])}"' if own["note"] else ""
+    below += [f"{score.judged} of {report.counts.judged} answers"] if score.note else []
+    small = "".join(f"<small>{break_at_underscores(text)}</small>" for text in below)
+    title = f' title="{escape(score.note)}"' if score.note else ""
     return (
         f'<tr class="{" ".join(kinds)}" data-score="{escape(name)}"><th scope="row" data-v="{escape(name)}"{title}>'
-        f"{broken(LABELS.get(name, name))}{small}</th>{''.join(cells)}</tr>"
+        f"{break_at_underscores(LABELS.get(name, name))}{small}</th>{''.join(cells)}</tr>"
     )
 
 
-def broken(name: str) -> str:
-    """A name that may be broken after its underscores, if it has no spaces."""
+def break_at_underscores(name: str) -> str:
+    """Return a name that may be broken after its underscores, if it has no spaces."""
     return escape(name) if " " in name else escape(name).replace("_", "_<wbr>")
 
 
-def _left_out(report: Mapping[str, Any]) -> str:
-    found = report["left_out"]
-    if not found:
+def _list_left_out(report: Report) -> str:
+    if not report.left_out:
         return ""
-    items = "".join(f"<li>{escape(name)}: {escape(why)}</li>" for name, why in found.items())
-    return f'<details><summary>Left out: {len(found)}</summary><ul class="plain">{items}</ul></details>'
+    items = "".join(f"<li>{escape(name)}: {escape(why)}</li>" for name, why in report.left_out.items())
+    return f'<details><summary>Left out: {len(report.left_out)}</summary><ul class="plain">{items}</ul></details>'
 
 
-def cell(entry: Entry, *, share: bool = False, signed: bool = False) -> str:
-    """A table cell of a number with its interval; a dash, which says why, where there is none."""
-    value, low, high = entry["value"], entry["low"], entry["high"]
-    if value is None:
-        return f'<td title="{escape(entry["why"])}">-</td>'
+def render_cell(estimate: Estimate, *, share: bool = False, signed: bool = False) -> str:
+    """Return a table cell of a number with its interval; a dash, which says why, where there is none."""
+    value, low, high = estimate.value, estimate.low, estimate.high
+    if value is None or low is None or high is None:
+        return f'<td title="{escape(estimate.note or "")}">-</td>'
     if share:
-        text, ends = as_percent(value), f"{100 * low:.0f} to {100 * high:.0f}"
+        text, ends = format_percent_html(value), f"{100 * low:.0f} to {100 * high:.0f}"
     else:
         sign = "+" if signed else ""
         text, ends = f"{value:{sign}.3f}", f"{low:{sign}.3f} to {high:{sign}.3f}"
     return f'<td data-v="{value:.6g}">{text}<small>{ends}</small></td>'
 
 
-def as_percent(share: float | None) -> str:
-    """A share in percent, fit for HTML."""
-    return escape(percent(share)).replace(" ", "&nbsp;")
+def format_percent_html(share: float | None) -> str:
+    """Return a share in percent, fit for HTML."""
+    return escape(format_percent(share)).replace(" ", "&nbsp;")
 
 
-def _number(value: float | None, text: str) -> str:
+def _render_number(value: float | None, text: str) -> str:
     plain = "" if value is None else f"{value:.6g}"
     return f'<td data-v="{plain}">{text}</td>'
+
+
+def _render_cost(value: float | None, *, digits_only: bool) -> str:
+    text = "unknown" if value is None else f"{value:.3g}" if digits_only else _short(value)
+    return _render_number(value, text)
 
 
 def _short(value: float) -> str:
@@ -151,90 +154,96 @@ def _or(value: float | None, other: float) -> float:
     return other if value is None else value
 
 
-def topics(report: Mapping[str, Any]) -> str:
-    """One row a topic; empty where no question has one."""
-    found = report["topics"]
-    if not found:
+def render_topics(report: Report) -> str:
+    """Return a table with one row per topic; empty where no question has one."""
+    if not report.topics:
         return ""
-    shown = [name for name in report["curves"] if name in found[0]["prr"]]
-    answered = any(t["answered"] is not None for t in found)
+    shown = [name for name in report.curves if name in report.topics[0].prr]
+    decided = any(t.answered is not None for t in report.topics)
     titles = ["Topic", "Judged", "Right", *(f"PRR<br>{escape(LABELS.get(n, n))}" for n in shown)]
     titles += [f"Answered at 90 %<br>right, {escape(LABELS.get(n, n))}" for n in shown]
-    titles += ["Answered at<br>the threshold", "Right<br>of these"] if answered else []
+    titles += ["Answered at<br>the threshold", "Right<br>of these"] if decided else []
     head = "".join(_head(title, less=i == 0) for i, title in enumerate(titles))
     rows = []
-    for topic in found:
-        cells = [_number(topic["judged"], str(topic["judged"])), cell(topic["accuracy"], share=True)]
-        cells += [cell(topic["prr"][name]) for name in shown]
-        cells += [cell(topic["coverage_at_90"][name], share=True) for name in shown]
-        if answered:
-            given, right = topic["answered"] or 0, topic["answered_right"]
-            cells += [_number(given / topic["judged"], as_percent(given / topic["judged"]))]
-            cells += [_number(right / given, as_percent(right / given)) if given else _number(None, "-")]
-        name = escape(topic["topic"])
+    for topic in report.topics:
+        cells = [_render_number(topic.judged, str(topic.judged)), render_cell(topic.accuracy, share=True)]
+        cells += [render_cell(topic.prr[name]) for name in shown]
+        cells += [render_cell(topic.coverage_at_90[name], share=True) for name in shown]
+        if decided:
+            answered = topic.answered or 0
+            cells += [_render_share(answered, topic.judged), _render_share(topic.answered_right, answered)]
+        name = escape(topic.topic)
         rows.append(f'<tr><th scope="row" data-v="{name}" dir="auto">{name}</th>{"".join(cells)}</tr>')
     table = f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
-    return f"<h2>Topics</h2>{scrolled('Topics', table)}"
+    return f"<h2>Topics</h2>{wrap_scrolling('Topics', table)}"
 
 
-def samples(report: Mapping[str, Any]) -> str:
-    """What further answers are worth; empty where none were drawn."""
-    found = report["samples"]
-    if "why" in found:
-        why = f"<section><h2>Several answers</h2><p>{escape(found['why'])}.</p></section>"
-        return why if found["drawn"] else ""
-    names = {
-        "one_answer": "the one answer that was not drawn",
-        "least_risky": "the least risky of them",
-        "majority": "what most of them say",
-        "random": "any of them",
-        "most_risky": "the most risky of them",
+def _render_share(part: int, whole: int) -> str:
+    """Return a table cell of a share without an interval; a dash where there is nothing to share."""
+    return _render_number(part / whole, format_percent_html(part / whole)) if whole else _render_number(None, "-")
+
+
+def render_samples(report: Report) -> str:
+    """Return the worth of further answers; empty where none were drawn."""
+    samples = report.samples
+    if isinstance(samples, NoSamples):
+        why = f"<section><h2>Several answers</h2><p>{escape(samples.why)}.</p></section>"
+        return why if samples.drawn else ""
+    accuracies = {
+        "the one answer that was not drawn": samples.one_answer,
+        "the least risky of them": samples.least_risky,
+        "what most of them say": samples.majority,
+        "any of them": samples.random,
+        "the most risky of them": samples.most_risky,
     }
-    rows = "".join(f'<tr><th scope="row">{text}</th>{cell(found[key], share=True)}</tr>' for key, text in names.items())
-    sure = found["until_sure"]
-    ratio = sure["cost"]["ratio"]
-    cost = "" if ratio is None else f", {ratio:.1f} times the seconds of one answer"
-    until = (
-        f"Drawing until an answer is in the 99 % confidence percentile of {escape(sure['reference'])} gets there for "
-        f"{as_percent(sure['reached']['value'])} of the questions, in {sure['tries']['value']:.1f} tries each{cost}; "
+    left = f", {samples.unjudged} more have an unjudged one" if samples.unjudged else ""
+    drawn = f"For {samples.questions} questions up to {samples.samples} answers were drawn{left}."
+    return (
+        f"<section><h2>Several answers</h2><p>{drawn}</p>{_render_small_table('Right', accuracies)}"
+        f"<p>{_describe_until_confident(samples.until_confident)}</p></section>"
     )
-    right = sure["accuracy"]
-    until += (
+
+
+def _describe_until_confident(until: UntilConfident) -> str:
+    cost = "" if until.cost.ratio is None else f", {until.cost.ratio:.1f} times the seconds of one answer"
+    accuracy = until.accuracy
+    right = (
         "none is that sure, so its accuracy is undefined."
-        if right["value"] is None
-        else f"{as_percent(right['value'])} of those are right "
-        f"({100 * right['low']:.0f} to {100 * right['high']:.0f} %)."
+        if accuracy.value is None or accuracy.low is None or accuracy.high is None
+        else f"{format_percent_html(accuracy.value)} of those are right "
+        f"({100 * accuracy.low:.0f} to {100 * accuracy.high:.0f} %)."
     )
-    left = f", {found['unjudged']} more have an unjudged one" if found["unjudged"] else ""
-    drawn = f"For {found['questions']} questions up to {found['samples']} answers were drawn{left}."
-    return f"<section><h2>Several answers</h2><p>{drawn}</p>{_small_table('Right', rows)}<p>{until}</p></section>"
+    return (
+        f"Drawing until an answer is in the 99 % confidence percentile of {escape(until.reference)} gets there for "
+        f"{format_percent_html(until.reached.value)} of the questions, in {until.mean_tries.value:.1f} tries each"
+        f"{cost}; {right}"
+    )
 
 
-def abstention(report: Mapping[str, Any]) -> str:
-    """What the threshold does; empty where there is none."""
-    found = report["abstention"]
-    if "why" in found:
+def render_abstention(report: Report) -> str:
+    """Return what the threshold does and what the calibration promises of it; empty where there is none."""
+    abstention = report.abstention
+    if isinstance(abstention, NoAbstention):
         return ""
-    names = {"coverage": "answered", "accuracy": "right of the answered", "accuracy_withheld": "right of the withheld"}
-    rows = "".join(f'<tr><th scope="row">{text}</th>{cell(found[key], share=True)}</tr>' for key, text in names.items())
-    at = "" if found["threshold"] is None else f" at p_correct of {found['threshold']:.3f}"
-    promise = ""
-    if found["promise"] and "target_accuracy" in found["promise"]:
-        own = found["promise"]
-        sure = f", with confidence {as_percent(own['confidence'])}" if "confidence" in own else ""
-        promise = (
-            f" It promised {as_percent(own['target_accuracy'])} right{sure}, on questions like those it was set with."
-        )
-    said = f"The threshold{at} answers {found['answered']} of {found['decided']} questions.{promise}"
-    return f"<section><h2>Abstention</h2><p>{said}</p>{_small_table('Share', rows)}</section>"
+    shares = {
+        "answered": abstention.coverage,
+        "right of the answered": abstention.accuracy,
+        "right of the abstained": abstention.accuracy_abstained,
+    }
+    at = "" if abstention.threshold is None else f" at p_correct of {abstention.threshold:.3f}"
+    promise = describe_promise(abstention)
+    promised = "" if promise is None else f" It promises {escape(promise).replace(' %', '&nbsp;%')}."
+    text = f"The threshold{at} answers {abstention.answered} of {abstention.decided} questions.{promised}"
+    return f"<section><h2>Abstention</h2><p>{text}</p>{_render_small_table('Share', shares)}</section>"
 
 
-def _small_table(title: str, rows: str) -> str:
+def _render_small_table(title: str, shares: Mapping[str, Estimate]) -> str:
+    rows = "".join(f'<tr><th scope="row">{text}</th>{render_cell(e, share=True)}</tr>' for text, e in shares.items())
     head = f'<tr><td></td><th scope="col">{title}</th></tr>'
     return f"<table><thead>{head}</thead><tbody>{rows}</tbody></table>"
 
 
-def settings(pairs: Sequence[tuple[str, Any]]) -> str:
-    """A list of settings."""
+def render_settings(pairs: Sequence[tuple[str, Any]]) -> str:
+    """Return a list of settings."""
     rows = "".join(f'<tr><th scope="row">{escape(k)}</th><td dir="auto">{escape(str(v))}</td></tr>' for k, v in pairs)
     return f'<table class="settings"><tbody>{rows}</tbody></table>'

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from selfdoubt.errors import require
+from selfdoubt.lm import defaults
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -20,7 +21,7 @@ def mount(
     *,
     title: str | None = None,
     model: str | None = None,
-    max_tokens: int = 256,
+    max_tokens: int = defaults.MAX_TOKENS,
     auth: Any = None,
 ) -> FastAPI:
     """Put the page under ``/`` of an app; mount it last, it answers every path that nothing else answers.

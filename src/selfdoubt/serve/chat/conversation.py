@@ -6,10 +6,12 @@ import asyncio
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
+from selfdoubt.lm import defaults
 from selfdoubt.lm.answer import UNSURE, Answer, Token
 from selfdoubt.lm.calibration import Calibration
+from selfdoubt.lm.confidence import confidence_order, is_confident
 from selfdoubt.serve.engine.request import Job
 
 #: One answer; answers one after the other until one is sure enough; several answers side by side.
@@ -22,9 +24,9 @@ SURE_ENOUGH = 0.5
 class Settings:
     """What a person has set on the page."""
 
-    temperature: float = 0.0
-    max_tokens: int = 256
-    seed: int = 0
+    temperature: float = defaults.TEMPERATURE
+    max_tokens: int = defaults.MAX_TOKENS
+    seed: int = defaults.SEED
     at_least: float = 0.0  #: least sureness of an answer that is shown, in [0, 1]; 0 shows all
     candidates: int = 5
     tries: int = 8
@@ -73,7 +75,11 @@ class Turn:
     @property
     def ranked(self) -> list[Take]:
         """The takes, the least doubtful first; those that have not ended come last, in their order."""
-        return sorted(self.takes, key=lambda t: _doubt(t.answer))
+        ended = [take for take in self.takes if take.answer is not None]
+        return [
+            *sorted(ended, key=lambda take: confidence_order(cast("Answer", take.answer))),
+            *(take for take in self.takes if take.answer is None),
+        ]
 
     @property
     def best(self) -> Take | None:
@@ -99,8 +105,7 @@ class Turn:
 
     def sure_enough(self, answer: Answer) -> bool:
         """Whether an answer ends the tries."""
-        sure = sureness(answer)
-        return sure is not None and sure >= self.need
+        return is_confident(sureness(answer), self.need)
 
     def hides(self, take: Take) -> bool:
         """Whether the text must not be seen: there is no verdict yet, or it was too doubtful; unless asked for."""
@@ -281,13 +286,3 @@ def _plain(turn: Turn) -> dict[str, Any]:
 
 def _tokens(tokens: Sequence[Token]) -> list[dict[str, Any]]:
     return [asdict(token) for token in tokens]
-
-
-def _doubt(answer: Answer | None) -> tuple[float, float]:
-    """For sorting: less is better."""
-    if answer is None:
-        return math.inf, math.inf
-    sure = sureness(answer)
-    if sure is None:
-        return (1.0 if answer.p_correct_note else answer.risk), answer.risk
-    return 1 - sure, answer.risk

@@ -20,10 +20,9 @@ from typing import TYPE_CHECKING, Any
 
 import gradio as gr
 
-from selfdoubt import __version__
 from selfdoubt.errors import SelfdoubtError
+from selfdoubt.lm.front import LMFront
 from selfdoubt.lm.load import POCKET, resolve_model
-from selfdoubt.lm.model import RiskAwareLM
 from selfdoubt.lm.risk_levels import COLOURS
 from selfdoubt.serve.chat import examples, phrases, tokens_html
 from selfdoubt.serve.chat.answers import answer
@@ -32,6 +31,7 @@ from selfdoubt.serve.chat.turn_html import Shown, View
 from selfdoubt.serve.engine.client import Desk
 from selfdoubt.serve.http.encoders import Encoders
 from selfdoubt.serve.openai.errors import shortened
+from selfdoubt.version import __version__
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -47,7 +47,7 @@ HEADER = """<header class="bar">
 
 def mount_page(app: FastAPI, engine: Desk, *, title: str | None, model: str | None, max_tokens: int, auth: Any) -> None:
     """See ``selfdoubt.serve.chat.mount``."""
-    page = Page(engine, model or name_of(engine.lm), max_tokens)
+    page = Page(engine, model or name_of(engine.front), max_tokens)
     gr.mount_gradio_app(
         app,
         page.build(title or f"selfdoubt: {page.model}"),
@@ -66,7 +66,7 @@ def mount_page(app: FastAPI, engine: Desk, *, title: str | None, model: str | No
     )
 
 
-def name_of(lm: RiskAwareLM) -> str:
+def name_of(lm: LMFront) -> str:
     """What to call a model: its name, or the last part of its folder."""
     if is_pocket(lm):
         return POCKET
@@ -74,7 +74,7 @@ def name_of(lm: RiskAwareLM) -> str:
     return Path(name).name if Path(name).is_dir() else name
 
 
-def is_pocket(lm: RiskAwareLM) -> bool:
+def is_pocket(lm: LMFront) -> bool:
     """Whether this is the small model inside this package."""
     return lm.name == resolve_model(POCKET)
 
@@ -87,14 +87,14 @@ class Page:
         self.encoders = Encoders(engine.limits.queue)
         self.model = model
         self.max_tokens = max_tokens
-        self.calibration = engine.lm.calibration
+        self.calibration = engine.front.calibration
         self.recommended = recommended(self.calibration)
-        self.pocket = is_pocket(engine.lm)
+        self.pocket = is_pocket(engine.front)
         self.conversations: OrderedDict[str, Conversation] = OrderedDict()
 
     def build(self, title: str) -> Any:
         """Lay it out and connect it."""
-        legend = tokens_html.legend(phrases.bounds(self.engine.lm.token_risk))
+        legend = tokens_html.legend(phrases.bounds(self.engine.front.token_risk))
         with gr.Blocks(title=title, analytics_enabled=False) as page:
             gr.HTML(
                 HEADER.format(model=escape(self.model)), elem_id="sd-head", js_on_load=None, apply_default_css=False
@@ -136,7 +136,7 @@ class Page:
         intro = "Every word comes in the colour of its doubt. Point at one, tap it, or move there with the arrow keys."
         which = examples.POCKET if self.pocket else examples.OTHERS
         # Gradio reads the whole as a template of JavaScript, in which a backtick would be the end.
-        said = re.sub("`([^`]*)`", r"<code>\1</code>", escape(self.engine.lm.note or ""))
+        said = re.sub("`([^`]*)`", r"<code>\1</code>", escape(self.engine.front.note or ""))
         note = f'<p class="note">Note: {said}.</p>' if said else ""
         return (
             '<div class="welcome"><p class="lead">Ask, and see how sure the model is.</p>'
@@ -146,7 +146,7 @@ class Page:
         )
 
     def _settings(self) -> list[Any]:
-        knows = self.calibration is not None or bool(self.engine.lm.reference)
+        knows = self.calibration is not None or bool(self.engine.front.reference)
         note = "0 always answers. "
         if not knows:
             note = "This model has neither a calibration nor reference answers: selfdoubt calibrate gives it both."

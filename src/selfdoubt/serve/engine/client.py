@@ -7,7 +7,8 @@ from concurrent.futures import Future
 from typing import Any, Protocol, Unpack, runtime_checkable
 
 from selfdoubt.lm.answer import Answer
-from selfdoubt.lm.inputs import Question
+from selfdoubt.lm.front import LMFront
+from selfdoubt.lm.inputs import PromptLike
 from selfdoubt.lm.model import RiskAwareLM
 from selfdoubt.lm.options import Options
 from selfdoubt.lm.scoring import TeacherForcedText
@@ -26,8 +27,8 @@ class Desk(Protocol):
     failure: BaseException | None
 
     @property
-    def lm(self) -> RiskAwareLM:
-        """The model; perhaps without its weights."""
+    def front(self) -> LMFront:
+        """All that is known of the model but its weights."""
 
     @property
     def ready(self) -> bool:
@@ -43,7 +44,7 @@ class Desk(Protocol):
 
     def ask(
         self,
-        question: Question | Prompt,
+        question: PromptLike | Prompt,
         *,
         n: int = 1,
         alternatives: int = 5,

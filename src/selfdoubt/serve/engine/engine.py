@@ -16,7 +16,8 @@ from typing import Any, TypeVar, Unpack
 
 from selfdoubt.errors import BusyError, EngineError
 from selfdoubt.lm.answer import Answer
-from selfdoubt.lm.inputs import Question
+from selfdoubt.lm.front import LMFront
+from selfdoubt.lm.inputs import PromptLike
 from selfdoubt.lm.model import RiskAwareLM
 from selfdoubt.lm.options import Options
 from selfdoubt.lm.scoring import TeacherForcedText, score_in_chunks
@@ -94,9 +95,14 @@ class Engine:
         """Requests that wait now."""
         return len(self._waiting)
 
+    @property
+    def front(self) -> LMFront:
+        """All that is known of the model but its weights."""
+        return self.lm.front
+
     def ask(
         self,
-        question: Question | Prompt,
+        question: PromptLike | Prompt,
         *,
         n: int = 1,
         alternatives: int = 5,
@@ -120,13 +126,13 @@ class Engine:
             BusyError: If too many wait already.
             EngineError: If the engine has failed or is closing.
         """
-        self.limits.check(question, self.lm.context)
-        ask = to_ask(self.lm, question, n, alternatives, client, timeout, options)
+        self.limits.check(question, self.front.context)
+        ask = to_ask(self.front, question, n, alternatives, client, timeout, options)
         return self.submit(ask)
 
     def submit(self, ask: Ask) -> Job:
         """See ``ask``."""
-        job = Job(self.limits.checked(ask, self.lm.context, self.lm.vocabulary))
+        job = Job(self.limits.checked(ask, self.front.context, self.front.vocabulary))
         with self._news:
             self.check_room()
             self._waiting.add(job)
@@ -169,7 +175,7 @@ class Engine:
             BusyError: If too many wait already.
             EngineError: If the engine has failed or is closing.
         """
-        tokens = self.limits.check_given(given, self.lm.context)
+        tokens = self.limits.check_given(given, self.front.context)
         return self._add(Errand(lambda lm, sizer: score_in_chunks(lm, given, 0, sizer), is_long=tokens > LONG))
 
     def _add(self, errand: Errand) -> Future[Any]:

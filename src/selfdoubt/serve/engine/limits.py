@@ -11,7 +11,7 @@ from selfdoubt.errors import ConfigError, PromptError
 from selfdoubt.lm.text.prompt import Prompt
 
 if TYPE_CHECKING:  # the command line reads these defaults before anything heavy is imported
-    from selfdoubt.lm.inputs import Question
+    from selfdoubt.lm.inputs import PromptLike
     from selfdoubt.lm.scoring import TeacherForcedText
     from selfdoubt.serve.engine.request import Ask
 
@@ -69,7 +69,7 @@ class Limits:
         """Return the most tokens of a prompt, for a model of this context."""
         return min(self.prompt_tokens or 2**62, (context or 2**62) - 1)
 
-    def check(self, question: Question | Prompt, context: int | None) -> None:
+    def check(self, question: PromptLike | Prompt, context: int | None) -> None:
         """Refuse what cannot fit before time is spent on turning it into tokens.
 
         Raises:

@@ -22,6 +22,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from selfdoubt import kernels
+from selfdoubt.compat import is_transposed
 from selfdoubt.lm.model import RiskAwareLM
 from selfdoubt.members import Wrapped
 from selfdoubt.rows import Replacement
@@ -60,7 +61,7 @@ def limit_shapes(lm: RiskAwareLM) -> None:
         if kernel in (kernels.linear, kernels.embedding):
             if _is_half(next(iter(module.deviations.values()))):  # type: ignore[operator]
                 module.kernel = _filled_kernel(kernel)  # type: ignore[assignment]
-        elif (type(module) is nn.Linear or kernels.is_transposed(module)) and _is_half(module.weight):
+        elif (type(module) is nn.Linear or is_transposed(module)) and _is_half(module.weight):
             module.forward = _filled(module.forward, members)
 
 

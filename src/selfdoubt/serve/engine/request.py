@@ -11,13 +11,13 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 from selfdoubt.lm.answer import Answer, Token
-from selfdoubt.lm.options import Options, read_options, read_sampling, stop_texts
+from selfdoubt.lm.options import Options, list_stop_texts, read_options, read_sampling
 from selfdoubt.lm.sampling import Sampling
 from selfdoubt.lm.text.prompt import Prompt, encode
 
 if TYPE_CHECKING:
-    from selfdoubt.lm.inputs import Question
-    from selfdoubt.lm.model import RiskAwareLM
+    from selfdoubt.lm.front import LMFront
+    from selfdoubt.lm.inputs import PromptLike
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,8 @@ class Ask:
 
 
 def to_ask(
-    lm: RiskAwareLM,
-    question: Question | Prompt,
+    front: LMFront,
+    question: PromptLike | Prompt,
     n: int,
     alternatives: int,
     client: str,
@@ -62,10 +62,10 @@ def to_ask(
     """
     options = read_options(options, "n", "alternatives", "client", "timeout")
     if not isinstance(question, Prompt):
-        question = encode(lm.tokenizer, question, raw=options.get("raw", False))
-    sampling = replace(read_sampling(options, lm.stop_ids), alternatives=alternatives)
+        question = encode(front.tokenizer, question, raw=options.get("raw", False))
+    sampling = replace(read_sampling(options, front.stop_ids), alternatives=alternatives)
     seeds = tuple(options.get("seed", 0) + i for i in range(n))
-    return Ask(question, sampling, seeds, stop_texts(options), client, timeout)
+    return Ask(question, sampling, seeds, list_stop_texts(options), client, timeout)
 
 
 class Began(NamedTuple):

@@ -77,7 +77,7 @@ class InFlight:
         self.misfortunes = 0
 
         def one(name: int) -> DecodeBatch:
-            stepper = HFStepper(self._lm.model, self._lm.layers)
+            stepper = HFStepper(self._lm.model, self._lm.front.layers)
             _, following = prefill(stepper, [[1] * (2 + name)])
             self._members = stepper.members
             return DecodeBatch(stepper, following, [TokenSequence(name, Sampling(max_tokens=2), 0, 2)])
@@ -89,8 +89,8 @@ class InFlight:
             self._joins, batch = False, one(0)
         batch.choose()
         batch.step()
-        for length in (2, min(32, (self._lm.context or 64) // 2)):
-            pieces = prefill_in_chunks(HFStepper(self._lm.model, self._lm.layers, self._sizer), [[1] * length])
+        for length in (2, min(32, (self._lm.front.context or 64) // 2)):
+            pieces = prefill_in_chunks(HFStepper(self._lm.model, self._lm.front.layers, self._sizer), [[1] * length])
             for _ in range(length):
                 with self.piece():
                     next(pieces, None)
@@ -135,7 +135,7 @@ class InFlight:
             return False
         answers = self.size + sum(len(other.ask.seeds) for other in (*others, job))
         running = (choice.job for choice in self._choices.values())
-        longest = max(other.ask.length(self._lm.context) for other in (*running, *others, job))
+        longest = max(other.ask.length(self._lm.front.context) for other in (*running, *others, job))
         return answers <= self._limits.batch and answers * longest <= self._limits.batch_tokens
 
     def work(self, newcomers: list[Job], *, reads: bool = True) -> None:
@@ -152,7 +152,7 @@ class InFlight:
             began = self._clock()
             self._advance(self._batch)
             self._step_took = self._clock() - began
-            if not (self._batch and self._batch.lines):
+            if not (self._batch and self._batch.sequences):
                 self._batch = self._chosen_at = None
 
     def end(self, job: Job, error: BaseException | None = None) -> None:
@@ -216,7 +216,7 @@ class InFlight:
     def _welcome(self, answers: list[AnswerInProgress], batch: DecodeBatch) -> None:
         """Prompts were read: tell so, and let their sequences join the batch."""
         begun: set[Job] = set()
-        for line, progress in zip(batch.lines, answers, strict=True):
+        for line, progress in zip(batch.sequences, answers, strict=True):
             choice = self._choices.get(line.name)
             if choice is None:
                 continue
@@ -224,8 +224,8 @@ class InFlight:
             if choice.job not in begun:
                 choice.job.put(Began(progress.question))
                 begun.add(choice.job)
-        batch.drop({line.name for line in batch.lines} - self._choices.keys())
-        if batch.lines:
+        batch.drop({line.name for line in batch.sequences} - self._choices.keys())
+        if batch.sequences:
             self._take_in(batch)
 
     def _take_in(self, batch: DecodeBatch) -> None:
@@ -234,7 +234,7 @@ class InFlight:
         elif not self._joins:
             self._parked.append(batch)
         else:
-            lines = [*self._batch.lines, *batch.lines]
+            lines = [*self._batch.sequences, *batch.sequences]
             try:
                 self._batch.join(batch)
             except Exception as error:
@@ -242,21 +242,21 @@ class InFlight:
 
     def _advance(self, batch: DecodeBatch) -> None:
         """One token for every sequence."""
-        batch.drop({line.name for line in batch.lines} - self._choices.keys())
-        size = len(batch.lines)
+        batch.drop({line.name for line in batch.sequences} - self._choices.keys())
+        size = len(batch.sequences)
         if not size:
             return
         try:
             events = batch.choose()
         except NonFiniteError as error:
-            broken = batch.broken()
+            broken = batch.find_non_finite()
             if not broken:
-                self._start_over(batch.lines, error)
+                self._start_over(batch.sequences, error)
             for job in {self._choices[name].job for name in broken}:
                 self.end(job, error)
             return
         except Exception as error:
-            self._start_over(batch.lines, error)
+            self._start_over(batch.sequences, error)
             return
         now = time.monotonic()
         self._meter.stepped(size, None if self._chosen_at is None else now - self._chosen_at)
@@ -264,9 +264,9 @@ class InFlight:
         for event in events:
             self._tell(event)
         try:
-            batch.step({line.name for line in batch.lines} - self._choices.keys())
+            batch.step({line.name for line in batch.sequences} - self._choices.keys())
         except Exception as error:
-            self._start_over(batch.lines, error)
+            self._start_over(batch.sequences, error)
             return
         self._failed_steps = 0
 
@@ -314,7 +314,7 @@ class InFlight:
                 self.end(choice.job, error)
                 continue
             try:
-                stepper = HFStepper(self._lm.model, self._lm.layers)
+                stepper = HFStepper(self._lm.model, self._lm.front.layers)
                 _, following = prefill(stepper, [[*choice.job.ask.prompt.ids, *line.chosen]])
             except Exception as own:
                 self.end(choice.job, own)

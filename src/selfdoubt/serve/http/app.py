@@ -55,7 +55,7 @@ class House:
     @property
     def fingerprint(self) -> str:
         """Changes with the code and the model."""
-        parts = f"{selfdoubt.__version__} {self.settings.name} {self.engine.lm.model}"
+        parts = f"{selfdoubt.__version__} {self.settings.name} {self.engine.front.architecture}"
         return "fp_" + hashlib.sha256(parts.encode()).hexdigest()[:10]
 
 
@@ -70,7 +70,7 @@ def create_app(engine: Desk, settings: Settings | None = None) -> FastAPI:
         ConfigError: If answers are to be withheld and the model has no threshold to do so.
     """
     settings = settings or Settings()
-    if settings.withhold and not withholds(engine.lm):
+    if settings.withhold and not withholds(engine.front):
         raise ConfigError(
             "--withhold needs a model whose calibration has a threshold; run `selfdoubt calibrate` on its adapter first"
         )
@@ -122,7 +122,7 @@ async def completions(body: CompletionRequest, request: Request) -> Response:
 async def _answer(body: ChatRequest | CompletionRequest, request: Request) -> Response:
     house: House = request.app.state.house
     engine, settings = house.engine, house.settings
-    wanted = plan(body, settings, engine.limits, engine.lm)
+    wanted = plan(body, settings, engine.limits, engine.front)
     if settings.log_prompts:
         log.info("prompt %s", json.dumps(wanted.questions, ensure_ascii=False))
     chat = isinstance(body, ChatRequest)
@@ -132,7 +132,7 @@ async def _answer(body: ChatRequest | CompletionRequest, request: Request) -> Re
         "model": settings.name,
         "system_fingerprint": request.app.state.fingerprint,
     }
-    teller = Teller(engine.lm, wanted, chat, head)
+    teller = Teller(engine.front, wanted, chat, head)
     jobs: list[Job] = []
     try:
         await unless_gone(request.receive, _ask(house, wanted, request.scope.get("client_id", ""), jobs))
@@ -175,7 +175,7 @@ async def score(body: ScoreRequest, request: Request) -> Response:
     found = await unless_gone(request.receive, work)
 
     def told() -> JSONResponse:
-        data = [of_given(house.engine.lm, i, answer) for i, answer in enumerate(found)]
+        data = [of_given(house.engine.front, i, answer) for i, answer in enumerate(found)]
         return JSONResponse({"object": "list", "model": house.settings.name, "data": data})
 
     return await asyncio.to_thread(told)  # thousands of tokens take a while to write
@@ -195,13 +195,13 @@ async def model(name: str, request: Request) -> Response:
 
 
 def _model(house: House) -> dict[str, Any]:
-    lm = house.engine.lm
+    front = house.engine.front
     plain = {"id": house.settings.name, "object": "model", "created": house.created, "owned_by": "selfdoubt"}
     if not house.settings.risk:
         return plain
-    threshold = None if lm.calibration is None else lm.calibration.threshold
-    return {**plain, "risk": {"name": lm.risk, "token_risk": lm.token_risk, "calibrated": lm.calibration is not None,
-                              "threshold": threshold}}  # fmt: skip
+    threshold = None if front.calibration is None else front.calibration.threshold
+    risk = {"name": front.risk, "token_risk": front.token_risk, "calibrated": front.calibration is not None}
+    return {**plain, "risk": {**risk, "threshold": threshold}}
 
 
 @router.get("/healthz", responses={200: {"model": responses.Status}, 503: {"model": responses.Error}})

@@ -113,7 +113,7 @@ async def told(
             sent[index] += "".join(token.text for token in update.tokens)
             return list(teller.grew(index, update.tokens, len(before)))
         found = []
-        if hold and not update.answer.withheld:
+        if hold and not update.answer.abstained:
             tokens = held.pop(index, [])
             found = list(teller.grew(index, tokens, 0))
             before = "".join(token.text for token in tokens)

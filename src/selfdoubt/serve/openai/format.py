@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from selfdoubt.lm.answer import Answer, Token
-from selfdoubt.lm.model import RiskAwareLM
+from selfdoubt.lm.front import LMFront
 from selfdoubt.serve.openai import logprobs, risks
 from selfdoubt.serve.openai.params import Plan
 
@@ -28,13 +28,13 @@ class Teller:
     """Tells the answers to one request.
 
     Args:
-        lm: Whose answers they are.
+        front: Of the model that answers.
         plan: What is wanted.
         chat: In the shape of chats, or else of completions.
         head: The fields that all replies share: id, created, model, system_fingerprint.
     """
 
-    lm: RiskAwareLM
+    front: LMFront
     plan: Plan
     chat: bool
     head: dict[str, Any]
@@ -49,7 +49,7 @@ class Teller:
         }
 
     def _choice(self, index: int, answer: Answer) -> dict[str, Any]:
-        withheld = self.plan.withhold and answer.withheld
+        withheld = self.plan.withhold and answer.abstained
         text = answer.shown if withheld else answer.text
         tokens = () if withheld else answer.tokens
         body = {"message": {"role": "assistant", "content": text, "refusal": None}} if self.chat else {"text": text}
@@ -61,36 +61,36 @@ class Teller:
         }
         if self.plan.risk:
             choice["risk"] = {
-                **risks.of_answer(self.lm, answer),
+                **risks.of_answer(self.front, answer),
                 "withheld": withheld,
-                "tokens": [risks.of_token(self.lm, token) for token in tokens],
+                "tokens": [risks.of_token(self.front, token) for token in tokens],
             }
         return choice
 
     def began(self, index: int, question: Sequence[Token]) -> Iterator[dict[str, Any]]:
         """What a stream says before an answer's first token: who speaks, and the question's risk."""
         if self.chat:
-            about = {"question": risks.of_question(self.lm, question)}
+            about = {"question": risks.of_question(self.front, question)}
             yield self._chunk(index, {"role": "assistant", "content": "", "refusal": None}, about)
         elif self.plan.risk:
-            yield self._chunk(index, "", {"question": risks.of_question(self.lm, question)})
+            yield self._chunk(index, "", {"question": risks.of_question(self.front, question)})
 
     def grew(self, index: int, tokens: Sequence[Token], offset: int) -> Iterator[dict[str, Any]]:
         """One chunk a token; ``offset`` is the length of the text before them."""
         for token in tokens:
-            risk = risks.of_token(self.lm, token) if self.plan.risk else None
+            risk = risks.of_token(self.front, token) if self.plan.risk else None
             delta = {"content": token.text} if self.chat else token.text
             yield self._chunk(index, delta, risk, self._logprobs((token,), offset))
             offset += len(token.text)
 
     def ended(self, index: int, answer: Answer, sent: str) -> Iterator[dict[str, Any]]:
         """What was not sent yet, the reason of the end, and the risk of the whole."""
-        withheld = self.plan.withhold and answer.withheld
+        withheld = self.plan.withhold and answer.abstained
         text = answer.shown if withheld else answer.text
         rest = text[len(sent) :]
         if rest:
             yield self._chunk(index, {"content": rest} if self.chat else rest, None)
-        risk = {**risks.of_answer(self.lm, answer), "withheld": withheld} if self.plan.risk else None
+        risk = {**risks.of_answer(self.front, answer), "withheld": withheld} if self.plan.risk else None
         yield self._chunk(index, {} if self.chat else "", risk, finish=answer.finish)
 
     def total(self, prompt_tokens: int, answers: Sequence[Answer]) -> dict[str, Any]:
@@ -112,7 +112,7 @@ class Teller:
     def _logprobs(self, tokens: Sequence[Token], offset: int = 0) -> dict[str, Any] | None:
         if not self.plan.logprobs:
             return None
-        words, top = self.lm.tokenizer, self.plan.alternatives
+        words, top = self.front.tokenizer, self.plan.alternatives
         if not self.chat:
             return logprobs.of_text(words, list(tokens), top, offset)
         return {"content": [logprobs.of_chat(words, token, top) for token in tokens], "refusal": None}

@@ -8,7 +8,7 @@ from functools import cache
 from typing import Any
 
 from selfdoubt.lm.answer import Token
-from selfdoubt.lm.text.detokenizer import text_between
+from selfdoubt.lm.text.detokenizer import decode_between
 
 #: OpenAI's number for what is as good as impossible.
 IMPOSSIBLE = -9999.0
@@ -47,7 +47,7 @@ def of_text(tokenizer: Any, tokens: list[Token], top: int, offset: int = 0) -> d
 
 def token_bytes(tokenizer: Any, token: int) -> bytes | None:
     """Return the UTF-8 bytes of a token among others, or of its part of a character; None where they are unknown."""
-    text = text_between(tokenizer, token)
+    text = decode_between(tokenizer, token)
     if "\ufffd" not in text:
         return text.encode()
     piece = tokenizer.convert_ids_to_tokens(token)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from selfdoubt.errors import ConfigError, PromptError
-from selfdoubt.lm.model import RiskAwareLM
+from selfdoubt.lm.front import LMFront
 from selfdoubt.lm.options import Options
 from selfdoubt.lm.text.prompt import Prompt
 from selfdoubt.lm.text.prompt_form import text_form
@@ -52,7 +52,7 @@ class Plan:
     timeout: float
 
 
-def plan(request: ChatRequest | CompletionRequest, settings: Settings, limits: Limits, lm: RiskAwareLM) -> Plan:
+def plan(request: ChatRequest | CompletionRequest, settings: Settings, limits: Limits, front: LMFront) -> Plan:
     """Read a request.
 
     Raises:
@@ -74,7 +74,7 @@ def plan(request: ChatRequest | CompletionRequest, settings: Settings, limits: L
         most = min(limits.prompts, limits.queue)
         if len(request.prompts) > most:
             raise ConfigError(f"a request may have {most} prompts at most here, got {len(request.prompts)}")
-        questions = [p if isinstance(p, str) else _prompt_of(lm, p, limits) for p in request.prompts]
+        questions = [p if isinstance(p, str) else _prompt_of(front, p, limits) for p in request.prompts]
     if request.stream_options is not None and not request.stream:
         raise ConfigError("stream_options needs stream: true")
     options: Options = {
@@ -94,7 +94,7 @@ def plan(request: ChatRequest | CompletionRequest, settings: Settings, limits: L
         bool(request.stream),
         bool(request.stream_options and request.stream_options.include_usage),
         _risk(request, settings),
-        _withhold(request, settings, lm),
+        _withhold(request, settings, front),
         min(request.timeout or limits.timeout, limits.timeout),
     )
 
@@ -139,8 +139,8 @@ def _risk(request: Common, settings: Settings) -> bool:
     return settings.risk if request.risk is None else request.risk
 
 
-def _withhold(request: Common, settings: Settings, lm: RiskAwareLM) -> bool:
-    if request.withhold and not withholds(lm):
+def _withhold(request: Common, settings: Settings, front: LMFront) -> bool:
+    if request.withhold and not withholds(front):
         raise RequestError(
             400,
             "withhold needs a model whose calibration has a threshold; see `selfdoubt calibrate`",
@@ -149,17 +149,17 @@ def _withhold(request: Common, settings: Settings, lm: RiskAwareLM) -> bool:
     return settings.withhold if request.withhold is None else request.withhold
 
 
-def withholds(lm: RiskAwareLM) -> bool:
+def withholds(front: LMFront) -> bool:
     """Whether the model ever abstains."""
-    return lm.calibration is not None and lm.calibration.threshold is not None
+    return front.calibration is not None and front.calibration.threshold is not None
 
 
-def _prompt_of(lm: RiskAwareLM, ids: list[int], limits: Limits) -> Prompt:
-    longest = limits.longest(lm.context)
+def _prompt_of(front: LMFront, ids: list[int], limits: Limits) -> Prompt:
+    longest = limits.longest(front.context)
     if len(ids) > longest:
         raise PromptError(f"a prompt must have between 1 and {longest} tokens, got {len(ids)}; shorten it")
-    limits.check_ids(ids, lm.vocabulary)
-    special = set(lm.tokenizer.all_special_ids)
-    known = len(lm.tokenizer)  # a model may have more ids, and sentencepiece decodes none of them
-    text = lm.tokenizer.decode([i for i in ids if i < known], skip_special_tokens=True)
+    limits.check_ids(ids, front.vocabulary)
+    special = set(front.tokenizer.all_special_ids)
+    known = len(front.tokenizer)  # a model may have more ids, and sentencepiece decodes none of them
+    text = front.tokenizer.decode([i for i in ids if i < known], skip_special_tokens=True)
     return Prompt(ids, [i not in special for i in ids], text_form(text))

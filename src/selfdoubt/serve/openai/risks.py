@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from selfdoubt.lm.answer import ANSWER_SCORES, Answer, Token, answer_scores
+from selfdoubt.lm.answer import Answer, Token
+from selfdoubt.lm.scores import Score
 from selfdoubt.risk import percentile
 
 if TYPE_CHECKING:
-    from selfdoubt.lm.model import RiskAwareLM
+    from selfdoubt.lm.front import LMFront
 
 
-def of_token(lm: RiskAwareLM, token: Token) -> dict[str, Any]:
+def of_token(front: LMFront, token: Token) -> dict[str, Any]:
     """The risk of one token; its percentile is None without reference tokens (``reference["token_nll"]``)."""
-    reference = lm.reference.get(f"token_{lm.token_risk}")
+    reference = front.reference.get(f"token_{front.token_risk}")
     return {
         "text": token.text,
         "risk": token.risk,
@@ -25,15 +26,13 @@ def of_token(lm: RiskAwareLM, token: Token) -> dict[str, Any]:
     }
 
 
-def of_question(lm: RiskAwareLM, question: Sequence[Token]) -> dict[str, Any] | None:
+def of_question(front: LMFront, question: Sequence[Token]) -> dict[str, Any] | None:
     """The risk of the question's own words, which is known before the answer begins; None without own words."""
-    name = f"question_mean_{lm.token_risk}"
-    if name not in ANSWER_SCORES:
-        name = "question_mean_nll"
-    value = answer_scores([], question).get(name)
+    score = Score("question", "mean", front.token_risk)
+    value, name = score.compute([], question), str(score)
     if value is None:
         return None
-    reference = lm.reference.get(name)
+    reference = front.reference.get(name)
     return {
         "risk": value,
         "risk_name": name,
@@ -41,7 +40,7 @@ def of_question(lm: RiskAwareLM, question: Sequence[Token]) -> dict[str, Any] | 
     }
 
 
-def of_answer(lm: RiskAwareLM, answer: Answer) -> dict[str, Any]:
+def of_answer(front: LMFront, answer: Answer) -> dict[str, Any]:
     """The risk of a whole answer."""
     return {
         "risk": answer.risk,
@@ -51,5 +50,5 @@ def of_answer(lm: RiskAwareLM, answer: Answer) -> dict[str, Any]:
         "p_correct_note": answer.p_correct_note,
         "abstain": answer.abstain,
         "withheld": False,
-        "question": of_question(lm, answer.question),
+        "question": of_question(front, answer.question),
     }

@@ -9,8 +9,8 @@ from typing import Any
 
 from selfdoubt.errors import BusyError, ConfigError, DeadlineError
 from selfdoubt.lm.answer import Answer
-from selfdoubt.lm.inputs import Question
-from selfdoubt.lm.model import RiskAwareLM
+from selfdoubt.lm.front import LMFront
+from selfdoubt.lm.inputs import PromptLike
 from selfdoubt.lm.scoring import TeacherForcedText, encode_teacher_forced
 from selfdoubt.serve.engine.client import Desk
 from selfdoubt.serve.http.encoders import Encoders, total_size
@@ -20,7 +20,7 @@ from selfdoubt.serve.openai.requests import ScoreItem
 
 #: Texts, and characters of them, that are scored side by side.
 PIECE, CHARACTERS = 4, 2000
-Pair = tuple[Question | None, str]
+Pair = tuple[PromptLike | None, str]
 
 
 class Scorer:
@@ -56,7 +56,7 @@ class Scorer:
             async with asyncio.timeout(timeout):
                 found: list[Answer] = []
                 for piece in pieces(pairs):
-                    work = partial(encode_teacher_forced, self._engine.lm.tokenizer, piece, raw=raw)
+                    work = partial(encode_teacher_forced, self._engine.front.tokenizer, piece, raw=raw)
                     given: list[TeacherForcedText] = await self._encoders.run(work, total_size(piece))
                     scored: asyncio.Future[list[Answer]] = asyncio.wrap_future(self._engine.score(given))
                     found += await scored
@@ -67,7 +67,7 @@ class Scorer:
         return found
 
     def _pair(self, item: ScoreItem) -> Pair:
-        limits, context = self._engine.limits, self._engine.lm.context
+        limits, context = self._engine.limits, self._engine.front.context
         if item.question is not None and item.messages is not None:
             raise ConfigError("a text to score answers a question or messages, not both; give one of them")
         question = item.question if item.messages is None else chat_of(item.messages, limits)
@@ -92,7 +92,7 @@ def pieces(pairs: Sequence[Pair]) -> Iterator[list[Pair]]:
         yield piece
 
 
-def of_given(lm: RiskAwareLM, index: int, answer: Answer) -> dict[str, Any]:
+def of_given(front: LMFront, index: int, answer: Answer) -> dict[str, Any]:
     """A scored text."""
     return {
         "object": "score",
@@ -104,7 +104,7 @@ def of_given(lm: RiskAwareLM, index: int, answer: Answer) -> dict[str, Any]:
         "p_correct_note": answer.p_correct_note,
         "abstain": answer.abstain,
         "scores": dict(answer.scores),
-        "tokens": [risks.of_token(lm, token) for token in answer.tokens],
-        "question": risks.of_question(lm, answer.question),
-        "question_tokens": [risks.of_token(lm, token) for token in answer.question],
+        "tokens": [risks.of_token(front, token) for token in answer.tokens],
+        "question": risks.of_question(front, answer.question),
+        "question_tokens": [risks.of_token(front, token) for token in answer.question],
     }

@@ -69,7 +69,7 @@ def application(
     ).bind(load, limits)
 
     def front() -> Any:
-        from selfdoubt.serve.engine.engine import memory
+        from selfdoubt.serve.engine import memory
         from selfdoubt.serve.http.app import create_app
         from selfdoubt.serve.http.metrics import Metrics
 

@@ -20,7 +20,8 @@ from typing import Any, TypeVar, Unpack
 
 from selfdoubt.errors import BusyError, EngineError, require
 from selfdoubt.lm.answer import Answer
-from selfdoubt.lm.inputs import Question
+from selfdoubt.lm.front import LMFront
+from selfdoubt.lm.inputs import PromptLike
 from selfdoubt.lm.model import RiskAwareLM
 from selfdoubt.lm.options import Options
 from selfdoubt.lm.scoring import TeacherForcedText
@@ -69,9 +70,9 @@ class Replica:
         found = await asyncio.wrap_future(self._engine.score(given))
         return [replace(answer, states=None) for answer in found]
 
-    async def describe(self) -> RiskAwareLM:
-        """The model without its weights."""
-        return self._engine.lm.without_weights()
+    async def describe(self) -> LMFront:
+        """Return all that is known of the model but its weights."""
+        return self._engine.front
 
     def check_health(self) -> None:
         """Asked by Ray: a replica whose engine has failed is replaced by a new one."""
@@ -98,7 +99,7 @@ class Replicas:
         self.meter: Meter = meter or Silent()
         self.failure: BaseException | None = None
         self._handle = handle
-        self._lm: RiskAwareLM | None = None
+        self._front: LMFront | None = None
         self._jobs: set[Job] = set()
         self._closing = False
         self._lock = threading.Lock()
@@ -106,11 +107,11 @@ class Replicas:
         self._alive = 0
 
     @property
-    def lm(self) -> RiskAwareLM:
-        """The model that the replicas run, without its weights."""
-        if self._lm is None:  # from a thread of its own, because nobody may wait for an answer in Ray's event loop
-            self._lm = self._callers.submit(lambda: self._handle.describe.remote().result()).result()
-        return self._lm
+    def front(self) -> LMFront:
+        """All that is known of the model that the replicas run, but its weights."""
+        if self._front is None:  # from a thread of its own, because nobody may wait for an answer in Ray's event loop
+            self._front = self._callers.submit(lambda: self._handle.describe.remote().result()).result()
+        return self._front
 
     def start(self, *, wait: bool = False) -> None:
         """Begin to watch the replicas; with ``wait``, until one lives."""
@@ -142,7 +143,7 @@ class Replicas:
 
     def ask(
         self,
-        question: Question | Prompt,
+        question: PromptLike | Prompt,
         *,
         n: int = 1,
         alternatives: int = 5,
@@ -151,12 +152,12 @@ class Replicas:
         **options: Unpack[Options],
     ) -> Job:
         """See ``Engine.ask``."""
-        self.limits.check(question, self.lm.context)
-        return self.submit(to_ask(self.lm, question, n, alternatives, client, timeout, options))
+        self.limits.check(question, self.front.context)
+        return self.submit(to_ask(self.front, question, n, alternatives, client, timeout, options))
 
     def submit(self, ask: Ask) -> Job:
         """See ``Engine.submit``."""
-        job = Job(self.limits.checked(ask, self.lm.context, self.lm.vocabulary))
+        job = Job(self.limits.checked(ask, self.front.context, self.front.vocabulary))
         with self._lock:
             self.check_room()
             self._jobs.add(job)
@@ -176,7 +177,7 @@ class Replicas:
 
     def score(self, given: Sequence[TeacherForcedText]) -> Future[list[Answer]]:
         """See ``Engine.score``."""
-        self.limits.check_given(given, self.lm.context)
+        self.limits.check_given(given, self.front.context)
         return self._elsewhere(self._handle.score, given)
 
     def _elsewhere(self, method: Any, argument: Any) -> Future[Any]:

@@ -1,0 +1,68 @@
+"""From tokens to an answer: its scores and risk, its percentile among reference answers, and its p_correct."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from selfdoubt.lm.answer import Answer, Finish, Token
+from selfdoubt.lm.calibration import Calibration, ConfidenceEstimate
+from selfdoubt.lm.conditions import Origin
+from selfdoubt.lm.hidden_states import AnswerStates
+from selfdoubt.lm.scores import DEFAULT_RISK, answer_scores, pick_risk, rank_scores
+from selfdoubt.risk import percentile
+
+
+@dataclass(frozen=True)
+class AnswerScorer:
+    """Scores answers. Plain data: it needs no model."""
+
+    risk: str = DEFAULT_RISK  #: name of the answer score that is the risk
+    reference: Mapping[str, Sequence[float]] = field(default_factory=dict)  #: ascending quantiles by score
+    calibration: Calibration | None = None
+    misfit: str | None = None  #: why no answer has a p_correct, if so
+
+    def score(
+        self,
+        tokens: Sequence[Token],
+        question: Sequence[Token],
+        finish: Finish,
+        text: str,
+        states: AnswerStates | None = None,
+        ending: Sequence[Token] = (),
+        *,
+        origin: Origin,
+    ) -> Answer:
+        """Return the answer that these tokens make.
+
+        Args:
+            tokens: Of the answer.
+            question: The tokens of the question's own words.
+            finish: How the answer ended.
+            text: Of the answer.
+            states: Its hidden states.
+            ending: The tokens that ended it; an answer without tokens is scored by them.
+            origin: How the tokens came about.
+        """
+        scores = answer_scores(tokens or ending, question)
+        scores |= rank_scores(scores, self.reference)
+        value, name = pick_risk(scores, self.risk)
+        reference = self.reference.get(name)
+        estimate = ConfidenceEstimate()
+        if self.calibration is not None:
+            gaps = [token.gap for token in tokens]
+            estimate = self.calibration.estimate(scores, states, origin, finish, gaps, self.misfit)
+        return Answer(
+            text,
+            tuple(tokens),
+            tuple(question),
+            scores,
+            value,
+            name,
+            percentile=None if reference is None else percentile(value, reference),
+            finish=finish,
+            p_correct=estimate.p_correct,
+            abstain=estimate.abstain,
+            states=states,
+            p_correct_note=estimate.note,
+        )

@@ -1,0 +1,100 @@
+"""All that is known of a risk-aware language model but its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Protocol, runtime_checkable
+
+from torch import nn
+
+from selfdoubt.lm.answer_scorer import AnswerScorer
+from selfdoubt.lm.calibration import Calibration
+from selfdoubt.lm.load import count_token_ids, find_stop_ids
+from selfdoubt.lm.scores import DEFAULT_RISK, TOKEN_RISK, Signal, check_score, check_signal
+from selfdoubt.lm.stepper import HFStepper
+from selfdoubt.lm.tokens import TokenBuilder
+from selfdoubt.members import source
+
+
+@dataclass(frozen=True)
+class LMFront:
+    """Everything about a risk-aware language model without the model: it encodes, builds tokens and scores answers.
+
+    It is small enough to send to a process that takes requests for a model that runs elsewhere.
+    """
+
+    tokenizer: Any
+    architecture: str  #: the model as ``print`` shows it
+    vocabulary: int  #: token ids that the model reads
+    stop_ids: frozenset[int]  #: token ids that end an answer
+    context: int | None = None  #: most tokens of prompt and answer together; None without a limit
+    name: str | None = None  #: a folder, or a name on the hub; None where the model's config has none
+    revision: str | None = None  #: of the model on the hub
+    reference: Mapping[str, Sequence[float]] = field(default_factory=dict)  #: ascending quantiles of scores, by name
+    calibration: Calibration | None = None
+    misfit: str | None = None  #: why no answer of this model has a p_correct, if so
+    layers: tuple[int, ...] = ()  #: decoder layers whose hidden states come with an answer; 0 is the first
+    risk: str = DEFAULT_RISK  #: name of the answer score that is the risk
+    token_risk: Signal = TOKEN_RISK  #: name of the signal that is a token's risk
+    note: str | None = None  #: one line on what this model's risk lacks
+
+    def __post_init__(self) -> None:
+        check_score(self.risk)
+        check_signal(self.token_risk)
+
+    @classmethod
+    def read(
+        cls,
+        model: nn.Module,
+        tokenizer: Any,
+        *,
+        reference: Mapping[str, Sequence[float]] | None = None,
+        calibration: Calibration | None = None,
+        layers: Sequence[int] = (),
+        risk: str = DEFAULT_RISK,
+        token_risk: Signal = TOKEN_RISK,
+        note: str | None = None,
+    ) -> LMFront:
+        """Return the front of a model: what the model itself says, and what comes with it.
+
+        Raises:
+            ConfigError: If the risk is unknown.
+        """
+        return cls(
+            tokenizer,
+            str(model),
+            count_token_ids(model),
+            find_stop_ids(model, tokenizer),
+            HFStepper(model).context,
+            source(model),
+            reference=dict(reference or {}),
+            calibration=calibration,
+            misfit=None if calibration is None else calibration.misfit(model),
+            layers=tuple(sorted({*layers, *(() if calibration is None else calibration.layers)})),
+            risk=risk,
+            token_risk=token_risk,
+            note=note,
+        )
+
+    @cached_property
+    def tokens(self) -> TokenBuilder:
+        """Builds tokens from scored ids."""
+        return TokenBuilder(self.tokenizer, self.token_risk)
+
+    @cached_property
+    def scorer(self) -> AnswerScorer:
+        """Scores answers."""
+        return AnswerScorer(self.risk, self.reference, self.calibration, self.misfit)
+
+
+@runtime_checkable
+class ModelWithFront(Protocol):
+    """A model and its front, as generation and scoring need them; ``RiskAwareLM`` is one."""
+
+    model: nn.Module
+
+    @property
+    def front(self) -> LMFront:
+        """All that is known of the model."""

@@ -1,0 +1,188 @@
+"""Scores of an answer by name: a part of the conversation, a pool, and a signal of its tokens. All grow with doubt."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from statistics import fmean, quantiles
+from typing import Literal, Protocol, get_args, runtime_checkable
+
+from selfdoubt.errors import ConfigError
+from selfdoubt.lm.answer import Answer, Token
+from selfdoubt.risk import percentile
+
+Part = Literal["answer", "question", "both"]
+Pool = Literal["sum", "mean", "max"]
+Signal = Literal["nll", "total", "aleatoric", "epistemic", "disagreement", "spread", "scale"]
+
+#: The score that is an answer's risk, and the signal that is a token's. Without reference answers, or without a
+#: question, ``sum_nll`` takes the place of the first. By ``benchmarks/quality.py`` no other score that needs no labels
+#: ranks wrong answers better: "am I sure of my answer?" and "have I met this subject?" err on different questions.
+DEFAULT_RISK = "rank_nll"
+TOKEN_RISK: Signal = "nll"
+
+_PREFIXES: dict[Part, str] = {"answer": "", "question": "question_", "both": "both_"}
+_POOLS: dict[Pool, Callable[[Sequence[float]], float]] = {"sum": math.fsum, "mean": fmean, "max": max}
+
+
+@dataclass(frozen=True)
+class Score:
+    """One number for many tokens: ``pool`` of ``signal`` over the tokens of ``part``.
+
+    Well-known ones by name: ``sum_nll`` is minus the log of the sequence probability (MSP), ``mean_nll`` the log of
+    perplexity, ``mean_total`` the mean token entropy, ``question_mean_nll`` the surprisal of the question.
+
+    Example:
+        >>> Score.parse("question_max_nll")
+        Score(part='question', pool='max', signal='nll')
+        >>> str(Score("answer", "sum", "nll"))
+        'sum_nll'
+    """
+
+    part: Part
+    pool: Pool
+    signal: Signal
+
+    def __str__(self) -> str:
+        return f"{_PREFIXES[self.part]}{self.pool}_{self.signal}"
+
+    @classmethod
+    def parse(cls, name: str) -> Score:
+        """Return the score of a name.
+
+        Raises:
+            ConfigError: If the name is unknown; the message lists all.
+        """
+        if name not in ANSWER_SCORES:
+            raise _unknown(name)
+        return ANSWER_SCORES[name]
+
+    def compute(self, answer: Sequence[Token], question: Sequence[Token]) -> float | None:
+        """Return the score; None where no token has the signal, or ``both`` lacks one part."""
+        tokens: list[Token] = []
+        if self.part != "both" or (answer and question):
+            tokens = [*(question if self.part != "answer" else ()), *(answer if self.part != "question" else ())]
+        values = [value for token in tokens if (value := getattr(token, self.signal)) is not None]
+        return _POOLS[self.pool](values) if values else None
+
+    @property
+    def needs_question(self) -> bool:
+        """True if the score reads the question's tokens."""
+        return self.part != "answer"
+
+
+#: All scores by name.
+ANSWER_SCORES: dict[str, Score] = {
+    str(score): score
+    for score in (Score(p, o, s) for p in get_args(Part) for o in get_args(Pool) for s in get_args(Signal))
+}
+#: Scores that weigh others by their rank among reference answers, in [0, 1]; ranks compare what sums cannot.
+RANK_SCORES: dict[str, tuple[tuple[Score, float], ...]] = {
+    "rank_nll": ((Score("answer", "sum", "nll"), 2 / 3), (Score("question", "mean", "nll"), 1 / 3)),
+}
+
+
+def answer_scores(answer: Sequence[Token], question: Sequence[Token]) -> dict[str, float]:
+    """Return all scores that these tokens allow: without a question, or without a sculpt, some are absent."""
+    values = {name: score.compute(answer, question) for name, score in ANSWER_SCORES.items()}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def rank_scores(scores: Mapping[str, float], reference: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """Return the ``RANK_SCORES`` that these scores and reference quantiles allow."""
+    return {
+        name: math.fsum(
+            weight * percentile(scores[str(score)], reference[str(score)], linear=True) for score, weight in weighted
+        )
+        for name, weighted in RANK_SCORES.items()
+        if all(str(score) in scores and str(score) in reference for score, _ in weighted)
+    }
+
+
+def check_score(name: str) -> None:
+    """Check that a score has this name.
+
+    Raises:
+        ConfigError: If the name is unknown.
+    """
+    if name not in ANSWER_SCORES and name not in RANK_SCORES:
+        raise _unknown(name)
+
+
+def check_signal(name: str) -> None:
+    """Check that a signal has this name.
+
+    Raises:
+        ConfigError: If the name is unknown.
+    """
+    if name not in get_args(Signal):
+        raise ConfigError(f"no token signal is called {name!r}; choose one of {', '.join(get_args(Signal))}")
+
+
+def _unknown(name: str) -> ConfigError:
+    known = sorted({*ANSWER_SCORES, *RANK_SCORES})
+    return ConfigError(f"no answer score is called {name!r}; choose one of {', '.join(known)}")
+
+
+def fallback_score(name: str) -> Score:
+    """Return the score that takes this one's place where it is absent."""
+    return Score("answer", "sum" if name in RANK_SCORES else "mean", "nll")
+
+
+def pick_risk(scores: Mapping[str, float], name: str) -> tuple[float, str]:
+    """Return the risk of this name and its name; without a question (or an answer), the same score of the other part.
+
+    Raises:
+        ConfigError: If the name is unknown, or there is neither an answer nor a question.
+    """
+    for candidate in _fallbacks(name):
+        if candidate in scores:
+            return scores[candidate], candidate
+    raise ConfigError(f"the score {name!r} needs at least one token, got an empty answer and question")
+
+
+def _fallbacks(name: str) -> Iterator[str]:
+    """Yield a score's name, and those of the scores that take its place, in order."""
+    check_score(name)
+    yield name
+    for score in (ANSWER_SCORES.get(name), fallback_score(name)):
+        if score is not None:
+            yield str(replace(score, part="answer"))
+            yield str(replace(score, part="question"))
+
+
+@runtime_checkable
+class HasScores(Protocol):
+    """An answer, or the record of one."""
+
+    @property
+    def scores(self) -> Mapping[str, float]:
+        """Scores by name."""
+
+
+def reference_quantiles(answers: Sequence[HasScores], n: int = 100) -> dict[str, list[float]]:
+    """Return ascending quantiles of each score over reference answers, from the least to the greatest: ``n + 1`` each.
+
+    Where the answers have their tokens, the tokens' own signals are ranked too, as ``token_nll``, ``token_total``, ...
+
+    Raises:
+        ConfigError: If there are no answers.
+    """
+    if not answers:
+        raise ConfigError("reference quantiles need at least one answer, got none")
+    rows = [{name: v for name, v in answer.scores.items() if name in ANSWER_SCORES} for answer in answers]
+    tokens = [token for answer in answers if isinstance(answer, Answer) for token in answer.tokens]
+    token_rows = [{f"token_{s}": v for s in get_args(Signal) if (v := getattr(t, s)) is not None} for t in tokens]
+    known = _quantiles(rows, n)
+    return known | _quantiles([rank_scores(row, known) for row in rows], n) | _quantiles(token_rows, n)
+
+
+def _quantiles(rows: Sequence[Mapping[str, float]], n: int) -> dict[str, list[float]]:
+    """Return quantiles of each name's values, with five digits."""
+    result = {}
+    for name in sorted({name for row in rows for name in row}):
+        values = sorted(row[name] for row in rows if name in row)
+        inner = quantiles(values, n=n, method="inclusive") if len(values) > 1 else values * (n - 1)
+        result[name] = [float(f"{v:.5g}") for v in (values[0], *inner, values[-1])]
+    return result
