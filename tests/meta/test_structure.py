@@ -17,7 +17,6 @@ FILES = {".".join(p.relative_to(ROOT).with_suffix("").parts): p for p in sorted(
 LONGEST, LONGEST_OF_A_CLASS = 350, 450
 
 CORE = {
-<<<<<<< HEAD
     "version",
     "errors",
     "fields",
@@ -34,11 +33,6 @@ CORE = {
     "members",
     "compat",
 }
-=======
-    "version", "errors", "fields", "formatting", "messages", "setting", "targets", "tree", "risk", "forecast", "rows",
-    "scales", "kernels", "members", "compat",
-}  # fmt: skip
->>>>>>> wip-train
 WRAPPERS = {"vote", "sample", "sculpt"}
 #: What a file may import of the package; others are free.
 ARROWS = {
@@ -46,17 +40,10 @@ ARROWS = {
     "errors": set(),
     "fields": {"errors"},
     "formatting": set(),
-<<<<<<< HEAD
     "compat": {"errors"},
     "messages": set(),
     "scales": {"errors", "tree"},
     "setting": set(),
-=======
-    "messages": set(),
-    "scales": {"errors", "tree"},
-    "setting": set(),
-    "compat": {"errors"},
->>>>>>> wip-train
     "tree": set(),
     "risk": {"errors"},
     "targets": {"errors", "compat"},
