@@ -17,6 +17,7 @@ from selfdoubt.lm.text import encoder
 from selfdoubt.lm.text.encoder import get_encoder
 from selfdoubt.lm.text.prompt import count_tokens, encode
 from tests import words
+from tests.real import FOLDER
 
 REAL = ("pocket", "smollm2", "qwen", "gemma")
 PIECES = st.sampled_from([
@@ -29,7 +30,7 @@ TEXTS = st.lists(PIECES, max_size=12).map("".join)
 def tokenizer(name):
     found = words.real(name) if name in REAL else words.small(name)
     if found is None:
-        pytest.skip(f"there is no model folder {words.FOLDER / name}")
+        pytest.skip(f"there is no model folder {FOLDER / name}")
     return found
 
 

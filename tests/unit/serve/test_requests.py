@@ -219,6 +219,6 @@ def test_what_the_server_was_told_not_to_do_is_not_asked_for(talker, pocket):
 
 
 def test_texts_to_score_come_as_one_or_several():
-    ScoreRequest(input={"text": "a"})
-    ScoreRequest(input=[{"text": "a", "question": "b"}, {"text": "a", "messages": HELLO}])
+    ScoreRequest.model_validate({"input": {"text": "a"}})
+    ScoreRequest.model_validate({"input": [{"text": "a", "question": "b"}, {"text": "a", "messages": HELLO}]})
     assert "input" in complaint_of(ScoreRequest, {"input": []})[0]
