@@ -23,7 +23,7 @@ from tests.waiting import wait_until
 
 QUESTION = "What is the capital of France?"
 TEXT = "The capital of France is Paris."
-CHAT = [{"role": "user", "content": QUESTION}]
+CHAT: list[Any] = [{"role": "user", "content": QUESTION}]
 UNKNOWN = [{"role": "user", "content": "Where is Zorbelheim?"}]
 
 

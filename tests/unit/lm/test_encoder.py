@@ -144,7 +144,8 @@ def test_many_threads_encode_as_one_does(name):
     expected = [kind() for kind in kinds]
     control = {t.id for t in get_encoder(own).control.values()}
     assert [sum(i in control for i in p.ids) for p in expected] == [3, 40 + (own.bos_token is not None)]
-    wrong, start = [], threading.Barrier(8)
+    wrong: list[int] = []
+    start = threading.Barrier(8)
 
     def hammer(thread):
         start.wait()

@@ -19,7 +19,7 @@ from selfdoubt.lm.text.prompt import Prompt
 from selfdoubt.members import innermost
 from selfdoubt.serve.engine.engine import Engine
 from selfdoubt.serve.engine.limits import Limits
-from selfdoubt.serve.engine.request import Finished, Started, TokensAdded, cancel_on_exit
+from selfdoubt.serve.engine.request import Finished, RequestHandle, Started, TokensAdded, cancel_on_exit
 from tests import zoo
 from tests.waiting import wait_until
 
@@ -479,7 +479,8 @@ def test_handles_are_cancelled_when_their_block_ends():
             raise ZeroDivisionError
 
     with running(speaker()) as engine:
-        handles, kept = [], engine.generate("What?", max_tokens=2)
+        handles: list[RequestHandle] = []
+        kept = engine.generate("What?", max_tokens=2)
         with pytest.raises(ZeroDivisionError):
             fail(handles, kept)
         assert handles[0].cancelled

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from openai.types import completion_create_params
 from openai.types.chat import completion_create_params as chat_create_params
@@ -143,7 +145,7 @@ def test_parts_of_a_content_are_lines_and_a_developer_is_the_system(talker):
 
 
 def test_answers_of_the_server_can_be_sent_back():
-    said = {
+    said: dict[str, Any] = {
         "role": "assistant",
         "content": "Hi.",
         "refusal": None,
