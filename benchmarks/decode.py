@@ -12,7 +12,7 @@ import argparse
 import time
 from collections.abc import Callable, Iterator, Sequence
 from statistics import median, quantiles
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,10 @@ from selfdoubt.lm.prefill import prefill
 from selfdoubt.lm.sampling import Sampling
 from selfdoubt.lm.stepper import HFStepper, StepOutput
 
-SHAPES: dict[str, dict[str, int]] = {
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+SHAPES: dict[str, dict[str, Any]] = {
     "135m": {
         "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
         "num_attention_heads": 9, "num_key_value_heads": 3,
@@ -49,12 +52,13 @@ NAMES = {
 }
 
 
-def build(name: str) -> nn.Module:
+def build(name: str) -> PreTrainedModel:
     """The pocket model, or a model of a known shape with random weights, in bfloat16."""
     from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
     from selfdoubt import pocket
 
+    model: Any
     if name == "pocket":
         model = AutoModelForCausalLM.from_pretrained(pocket.folder(), dtype=torch.bfloat16)
     else:
@@ -64,7 +68,8 @@ def build(name: str) -> nn.Module:
         model = LlamaForCausalLM(LlamaConfig(**SHAPES[name], tie_word_embeddings=True, max_position_embeddings=2048))
         torch.set_default_dtype(before)
     model.generation_config.eos_token_id = None
-    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval().requires_grad_(False)
+    built: PreTrainedModel = model.to("cuda" if torch.cuda.is_available() else "cpu").eval().requires_grad_(False)
+    return built
 
 
 class Separate:
@@ -136,7 +141,7 @@ def measure(name: str, tokens: int, rounds: int) -> list[results.Row]:
     """Rows of one model."""
     model = build(name)
     runs = arms(model)
-    vocabulary = model.config.vocab_size  # type: ignore[union-attr]
+    vocabulary = int(model.config.vocab_size)
     prompt = torch.randint(10, vocabulary, (PROMPT,), generator=torch.Generator().manual_seed(1)).tolist()
     times: dict[str, dict[str, list[float]]] = {arm: {"token": [], "prompt": []} for arm in runs}
     for turn in range(rounds + 1):

@@ -35,7 +35,8 @@ from selfdoubt.eval.run import ask_questions
 from selfdoubt.lm.adapters.adapter import save_adapter
 from selfdoubt.lm.model import RiskAwareLM
 from selfdoubt.lm.scores import reference_quantiles
-from selfdoubt.metrics import compare_scores
+from selfdoubt.metrics import Estimate, compare_scores
+from selfdoubt.train.config import WrapperSettings
 
 ARMS = ("plain", "vote", "sample", "sculpt")
 #: Arms that are also asked again and again, and about their own answers.
@@ -86,13 +87,19 @@ def main() -> None:
 
 
 #: What each arm adds to the base; LoRA goes beneath all but voters.
-WRAPPERS = {"plain": None, "vote": voters.VOTERS, "sample": sample.Wrapper(), "sculpt": sculpt.Wrapper()}
+WRAPPERS: dict[str, WrapperSettings | None] = {
+    "plain": None,
+    "vote": voters.VOTERS,
+    "sample": sample.Wrapper(),
+    "sculpt": sculpt.Wrapper(),
+}
 
 
 def tune(arm: str, out: Path, atlas: Path, steps: int, rows: int, seed: int) -> None:
     """Train an arm on the pocket base as all are trained, and write its adapter."""
-    wrapper = WRAPPERS[arm] and replace(WRAPPERS[arm], seed=seed)
-    lora = {"lora_r": 16, "lora_alpha": 16.0, "lora_targets": targets.DECODER_FILTER}
+    settings = WRAPPERS[arm]
+    wrapper = settings and replace(settings, seed=seed)
+    lora: dict[str, Any] = {"lora_r": 16, "lora_alpha": 16.0, "lora_targets": targets.DECODER_FILTER}
     voters.fine_tune(atlas, out, steps=steps, rows=rows, seed=seed, wrapper=wrapper, **lora)
 
 
@@ -119,11 +126,9 @@ def gather(arm: str, chosen: argparse.Namespace, limit: int, *, peers: bool = Fa
         assert asked is not None  # one process asks
         parts.append(AnsweredBatch(judge_records(asked.records, judge), asked.states, asked.costs))
     records = [r for part in parts for r in part.records]
-    seconds = sum(part.costs["answer"]["seconds"] for part in parts)
+    seconds = sum(part.costs["answer"].seconds for part in parts)
     passes = {
-        name: sum(part.costs[name]["seconds"] for part in parts) / seconds
-        for name in parts[0].costs
-        if name != "answer"
+        name: sum(part.costs[name].seconds for part in parts) / seconds for name in parts[0].costs if name != "answer"
     }
     return Found(
         records,
@@ -248,17 +253,24 @@ def _rows(
     found = compare_scores(used, right[defined], metrics, baseline=baseline, draws=draws, clusters=ids)
     rows = []
     for (name, metric), own in found.items():
+        value, interval = _rounded(own.estimate)
         row: results.Row = {
             "model": "pocket", "arm": arm, "domain": domain, "part": part, "score": name, "metric": metric,
-            "value": round(own.estimate.value, 4),
-            "interval": [round(own.estimate.low, 4), round(own.estimate.high, 4)], "answers": int(defined.sum()),
+            "value": value, "interval": interval, "answers": int(defined.sum()),
         }  # fmt: skip
         if own.difference is not None:
             row["against"] = baseline
-            row["gain"] = round(own.difference.value, 4)
-            row["gain_interval"] = [round(own.difference.low, 4), round(own.difference.high, 4)]
+            row["gain"], row["gain_interval"] = _rounded(own.difference)
         rows.append(row)
     return rows
+
+
+def _rounded(estimate: Estimate) -> tuple[float, list[float]]:
+    """Return an estimate's value and interval, to four places."""
+    value, low, high = estimate.value, estimate.low, estimate.high
+    if value is None or low is None or high is None:
+        raise ValueError(f"an estimate has no number: {estimate.note}; ask more questions")
+    return round(value, 4), [round(low, 4), round(high, 4)]
 
 
 def _scores(found: Found, name: str) -> np.ndarray:

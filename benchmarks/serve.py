@@ -48,7 +48,8 @@ def build_folder(model: str, folder: Path) -> Path:
     from selfdoubt import pocket
 
     tokenizer = AutoTokenizer.from_pretrained(pocket.folder())
-    network = decode.build(model).float()
+    network: Any = decode.build(model)
+    network.float()
     network.resize_token_embeddings(len(tokenizer), mean_resizing=False)  # a token without letters is no event
     network.generation_config.eos_token_id = network.config.eos_token_id = None
     network.save_pretrained(folder)

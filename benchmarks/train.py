@@ -54,7 +54,8 @@ class Worker:
         """Seconds, loss and tokens of a step, and the peak of memory so far."""
         with suppress(BrokenPipeError):  # it has ended: asking for its answer says so
             self._pipe.send(records)
-        return self._answer()
+        measured: dict[str, float] = self._answer()
+        return measured
 
     def end(self) -> None:
         self._pipe.send(None)

@@ -30,7 +30,7 @@ Record = dict[str, str]
 #: Puts records into a batch; says how many tokens of it are no padding.
 Collate = Callable[[Sequence[Record]], tuple[Any, int]]
 
-TINY = {
+TINY: dict[str, Any] = {
     "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2,
 }  # fmt: skip
@@ -75,7 +75,9 @@ def write_tokenizer(records: Sequence[Record], vocabulary: int, folder: Path) ->
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )  # fmt: skip
     raw.train_from_iterator(map(text, records), learner)
-    whole = PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<pad>", eos_token="<eos>", padding_side="left")
+    whole = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        tokenizer_object=raw, pad_token="<pad>", eos_token="<eos>", padding_side="left"
+    )
     whole.save_pretrained(folder)
 
 
@@ -86,13 +88,14 @@ def build(options: Options) -> nn.Module:
     shape = {**TINY, **SHAPES.get(options.shape, {}), "vocab_size": options.vocabulary}
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
-    model = LlamaForCausalLM(LlamaConfig(**shape, tie_word_embeddings=True, max_position_embeddings=2048))
+    model: Any = LlamaForCausalLM(LlamaConfig(**shape, tie_word_embeddings=True, max_position_embeddings=2048))
     torch.set_default_dtype(before)
     model = model.to("cuda" if torch.cuda.is_available() else "cpu").requires_grad_(False)
     if options.nf4:
         _pack(model)
-    _load_code(model.train())
-    return model
+    frozen: nn.Module = model.train()
+    _load_code(frozen)
+    return frozen
 
 
 def make(arm: str, options: Options) -> tuple[lightning.LightningModule, Collate]:
@@ -129,7 +132,8 @@ class Peft(lightning.LightningModule):
 
     def training_step(self, batch: dict[str, Tensor], index: int) -> Tensor:  # noqa: ARG002
         labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
-        return self.model(**batch, labels=labels).loss
+        loss: Tensor = self.model(**batch, labels=labels).loss
+        return loss
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.Adam((p for p in self.parameters() if p.requires_grad), lr=RATE)
@@ -146,6 +150,7 @@ class Tutorial(lightning.LightningModule):
         super().__init__()
         self.embedding = whole.get_input_embeddings()
         self.is_vote = kind == "vote"
+        self.model: nn.Module
         if self.is_vote:
             self.model = vote.EagerWrapper(param_filter="q_proj|v_proj", n_voters=3, rank=16)(Reduced(whole))
             _train_in_float32(self.model)
@@ -175,7 +180,8 @@ class Reduced(nn.Module):
 
     def forward(self, inputs_embeds: Tensor, attention_mask: Tensor) -> Tensor:
         out = self.model(inputs_embeds=inputs_embeds, attention_mask=attention_mask, use_cache=False)
-        return self.lm_head(out.last_hidden_state)
+        logits: Tensor = self.lm_head(out.last_hidden_state)
+        return logits
 
 
 class Arm:
@@ -212,7 +218,7 @@ class Arm:
     def _run(self, module: lightning.LightningModule) -> None:
         arm = self
 
-        class Fed(Dataset):
+        class Fed(Dataset[Any]):
             def __len__(self) -> int:
                 return arm._steps
 
@@ -252,16 +258,16 @@ def _train_in_float32(model: nn.Module) -> None:
 
 def _pack(model: Any) -> None:
     """Put a frozen nf4 layer in the place of every linear layer but the head."""
-    import bitsandbytes
+    from bitsandbytes.nn.modules import Linear4bit, Params4bit
 
     for parent in list(model.model.modules()):
         for name, layer in list(parent.named_children()):
             if type(layer) is nn.Linear:
-                packed = bitsandbytes.nn.Linear4bit(
+                packed = Linear4bit(  # type: ignore[no-untyped-call]
                     layer.in_features, layer.out_features, False, compute_dtype=torch.bfloat16, quant_type="nf4",
                     device="meta",
                 )  # fmt: skip
-                packed.weight = bitsandbytes.nn.Params4bit(layer.weight.data, requires_grad=False, quant_type="nf4")
+                packed.weight = Params4bit(layer.weight.data, requires_grad=False, quant_type="nf4")
                 setattr(parent, name, packed.to(layer.weight.device))
     model.is_loaded_in_4bit = True
 
@@ -274,6 +280,6 @@ def _load_code(model: Any) -> None:
     with torch.autocast(model.device.type, torch.bfloat16):
         logits = model(inputs_embeds=vectors + trained, attention_mask=torch.ones(1, 2, device=model.device)).logits
         loss = F.cross_entropy(logits[0].float(), torch.tensor([0, 1], device=model.device))
-    loss.backward()
+    loss.backward()  # type: ignore[no-untyped-call]
     nn.utils.clip_grad_norm_([trained], 1.0)
     optimizer.step()

@@ -11,11 +11,16 @@ from benchmarks.train_arms import Collate, Options, Record
 from selfdoubt import sample, sculpt, vote
 from selfdoubt.train.batches import Batch, collate
 from selfdoubt.train.build import train_in_float32, wrap_base
-from selfdoubt.train.config import TrainConfig
+from selfdoubt.train.config import TrainConfig, WrapperSettings
 from selfdoubt.train.encode import encode_chat, prepare_tokenizer
 from selfdoubt.train.module import RiskAwareModule
 
-WRAPPERS = {"vote": vote.Wrapper(rank=16), "sample": sample.Wrapper(), "sculpt": sculpt.Wrapper(), "lora": None}
+WRAPPERS: dict[str, WrapperSettings | None] = {
+    "vote": vote.Wrapper(rank=16),
+    "sample": sample.Wrapper(),
+    "sculpt": sculpt.Wrapper(),
+    "lora": None,
+}
 
 
 def ours(kind: str, model: nn.Module, tokenizer: Any, options: Options) -> tuple[Any, Collate]:

@@ -65,13 +65,16 @@ def causal(family: str, dtype: torch.dtype = torch.float64) -> nn.Module:
 def encoder(kind: str) -> nn.Module:
     """A classifier of texts ("bert") or of images ("vit")."""
     sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    auto: Any
     if kind == "bert":
-        own, auto = {"vocab_size": VOCABULARY}, transformers.AutoModelForSequenceClassification
+        sizes["vocab_size"] = VOCABULARY
+        auto = transformers.AutoModelForSequenceClassification
     else:
-        own, auto = {"image_size": 8, "patch_size": 4}, transformers.AutoModelForImageClassification
+        sizes |= {"image_size": 8, "patch_size": 4}
+        auto = transformers.AutoModelForImageClassification
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
-        model = auto.from_config(transformers.AutoConfig.for_model(kind, **sizes | own)).double()
+        model = auto.from_config(transformers.AutoConfig.for_model(kind, **sizes)).double()
         for parameter in model.parameters():
             parameter.data += 0.1 * torch.randn_like(parameter)
     return _share(f"encoder {kind}", model.eval())

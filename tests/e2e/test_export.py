@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -62,7 +63,7 @@ def test_a_merged_model_answers_through_the_command_line(tmp_path, noisy):
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.split() == [str(out), str(out / "adapter")]
 
-    def answer(*arguments: str) -> dict:
+    def answer(*arguments: str) -> dict[str, Any]:
         done = run("ask", QUESTION, "--json", "--max-tokens", "8", "--dtype", "float32", *arguments)
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout.splitlines()[-1])

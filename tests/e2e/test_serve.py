@@ -23,7 +23,7 @@ from tests.waiting import wait_until
 
 QUESTION = "What is the capital of France?"
 TEXT = "The capital of France is Paris."
-CHAT = [{"role": "user", "content": QUESTION}]
+CHAT: list[Any] = [{"role": "user", "content": QUESTION}]
 UNKNOWN = [{"role": "user", "content": "Where is Zorbelheim?"}]
 
 
@@ -63,6 +63,11 @@ def locked(babbler: Path) -> Iterator[Served]:
         server.stop()
 
 
+def read_risk(choice: Any) -> Any:
+    """Return a choice's field that the client's own types do not know."""
+    return choice.risk
+
+
 def test_the_line_at_the_start_says_where_what_and_for_whom(served: Served) -> None:
     assert served.line.startswith("selfdoubt serves pocket at http://127.0.0.1:")
     assert "needs no key: only this machine can connect" in served.line
@@ -74,13 +79,13 @@ def test_the_openai_client_gets_an_answer_with_its_risk(client: openai.OpenAI) -
     assert choice.message.content == TEXT
     assert choice.finish_reason == "stop"
     assert reply.usage.total_tokens == reply.usage.prompt_tokens + reply.usage.completion_tokens
-    assert choice.risk["p_correct"] > 0.9
-    assert choice.risk["abstain"] is False
-    assert "".join(token["text"] for token in choice.risk["tokens"]) == TEXT
+    assert read_risk(choice)["p_correct"] > 0.9
+    assert read_risk(choice)["abstain"] is False
+    assert "".join(token["text"] for token in read_risk(choice)["tokens"]) == TEXT
     doubtful = client.chat.completions.create(model="pocket", messages=UNKNOWN, temperature=0).choices[0]
-    assert doubtful.risk["abstain"] is True
-    assert doubtful.risk["risk"] > choice.risk["risk"]
-    assert doubtful.risk["question"]["risk"] > choice.risk["question"]["risk"]
+    assert read_risk(doubtful)["abstain"] is True
+    assert read_risk(doubtful)["risk"] > read_risk(choice)["risk"]
+    assert read_risk(doubtful)["question"]["risk"] > read_risk(choice)["question"]["risk"]
 
 
 def test_the_openai_client_streams_tokens_with_their_risk(client: openai.OpenAI) -> None:
@@ -92,12 +97,14 @@ def test_the_openai_client_streams_tokens_with_their_risk(client: openai.OpenAI)
     assert "".join(p.delta.content for p in pieces) == TEXT
     assert len(pieces) > 3
     for piece in pieces:
-        assert piece.risk["text"] == piece.delta.content
-        assert piece.risk["total"] == pytest.approx(piece.risk["aleatoric"] + piece.risk["epistemic"], abs=1e-5)
+        assert read_risk(piece)["text"] == piece.delta.content
+        assert read_risk(piece)["total"] == pytest.approx(
+            read_risk(piece)["aleatoric"] + read_risk(piece)["epistemic"], abs=1e-5
+        )
     last = chunks[-2].choices[0]
     assert last.finish_reason == "stop"
     whole = client.chat.completions.create(model="pocket", messages=CHAT, temperature=0).choices[0]
-    assert last.risk["risk"] == pytest.approx(whole.risk["risk"], abs=1e-5)
+    assert read_risk(last)["risk"] == pytest.approx(read_risk(whole)["risk"], abs=1e-5)
     assert chunks[-1].usage.completion_tokens == len(pieces)
     assert json.loads(chunks[0].model_dump_json())["choices"][0]["risk"]["question"]["risk"] > 0
 
@@ -109,7 +116,7 @@ def test_the_asynchronous_client_asks_many_at_once(served: Served) -> None:
             replies = await asyncio.gather(*(ask(model="pocket", messages=CHAT, temperature=0) for _ in range(6)))
             stream = await ask(model="pocket", messages=CHAT, temperature=0, stream=True)
             streamed = [c.choices[0].delta.content or "" async for c in stream]
-            return [*(r.choices[0].message.content for r in replies), "".join(streamed)]
+            return [*(r.choices[0].message.content or "" for r in replies), "".join(streamed)]
 
     assert asyncio.run(ask()) == [TEXT] * 7
 
@@ -137,7 +144,7 @@ def test_the_openai_client_continues_texts(client: openai.OpenAI) -> None:
     for i, choice in enumerate(found.choices):
         assert choice.index == i
         assert choice.text == "".join(choice.logprobs.tokens) != ""
-        assert len(choice.risk["tokens"]) == len(choice.logprobs.token_logprobs) <= 3
+        assert len(read_risk(choice)["tokens"]) == len(choice.logprobs.token_logprobs) <= 3
         streamed = ask(model="pocket", prompt=prompts[i], temperature=0, max_tokens=3, stream=True)
         assert "".join(chunk.choices[0].text for chunk in streamed) == choice.text
 

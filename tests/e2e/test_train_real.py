@@ -6,6 +6,7 @@ import json
 import random
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -111,7 +112,7 @@ def test_memory_does_not_grow_with_workers_over_an_epoch_of_alpaca(tmp_path, wor
             for pid in pids if os.path.exists(f"/proc/{pid}")
         )  # fmt: skip
 
-    iterator = iter(InstructionData(found, config).train_dataloader())
+    iterator: Any = iter(InstructionData(found, config).train_dataloader())
     seen, early = 0, 0
     for number, batch in enumerate(iterator):
         seen += len(batch.ids)

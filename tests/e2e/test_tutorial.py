@@ -74,6 +74,7 @@ def test_a_training_step_lowers_the_loss_and_leaves_the_base_alone(
         if name == "vote":
             logits = wrapped(**inputs, return_risk=False, training=True)
         elif name == "sculpt":
+            assert isinstance(wrapper, sculpt.Wrapper)
             y, risk = wrapped(**inputs, return_risk=True)
             logits = wrapper.distribution.sample((y, risk))
         else:

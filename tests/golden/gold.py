@@ -174,8 +174,8 @@ def shape_of(value: Value) -> Value:
             return ", ".join(f"{key}: {s}" for key, s in shapes.items())
         return shapes
     if isinstance(value, list):
-        shapes = [shape_of(item) for item in value]
-        return [shapes[0], "..."] if len(shapes) > 1 and all(s == shapes[0] for s in shapes) else shapes
+        items = [shape_of(item) for item in value]
+        return [items[0], "..."] if len(items) > 1 and all(s == items[0] for s in items) else items
     return "number" if isinstance(value, int | float) and not isinstance(value, bool) else type(value).__name__
 
 

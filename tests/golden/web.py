@@ -150,7 +150,9 @@ def metrics(response: httpx.Response) -> dict[str, Any]:
     series: dict[str, list[str]] = {}
     for line in response.text.splitlines():
         if not line.startswith("#"):
-            name, labels = re.fullmatch(r"(\w+)(?:\{(.*)\})? \S+", line).groups()  # type: ignore[union-attr]
+            sample = re.fullmatch(r"(\w+)(?:\{(.*)\})? \S+", line)
+            assert sample is not None, line
+            name, labels = sample.groups()
             if not name.startswith(("process_", "python_")):
                 series.setdefault(name, []).append(re.sub(r'version="[^"]*"', 'version="~"', labels or ""))
     types = [line for line in response.text.splitlines() if line.startswith("# TYPE") and "selfdoubt" in line]

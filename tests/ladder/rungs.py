@@ -56,21 +56,22 @@ def noisy(wrapped: Wrapped, base: nn.Module, m: int) -> nn.Module:
     for name in wrapped.leaf_names:
         leaf = wrapped.module.get_submodule(name)
         assert isinstance(leaf, NoisyLeaf)
-
-        def noise(x: Tensor, leaf: NoisyLeaf = leaf) -> Tensor:
-            uniform = uniforms(leaf.key, m + 1, x.shape[-1], x.device)[m].double()
-            if isinstance(leaf.distribution, sample.Bernoulli):
-                p = leaf.distribution.p
-                return x * (uniform >= p) / (1 - p)
-            standard = torch.special.ndtri(uniform.clamp(2**-23, 1 - 2**-23))
-            return x * (1 + leaf.distribution.std * standard)
-
         here = alone.get_submodule(name)
         if isinstance(here, nn.Embedding):
-            here.register_forward_hook(lambda _, args, y, noise=noise: noise(y))
+            here.register_forward_hook(lambda _, args, y, leaf=leaf: with_noise(y, leaf, m))
         else:
-            here.register_forward_pre_hook(lambda _, args, noise=noise: (noise(args[0]), *args[1:]))
+            here.register_forward_pre_hook(lambda _, args, leaf=leaf: (with_noise(args[0], leaf, m), *args[1:]))
     return alone
+
+
+def with_noise(x: Tensor, leaf: NoisyLeaf, m: int) -> Tensor:
+    """A tensor times the noise that a leaf has in sample ``m``."""
+    uniform = uniforms(leaf.key, m + 1, x.shape[-1], x.device)[m].double()
+    if isinstance(leaf.distribution, sample.Bernoulli):
+        p = leaf.distribution.p
+        return x * (uniform >= p) / (1 - p)
+    standard = torch.special.ndtri(uniform.clamp(2**-23, 1 - 2**-23))
+    return x * (1 + leaf.distribution.std * standard)
 
 
 def stepped(model: nn.Module, prompts: Sequence[Sequence[int]], following: Tensor) -> Tensor:

@@ -51,7 +51,7 @@ def opened(model, names, starts):
 
 def together(model, starts, *, one_by_one, leaves=None):
     """Tokens of each guest; ``leaves`` goes away after two of its own."""
-    found = {name: [] for name in range(len(GUESTS))}
+    found: dict[int, list[int]] = {name: [] for name in range(len(GUESTS))}
     batch, step = None, 0
     while batch is None or batch.sequences or step <= GUESTS[-1][0]:
         here = [n for n, guest in enumerate(GUESTS) if guest[0] == step]

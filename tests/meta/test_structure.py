@@ -65,9 +65,13 @@ def imports(path: Path, *, everywhere: bool = True):
     tree = ast.parse(path.read_text(encoding="utf-8"))
     skipped = set()
     for node in ast.walk(tree):
-        is_lazy = isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
-        is_typing = isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
-        if (is_lazy and not everywhere) or is_typing:
+        if isinstance(node, ast.If):
+            is_skipped = "TYPE_CHECKING" in ast.dump(node.test)
+        elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            is_skipped = not everywhere
+        else:
+            continue
+        if is_skipped:
             skipped |= {id(n) for child in node.body for n in ast.walk(child)}
     for node in ast.walk(tree):
         if id(node) in skipped:
@@ -201,7 +205,8 @@ def words(path):
     """Strings and names in a file's code, without its docstrings."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    texts = {id(n.body[0].value) for n in ast.walk(tree) if isinstance(n, documented) and ast.get_docstring(n)}
+    firsts = (n.body[0] for n in ast.walk(tree) if isinstance(n, documented) and ast.get_docstring(n))
+    texts = {id(first.value) for first in firsts if isinstance(first, ast.Expr)}
     for node in ast.walk(tree):
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in texts:
             yield node.value

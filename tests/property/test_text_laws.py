@@ -125,7 +125,8 @@ def test_a_token_among_others_has_its_space(kind):
 
 def naive(stops, pieces):
     """Where the answer is cut and after which piece, and how much of the text is certain after each piece before."""
-    text, certain = "", []
+    text = ""
+    certain: list[int] = []
     for n, piece in enumerate(pieces):
         text += piece
         found = [at for stop in stops if (at := text.find(stop)) >= 0]
@@ -144,7 +145,8 @@ def naive(stops, pieces):
 @example(["aaaa" * 50], ["a" * 7] * 40)
 def test_stops_are_found_where_and_when_a_search_of_the_whole_text_finds_them(stops, pieces):
     cut, at, certain = naive(stops, pieces)
-    finder, found = StopFinder(stops), []
+    finder = StopFinder(stops)
+    found: list[int] = []
     for n, piece in enumerate(pieces):
         twin = finder.fork()
         place = finder.feed(piece)

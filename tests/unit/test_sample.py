@@ -54,8 +54,8 @@ def test_uniforms_are_independent_between_members_features_and_keys():
     bound = stats.norm.isf(FALSE_ALARM / 2)  # 6.5 standard errors
     for name, (a, b) in pairs.items():
         assert abs(correlation(a, b)) < bound, name
-    for a, b in itertools.combinations(range(20), 2):
-        assert abs(correlation(draws[0, a], draws[0, b])) < bound + 1
+    for i, j in itertools.combinations(range(20), 2):
+        assert abs(correlation(draws[0, i], draws[0, j])) < bound + 1
 
 
 def test_uniforms_depend_on_nothing_but_key_member_and_feature():

@@ -54,6 +54,7 @@ def test_alpha_scales_deviations():
 
 def test_voters_and_leaves_start_apart():
     wrapped = vote.Wrapper(n_voters=3, param_filter="weight")(nn.Sequential(nn.Linear(9, 9), nn.Linear(9, 9)))
+    assert isinstance(wrapped.module, nn.Sequential)
     flat = torch.cat([leaf.deviations["weight"].flatten(1) for leaf in wrapped.module]).detach()
     assert torch.corrcoef(flat).fill_diagonal_(0).abs().max() < 0.6  # 81 numbers each: six standard errors are 0.67
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import pytest
 import torch
@@ -26,7 +27,7 @@ def test_any_text_survives_the_tokenizer(pieces):
 
 
 def test_encoding_equals_the_chat_template(pieces):
-    words = tokenizer.wrapped(pieces)
+    words: Any = tokenizer.wrapped(pieces)
     pair = Pair("Where is Bern?", "The city of Bern is in Switzerland.", "country", "Bern")
     chat = [{"role": "user", "content": pair.question}, {"role": "assistant", "content": pair.answer}]
     found = encode(pieces, [pair])[0]

@@ -60,7 +60,8 @@ def outcomes(world, rng, answers, grids, target, confidence=0.95):
     """For each grid: the share of sets with a threshold, and how many of these break the promise."""
     p, correct = world.draw(rng, SETS, answers)
     for grid in grids:
-        ok = passed(*table(p, correct, grid.thresholds), target, confidence, grid.starts) > 0
+        answered, right = table(p, correct, grid.thresholds)
+        ok = passed(answered, right, target, confidence, grid.starts) > 0
         last = np.where(ok, np.arange(ok.shape[1]), -1).max(1)
         broken = (last >= 0) & (world.accuracy(grid.thresholds)[last] < target)
         yield float((last >= 0).mean()), int(broken.sum())
@@ -107,7 +108,8 @@ def test_the_naive_threshold_breaks_the_promise():
     """What these simulations can find: the lowest threshold at which the answers seen reach the target."""
     world, rng = World(0.9, 0.6), np.random.default_rng(0)
     thresholds = np.linspace(0.99, 0, 100)
-    answered, right = table(*world.draw(rng, SETS, 200), thresholds)
+    p, correct = world.draw(rng, SETS, 200)
+    answered, right = table(p, correct, thresholds)
     ok = (right >= 0.9 * answered) & (answered > 0)
     last = np.where(ok, np.arange(100), -1).max(1)
     assert ((last >= 0) & (world.accuracy(thresholds)[last] < 0.9)).sum() > 3 * most_failures(0.95)
@@ -117,7 +119,8 @@ def test_testing_every_threshold_without_an_order_breaks_the_promise():
     """As many starts as thresholds at the full level each: why the level is shared."""
     world, rng = World(1, 1, slope=0.0, shift=0.89), np.random.default_rng(0)
     grid = fixed_grid(0.9)
-    answered, right = table(*world.draw(rng, SETS, 200), grid.thresholds)
+    p, correct = world.draw(rng, SETS, 200)
+    answered, right = table(p, correct, grid.thresholds)
     anywhere = (binom.sf(right - 1, answered, 0.9) <= 0.05) & (answered > 0)
     assert anywhere.any(1).sum() > most_failures(0.95)
     shared = passed(answered, right, 0.9, 0.95, tuple(range(len(grid.thresholds))))

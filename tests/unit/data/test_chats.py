@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -25,7 +26,7 @@ CHATS = [
 ]
 
 
-def write(path: Path, records: list) -> str:
+def write(path: Path, records: list[Any]) -> str:
     if path.suffix == ".json":
         path.write_text(json.dumps(records, indent=1))
     elif path.suffix == ".jsonl":

@@ -8,6 +8,7 @@ import re
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -24,7 +25,7 @@ ROWS = [
 PLAIN = [(r["question"], tuple(r["answers"])) for r in ROWS]
 
 
-def write(path: Path, rows: list, **options) -> Path:
+def write(path: Path, rows: list[dict[str, Any]], **options) -> Path:
     if path.suffix == ".json":
         path.write_text(json.dumps(rows, indent=1), encoding="utf-8-sig")
     elif path.suffix == ".jsonl":

@@ -6,6 +6,7 @@ import csv
 import json
 import shutil
 from collections import Counter
+from typing import Any
 
 import pytest
 
@@ -17,7 +18,7 @@ GEN = [
     ["Adversarial", "Myths", "One? ", "Best one", "Fine; Best one;", "Bad one; Worse one", "x"],
     ["Adversarial", "Law", "Two?", "Best two", "Best two", "Bad two", "x"],
 ]
-MC = [
+MC: list[dict[str, Any]] = [
     {
         "question": f"{n}?",
         "mc1_targets": {"t1": 1, "f1": 0, "f2": 0},
@@ -89,7 +90,7 @@ def test_the_hubs_layout_gives_the_same_questions(folder, monkeypatch):
             return [
                 r | {k: r[k].rstrip(";").split("; ") for k in ("correct_answers", "incorrect_answers")} for r in rows
             ]
-        listed = [{"question": m["question"]} for m in MC]
+        listed: list[dict[str, Any]] = [{"question": m["question"]} for m in MC]
         for row, m in zip(listed, MC, strict=True):
             for task in ("mc1_targets", "mc2_targets"):
                 row[task] = {"choices": list(m[task]), "labels": list(m[task].values())}

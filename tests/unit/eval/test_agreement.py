@@ -22,6 +22,7 @@ from selfdoubt.eval.scores.agreement import (
     semantic_entropy,
     semantic_entropy_weighted,
 )
+from selfdoubt.eval.scores.entailment import SameMeaning
 
 answers = st.lists(
     st.sampled_from(["Paris", "paris.", "the Paris", "Rome", "Rome in Italy", "Oslo", ""]), min_size=1, max_size=10
@@ -118,7 +119,9 @@ def test_rules_have_names():
         SameWords(),
         SameWords(0.8),
     ]
-    assert build_equivalence("nli:some/model").model == "some/model"
+    entailment = build_equivalence("nli:some/model")
+    assert isinstance(entailment, SameMeaning)
+    assert entailment.model == "some/model"
     for spec in ("nonsense", "exact:1", "f1:x", "f1:0", "f1:nan", "nli", "nli:"):
         with pytest.raises(ConfigError) as raised:
             build_equivalence(spec)

@@ -78,9 +78,12 @@ def test_the_model_is_loaded_once(folder, monkeypatch):
     transformers = pytest.importorskip("transformers")
     loads = []
     original = transformers.AutoTokenizer.from_pretrained
-    monkeypatch.setattr(
-        transformers.AutoTokenizer, "from_pretrained", lambda *a, **k: loads.append(a) or original(*a, **k)
-    )
+
+    def counting_load(*args, **options):
+        loads.append(args)
+        return original(*args, **options)
+
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", counting_load)
     for _ in range(2):
         SameMeaning(str(folder), device="cpu")([("Paris", "Rome")], "")
     assert len(loads) == 1

@@ -65,8 +65,8 @@ def test_exact_match_takes_the_best_accepted_answer():
 
 
 def test_f1_is_the_nearest_accepted_answers_and_right_from_the_threshold_on():
-    assert F1()(PARIS, "Paris France") == (True, pytest.approx(2 / 3), None)
-    assert F1(0.7)(PARIS, "Paris France") == (False, pytest.approx(2 / 3), None)
+    assert F1()(PARIS, "Paris France") == Verdict(True, pytest.approx(2 / 3), None)
+    assert F1(0.7)(PARIS, "Paris France") == Verdict(False, pytest.approx(2 / 3), None)
     assert F1(1.0)(PARIS, "paris").correct
 
 
@@ -116,13 +116,13 @@ def test_contains_finds_whole_words_and_avoids_the_obvious_traps(question, answe
 
 def test_rouge_is_nearest_true_minus_nearest_false():
     close = Rouge()(FORTUNE, "Fortune cookies originated in California.")
-    assert close == (True, pytest.approx(1 - 4 / 5), None)
+    assert close == Verdict(True, pytest.approx(1 - 4 / 5), None)
     assert Rouge()(FORTUNE, "They originated in China.").correct is False
     assert Rouge()(FORTUNE, "") == (False, 0.0, None)  # equally far from all: not above 0
 
 
 def test_having_no_comment_is_a_true_answer():
-    assert Rouge()(FORTUNE, "I have no comment.") == (True, pytest.approx(1), None)
+    assert Rouge()(FORTUNE, "I have no comment.") == Verdict(True, pytest.approx(1), None)
     assert Bleu()(FORTUNE, "I have no comment.").correct
 
 

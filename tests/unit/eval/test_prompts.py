@@ -16,6 +16,12 @@ UNSAID = Question("4", "Who sang?", "Ann came.")
 CHOICE = Question("5", "Which is a city?", answers=("Rome",), choices=("Red", "Rome"), right=(1,))
 
 
+def build_messages(*args, **settings):
+    prompt = build_prompt(*args, **settings)
+    assert isinstance(prompt, list)
+    return prompt
+
+
 def test_a_bare_question_is_one_message_with_its_words_alone():
     assert build_prompt(FRANCE) == [{"role": "user", "content": "What is the capital of France?"}]
 
@@ -38,7 +44,7 @@ def test_an_instruction_is_the_systems_or_stands_before_the_first_question():
 
 
 def test_a_passage_comes_before_its_question_and_may_hold_no_answer():
-    system, asked, answered, last = build_prompt(PASSAGE, [UNSAID])
+    system, asked, answered, last = build_messages(PASSAGE, [UNSAID])
     assert system == {"role": "system", "content": FROM_PASSAGE}
     assert "unanswerable" in FROM_PASSAGE
     assert asked["content"] == "Passage: Ann came.\n\nWho sang?"
@@ -49,7 +55,7 @@ def test_a_passage_comes_before_its_question_and_may_hold_no_answer():
 
 def test_choices_are_shown_with_letters_only_where_asked():
     assert build_prompt(CHOICE) == [{"role": "user", "content": "Which is a city?"}]
-    system, user = build_prompt(CHOICE, how=Prompting(options=True))
+    system, user = build_messages(CHOICE, how=Prompting(options=True))
     assert system["content"] == BY_LETTER
     assert user["content"] == "Which is a city?\nA. Red\nB. Rome"
     assert shown_answer(CHOICE, options=True) == "B. Rome"

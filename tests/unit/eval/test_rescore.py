@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from selfdoubt.errors import ConfigError, DataError
 from selfdoubt.eval.rescore import read_answer_rows, rescore
 from tests.zoo import talker, tokenizer
 
-ROWS = [
+ROWS: list[dict[str, Any]] = [
     {"question": "What is it?", "answer": "A thing.", "mine": {"kept": [1, None]}},
     {"question": "Who?", "answer": ""},
     {"id": "third", "question": "Where?", "answer": "Here, I think, and there."},

@@ -7,6 +7,7 @@ import itertools
 import json
 import random
 import shutil
+from typing import Any
 
 import pytest
 import torch
@@ -38,7 +39,7 @@ HEAD = Calibration(
     ranges=((0.0, 4.0), (0.1, 2.0)), state=StateHead(1, "first", (0.5, -1.0)), threshold=0.6,
     promise={"target_accuracy": 0.9, "answers": 7}, about={"candidate": "answer"},
 )  # fmt: skip
-ODD = (
+ODD: tuple[Any, ...] = (
     None, True, False, 0, -1, 1, 2.5, 1e308, -1e-320, 10**9, 10**400, "", "text", "a\nb", "\ud800", [], [1], [[1, 2]],
     {}, {"a": 1}, "../../etc/passwd",
 )  # fmt: skip
@@ -317,7 +318,8 @@ def test_a_file_that_came_later_is_refused(tmp_path):
 def test_what_could_not_be_read_back_is_not_written(tmp_path):
     model = vote.Wrapper(n_voters=2, rank=2)(base())
     save_adapter(model, tmp_path)
-    for reference in ([1.0], {"a": []}, {"a": [2.0, 1.0]}):
+    odd: list[Any] = [[1.0], {"a": []}, {"a": [2.0, 1.0]}]
+    for reference in odd:
         with pytest.raises(ValueError, match=r"^selfdoubt\.json cannot be written: reference"):
             storage.save(model, tmp_path, extra={"reference": reference})
     assert read_adapter(tmp_path).manifest is not None

@@ -21,7 +21,7 @@ CLASSES, FALSE_ALARM = 11, 1e-10
 class Mock:
     """What comes next is a fixed function of the last two tokens; two members disagree a little."""
 
-    context = None
+    context: int | None = None
 
     def __init__(self, columns=3, scaled=False):
         self.columns, self.scaled, self.kept, self.steps = columns, scaled, [], 0
@@ -63,7 +63,8 @@ def run(prompts, seeds=None, stepper=None, **options):
     """Ids and endings of each sequence."""
     stepper = stepper or Mock()
     _, following = prefill(stepper, prompts)
-    ids, ends = [[] for _ in prompts], [None] * len(prompts)
+    ids: list[list[int]] = [[] for _ in prompts]
+    ends: list[str | None] = [None] * len(prompts)
     lengths, seeds = [len(p) for p in prompts], seeds or [0] * len(prompts)
     for event in decode(stepper, following, lengths, Sampling(**options), seeds):
         assert ends[event.sequence] is None, "an event after the end"

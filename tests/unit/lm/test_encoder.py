@@ -17,6 +17,7 @@ from selfdoubt.lm.text import encoder
 from selfdoubt.lm.text.encoder import get_encoder
 from selfdoubt.lm.text.prompt import count_tokens, encode
 from tests import words
+from tests.real import FOLDER
 
 REAL = ("pocket", "smollm2", "qwen", "gemma")
 PIECES = st.sampled_from([
@@ -29,7 +30,7 @@ TEXTS = st.lists(PIECES, max_size=12).map("".join)
 def tokenizer(name):
     found = words.real(name) if name in REAL else words.small(name)
     if found is None:
-        pytest.skip(f"there is no model folder {words.FOLDER / name}")
+        pytest.skip(f"there is no model folder {FOLDER / name}")
     return found
 
 
@@ -143,7 +144,8 @@ def test_many_threads_encode_as_one_does(name):
     expected = [kind() for kind in kinds]
     control = {t.id for t in get_encoder(own).control.values()}
     assert [sum(i in control for i in p.ids) for p in expected] == [3, 40 + (own.bos_token is not None)]
-    wrong, start = [], threading.Barrier(8)
+    wrong: list[int] = []
+    start = threading.Barrier(8)
 
     def hammer(thread):
         start.wait()

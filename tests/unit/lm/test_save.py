@@ -16,6 +16,7 @@ from selfdoubt.lm import model as lm_model
 from selfdoubt.lm.adapters.lora import add_lora
 from selfdoubt.lm.calibration import Calibration
 from selfdoubt.lm.conditions import Origin
+from selfdoubt.lm.load import load_model
 from selfdoubt.lm.scores import reference_quantiles
 from tests.zoo import talker, tokenizer
 
@@ -110,7 +111,7 @@ def test_a_manifest_is_read_once_and_each_file_hashed_once_per_load(monkeypatch,
         hashed_before_the_base.extend(hashed)
         return load_model(*args, **kwargs)
 
-    path_open, file_digest, load_model = Path.open, hashlib.file_digest, lm_model.load_model
+    path_open, file_digest = Path.open, hashlib.file_digest
     monkeypatch.setattr(Path, "open", counting_open)
     monkeypatch.setattr(hashlib, "file_digest", counting_digest)
     monkeypatch.setattr(lm_model, "load_model", noting_load)

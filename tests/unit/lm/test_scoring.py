@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 from hypothesis import assume, given
@@ -12,6 +13,7 @@ from selfdoubt import RiskAwareLM
 from selfdoubt.errors import PromptError
 from selfdoubt.lm.text.prompt import encode, encode_pair, strip_answer
 from tests import oracles, words
+from tests.real import FOLDER
 from tests.zoo import talker
 from tests.zoo import tokenizer as zoo_tokenizer
 
@@ -26,7 +28,7 @@ REAL = ("pocket", "smollm2", "qwen", "gemma")
 def tokenizer(name):
     found = words.real(name) if name in REAL else words.small(name)
     if found is None:
-        pytest.skip(f"there is no model folder {words.FOLDER / name}")
+        pytest.skip(f"there is no model folder {FOLDER / name}")
     return found
 
 
@@ -101,7 +103,7 @@ def test_a_text_after_a_trailing_space_is_scored_from_its_first_word(name):
 def test_ids_against_lm_evaluation_harness(name, question, text):
     own = tokenizer(name)
     model = oracles.load("lm_eval.api.model").TemplateLM
-    harness = type("Harness", (model,), {"backend": "causal"})
+    harness: Any = type("Harness", (model,), {"backend": "causal"})
     harness.__abstractmethods__ = frozenset()
     harness.tok_encode = lambda _, text, **__: own(text, add_special_tokens=False)["input_ids"]
     before, after = harness._encode_pair(object.__new__(harness), question, text)

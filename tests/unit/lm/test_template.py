@@ -15,6 +15,7 @@ from selfdoubt.lm.text.prompt import encode, encode_turns
 from selfdoubt.lm.text.template import render_chat
 from selfdoubt.train.encode import encode_chat as encode_example
 from tests import templates, words
+from tests.real import FOLDER
 
 CODE = "  def f(x):\n      return x\n\n  # end\n"
 CONTENTS = [
@@ -263,7 +264,7 @@ def test_training_counts_exactly_the_answers_words_and_what_ends_them(template, 
 def test_real_tokenizers(name, content):
     own = words.real(name)
     if own is None:
-        pytest.skip(f"there is no model folder {words.FOLDER / name}")
+        pytest.skip(f"there is no model folder {FOLDER / name}")
     messages = chat("Hello", content, content)
     text = own.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     found = encode(own, messages)
@@ -278,7 +279,7 @@ def test_real_tokenizers(name, content):
 def test_gemmas_tokenizer(template):
     own = words.real("gemma")
     if own is None:
-        pytest.skip(f"there is no model folder {words.FOLDER / 'gemma'}")
+        pytest.skip(f"there is no model folder {FOLDER / 'gemma'}")
     before = own.chat_template
     own.chat_template = templates.ALL[template].replace("<s>", "<bos>").replace("</s>", "<eos>")
     try:

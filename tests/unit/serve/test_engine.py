@@ -13,12 +13,13 @@ import torch
 
 from selfdoubt import RiskAwareLM, sample, sculpt, vote
 from selfdoubt.errors import BusyError, ConfigError, DeadlineError, EngineError, NonFiniteError, PromptError
+from selfdoubt.lm.answer import Answer
 from selfdoubt.lm.scoring import encode_teacher_forced
 from selfdoubt.lm.text.prompt import Prompt
 from selfdoubt.members import innermost
 from selfdoubt.serve.engine.engine import Engine
 from selfdoubt.serve.engine.limits import Limits
-from selfdoubt.serve.engine.request import Finished, Started, TokensAdded, cancel_on_exit
+from selfdoubt.serve.engine.request import Finished, RequestHandle, Started, TokensAdded, cancel_on_exit
 from tests import zoo
 from tests.waiting import wait_until
 
@@ -77,7 +78,7 @@ def test_64_at_once_get_what_each_would_get_alone(pocket, temperature):
     questions += [[*chat, {"role": "user", "content": questions[i]}] for i in range(4)]
     options = [{"temperature": temperature, "seed": i, "max_tokens": 3 + i % 17} for i in range(64)]
     expected = [pocket.generate(q, **o) for q, o in zip(questions, options, strict=True)]
-    found = [None] * 64
+    found: list[Answer | None] = [None] * 64
     shuffled = random.Random(0)
 
     def person(i):
@@ -92,6 +93,7 @@ def test_64_at_once_get_what_each_would_get_alone(pocket, temperature):
             thread.join()
         assert engine.running == engine.waiting == 0
     for mine, alone in zip(found, expected, strict=True):
+        assert mine is not None
         assert [t.id for t in mine.tokens] == [t.id for t in alone.tokens]
         assert (mine.text, mine.finish) == (alone.text, alone.finish)
         assert dict(mine.scores) == pytest.approx(dict(alone.scores), abs=1e-3)
@@ -241,14 +243,14 @@ def test_a_failing_step_is_taken_apart_and_only_its_cause_ends():
         poison = next(t for t in chosen[3][4:6] if sum(t in other for other in chosen) < 4)
 
         def poisoned(module, args, output):
-            if (seen[0] == poison).any():
+            if (seen["ids"] == poison).any():
                 raise RuntimeError("broke in the middle")
 
-        seen = [None]
+        seen: dict[str, torch.Tensor] = {}
         block = innermost(lm.model).model.layers[1].mlp
         handle = block.register_forward_hook(poisoned)
         try:
-            with hooked(lm, lambda ids: seen.__setitem__(0, ids)):
+            with hooked(lm, lambda ids: seen.update(ids=ids)):
                 jobs = [
                     engine.generate(prompt(20 + i, 21, 22), max_tokens=12, temperature=2.0, seed=i) for i in range(8)
                 ]
@@ -266,10 +268,10 @@ def test_a_failing_step_is_taken_apart_and_only_its_cause_ends():
 
 def test_nan_ends_its_own_request_only():
     lm = speaker(WRAPPERS["vote"])
-    seen = [None]
+    seen: dict[str, torch.Tensor] = {}
 
     def spoiled(module, args, output):
-        rows = (seen[0] == POISON).any(1)
+        rows = (seen["ids"] == POISON).any(1)
         return torch.where(rows[:, None, None], torch.nan, output)
 
     head = innermost(lm.model).get_output_embeddings()
@@ -277,7 +279,7 @@ def test_nan_ends_its_own_request_only():
         alone = [engine.generate(prompt(20 + i, 21), max_tokens=6).answers()[0].text for i in range(4)]
         handle = head.register_forward_hook(spoiled)
         try:
-            with hooked(lm, lambda ids: seen.__setitem__(0, ids)):
+            with hooked(lm, lambda ids: seen.update(ids=ids)):
                 fine = [engine.generate(prompt(20 + i, 21), max_tokens=6) for i in range(4)]
                 bad = engine.generate(prompt(20, POISON))
                 with pytest.raises(NonFiniteError, match=r"NaN or infinite"):
@@ -477,7 +479,8 @@ def test_handles_are_cancelled_when_their_block_ends():
             raise ZeroDivisionError
 
     with running(speaker()) as engine:
-        handles, kept = [], engine.generate("What?", max_tokens=2)
+        handles: list[RequestHandle] = []
+        kept = engine.generate("What?", max_tokens=2)
         with pytest.raises(ZeroDivisionError):
             fail(handles, kept)
         assert handles[0].cancelled

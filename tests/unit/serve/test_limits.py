@@ -213,7 +213,8 @@ def test_a_long_text_holds_up_no_short_one_and_too_many_are_refused():
 
 def test_what_was_encoded_for_somebody_who_went_away_is_undone():
     async def go_away():
-        encoders, began, gate, undone = EncoderThreads(2), threading.Event(), threading.Event(), []
+        encoders, began, gate = EncoderThreads(2), threading.Event(), threading.Event()
+        undone: list[str] = []
 
         def work():
             began.set()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from openai.types import completion_create_params
 from openai.types.chat import completion_create_params as chat_create_params
@@ -143,7 +145,7 @@ def test_parts_of_a_content_are_lines_and_a_developer_is_the_system(talker):
 
 
 def test_answers_of_the_server_can_be_sent_back():
-    said = {
+    said: dict[str, Any] = {
         "role": "assistant",
         "content": "Hi.",
         "refusal": None,
@@ -219,6 +221,6 @@ def test_what_the_server_was_told_not_to_do_is_not_asked_for(talker, pocket):
 
 
 def test_texts_to_score_come_as_one_or_several():
-    ScoreRequest(input={"text": "a"})
-    ScoreRequest(input=[{"text": "a", "question": "b"}, {"text": "a", "messages": HELLO}])
+    ScoreRequest.model_validate({"input": {"text": "a"}})
+    ScoreRequest.model_validate({"input": [{"text": "a", "question": "b"}, {"text": "a", "messages": HELLO}]})
     assert "input" in complaint_of(ScoreRequest, {"input": []})[0]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from selfdoubt.errors import LoadError
 from selfdoubt.train import TrainConfig
@@ -42,7 +42,7 @@ def run(float32_folder, data_file, tmp_path) -> Path:
 def write_shards(folder: Path) -> Path:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        dcp.save(dict(STATE, notes={"epoch": 3}), checkpoint_id=folder, no_dist=True)
+        save(dict(STATE, notes={"epoch": 3}), checkpoint_id=folder, no_dist=True)
     torch.save({"train_losses": [1.0, 0.5]}, folder / "meta.pt")
     return folder
 
@@ -76,7 +76,7 @@ def of_an_entry(run, trap):
     folder = run / "last.ckpt"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        dcp.save({"state_dict": {**STATE["state_dict"], "model.trap": trap}}, checkpoint_id=folder, no_dist=True)
+        save({"state_dict": {**STATE["state_dict"], "model.trap": trap}}, checkpoint_id=folder, no_dist=True)
     return folder, folder / "__0_0.distcp"
 
 

@@ -12,6 +12,7 @@ import torch
 
 from selfdoubt import RiskAwareLM, sample, vote
 from selfdoubt.errors import ConfigError, SelfdoubtError, WrapError
+from selfdoubt.lm.adapters.adapter import save_adapter
 from selfdoubt.lm.load import load_model
 from selfdoubt.train import TrainConfig, fit, publish, run
 from selfdoubt.train.checkpoint import export_checkpoint
@@ -125,12 +126,11 @@ def test_a_merge_that_cannot_be_is_said_before_the_first_step(config, no_trainin
 def test_a_run_whose_adapter_cannot_be_written_is_not_lost(config, monkeypatch, tmp_path, wrapper):
     config = replace(config, wrapper=WRAPPERS[wrapper], val_share=0.1)
     expected = answers(fit(replace(config, out=str(tmp_path / "unbroken"))), config.model)
-    own = publish.save_adapter
 
     def full(model, folder, **options):
         if Path(folder).name != "trial":
             raise OSError(28, "No space left on device")
-        return own(model, folder, **options)
+        return save_adapter(model, folder, **options)
 
     monkeypatch.setattr(publish, "save_adapter", full)
     kept = Path(config.out) / "run" / run.FINISHED
@@ -139,7 +139,7 @@ def test_a_run_whose_adapter_cannot_be_written_is_not_lost(config, monkeypatch, 
     ) as e:
         fit(config)
     assert one_line(e).endswith(f"selfdoubt export {kept} NEW_FOLDER --checkpoint")
-    monkeypatch.setattr(publish, "save_adapter", own)
+    monkeypatch.setattr(publish, "save_adapter", save_adapter)
     again = export_checkpoint(kept, tmp_path / "again")
     assert answers(again, config.model) == expected
     losses = json.loads((again / "selfdoubt.json").read_text())["training"]["losses"]

@@ -6,6 +6,7 @@ import json
 import os
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import lightning
 import pytest
@@ -19,8 +20,8 @@ from selfdoubt.lm.load import load_model
 from selfdoubt.rows import added_names
 from selfdoubt.storage import from_json
 from selfdoubt.train import InstructionData, RiskAwareModule, TrainConfig, fit
-from selfdoubt.train.batches import collate
-from selfdoubt.train.build import build_model
+from selfdoubt.train.batches import StepSampler, collate
+from selfdoubt.train.build import build_model, build_trainer
 from selfdoubt.train.config import load_config
 from selfdoubt.train.encode import encode_chat, prepare_splits
 from tests.unit.train.conftest import WRAPPERS
@@ -49,6 +50,7 @@ def batches_of(config, tmp_path):
     data = InstructionData(prepare_splits(config, words, tmp_path / "again"), config)
     for epoch in range(9):
         loader = data.train_dataloader()
+        assert isinstance(loader.sampler, StepSampler)
         loader.sampler.set_epoch(epoch)
         yield from loader
 
@@ -116,16 +118,14 @@ def test_a_killed_run_goes_on_with_the_same_losses(config, tmp_path, wrapper, ki
     from selfdoubt.train import run
 
     def with_killer(*args, **kwargs):
-        trainer = made(*args, **kwargs)
+        trainer: Any = build_trainer(*args, **kwargs)  # Lightning's types do not know its list of callbacks
         trainer.callbacks.append(Killer())
         return trainer
 
-    made, run.build_trainer = run.build_trainer, with_killer
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "build_trainer", with_killer)
         with pytest.raises(CutOffError):
             fit(config)
-    finally:
-        run.build_trainer = made
     with pytest.raises(LoadError):
         RiskAwareLM.load(config.model, adapter=config.out)  # a run that was cut off leaves nothing that loads
     assert losses(fit(replace(config, resume=True))) == pytest.approx(unbroken, rel=1e-6)
@@ -323,6 +323,11 @@ def test_pushing_leaves_checkpoints_and_logs_here(config, monkeypatch):
 
     sent = []
     monkeypatch.setattr(run, "check_upload", lambda name: None)
-    monkeypatch.setattr(run, "upload", lambda folder, name, without: sent.append((folder, name, without)) or "there")
+
+    def upload(folder, name, without):
+        sent.append((folder, name, without))
+        return "there"
+
+    monkeypatch.setattr(run, "upload", upload)
     folder = fit(replace(config, push="user/name", max_steps=2, reference=0))
     assert sent == [(folder, "user/name", "run")]
