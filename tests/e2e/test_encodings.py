@@ -73,4 +73,4 @@ def test_bytes_that_are_no_text_are_refused():
     done = subprocess.run([sys.executable, "-m", "selfdoubt", "ask", b"Who is \xff?"], capture_output=True, check=False)
     assert done.returncode == 2
     assert len(done.stderr.splitlines()) == 1
-    assert b"no UTF-8 text" in done.stderr
+    assert b"not UTF-8 text" in done.stderr
