@@ -43,7 +43,7 @@ class FieldError(ValueError):
         self.path, self.expected, self.actual = path, expected, actual
 
 
-def shown(value: Any) -> str:
+def shorten_value(value: Any) -> str:
     """Return a value as a short text of one line, however large or deep it is."""
     if isinstance(value, int) and value.bit_length() > 128:
         return f"a whole number of {value.bit_length()} bits"
@@ -51,7 +51,7 @@ def shown(value: Any) -> str:
 
 
 def _refuse(path: str, expected: str, value: Any) -> FieldError:
-    return FieldError(path, expected, shown(value))
+    return FieldError(path, expected, shorten_value(value))
 
 
 def number(
@@ -122,7 +122,7 @@ def regex(value: Any, path: str) -> str:
     try:
         re.compile(value)
     except (re.error, OverflowError, RecursionError) as error:
-        raise FieldError(path, "a regular expression", f"{shown(value)}: {error}") from None
+        raise FieldError(path, "a regular expression", f"{shorten_value(value)}: {error}") from None
     return value
 
 
@@ -223,10 +223,10 @@ def record(
         start = f"{path}." if path else ""
         lacking = [key for key in needed if key not in value]
         if lacking:
-            raise FieldError(f"{start}{lacking[0]}", "there", f"only {shown(sorted(map(str, value)))}")
+            raise FieldError(f"{start}{lacking[0]}", "there", f"only {shorten_value(sorted(map(str, value)))}")
         strange = [key for key in value if key not in known]
         if strange and not open_ended:
-            raise FieldError(path or "it", f"a table of {', '.join(known)}", f"the key {shown(strange[0])}")
+            raise FieldError(path or "it", f"a table of {', '.join(known)}", f"the key {shorten_value(strange[0])}")
         return {key: known.get(key, anything)(item, f"{start}{key}") for key, item in value.items()}
 
     return check
@@ -260,7 +260,7 @@ def resolve_compile(compiles: bool | None, symbolic_trace: bool | None) -> bool:
     given = {"compile": compiles, STORED_COMPILE: symbolic_trace}
     for name, value in given.items():
         if value is not None and not isinstance(value, bool):
-            raise ConfigError(f"{name} must be True or False, got {shown(value)}; try {name}=False")
+            raise ConfigError(f"{name} must be True or False, got {shorten_value(value)}; try {name}=False")
     values = {value for value in given.values() if value is not None}
     if len(values) > 1:
         raise ConfigError(
@@ -284,13 +284,13 @@ def read_object(path: Path) -> dict[str, Any]:
         if not isinstance(content, dict):
             raise _refuse("it", "a table", content)
     except RecursionError:
-        raise broken_file(path, "it is nested too deeply") from None
+        raise build_broken_file_error(path, "it is nested too deeply") from None
     except (OSError, ValueError) as error:
-        raise broken_file(path, error) from None
+        raise build_broken_file_error(path, error) from None
     return content
 
 
-def broken_file(path: Path, why: Exception | str, repair: str = REPAIR) -> LoadError:
+def build_broken_file_error(path: Path, why: Exception | str, repair: str = REPAIR) -> LoadError:
     """Return the error for a file that cannot be used, in one line."""
     is_ours = isinstance(why, (str, FieldError))
     words = " ".join((str(why) if is_ours else f"{type(why).__name__}: {why}").split())[:400]
@@ -301,7 +301,7 @@ def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     entries: dict[str, Any] = {}
     for key, value in pairs:
         if key in entries:
-            raise FieldError(shown(key), "there once", "it twice")
+            raise FieldError(shorten_value(key), "there once", "it twice")
         entries[key] = value
     return entries
 

@@ -21,7 +21,7 @@ from selfdoubt.compat import is_quantized, is_transposed
 from selfdoubt.errors import WrapError
 from selfdoubt.rows import unfold
 from selfdoubt.targets import Leaf
-from selfdoubt.tree import tensors, tree_map
+from selfdoubt.tree import iter_tensors, tree_map
 
 #: Deviations by parameter name, ``(members, *parameter.shape)``; low rank: "weight_a" and "weight_b".
 Deviations = Mapping[str, Float[Tensor, "members ..."]] | nn.ParameterDict
@@ -127,7 +127,7 @@ def find_kernel(leaf: nn.Module) -> Kernel | None:
     return KERNELS.get(type(leaf))
 
 
-def fans(leaf: nn.Module) -> tuple[int, int]:
+def count_features(leaf: nn.Module) -> tuple[int, int]:
     """Return the features that a linear layer reads and gives, packed or not; entries and features of an embedding."""
     if isinstance(leaf, nn.Embedding):
         return leaf.num_embeddings, leaf.embedding_dim
@@ -145,7 +145,7 @@ def loop(leaf: nn.Module, deviations: Deviations, alpha: float, args: tuple[Any,
     """
     members = _members(deviations)
     parameters = dict(leaf.named_parameters())
-    first = next(tensors((args, kwargs)))
+    first = next(iter_tensors((args, kwargs)))
     if any(isinstance(x, PackedSequence) for x in (*args, *kwargs.values())) or len(first) % members:
         raise WrapError(f"{type(leaf).__name__} reads a packed sequence, not rows; leave it out with param_filter")
     rows = len(first)

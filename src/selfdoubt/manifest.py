@@ -22,7 +22,7 @@ from selfdoubt.fields import (
     FieldError,
     anything,
     ascending,
-    broken_file,
+    build_broken_file_error,
     choice,
     flag,
     listing,
@@ -31,7 +31,7 @@ from selfdoubt.fields import (
     optional,
     read_object,
     record,
-    shown,
+    shorten_value,
     table,
     text,
     whole,
@@ -52,7 +52,7 @@ TOKENIZER = (
 COVERED = (WEIGHTS, *LORA, *TOKENIZER)
 
 
-def write(path: Path, data: bytes) -> None:
+def write_file(path: Path, data: bytes) -> None:
     """Write a file by a rename, so that it is there as a whole or not at all."""
     part = path.with_name(f"{path.name}.part")
     part.write_bytes(data)
@@ -82,7 +82,7 @@ def read_manifest(folder: str | os.PathLike[str], *, sealed: bool = True) -> dic
         check_manifest(manifest)
         digest = _digest_of(manifest) if sealed and "checksums" in manifest else None
     except (FieldError, RecursionError) as error:
-        raise broken_file(path, error) from None
+        raise build_broken_file_error(path, error) from None
     if digest is not None and digest != manifest["checksums"]["manifest"]:
         raise _changed(Path(folder), MANIFEST)
     return manifest
@@ -134,7 +134,7 @@ def write_manifest(folder: str | os.PathLike[str], manifest: Mapping[str, Any]) 
     plain = plain_manifest(manifest)
     folder = Path(folder)
     sums = {"manifest": _digest_of(plain)} | {file: _digest(folder / file) for file in _present(folder, plain)}
-    write(folder / MANIFEST, (json.dumps({**plain, "checksums": sums}, indent=2, allow_nan=False) + "\n").encode())
+    write_file(folder / MANIFEST, (json.dumps({**plain, "checksums": sums}, indent=2, allow_nan=False) + "\n").encode())
     return folder / MANIFEST
 
 
@@ -200,7 +200,7 @@ def _wrapper(entry: Any, path: str, *, complete: bool = True) -> Spec:
     method = entry["method"]
     if method not in METHODS:
         raise FieldError(
-            f"{path}.method", f"one of {', '.join(METHODS)} (a newer selfdoubt may know more)", shown(method)
+            f"{path}.method", f"one of {', '.join(METHODS)} (a newer selfdoubt may know more)", shorten_value(method)
         )
     module = import_module(f"selfdoubt.{method}")
     kinds: dict[str, FieldCheck] = {"method": anything, **module.Wrapper.kinds}
@@ -245,7 +245,7 @@ def _calibration(value: Any, path: str) -> Any:
 
 def _sha256(value: Any, path: str) -> str:
     if not isinstance(value, str) or len(value) != 64 or set(value) - set("0123456789abcdef"):
-        raise FieldError(path, "a SHA-256 in hexadecimal digits", shown(value))
+        raise FieldError(path, "a SHA-256 in hexadecimal digits", shorten_value(value))
     return value
 
 

@@ -23,10 +23,10 @@ from selfdoubt.compat import list_quantization_states
 from selfdoubt.errors import CaptureError, ConfigError, ShapeError, WrapError
 from selfdoubt.forecast import Forecast
 from selfdoubt.messages import show_message
-from selfdoubt.rows import ForwardContext, Replacement, added_names, expand, unfold
+from selfdoubt.rows import ForwardContext, Replacement, expand, list_added_names, unfold
 from selfdoubt.scales import pair_scales
 from selfdoubt.targets import Leaf
-from selfdoubt.tree import tensors, tree_map
+from selfdoubt.tree import iter_tensors, tree_map
 
 
 @runtime_checkable
@@ -89,7 +89,7 @@ class Wrapped(nn.Module):
         self.leaf_names = [leaf.name for leaf in leaves]
         for index, leaf in reversed(list(enumerate(leaves))):  # leaves inside others first
             shared = replace(leaf, module=self.module.get_submodule(leaf.name))
-            targets.replace(self.module, leaf.name, spec.make_leaf(shared, index, self.call))
+            targets.replace_module(self.module, leaf.name, spec.make_leaf(shared, index, self.call))
         self.training = model.training
         self._inputs = _input_names(model)
         self._batch_norms = [m for m in self.modules() if isinstance(m, _BatchNorm)]
@@ -231,7 +231,7 @@ class Wrapped(nn.Module):
         if unknown:
             raise ConfigError(f"shared_inputs names {unknown}, and the inputs are {list(named)}")
         batched = [v for n, v in named.items() if n not in self.spec.shared_inputs]
-        first = next((t for t in tensors(batched) if t.ndim), None)
+        first = next((t for t in iter_tensors(batched) if t.ndim), None)
         if first is None:
             raise ShapeError("a wrapped model needs at least one input tensor with a batch axis, got none")
         return len(first)
@@ -277,12 +277,12 @@ def innermost(model: nn.Module) -> nn.Module:
     return innermost(model.module) if isinstance(model, Wrapped) else model
 
 
-def source(model: nn.Module) -> str | None:
+def get_source(model: nn.Module) -> str | None:
     """Return the folder or hub name of a Hugging Face model, as its config has it; None where it has none."""
     return getattr(getattr(innermost(model), "config", None), "name_or_path", None) or None
 
 
-def base_name(model: nn.Module, name: str) -> str:
+def get_base_name(model: nn.Module, name: str) -> str:
     """Return the name that a module or parameter of a wrapped model has in the model that was wrapped."""
     kept: list[str] = []
     module: Any = model
@@ -304,7 +304,7 @@ def _share(model: nn.Module, *, freeze: bool) -> nn.Module:
     # Quantisation states belong to the packed weights, which both trees share.
     memo |= {id(state): state for state in list_quantization_states(model)}
     if freeze:
-        added = set(added_names(model))
+        added = set(list_added_names(model))
         for name, p in model.named_parameters():
             if name not in added and p.requires_grad:
                 memo[id(p)] = nn.Parameter(p.detach(), requires_grad=False)

@@ -115,7 +115,7 @@ def token_scores(logits: Float[Tensor, "members *batch classes"], chosen: Int[Te
     return _scores(logits, chosen)[0]
 
 
-def scores_among(
+def score_among(
     logits: Float[Tensor, "members *batch classes"],
     chosen: Int[Tensor, "*batch"],
     others: Int[Tensor, "*batch k"],

@@ -87,7 +87,7 @@ class Replacement(nn.Module):
             return getattr(super().__getattr__("leaf"), name)
 
 
-def added_names(model: nn.Module) -> list[str]:
+def list_added_names(model: nn.Module) -> list[str]:
     """Return the names in ``model.state_dict()`` that wrapping added: under a replacement, and not under its leaf."""
     replaced = [name for name, module in model.named_modules() if isinstance(module, Replacement)]
 

@@ -172,8 +172,8 @@ class Wrapper:
     def find(self, model: nn.Module) -> list[Leaf]:
         """Return the heads."""
         if self.param_filter is not None:
-            return targets.find(model, self.param_filter)
-        heads = [leaf for leaf in targets.find(model, targets.EVERYTHING) if _is_head(leaf)]
+            return targets.find_leaves(model, self.param_filter)
+        heads = [leaf for leaf in targets.find_leaves(model, targets.EVERYTHING) if _is_head(leaf)]
         outputs = {id(compat.get_output_head(m)) for m in model.modules() if compat.has_output_head(m)}
         chosen = [leaf for leaf in heads if id(leaf.module) in outputs] or heads[-1:]
         if not chosen:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from selfdoubt.compat import is_lora_weight
 from selfdoubt.errors import BaseMismatchError, ConfigError, LoadError, SelfdoubtError, TargetError, WrapError
-from selfdoubt.fields import FieldError, broken_file
+from selfdoubt.fields import FieldError, build_broken_file_error
 from selfdoubt.manifest import (
     LEARNT,
     MANIFEST,
@@ -34,18 +34,18 @@ from selfdoubt.manifest import (
     stamp,
     to_json,
     verify,
-    write,
+    write_file,
     write_manifest,
 )  # fmt: skip
-from selfdoubt.members import Spec, Wrapped, innermost, source
-from selfdoubt.rows import added_names
+from selfdoubt.members import Spec, Wrapped, get_source, innermost
+from selfdoubt.rows import list_added_names
 from selfdoubt.version import __version__
 
 __all__ = [
     "LEARNT",
     "MANIFEST",
     "WEIGHTS",
-    "fingerprint",
+    "compute_fingerprint",
     "from_json",
     "load",
     "read_manifest",
@@ -56,7 +56,7 @@ __all__ = [
     "stamp",
     "to_json",
     "verify",
-    "write",
+    "write_file",
     "write_manifest",
 ]  # fmt: skip
 
@@ -98,17 +98,17 @@ def save(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     state = wrapped.state_dict()
-    names = set(added_names(wrapped)) | {n for n, p in wrapped.named_parameters() if p.requires_grad}
+    names = set(list_added_names(wrapped)) | {n for n, p in wrapped.named_parameters() if p.requires_grad}
     tensors = {name: state[name].detach().cpu().contiguous() for name in sorted(names - set(elsewhere))}
     base_model = innermost(wrapped)
     manifest = plain_manifest({
         "format": MANIFEST_FORMAT,
         "wrappers": [to_json(spec) for spec in _specs(wrapped)],
         "base": {
-            "name": base or source(base_model),
+            "name": base or get_source(base_model),
             "revision": revision,
             "class": type(base_model).__name__,
-            "fingerprint": fingerprint(wrapped, elsewhere),
+            "fingerprint": compute_fingerprint(wrapped, elsewhere),
         },
         "versions": {"selfdoubt": __version__, "torch": str(torch.__version__)},
         **(extra or {}),
@@ -117,7 +117,7 @@ def save(
     (folder / MANIFEST).unlink(missing_ok=True)
     (folder / WEIGHTS).unlink(missing_ok=True)
     if tensors:
-        write(folder / WEIGHTS, serialize(tensors))
+        write_file(folder / WEIGHTS, serialize(tensors))
     write_manifest(folder, manifest)
     return folder
 
@@ -227,7 +227,7 @@ def rewrap(folder: Path, manifest: Mapping[str, Any], model: nn.Module) -> nn.Mo
         except SelfdoubtError:
             raise
         except Exception as error:  # settings that this model cannot take fail wherever they are used
-            raise broken_file(folder / MANIFEST, error) from error
+            raise build_broken_file_error(folder / MANIFEST, error) from error
     return wrapped
 
 
@@ -265,7 +265,9 @@ def _check_sizes(folder: Path, entry: Mapping[str, Any], tensors: Mapping[str, T
     for name, measured in sizes.items():
         if measured != {entry[name]}:
             expected = " or ".join(map(str, sorted(measured))) or "that of its tensors"
-            raise broken_file(folder / MANIFEST, FieldError(name, f"{expected} as in {WEIGHTS}", str(entry[name])))
+            raise build_broken_file_error(
+                folder / MANIFEST, FieldError(name, f"{expected} as in {WEIGHTS}", str(entry[name]))
+            )
 
 
 def _sizes_of_vote(entry: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, set[int]]:
@@ -288,12 +290,12 @@ def _sizes_of_sculpt(entry: Mapping[str, Any], shapes: Mapping[str, tuple[int, .
     return {"n_layers": {max(1, len(layers) - 1) for layers in heads.values()}}  # one layer of low rank is two
 
 
-def fingerprint(wrapped: nn.Module, elsewhere: Collection[str] = ()) -> dict[str, list[float]]:
+def compute_fingerprint(wrapped: nn.Module, elsewhere: Collection[str] = ()) -> dict[str, list[float]]:
     """Return mean size and length of up to eight frozen, unquantised parameters, by name: they differ between bases.
 
     Rounding to another float type changes a mean by far less than the tolerance in ``load``.
     """
-    added = {*added_names(wrapped), *elsewhere}
+    added = {*list_added_names(wrapped), *elsewhere}
     frozen = {
         name: p
         for name, p in wrapped.named_parameters()
@@ -310,7 +312,7 @@ def _size(p: Tensor) -> float:
 
 def _check_fits(folder: Path, wrapped: nn.Module, tensors: dict[str, Tensor], base: dict[str, Any]) -> None:
     state = wrapped.state_dict()
-    names = set(added_names(wrapped))
+    names = set(list_added_names(wrapped))
     missing, unknown = sorted(names - set(tensors)), sorted(set(tensors) - set(state))
     if missing or unknown:
         what = f"lacks {missing[0]}" if missing else f"has {unknown[0]}, which the model lacks"

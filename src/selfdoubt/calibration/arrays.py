@@ -126,7 +126,7 @@ def check_enough(answers: CalibrationAnswers, split: bool) -> None:
     )
 
 
-def topic_groups(topics: Sequence[str | None], answers: CalibrationAnswers) -> list[RowIndices]:
+def group_topics(topics: Sequence[str | None], answers: CalibrationAnswers) -> list[RowIndices]:
     """Return rows of each topic, or of some topics together; none if fewer than two have enough answers of both kinds.
 
     A topic is not there if too little is left to learn from without it, and without questions that it shares.
@@ -140,7 +140,7 @@ def topic_groups(topics: Sequence[str | None], answers: CalibrationAnswers) -> l
     rows_of_groups = [np.flatnonzero(np.isin(names, group)) for group in groups]
     usable = [
         rows
-        for (rest, _), rows in zip(heads.rests(answers, rows_of_groups), rows_of_groups, strict=True)
+        for (rest, _), rows in zip(heads.leave_each_out(answers, rows_of_groups), rows_of_groups, strict=True)
         if min(rest.classes) >= LEAST_OF_CLASS
     ]
     both = answers.at(np.concatenate(usable)).classes if len(usable) > 1 else (0, 0)

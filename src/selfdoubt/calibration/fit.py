@@ -20,20 +20,20 @@ from selfdoubt.calibration.arrays import (
     calibration_arrays,
     calibration_rows,
     check_enough,
+    group_topics,
     number_questions,
     split_questions,
-    topic_groups,
 )
 from selfdoubt.calibration.heads import (
     CalibrationAnswers,
     Fit,
     fit_logistic,
     fit_one_score,
-    held_out,
-    within_one_error,
+    is_within_one_error,
+    predict_held_out,
 )
 from selfdoubt.calibration.quality import CalibrationReport, CandidateReport, measure_quality
-from selfdoubt.calibration.threshold import AccuracyGuarantee, Grid, explain_no_threshold, find_threshold, grid_from
+from selfdoubt.calibration.threshold import AccuracyGuarantee, Grid, build_grid, explain_no_threshold, find_threshold
 from selfdoubt.errors import ConfigError
 from selfdoubt.eval.records import Record
 from selfdoubt.lm.calibration import Calibration
@@ -119,10 +119,10 @@ def fit_calibration(
     check_enough(arrays, target_accuracy is not None)
     options = _options(arrays, candidates)
 
-    folded = heads.folds(arrays, folds, seed)
-    inside = {name: held_out(arrays, folded, fit, seed) for name, fit in options.items()}
-    groups = topic_groups([records[i].question.topic for i in kept], arrays)
-    outside = {name: held_out(arrays, groups, fit, seed) for name, fit in options.items()} if groups else {}
+    folded = heads.split_folds(arrays, folds, seed)
+    inside = {name: predict_held_out(arrays, folded, fit, seed) for name, fit in options.items()}
+    groups = group_topics([records[i].question.topic for i in kept], arrays)
+    outside = {name: predict_held_out(arrays, groups, fit, seed) for name, fit in options.items()} if groups else {}
     chosen = _choose({name: log_losses(p, arrays.correct) for name, p in inside.items()})
     fitted = {name: fit(arrays, seed) for name, fit in options.items()}
 
@@ -276,7 +276,7 @@ def _warnings(
     seen = ~np.isnan(outside[chosen])
     loss = {name: log_losses(p[seen], correct[seen]) for name, p in outside.items()}
     simpler = list(outside)[: list(outside).index(chosen)]
-    better = [name for name in simpler if not within_one_error(loss[chosen], loss[name])]
+    better = [name for name in simpler if not is_within_one_error(loss[chosen], loss[name])]
     if not better:
         return ()
     best = min(better, key=lambda name: loss[name].mean())
@@ -295,7 +295,7 @@ def _find_guarantee(
     elsewhere: Float[np.ndarray, " others"],
     share: float,
 ) -> tuple[AccuracyGuarantee | None, str | None]:
-    grid: Grid = grid_from(elsewhere, len(p), target, confidence)
+    grid: Grid = build_grid(elsewhere, len(p), target, confidence)
     promise = find_threshold(p, correct, target, confidence, grid=grid)
     return promise, None if promise else explain_no_threshold(p, correct, target, confidence, grid=grid, share=share)
 

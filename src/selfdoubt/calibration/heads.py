@@ -81,7 +81,7 @@ class CalibrationAnswers:
         return len(set(self.questions[~self.correct])), len(set(self.questions[self.correct]))
 
 
-def folds(answers: CalibrationAnswers, n: int, seed: int) -> list[RowIndices]:
+def split_folds(answers: CalibrationAnswers, n: int, seed: int) -> list[RowIndices]:
     """Return rows of up to ``n`` folds; equal questions lie in one, right and wrong answers are spread evenly over all.
 
     Questions are dealt in turn: first those with wrong answers only, then the mixed, then those with right ones only.
@@ -97,16 +97,18 @@ def folds(answers: CalibrationAnswers, n: int, seed: int) -> list[RowIndices]:
     return [np.flatnonzero(fold[place] == i) for i in range(n)]
 
 
-def rests(answers: CalibrationAnswers, groups: Sequence[RowIndices]) -> Iterator[tuple[CalibrationAnswers, RowIndices]]:
+def leave_each_out(
+    answers: CalibrationAnswers, groups: Sequence[RowIndices]
+) -> Iterator[tuple[CalibrationAnswers, RowIndices]]:
     """Yield for each group the answers to questions that are not in it, and its rows."""
     for rows in groups:
         yield answers.at(~np.isin(answers.questions, answers.questions[rows])), rows
 
 
-def held_out(answers: CalibrationAnswers, groups: Sequence[RowIndices], fit: Fit, seed: int) -> Probabilities:
+def predict_held_out(answers: CalibrationAnswers, groups: Sequence[RowIndices], fit: Fit, seed: int) -> Probabilities:
     """Return p_correct of each answer by a head that was fitted without its group; NaN where it is in none."""
     p_correct = np.full(len(answers), np.nan)
-    for rest, rows in rests(answers, groups):
+    for rest, rows in leave_each_out(answers, groups):
         p_correct[rows] = predict(fit(rest, seed), answers.at(rows))
     return p_correct
 
@@ -130,16 +132,16 @@ def fit_one_score(answers: CalibrationAnswers, seed: int, names: Sequence[str]) 
     """Fit isotonic regression on the best of some scores by held-out log loss; with too few answers on the first."""
     best, least = names[0], np.inf
     if len(names) > 1 and min(answers.classes) >= 2:
-        inner = folds(answers, INNER_FOLDS, seed)
+        inner = split_folds(answers, INNER_FOLDS, seed)
         for name in names:
-            p = held_out(answers, inner, lambda rest, _, name=name: isotonic(rest, name), seed)  # type: ignore[misc]
+            p = predict_held_out(answers, inner, lambda rest, _, name=name: fit_isotonic(rest, name), seed)  # type: ignore[misc]
             loss = log_losses(p, answers.correct).mean()
             if loss < least - 1e-12:
                 best, least = name, loss
-    return isotonic(answers, best)
+    return fit_isotonic(answers, best)
 
 
-def isotonic(answers: CalibrationAnswers, name: str) -> Calibration:
+def fit_isotonic(answers: CalibrationAnswers, name: str) -> Calibration:
     """Fit isotonic regression: p falls as the score grows.
 
     One wrong answer is added at the surest end, and one right one at the other. So p is never 0 or 1,
@@ -163,7 +165,7 @@ def fit_logistic(answers: CalibrationAnswers, seed: int, names: Sequence[str], k
     raw = answers.columns(names)
     scores = _Standard(_twice(raw))
     enough = min(answers.classes) >= 2
-    inner = folds(answers, INNER_FOLDS, seed) if enough else []
+    inner = split_folds(answers, INNER_FOLDS, seed) if enough else []
 
     def loss(design: Float[np.ndarray, "answers columns"], c: float) -> Probabilities:
         losses = np.empty(len(answers))
@@ -187,7 +189,7 @@ def fit_logistic(answers: CalibrationAnswers, seed: int, names: Sequence[str], k
         if enough:
             tried = [loss(joined(state, s), strength) for s in STATE_SIZES]
             best = min(tried, key=lambda t: t.mean())
-            size = next(s for s, t in zip(STATE_SIZES, tried, strict=True) if within_one_error(t, best))
+            size = next(s for s, t in zip(STATE_SIZES, tried, strict=True) if is_within_one_error(t, best))
         design = joined(state, size)
         blocks.append((state, size / np.sqrt(state.width)))
 
@@ -215,7 +217,7 @@ def _preferred(loss: Mapping[str, Probabilities]) -> str:
     for position in PREFERRED:
         keys = [key for key in loss if StateKey.parse(key).position == position]
         first = min(keys, key=lambda key: loss[key].mean(), default=best)
-        if keys and within_one_error(loss[first], loss[best]):
+        if keys and is_within_one_error(loss[first], loss[best]):
             return first
     return best
 
@@ -225,7 +227,7 @@ def _learner(c: float) -> Any:
     return logistic(C=c, solver="newton-cholesky", tol=1e-4, max_iter=200)
 
 
-def within_one_error(loss: Probabilities, best: Probabilities) -> bool:
+def is_within_one_error(loss: Probabilities, best: Probabilities) -> bool:
     """Return whether the mean loss exceeds the best one by at most one standard error of the paired difference."""
     gap = loss - best
     return bool(gap.mean() <= gap.std(ddof=1) / np.sqrt(len(gap)) if len(gap) > 1 else gap.mean() <= 0)

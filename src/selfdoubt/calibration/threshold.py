@@ -8,7 +8,7 @@ sets").
 Why the guarantee holds. Let a(t) be the accuracy among all questions of the world whose answer has p_correct >= t.
 
 1. The thresholds, their order and the starting points are fixed before the calibration answers are looked at: they are
-   plain numbers, or come from other answers (``grid_from``). So is p_correct: its head was fitted on other answers.
+   plain numbers, or come from other answers (``build_grid``). So is p_correct: its head was fitted on other answers.
 2. Answers are independent draws from where later questions come from. Then, given how many of them, N, lie at or above
    t, the number R of right ones among these is binomial with N trials and a(t), whatever p_correct is worth. If
    a(t) < target, the tail P(Binomial(N, target) >= R) is at or below a level with at most that chance, for every N and
@@ -23,8 +23,8 @@ another kind of question, or if one question is counted several times, nothing i
 draw of the calibration answers: of all who calibrate so, at most a share of 1 - confidence ends below the target.
 
 A sequence best starts where enough answers are expected that a test can be passed at all. That must not be read off the
-calibration answers themselves: "where N is large enough" would tie N to R wherever p_correct ranks badly. ``grid_from``
-reads it off other answers; the default grid starts at fixed places.
+calibration answers themselves: "where N is large enough" would tie N to R wherever p_correct ranks badly.
+``build_grid`` reads it off other answers; the default grid starts at fixed places.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from jaxtyping import Bool, Float, Int
 from selfdoubt.errors import ConfigError, DataError, require
 from selfdoubt.formatting import format_percent
 
-#: Steps of coverage at which ``grid_from`` puts thresholds.
+#: Steps of coverage at which ``build_grid`` puts thresholds.
 COVERAGE_STEPS = 50
 #: A sequence starts where twice as many answers are expected as would do if all of them were right.
 MARGIN = 2.0
@@ -84,7 +84,7 @@ class Grid:
             raise ConfigError(f"starts are places in a list of {len(t)} thresholds, 0 the first, got {self.starts}")
 
 
-def fixed_grid(target_accuracy: float) -> Grid:
+def build_fixed_grid(target_accuracy: float) -> Grid:
     """Return thresholds that look at no answers, from halfway between the target and 1 down to 0.
 
     Half of the level starts there and half at p_correct = target: where p_correct is honest, the answers above that are
@@ -97,7 +97,7 @@ def fixed_grid(target_accuracy: float) -> Grid:
     return Grid((*upper, *(t for t in lower if t > 1e-9), 0.0), (0, 5))
 
 
-def grid_from(
+def build_grid(
     elsewhere: Float[np.ndarray, " others"], answers: int, target_accuracy: float, confidence: float = 0.95
 ) -> Grid:
     """Return thresholds at even steps of coverage among other answers than those that will be tested.
@@ -111,13 +111,13 @@ def grid_from(
         confidence: In (0, 1).
     """
     _check_p(elsewhere)
-    needed = min(MARGIN * least_answers(target_accuracy, confidence), answers)
+    needed = min(MARGIN * count_least_answers(target_accuracy, confidence), answers)
     coverages = [i / COVERAGE_STEPS for i in range(1, COVERAGE_STEPS + 1) if answers * i / COVERAGE_STEPS >= needed]
     quantiles = np.quantile(elsewhere, [1 - c for c in coverages[:-1]], method="inverted_cdf")
     return Grid((*sorted({float(t) for t in quantiles if t > 0}, reverse=True), 0.0))
 
 
-def least_answers(target_accuracy: float, confidence: float = 0.95) -> int:
+def count_least_answers(target_accuracy: float, confidence: float = 0.95) -> int:
     """Return the least number of answers that can prove the target, if all of them are right."""
     _check_share("the target accuracy", target_accuracy)
     _check_share("the confidence", confidence)
@@ -139,7 +139,7 @@ def find_threshold(
         correct: Which of them are right; one answer a question.
         target_accuracy: Least accuracy of the answers at or above the threshold, in (0, 1).
         confidence: Of keeping it, over the draw of these answers, in (0, 1).
-        grid: Fixed without these answers: ``fixed_grid(target_accuracy)`` if None.
+        grid: Fixed without these answers: ``build_fixed_grid(target_accuracy)`` if None.
 
     Raises:
         ConfigError: If the target or the confidence is out of range.
@@ -152,9 +152,9 @@ def find_threshold(
         >>> promise.coverage, 0.4 < promise.threshold < 0.97
         (0.5, True)
     """
-    grid = grid or fixed_grid(target_accuracy)
-    answered, right = counts(p_correct, correct, grid)
-    levels = passed(answered[None], right[None], target_accuracy, confidence, grid.starts)[0]
+    grid = grid or build_fixed_grid(target_accuracy)
+    answered, right = count_at_thresholds(p_correct, correct, grid)
+    levels = find_passed_levels(answered[None], right[None], target_accuracy, confidence, grid.starts)[0]
     places = np.flatnonzero(levels)
     if not len(places):
         return None
@@ -172,7 +172,7 @@ def find_threshold(
     )
 
 
-def counts(
+def count_at_thresholds(
     p_correct: Float[np.ndarray, " answers"], correct: Bool[np.ndarray, " judged"], grid: Grid
 ) -> tuple[Int[np.ndarray, " thresholds"], Int[np.ndarray, " thresholds"]]:
     """Count the answers at or above each threshold, and the right ones among them."""
@@ -185,7 +185,7 @@ def counts(
     return len(p_correct) - below, wins[below]
 
 
-def passed(
+def find_passed_levels(
     answered: Int[np.ndarray, "sets thresholds"],
     right: Int[np.ndarray, "sets thresholds"],
     target_accuracy: float,
@@ -229,11 +229,11 @@ def explain_no_threshold(
         p_correct: As for ``find_threshold``, as are the others.
         share: Which share of further answers would be tested, in (0, 1]; the rest teaches the head.
     """
-    grid = grid or fixed_grid(target_accuracy)
-    answered, right = counts(p_correct, correct, grid)
+    grid = grid or build_fixed_grid(target_accuracy)
+    answered, right = count_at_thresholds(p_correct, correct, grid)
     shares = format_percent(target_accuracy), format_percent(confidence)
     goal = f"no threshold keeps {shares[0]} of answers right with {shares[1]} confidence"
-    least = least_answers(target_accuracy, confidence)
+    least = count_least_answers(target_accuracy, confidence)
     total = len(p_correct)
     if total < least:
         least_more = math.ceil((least - total) / share)

@@ -49,7 +49,7 @@ def calibrate(
     Each run's report is written again, with the probabilities of heads that had not seen the answer.
     """
     require("sklearn", "qa")
-    flags.quiet()
+    flags.silence_output()
     from selfdoubt import workflow
 
     def load(run: Run) -> RiskAwareLM:

@@ -65,7 +65,7 @@ def evaluate(
         "task": task, "seed": config.seed, "columns": build_config(Columns, settings), "separator": answer_separator,
         "split": split,
     }  # fmt: skip
-    flags.whole_texts(config.how.instruction)
+    flags.check_whole_texts(config.how.instruction)
     questions = question_sets.load_questions(data, limit=limit, **reading)
     check_run_folder(out)
     picked = flags.pick_judge(

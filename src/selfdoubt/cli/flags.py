@@ -111,7 +111,7 @@ def load_lm(
     remote: bool,
 ) -> RiskAwareLM:
     """Load the model that the flags name; one line on standard error says what its risk lacks."""
-    quiet()
+    silence_output()
     from selfdoubt.errors import UntrainedWarning
     from selfdoubt.lm.model import RiskAwareLM
     from selfdoubt.lm.scores import DEFAULT_RISK
@@ -132,16 +132,16 @@ def load_lm(
     return lm
 
 
-def whole_texts(*texts: str | None) -> None:
+def check_whole_texts(*texts: str | None) -> None:
     """Refuse bytes of the command line that are not text in its encoding: no tokenizer takes them."""
-    from selfdoubt.data.cells import has_half
+    from selfdoubt.data.cells import has_lone_surrogate
 
     for text in texts:
-        if text is not None and has_half(text):
+        if text is not None and has_lone_surrogate(text):
             raise ConfigError(f"{ascii(text)[:80]} holds bytes that are not UTF-8 text; convert it, e.g. with iconv")
 
 
-def quiet() -> None:
+def silence_output() -> None:
     """Only errors of the libraries reach the terminal, and no progress bars."""
     from selfdoubt.compat import silence_libraries
 

@@ -54,7 +54,7 @@ def score(
             count = "1 answer has" if failed == 1 else f"{failed} answers have"
             print(f'selfdoubt: {count} no score; the reason is under "note"', file=sys.stderr)
         return 1 if failed else 0
-    flags.whole_texts(question)
+    flags.check_whole_texts(question)
     text = _read(file)
     lm = flags.load_lm(model, adapter, wrapper, dtype, quantize, risk, trust_remote_code)
     answer = lm.score(text, question)

@@ -11,7 +11,7 @@ from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
-from selfdoubt.lm.risk_levels import BOUNDS, COLOURS, level
+from selfdoubt.lm.risk_levels import BOUNDS, COLOURS, find_risk_level
 
 if TYPE_CHECKING:
     from selfdoubt.lm.answer import Answer, Token
@@ -44,7 +44,7 @@ class Screen:
             row = Text("? ", style="bold")
             tokens = list(tokens)
             for token in tokens:
-                row.append(token.text, LEVEL_STYLES[level(token.nll / 4)])
+                row.append(token.text, LEVEL_STYLES[find_risk_level(token.nll / 4)])
             if "".join(t.text for t in tokens).strip() != text.strip():
                 row = Text("? ", style="bold").append(text)
             self.console.print(row)
@@ -54,7 +54,7 @@ class Screen:
     def print_token(self, token: Token) -> None:
         """Print one token, as soon as it is there."""
         if self.coloured:
-            self.console.print(Text(token.text, LEVEL_STYLES[level(token.risk)]), end="")
+            self.console.print(Text(token.text, LEVEL_STYLES[find_risk_level(token.risk)]), end="")
         else:
             self.console.print(Text(f"{token.text}{{{token.risk:.2f}}}"), end="")
 
@@ -93,7 +93,7 @@ class Screen:
                 text.append(answer.shown)
             else:
                 for token in answer.tokens:
-                    text.append(token.text, LEVEL_STYLES[level(token.risk)] if self.coloured else "")
+                    text.append(token.text, LEVEL_STYLES[find_risk_level(token.risk)] if self.coloured else "")
             right = [] if not calibrated else ["-" if answer.p_correct is None else f"{answer.p_correct:.0%}"]
             table.add_row(question, text, f"{answer.risk:.3f}", _percent(answer), *right)
         self.console.print()

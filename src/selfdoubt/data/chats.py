@@ -14,7 +14,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from selfdoubt.data.cells import required_text, whole_text
+from selfdoubt.data.cells import check_whole_text, read_required_text
 from selfdoubt.data.questions import (
     AS_USUAL,
     Columns,
@@ -117,7 +117,7 @@ def _asked(columns: Columns, place: str, row: Row) -> ChatMessages:
     name = columns.answers or "answer"
     if not columns.choices and isinstance(row.get(name), str) and not row[name].strip():
         answers: tuple[str, ...] = ("",)
-        question = required_text(place, row, columns.question or "question")
+        question = read_required_text(place, row, columns.question or "question")
     else:
         parsed = parse_question(place, collect_choices(row), columns)
         question, answers = parsed.text, parsed.answers
@@ -146,7 +146,7 @@ def _instruction(first: str, last: str, more: str, place: str, row: Row) -> Chat
     for column, text in ((first, row.get(first)), (last, row.get(last)), (more, row.get(more) or "")):
         if not isinstance(text, str):
             raise DataError(f"{place}: {column} must be text, found {type(text).__name__}; fix or remove the record")
-        texts.append(whole_text(place, column, text))
+        texts.append(check_whole_text(place, column, text))
     if not texts[0].strip():
         raise DataError(f"{place}: {first} is empty; fix or remove the record")
     chat = [{"role": "user", "content": texts[0]}]
@@ -169,7 +169,7 @@ def _messages(column: str, place: str, row: Row) -> ChatMessages:
         role, content = (message.get(k) if isinstance(message, Mapping) else None for k in ("role", "content"))
         if not isinstance(role, str) or not isinstance(content, str):
             raise DataError(f"{place}: each message needs a role and a content, both text; fix the record")
-        chat.append({"role": role, "content": whole_text(place, column, content)})
+        chat.append({"role": role, "content": check_whole_text(place, column, content)})
     if not any(m["role"] == "assistant" for m in chat):
         raise DataError(f"{place}: no message is the assistant's, so there is nothing to learn; fix the record")
     return chat

@@ -132,17 +132,17 @@ def _read(
     if source == POCKET:
         path = Path(str(files("selfdoubt") / "pocket" / "evaluation.jsonl"))
     if source in (TRUTHFULQA, truthfulqa.HUB):
-        return assign_ids(source, truthfulqa.from_the_hub(task, seed, split, revision))
+        return assign_ids(source, truthfulqa.read_from_hub(task, seed, split, revision))
     if source not in KNOWN and path.is_dir():
         if not any((path / name).is_file() for name in (truthfulqa.CSV, truthfulqa.JSON)):
             raise DataError(f"{source} is a folder without {truthfulqa.CSV} or {truthfulqa.JSON}; give one file")
-        return assign_ids(source, truthfulqa.from_path(path, task, seed))
+        return assign_ids(source, truthfulqa.read_files(path, task, seed))
     rows = _rows(source, path, config, split, revision)
     if source in KNOWN and columns == AS_USUAL:
         columns = KNOWN[source].columns
     first = rows[0][1]
     if path.is_file() and columns == AS_USUAL and (truthfulqa.is_generation(first) or truthfulqa.is_choice(first)):
-        return assign_ids(source, truthfulqa.from_path(path, task, seed))
+        return assign_ids(source, truthfulqa.read_files(path, task, seed))
     if task is not None:
         raise ConfigError(f"only TruthfulQA has tasks, and {source} is something else; leave the task {task!r} out")
     if columns == AS_USUAL and is_record(first):

@@ -7,7 +7,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
-from selfdoubt.data.cells import listed, names, optional_text, required_text, texts, whole_text
+from selfdoubt.data.cells import (
+    check_whole_text,
+    format_keys,
+    parse_list,
+    read_optional_text,
+    read_required_text,
+    read_texts,
+)
 from selfdoubt.data.readers import Row
 from selfdoubt.errors import ConfigError, DataError
 from selfdoubt.setting import setting
@@ -112,14 +119,14 @@ def find_columns(
     for part, usual in USUAL.items():
         name = getattr(given, part)
         if name is not None and name not in row:
-            raise DataError(f"{source} has no column {name!r} for the {part}; it has {names(row)}")
+            raise DataError(f"{source} has no column {name!r} for the {part}; it has {format_keys(row)}")
         columns[part] = _usual(source, row, part, usual, system, flags) if name is None else name
     for part in needed:
         if columns[part] is None:
             names_of = (n for n in USUAL[part] if n != lower_name(system or ""))
             raise DataError(
                 f"{source} has no column that looks like the {part} ({' or '.join(names_of)}); "
-                f"it has {names(row)}: say which one it is{_with(flags, part)}"
+                f"it has {format_keys(row)}: say which one it is{_with(flags, part)}"
             )
     return Columns(**columns, named_by=given.named_by)
 
@@ -176,7 +183,7 @@ def parse_question(place: str, row: Row, columns: Columns, separator: str | None
     Raises:
         DataError: If a part is missing, empty, or not text, or an answer names a choice in two ways.
     """
-    text = required_text(place, row, columns.question or "question")
+    text = read_required_text(place, row, columns.question or "question")
     name = columns.answers or "answers"
     cell = row.get(name)
     choices: tuple[str, ...] = ()
@@ -187,11 +194,11 @@ def parse_question(place: str, row: Row, columns: Columns, separator: str | None
         choices, right = _unique(options.texts, indices)
         answers = tuple(choices[i] for i in right)
     else:
-        answers = texts(place, name, cell, separator)
+        answers = read_texts(place, name, cell, separator)
     wrong: tuple[str, ...] = ()
     if columns.wrong_answers is not None and row.get(columns.wrong_answers) not in (None, "", []):
-        wrong = texts(place, columns.wrong_answers, row[columns.wrong_answers], separator)
-    id_, topic, context = (optional_text(place, row, getattr(columns, n)) for n in ("id", "topic", "context"))
+        wrong = read_texts(place, columns.wrong_answers, row[columns.wrong_answers], separator)
+    id_, topic, context = (read_optional_text(place, row, getattr(columns, n)) for n in ("id", "topic", "context"))
     return Question(id_ or "", text, context, answers, wrong, choices, right, topic)
 
 
@@ -220,7 +227,7 @@ class _Options(NamedTuple):
 def _options(place: str, column: str, cell: Any, separator: str | None) -> _Options:
     labels: Any = ()
     if isinstance(cell, str):
-        cell = listed(place, column, cell, separator)
+        cell = parse_list(place, column, cell, separator)
     if isinstance(cell, Mapping) and {"text", "label"} <= set(cell):
         cell, labels = cell["text"], cell["label"]
     if (
@@ -230,7 +237,7 @@ def _options(place: str, column: str, cell: Any, separator: str | None) -> _Opti
     ):
         raise DataError(f"{place}: {column} must be a list of texts, found {str(cell)[:40]!r}; fix or remove the row")
     numbers = all(not isinstance(c, str) for c in cell)
-    texts = tuple(whole_text(place, column, str(c).strip()) for c in cell)
+    texts = tuple(check_whole_text(place, column, str(c).strip()) for c in cell)
     return _Options(texts, tuple(str(label).strip() for label in labels), numbers)
 
 
@@ -241,7 +248,7 @@ def _right(
     indices = isinstance(given, (list, tuple))
     answer = given if indices else cell
     if isinstance(answer, str) and answer.strip() not in options.texts:
-        answer = listed(place, column, answer, separator)
+        answer = parse_list(place, column, answer, separator)
     right: set[int] = set()
     for one in answer if isinstance(answer, (list, tuple)) else [answer]:
         named = _named(place, column, options, one, "index" if indices else named_by)
@@ -314,7 +321,7 @@ def parse_record(place: str, row: Row) -> Question:
         )
     answers = [] if row.get("answers") is None else row["answers"]
     question = parse_question(place, {**row, "answers": answers}, _OWN_COLUMNS)
-    return replace(question, answers=texts(place, "answers", answers))
+    return replace(question, answers=read_texts(place, "answers", answers))
 
 
 __all__ = [

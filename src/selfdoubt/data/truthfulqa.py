@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from selfdoubt.data.cells import required_text, texts
-from selfdoubt.data.order import rank_key, text_id
+from selfdoubt.data.cells import read_required_text, read_texts
+from selfdoubt.data.order import make_rank_key, make_text_id
 from selfdoubt.data.questions import Question
 from selfdoubt.data.readers import Placed, Row, read_file_rows, read_hub_rows
 from selfdoubt.errors import ConfigError, DataError
@@ -32,7 +32,7 @@ def is_choice(row: Row) -> bool:
     return {"question", "mc1_targets", "mc2_targets"} <= set(row)
 
 
-def from_path(path: Path, task: str | None, seed: int) -> list[tuple[Question, Row]]:
+def read_files(path: Path, task: str | None, seed: int) -> list[tuple[Question, Row]]:
     """Return the questions of the two files: of a folder that holds them, or of one that has the other next to it.
 
     Args:
@@ -53,7 +53,7 @@ def from_path(path: Path, task: str | None, seed: int) -> list[tuple[Question, R
     return _questions(generation, read_file_rows(files[JSON]) if kind != "gen" else [], kind, seed)
 
 
-def from_the_hub(task: str | None, seed: int, split: str | None, revision: str | None) -> list[tuple[Question, Row]]:
+def read_from_hub(task: str | None, seed: int, split: str | None, revision: str | None) -> list[tuple[Question, Row]]:
     """Return the questions of the hub's two configurations.
 
     Raises:
@@ -89,11 +89,11 @@ def _questions(
 ) -> list[tuple[Question, Row]]:
     if task == "gen":
         return [(_open(place, row), row) for place, row in generation]
-    topics = {required_text(place, low, "question"): low.get("category")
+    topics = {read_required_text(place, low, "question"): low.get("category")
               for place, row in generation for low in [_lower(row)]}  # fmt: skip
     questions = []
     for place, row in choice:
-        text = required_text(place, row, "question")
+        text = read_required_text(place, row, "question")
         if topics and text not in topics:
             raise DataError(f"{place}: the question {text!r} is not in {CSV}; take both files from one release")
         questions.append((_closed(place, row, text, topics.get(text), task, seed), row))
@@ -102,10 +102,10 @@ def _questions(
 
 def _open(place: str, row: Row) -> Question:
     low = _lower(row)
-    text = required_text(place, low, "question")
-    best, right, wrong = (texts(place, name, low.get(name), ";") for name in _GEN[1:])
+    text = read_required_text(place, low, "question")
+    best, right, wrong = (read_texts(place, name, low.get(name), ";") for name in _GEN[1:])
     return Question(
-        text_id(text), text, None, tuple(dict.fromkeys(best + right)), wrong, topic=low.get("category") or None
+        make_text_id(text), text, None, tuple(dict.fromkeys(best + right)), wrong, topic=low.get("category") or None
     )
 
 
@@ -117,8 +117,8 @@ def _closed(place: str, row: Row, text: str, topic: str | None, task: TruthfulQA
         pairs = list(targets.items()) if isinstance(targets, Mapping) else []
     if {label for _, label in pairs} != {0, 1} or not all(isinstance(c, str) and c.strip() for c, _ in pairs):
         raise DataError(f"{place}: {task}_targets must map texts to 0 and 1, with at least one of each; fix the entry")
-    id_ = text_id(text)
-    pairs = sorted(pairs, key=lambda pair: rank_key(seed, id_, pair[0]))
+    id_ = make_text_id(text)
+    pairs = sorted(pairs, key=lambda pair: make_rank_key(seed, id_, pair[0]))
     choices = tuple(c for c, _ in pairs)
     right = tuple(i for i, (_, label) in enumerate(pairs) if label == 1)
     return Question(id_, text, None, tuple(choices[i] for i in right), (), choices, right, topic)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from selfdoubt.data.cells import names, required_text
+from selfdoubt.data.cells import format_keys, read_required_text
 from selfdoubt.data.questions import (
     Columns,
     Question,
@@ -50,7 +50,9 @@ class ExternalAnswers:
             DataError: If no row has it.
         """
         if not any(name in row for row in self.rows.values()):
-            raise DataError(f"the answers have no column {name!r}; they have {names(next(iter(self.rows.values())))}")
+            raise DataError(
+                f"the answers have no column {name!r}; they have {format_keys(next(iter(self.rows.values())))}"
+            )
         return {id_: row.get(name) for id_, row in self.rows.items()}
 
 
@@ -97,13 +99,13 @@ def _parts(row: Row) -> Row:
 def _system(path: Path, first: Row, given: str | None) -> str:
     if given is not None:
         if given not in first:
-            raise DataError(f"{path} has no column {given!r} for the system's answers; it has {names(first)}")
+            raise DataError(f"{path} has no column {given!r} for the system's answers; it has {format_keys(first)}")
         return given
     fits = [name for usual in SYSTEM_COLUMNS for name in first if lower_name(name) == usual]
     if not fits:
         raise DataError(
             f"{path} has no column that looks like a system's answer ({' or '.join(SYSTEM_COLUMNS)}); it has "
-            f"{names(first)}: say which one it is with --answer-column"
+            f"{format_keys(first)}: say which one it is with --answer-column"
         )
     if len(fits) > 1:
         raise DataError(
@@ -131,7 +133,7 @@ def _question(place: str, row: Row, columns: Columns) -> tuple[Question, bool]:
         return parse_record(place, row), True
     cell = row.get(columns.answers or "answers")
     if cell is None or (isinstance(cell, str) and not cell.strip()):
-        required_text(place, row, columns.question or "question")
+        read_required_text(place, row, columns.question or "question")
         bare = replace(columns, choices=None, answers="answers")
         return parse_question(place, {**row, "answers": []}, bare), False
     return parse_question(place, collect_choices(row), columns), True

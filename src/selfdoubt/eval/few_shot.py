@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from selfdoubt.data.order import rank_key
+from selfdoubt.data.order import make_rank_key
 from selfdoubt.data.questions import Question
 from selfdoubt.errors import ConfigError
 from selfdoubt.eval.judges.text import fold
@@ -32,7 +32,7 @@ def choose_examples(
         raise ConfigError(
             f"wanted {n} examples that are not asked themselves, found {len(left)}; give a larger file of them"
         )
-    return sorted(left, key=lambda q: rank_key(seed, "shot", q.id))[:n]
+    return sorted(left, key=lambda q: make_rank_key(seed, "shot", q.id))[:n]
 
 
 def _key(question: Question) -> tuple[str, str]:

@@ -13,7 +13,7 @@ from typing import Any
 from selfdoubt.data.questions import Question as Question
 from selfdoubt.data.readers import read_json_lines
 from selfdoubt.errors import DataError
-from selfdoubt.storage import write
+from selfdoubt.storage import write_file
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def read_records(path: str | os.PathLike[str]) -> list[Record]:
 
 def save_records(path: str | os.PathLike[str], records: Iterable[Record]) -> None:
     """Write a file of records, whole or not at all; half of a character is written as JSON escapes it."""
-    write(Path(path), "".join(format_record(r) for r in records).encode("utf-8", "backslashreplace"))
+    write_file(Path(path), "".join(format_record(r) for r in records).encode("utf-8", "backslashreplace"))
 
 
 def format_record(record: Record) -> str:
@@ -116,7 +116,7 @@ def format_record(record: Record) -> str:
     return json.dumps(record.to_json(), ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def with_scores(record: Record, scores: Mapping[str, float]) -> Record:
+def add_scores(record: Record, scores: Mapping[str, float]) -> Record:
     """Return the record with more scores."""
     return replace(record, scores={**record.scores, **scores})
 

@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from selfdoubt.data.cells import has_half
+from selfdoubt.data.cells import has_lone_surrogate
 from selfdoubt.data.readers import read_json_lines
 from selfdoubt.errors import ConfigError, DataError, NonFiniteError, PromptError
-from selfdoubt.storage import write
+from selfdoubt.storage import write_file
 
 if TYPE_CHECKING:
     from selfdoubt.lm.answer import Answer
@@ -78,7 +78,7 @@ def rescore(
         pairs = [(rows[i][question_column], rows[i][answer_column]) for i in part]
         for i, scored in zip(part, _score(lm, pairs), strict=True):
             scored_rows[i] |= {"note": scored} if isinstance(scored, str) else _entries(scored)
-    write(
+    write_file(
         out,
         "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in scored_rows).encode(
             "utf-8", "backslashreplace"
@@ -94,7 +94,7 @@ def _refuse(entry: dict[str, Any], row: Mapping[str, Any], question_column: str,
         if not chat and not (isinstance(value, str) and value.strip()):
             entry["note"] = f"not scored: {name} is {'missing' if value is None else 'empty or no text'}"
             return True
-        if has_half(json.dumps(value, ensure_ascii=False)):
+        if has_lone_surrogate(json.dumps(value, ensure_ascii=False)):
             entry["note"] = f"not scored: {name} holds half of a character (a lone surrogate)"
             return True
     return False

@@ -24,7 +24,7 @@ from selfdoubt.eval import records
 from selfdoubt.eval.generate import AnsweredBatch
 from selfdoubt.eval.run_folder import SHARDS_FOLDER
 from selfdoubt.eval.settings import Cost
-from selfdoubt.storage import write
+from selfdoubt.storage import write_file
 
 SHARDS_SETTINGS = "plan.json"
 
@@ -52,7 +52,7 @@ class Shards:
                 )
         else:
             self.folder.mkdir(parents=True, exist_ok=True)
-            write(file, text.encode("utf-8", "backslashreplace"))
+            write_file(file, text.encode("utf-8", "backslashreplace"))
 
     def has(self, batch: int) -> bool:
         """Return whether a batch is finished."""
@@ -61,8 +61,10 @@ class Shards:
     def put(self, batch: int, asked: AnsweredBatch) -> None:
         """Keep a finished batch."""
         if asked.states:
-            write(self._path(batch, "safetensors"), serialize({k: v.contiguous() for k, v in asked.states.items()}))
-        write(
+            write_file(
+                self._path(batch, "safetensors"), serialize({k: v.contiguous() for k, v in asked.states.items()})
+            )
+        write_file(
             self._path(batch, "json"), json.dumps({name: asdict(cost) for name, cost in asked.costs.items()}).encode()
         )
         records.save_records(self._path(batch, "jsonl"), asked.records)

@@ -9,7 +9,7 @@ from selfdoubt.lm.answer import Answer, Finish, Token
 from selfdoubt.lm.calibration import Calibration, ConfidenceEstimate
 from selfdoubt.lm.conditions import Origin
 from selfdoubt.lm.hidden_states import AnswerStates
-from selfdoubt.lm.scores import DEFAULT_RISK, answer_scores, pick_risk, rank_scores
+from selfdoubt.lm.scores import DEFAULT_RISK, compute_answer_scores, compute_rank_scores, pick_risk
 from selfdoubt.risk import percentile
 
 
@@ -44,8 +44,8 @@ class AnswerScorer:
             ending: The tokens that ended it; an answer without tokens is scored by them.
             origin: How the tokens came about.
         """
-        scores = answer_scores(tokens or ending, question)
-        scores |= rank_scores(scores, self.reference)
+        scores = compute_answer_scores(tokens or ending, question)
+        scores |= compute_rank_scores(scores, self.reference)
         value, name = pick_risk(scores, self.risk)
         reference = self.reference.get(name)
         estimate = ConfidenceEstimate()

@@ -18,8 +18,8 @@ from selfdoubt import storage
 from selfdoubt.compat import is_beneath_adapter, is_lora_weight
 from selfdoubt.fields import anything, choice, listing, nonempty, number, optional, record, string, table, whole
 from selfdoubt.lm.text.prompt_form import CHAT, RAW, TEXT
-from selfdoubt.members import Wrapped, base_name
-from selfdoubt.rows import added_names
+from selfdoubt.members import Wrapped, get_base_name
+from selfdoubt.rows import list_added_names
 
 #: The most probable token each time; drawn; picked among given choices; a text that was there already.
 Made = Literal["greedy", "sampled", "choice", "given"]
@@ -161,8 +161,8 @@ def sketch_weights(model: nn.Module, names: Mapping[str, Any] | None = None) -> 
         model: Wrapped or plain.
         names: Parameters to read, those of another sketch; None chooses them.
     """
-    added = set(added_names(model))
-    parameters = {base_name(model, name): p for name, p in model.named_parameters() if name not in added}
+    added = set(list_added_names(model))
+    parameters = {get_base_name(model, name): p for name, p in model.named_parameters() if name not in added}
     parameters = {name: p for name, p in parameters.items() if not is_lora_weight(name)}
     if names is None:
         norms = [name for name, p in parameters.items() if p.ndim == 1]

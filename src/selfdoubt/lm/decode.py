@@ -15,7 +15,7 @@ from torch import Tensor
 
 from selfdoubt import risk
 from selfdoubt.lm.prefill import ScoredId, score_ids
-from selfdoubt.lm.sampling import Sampling, choose
+from selfdoubt.lm.sampling import Sampling, choose_tokens
 from selfdoubt.lm.stepper import StepOutput, Stepper
 
 EndReason = Literal["stop", "length"]
@@ -74,7 +74,7 @@ class TokenSequence:
 class DecodeBatch:
     """Sequences that are decoded side by side, and may come and go between tokens.
 
-    ``choose`` and ``step`` take turns; ``drop`` and ``join`` are for the time before ``choose``.
+    ``choose_tokens`` and ``step`` take turns; ``drop`` and ``join`` are for the time before ``choose_tokens``.
 
     Args:
         stepper: Has read the prompts.
@@ -98,7 +98,7 @@ class DecodeBatch:
         next_logits = self._next
         samplings = [sequence.sampling for sequence in self.sequences]
         mixed = risk.mixture(next_logits.logits)
-        chosen = choose(mixed, samplings, torch.stack([sequence.draw() for sequence in self.sequences]))
+        chosen = choose_tokens(mixed, samplings, torch.stack([sequence.draw() for sequence in self.sequences]))
         most = max(sampling.alternatives for sampling in samplings)
         tokens = score_ids(next_logits.at(None), chosen[:, None], most, mixed[:, None])
         self._chosen = chosen

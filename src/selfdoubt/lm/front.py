@@ -15,7 +15,7 @@ from selfdoubt.lm.load import count_token_ids, find_stop_ids
 from selfdoubt.lm.scores import DEFAULT_RISK, TOKEN_RISK, Signal, check_score, check_signal
 from selfdoubt.lm.stepper import HFStepper
 from selfdoubt.lm.tokens import TokenBuilder
-from selfdoubt.members import source
+from selfdoubt.members import get_source
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class LMFront:
             count_token_ids(model),
             find_stop_ids(model, tokenizer),
             HFStepper(model).context,
-            source(model),
+            get_source(model),
             reference=dict(reference or {}),
             calibration=calibration,
             misfit=None if calibration is None else calibration.misfit(model),

@@ -150,7 +150,7 @@ def score_ids(
     if alternatives:
         mixed = risk.mixture(next_logits.logits) if mixed is None else mixed
         top = mixed.topk(min(alternatives, mixed.shape[-1]), -1).indices
-        scores, logprobs = risk.scores_among(next_logits.logits, chosen, top, mixed)
+        scores, logprobs = risk.score_among(next_logits.logits, chosen, top, mixed)
         others = [*top.double().unbind(-1), *logprobs.unbind(-1)]
     else:
         scores = risk.token_scores(next_logits.logits, chosen)

@@ -45,7 +45,7 @@ class Sampling:
             raise ConfigError(f"alternatives must not be negative, got {self.alternatives}")
 
 
-def choose(
+def choose_tokens(
     logits: Float[Tensor, "batch classes"], samplings: Sequence[Sampling], uniform: Float[Tensor, " batch"]
 ) -> Int[Tensor, " batch"]:
     """Choose the next token of each sequence: the most probable, or that at ``uniform`` of the distribution function.

@@ -20,7 +20,7 @@ from jaxtyping import Bool, Float
 from selfdoubt.errors import ConfigError, MetricError, require
 from selfdoubt.metrics.estimate import Estimate
 from selfdoubt.metrics.ranking import JudgementsLike, Order, ScoresLike, check_answers
-from selfdoubt.metrics.resampling import bound_resamples, resamples, two_sided_p
+from selfdoubt.metrics.resampling import bound_resamples, draw_resamples, two_sided_p
 from selfdoubt.metrics.selective import METRICS
 
 MetricLike = str | Callable[[np.ndarray, np.ndarray], float]
@@ -204,7 +204,7 @@ def compare_systems(
         return SystemComparison(before, after, Estimate.missing(reasons[0]))
     orders = [Order.sort(*check_answers(x, right)) for x, right in arrays]
     measure = METRICS[metric].over_draws
-    gaps = [measure(orders[1].rank(n)) - measure(orders[0].rank(n)) for n in resamples(len(a), draws, seed)]
+    gaps = [measure(orders[1].rank(n)) - measure(orders[0].rank(n)) for n in draw_resamples(len(a), draws, seed)]
     try:
         low, high, failed = bound_resamples(np.concatenate(gaps), level, metric)
     except MetricError as error:
@@ -223,7 +223,7 @@ def estimate_mean(values: Sequence[float], *, draws: int = 1000, level: float = 
     if not values:
         return Estimate.missing("there is nothing to average")
     x = np.asarray(values, np.float64)
-    drawn = np.concatenate([counts @ x / len(x) for counts in resamples(len(x), draws, seed)])
+    drawn = np.concatenate([counts @ x / len(x) for counts in draw_resamples(len(x), draws, seed)])
     low, high, _ = bound_resamples(drawn, level, "the mean")
     return Estimate(float(x.mean()), low, high)
 
@@ -261,7 +261,7 @@ def _measure_draws(
     drawn = {(s, m): np.empty(draws) for s in scores for m in metrics}
     orders = {name: Order.sort(*check_answers(score, correct)) for name, score in scores.items()}
     done = 0
-    for counts in resamples(len(correct), draws, seed, clusters):
+    for counts in draw_resamples(len(correct), draws, seed, clusters):
         block = slice(done, done := done + len(counts))
         for score, order in orders.items():
             ranked = order.rank(counts)

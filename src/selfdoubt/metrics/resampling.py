@@ -22,7 +22,7 @@ class Bounds(NamedTuple):
     failed: int  #: resamples on which the metric is not defined: left out
 
 
-def resamples(
+def draw_resamples(
     n: int, draws: int, seed: int, clusters: Sequence[Hashable] | None = None
 ) -> Iterator[Int[np.ndarray, "block answers"]]:
     """Yield how often each draw holds each answer, some draws at a time; the size of a block changes no draw.

@@ -14,7 +14,7 @@ from selfdoubt.report import png
 from selfdoubt.report.html import render_page
 from selfdoubt.report.measure import measure_answers
 from selfdoubt.report.results import Report
-from selfdoubt.storage import write
+from selfdoubt.storage import write_file
 
 
 def write_report(
@@ -51,7 +51,7 @@ def write_report(
     }
     Path(folder).mkdir(parents=True, exist_ok=True)
     for name, data in files.items():
-        write(Path(folder) / name, data)
+        write_file(Path(folder) / name, data)
     for name in png.NAMES:
         if name not in files:  # of an earlier report
             (Path(folder) / name).unlink(missing_ok=True)

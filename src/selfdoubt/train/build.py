@@ -77,7 +77,7 @@ def wrap_base(base: nn.Module, config: TrainConfig) -> nn.Module:
     return model if config.wrapper is None else config.wrapper(model)
 
 
-def world_size(config: TrainConfig) -> int:
+def count_devices(config: TrainConfig) -> int:
     """Return the number of devices that train together."""
     return (config.devices or max(1, torch.cuda.device_count())) * config.nodes
 
@@ -139,11 +139,11 @@ def _device_of_packed(config: TrainConfig) -> str:
 
 
 def _strategy(config: TrainConfig) -> Any:
-    if config.strategy == "ddp" or (config.strategy == "auto" and world_size(config) > 1):
+    if config.strategy == "ddp" or (config.strategy == "auto" and count_devices(config) > 1):
         # Frozen buffers are alike everywhere: they need not be sent.
         return strategies.DDPStrategy(broadcast_buffers=False, gradient_as_bucket_view=True)
     if config.strategy == "fsdp":
-        return strategies.ModelParallelStrategy(data_parallel_size=world_size(config), tensor_parallel_size=1)
+        return strategies.ModelParallelStrategy(data_parallel_size=count_devices(config), tensor_parallel_size=1)
     if config.strategy.startswith("deepspeed"):
         require("deepspeed", "deepspeed")
     return config.strategy

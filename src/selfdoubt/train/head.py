@@ -95,7 +95,7 @@ def _masked_head(head: nn.Module, loss_mask: Bool[Tensor, "rows t"], *, runs: bo
         del head.forward  # the class's own shows again
 
 
-def summed_loss(head_input: HeadInput, head: nn.Module, labels: Int[Tensor, " n"]) -> Float[Tensor, ""]:
+def sum_losses(head_input: HeadInput, head: nn.Module, labels: Int[Tensor, " n"]) -> Float[Tensor, ""]:
     """Return the sum of the labels' surprisals, nats, of rows that each have one member."""
     if head_input.is_logits:
         return F.cross_entropy(head_input.hidden.float(), labels, reduction="sum")
@@ -106,7 +106,7 @@ def summed_loss(head_input: HeadInput, head: nn.Module, labels: Int[Tensor, " n"
     return _in_pieces(of_piece, head_input.hidden, labels, _width(head))
 
 
-def sculpted_loss(
+def sum_sculpted_losses(
     head_input: HeadInput, head: nn.Module, labels: Int[Tensor, " n"], *, distribution: Any, draws: int | None
 ) -> Float[Tensor, ""]:
     """Return the sum of the labels' surprisals under random logits: ``-log E[softmax(y + scale * noise)]``.
@@ -129,7 +129,7 @@ def sculpted_loss(
 
 
 @torch.no_grad()
-def mixture_losses(
+def compute_mixture_losses(
     head_input: HeadInput, head: nn.Module, labels: Int[Tensor, " n"], members: int
 ) -> tuple[Float[Tensor, " n"], Bool[Tensor, " n"]]:
     """Return each label's surprisal under the mean of the members' probabilities, and if it is the most probable."""

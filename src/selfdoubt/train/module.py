@@ -20,7 +20,7 @@ from selfdoubt.members import Wrapped, innermost
 from selfdoubt.rows import expand
 from selfdoubt.train.batches import Batch
 from selfdoubt.train.config import TrainConfig
-from selfdoubt.train.head import get_head, mixture_losses, run_trunk, sculpted_loss, summed_loss
+from selfdoubt.train.head import compute_mixture_losses, get_head, run_trunk, sum_losses, sum_sculpted_losses
 
 
 class RiskAwareModule(lightning.LightningModule):
@@ -85,8 +85,8 @@ class RiskAwareModule(lightning.LightningModule):
         if isinstance(head, sculpt.ScaledHead):
             draws = self.config.draws if self.config.sculpt_loss == "draws" else None
             distribution = cast(Wrapped, self.model).distribution
-            return sculpted_loss(head_input, head, labels, distribution=distribution, draws=draws)
-        return summed_loss(head_input, head, labels)
+            return sum_sculpted_losses(head_input, head, labels, distribution=distribution, draws=draws)
+        return sum_losses(head_input, head, labels)
 
     def training_step(self, batch: Batch, index: int) -> Tensor:  # noqa: ARG002
         """Return the loss of one batch, scaled so that a step is the mean over all its tokens.
@@ -109,7 +109,7 @@ class RiskAwareModule(lightning.LightningModule):
         members = self.members
         rows = _repeat(batch, members)
         head_input = run_trunk(self.model, _inputs(rows), rows.labels >= 0, training=False)
-        nll, right = mixture_losses(head_input, get_head(self.model), batch.labels[batch.labels >= 0], members)
+        nll, right = compute_mixture_losses(head_input, get_head(self.model), batch.labels[batch.labels >= 0], members)
         self.val_loss.update(nll.mean(), nll.numel())
         self.val_accuracy.update(right.float().mean(), nll.numel())
 

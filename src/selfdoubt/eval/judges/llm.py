@@ -70,7 +70,11 @@ class LLMJudge:
         """
         keys = [None if answer is None else self.key(question, answer) for question, answer in pairs]
         replies = _Replies(self.cache)
-        texts = {k: messages(q, a) for k, (q, a) in zip(keys, pairs, strict=True) if k is not None and a is not None}
+        texts = {
+            k: build_judge_messages(q, a)
+            for k, (q, a) in zip(keys, pairs, strict=True)
+            if k is not None and a is not None
+        }
         missing = {k: m for k, m in texts.items() if k not in replies.known}
         failed: dict[str, str] = {}
         if missing:
@@ -89,7 +93,7 @@ class LLMJudge:
 
     def key(self, question: Question, answer: str) -> str:
         """Return the key of the reply to this in the cache: a hash of the model, its options and the whole prompt."""
-        asked = [self.model, sorted(self.options.items()), messages(question, answer)]
+        asked = [self.model, sorted(self.options.items()), build_judge_messages(question, answer)]
         return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
 
     def probe(self) -> None:
@@ -99,7 +103,9 @@ class LLMJudge:
             LoadError: If it cannot; the message holds its error.
         """
         with self._client() as client:
-            reply, problem = self._ask(client, messages(Question("probe", "Is 1 + 1 = 2?", answers=("yes",)), "yes"))
+            reply, problem = self._ask(
+                client, build_judge_messages(Question("probe", "Is 1 + 1 = 2?", answers=("yes",)), "yes")
+            )
         if reply is None:
             raise LoadError(f"the judge {self.model!r} does not answer: {problem}; check its URL, name and key")
 
@@ -121,7 +127,7 @@ class LLMJudge:
         return (text, "") if isinstance(text, str) else (None, "the judge replied without text")
 
 
-def messages(question: Question, answer: str) -> list[dict[str, str]]:
+def build_judge_messages(question: Question, answer: str) -> list[dict[str, str]]:
     """Build the messages that the judge model reads."""
     accepted = question.answers or tuple(question.choices[i] for i in question.right)
     paragraphs = [f"Question: {question.text}"]

@@ -15,7 +15,7 @@ from selfdoubt.eval.judges.text import (
     check_f1_threshold,
     declines,
     fold,
-    inside,
+    is_inside,
     normalise,
     parse_f1_threshold,
     rouge_l,
@@ -246,7 +246,7 @@ def _contained(question: Question, answer: str, accepted: str) -> float:
     others = [*question.wrong_answers, *(c for i, c in enumerate(question.choices) if i not in question.right)]
     for name in {_name(o) for o in others} - right:
         for span in _stands(name, text):
-            if not any(inside(span, other) for other in known) and not _NEGATED.search(text[: span[0]]):
+            if not any(is_inside(span, other) for other in known) and not _NEGATED.search(text[: span[0]]):
                 return 0.0
     return 1.0
 

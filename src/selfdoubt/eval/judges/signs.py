@@ -235,11 +235,11 @@ def say_signs(words: str) -> Iterator[str]:
             yield from (pattern.sub(way, words) for way in spoken)
 
 
-def meaningful(folded: str) -> str:
+def extract_signs(folded: str) -> str:
     """Return the signs of a folded text, but for units.
 
     Example:
-        >>> meaningful("c++ is 3.5$")
+        >>> extract_signs("c++ is 3.5$")
         '++.'
     """
     return "".join(c for c in folded if not c.isalnum() and not c.isspace() and c not in UNITS)

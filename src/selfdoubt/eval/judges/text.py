@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 from selfdoubt.errors import ConfigError
-from selfdoubt.eval.judges.signs import compose_negated, find_spans, keep_forms, keep_signs, meaningful
+from selfdoubt.eval.judges.signs import compose_negated, extract_signs, find_spans, keep_forms, keep_signs
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = dict.fromkeys(map(ord, string.punctuation))
@@ -106,14 +106,16 @@ def fold(text: str) -> str:
     return keep_signs(_ABBREVIATION.sub("", _THOUSANDS.sub("", plain)))
 
 
-def same_key(text: str) -> tuple[str, str]:
+def make_same_key(text: str) -> tuple[str, str]:
     """Return what two texts share that say the same: SQuAD's normal form, and the signs that change a meaning.
 
     Example:
-        >>> same_key("The C++!") == same_key("c++"), same_key("C++") == same_key("C"), same_key("3.5") == same_key("35")
-        (True, False, False)
+        >>> make_same_key("The C++!") == make_same_key("c++"), make_same_key("C++") == make_same_key("C")
+        (True, False)
+        >>> make_same_key("3.5") == make_same_key("35")
+        False
     """
-    return normalise(text), meaningful(fold(text))
+    return normalise(text), extract_signs(fold(text))
 
 
 def check_f1_threshold(threshold: float) -> None:
@@ -138,7 +140,7 @@ def parse_f1_threshold(text: str) -> float:
         raise ConfigError(f"the F1 threshold must be a number in (0, 1], got {text!r}; write e.g. f1:0.5") from None
 
 
-def places(words: str, text: str) -> list[int]:
+def find_places(words: str, text: str) -> list[int]:
     """Find where ``words`` stand as whole words in ``text``, both folded: places of their first characters.
 
     As ``selfdoubt.eval.judges.signs.find_spans``, which also gives their ends.
@@ -146,7 +148,7 @@ def places(words: str, text: str) -> list[int]:
     return [start for start, _ in find_spans(words, text)]
 
 
-def inside(span: tuple[int, int], other: tuple[int, int]) -> bool:
+def is_inside(span: tuple[int, int], other: tuple[int, int]) -> bool:
     """Return whether a span of characters is part of a longer one."""
     return span != other and other[0] <= span[0] and span[1] <= other[1]
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import combinations
 
 from selfdoubt.errors import ConfigError, NonFiniteError, ShapeError
-from selfdoubt.eval.judges.text import check_f1_threshold, parse_f1_threshold, rouge_l, same_key, token_f1
+from selfdoubt.eval.judges.text import check_f1_threshold, make_same_key, parse_f1_threshold, rouge_l, token_f1
 
 AGREEMENT_SCORES = (
     "self_consistency", "semantic_entropy", "semantic_entropy_weighted", "n_clusters", "lexical_dissimilarity",
@@ -30,7 +30,7 @@ class SameText:
 
     def __call__(self, pairs: Sequence[tuple[str, str]], _question: str = "", /) -> list[bool]:
         """Compare each pair."""
-        return [same_key(a) == same_key(b) for a, b in pairs]
+        return [make_same_key(a) == make_same_key(b) for a, b in pairs]
 
 
 @dataclass(frozen=True)

@@ -58,7 +58,7 @@ class SameMeaning:
         return [int(i) == label for i in logits.argmax(-1)]
 
 
-def entailment_label(labels: dict[int, str], model: str) -> int:
+def find_entailment_class(labels: dict[int, str], model: str) -> int:
     """Return the class of a model that is entailment, by the names in its configuration.
 
     Raises:
@@ -86,6 +86,6 @@ def _load(name: str, revision: str | None, device: str | None) -> tuple[Any, Any
         raise LoadError(
             f"no model for entailment can be loaded from {name!r} ({type(error).__name__}: {text})"
         ) from None
-    label = entailment_label(model.config.id2label, name)
+    label = find_entailment_class(model.config.id2label, name)
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")
     return model.eval().to(place), tokenizer, label

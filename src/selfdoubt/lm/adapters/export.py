@@ -18,7 +18,7 @@ from selfdoubt.lm.adapters.adapter import check_adapter, save_adapter
 from selfdoubt.lm.adapters.new_folder import new_folder
 from selfdoubt.lm.load import load_model
 from selfdoubt.members import Wrapped
-from selfdoubt.rows import added_names
+from selfdoubt.rows import list_added_names
 
 ADAPTER = "adapter"
 
@@ -126,11 +126,11 @@ def export_merged(
 
 def _merged(wrapped: nn.Module, model: nn.Module, folder: Path, manifest: Mapping[str, Any]) -> nn.Module:
     """Merge LoRA into the model that ``wrapped`` shares its weights with, and wrap that as before."""
-    added = {name: wrapped.state_dict()[name] for name in added_names(wrapped)}
+    added = {name: wrapped.state_dict()[name] for name in list_added_names(wrapped)}
     lora.merge_lora(model)
     again = storage.rewrap(folder, manifest, model)
-    if set(added_names(again)) != set(added):
-        other = sorted(set(added) ^ set(added_names(again)))[0]
+    if set(list_added_names(again)) != set(added):
+        other = sorted(set(added) ^ set(list_added_names(again)))[0]
         raise ConfigError(
             f"the param_filter of {folder} picks other layers once LoRA is merged (as {other} shows), so it would mean "
             "something else; train with a filter on layer names, e.g. 'q_proj|v_proj'"

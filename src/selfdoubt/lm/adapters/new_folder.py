@@ -42,7 +42,7 @@ def new_folder(
         new.mkdir(parents=True)
         yield new
         text = json.dumps(dict(about), indent=2) + "\n"
-        storage.write(new / MARK, text.encode())
+        storage.write_file(new / MARK, text.encode())
         if out.exists():
             out.rename(old)
         new.rename(out)

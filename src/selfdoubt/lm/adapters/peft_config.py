@@ -14,7 +14,7 @@ from selfdoubt.fields import (
     SCALE,
     WIDTH,
     FieldError,
-    broken_file,
+    build_broken_file_error,
     choice,
     either,
     flag,
@@ -74,7 +74,7 @@ def read_config(folder: Path) -> dict[str, Any]:
             )
         checked = _CONFIG(config, "")
     except FieldError as error:
-        raise broken_file(path, error) from None
+        raise build_broken_file_error(path, error) from None
     if checked.get("modules_to_save") or config.get("trainable_token_indices") or checked.get("bias", "none") != "none":
         raise LoadError(
             f"{path} also trains weights of the base (modules_to_save, trainable_token_indices or bias), "
@@ -99,4 +99,6 @@ def check_ranks(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, T
     ranks = {"r": config.get("r", 8)} | {f"rank_pattern.{k}": r for k, r in (config.get("rank_pattern") or {}).items()}
     for key, rank in ranks.items():
         if largest is not None and rank > largest:
-            raise broken_file(folder / CONFIG, FieldError(key, f"at most {largest}, as in {WEIGHTS}", str(rank)))
+            raise build_broken_file_error(
+                folder / CONFIG, FieldError(key, f"at most {largest}, as in {WEIGHTS}", str(rank))
+            )

@@ -68,7 +68,7 @@ class Standing:
         return numbers if np.array_equal(codes, true) else None
 
 
-def free_characters(text: str) -> Codes:
+def find_free_characters(text: str) -> Codes:
     """Return the private characters that a text does not hold."""
     return _PRIVATE[~np.isin(_PRIVATE, get_codes(text))] if _ANY.search(text) else _PRIVATE
 

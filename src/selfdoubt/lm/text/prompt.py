@@ -12,7 +12,7 @@ import numpy as np
 from selfdoubt.errors import PromptError
 from selfdoubt.lm.text.encoder import Encoded, Encoder, get_encoder
 from selfdoubt.lm.text.placeholders import Ints
-from selfdoubt.lm.text.prompt_form import CHAT, chat_form, text_form
+from selfdoubt.lm.text.prompt_form import CHAT, describe_chat_form, describe_text_form
 from selfdoubt.lm.text.template import render_chat
 
 MessageLike = Mapping[str, str]
@@ -56,7 +56,7 @@ def encode(tokenizer: Any, prompt: str | Sequence[MessageLike], *, raw: bool = F
         return _encode_plain(tokenizer, _joined(messages))
     last = len(messages) - 1
     turns = _encode_chat(tokenizer, messages, [last], answer_next=True)
-    form = chat_form(messages)
+    form = describe_chat_form(messages)
     if last and form != CHAT and messages[last]["role"] == "user" and _is_alone(tokenizer, messages[last], turns.ids):
         form = CHAT
     return Prompt(turns.ids, [turn == last for turn in turns.turn], form)
@@ -158,7 +158,7 @@ def _encode_plain(tokenizer: Any, text: str) -> Prompt:
     """Encode plain text after the beginning-of-text token, where there is one, and without one that would end it."""
     ids = _start(tokenizer, text) + get_encoder(tokenizer).encode(text).ids
     special = set(tokenizer.all_special_ids)
-    return Prompt(ids, [i not in special for i in ids], text_form(text))
+    return Prompt(ids, [i not in special for i in ids], describe_text_form(text))
 
 
 def _start(tokenizer: Any, text: str) -> list[int]:
@@ -177,7 +177,7 @@ def _encode_border(tokenizer: Any, before: str, text: str) -> tuple[Prompt, list
         return _encode_plain(tokenizer, before), get_encoder(tokenizer).encode(text).ids
     special = set(tokenizer.all_special_ids)
     read = [*start, *ids[:border]]
-    return Prompt(read, [i not in special for i in read], text_form(before)), ids[border:]
+    return Prompt(read, [i not in special for i in read], describe_text_form(before)), ids[border:]
 
 
 def _encode_chat(tokenizer: Any, messages: list[dict[str, str]], numbers: list[int], *, answer_next: bool) -> Turns:

@@ -24,9 +24,9 @@ from selfdoubt.lm.text.placeholders import (
     Codes,
     Ints,
     Standing,
+    find_free_characters,
     find_hidden,
     find_literals,
-    free_characters,
     get_codes,
     limit_places,
 )
@@ -125,7 +125,7 @@ def _located(chat: _Chat, text: str, message_numbers: Sequence[int]) -> Rendered
     """Find who wrote what; None where the template rewrites the words of a wanted message."""
     encoder = get_encoder(chat.tokenizer)
     contents = [m["content"] for m in chat.messages]
-    pool = free_characters(text)
+    pool = find_free_characters(text)
     literals = find_literals(str(chat.tokenizer.chat_template))
     neutral = ""
     tried: list[Ints] = []

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from selfdoubt.eval.records import Record
-from selfdoubt.lm.risk_levels import BOUNDS, COLOURS, level
+from selfdoubt.lm.risk_levels import BOUNDS, COLOURS, find_risk_level
 from selfdoubt.report.html.plots import draw_curves, draw_reliability
 from selfdoubt.report.html.tables import (
     format_percent_html,
@@ -190,7 +190,9 @@ def _render_answers(ranked: Sequence[tuple[float, Record]]) -> str:
 def _render_answer(record: Record, rank: float) -> str:
     tokens = _tokens(record)
     text = (
-        "".join(f'<span class="t t{level(risk)}" title="{risk:.3f} nats">{escape(t)}</span>' for t, risk in tokens)
+        "".join(
+            f'<span class="t t{find_risk_level(risk)}" title="{risk:.3f} nats">{escape(t)}</span>' for t, risk in tokens
+        )
         if tokens
         else "<em>no answer</em>" if record.answer is None else escape(record.answer)
     )  # fmt: skip

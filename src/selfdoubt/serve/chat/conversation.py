@@ -111,7 +111,7 @@ class Turn:
 
     def is_sure_enough(self, answer: Answer) -> bool:
         """Return whether an answer ends the attempts."""
-        return is_confident(confidence(answer), self.needed_confidence)
+        return is_confident(get_confidence(answer), self.needed_confidence)
 
     def hides(self, attempt: Attempt) -> bool:
         """Return whether the text must not be seen, unless revealed: it is not judged yet, or was too doubtful."""
@@ -123,7 +123,7 @@ class Turn:
             return False
         if self.state == "running" or attempt.answer is None:
             return True
-        sure = confidence(attempt.answer)
+        sure = get_confidence(attempt.answer)
         return sure is None or sure < self.settings.at_least
 
     @property
@@ -149,7 +149,7 @@ class Turn:
         return next((attempt.text for attempt in self.ranked if not self.hides(attempt)), "")
 
 
-def confidence(answer: Answer) -> float | None:
+def get_confidence(answer: Answer) -> float | None:
     """Return how sure an answer is, in [0, 1]: ``p_correct``, or without a calibration the share of reference answers
     that are riskier. None where there is neither, or where the calibration does not hold.
     """
@@ -285,7 +285,7 @@ def _turn_to_json(turn: Turn) -> dict[str, Any]:
             {
                 **({"text": attempt.text} if attempt.answer is None else attempt.answer.to_dict()),
                 "seed": attempt.seed,
-                "sure": None if attempt.answer is None else confidence(attempt.answer),
+                "sure": None if attempt.answer is None else get_confidence(attempt.answer),
                 "abstain": None if attempt.answer is None else attempt.answer.abstain,
                 "hidden": turn.hides(attempt),
                 "tokens": _tokens_to_json(attempt.tokens if attempt.answer is None else attempt.answer.tokens),

@@ -49,7 +49,7 @@ def mount_page(
     app: FastAPI, engine: EngineClient, *, title: str | None, model: str | None, max_tokens: int, auth: Any
 ) -> None:
     """See ``selfdoubt.serve.chat.mount``."""
-    page = ChatPage(engine, model or display_name(engine.front), max_tokens)
+    page = ChatPage(engine, model or get_display_name(engine.front), max_tokens)
     gr.mount_gradio_app(
         app,
         page.build(title or f"selfdoubt: {page.model}"),
@@ -68,7 +68,7 @@ def mount_page(
     )
 
 
-def display_name(front: LMFront) -> str:
+def get_display_name(front: LMFront) -> str:
     """Return a model's name, or the last part of its folder."""
     if is_pocket(front):
         return POCKET

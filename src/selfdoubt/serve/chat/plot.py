@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 from selfdoubt.lm.answer import Token
-from selfdoubt.lm.risk_levels import COLOURS, level
+from selfdoubt.lm.risk_levels import COLOURS, find_risk_level
 
 #: Tops of the y axis, in nats; above them, multiples of ten.
 AXIS_TOPS = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 10.0)
@@ -54,7 +54,7 @@ def _bars(tokens: Sequence[Token], rank: int, top: float) -> str:
     return "".join(
         f"M{i + gap:g} 100v-{max(_height(t.risk, top), 2.0):.1f}h{1 - 2 * gap:g}V100z"
         for i, t in enumerate(tokens)
-        if level(t.risk) == rank
+        if find_risk_level(t.risk) == rank
     )
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from html import escape
 
 from selfdoubt.lm.answer import Token
-from selfdoubt.lm.risk_levels import level
+from selfdoubt.lm.risk_levels import find_risk_level
 from selfdoubt.serve.chat.phrases import LEVEL_NAMES, format_share
 
 #: A person's words surprise a model more than its own: their surprisal counts a quarter, as it does on a terminal.
@@ -23,7 +23,7 @@ def render_token(token: Token, number: int, *, is_question: bool = False) -> str
         number: Its place, from 0; the first can be reached by the tab key, the others by arrows from there.
         is_question: It is part of the question.
     """
-    rank = level(token.nll * QUESTION_WEIGHT if is_question else token.risk)
+    rank = find_risk_level(token.nll * QUESTION_WEIGHT if is_question else token.risk)
     numbers = [
         token.logprob, token.total, token.epistemic, token.aleatoric, token.disagreement, token.risk, rank,
         [[other.text, other.probability, other.id == token.id] for other in token.alternatives],

@@ -13,7 +13,7 @@ from typing import Any
 
 from selfdoubt.lm.calibration import Calibration
 from selfdoubt.serve.chat import phrases, tokens_html
-from selfdoubt.serve.chat.conversation import Attempt, Turn, confidence
+from selfdoubt.serve.chat.conversation import Attempt, Turn, get_confidence
 from selfdoubt.serve.chat.plot import render_risk_plot
 
 #: Seconds between two drawings of a plot that grows.
@@ -105,7 +105,7 @@ class TurnView:
         assert answer is not None
         several = self.turn.mode == "candidates"
         statements = phrases.describe_answer(answer, self.calibration, short=several)
-        sure = confidence(answer)
+        sure = get_confidence(answer)
         text = f"<strong>{escape(statements[0])}</strong>" + "".join(f" · {escape(s)}" for s in statements[1:])
         if several:
             text += f" · seed {attempt.seed}"
@@ -145,7 +145,7 @@ class TurnView:
             f'<button type="button" data-do="edit" data-text="{escape(turn.question)}">Edit</button>'
             '<button type="button" data-act="retry">Retry</button>'
         )
-        if any(t.answer is not None and confidence(t.answer) is not None for t in turn.attempts):
+        if any(t.answer is not None and get_confidence(t.answer) is not None for t in turn.attempts):
             last += '<button type="button" data-act="until">Try until sure</button>'
         last += '<button type="button" data-act="candidates">Show candidates</button>'
         return f'{first}<span class="last">{last}</span>'

@@ -10,7 +10,7 @@ from selfdoubt.errors import ConfigError, PromptError
 from selfdoubt.lm.front import LMFront
 from selfdoubt.lm.sampling import Sampling
 from selfdoubt.lm.text.prompt import Prompt, encode
-from selfdoubt.lm.text.prompt_form import text_form
+from selfdoubt.lm.text.prompt_form import describe_text_form
 from selfdoubt.serve.engine.limits import Limits
 from selfdoubt.serve.engine.request import GenerationRequest, list_seeds
 from selfdoubt.serve.http.settings import ServerSettings
@@ -194,4 +194,4 @@ def decode_ids(front: LMFront, ids: list[int]) -> Prompt:
     special = set(front.tokenizer.all_special_ids)
     known = len(front.tokenizer)  # a model may have more ids, and sentencepiece decodes none of them
     text = front.tokenizer.decode([i for i in ids if i < known], skip_special_tokens=True)
-    return Prompt(ids, [i not in special for i in ids], text_form(text))
+    return Prompt(ids, [i not in special for i in ids], describe_text_form(text))
