@@ -1,4 +1,4 @@
-"""Typed reading of what a file or a caller gives: every value has a kind and a range, and a wrong one is named.
+"""Typed, range-checked reading of JSON and of settings; an error names the field, what it must be, and what was found.
 
 A *kind* is a function ``(value, path) -> value`` that raises ``FieldError``; the path says where the value stands, as
 ``wrappers[0].alpha``. Kinds combine: ``table(listing(number()))``. ``read_object`` gives JSON no freedom: no NaN, no
@@ -30,12 +30,12 @@ _SHORT.maxstring = _SHORT.maxother = 60
 
 
 class FieldError(ValueError):
-    """A value of another kind, or outside its range.
+    """The error for a value of another kind, or outside its range.
 
     Args:
-        path: Where it stands.
-        expected: A text that says what it must be.
-        actual: The value that is there, as a text.
+        path: Path of the value, such as ``wrappers[0].alpha``.
+        expected: Description of the values that are allowed.
+        actual: The value that was found, as text.
     """
 
     def __init__(self, path: str, expected: str, actual: str) -> None:
@@ -127,7 +127,7 @@ def regex(value: Any, path: str) -> str:
 
 
 def anything(value: Any, path: str) -> Any:  # noqa: ARG001
-    """Accept any value: what is only for people."""
+    """Accept any value, for entries that only people read."""
     return value
 
 
@@ -211,9 +211,9 @@ def record(
     """Return a kind: an object with exactly these keys.
 
     Args:
-        needed: Keys that must be there.
-        also: Keys that may be.
-        open_ended: Keep other keys too, as they are.
+        needed: Required keys.
+        also: Optional keys.
+        open_ended: Keep unknown keys, as they are.
     """
     known = {**needed, **(also or {})}
 
@@ -252,7 +252,7 @@ def check_settings(settings: Any, kinds: Mapping[str, FieldCheck]) -> None:
 
 
 def resolve_compile(compiles: bool | None, symbolic_trace: bool | None) -> bool:
-    """Return the setting that has two names, ``compile`` and ``symbolic_trace``; None is a name that was not given.
+    """Return the value of the setting with two names, ``compile`` and ``symbolic_trace``; None is a name not given.
 
     Raises:
         ConfigError: If one is neither True nor False, or if they differ.
@@ -274,8 +274,8 @@ def read_object(path: Path) -> dict[str, Any]:
     """Read the JSON object in a file.
 
     Raises:
-        LoadError: If the file is missing or no file, is not UTF-8 or not JSON, is nested too deeply, repeats a key, or
-            holds a number that is NaN or infinite.
+        LoadError: If the file is missing or not a file, is not UTF-8 or not JSON, is nested too deeply, repeats a key,
+            or holds a number that is NaN or infinite.
     """
     try:
         content = json.loads(
@@ -313,8 +313,8 @@ def _finite(token: str) -> float:
     return value
 
 
-#: Most members, widest rank, and largest scale of a deviation or a noise: far above what is of use, and what a file
-#: may ask for.
+#: Largest number of members, largest rank, and largest scale of a deviation or a noise that a file may ask for: far
+#: above useful values.
 MEMBERS, WIDTH, SCALE = 1_000_000, 2**16, 1e6
 #: The name under which files keep a wrapper's ``compile``.
 STORED_COMPILE = "symbolic_trace"

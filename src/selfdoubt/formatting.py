@@ -1,10 +1,10 @@
-"""Numbers as people read them."""
+"""Formats numbers for people."""
 
 from __future__ import annotations
 
 
 def format_percent(share: float | None, *, digits: int = 1, more: str = ">", less: str = "<") -> str:
-    """Return a share as a percentage; never 100 % or 0 % where it is a little less or more.
+    """Return a share as a percentage; a share a little below 1 or above 0 is never rounded to 100 % or 0 %.
 
     Args:
         share: In [0, 1]; None gives "unknown".

@@ -60,11 +60,11 @@ def write_file(path: Path, data: bytes) -> None:
 
 
 def read_manifest(folder: str | os.PathLike[str], *, sealed: bool = True) -> dict[str, Any]:
-    """Read ``selfdoubt.json`` of an adapter folder; the files beside it are checked by ``verify``.
+    """Read ``selfdoubt.json`` of an adapter folder; ``verify`` checks the files next to it.
 
     Args:
         folder: An adapter folder.
-        sealed: True refuses a manifest that is not as its checksum says.
+        sealed: Refuse a manifest that does not match its checksum.
 
     Raises:
         LoadError: If it is missing, not JSON, of a newer format, lacks an entry, has one of a wrong kind or out of
@@ -100,7 +100,7 @@ def check_manifest(manifest: Mapping[str, Any]) -> None:
 
 
 def verify(folder: str | os.PathLike[str], manifest: Mapping[str, Any]) -> None:
-    """Check that the files beside a manifest are those that were saved with it.
+    """Check that the files next to a manifest are those that were saved with it.
 
     Raises:
         LoadError: If one is missing, was changed, or came later.
@@ -125,11 +125,11 @@ def write_manifest(folder: str | os.PathLike[str], manifest: Mapping[str, Any]) 
     """Write ``selfdoubt.json`` with checksums of itself and of the files that are in the folder now.
 
     Returns:
-        The file.
+        Path of ``selfdoubt.json``.
 
     Raises:
         ConfigError: If an entry could not be read back.
-        ValueError: If an entry is nothing that JSON holds.
+        ValueError: If an entry cannot be stored as JSON.
     """
     plain = plain_manifest(manifest)
     folder = Path(folder)
@@ -139,11 +139,11 @@ def write_manifest(folder: str | os.PathLike[str], manifest: Mapping[str, Any]) 
 
 
 def plain_manifest(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a manifest as JSON holds it, without checksums.
+    """Return a manifest as plain JSON data, without checksums.
 
     Raises:
         ConfigError: If an entry could not be read back.
-        ValueError: If an entry is nothing that JSON holds.
+        ValueError: If an entry cannot be stored as JSON.
     """
     kept = {key: value for key, value in manifest.items() if key != "checksums"}
     plain: dict[str, Any] = json.loads(json.dumps(kept, allow_nan=False))

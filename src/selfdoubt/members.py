@@ -1,8 +1,8 @@
 """Members are rows: M variants of a model run as one M times larger batch.
 
 ``rows = members * batch``, member-major: row ``m * batch + b``. Frozen modules see an ordinary batch; only the replaced
-leaves know that dimension 0 holds members. A wrapper (vote, sample, sculpt) says which leaves and by what; ``Wrapped``
-grows the inputs, runs the module once, and folds the rows back.
+leaves know that dimension 0 holds members. A wrapper (vote, sample, sculpt) chooses the leaves and their replacements;
+``Wrapped`` repeats the inputs for every member, runs the module once, and folds the rows back.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from selfdoubt.tree import iter_tensors, tree_map
 
 @runtime_checkable
 class Spec(Protocol):
-    """A wrapper as ``Wrapped`` sees it: a frozen dataclass of settings."""
+    """The interface of a wrapper: a frozen dataclass of settings that finds leaves and builds their replacements."""
 
     @property
     def verbose(self) -> int:
@@ -72,7 +72,7 @@ class Spec(Protocol):
 class Wrapped(nn.Module):
     """A model whose matched leaves are replaced. Call it like the model; ask for ``return_risk=True``.
 
-    What is not replaced shares its memory with the original model, which stays as it was: nothing is copied.
+    Modules that are not replaced share their memory with the original model, which stays as it was: nothing is copied.
     """
 
     def __init__(self, model: nn.Module, spec: Spec) -> None:
@@ -204,7 +204,7 @@ class Wrapped(nn.Module):
         return self.module.distribution if isinstance(self.module, Wrapped) else distribution
 
     def extra_repr(self) -> str:
-        """Return the settings, so that ``print(wrapped)`` says what was done."""
+        """Return the settings, which ``print(wrapped)`` shows."""
         return repr(self.spec)
 
     def _run_graph(self, *args: Any, **kwargs: Any) -> Any:
@@ -263,10 +263,10 @@ def wrap(spec: Spec, model: Any) -> Any:
 
 
 def check_spec(wrapper: Any) -> None:
-    """Check that this wraps models.
+    """Check that a value is a wrapper.
 
     Raises:
-        ConfigError: If it does not.
+        ConfigError: If it is not.
     """
     if isinstance(wrapper, type) or not isinstance(wrapper, Spec):
         raise ConfigError(f"wrapper must be one such as vote.Wrapper(n_voters=3), 'auto' or None, got {wrapper!r}")
@@ -297,8 +297,8 @@ def get_base_name(model: nn.Module, name: str) -> str:
 def _share(model: nn.Module, *, freeze: bool) -> nn.Module:
     """Build a new tree of modules over the same parameters and buffers: the original keeps its own leaves.
 
-    Frozen parameters are views that do not train, so that the original's still do. What an inner wrapper added goes on
-    training.
+    Frozen parameters are views that do not train, so that the original's still do. Parameters of an inner wrapper stay
+    trainable.
     """
     memo: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
     # Quantisation states belong to the packed weights, which both trees share.

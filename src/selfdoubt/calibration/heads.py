@@ -1,4 +1,4 @@
-"""Fits the small heads behind p_correct, and chooses what they read by cross-validation inside of what they may see.
+"""Fits the small heads behind p_correct, and chooses their inputs by nested cross-validation.
 
 Isotonic regression (Zadrozny and Elkan, 2002, "Transforming classifier scores into accurate multiclass probability
 estimates") on one score; logistic regression (Platt, 1999) on several and, with an L2 penalty of its own, on one hidden
@@ -55,9 +55,9 @@ Probabilities = Float[np.ndarray, " answers"]
 
 @dataclass(frozen=True, eq=False)
 class CalibrationAnswers:
-    """Judged answers as arrays: one row each."""
+    """Judged answers as arrays, one row per answer."""
 
-    names: tuple[str, ...]  #: of scores; each varies
+    names: tuple[str, ...]  #: names of the scores; each score varies
     scores: Float[np.ndarray, "answers scores"]
     states: Mapping[str, Float[np.ndarray, "answers width"]]  #: by "position.layer"
     correct: Bool[np.ndarray, " answers"]
@@ -67,12 +67,12 @@ class CalibrationAnswers:
         return len(self.correct)
 
     def at(self, rows: RowIndices | Bool[np.ndarray, " answers"]) -> CalibrationAnswers:
-        """Select some of them."""
+        """Return the answers of these rows."""
         states = {key: values[rows] for key, values in self.states.items()}
         return CalibrationAnswers(self.names, self.scores[rows], states, self.correct[rows], self.questions[rows])
 
     def columns(self, names: Sequence[str]) -> Float[np.ndarray, "answers some"]:
-        """Return scores by name."""
+        """Return the scores of these names, one column each."""
         return self.scores[:, [self.names.index(name) for name in names]]
 
     @cached_property
@@ -82,7 +82,7 @@ class CalibrationAnswers:
 
 
 def split_folds(answers: CalibrationAnswers, n: int, seed: int) -> list[RowIndices]:
-    """Return rows of up to ``n`` folds; equal questions lie in one, right and wrong answers are spread evenly over all.
+    """Return the rows of up to ``n`` folds: equal questions in one, right and wrong answers spread evenly over all.
 
     Questions are dealt in turn: first those with wrong answers only, then the mixed, then those with right ones only.
     So with at least n questions of a class every fold has one, and with two every fold's rest has one.
@@ -100,13 +100,13 @@ def split_folds(answers: CalibrationAnswers, n: int, seed: int) -> list[RowIndic
 def leave_each_out(
     answers: CalibrationAnswers, groups: Sequence[RowIndices]
 ) -> Iterator[tuple[CalibrationAnswers, RowIndices]]:
-    """Yield for each group the answers to questions that are not in it, and its rows."""
+    """Yield per group the answers to questions outside of it, and the group's rows."""
     for rows in groups:
         yield answers.at(~np.isin(answers.questions, answers.questions[rows])), rows
 
 
 def predict_held_out(answers: CalibrationAnswers, groups: Sequence[RowIndices], fit: Fit, seed: int) -> Probabilities:
-    """Return p_correct of each answer by a head that was fitted without its group; NaN where it is in none."""
+    """Return p_correct of each answer by a head that was fitted without its group; NaN for an answer in no group."""
     p_correct = np.full(len(answers), np.nan)
     for rest, rows in leave_each_out(answers, groups):
         p_correct[rows] = predict(fit(rest, seed), answers.at(rows))
@@ -114,7 +114,7 @@ def predict_held_out(answers: CalibrationAnswers, groups: Sequence[RowIndices], 
 
 
 def predict(head: Calibration, answers: CalibrationAnswers) -> Probabilities:
-    """Return ``Calibration.p_correct`` of many answers at once; beyond what was seen, the number of its edge."""
+    """Return ``Calibration.p_correct`` of many answers at once; scores outside the seen range are clipped to it."""
     scores = answers.columns(head.features)
     if head.kind == "isotonic":
         x, y = np.array(head.knots).T
@@ -129,7 +129,7 @@ def predict(head: Calibration, answers: CalibrationAnswers) -> Probabilities:
 
 
 def fit_one_score(answers: CalibrationAnswers, seed: int, names: Sequence[str]) -> Calibration:
-    """Fit isotonic regression on the best of some scores by held-out log loss; with too few answers on the first."""
+    """Fit isotonic regression on the score with the least held-out log loss; with too few answers, on the first."""
     best, least = names[0], np.inf
     if len(names) > 1 and min(answers.classes) >= 2:
         inner = split_folds(answers, INNER_FOLDS, seed)
@@ -144,8 +144,8 @@ def fit_one_score(answers: CalibrationAnswers, seed: int, names: Sequence[str]) 
 def fit_isotonic(answers: CalibrationAnswers, name: str) -> Calibration:
     """Fit isotonic regression: p falls as the score grows.
 
-    One wrong answer is added at the surest end, and one right one at the other. So p is never 0 or 1,
-    on which one surprise would cost an infinite loss.
+    One wrong answer is added at the surest end, and one right answer at the other. So p is never 0 or 1, where a
+    single surprise would cost an infinite loss.
     """
     x = answers.columns([name])[:, 0]
     x, y = np.append(x, [x.min(), x.max()]), np.append(answers.correct, [False, True]).astype(float)

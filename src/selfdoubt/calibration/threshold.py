@@ -55,9 +55,9 @@ class AccuracyGuarantee:
     target_accuracy: float
     confidence: float
     coverage: float  #: share of the calibration answers at or above the threshold, in [0, 1]
-    answers: int  #: how many calibration answers there were
-    answered: int  #: how many of them are at or above the threshold
-    right: int  #: how many of these are right
+    answers: int  #: number of calibration answers
+    answered: int  #: number of them at or above the threshold
+    right: int  #: number of right ones among these
     bound: float  #: exact lower bound of their accuracy at the level of this one test, >= target_accuracy
 
     def to_json(self) -> dict[str, Any]:
@@ -67,7 +67,7 @@ class AccuracyGuarantee:
 
 @dataclass(frozen=True)
 class Grid:
-    """Thresholds in [0, 1], the surest first, and at which places of the list a sequence of tests starts.
+    """Thresholds in [0, 1], the highest first, and the indices at which a sequence of tests starts.
 
     Raises:
         ConfigError: If there are none, they do not descend, or a start is outside the list.
@@ -85,7 +85,7 @@ class Grid:
 
 
 def build_fixed_grid(target_accuracy: float) -> Grid:
-    """Return thresholds that look at no answers, from halfway between the target and 1 down to 0.
+    """Return thresholds that depend on no answers, from halfway between the target and 1 down to 0.
 
     Half of the level starts there and half at p_correct = target: where p_correct is honest, the answers above that are
     right more often than the target, and there are the most of them.
@@ -100,13 +100,13 @@ def build_fixed_grid(target_accuracy: float) -> Grid:
 def build_grid(
     elsewhere: Float[np.ndarray, " others"], answers: int, target_accuracy: float, confidence: float = 0.95
 ) -> Grid:
-    """Return thresholds at even steps of coverage among other answers than those that will be tested.
+    """Return thresholds at even steps of coverage, taken from other answers than those that will be tested.
 
     One sequence, which starts where ``MARGIN`` times as many answers are expected as would pass if all were right.
 
     Args:
         elsewhere: p_correct of answers that the tests will not see, out-of-fold where a head was fitted on them.
-        answers: How many answers the tests will see.
+        answers: Number of answers that will be tested.
         target_accuracy: Least accuracy of the answers at or above the threshold, in (0, 1).
         confidence: In (0, 1).
     """
@@ -136,10 +136,10 @@ def find_threshold(
 
     Args:
         p_correct: In [0, 1], by a head that has not seen these answers.
-        correct: Which of them are right; one answer a question.
+        correct: Judgement of each; one answer per question.
         target_accuracy: Least accuracy of the answers at or above the threshold, in (0, 1).
-        confidence: Of keeping it, over the draw of these answers, in (0, 1).
-        grid: Fixed without these answers: ``build_fixed_grid(target_accuracy)`` if None.
+        confidence: Probability with which the target is kept, over the draw of these answers, in (0, 1).
+        grid: Thresholds to test, chosen without these answers; None takes ``build_fixed_grid(target_accuracy)``.
 
     Raises:
         ConfigError: If the target or the confidence is out of range.
@@ -195,11 +195,11 @@ def find_passed_levels(
     """Return the level at which each threshold passed its test, 0 where it did not: steps 2 and 3 of the proof above.
 
     Args:
-        answered: Answers at or above each threshold, the surest threshold first, for each calibration set.
-        right: How many of these are right.
+        answered: Number of answers at or above each threshold, the highest threshold first, per calibration set.
+        right: Number of right ones among these.
         target_accuracy: Least accuracy, in (0, 1).
         confidence: In (0, 1).
-        starts: At which thresholds a sequence of tests starts.
+        starts: Indices of the thresholds at which a sequence of tests starts.
     """
     _check_share("the target accuracy", target_accuracy)
     _check_share("the confidence", confidence)
@@ -223,11 +223,15 @@ def explain_no_threshold(
     grid: Grid | None = None,
     share: float = 1.0,
 ) -> str:
-    """Explain in words why no threshold qualifies: the best bound, and roughly how many more answers it would take.
+    """Return a sentence on why no threshold qualifies: the best bound, and about how many more answers are needed.
 
     Args:
-        p_correct: As for ``find_threshold``, as are the others.
-        share: Which share of further answers would be tested, in (0, 1]; the rest teaches the head.
+        p_correct: As for ``find_threshold``.
+        correct: As for ``find_threshold``.
+        target_accuracy: As for ``find_threshold``.
+        confidence: As for ``find_threshold``.
+        grid: As for ``find_threshold``.
+        share: Share of further answers that would be tested, in (0, 1]; the head learns from the others.
     """
     grid = grid or build_fixed_grid(target_accuracy)
     answered, right = count_at_thresholds(p_correct, correct, grid)
@@ -262,7 +266,7 @@ def explain_no_threshold(
 
 
 def _estimate_needed(n: int, k: int, total: int, target: float, level: float, least: int) -> int | None:
-    """Estimate the number of answers that would do at this threshold if shares stay as they are; None for never."""
+    """Estimate the number of answers that suffice at this threshold if shares stay as they are; None for never."""
     if n < min(least, 20) or k / n <= target:
         return None
     sizes = np.unique(np.geomspace(least, 1e6, 200).astype(int))

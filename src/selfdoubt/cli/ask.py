@@ -60,7 +60,7 @@ def ask(
     options: dict[str, Any] = {"max_tokens": max_tokens, "top_p": top_p, "seed": seed, "raw": raw}
     if temperature is not None:
         options["temperature"] = temperature
-    several = candidates is not None or until_percentile is not None  # several answers are for looking at
+    several = candidates is not None or until_percentile is not None
     abstained: ShowAbstained = "always" if several else "with notice" if show_withheld else "never"
     output = build_printer(as_json=as_json, abstained=abstained)
     if candidates is not None:

@@ -1,4 +1,4 @@
-"""Doubt on a terminal: each token in the colour of its risk, or with its number where there are no colours."""
+"""Answers on a terminal: each token in the colour of its risk, or followed by the number where there are no colours."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Screen:
             self.console.print("Each token is followed by its risk {in nats}; 0 is sure.")
 
     def print_question(self, text: str, tokens: Iterable[Token]) -> None:
-        """Print the question, its own words coloured too: has the model met this subject before?"""
+        """Print the question, its tokens in the colour of their surprisal: has the model met this subject before?"""
         if self.coloured:
             row = Text("? ", style="bold")
             tokens = list(tokens)
@@ -114,7 +114,7 @@ def _percent(answer: Answer) -> str:
 
 
 def _chance(answer: Answer) -> str:
-    """Return how probable it is that an answer is right, or why that is not known; empty without a calibration."""
+    """Return the probability that an answer is right, or why it is not known; empty without a calibration."""
     note = "" if answer.p_correct_note is None else f" ({answer.p_correct_note})"
     if answer.p_correct is None:
         return f"right with probability: not known here{note}" if note else ""

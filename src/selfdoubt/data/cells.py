@@ -1,4 +1,4 @@
-"""Cells of a row: a text, or several texts; in JSON, as Python writes a list, or in the objects of known sets."""
+"""Reads a cell of a row as one text or as several: plain, a JSON or Python list, or SQuAD's or TriviaQA's object."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def check_whole_text(place: str, column: str, text: str) -> str:
     """Check that a text holds no half of a character (a lone surrogate), which no tokenizer takes.
 
     Raises:
-        DataError: If it does.
+        DataError: If it holds one.
     """
     half = _HALF.search(text)
     if half:
@@ -51,7 +51,7 @@ def trim_text(text: str) -> str:
 
 
 def read_required_text(place: str, row: Row, column: str) -> str:
-    """Return a text that is not empty, without blank lines around it (``trim_text``).
+    """Return a cell's text, which must not be empty, without blank lines around it (``trim_text``).
 
     Raises:
         DataError: If it is missing, empty or not text.
@@ -65,10 +65,10 @@ def read_required_text(place: str, row: Row, column: str) -> str:
 
 
 def read_optional_text(place: str, row: Row, column: str | None) -> str | None:
-    """Return a text or a number as text; None where there is none.
+    """Return a cell's text, or its number as text; None for an empty cell.
 
     Raises:
-        DataError: If it is something else.
+        DataError: If the cell holds something else.
     """
     cell = None if column is None else row.get(column)
     text = None if cell is None or cell == "" else read_plain_text(place, str(column), cell)
@@ -76,17 +76,18 @@ def read_optional_text(place: str, row: Row, column: str | None) -> str | None:
 
 
 def read_texts(place: str, column: str, cell: Any, separator: str | None = None) -> tuple[str, ...]:
-    """Return all texts of a cell, each once: of a list, of text that is a list in JSON or as Python writes it, or of
-    SQuAD's or TriviaQA's object.
+    """Return all texts of a cell, each once.
+
+    The cell is a list, a text that is a list in JSON or Python, SQuAD's or TriviaQA's object, or a single text.
 
     Args:
-        place: Where the cell is, in words.
-        column: Its column.
-        cell: What it holds.
-        separator: Separates several texts in one; empty parts are left out.
+        place: File and row of the cell, for messages.
+        column: Name of its column.
+        cell: Its content.
+        separator: Separator of several texts in one cell, e.g. ";"; empty parts are left out.
 
     Raises:
-        DataError: If it is empty, or not text. An explicit empty list is none: then only declining is right.
+        DataError: If it is empty, or not text. An explicit empty list gives no text: then only declining is right.
     """
     if isinstance(cell, str):
         cell = parse_list(place, column, cell, separator)
@@ -113,10 +114,10 @@ def _ways(place: str, column: str, part: Any) -> tuple[str, ...]:
 
 
 def parse_list(place: str, column: str, cell: str, separator: str | None) -> Any:
-    """Return a cell's list or object, where its text is one; else its parts, where a separator says so.
+    """Parse a cell's text as a list or an object; else split it at the separator, if there is one.
 
     Raises:
-        DataError: If it looks like a list of Python or numpy but is none.
+        DataError: If it looks like a list of Python or numpy but cannot be parsed.
     """
     bare = cell.strip()
     if (bare[:1], bare[-1:]) in (("[", "]"), ("{", "}"), ("(", ")")):
@@ -145,7 +146,7 @@ _LOOKS = re.compile(r"""\[\s*['"]|\{\s*['"](text|value|aliases|answer_start)['"]
 
 
 def _python(text: str) -> Any:
-    """Parse a list as Python prints it. What numpy prints lacks commas, and Python would join its texts into one."""
+    """Parse a list as Python prints it. Numpy prints no commas, so Python would join all its texts into one."""
     kinds = [token.type for token in tokenize.generate_tokens(io.StringIO(text).readline)]
     if (tokenize.STRING, tokenize.STRING) in pairwise(kinds):
         raise ValueError("no commas")
@@ -168,5 +169,5 @@ def read_plain_text(place: str, column: str, cell: Any) -> str:
 
 
 def format_keys(row: Mapping[Any, Any]) -> str:
-    """Return the keys of a row, for people."""
+    """Return the keys of a row as text, for messages."""
     return ", ".join(map(repr, row)) or "none"

@@ -1,4 +1,4 @@
-"""Instruction data from a file or the hub, as chats: which columns there are, and where a record is broken.
+"""Reads instruction data from a file or the hub as chats; an error names the place of a broken record.
 
 Three layouts are known by their columns: instruction (``instruction``, ``output``, and ``input`` that may be empty),
 question and answer (as ``selfdoubt evaluate`` reads them; of several right answers the first is learnt), and chats
@@ -48,9 +48,9 @@ def read_chats(source: str, *, limit: int | None = None, columns: Columns = AS_U
     """Yield the chats of a file (JSON, JSONL, CSV, TSV or Parquet) or of a data set on the hub, one by one.
 
     Args:
-        source: A file, or a name on the hub.
-        limit: At most this many.
-        columns: Which columns hold question and answer, where their names do not say it.
+        source: Path of a file, or name of a data set on the hub.
+        limit: Largest number of chats; None reads all.
+        columns: Columns of question and answer; None in a field finds them by usual names.
 
     Raises:
         DataError: If it cannot be read, lacks the columns of every layout, or a record is broken; the message names the
@@ -93,7 +93,7 @@ def _rows(source: str) -> Iterator[Placed]:
 
 
 def _layout(row: Row) -> str:
-    """Return which layout the columns of the first record are, without regard to case."""
+    """Return the name of the layout that the first record's columns have, without regard to case."""
     columns = {lower_name(name) for name in row}
     fits = (layout for layout, needed in LAYOUTS.items() if columns.issuperset(needed))
     return next(fits, "question and answer")

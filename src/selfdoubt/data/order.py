@@ -1,4 +1,4 @@
-"""Ids and orders that follow from a text and a seed alone: the same on every machine, for every part of a file."""
+"""Ids and random orders of questions that depend on text and seed alone: the same on every machine and any subset."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Draft = tuple[Question, Row]
 
 
 def make_text_id(text: str, context: str | None = None) -> str:
-    """Return a short name of a question: 12 hexadecimal digits.
+    """Return an id made of a question's text (and context): 12 hexadecimal digits of its hash.
 
     Example:
         >>> make_text_id("What is the capital of France?")
@@ -23,12 +23,12 @@ def make_text_id(text: str, context: str | None = None) -> str:
 
 
 def make_rank_key(seed: int, *keys: str) -> str:
-    """Return a key to sort by, for a random order that depends on the seed and on nothing around."""
+    """Return a key to sort by, for a random order in which each item's key depends on itself and the seed alone."""
     return _digest(str(seed), *keys)
 
 
 def choose_subset(drafts: list[Draft], limit: int | None, seed: int) -> list[Draft]:
-    """Choose a random ``limit`` of them, in their order; a greater limit keeps those of a smaller one."""
+    """Choose ``limit`` questions at random, in their order; a greater limit keeps those of a smaller one."""
     if limit is None or limit >= len(drafts):
         return drafts
     kept = sorted(range(len(drafts)), key=lambda i: make_rank_key(seed, drafts[i][0].id))[:limit]
@@ -36,7 +36,7 @@ def choose_subset(drafts: list[Draft], limit: int | None, seed: int) -> list[Dra
 
 
 def assign_ids(source: str, drafts: list[Draft]) -> list[Draft]:
-    """Give each question an id: its own, or one made of its text. A repeated question gets "-2", "-3" behind it.
+    """Give each question an id: its own, or one made of its text. Ids of repeated questions end in "-2", "-3", ...
 
     Raises:
         DataError: If two different questions have the same id.

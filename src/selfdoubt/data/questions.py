@@ -1,4 +1,4 @@
-"""Columns of a row and what they mean: a question, its accepted answers, its choices, its topic."""
+"""Finds the columns of a data file by name, and reads a row as a ``Question`` with answers, choices and topic."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from selfdoubt.setting import setting
 
 @dataclass(frozen=True)
 class Question:
-    """A question and what is known of its answers.
+    """A question with its accepted answers, known wrong answers, or choices.
 
     A question without ``answers`` and without ``choices`` has no right answer but to decline, as in SQuAD 2.
     """
@@ -33,17 +33,17 @@ class Question:
     answers: tuple[str, ...] = ()  #: accepted answers
     wrong_answers: tuple[str, ...] = ()  #: answers known to be wrong (TruthfulQA)
     choices: tuple[str, ...] = ()  #: multiple choice, in the order in which they are shown
-    right: tuple[int, ...] = ()  #: which choices are right; several in TruthfulQA's MC2
-    topic: str | None = None  #: category, relation or data set: what "another domain" means
+    right: tuple[int, ...] = ()  #: indices of the right choices; several in TruthfulQA's MC2
+    topic: str | None = None  #: category, relation or data set; another topic is another domain
 
 
-#: How an answer names a choice.
+#: Ways in which an answer names a choice.
 NAMED_BY = ("text", "label", "letter", "index")
 
 
 @dataclass(frozen=True)
 class Columns:
-    """Names of columns; None looks for usual ones (``USUAL``), without regard to case.
+    """Names of columns; None finds a column by its usual names (``USUAL``), without regard to case.
 
     Raises:
         ConfigError: If ``named_by`` is none of ``NAMED_BY``.
@@ -102,15 +102,15 @@ def find_columns(
     flags: Mapping[str, str] = COLUMN_FLAGS,
     needed: Sequence[str] = ("question", "answers"),
 ) -> Columns:
-    """Find the columns that hold what, from the first row.
+    """Find the columns of question, answers, ... by their names in the first row.
 
     Args:
         source: The file, for messages.
         row: The first row.
         given: Columns that the caller names.
-        system: The column with a system's answers, which is none of accepted ones.
+        system: The column with a system's answers, which does not hold accepted ones.
         flags: Flags that name a column, for messages.
-        needed: Parts that must have a column.
+        needed: Fields of ``Columns`` that must be found.
 
     Raises:
         DataError: If a given column is missing, none looks like a question or its answers, or several do.
@@ -156,7 +156,7 @@ def _with(flags: Mapping[str, str], part: str) -> str:
 
 
 def collect_choices(row: Row) -> Row:
-    """Return a row with its lettered columns (A, B, C, D; option_a, ...; choice1, ...) as one column of choices."""
+    """Return a row whose lettered columns (A, B, C, D; option_a, ...; choice1, ...) are joined into one of choices."""
     if any(lower_name(name) in USUAL["choices"] for name in row):
         return row
     lettered: dict[tuple[str, str], str] = {}
@@ -203,9 +203,9 @@ def parse_question(place: str, row: Row, columns: Columns, separator: str | None
 
 
 def decide_naming(rows: Sequence[tuple[str, Row]], columns: Columns) -> Columns:
-    """Return the columns with answers named by text, where every answer of a file is the text of one of its choices.
+    """Return the columns with ``named_by="text"`` if every answer of a file is the text of one of its choices.
 
-    A number that is the text of one choice is then no index of another, since words in other rows are texts, too.
+    A number that is the text of one choice is then not taken for the index of another.
     """
     if columns.named_by is not None or columns.choices is None or columns.answers is None:
         return columns
@@ -244,7 +244,7 @@ def _options(place: str, column: str, cell: Any, separator: str | None) -> _Opti
 def _right(
     place: str, column: str, options: _Options, cell: Any, given: Any, separator: str | None, named_by: str | None
 ) -> tuple[int, ...]:
-    """Return which choices are right: those of the given indices, else those that the cell names."""
+    """Return the indices of the right choices: the given ones, else those that the cell names."""
     indices = isinstance(given, (list, tuple))
     answer = given if indices else cell
     if isinstance(answer, str) and answer.strip() not in options.texts:
@@ -313,7 +313,7 @@ def parse_record(place: str, row: Row) -> Question:
     """Read the question of a record, without what was answered.
 
     Raises:
-        DataError: If it is broken, or says nothing of accepted answers: only an explicit [] is none.
+        DataError: If it is broken, or has no accepted answers: only an explicit [] means that there are none.
     """
     if row.get("answers") is None and row.get("choices") is None and "finish" not in row and "note" not in row:
         raise DataError(

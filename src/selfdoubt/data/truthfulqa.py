@@ -33,12 +33,12 @@ def is_choice(row: Row) -> bool:
 
 
 def read_files(path: Path, task: str | None, seed: int) -> list[tuple[Question, Row]]:
-    """Return the questions of the two files: of a folder that holds them, or of one that has the other next to it.
+    """Read the questions of the two files: from the folder that holds them, or from one file with the other next to it.
 
     Args:
         path: The folder or either file.
         task: gen, mc1 or mc2; None is gen, and mc1 where the path is that of ``mc_task.json``.
-        seed: Of the order of choices.
+        seed: Seed of the order of choices.
 
     Raises:
         DataError: If a file is missing or broken, or a question of one is not in the other.
@@ -54,7 +54,7 @@ def read_files(path: Path, task: str | None, seed: int) -> list[tuple[Question, 
 
 
 def read_from_hub(task: str | None, seed: int, split: str | None, revision: str | None) -> list[tuple[Question, Row]]:
-    """Return the questions of the hub's two configurations.
+    """Read the questions of the hub's two configurations.
 
     Raises:
         DataError: If they cannot be loaded.
@@ -67,7 +67,7 @@ def read_from_hub(task: str | None, seed: int, split: str | None, revision: str 
 
 
 def _files(path: Path) -> dict[str, Path]:
-    """Find the two files, or one of them; a file of another name stands for the one that it looks like."""
+    """Find the two files, or one of them; a file of another name is recognised by its first row."""
     folder = path if path.is_dir() else path.parent
     files = {name: folder / name for name in (CSV, JSON) if (folder / name).is_file()}
     if path.is_file():

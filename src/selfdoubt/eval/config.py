@@ -1,4 +1,4 @@
-"""Everything about asking that changes an answer, as one frozen dataclass; its fields are flags of ``evaluate``."""
+"""Settings of an evaluation as one frozen dataclass; its fields are flags of ``selfdoubt evaluate``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from selfdoubt.setting import setting
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """Everything about asking that changes what comes back.
+    """Settings of how questions are asked, as far as they change the answers.
 
     Raises:
         ConfigError: If a setting is out of range.

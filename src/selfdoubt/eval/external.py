@@ -1,4 +1,4 @@
-"""Answers of any system, from a file of any kind: their questions, what is known of right answers, and their scores."""
+"""Reads the answers of any system from a file: questions, accepted answers or verdicts, and scores."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ _PARTS = {f.name for f in fields(Record)} - {"question", "answer"}
 
 @dataclass(frozen=True)
 class ExternalAnswers:
-    """Records of a file, with the knowledge that only the file has."""
+    """Records of a file of answers, with its rows and the questions without known right answers."""
 
     records: list[Record]
     rows: Mapping[str, Row]  #: by the record's id
-    unknown: frozenset[str]  #: ids of questions whose right answers the file says nothing of
+    unknown: frozenset[str]  #: ids of questions for which the file has no accepted answers
 
     def column(self, name: str) -> dict[str, Any]:
         """Return the cells of one column by id.
@@ -59,13 +59,13 @@ class ExternalAnswers:
 def read_external_answers(path: Path, *, columns: Columns, answer: str | None = None) -> ExternalAnswers:
     """Read a file of answers: JSONL, JSON, CSV, TSV or Parquet.
 
-    A row without an id is numbered. Only an explicit empty list says that a question has no right answer; where the
-    file says nothing, nothing is known.
+    A row without an id is numbered. Only an explicit empty list means that a question has no right answer; without an
+    entry its right answers are unknown.
 
     Args:
         path: The file.
-        columns: Which columns hold the question and its accepted answers, where their names do not say it.
-        answer: The column of the system's answers; None looks for ``SYSTEM_COLUMNS``.
+        columns: Columns of the question and its accepted answers; None in a field finds them by usual names.
+        answer: Column of the system's answers; None finds it by ``SYSTEM_COLUMNS``.
 
     Raises:
         DataError: If it cannot be read, lacks a column, or a row is broken; the message names the place.
@@ -116,7 +116,7 @@ def _system(path: Path, first: Row, given: str | None) -> str:
 
 
 def _columns(source: str, first: Row, given: Columns, system: str) -> Columns:
-    """Find columns as for questions, but that accepted answers may be missing."""
+    """Find columns as for questions, except that accepted answers may be missing."""
     return find_columns(source, first, given, system=system, flags=REPORT_FLAGS, needed=("question",))
 
 
@@ -187,7 +187,7 @@ def _text(place: str, name: str, cell: Any) -> str | None:
 
 
 def _json(cell: Any) -> Any:
-    """Read a cell of CSV that may hold JSON, or what pandas makes of it: as Python writes it."""
+    """Parse a cell of CSV that may hold JSON, or a Python literal as pandas writes it."""
     if not isinstance(cell, str):
         return cell
     for parse in (json.loads, ast.literal_eval):

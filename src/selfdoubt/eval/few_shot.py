@@ -13,12 +13,12 @@ from selfdoubt.eval.judges.text import fold
 def choose_examples(
     questions: Sequence[Question], n: int, *, asked: Sequence[Question], seed: int = 0
 ) -> list[Question]:
-    """Choose ``n`` examples to show before each question, at random by ``seed``; none of them is asked.
+    """Choose ``n`` examples to show before each question, at random by ``seed``, from questions that are not asked.
 
     Args:
-        questions: To pick from.
-        n: How many; 0 gives none.
-        asked: Questions that are left out, by id and by their words.
+        questions: Questions to choose from.
+        n: Number of examples; 0 gives none.
+        asked: Questions that are asked, and so left out by id and by text.
         seed: Same seed, same examples.
 
     Raises:

@@ -38,7 +38,7 @@ class AnsweredBatch:
 
     @contextmanager
     def timed(self, name: str, passes: float) -> Iterator[None]:
-        """Book the seconds of the block; ``passes`` are forward passes per question."""
+        """Add the seconds of the block to a cost; ``passes`` are forward passes per question."""
         start = time.perf_counter()
         yield
         self.costs[name] = Cost(passes, time.perf_counter() - start)
@@ -50,8 +50,8 @@ def ask_batch(lm: RiskAwareLM, questions: Sequence[Question], config: Evaluation
     Args:
         lm: The model.
         questions: With choices all, or none.
-        config: How to ask.
-        alike: The rule that ``config.clusters`` names.
+        config: Settings.
+        alike: Rule that ``config.clusters`` names; see ``scores.agreement.build_equivalence``.
 
     Returns:
         One record per question, in their order, unjudged but for multiple choice.
@@ -125,7 +125,7 @@ def _draw(
 
 
 def derive_seed(seed: int, question: str, number: int) -> int:
-    """Return a seed that depends on nothing but the question: neither its place in the file nor the batch around it."""
+    """Return the seed of a drawn answer: it depends on the question, not on its place or the batch around it."""
     return zlib.crc32(f"{seed}:{question}:{number}".encode())
 
 
@@ -172,7 +172,7 @@ def _choice_text(question: Question, choice: int, config: EvaluationConfig) -> s
 
 
 def _choice_scores(logprobs: Sequence[float], best: int) -> dict[str, float]:
-    """Measure doubt among the choices, as if there were no others: surprisal of the chosen one, and the entropy."""
+    """Return surprisal of the chosen choice and entropy of all, in nats, normalised over the choices."""
     probabilities = normalise_choices(logprobs)
     return {
         "choice_nll": _short(0.0 - math.log(probabilities[best])),

@@ -1,4 +1,4 @@
-"""Prompts: a question and examples as chat messages, or as plain text to continue. Pure functions."""
+"""Builds prompts from a question and examples: chat messages, or plain text to continue. Pure functions."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Prompting:
     style: str = setting(
         "auto", "chat: the model's template; qa: plain 'Q: ... A:'; auto: chat where there is a template."
     )
-    #: None takes the usual one of the kind of question, "" none.
+    #: None takes the usual instruction for this kind of question, "" takes none.
     instruction: str | None = setting(None, "An instruction before each question.")
     #: In a chat, give the instruction as the system's message and not as part of the first question; None: where the
     #: template has a place for it.
@@ -83,14 +83,14 @@ def build_prompt(question: Question, shots: Sequence[Question] = (), how: Prompt
 
 
 def choose_instruction(question: Question, options: bool) -> str:
-    """Return the line that goes before questions of this kind; empty where they need none."""
+    """Return the usual instruction for questions of this kind; empty if they need none."""
     if options and question.choices:
         return BY_LETTER
     return FROM_PASSAGE if question.context else ""
 
 
 def format_example_answer(question: Question, options: bool = False) -> str:
-    """Return an example's answer: the first accepted one, a letter and its choice, or that there is none."""
+    """Return an example's answer: its first accepted one, a letter and its choice, or ``UNANSWERABLE``."""
     if options and question.choices:
         index = question.right[0]
         return f"{format_letter(index)}. {question.choices[index]}"

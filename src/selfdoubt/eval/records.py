@@ -42,7 +42,7 @@ class Record:
     abstain: bool | None = None
     correct: bool | None = None  #: None: unjudged, and ``note`` says why
     grade: float | None = None  #: the judge's number where it has one: F1, ROUGE difference, MC2's share
-    note: str | None = None
+    note: str | None = None  #: why there is no answer or no judgement
     p_correct_note: str | None = None  #: why a calibrated model has no p_correct here
 
     def to_json(self) -> dict[str, Any]:
@@ -112,12 +112,12 @@ def save_records(path: str | os.PathLike[str], records: Iterable[Record]) -> Non
 
 
 def format_record(record: Record) -> str:
-    """Return one line of a file of records."""
+    """Return a record as one line of JSON."""
     return json.dumps(record.to_json(), ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def add_scores(record: Record, scores: Mapping[str, float]) -> Record:
-    """Return the record with more scores."""
+    """Return a copy of the record with further scores."""
     return replace(record, scores={**record.scores, **scores})
 
 

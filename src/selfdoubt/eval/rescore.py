@@ -1,4 +1,4 @@
-"""Scores answers that another system gave. A row keeps its place and all it holds, whatever fails."""
+"""Scores the answers of another system. Every row keeps its place and its entries, also if it cannot be scored."""
 
 from __future__ import annotations
 
@@ -61,10 +61,10 @@ def rescore(
         out: The file to write.
         question_column: Key of the question: a text, or chat messages.
         answer_column: Key of the answer.
-        batch_size: Answers side by side.
+        batch_size: Number of answers that are scored together.
 
     Returns:
-        How many rows have no score; each says why under ``note``.
+        Number of rows without a score; each has the reason under ``note``.
     """
     if batch_size < 1:
         raise ConfigError(f"batch_size must be at least 1, got {batch_size}")
@@ -101,7 +101,7 @@ def _refuse(entry: dict[str, Any], row: Mapping[str, Any], question_column: str,
 
 
 def _score(lm: RiskAwareLM, pairs: Sequence[tuple[Any, str]]) -> list[Answer | str]:
-    """Return answers, or why there is none; where a batch fails, each answer of it is tried alone."""
+    """Return per pair the scored answer or the reason why there is none; a batch that fails is retried one by one."""
     try:
         return list(lm.score_batch(pairs, alternatives=0))
     except (PromptError, NonFiniteError) as error:

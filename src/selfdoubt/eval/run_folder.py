@@ -46,7 +46,7 @@ def read_run(folder: Path) -> tuple[list[Record], dict[str, Tensor], Run]:
     """Read the records, hidden states and settings of an evaluated folder.
 
     Raises:
-        DataError: If it is not one, or a file is broken.
+        DataError: If it is not the folder of a run, or a file is broken.
     """
     records, run = read_run_answers(folder)
     states = load_file(folder / STATES) if (folder / STATES).is_file() else {}
@@ -59,7 +59,7 @@ def read_run_answers(path: Path) -> tuple[list[Record], Run]:
     """Read records and settings of an evaluated folder, or the records of a file of answers.
 
     Raises:
-        DataError: If it is none, or a file is broken.
+        DataError: If it is neither, or a file is broken.
     """
     file = find_answers_file(path)
     if not file.is_file():

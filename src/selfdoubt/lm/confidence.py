@@ -1,4 +1,4 @@
-"""Decisions between several answers to one question: the best of n, and whether to try again."""
+"""Decisions between several answers to one question: the best of n, and when to stop trying again."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""All that is known of a risk-aware language model but its weights."""
+"""``LMFront``: everything about a risk-aware language model except its weights, small enough to send to a process."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class LMFront:
     revision: str | None = None  #: of the model on the hub
     reference: Mapping[str, Sequence[float]] = field(default_factory=dict)  #: ascending quantiles of scores, by name
     calibration: Calibration | None = None
-    misfit: str | None = None  #: why no answer of this model has a p_correct, if so
+    misfit: str | None = None  #: why no answer of this model has a p_correct; None if the calibration fits the model
     layers: tuple[int, ...] = ()  #: decoder layers whose hidden states come with an answer; 0 is the first
     risk: str = DEFAULT_RISK  #: name of the answer score that is the risk
     token_risk: Signal = TOKEN_RISK  #: name of the signal that is a token's risk
@@ -57,7 +57,7 @@ class LMFront:
         token_risk: Signal = TOKEN_RISK,
         note: str | None = None,
     ) -> LMFront:
-        """Return the front of a model: what the model itself says, and what comes with it.
+        """Build the front of a model from the model's config and what was stored with it.
 
         Raises:
             ConfigError: If the risk is unknown.
@@ -80,21 +80,21 @@ class LMFront:
 
     @cached_property
     def tokens(self) -> TokenBuilder:
-        """Builds tokens from scored ids."""
+        """The builder of tokens from scored ids."""
         return TokenBuilder(self.tokenizer, self.token_risk)
 
     @cached_property
     def scorer(self) -> AnswerScorer:
-        """Scores answers."""
+        """The scorer of answers."""
         return AnswerScorer(self.risk, self.reference, self.calibration, self.misfit)
 
 
 @runtime_checkable
 class ModelWithFront(Protocol):
-    """A model and its front, as generation and scoring need them; ``RiskAwareLM`` is one."""
+    """The interface that generation and scoring need: a model and its front; ``RiskAwareLM`` has it."""
 
     model: nn.Module
 
     @property
     def front(self) -> LMFront:
-        """All that is known of the model."""
+        """Everything about the model except its weights."""

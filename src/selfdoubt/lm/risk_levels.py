@@ -10,10 +10,10 @@ COLOURS = ("#56b4e9", "#9fc6a0", "#f0e442", "#e69f00", "#ff6a3d")
 
 
 def find_risk_level(risk: float) -> int:
-    """Return 0 for the surest of the five levels, 4 for the most doubtful.
+    """Return the level of a risk: 0 for the surest of the five, 4 for the most doubtful.
 
     Args:
-        risk: Of one token, in nats.
+        risk: Risk of one token, in nats.
 
     Example:
         >>> find_risk_level(0.0), find_risk_level(0.3), find_risk_level(9.0)

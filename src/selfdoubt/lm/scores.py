@@ -84,7 +84,7 @@ RANK_SCORES: dict[str, tuple[tuple[Score, float], ...]] = {
 
 
 def compute_answer_scores(answer: Sequence[Token], question: Sequence[Token]) -> dict[str, float]:
-    """Return all scores that these tokens allow: without a question, or without a sculpt, some are absent."""
+    """Return all scores by name; without a question, or without a sculpt, some are absent."""
     values = {name: score.compute(answer, question) for name, score in ANSWER_SCORES.items()}
     return {name: value for name, value in values.items() if value is not None}
 
@@ -131,7 +131,9 @@ def fallback_score(name: str) -> Score:
 
 
 def pick_risk(scores: Mapping[str, float], name: str) -> tuple[float, str]:
-    """Return the risk of this name and its name; without a question (or an answer), the same score of the other part.
+    """Return the risk and its name: the named score, or if it is absent the one that takes its place.
+
+    Without a question (or an answer) that is the same score of the other part.
 
     Raises:
         ConfigError: If the name is unknown, or there is neither an answer nor a question.

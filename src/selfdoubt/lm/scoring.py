@@ -1,4 +1,4 @@
-"""Scores text that exists already, teacher-forced, several texts side by side."""
+"""Scores existing text, teacher-forced, several texts in one batch."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class TeacherForcedText(NamedTuple):
     """A text to score."""
 
     text: str
-    ids: list[int]  #: of the text
-    prompt: Prompt | None  #: that it answers; None where it answers nothing
+    ids: list[int]  #: token ids of the text
+    prompt: Prompt | None  #: prompt that it answers; None where it answers nothing
 
 
 def encode_teacher_forced(
@@ -56,7 +56,7 @@ def score_teacher_forced(
     alternatives: int,
     made: Made = "given",
 ) -> list[Answer]:
-    """Score texts as ``RiskAwareLM.score_batch`` does; ``made`` says how they came about."""
+    """Score texts as ``RiskAwareLM.score_batch`` does; ``made`` is the way in which they were made."""
     texts = encode_teacher_forced(lm.front.tokenizer, pairs, raw=raw)
     return run_to_end(score_in_chunks(lm, texts, alternatives, made=made))
 
@@ -73,9 +73,9 @@ def score_in_chunks(
     Args:
         lm: The model.
         texts: From ``encode_teacher_forced``.
-        alternatives: How many of the most probable tokens come with each token.
-        sizer: Chooses the sizes of the pieces; None reads as much at once as memory for the logits allows.
-        made: How the texts came about.
+        alternatives: Number of the most probable tokens that come with each token.
+        sizer: Sizer of the pieces; None reads as much at once as memory for the logits allows.
+        made: The way in which the texts were made.
 
     Yields:
         Nothing, after each piece.

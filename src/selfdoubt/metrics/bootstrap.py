@@ -56,10 +56,10 @@ def bootstrap_interval(
     Args:
         metric: A name in ``METRICS``, or a function of (risk, correct).
         risk: One score per answer that grows with doubt, or ``p_correct`` for a metric that needs it.
-        correct: Which answers are right.
+        correct: True for each right answer.
         draws: Resamples.
         level: Share of the resamples within the interval, in (0, 1).
-        seed: Of the resamples.
+        seed: Seed of the resamples.
         clusters: Draw these whole instead of single answers, e.g. each answer's question or topic; one per answer.
 
     Raises:
@@ -130,16 +130,16 @@ def compare_scores(
 
     Args:
         scores: By name, over the same answers in the same order.
-        correct: Which answers are right.
+        correct: True for each right answer.
         metrics: Names in ``METRICS``, or functions by a name.
-        baseline: Name of the score to compare with, e.g. that of sequence probability.
+        baseline: Name of the score to compare with, e.g. "sum_nll".
         draws: Resamples.
         level: Share of the resamples within the interval, in (0, 1).
-        seed: Of the resamples.
+        seed: Seed of the resamples.
         clusters: Draw these whole instead of single answers; one per answer.
 
     Returns:
-        By (score, metric).
+        The comparisons by (score name, metric name).
 
     Raises:
         MetricError: If a metric is not defined on the answers, or not on half of the resamples.
@@ -183,7 +183,7 @@ def compare_systems(
         b: The same of the other system.
         draws: Resamples of the questions, the same for both.
         level: Share of the resamples within the interval, in (0, 1).
-        seed: Of the resamples.
+        seed: Seed of the resamples.
 
     Example:
         >>> a, b = [(0.1, False), (0.9, True)] * 10, [(0.9, False), (0.1, True)] * 10

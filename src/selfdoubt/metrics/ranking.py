@@ -1,4 +1,4 @@
-"""Answers sorted by doubt, ties together, in one or in many resamples: the arithmetic below every metric.
+"""Answers sorted by risk, ties together, in one or in many resamples: the arithmetic below every metric.
 
 A metric is a function of two small tables: how many answers share each value of the score, and how many of them are
 right. A resample of the questions changes these counts and nothing else, so the answers are sorted once and
@@ -24,7 +24,7 @@ from selfdoubt.errors import MetricError
 
 #: One number per answer, as an array or any other sequence.
 ScoresLike = Float[np.ndarray, "answers"] | Sequence[float]
-#: Which answers are right.
+#: True for each right answer, as an array or any other sequence.
 JudgementsLike = Bool[np.ndarray, "answers"] | Sequence[bool]
 PerDraw = Float[np.ndarray, "draws"]
 Table = Int[np.ndarray, "draws groups"]
@@ -72,7 +72,7 @@ class Ranked:
 
     @cached_property
     def lead(self) -> Float[np.ndarray, "draws groups"]:
-        """By how many right answers those before the group beat as many of the group's own mean."""
+        """Right answers before the group, less as many as they would have at the group's own accuracy."""
         return self.right_start - self.mean * self.start
 
     @cached_property
@@ -134,7 +134,7 @@ def check_answers(
     correct: JudgementsLike | Shaped[np.ndarray, "answers"],
     name: str = "risk",
 ) -> tuple[Float[np.ndarray, "answers"], Bool[np.ndarray, "answers"]]:
-    """Return scores in float64 and judgements, if any metric can be computed of them.
+    """Return scores in float64 and judgements as booleans, checked.
 
     Raises:
         MetricError: If they are not two lists of one length of at least 2, a score is not finite, or a judgement is

@@ -28,9 +28,9 @@ def draw_resamples(
     """Yield how often each draw holds each answer, some draws at a time; the size of a block changes no draw.
 
     Args:
-        n: Answers.
-        draws: Resamples.
-        seed: Of the resamples.
+        n: Number of answers.
+        draws: Number of resamples.
+        seed: Seed of the resamples.
         clusters: Draw these whole instead of single answers; one per answer.
 
     Raises:

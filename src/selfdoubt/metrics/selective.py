@@ -61,7 +61,7 @@ Form = Literal["sum", "trapezoid"]
 
 
 class JudgedAnswers(NamedTuple):
-    """The answers that a judge could decide."""
+    """The judged answers of a set, and the number of the others."""
 
     risk: Float[np.ndarray, "answers"]
     correct: Bool[np.ndarray, "answers"]

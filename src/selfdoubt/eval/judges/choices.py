@@ -1,4 +1,4 @@
-"""Multiple choice: which choice an answer names, and MC1 and MC2 from the log-probabilities of all choices."""
+"""Multiple choice: judges an answer by the choice that it names, and log-probabilities of choices by MC1 and MC2."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def judge_mc1(question: Question, logprobs: Sequence[float]) -> Verdict:
 
     Args:
         question: With choices.
-        logprobs: Of each choice, in their order, nats; a sum or a mean over tokens.
+        logprobs: Log-probability of each choice, in their order, nats; a sum or a mean over tokens.
 
     Returns:
         A verdict with grade 0 or 1.
@@ -63,7 +63,7 @@ def judge_mc2(question: Question, logprobs: Sequence[float]) -> Verdict:
 
 
 def normalise_choices(logprobs: Sequence[float]) -> list[float]:
-    """Return probabilities among the choices, as if nothing else could be said."""
+    """Return the probabilities of the choices, normalised over the choices: they sum to 1."""
     top = max(logprobs)
     mass = [math.exp(v - top) for v in logprobs]
     return [m / math.fsum(mass) for m in mass]

@@ -34,7 +34,7 @@ JUDGE_INSTRUCTION = (
 
 @dataclass(frozen=True)
 class LLMJudge:
-    """A judge model. Ask many pairs at once with ``verdicts``; calling it judges one.
+    """A judge model. ``verdicts`` judges many pairs at once; calling it judges one.
 
     Example:
         >>> LLMJudge("a-judge", base_url="http://localhost:8000/v1").concurrency
@@ -44,7 +44,7 @@ class LLMJudge:
     model: str
     base_url: str | None = None  #: None takes ``OPENAI_BASE_URL``, else OpenAI's own
     api_key_env: str = "OPENAI_API_KEY"  #: the environment variable with the key; a server of your own needs none
-    timeout: float = 60.0  #: seconds without a sign of the server, above 0
+    timeout: float = 60.0  #: seconds without a response of the server, above 0
     retries: int = 2  #: further tries of a call that timed out, lost its connection, or got 408, 409, 429 or 5xx
     concurrency: int = 8  #: calls side by side
     cache: str | None = None  #: a JSONL file of replies; made where there is none
@@ -97,10 +97,10 @@ class LLMJudge:
         return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
 
     def probe(self) -> None:
-        """Ask once, to learn early whether the judge can be reached at all.
+        """Check, by one call, that the judge can be reached.
 
         Raises:
-            LoadError: If it cannot; the message holds its error.
+            LoadError: If it cannot be reached; the message holds its error.
         """
         with self._client() as client:
             reply, problem = self._ask(
@@ -149,7 +149,7 @@ def _listed(title: str, texts: Sequence[str]) -> str:
 
 
 def parse_reply(reply: str) -> Verdict:
-    """Parse the verdict in a judge's reply: that one of the two words; thoughts in ``<think>`` do not count.
+    """Parse the verdict in a judge's reply: "right" or "wrong"; thoughts in ``<think>`` do not count.
 
     Example:
         >>> parse_reply("**Wrong.**").correct, parse_reply("It is not right.").note

@@ -191,7 +191,7 @@ def _pattern(word: str) -> str:
 
 
 def find_spans(words: str, text: str) -> list[tuple[int, int]]:
-    """Find where ``words`` stand as whole words in ``text``, both folded: their first character, and the one behind.
+    """Return the spans ``(first, end)`` of ``words`` as whole words in ``text``, both folded.
 
     A unit at a number may be missing in either, and must not differ. In scripts without spaces between words they may
     stand anywhere, in Korean before particles, and a change between such a script and another ends a word.
@@ -224,7 +224,7 @@ _SPOKEN: tuple[tuple[re.Pattern[str], tuple[str, ...]], ...] = tuple(
 
 
 def say_signs(words: str) -> Iterator[str]:
-    """Yield the folded name with a sign said in words, in each usual way; nothing where it holds none.
+    """Yield the folded name with a sign in words, in each usual wording; nothing for a name without signs.
 
     Example:
         >>> list(say_signs("-5")), list(say_signs("c#"))
@@ -236,7 +236,7 @@ def say_signs(words: str) -> Iterator[str]:
 
 
 def extract_signs(folded: str) -> str:
-    """Return the signs of a folded text, but for units.
+    """Return the signs of a folded text that change its meaning, without units.
 
     Example:
         >>> extract_signs("c++ is 3.5$")

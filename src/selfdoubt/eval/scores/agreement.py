@@ -51,7 +51,7 @@ _SAME_TEXT = SameText()
 
 
 def build_equivalence(spec: str) -> Same:
-    """Build the rule of a name: exact, f1, f1:0.5, or nli:FOLDER_OR_HUB_NAME.
+    """Build a rule by name: exact, f1, f1:0.5, or nli:FOLDER_OR_HUB_NAME.
 
     Raises:
         ConfigError: If the name is unknown, or its setting is wrong.
@@ -123,7 +123,7 @@ def semantic_entropy_weighted(of: Sequence[int], nll: Sequence[float]) -> float:
 
     Args:
         of: The cluster of each sample.
-        nll: Of each sample, in nats: ``sum_nll``, or ``mean_nll`` for the form normalised by length.
+        nll: Negative log-likelihood of each sample, nats: ``sum_nll``, or ``mean_nll`` to normalise by length.
 
     Raises:
         ConfigError: If there are no samples.
@@ -167,14 +167,14 @@ def agreement_scores(
     alike: Same = _SAME_TEXT,
     question: str = "",
 ) -> dict[str, float]:
-    """Return all scores by the names in ``AGREEMENT_SCORES``: without ``nll``, or of one sample, some are absent.
+    """Return all scores by the names in ``AGREEMENT_SCORES``; without ``nll``, or for one sample, some are absent.
 
     Args:
-        greedy: The answer whose risk this is.
+        greedy: The answer whose doubt is measured.
         samples: Answers drawn at temperature 1, or as you like.
-        nll: ``sum_nll`` of each sample.
-        alike: Which answers mean the same.
-        question: What they answer; only an NLI model reads it.
+        nll: ``sum_nll`` of each sample, nats.
+        alike: Rule for answers of the same meaning.
+        question: The question; only an NLI model reads it.
 
     Raises:
         ConfigError: If there are no samples.

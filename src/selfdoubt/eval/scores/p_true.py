@@ -24,7 +24,7 @@ _TEXT = """\
 {context}Question: {question}
 Proposed answer: {answer}
 Is the proposed answer true or false? Say only True or False."""
-#: How the two words may begin: as a word of its own, after a space, in lower case.
+#: Forms of the two words: capitalised or in lower case, with or without a space before.
 _FORMS = {"true": ("True", " True", "true", " true"), "false": ("False", " False", "false", " false")}
 
 
@@ -32,7 +32,7 @@ def estimate_p_true(lm: RiskAwareLM, pairs: Sequence[tuple[Question, str]], conf
     """Return the probability of "true" against "false", in [0, 1], for each question with its answer.
 
     Raises:
-        ConfigError: If the vocabulary does not tell the two words apart by their first token.
+        ConfigError: If "true" and "false" share all first tokens in this vocabulary.
     """
     end = "\nVerdict:" if config.raw else ""
     prompts = [encode(lm.tokenizer, _prompt(q, a) + end, raw=config.raw).ids for q, a in pairs]

@@ -1,4 +1,4 @@
-"""An adapter as other tools want it: a PEFT folder for each voter, or LoRA merged into a whole model."""
+"""Exports an adapter for other tools: one PEFT folder per voter, or a whole model with LoRA merged into it."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def export_peft(
 
     Args:
         source: A wrapped model, or an adapter folder; of a folder's base model only the config is read.
-        out: Missing, empty, or exported before.
+        out: Folder to write: missing, empty, or exported before.
         base: Name or folder of the base model; None takes what the model or the folder says.
         revision: Revision of the base model.
         trust_remote_code: Run code that comes with the model.
@@ -47,7 +47,7 @@ def export_peft(
         The PEFT folders.
 
     Raises:
-        WrapError: If there are no voters and no LoRA, or a deviation is none that LoRA can hold.
+        WrapError: If there are no voters and no LoRA, or LoRA cannot hold a deviation.
         LoadError: If the folder or the base model's config cannot be read.
         ConfigError: If ``out`` holds something else, or the base is unknown.
         MissingExtraError: If PEFT is not installed.
@@ -89,9 +89,9 @@ def export_merged(
 
     Args:
         adapter: An adapter folder with LoRA, or a folder of plain PEFT.
-        out: Missing, empty, or exported before.
+        out: Folder to write: missing, empty, or exported before.
         base: Name or folder of the base model; None takes the one that the folder names.
-        name: What the merged model will be called, for the manifest of its adapter; ``out`` if None.
+        name: Name of the merged model in the manifest of its adapter; None takes ``out``.
         dtype: The weights' type; "auto" takes the checkpoint's own.
         revision: Revision of the base model.
         trust_remote_code: Run code that comes with the model.

@@ -1,4 +1,4 @@
-"""LoRA through PEFT, put into the layers of a model that keeps its class; its files are PEFT's own.
+"""Adds, saves, loads and merges LoRA through PEFT; the model keeps its class, and the files are PEFT's own.
 
 Two files, ``adapter_config.json`` and ``adapter_model.safetensors``, hold it. PEFT alone, and what reads PEFT, loads
 them. Everything here also works on a wrapped model, whose LoRA layers lie inside replaced leaves.
@@ -101,14 +101,14 @@ def load_lora(model: nn.Module, folder: str | os.PathLike[str], *, trainable: bo
     Args:
         model: The base model, not wrapped yet.
         folder: Holds ``adapter_config.json`` and ``adapter_model.safetensors``.
-        trainable: Whether LoRA goes on training.
+        trainable: True lets LoRA train further.
 
     Returns:
         The model itself.
 
     Raises:
         LoadError: If a file is missing or broken, or is another adapter than LoRA.
-        BaseMismatchError: If it was made for a model of other names or shapes; the model is then of no more use.
+        BaseMismatchError: If it was made for a model of other names or shapes; the model must then be loaded again.
         ConfigError: If the model has LoRA already.
         MissingExtraError: If PEFT is not installed.
     """
@@ -152,7 +152,7 @@ def list_lora_names(model: nn.Module) -> set[str]:
 
 
 def leave_casts_to_autocast(model: nn.Module, *, active: bool) -> None:
-    """Let LoRA take its input as it comes, for autocast to cast, or else in its own weights' type.
+    """Leave the dtype of LoRA's input to autocast if ``active``; else LoRA casts it to its own weights' dtype.
 
     Without this a float32 copy of every layer's input is made, and kept for the backward pass.
     """
@@ -229,7 +229,7 @@ def remove_lora(folder: Path) -> None:
 
 
 def shorten_names(names: Collection[str], among: Iterable[str]) -> list[str]:
-    """Return the last parts of layers' names where these say the same, as PEFT's files usually do; else the names."""
+    """Return the last parts of layers' names, as in PEFT's files, if they pick the same layers; else the full names."""
     short = {name.rpartition(".")[2] for name in names}
     everywhere = {name for name in among if name.rpartition(".")[2] in short}
     return sorted(short if everywhere == set(names) else names)

@@ -1,4 +1,4 @@
-"""``adapter_config.json``, PEFT's settings of LoRA: what its numbers follow from is read field by field."""
+"""Reads ``adapter_config.json``, PEFT's settings of LoRA; entries that change its output are checked one by one."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from selfdoubt.manifest import LORA
 
 CONFIG, WEIGHTS = LORA
 _texts = listing(nonempty)
-#: What LoRA's numbers follow from; other keys are PEFT's, which may be newer and know more.
+#: Entries that change LoRA's output; other keys are kept, since a newer PEFT may write more.
 _CONFIG = record(
     {},
     {

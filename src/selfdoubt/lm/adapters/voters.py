@@ -1,4 +1,4 @@
-"""Voters as ordinary PEFT adapters: one LoRA folder each, for PEFT, vLLM and whatever else reads LoRA.
+"""Writes voters as ordinary PEFT adapters: one LoRA folder each, for PEFT, vLLM and other tools that read LoRA.
 
 A deviation of a linear layer is LoRA already: ``alpha * B A`` with ``lora_alpha = alpha * rank``. A full one is LoRA of
 rank ``min(in, out)``, one of its factors being the identity: exact, and large.
@@ -27,7 +27,7 @@ from selfdoubt.vote import Wrapper as Vote
 
 @dataclass(frozen=True)
 class Voters:
-    """All that a PEFT adapter of each voter needs: settings, the leaves' deviations, and names of the base."""
+    """The content of the voters' PEFT adapters: settings, the leaves' deviations, and names of the base."""
 
     spec: Vote
     leaves: Mapping[str, tuple[nn.Module, Mapping[str, Tensor]]]  #: by name in the base: the layer, its deviations

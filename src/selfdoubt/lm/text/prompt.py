@@ -1,4 +1,4 @@
-"""Text at the edge: from messages to token ids that know which of them a person wrote."""
+"""Turns questions and chats into token ids, and marks which of them are the user's own."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ BOM = "\ufeff"
 
 
 class Prompt(NamedTuple):
-    """Token ids, and whether each is part of the last message's own words rather than of the template."""
+    """Token ids of a prompt, each marked as part of the last message's text or not (of the template, say)."""
 
     ids: list[int]
     is_user_token: list[bool]
@@ -30,7 +30,7 @@ class Prompt(NamedTuple):
 
 
 class Turns(NamedTuple):
-    """Token ids of a chat, and for each the number of the message whose words it is part of (-1: the template's)."""
+    """Token ids of a chat, and for each the number of the message whose text it is part of (-1: the template's)."""
 
     ids: list[int]
     turn: list[int]
@@ -39,8 +39,8 @@ class Turns(NamedTuple):
 def encode(tokenizer: Any, prompt: str | Sequence[MessageLike], *, raw: bool = False) -> Prompt:
     """Return the token ids of a question or of chat messages.
 
-    They are those of ``tokenizer.apply_chat_template``, but that control tokens in a message are letters: otherwise a
-    person could end their own turn and speak as somebody else.
+    They are those of ``tokenizer.apply_chat_template``, except that control tokens in a message are plain letters:
+    otherwise a user could end their own turn and speak as another role.
 
     Args:
         tokenizer: A Hugging Face tokenizer.
@@ -110,12 +110,12 @@ def encode_pair(
 
 
 def count_tokens(tokenizer: Any, text: str) -> int:
-    """Return how many tokens a text has, with what goes before it where it stands alone."""
+    """Return the number of tokens of a text by itself, with those that the tokenizer puts before it."""
     return len(_encode_plain(tokenizer, text).ids)
 
 
 def is_plain(tokenizer: Any, *, raw: bool) -> bool:
-    """Return whether a question is read as it is, and not put into a chat template."""
+    """Return whether a question is read as plain text, without a chat template."""
     return raw or tokenizer.chat_template is None
 
 
@@ -124,7 +124,7 @@ def strip_answer(text: str, *, joined: bool = False) -> str:
 
     Args:
         text: An answer, or any text.
-        joined: White space before it counts, because it is where the text joins what goes before.
+        joined: Keep white space before it, because it is where the text joins the text before.
 
     Example:
         >>> strip_answer("\ufeff Paris.\n")
@@ -162,7 +162,7 @@ def _encode_plain(tokenizer: Any, text: str) -> Prompt:
 
 
 def _start(tokenizer: Any, text: str) -> list[int]:
-    """Return what goes before a text, so that something predicts its first word."""
+    """Return the ids before a text, from which its first token is predicted."""
     ids, bos = get_encoder(tokenizer).start_ids(), tokenizer.bos_token_id
     if bos is None or ids[:1] == [bos] or (not ids and text.startswith(tokenizer.bos_token)):
         return ids
@@ -206,7 +206,7 @@ def _encode_chat(tokenizer: Any, messages: list[dict[str, str]], numbers: list[i
 def _control_of(
     tokenizer: Any, encoder: Encoder, encoded: Encoded, text: str, owners: Ints, answers: set[int]
 ) -> tuple[Counter[int], bool]:
-    """Count the control tokens that are rightly there; say whether a message's words became one.
+    """Count the control tokens of the template, and return whether a message's text became one.
 
     The assistant may write those that are not special, such as what parts its thoughts from its answer.
     """
@@ -217,7 +217,7 @@ def _control_of(
         if token is None or (i == unknown and token.text not in text[a:b]):  # of an unknown character
             continue
         piece = text[a:b]
-        first = a + len(piece) - len(piece.lstrip())  # some tokens take white space beside them along
+        first = a + len(piece) - len(piece.lstrip())  # some tokens include white space next to them
         writers = {*owners[first : max(first + 1, a + len(piece.rstrip()))].tolist()} - {-1}
         if writers:
             usurped |= token.special or not writers <= answers

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 
 #: A question alone in the chat template; a question alone as it is; a text that answers no question.
 CHAT, RAW, TEXT = "chat", "raw", "text"
-#: What stands before a line of a plain prompt: "Q:", "A:", "Passage:".
+#: Label before a line of a plain prompt: "Q:", "A:", "Passage:".
 _LABEL = re.compile(r"\s*([A-Za-z][A-Za-z ]{0,19}:)")
 
 
@@ -31,8 +31,8 @@ def describe_chat_form(messages: Sequence[Mapping[str, str]]) -> str:
 def describe_text_form(text: str) -> str:
     r"""Return the form of a plain prompt: ``RAW`` for a bare text, else a digest of its examples and labels.
 
-    Examples are what stands before the last empty line, or before the last line with the first one's label; labels are
-    the first line's and the last one's, such as "Q:".
+    Examples are the text before the last empty line, or before the last line with the first line's label; labels are
+    those of the first and the last line, such as "Q:".
 
     Example:
         >>> describe_text_form("Who was first?")
@@ -53,7 +53,7 @@ def describe_text_form(text: str) -> str:
 
 
 def _label(text: str) -> str:
-    """Return what a line begins with, such as "Q:"; empty where it begins with none."""
+    """Return the label at the beginning of a line, such as "Q:"; empty without one."""
     label = _LABEL.match(text)
     return label.group(1) if label else ""
 
