@@ -1,4 +1,4 @@
-"""Predicted scales, paired with the outputs they belong to by their place in the output, never by shape alone."""
+"""Pairs predicted scales with a model's outputs by their place in the output, never by shape alone."""
 
 from __future__ import annotations
 

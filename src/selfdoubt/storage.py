@@ -1,4 +1,4 @@
-"""Save what wrapping added, kilobytes to megabytes, and put it back onto the same base model.
+"""Saves the parameters that wrapping added, kilobytes to megabytes, and loads them onto the same base model.
 
 A folder holds ``added.safetensors`` and ``selfdoubt.json`` (the wrappers' settings, the base model and its fingerprint,
 versions, reference quantiles). ``selfdoubt.json`` is written last and by a rename: a folder that has it is whole, and
@@ -73,23 +73,23 @@ def save(
     extra: Mapping[str, Any] | None = None,
     elsewhere: Collection[str] = (),
 ) -> Path:
-    """Write what wrapping added or left training; the base model itself is not written.
+    """Write the parameters that wrapping added or that still train; the base model itself is not written.
 
     Args:
         wrapped: A wrapped model; with ``elsewhere``, or with ``LEARNT`` entries in ``extra``, also a plain one. Or a
             ``RiskAwareLM``, which saves all of itself.
-        folder: Made if missing; an adapter in it is replaced.
+        folder: Folder to write, made if missing; an adapter in it is replaced.
         base: Name or folder of the base model; taken from a Hugging Face config if None.
         revision: Revision of the base model.
         extra: More entries for ``selfdoubt.json``, e.g. ``{"reference": ...}``.
-        elsewhere: Names in ``wrapped.state_dict()`` that another file holds, and that are not the base's either.
+        elsewhere: Names in ``wrapped.state_dict()`` that another file stores, e.g. LoRA's.
 
     Returns:
         The folder.
 
     Raises:
         WrapError: If nothing was added to the model.
-        ConfigError: If an entry of ``extra`` is none that can be read back, or the model belongs to a ``RiskAwareLM``
+        ConfigError: If an entry of ``extra`` could not be read back, or the model belongs to a ``RiskAwareLM``
             whose reference answers or calibration would be dropped.
     """
     if isinstance(wrapped, SavesItself):
@@ -123,7 +123,7 @@ def save(
 
 
 def check_saved(wrapped: nn.Module, elsewhere: Collection[str] = (), extra: Mapping[str, Any] | None = None) -> None:
-    """Check that there is something to save, and that nothing that belongs to it is left out.
+    """Check that there are parameters to save, and that saving the model alone would not drop learnt entries.
 
     Raises:
         WrapError: If nothing was added to the model.
@@ -159,12 +159,12 @@ _OWNERS: WeakKeyDictionary[nn.Module, ref[SavesItself]] = WeakKeyDictionary()
 
 
 def register_owner(model: nn.Module, owner: SavesItself) -> None:
-    """Note that a model belongs to something that has more to save; both may go when nothing else holds them."""
+    """Register the object that saves a model as a whole; only weak references to both are kept."""
     _OWNERS[model] = ref(owner)
 
 
 def load(folder: str | os.PathLike[str], model: nn.Module) -> Wrapped:
-    """Wrap a base model as a folder says, with the weights in it.
+    """Wrap a base model with the settings and the weights of an adapter folder.
 
     Raises:
         LoadError: If the folder is missing, broken, of a newer format, or has LoRA that the model has not.
@@ -180,7 +180,7 @@ def load(folder: str | os.PathLike[str], model: nn.Module) -> Wrapped:
 
 
 def restore(folder: str | os.PathLike[str], model: nn.Module, manifest: Mapping[str, Any] | None = None) -> nn.Module:
-    """Wrap as ``load`` does; where only LoRA was trained, and the model has it by now, return the model itself.
+    """Wrap as ``load`` does; if the folder brings LoRA alone, and the model has it, return the model itself.
 
     Args:
         folder: An adapter folder.
@@ -212,7 +212,7 @@ def restore(folder: str | os.PathLike[str], model: nn.Module, manifest: Mapping[
 
 
 def rewrap(folder: Path, manifest: Mapping[str, Any], model: nn.Module) -> nn.Module:
-    """Put the model into fresh wrappers with the settings of a manifest.
+    """Wrap the model freshly with the settings of a manifest.
 
     Raises:
         LoadError: If a setting cannot be read.
@@ -291,7 +291,7 @@ def _sizes_of_sculpt(entry: Mapping[str, Any], shapes: Mapping[str, tuple[int, .
 
 
 def compute_fingerprint(wrapped: nn.Module, elsewhere: Collection[str] = ()) -> dict[str, list[float]]:
-    """Return mean size and length of up to eight frozen, unquantised parameters, by name: they differ between bases.
+    """Return mean absolute value and size of up to eight frozen, unquantised parameters by name, to recognise a base.
 
     Rounding to another float type changes a mean by far less than the tolerance in ``load``.
     """

@@ -1,4 +1,4 @@
-"""The leaves that a wrapper replaces: a regex over full parameter names picks them.
+"""Finds the leaves that a wrapper replaces, by a regex over full parameter names.
 
 A leaf is the smallest module that owns a matched parameter, usually an ``nn.Linear``. Three kinds of module are one
 leaf as a whole, since replacing a part of them would be ignored or wrong: adapter layers around a base layer (PEFT),
@@ -67,7 +67,7 @@ def find_leaves(model: nn.Module, param_filter: str | None) -> list[Leaf]:
 
 
 def join_nested_leaves(leaves: list[Leaf]) -> list[Leaf]:
-    """Join leaves inside other leaves with them, in the model's order: a leaf runs once per member, as a whole."""
+    """Merge leaves that lie inside other leaves into these, in the model's order."""
     joined: dict[str, Leaf] = {}
     for leaf in leaves:
         outer = next((name for name in joined if leaf.name.startswith(f"{name}.")), None)
@@ -80,14 +80,14 @@ def join_nested_leaves(leaves: list[Leaf]) -> list[Leaf]:
 
 
 def choose_default_filter(model: nn.Module) -> str:
-    """Return the filter that None stands for: attention's query and value in a decoder, everything elsewhere."""
+    """Return the filter for None: query and value projections of a decoder, every parameter of any other model."""
     is_decoder = any(has_output_head(m) for m in model.modules())
     names = (name for name, _ in model.named_parameters())
     return DECODER_FILTER if is_decoder and any(re.search(DECODER_FILTER, n) for n in names) else EVERYTHING
 
 
 def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
-    """Put ``new`` where the module called ``name`` is."""
+    """Replace the submodule of this name by ``new``, in place."""
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, new)
 

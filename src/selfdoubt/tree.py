@@ -1,4 +1,4 @@
-"""Nested inputs and outputs: tensors in tuples, named tuples, lists, dicts and Hugging Face ``ModelOutput``."""
+"""Walks nested inputs and outputs: tensors in tuples, named tuples, lists, dicts and Hugging Face ``ModelOutput``."""
 
 from __future__ import annotations
 

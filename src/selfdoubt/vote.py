@@ -142,12 +142,12 @@ class Wrapper:
         return self.n_voters
 
     def splits(self, *, training: bool) -> bool:
-        """Return whether each voter reads its own share of the batch, as in training."""
+        """Return whether a batch is split over the voters: True in training."""
         return training
 
 
 class EagerWrapper(Wrapper):
-    """``Wrapper`` under its other name."""
+    """``Wrapper`` under another name."""
 
 
 class VotingLeaf(Replacement):

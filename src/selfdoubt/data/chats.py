@@ -53,7 +53,7 @@ def read_chats(source: str, *, limit: int | None = None, columns: Columns = AS_U
         columns: Columns of question and answer; None in a field finds them by usual names.
 
     Raises:
-        DataError: If it cannot be read, lacks the columns of every layout, or a record is broken; the message names the
+        DataError: If the source cannot be read, its columns fit no layout, or a record is broken; the message names the
             place.
     """
     return islice(_chats(source, columns), limit)

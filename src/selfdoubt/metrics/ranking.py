@@ -178,6 +178,11 @@ def rank_answers(
     return Order.sort(values, right).rank(np.ones((1, len(values)), np.int64))
 
 
+def get_only_draw(draws: PerDraw) -> float:
+    """Return the metric of the only draw."""
+    return float(draws[0])
+
+
 def accuracy_at_over_draws(r: Ranked, coverage: float) -> PerDraw:
     """Return the mean accuracy of the ``ceil(coverage * n)`` surest."""
     k = np.maximum(np.ceil(coverage * r.n - ROUNDING), 1).astype(np.int64)
@@ -220,7 +225,7 @@ def excess_aurc_over_draws(r: Ranked) -> PerDraw:
 
 
 def augrc_over_draws(r: Ranked) -> PerDraw:
-    """Return the area under the share of answers that are given and wrong, over coverage from 0 to 1."""
+    """Return the area under the share of answers that are answered and wrong, over coverage from 0 to 1."""
     return _dot(r.answers, r.start - r.right_start + r.wrong / 2) / np.square(r.n, dtype=np.float64)
 
 

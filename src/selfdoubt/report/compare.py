@@ -1,4 +1,4 @@
-"""Two evaluated folders side by side: whose answers are right more often, and whose scores know it better."""
+"""Compares two evaluated folders on the questions of both: accuracy of the answers, AUROC and PRR of the scores."""
 
 from __future__ import annotations
 

@@ -29,11 +29,11 @@ def _default_wrapper() -> Any:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """The model, what is added to it, the data, and how it learns; the published tutorial's values where it has one.
+    """Settings of a run: model, wrapper, data, optimiser, devices. Defaults are those of the published tutorial.
 
     Args:
-        wrapper: Learns: ``vote.Wrapper`` trains its voters; ``sample.Wrapper`` and ``sculpt.Wrapper`` train with LoRA
-            beneath them; None is LoRA alone. The default is three voters of rank 16.
+        wrapper: The wrapper to train: ``vote.Wrapper`` trains its voters; ``sample.Wrapper`` and ``sculpt.Wrapper``
+            train with LoRA beneath them; None trains LoRA alone. The default is three voters of rank 16.
 
     The help texts of the other fields are those of their flags.
 
@@ -175,7 +175,7 @@ class TrainConfig:
         return values | {"wrapper": None if self.wrapper is None else to_json(self.wrapper)}
 
     def to_toml(self) -> str:
-        """Return the settings as ``load_config`` takes them; what is None is left out."""
+        """Return the settings as TOML, as ``load_config`` reads them; settings that are None are left out."""
         values = {name: value for name, value in self.to_json().items() if value is not None}
         table = values.pop("wrapper", None)
         lines = [] if table else ['wrapper = "none"']

@@ -1,10 +1,10 @@
-"""The loss without a vocabulary-sized tensor: the head runs only where the loss looks, a piece at a time.
+"""Losses without logits of a whole batch: the head runs only on the positions of the loss, one piece at a time.
 
 A causal model is its trunk and a head. While the trunk runs, the head is replaced by one that picks the positions that
 count and passes their hidden states on; then the head itself runs on a few of them at a time, and the gradient of each
-piece is computed with it or again in the backward pass, so that logits are never kept. What a family does to its logits
-after the head (Gemma's soft cap, Granite's scale) would be lost that way: for these the head sees the chosen positions
-only, and their logits are kept.
+piece is computed with it or again in the backward pass, so that logits are never kept. Operations of a family on its
+logits after the head (Gemma's soft cap, Granite's scale) would be lost that way: for these the head sees the chosen
+positions only, and their logits are kept.
 """
 
 from __future__ import annotations

@@ -24,15 +24,15 @@ from selfdoubt.train.head import compute_mixture_losses, get_head, run_trunk, su
 
 
 class RiskAwareModule(lightning.LightningModule):
-    """A wrapped (or plain) causal language model and how it learns.
+    """A wrapped (or plain) causal language model with its training and validation steps.
 
     Every token that counts weighs the same in a step. ``vote``: a batch is split over the voters, so that a step costs
     one pass (``voter_batch="split"``), or repeated for each (``"repeat"``). ``sample``: one pass with fresh noise.
     ``sculpt``: the likelihood of random logits.
 
     Args:
-        model: What a wrapper returned, or a plain model whose trainable parameters are LoRA's.
-        config: The settings; ``config.wrapper`` is the one that the model is wrapped by.
+        model: A wrapped model, or a plain one whose trainable parameters are LoRA's.
+        config: The settings; ``config.wrapper`` must be the wrapper of the model.
 
     Raises:
         ConfigError: If nothing of the model trains, or a sculpt's scale is not that of the output layer.
@@ -114,12 +114,12 @@ class RiskAwareModule(lightning.LightningModule):
         self.val_accuracy.update(right.float().mean(), nll.numel())
 
     def on_validation_epoch_end(self) -> None:
-        """Log what the whole validation share gave."""
+        """Log loss and accuracy over the whole validation share."""
         self.log("val/loss", self.val_loss, prog_bar=True)
         self.log("val/accuracy", self.val_accuracy, prog_bar=True)
 
     def configure_optimizers(self) -> Any:
-        """Build AdamW for all that trains, and the schedule."""
+        """Build AdamW for the parameters that train, and the schedule."""
         config = self.config
         trained = [p for p in self.parameters() if p.requires_grad]
         if config.optimizer == "adamw8bit":
@@ -138,7 +138,7 @@ class RiskAwareModule(lightning.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep what trains, and the state of the random numbers: noise goes on where it was."""
+        """Save the parameters that train, and the state of the random generators, so that noise resumes."""
         state = checkpoint["state_dict"]
         if not any(isinstance(value, DTensor) for value in state.values()):  # of shards, all must be there to load
             trained = {name for name, p in self.named_parameters() if p.requires_grad}

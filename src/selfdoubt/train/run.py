@@ -1,4 +1,4 @@
-"""A run of training, from a config to an adapter folder."""
+"""``fit``: runs a training from a config to an adapter folder."""
 
 from __future__ import annotations
 

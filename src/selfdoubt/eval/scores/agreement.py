@@ -14,6 +14,7 @@ from itertools import combinations
 from selfdoubt.errors import ConfigError, NonFiniteError, ShapeError
 from selfdoubt.eval.judges.text import check_f1_threshold, make_same_key, parse_f1_threshold, rouge_l, token_f1
 
+#: Names of the scores here; they need further answers to the same question.
 AGREEMENT_SCORES = (
     "self_consistency", "semantic_entropy", "semantic_entropy_weighted", "n_clusters", "lexical_dissimilarity",
 )  # fmt: skip

@@ -8,7 +8,8 @@ from collections.abc import Generator, Sequence
 from typing import Any
 
 _REPLACEMENT = "\ufffd"
-_BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+#: A token of one byte, as tokenizers with byte fallback write it.
+BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 #: Number of tokens that are decoded again with each new one, because some tokenizers join words by their neighbours: at
 #: most the first, cut to the second. Bytes of a character of UTF-8 before and behind a cut are fewer.
 _MOST, _KEPT = 16, 8
@@ -54,7 +55,7 @@ class Detokenizer:
             if self._run:
                 self._run.append("")
             return [], ""
-        if byte := _BYTE.fullmatch(piece):
+        if byte := BYTE_TOKEN.fullmatch(piece):
             self._ids.append(token)
             self._bytes.append(True)
             self.pending = True
@@ -173,7 +174,7 @@ def _last_word(tokenizer: Any, before: Sequence[int]) -> list[int]:
     """Return the last of these ids with a visible text, as a list; empty if there is none within ``_REACH``."""
     for token in reversed(before[-_REACH:]):
         piece = get_piece(tokenizer, token)
-        if piece is not None and not _BYTE.fullmatch(piece):
+        if piece is not None and not BYTE_TOKEN.fullmatch(piece):
             text = _decode(tokenizer, [token])
             if text and _REPLACEMENT not in text:
                 return [token]

@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 from selfdoubt.errors import PromptError
+from selfdoubt.lm.text.detokenizer import BYTE_TOKEN
 
-_BYTE = re.compile("<0x[0-9A-Fa-f]{2}>")
 _FLAGS = ("lstrip", "rstrip", "single_word")
 #: Held while a tokenizer in Python works, and while a new encoder is made.
 _LOCK = threading.RLock()
@@ -247,7 +247,7 @@ def _control(tokenizer: Any) -> dict[str, Control]:
         written = len(text) > 2 and text in template and not text.replace("▁", " ").isspace()
         if token.special or text in named or written:
             tokens[text] = Control(text, i, bool(token.special) or text in named)
-    return {text: token for text, token in tokens.items() if text and not _BYTE.fullmatch(text)}
+    return {text: token for text, token in tokens.items() if text and not BYTE_TOKEN.fullmatch(text)}
 
 
 def _common(one: Sequence[int], other: Sequence[int]) -> int:

@@ -120,7 +120,7 @@ def is_plain(tokenizer: Any, *, raw: bool) -> bool:
 
 
 def strip_answer(text: str, *, joined: bool = False) -> str:
-    r"""Return a given answer as ``evaluate`` takes the model's own: without white space and byte order mark around it.
+    r"""Return an answer without white space and byte order mark around it, as ``evaluate`` takes the model's own.
 
     Args:
         text: An answer, or any text.

@@ -1,4 +1,4 @@
-"""Numbers in words, as they stand on the page."""
+"""Phrases of the page: puts numbers and states into words."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def describe_levels(token_risk: str) -> list[tuple[str, str]]:
 
 
 def describe_chance(answer: Answer) -> str:
-    """Return how sure the answer is; empty if there is nothing to compare it with."""
+    """Return the answer's confidence in words; empty without a calibration and without reference answers."""
     if answer.p_correct is not None:
         note = f" ({answer.p_correct_note})" if answer.p_correct_note else ""
         return f"Right with {format_share(answer.p_correct)}{note}"
@@ -107,14 +107,14 @@ def _join(*phrases: str) -> str:
 
 
 def warn_best_of_several(turn: Turn) -> str:
-    """Return why the best chance of several may not hold: it was picked because it is high. Empty without a chance."""
+    """Return a warning that the best p_correct of several is too high, because it was picked as the highest; or ""."""
     best = None if turn.best is None else turn.best.answer
     is_picked = best is not None and turn.answered > 1 and get_confidence(best) is not None
     return "the best of several promises too much" if is_picked else ""
 
 
 def warn_conversation(turn: Turn, answer: Answer) -> str:
-    """Return why the chance on show may not hold after earlier turns; empty if nothing speaks against it."""
+    """Return a warning that p_correct may not hold after earlier turns; empty without a reason."""
     is_shaky = turn.before and get_confidence(answer) is not None
     return "learnt from single questions, so only a rough guide here" if is_shaky else ""
 

@@ -19,7 +19,7 @@ def render_risk_plot(tokens: Sequence[Token], of: str = "") -> str:
 
     Args:
         tokens: Of one answer; an empty picture for none.
-        of: The name of the place where these tokens stand, so that the page can point at one.
+        of: Name of the place of these tokens, so that the page can point at one.
     """
     n = len(tokens)
     top = _top(max((max(t.risk, t.total) for t in tokens), default=0.0))

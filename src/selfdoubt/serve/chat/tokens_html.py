@@ -1,4 +1,4 @@
-"""Tokens as HTML: each in its colour, with its numbers next to it. All text is escaped; it never becomes markup."""
+"""Renders tokens as HTML, each in its colour and with its numbers as data. All text is escaped."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from selfdoubt.lm.answer import Token
 from selfdoubt.lm.risk_levels import find_risk_level
 from selfdoubt.serve.chat.phrases import LEVEL_NAMES, format_share
 
-#: A person's words surprise a model more than its own: their surprisal counts a quarter, as it does on a terminal.
+#: A user's words surprise a model more than its own: their surprisal counts a quarter, as on a terminal.
 QUESTION_WEIGHT = 1 / 4
 
 
 def render_token(token: Token, number: int, *, is_question: bool = False) -> str:
-    """Return one token. Its numbers travel in ``data-d``, in the order that ``chat.js`` reads.
+    """Return one token as HTML. Its numbers are in ``data-d``, in the order that ``chat.js`` reads.
 
     Args:
         token: The token.
@@ -39,7 +39,7 @@ def render_token(token: Token, number: int, *, is_question: bool = False) -> str
 
 
 def render_tokens(tokens: Iterable[Token], *, is_question: bool = False) -> str:
-    """Return tokens in a row."""
+    """Return tokens as HTML, one after the other."""
     return "".join(render_token(token, i, is_question=is_question) for i, token in enumerate(tokens))
 
 

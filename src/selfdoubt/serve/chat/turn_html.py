@@ -1,7 +1,7 @@
-"""One turn as the page gets it: a frame with named places, and the content of each.
+"""Renders one turn as HTML: a frame with named places, and the content of each.
 
-While an answer grows only its end is new: a place whose HTML begins with its present content is added to, and neither
-the wire nor the page sees the rest again. So a keyboard's focus and a selection stay where they are.
+While an answer grows only its end is new: HTML is appended to a place whose new content begins with the old one, so
+that the rest is neither sent nor replaced. So a keyboard's focus and a selection stay where they are.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class RenderedTurn:
 
 
 class TurnView:
-    """A view of one turn, which is drawn again and again, cheaply."""
+    """A view of one turn, which caches what has not changed between two drawings."""
 
     def __init__(self, turn: Turn, calibration: Calibration | None = None) -> None:
         self.turn = turn

@@ -28,8 +28,8 @@ class GenerationRequest:
 
     Args:
         prompt: Token ids, and which of them are the question's own words.
-        sampling: How tokens are chosen.
-        seeds: One per answer.
+        sampling: Settings by which tokens are chosen.
+        seeds: One seed per answer.
         stops: Texts that end an answer.
         client: Name of the client; clients take turns.
         timeout: Seconds from its arrival until the request ends with ``DeadlineError``; None sets no deadline.
@@ -130,7 +130,7 @@ class RequestHandle:
             self._on_cancel()
 
     def on_cancel(self, act: Callable[[], object]) -> None:
-        """Register a function to call when the request is cancelled; used where it is answered elsewhere."""
+        """Register a function to call when the request is cancelled, for a request that another process answers."""
         self._on_cancel = act
         if self.cancelled:
             act()

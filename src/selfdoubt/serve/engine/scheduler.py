@@ -1,7 +1,6 @@
 """The scheduler of the engine's thread: prefills, and the batch of sequences that are decoded.
 
-The answers in ``_answers`` are the truth: a sequence of the batch that is not among them leaves it before the next
-token.
+``_answers`` decides which sequences go on: one that is not among them leaves the batch before the next token.
 """
 
 from __future__ import annotations

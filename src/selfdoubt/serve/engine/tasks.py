@@ -53,7 +53,7 @@ class EngineTask:
         return False
 
     def fail(self, error: EngineError) -> None:
-        """End it with an error, however much was done."""
+        """End the task with an error."""
         self._drop()
         self._end(error)
 

@@ -1,4 +1,4 @@
-"""A server process: it binds, serves, and on SIGTERM finishes what it has begun."""
+"""Runs a server process: binds a port, serves, and drains running requests on SIGTERM."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from selfdoubt.serve.http.settings import ServerSettings
 
 #: Advice to start a server that others may reach.
 _ADVICE = "give one with --api-key (or SELFDOUBT_API_KEY), or bind to this machine only with --host 127.0.0.1"
-#: Seconds that connections get after all answers are given: pages keep theirs open for ever.
+#: Seconds until connections are closed after all answers were sent: pages keep theirs open for ever.
 _LAST = 1
 
 
@@ -78,7 +78,7 @@ class Server(uvicorn.Server):
         config: Configuration of uvicorn.
         engine: The engine, which is closed at the end: it finishes the requests that it has accepted.
         active: Returns the number of requests that are not answered to their last byte.
-        drain: Seconds for both.
+        drain: Seconds that running requests get to finish and to be sent.
         started: Called when requests are accepted.
     """
 

@@ -1,4 +1,4 @@
-"""The server on Ray: one front, which speaks HTTP behind Ray's proxy, and a number of engines.
+"""Runs the server on Ray: one HTTP front behind Ray's proxy, and several engines.
 
 This file needs the extra ``ray``; import it where it is used.
 """
@@ -26,7 +26,7 @@ from selfdoubt.serve.ray.replicas import APP_NAME, ENGINE_NAME, FRONT_NAME, Repl
 
 @dataclass(frozen=True)
 class Cluster:
-    """The place of replicas and their needs.
+    """Settings of a Ray cluster: its address, the number of replicas, and the resources of each.
 
     Args:
         replicas: Number of replicas.
