@@ -53,7 +53,7 @@ COVERED = (WEIGHTS, *LORA, *TOKENIZER)
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """Write a file by a rename, so that it is there as a whole or not at all."""
+    """Write a file and rename it into place, so that it exists as a whole or not at all."""
     part = path.with_name(f"{path.name}.part")
     part.write_bytes(data)
     part.replace(path)
@@ -155,7 +155,7 @@ def plain_manifest(manifest: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def stamp(folder: str | os.PathLike[str]) -> Path:
-    """Accept an adapter folder as it is now, after a change by hand: write the checksums of what it holds.
+    """Accept an adapter folder as it is now, after a change by hand: write the checksums of its files.
 
     Example::
 

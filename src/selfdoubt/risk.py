@@ -141,7 +141,7 @@ def score_among(
     chosen_logp = mean.gather(-1, chosen.unsqueeze(-1)).double().clamp_max(0)
     rest = mean.gather(-1, others).double().clamp_max(0)
     apart = (others != chosen.unsqueeze(-1)).all(-1, keepdim=True)
-    # Rounding of the normaliser may bring the whole a little above 1: what is named is scaled to fit.
+    # Rounding of the normaliser may bring the sum a little above 1: the probabilities are scaled to fit.
     whole = rest.exp().sum(-1, keepdim=True) + chosen_logp.exp() * apart
     excess = (whole.log() + 4e-15).clamp_min(0)  # the margin is for sums in another order
     return scores._replace(logprob=(chosen_logp - excess).squeeze(-1)), rest - excess

@@ -43,7 +43,7 @@ from selfdoubt.formatting import format_percent
 
 #: Steps of coverage at which ``build_grid`` puts thresholds.
 COVERAGE_STEPS = 50
-#: A sequence starts where twice as many answers are expected as would do if all of them were right.
+#: A sequence starts where twice as many answers are expected as would suffice if all of them were right.
 MARGIN = 2.0
 
 

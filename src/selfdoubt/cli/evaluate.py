@@ -25,7 +25,7 @@ else:
 @with_flags(EvaluationConfig, before="shots")
 def evaluate(
     data: flags.Data,
-    out: Annotated[Path, typer.Option(help="The folder to write; a run that was cut off in it goes on.")],
+    out: Annotated[Path, typer.Option(help="The folder to write; an interrupted run in it resumes.")],
     model: flags.ModelFlag = None,
     adapter: flags.Adapter = None,
     wrapper: flags.WrapperText = "auto",

@@ -62,7 +62,7 @@ class Columns:
     #: Not a column.
     named_by: str | None = setting(
         None,
-        "How an answer names one of the choices, where it could mean two: text, index (from 0), label or letter.",
+        "Form in which an answer names a choice, where it could mean two: text, index (from 0), label or letter.",
         flag="--answers-name",
     )
 
@@ -310,7 +310,7 @@ def is_record(row: Row) -> bool:
 
 
 def parse_record(place: str, row: Row) -> Question:
-    """Read the question of a record, without what was answered.
+    """Read the question of a record, without its answer.
 
     Raises:
         DataError: If it is broken, or has no accepted answers: only an explicit [] means that there are none.

@@ -25,7 +25,7 @@ _SEPARATORS = {";": "';'", ",": "','", "\t": "tabs", "|": "'|'"}
 
 
 def read_file(path: Path) -> Iterator[Placed]:
-    """Yield the rows of a file. SQuAD's and TriviaQA's own JSON is unfolded to a row per question.
+    """Yield the rows of a file. SQuAD's and TriviaQA's own JSON gives one row per question.
 
     Raises:
         DataError: If it cannot be read or is broken; the message names the place.

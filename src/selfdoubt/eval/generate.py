@@ -99,7 +99,7 @@ def _pairs(tokens: Sequence[Any]) -> tuple[tuple[str, float], ...]:
 
 
 def _short(value: float) -> float:
-    """Keep enough digits for any ranking; the rest is rounding noise of the machine."""
+    """Round to seven significant digits: enough for any ranking, without the machine's rounding noise."""
     return float(f"{value:.7g}")
 
 
@@ -166,7 +166,7 @@ def _choose(
 
 
 def _choice_text(question: Question, choice: int, config: EvaluationConfig) -> str:
-    """Return the text with which the model takes this choice; plain text goes on after "A:", with a space."""
+    """Return a choice as the model would write it; in plain text it follows "A:" with a space."""
     text = format_letter(choice) if config.how.options else question.choices[choice]
     return f" {text}" if config.raw else text
 

@@ -46,8 +46,11 @@ class Record:
     p_correct_note: str | None = None  #: why a calibrated model has no p_correct here
 
     def to_json(self) -> dict[str, Any]:
-        """Return plain data, flat; what is unknown or empty is left out, but for ``answer`` and ``correct``, and for
-        ``answers``: an empty list of them says that only declining is right."""
+        """Return plain data, flat.
+
+        Unknown and empty entries are left out, except ``answer``, ``correct`` and ``answers``: an empty list of answers
+        means that only declining is right.
+        """
         question = self.question
         entries: dict[str, Any] = {"id": question.id, "question": question.text}
         entries |= {} if question.choices else {"answers": []}

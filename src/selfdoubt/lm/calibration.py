@@ -183,7 +183,7 @@ class Calibration:
     def p_correct(self, scores: Mapping[str, float], states: AnswerStates | None = None) -> float | None:
         """Return the probability that an answer is right, in [0, 1], if it was made as the calibration answers were.
 
-        None where a score or the state is missing, or lies far outside of what was seen on the doubtful side.
+        None if a score or the state is missing, or lies far outside of the seen range on the doubtful side.
 
         Args:
             scores: Scores of an answer, by name.
@@ -245,7 +245,7 @@ class Calibration:
     def to_json(self) -> dict[str, Any]:
         """Return plain data for ``selfdoubt.json``."""
         state = None
-        if self.state is not None:  # what is not limited is left out: JSON has no infinity
+        if self.state is not None:  # infinite limits are left out: JSON has no infinity
             state = {k: v for k, v in asdict(self.state).items() if v not in (math.inf, ())}
         return {**asdict(self), "state": state, "conditions": self.conditions and self.conditions.to_json()}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-#: Fewest tokens of a piece: below, the fixed cost of a pass outweighs what it reads.
+#: Fewest tokens of a piece: below, the fixed cost of a pass outweighs that of its tokens.
 FEWEST = 8
 
 
@@ -75,7 +75,7 @@ class ChunkSizer:
 
 
 def _rounded(value: float) -> int:
-    """Return the largest of 1, 2, 3, 4, 6, 8, 12, 16, ... up to ``value``; 1 for what is below."""
+    """Return the largest of 1, 2, 3, 4, 6, 8, 12, 16, ... up to ``value``; 1 for smaller values."""
     whole = max(1, int(min(value, 2.0**40)))
     power = 1 << (whole.bit_length() - 1)
     return power + power // 2 if whole >= power + power // 2 else power

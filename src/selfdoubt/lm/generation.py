@@ -99,7 +99,7 @@ class AnswerInProgress:
         return self._finder.feed("".join(late))
 
     def _stops_ahead(self) -> bool:
-        """Return whether the pending text holds a stop as it is now: the answer then ends without a token more."""
+        """Return whether the pending text already holds a stop: the answer then ends without a further token."""
         if not self._pieces.pending:
             self._ahead = None
             return False

@@ -142,7 +142,7 @@ def _first_token(text: str, control: dict[str, int]) -> str | None:
 
 
 def _control_tokens(tokenizer: Any) -> dict[str, int]:
-    """Return the ids of the tokens that are no text, by what the chat template writes for them."""
+    """Return the ids of tokens that are not text, by the form in which the chat template writes them."""
     marked = {
         str(token): i
         for i, token in tokenizer.added_tokens_decoder.items()

@@ -192,7 +192,7 @@ class RiskAwareLM:
         if added is not None:
             model = added.apply(model, given)
         elif given is not None:
-            with torch.random.fork_rng():  # what is fresh is the same each time: a run can go on, an answer come again
+            with torch.random.fork_rng():  # fresh parameters are the same each time, so that answers can be repeated
                 torch.manual_seed(0)
                 model = given(model)  # type: ignore[operator]
         note = None

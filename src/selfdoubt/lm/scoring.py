@@ -134,7 +134,7 @@ def _score_answers(
     asked = HiddenStatePooler([[find_last_user_token(p)] for p in prompts.values()], lengths) if front.layers else None
     rest = HiddenStatePooler([[(0, len(i) - 1)] for i in ids], [len(i) for i in ids], "right") if front.layers else None
     stepper = HFStepper(lm.model, front.layers, sizer)
-    # Whether a text is what the model would say also hangs on its end; only a calibration asks for it.
+    # A calibration also compares the text's end with the model's own; nothing else needs the end.
     longest = max(len(prompt.ids) + len(i) for prompt, i in zip(encoded, ids, strict=True))
     room = stepper.context is None or longest <= stepper.context
     ends = front.stop_ids if front.calibration is not None and room else ()

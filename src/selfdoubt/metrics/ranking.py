@@ -36,9 +36,9 @@ ROUNDING = 1e-9
 class Ranked:
     """Counts per group of equal scores, from the lowest score to the highest."""
 
-    score: Float[np.ndarray, "groups"]  #: what the group shares, ascending
-    answers: Table  #: in the group
-    right: Table  #: of these
+    score: Float[np.ndarray, "groups"]  #: score of each group, ascending
+    answers: Table  #: number of answers in the group
+    right: Table  #: number of right ones among these
 
     @cached_property
     def end(self) -> Table:

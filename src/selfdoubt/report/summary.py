@@ -161,7 +161,7 @@ def _list_numbers(report: Measurements, score: str, best: str) -> list[str]:
 
 
 def _compare_with_baseline(report: Measurements, score: str, best: str) -> tuple[Finding | None, str]:
-    """Return how the score compares with the baseline, and the same in words."""
+    """Compare the score with the baseline; return the finding, and the same in words."""
     baseline, test = report.baseline, report.best_score_test
     theirs = f"the model's own sequence probability ({baseline})"
     which = label_score(score)

@@ -1,5 +1,5 @@
 """P(True): the model is asked whether its own answer is true (after Kadavath et al., 2022, "Language models (mostly)
-know what they know"); the share of "true" against "false" in what it would say next."""
+know what they know"); the share of "true" against "false" among the next tokens."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def estimate_p_true(lm: RiskAwareLM, pairs: Sequence[tuple[Question, str]], conf
     true, false = (_first_ids(lm.tokenizer, forms) for forms in _FORMS.values())
     both = true & false  # such as a token of one space
     if not true - both or not false - both:
-        raise ConfigError("this vocabulary has no token that tells true from false; ask without --p-true")
+        raise ConfigError("no first token of this vocabulary separates true from false; ask without --p-true")
     shares: list[float] = []
     for first in range(0, len(prompts), config.batch_size):
         _, following = prefill(HFStepper(lm.model), prompts[first : first + config.batch_size])

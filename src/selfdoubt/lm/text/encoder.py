@@ -91,7 +91,7 @@ class Encoder:
         check_text(text)
         lettering, names, real = self._lettering
         pieces: list[str] = []
-        back: list[int] = []  # for each character of what is encoded, and for its end, the place in the text
+        back: list[int] = []  # for each character of the encoded text, and for its end, the place in the given text
         at = 0
         for first, end in kept:
             name = names[text[first:end]]

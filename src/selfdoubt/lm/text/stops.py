@@ -39,7 +39,7 @@ class StopFinder:
         return start
 
     def fork(self) -> StopFinder:
-        """Return a finder that goes on from here by itself."""
+        """Return a copy of the finder in its present state."""
         other = copy(self)
         other._stops = [copy(stop) for stop in self._stops]  # they share their tables
         return other

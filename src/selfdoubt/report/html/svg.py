@@ -28,10 +28,10 @@ def draw_plot(lines: Sequence[Series], *, title: str, description: str, x_label:
 
     Args:
         lines: Drawn in this order, the last on top.
-        title: What a screen reader says first.
-        description: What it says next.
-        x_label: Under the horizontal axis.
-        y_label: Next to the vertical axis.
+        title: Title for screen readers.
+        description: Description for screen readers.
+        x_label: Label of the horizontal axis.
+        y_label: Label of the vertical axis.
     """
     elements = [
         f'<svg class="plot" viewBox="0 0 {WIDTH} {HEIGHT}" role="img">',

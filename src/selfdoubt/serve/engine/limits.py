@@ -28,7 +28,7 @@ class Limits:
         batch: Most sequences that are decoded side by side (an answer is one, with any number of members).
         batch_tokens: Most tokens, of prompts and answers and the padding between, that the cache may hold for them.
         queue: Most requests that wait.
-        prompt_tokens: Longest prompt; None takes what the model's context leaves.
+        prompt_tokens: Most tokens of a prompt; None takes all that the model's context leaves.
         answer_tokens: Longest answer that may be asked for.
         choices: Most answers to one request.
         timeout: Seconds that a request may take, waiting included, unless it asks for less.

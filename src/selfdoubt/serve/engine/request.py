@@ -27,7 +27,7 @@ class GenerationRequest:
     """A request for one or several answers to one prompt, as the engine takes it.
 
     Args:
-        prompt: Token ids, and which of them are the question's own words.
+        prompt: Token ids, with the user's tokens marked.
         sampling: Settings by which tokens are chosen.
         seeds: One seed per answer.
         stops: Texts that end an answer.
@@ -80,7 +80,7 @@ def list_seeds(seed: int, n: int) -> tuple[int, ...]:
 class Started(NamedTuple):
     """The update that a prompt was read; it comes once, before all others."""
 
-    question: list[Token]  #: its own words
+    question: list[Token]  #: the user's tokens of the question
 
 
 class TokensAdded(NamedTuple):

@@ -114,7 +114,7 @@ class Scheduler:
         return handle.cancelled or time.monotonic() > handle.deadline
 
     def admit(self, queue: FairQueue) -> list[RequestHandle]:
-        """Admit as many requests as there is room for, and as are read well side by side; the rest keeps its order."""
+        """Admit requests that there is room for and whose prompts can share a batch; the others keep their order."""
         if self._prefills.is_full or (self._answers and not self._joins):
             return []
         admitted: list[RequestHandle] = []

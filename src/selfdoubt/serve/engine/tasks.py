@@ -67,7 +67,7 @@ class EngineTask:
         return True
 
     def _drop(self) -> None:
-        """Let go of the cache."""
+        """Release the work, and with it its key-value cache."""
         if self._chunks is not None:
             self._chunks.close()
             self._chunks = None

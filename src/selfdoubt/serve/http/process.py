@@ -39,7 +39,7 @@ def bind_socket(host: str, port: int, *, keys: bool, advice: str = _ADVICE) -> s
     Raises:
         ConfigError: If others could connect and requests need no key, or the port cannot be bound.
     """
-    if not 0 <= port <= 65535:  # the system would take what is left of it in 16 bits
+    if not 0 <= port <= 65535:  # the system would take the port modulo 65,536
         raise ConfigError(f"a port is a number from 0 to 65535, got {port}")
     try:
         addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)

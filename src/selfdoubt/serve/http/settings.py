@@ -39,8 +39,8 @@ class ServerSettings:
 
     name: str = "pocket"
     keys: tuple[str, ...] = field(default=(), repr=False)
-    temperature: float = setting(1.0, "Of requests that name none; 0 takes the most probable token.")
-    max_tokens: int = setting(1024, "Most tokens of an answer, of chats that name no number.")
+    temperature: float = setting(1.0, "Temperature of requests that name none; 0 takes the most probable token.")
+    max_tokens: int = setting(1024, "Most tokens of an answer to a chat that names no number.")
     risk: bool = True
     hide_abstained: bool = setting(
         False, "Say 'I'm not sure.' in place of answers that the model is not sure of.", flag="--withhold"
