@@ -47,7 +47,7 @@ def read_conditions(runs: Sequence[Run], folders: Sequence[Path]) -> Conditions 
         raise DataError(f"run.json has conditions that cannot be read ({error}); evaluate again") from None
     joined = conditions[0]
     for folder, other in zip(folders[1:], conditions[1:], strict=True):
-        both = joined.joined(other)
+        both = joined.join(other)
         if both is None:
             raise ConfigError(
                 f"the answers of {folder} ({other.made}) were made otherwise than those of {folders[0]} "

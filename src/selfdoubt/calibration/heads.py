@@ -175,7 +175,7 @@ def fit_logistic(answers: CalibrationAnswers, seed: int, names: Sequence[str], k
             losses[rows] = log_losses(p, answers.correct[rows])
         return losses
 
-    def joined(state: _Standard, size: float) -> Float[np.ndarray, "answers columns"]:
+    def build_design(state: _Standard, size: float) -> Float[np.ndarray, "answers columns"]:
         return np.hstack([scores.values, state.values * (size / np.sqrt(state.width))])
 
     strength = min(SCORE_C, key=lambda c: loss(scores.values, c).mean()) if enough else SCORE_C[1]
@@ -184,13 +184,13 @@ def fit_logistic(answers: CalibrationAnswers, seed: int, names: Sequence[str], k
         key, size = keys[0], STATE_SIZES[0]
         if len(keys) > 1 and enough:
             small = {k: _Standard(answers.states[k], FIRST_COMPONENTS, seed) for k in keys}
-            key = _preferred({k: loss(joined(state, USUAL_SIZE), strength) for k, state in small.items()})
+            key = _preferred({k: loss(build_design(state, USUAL_SIZE), strength) for k, state in small.items()})
         state = _Standard(answers.states[key], COMPONENTS, seed)
         if enough:
-            tried = [loss(joined(state, s), strength) for s in STATE_SIZES]
+            tried = [loss(build_design(state, s), strength) for s in STATE_SIZES]
             best = min(tried, key=lambda t: t.mean())
             size = next(s for s, t in zip(STATE_SIZES, tried, strict=True) if is_within_one_error(t, best))
-        design = joined(state, size)
+        design = build_design(state, size)
         blocks.append((state, size / np.sqrt(state.width)))
 
     learner = _learner(strength).fit(design, answers.correct)

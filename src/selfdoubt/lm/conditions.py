@@ -93,7 +93,7 @@ class Conditions:
             return f"the answer was cut after {tokens} tokens, which the calibration has not seen; allow more tokens"
         return None
 
-    def joined(self, other: Conditions) -> Conditions | None:
+    def join(self, other: Conditions) -> Conditions | None:
         """Return the conditions of both runs' answers together; None where they were not made alike."""
         cuts = [cut for cut in (self.cut, other.cut) if cut is not None]
         both = replace(

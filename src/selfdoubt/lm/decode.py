@@ -119,7 +119,7 @@ class DecodeBatch:
         """Remove sequences from the batch before their next token is chosen."""
         kept = self._leave(gone)
         if self.sequences and kept is not None:
-            self._next = self._next.of(kept)
+            self._next = self._next.select(kept)
 
     def _leave(self, gone: Set[int]) -> list[int] | None:
         """Free the rows of these sequences; return the places of those that stay, None where all do."""

@@ -85,7 +85,7 @@ class AnswerInProgress:
             cut = self._complete(self._pieces.rest())
         if cut is not None:
             self.finish = "stop"
-            self._origin = replace(self._origin, end_gap=0.0, stop=self._finder.found)
+            self._origin = replace(self._origin, end_gap=0.0, stop=self._finder.stop)
         return self._release(cut)
 
     def _complete(self, late: list[str]) -> int | None:
@@ -236,7 +236,7 @@ def start_batch(
     ]
     if len(prompts) < len(requests):
         stepper.keep(rows)
-        next_logits = next_logits.of(rows)
+        next_logits = next_logits.select(rows)
     room = stepper.context or 2**62
     sequences = [TokenSequence(r.name, r.sampling, r.seed, room - len(r.prompt.ids)) for r in requests]
     return answers, DecodeBatch(stepper, next_logits, sequences)

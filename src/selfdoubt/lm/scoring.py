@@ -144,7 +144,7 @@ def _score_answers(
         questions.append((yield from front.tokens.build_question_in_chunks(scored_prompt, prompt)))
     yield
     stepper.keep(rows)
-    next_logits = next_logits.of(rows)
+    next_logits = next_logits.select(rows)
     scored = yield from teacher_force_in_chunks(stepper, next_logits, ids, alternatives, rest, ends)
     answers = []
     for i, text in enumerate(texts):

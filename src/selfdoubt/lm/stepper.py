@@ -36,8 +36,8 @@ class StepOutput(NamedTuple):
         """Return the output at some places of the axis behind the batch."""
         return StepOutput(*(None if x is None else x[:, :, index] for x in self))  # type: ignore[arg-type]
 
-    def of(self, sequences: Sequence[int]) -> StepOutput:
-        """Return the output of some sequences."""
+    def select(self, sequences: Sequence[int]) -> StepOutput:
+        """Return the outputs of these sequences."""
         return StepOutput(*(None if x is None else x[:, list(sequences)] for x in self))  # type: ignore[arg-type]
 
     def join(self, other: StepOutput) -> StepOutput:

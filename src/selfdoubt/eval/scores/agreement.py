@@ -102,28 +102,28 @@ def self_consistency(greedy: str, samples: Sequence[str], alike: Same = _SAME_TE
     return sum(not known.get(text, True) for text in samples) / len(samples)
 
 
-def semantic_entropy(of: Sequence[int]) -> float:
+def semantic_entropy(clusters: Sequence[int]) -> float:
     """Return the entropy of the clusters' shares of samples, in nats, in [0, log n] (Farquhar et al., 2024, discrete).
 
     Args:
-        of: The cluster of each sample.
+        clusters: Number of each sample's cluster, as from ``cluster_answers``.
 
     Raises:
         ConfigError: If there are no samples.
     """
-    _at_least(1, of)
-    shares = [of.count(c) / len(of) for c in set(of)]
+    _at_least(1, clusters)
+    shares = [clusters.count(c) / len(clusters) for c in set(clusters)]
     return max(0.0, -math.fsum(p * math.log(p) for p in sorted(shares)))
 
 
-def semantic_entropy_weighted(of: Sequence[int], nll: Sequence[float]) -> float:
+def semantic_entropy_weighted(clusters: Sequence[int], nll: Sequence[float]) -> float:
     """Return the entropy of the clusters weighted by likelihood, in nats, in [0, log clusters] (Kuhn et al., 2023).
 
     p(c) is the sum of exp(-nll) over its samples, normalised over the clusters (the Rao-Blackwellised form of Farquhar
     et al., 2024). A text drawn twice counts twice, as in theirs.
 
     Args:
-        of: The cluster of each sample.
+        clusters: Number of each sample's cluster, as from ``cluster_answers``.
         nll: Negative log-likelihood of each sample, nats: ``sum_nll``, or ``mean_nll`` to normalise by length.
 
     Raises:
@@ -131,13 +131,16 @@ def semantic_entropy_weighted(of: Sequence[int], nll: Sequence[float]) -> float:
         ShapeError: If there is not one number per sample.
         NonFiniteError: If one is NaN or infinite.
     """
-    _at_least(1, of)
-    if len(of) != len(nll):
-        raise ShapeError(f"wanted one nll for each of {len(of)} samples, got {len(nll)}")
+    _at_least(1, clusters)
+    if len(clusters) != len(nll):
+        raise ShapeError(f"wanted one nll for each of {len(clusters)} samples, got {len(nll)}")
     if not all(map(math.isfinite, nll)):
         raise NonFiniteError(f"a sample's nll is NaN or infinite: {[*nll]}")
     least = min(nll)
-    mass = [math.fsum(math.exp(least - v) for c, v in zip(of, nll, strict=True) if c == one) for one in sorted(set(of))]
+    mass = [
+        math.fsum(math.exp(least - v) for c, v in zip(clusters, nll, strict=True) if c == one)
+        for one in sorted(set(clusters))
+    ]
     whole = math.fsum(mass)
     return max(0.0, -math.fsum(m / whole * math.log(m / whole) for m in mass if m > 0))
 
@@ -182,14 +185,14 @@ def agreement_scores(
         ShapeError: If there is not one ``nll`` per sample.
         NonFiniteError: If an ``nll`` is NaN or infinite.
     """
-    of = cluster_answers(samples, alike, question)
+    clusters = cluster_answers(samples, alike, question)
     scores = {
         "self_consistency": self_consistency(greedy, samples, alike, question),
-        "semantic_entropy": semantic_entropy(of),
-        "n_clusters": float(len(set(of))),
+        "semantic_entropy": semantic_entropy(clusters),
+        "n_clusters": float(len(set(clusters))),
     }
     if nll is not None:
-        scores["semantic_entropy_weighted"] = semantic_entropy_weighted(of, nll)
+        scores["semantic_entropy_weighted"] = semantic_entropy_weighted(clusters, nll)
     if len(samples) > 1:
         scores["lexical_dissimilarity"] = lexical_dissimilarity(samples)
     return scores

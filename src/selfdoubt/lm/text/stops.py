@@ -19,7 +19,7 @@ class StopFinder:
 
     def __init__(self, stops: Sequence[str]) -> None:
         self.length = 0  #: characters of the text so far
-        self.found: str | None = None  #: the stop that ``feed`` found last
+        self.stop: str | None = None  #: the stop that ``feed`` found last
         self._stops = [_Stop(stop) for stop in stops]
 
     @property
@@ -35,7 +35,7 @@ class StopFinder:
         """
         ends = [(self.length + end - len(s.text), s.text) for s in self._stops if (end := s.feed(piece)) is not None]
         self.length += len(piece)
-        start, self.found = min(ends, default=(None, self.found))
+        start, self.stop = min(ends, default=(None, self.stop))
         return start
 
     def fork(self) -> StopFinder:
