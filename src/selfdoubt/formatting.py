@@ -7,7 +7,7 @@ def format_percent(share: float | None, *, digits: int = 1, more: str = ">", les
     """Return a share as a percentage; a share a little below 1 or above 0 is never rounded to 100 % or 0 %.
 
     Args:
-        share: In [0, 1]; None gives "unknown".
+        share: Share in [0, 1]; None gives "unknown".
         digits: Most digits after the point; zeros at the end are left out.
         more: Precedes the largest percentage below 100 where rounding would give 100.
         less: Precedes the smallest percentage above 0 where rounding would give 0.

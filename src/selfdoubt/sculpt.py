@@ -115,7 +115,7 @@ class Wrapper:
         param_filter: A regex over full parameter names; the layers that own them are heads, and their outputs must be
             outputs of the model. None: the output embedding of a language model, the last layer of any other.
         initial_scale: The scale everywhere before training, above 0.
-        shared_inputs: Not used with one member; kept so that all wrappers read alike.
+        shared_inputs: Unused, as there is one member; kept so that all wrappers have the same fields.
         compile: Compile the wrapped forward as one graph.
         verbose: 0 logs nothing, 1 a summary, 2 every matched parameter (``logging.getLogger("selfdoubt")``).
         seed: Seed of the branch's initial weights.

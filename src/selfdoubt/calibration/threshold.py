@@ -108,7 +108,7 @@ def build_grid(
         elsewhere: p_correct of answers that the tests will not see, out-of-fold where a head was fitted on them.
         answers: Number of answers that will be tested.
         target_accuracy: Least accuracy of the answers at or above the threshold, in (0, 1).
-        confidence: In (0, 1).
+        confidence: Probability with which the target is kept, in (0, 1).
     """
     _check_p(elsewhere)
     needed = min(MARGIN * count_least_answers(target_accuracy, confidence), answers)
@@ -135,7 +135,7 @@ def find_threshold(
     """Return the threshold of largest coverage that keeps the target; None if none does: ``explain_no_threshold``.
 
     Args:
-        p_correct: In [0, 1], by a head that has not seen these answers.
+        p_correct: Probabilities in [0, 1], by a head that has not seen these answers.
         correct: Judgement of each; one answer per question.
         target_accuracy: Least accuracy of the answers at or above the threshold, in (0, 1).
         confidence: Probability with which the target is kept, over the draw of these answers, in (0, 1).
@@ -198,7 +198,7 @@ def find_passed_levels(
         answered: Number of answers at or above each threshold, the highest threshold first, per calibration set.
         right: Number of right ones among these.
         target_accuracy: Least accuracy, in (0, 1).
-        confidence: In (0, 1).
+        confidence: Probability with which the target is kept, in (0, 1).
         starts: Indices of the thresholds at which a sequence of tests starts.
     """
     _check_share("the target accuracy", target_accuracy)

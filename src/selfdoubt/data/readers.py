@@ -83,7 +83,7 @@ def read_hub(
         split: None takes the first of ``splits`` that there is, else its first.
         revision: A branch, tag or commit.
         splits: The usual splits, in order.
-        extra: What to install where the package ``datasets`` is missing.
+        extra: Extra to name in the error if the package ``datasets`` is missing.
 
     Raises:
         DataError: If it cannot be loaded.

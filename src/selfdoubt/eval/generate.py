@@ -49,7 +49,7 @@ def ask_batch(lm: RiskAwareLM, questions: Sequence[Question], config: Evaluation
 
     Args:
         lm: The model.
-        questions: With choices all, or none.
+        questions: Questions, all of them with choices, or none.
         config: Settings.
         alike: Rule that ``config.clusters`` names; see ``scores.agreement.build_equivalence``.
 

@@ -34,7 +34,7 @@ class Record:
     answer: str | None  #: None: there is none, and ``note`` says why
     scores: Mapping[str, float] = field(default_factory=dict)  #: each grows with doubt
     tokens: tuple[tuple[str, float], ...] = ()  #: the answer's pieces of text, each with its risk
-    question_tokens: tuple[tuple[str, float], ...] = ()  #: the same of the question's own words
+    question_tokens: tuple[tuple[str, float], ...] = ()  #: the user's tokens of the question, likewise
     samples: tuple[Sample, ...] = ()
     finish: str | None = None  #: "stop", "length" or "given"
     percentile: float | None = None

@@ -46,7 +46,7 @@ def ask_questions(
 
     Args:
         lm: The model.
-        questions: With unique ids; with choices all, or none.
+        questions: Questions with unique ids; all of them with choices, or none.
         config: Settings; ``resolve_config`` fills in those that depend on the model.
         out: Folder of the run.
         run: Further settings that the answers depend on: the model's name, the data, ...

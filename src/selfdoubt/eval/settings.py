@@ -14,7 +14,7 @@ class Cost:
     """The cost of one step of a run, e.g. of the answers or of the samples."""
 
     passes: float  #: forward passes per question
-    seconds: float  #: of the whole run
+    seconds: float  #: for the whole run
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Run:
     wrapper: str | None = None  #: as ``--wrapper`` takes it
     dtype: str | None = None
     quantize: str | None = None
-    risk: str | None = None  #: the answer score that is the risk, of samples too
+    risk: str | None = None  #: name of the answer score that is the risk, also of samples
     data: str | None = None
     task: str | None = None
     seed: int | None = None

@@ -32,7 +32,7 @@ class Token:
 
     text: str
     id: int
-    logprob: float  #: of this token under the mean distribution, <= 0
+    logprob: float  #: log-probability of this token under the mean distribution, <= 0
     total: float  #: entropy of the mean distribution, in [0, log vocabulary]
     aleatoric: float  #: mean entropy of the members
     epistemic: float  #: total - aleatoric, in [0, log members]
@@ -60,8 +60,8 @@ class Answer:
     tokens: tuple[Token, ...]
     question: tuple[Token, ...]
     scores: Mapping[str, float] = field(repr=False)  #: by the names in ``scores.ANSWER_SCORES``
-    risk: float  #: the default score
-    risk_name: str
+    risk: float  #: the score ``risk_name``
+    risk_name: str  #: name of the score that is the risk
     percentile: float | None  #: share of reference answers with a lower risk, in [0, 1]; None without reference answers
     finish: Finish
     p_correct: float | None = None  #: calibrated probability that the answer is right; None without a calibration

@@ -48,7 +48,7 @@ class Conditions:
     """The conditions under which the answers of a calibration were made: prompts, decoding, model."""
 
     made: Made = "greedy"
-    temperature: float = 0.0  #: of sampled answers, as is ``top_p``
+    temperature: float = 0.0  #: temperature of sampled answers
     top_p: float = 1.0
     forms: tuple[str, ...] = (CHAT,)  #: forms of their prompts
     stops: tuple[str, ...] = ()  #: texts that ended some of them

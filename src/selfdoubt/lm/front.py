@@ -31,7 +31,7 @@ class LMFront:
     stop_ids: frozenset[int]  #: token ids that end an answer
     context: int | None = None  #: most tokens of prompt and answer together; None without a limit
     name: str | None = None  #: a folder, or a name on the hub; None where the model's config has none
-    revision: str | None = None  #: of the model on the hub
+    revision: str | None = None  #: revision of the model on the hub
     reference: Mapping[str, Sequence[float]] = field(default_factory=dict)  #: ascending quantiles of scores, by name
     calibration: Calibration | None = None
     misfit: str | None = None  #: why no answer of this model has a p_correct; None if the calibration fits the model

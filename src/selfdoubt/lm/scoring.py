@@ -72,7 +72,7 @@ def score_in_chunks(
 
     Args:
         lm: The model.
-        texts: From ``encode_teacher_forced``.
+        texts: Texts to score, from ``encode_teacher_forced``.
         alternatives: Number of the most probable tokens that come with each token.
         sizer: Sizer of the pieces; None reads as much at once as memory for the logits allows.
         made: The way in which the texts were made.

@@ -120,7 +120,7 @@ class Order(NamedTuple):
         """Return the groups of each draw.
 
         Args:
-            counts: How often each draw holds each answer.
+            counts: Number of times that each draw holds each answer.
         """
         answers = counts[:, self.order]
         right = answers * self.right

@@ -73,7 +73,7 @@ class Curve(NamedTuple):
     """Accuracy against coverage, one point for each number of answers k = 1 .. n."""
 
     coverage: Float[np.ndarray, "answers"]  #: k / n, in (0, 1]
-    accuracy: Float[np.ndarray, "answers"]  #: of the k surest, in [0, 1]
+    accuracy: Float[np.ndarray, "answers"]  #: accuracy of the k surest, in [0, 1]
 
 
 def drop_unjudged(risk: ScoresLike, correct: Sequence[bool | None]) -> JudgedAnswers:

@@ -62,7 +62,7 @@ def measure_scores(
 
     Args:
         scores: By name, each growing with doubt.
-        correct: Of the same answers.
+        correct: Judgements of the same answers.
         baseline: Name of the score that the others are compared with; None compares nothing.
         bootstrap: Settings of the bootstrap.
         metrics: Names in ``METRICS``.

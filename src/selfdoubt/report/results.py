@@ -52,8 +52,8 @@ class ScoreCost:
     """The price of a score, or of further tries; None where it is not known."""
 
     passes: float | None  #: per question
-    seconds: float | None  #: of the whole run
-    ratio: float | None  #: the seconds, in times those of the answers alone
+    seconds: float | None  #: for the whole run
+    ratio: float | None  #: seconds, divided by those of the answers alone
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class BestScoreTest:
 
     score: str | None = field(default=None, metadata=_IN_ONE_FORM)
     judged: int | None = field(default=None, metadata=_IN_ONE_FORM)  #: answers in the other half
-    prr: Estimate | None = field(default=None, metadata=_IN_ONE_FORM)  #: the difference
+    prr: Estimate | None = field(default=None, metadata=_IN_ONE_FORM)  #: difference in PRR to the baseline
     why: str | None = field(default=None, metadata=_IN_ONE_FORM)  #: the reason why the difference is missing
 
 
@@ -95,7 +95,7 @@ class ReliabilityBin:
     low: float
     high: float
     answers: int
-    confidence: float  #: their mean probability
+    confidence: float  #: mean probability of the answers in the bin
     accuracy: float
 
 
@@ -104,7 +104,7 @@ class ProbabilityResults:
     """Calibration of probabilities of being right."""
 
     judged: int
-    bins: int  #: of the calibration error
+    bins: int  #: number of bins of the calibration error
     binning: str
     ece: Estimate
     brier: Estimate
@@ -140,7 +140,7 @@ class UntilConfident:
     percentile: float  #: at most this share of reference answers has a lower risk
     reference: str  #: in words
     reached: Estimate  #: share of questions with such a sample
-    accuracy: Estimate  #: of these samples
+    accuracy: Estimate  #: accuracy of these samples
     mean_tries: Estimate = field(metadata={"key": "tries"})
     cost: ScoreCost
 
@@ -150,8 +150,8 @@ class SampleResults:
     """Accuracy of several answers per question, by the rule that picks one of them."""
 
     drawn: int  #: questions with samples
-    questions: int  #: of these, measured
-    samples: int  #: the greatest number of a question
+    questions: int  #: questions that are measured
+    samples: int  #: largest number of samples of a question
     unjudged: int  #: questions left out
     one_answer: Estimate  #: accuracy of the answer that was not drawn
     least_risky: Estimate  #: accuracies, ties counting with their mean
@@ -177,7 +177,7 @@ class Abstention:
     decided: int
     answered: int
     coverage: Estimate
-    accuracy: Estimate  #: of the answered
+    accuracy: Estimate  #: accuracy of the answered ones
     accuracy_abstained: Estimate = field(metadata={"key": "accuracy_withheld"})
 
 
@@ -201,7 +201,7 @@ class Measurements:
     seed: int  #: seed of the bootstrap
     level: float  #: confidence level of the intervals
     counts: AnswerCounts
-    accuracy: Estimate  #: of all judged answers
+    accuracy: Estimate  #: accuracy of all judged answers
     repetition: Repetition
     baseline: str  #: the score that others are compared with
     scores: Mapping[str, ScoreResults]

@@ -17,7 +17,7 @@ class InstructionData(lightning.LightningDataModule):
     """The encoded examples of a run.
 
     Args:
-        splits: From ``encode.prepare_splits``.
+        splits: Encoded examples, from ``encode.prepare_splits``.
         config: Sizes and seed.
     """
 

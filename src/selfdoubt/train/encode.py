@@ -63,7 +63,7 @@ def encode_chat(
     """Return the ids of a chat; the loss predicts the assistant's words and what ends each of them, or everything.
 
     Args:
-        tokenizer: With the template that is learnt.
+        tokenizer: Tokenizer with the template that is learnt.
         chat: Messages.
         loss_on: "response" or "all".
         max_length: Largest number of ids; the end is cut.

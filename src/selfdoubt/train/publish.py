@@ -92,7 +92,7 @@ def publish(config: TrainConfig, model: nn.Module, tokenizer: Any, out: Path, *,
     Args:
         config: The settings.
         model: Trained.
-        tokenizer: With the template that was learnt.
+        tokenizer: Tokenizer with the template that was learnt.
         out: The adapter folder.
         history: Its losses and counts.
         val: Validation examples, from whose questions the reference answers are made.
@@ -129,7 +129,7 @@ def check_publishable(config: TrainConfig, model: nn.Module, tokenizer: Any, out
     Args:
         config: The settings.
         model: Before its first step.
-        tokenizer: With the template that will be learnt.
+        tokenizer: Tokenizer with the template that will be learnt.
         out: The adapter folder; the trial lies in ``run/trial`` in it.
 
     Raises:

@@ -48,7 +48,7 @@ class LLMJudge:
     retries: int = 2  #: further tries of a call that timed out, lost its connection, or got 408, 409, 429 or 5xx
     concurrency: int = 8  #: calls side by side
     cache: str | None = None  #: a JSONL file of replies; made where there is none
-    options: Mapping[str, Any] = field(default_factory=lambda: {"temperature": 0})  #: of the call, as OpenAI names them
+    options: Mapping[str, Any] = field(default_factory=lambda: {"temperature": 0})  #: OpenAI's parameters of the call
 
     def __post_init__(self) -> None:
         if not self.timeout > 0 or self.retries < 0 or self.concurrency < 1:

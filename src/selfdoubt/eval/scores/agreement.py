@@ -150,7 +150,7 @@ def lexical_dissimilarity(samples: Sequence[str], measure: str = "rouge") -> flo
     2023).
 
     Args:
-        samples: At least two.
+        samples: Two or more answers.
         measure: "rouge" for ROUGE-L, "f1" for token F1. Equal texts are alike, even without words.
 
     Raises:

@@ -69,7 +69,7 @@ def save_lora(model: nn.Module, folder: str | os.PathLike[str], *, base: str | N
 
     Args:
         model: A model with LoRA, wrapped or not.
-        folder: Made if missing; LoRA in it is replaced.
+        folder: Folder to write, made if missing; LoRA in it is replaced.
         base: Name or folder of the base model; taken from the model's config if None.
 
     Returns:

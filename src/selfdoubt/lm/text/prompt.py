@@ -26,7 +26,7 @@ class Prompt(NamedTuple):
 
     ids: list[int]
     is_user_token: list[bool]
-    form: str = CHAT  #: of all but the last message, see ``selfdoubt.lm.text.prompt_form``
+    form: str = CHAT  #: form of all but the last message, see ``selfdoubt.lm.text.prompt_form``
 
 
 class Turns(NamedTuple):
@@ -93,7 +93,7 @@ def encode_pair(
     Args:
         tokenizer: A Hugging Face tokenizer.
         question: A question, or messages.
-        text: What follows it.
+        text: Text after the question.
         raw: Put the text right after the question, without the chat template.
 
     Raises:

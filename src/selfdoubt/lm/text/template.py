@@ -47,8 +47,8 @@ class _End(NamedTuple):
 
     message: int
     side: int  #: 0: before the stand-in, 1: after it
-    at: int  #: the place of the stand-in in the text
-    place: int  #: and in the content
+    at: int  #: place of the stand-in in the text
+    place: int  #: place of the stand-in in the content
     length: int
 
 

@@ -27,7 +27,7 @@ def draw_plot(lines: Sequence[Series], *, title: str, description: str, x_label:
     """Return an ``<svg>`` of lines over the unit square, both axes in percent.
 
     Args:
-        lines: Drawn in this order, the last on top.
+        lines: Series in the order of drawing, the last on top.
         title: Title for screen readers.
         description: Description for screen readers.
         x_label: Label of the horizontal axis.

@@ -18,7 +18,7 @@ def render_risk_plot(tokens: Sequence[Token], place: str = "") -> str:
     """Draw bars of the tokens' risks in their colours, a line of total doubt and a dashed one of the epistemic part.
 
     Args:
-        tokens: Of one answer; an empty picture for none.
+        tokens: Tokens of one answer; without any the picture is empty.
         place: Name of the place of these tokens, so that the page can point at one.
     """
     n = len(tokens)

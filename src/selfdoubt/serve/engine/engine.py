@@ -191,7 +191,7 @@ class Engine:
         """Score texts side by side, in chunks between tokens of others. Cancelling the future ends the work.
 
         Args:
-            texts: From ``encode_teacher_forced``.
+            texts: Texts to score, from ``encode_teacher_forced``.
 
         Raises:
             PromptError: If a text is too long.

@@ -77,9 +77,9 @@ class Server(uvicorn.Server):
     Args:
         config: Configuration of uvicorn.
         engine: The engine, which is closed at the end: it finishes the requests that it has accepted.
-        active: Returns the number of requests that are not answered to their last byte.
+        active: Function that returns the number of requests that are not answered to their last byte.
         drain: Seconds that running requests get to finish and to be sent.
-        started: Called when requests are accepted.
+        started: Function to call when requests are accepted.
     """
 
     def __init__(
@@ -140,11 +140,11 @@ def run_server(
 
     Args:
         app: An ASGI app.
-        listener: From ``bind_socket``.
+        listener: Bound socket, from ``bind_socket``.
         engine: A started engine.
         drain: Seconds that running requests get at the end.
-        started: Called when requests are accepted.
-        active: Returns the number of requests that are not answered to their last byte.
+        started: Function to call when requests are accepted.
+        active: Function that returns the number of requests that are not answered to their last byte.
         settings: Limits on connections.
     """
     settings = settings or ServerSettings()

@@ -102,11 +102,11 @@ def run_cluster(
     """Serve until SIGTERM or SIGINT comes; running requests are finished.
 
     Args:
-        application: From ``build_application``.
+        application: Application from ``build_application``.
         cluster: The cluster, which is joined, or started here.
         host: Address on which Ray's proxies listen, on every machine of the cluster.
         port: Port on which they listen.
-        started: Called when requests are accepted.
+        started: Function to call when requests are accepted.
         idle: Seconds that Ray's proxies keep a connection without a further request.
 
     Raises:
