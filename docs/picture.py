@@ -20,17 +20,17 @@ def main() -> None:
         record=True, force_terminal=True, width=116, file=io.StringIO(), color_system="truecolor", highlight=False
     )
     screen = Screen(console)
-    screen.legend()
+    screen.print_legend()
     lm = RiskAwareLM.load("pocket")
     for question in QUESTIONS:
         answer = lm.generate(question)
         console.print()
-        screen.question(question, answer.question)
-        if answer.withheld:
-            screen.unsure(answer, told=True)
+        screen.print_question(question, answer.question)
+        if answer.abstained:
+            screen.print_abstention(answer, text_follows=True)
         for token in answer.tokens:
-            screen.token(token)
-        screen.answer(answer)
+            screen.print_token(token)
+        screen.print_answer(answer)
     svg = console.export_svg(title="selfdoubt ask", theme=MONOKAI)
     # The picture must not load fonts from elsewhere.
     head, _, rest = svg.partition("@font-face")

@@ -1,6 +1,6 @@
 """selfdoubt makes any PyTorch model, LLMs first, know what it doesn't know.
 
-Wrap a model, call it as before, and ask for the risk beside the answer::
+Wrap a model, call it as before, and ask for the risk next to the answer::
 
     from selfdoubt import vote
     wrapped = vote.Wrapper(n_voters=3)(model)

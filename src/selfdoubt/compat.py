@@ -1,4 +1,4 @@
-"""Everything that knows bitsandbytes, PEFT or Hugging Face classes by name, and their quirks.
+"""Compatibility with bitsandbytes, PEFT and Hugging Face: every use of their classes by name, and their quirks.
 
 None of these packages is imported before a function needs it.
 """

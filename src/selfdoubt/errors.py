@@ -1,4 +1,4 @@
-"""All errors and warnings, as one tree. Every message says what was expected, what is there, and the repair.
+"""All errors and warnings, as one tree. Every message says what was expected, what was found, and the repair.
 
 SelfdoubtError
 ├── ConfigError          a setting outside its range

@@ -1,4 +1,4 @@
-"""Typed reading of what a file or a caller gives: every value has a kind and a range, and a wrong one is named.
+"""Typed, range-checked reading of JSON and of settings; an error names the field, what it must be, and what was found.
 
 A *kind* is a function ``(value, path) -> value`` that raises ``FieldError``; the path says where the value stands, as
 ``wrappers[0].alpha``. Kinds combine: ``table(listing(number()))``. ``read_object`` gives JSON no freedom: no NaN, no
@@ -30,12 +30,12 @@ _SHORT.maxstring = _SHORT.maxother = 60
 
 
 class FieldError(ValueError):
-    """A value of another kind, or outside its range.
+    """The error for a value of another kind, or outside its range.
 
     Args:
-        path: Where it stands.
-        expected: A text that says what it must be.
-        actual: The value that is there, as a text.
+        path: Path of the value, such as ``wrappers[0].alpha``.
+        expected: Description of the values that are allowed.
+        actual: The value that was found, as text.
     """
 
     def __init__(self, path: str, expected: str, actual: str) -> None:
@@ -43,7 +43,7 @@ class FieldError(ValueError):
         self.path, self.expected, self.actual = path, expected, actual
 
 
-def shown(value: Any) -> str:
+def shorten_value(value: Any) -> str:
     """Return a value as a short text of one line, however large or deep it is."""
     if isinstance(value, int) and value.bit_length() > 128:
         return f"a whole number of {value.bit_length()} bits"
@@ -51,7 +51,7 @@ def shown(value: Any) -> str:
 
 
 def _refuse(path: str, expected: str, value: Any) -> FieldError:
-    return FieldError(path, expected, shown(value))
+    return FieldError(path, expected, shorten_value(value))
 
 
 def number(
@@ -122,12 +122,12 @@ def regex(value: Any, path: str) -> str:
     try:
         re.compile(value)
     except (re.error, OverflowError, RecursionError) as error:
-        raise FieldError(path, "a regular expression", f"{shown(value)}: {error}") from None
+        raise FieldError(path, "a regular expression", f"{shorten_value(value)}: {error}") from None
     return value
 
 
 def anything(value: Any, path: str) -> Any:  # noqa: ARG001
-    """Accept any value: what is only for people."""
+    """Accept any value, for entries that only people read."""
     return value
 
 
@@ -211,9 +211,9 @@ def record(
     """Return a kind: an object with exactly these keys.
 
     Args:
-        needed: Keys that must be there.
-        also: Keys that may be.
-        open_ended: Keep other keys too, as they are.
+        needed: Required keys.
+        also: Optional keys.
+        open_ended: Keep unknown keys, as they are.
     """
     known = {**needed, **(also or {})}
 
@@ -223,10 +223,10 @@ def record(
         start = f"{path}." if path else ""
         lacking = [key for key in needed if key not in value]
         if lacking:
-            raise FieldError(f"{start}{lacking[0]}", "there", f"only {shown(sorted(map(str, value)))}")
+            raise FieldError(f"{start}{lacking[0]}", "there", f"only {shorten_value(sorted(map(str, value)))}")
         strange = [key for key in value if key not in known]
         if strange and not open_ended:
-            raise FieldError(path or "it", f"a table of {', '.join(known)}", f"the key {shown(strange[0])}")
+            raise FieldError(path or "it", f"a table of {', '.join(known)}", f"the key {shorten_value(strange[0])}")
         return {key: known.get(key, anything)(item, f"{start}{key}") for key, item in value.items()}
 
     return check
@@ -252,7 +252,7 @@ def check_settings(settings: Any, kinds: Mapping[str, FieldCheck]) -> None:
 
 
 def resolve_compile(compiles: bool | None, symbolic_trace: bool | None) -> bool:
-    """Return the setting that has two names, ``compile`` and ``symbolic_trace``; None is a name that was not given.
+    """Return the value of the setting with two names, ``compile`` and ``symbolic_trace``; None is a name not given.
 
     Raises:
         ConfigError: If one is neither True nor False, or if they differ.
@@ -260,7 +260,7 @@ def resolve_compile(compiles: bool | None, symbolic_trace: bool | None) -> bool:
     given = {"compile": compiles, STORED_COMPILE: symbolic_trace}
     for name, value in given.items():
         if value is not None and not isinstance(value, bool):
-            raise ConfigError(f"{name} must be True or False, got {shown(value)}; try {name}=False")
+            raise ConfigError(f"{name} must be True or False, got {shorten_value(value)}; try {name}=False")
     values = {value for value in given.values() if value is not None}
     if len(values) > 1:
         raise ConfigError(
@@ -274,8 +274,8 @@ def read_object(path: Path) -> dict[str, Any]:
     """Read the JSON object in a file.
 
     Raises:
-        LoadError: If the file is missing or no file, is not UTF-8 or not JSON, is nested too deeply, repeats a key, or
-            holds a number that is NaN or infinite.
+        LoadError: If the file is missing or not a file, is not UTF-8 or not JSON, is nested too deeply, repeats a key,
+            or holds a number that is NaN or infinite.
     """
     try:
         content = json.loads(
@@ -284,13 +284,13 @@ def read_object(path: Path) -> dict[str, Any]:
         if not isinstance(content, dict):
             raise _refuse("it", "a table", content)
     except RecursionError:
-        raise broken_file(path, "it is nested too deeply") from None
+        raise build_broken_file_error(path, "it is nested too deeply") from None
     except (OSError, ValueError) as error:
-        raise broken_file(path, error) from None
+        raise build_broken_file_error(path, error) from None
     return content
 
 
-def broken_file(path: Path, why: Exception | str, repair: str = REPAIR) -> LoadError:
+def build_broken_file_error(path: Path, why: Exception | str, repair: str = REPAIR) -> LoadError:
     """Return the error for a file that cannot be used, in one line."""
     is_ours = isinstance(why, (str, FieldError))
     words = " ".join((str(why) if is_ours else f"{type(why).__name__}: {why}").split())[:400]
@@ -301,7 +301,7 @@ def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     entries: dict[str, Any] = {}
     for key, value in pairs:
         if key in entries:
-            raise FieldError(shown(key), "there once", "it twice")
+            raise FieldError(shorten_value(key), "there once", "it twice")
         entries[key] = value
     return entries
 
@@ -313,8 +313,8 @@ def _finite(token: str) -> float:
     return value
 
 
-#: Most members, widest rank, and largest scale of a deviation or a noise: far above what is of use, and what a file
-#: may ask for.
+#: Largest number of members, largest rank, and largest scale of a deviation or a noise that a file may ask for: far
+#: above useful values.
 MEMBERS, WIDTH, SCALE = 1_000_000, 2**16, 1e6
 #: The name under which files keep a wrapper's ``compile``.
 STORED_COMPILE = "symbolic_trace"

@@ -1,4 +1,4 @@
-"""The forecast of several members for one output: the prediction, its spread, and the sources of the spread."""
+"""``Forecast``: the members' predictions of one output, with their mean, their spread and its parts."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ OutputKind = Literal["values", "logits"]
 
 @dataclass(frozen=True, eq=False)
 class Forecast:
-    """All members' predictions of one output tensor, ``(members, batch, ...)``, and what follows from them.
+    """All members' predictions of one output tensor, ``(members, batch, ...)``, with their mean and spread.
 
     ``kind="logits"`` means that the last axis holds unnormalised class scores: then ``mean`` averages probabilities
     and returns logits of that mixture. ``kind="values"`` averages the values.

@@ -1,13 +1,13 @@
-"""Numbers as people read them."""
+"""Formats numbers for people."""
 
 from __future__ import annotations
 
 
 def format_percent(share: float | None, *, digits: int = 1, more: str = ">", less: str = "<") -> str:
-    """Return a share as a percentage; never 100 % or 0 % where it is a little less or more.
+    """Return a share as a percentage; a share a little below 1 or above 0 is never rounded to 100 % or 0 %.
 
     Args:
-        share: In [0, 1]; None gives "unknown".
+        share: Share in [0, 1]; None gives "unknown".
         digits: Most digits after the point; zeros at the end are left out.
         more: Precedes the largest percentage below 100 where rounding would give 100.
         less: Precedes the smallest percentage above 0 where rounding would give 0.

@@ -21,7 +21,7 @@ from selfdoubt.compat import is_quantized, is_transposed
 from selfdoubt.errors import WrapError
 from selfdoubt.rows import unfold
 from selfdoubt.targets import Leaf
-from selfdoubt.tree import tensors, tree_map
+from selfdoubt.tree import iter_tensors, tree_map
 
 #: Deviations by parameter name, ``(members, *parameter.shape)``; low rank: "weight_a" and "weight_b".
 Deviations = Mapping[str, Float[Tensor, "members ..."]] | nn.ParameterDict
@@ -33,7 +33,7 @@ def _members(deviations: Deviations) -> int:
 
 
 def linear(leaf: nn.Module, x: Float[Tensor, "rows *t in"], deviations: Deviations) -> Float[Tensor, "rows *t out"]:
-    """``x_m W_m^T + b_m``, or with low rank ``x_m A_m^T B_m + b_m`` for A ``(m, r, in)`` and B ``(m, r, out)``."""
+    """Return ``x_m W_m^T + b_m``; with low rank ``x_m A_m^T B_m + b_m`` for A ``(m, r, in)`` and B ``(m, r, out)``."""
     folded = x.reshape(_members(deviations), -1, x.shape[-1])
     delta = None
     if "weight" in deviations:
@@ -53,7 +53,7 @@ def embedding(
     ids: Shaped[Tensor, "rows *t"],
     deviations: Deviations,
 ) -> Float[Tensor, "rows *t d"]:
-    """Look each member's rows up in its own table, ``(m, entries, d)`` or factors ``(m, entries, r) (m, r, d)``."""
+    """Look up each member's rows in its own table, ``(m, entries, d)`` or factors ``(m, entries, r) (m, r, d)``."""
     folded = unfold(ids, _members(deviations))
     member = torch.arange(len(folded), device=ids.device).view(-1, *[1] * (folded.ndim - 1))
     if "weight" in deviations:
@@ -85,7 +85,7 @@ def convolution(leaf: nn.Module, x: Float[Tensor, "rows c *space"], deviations: 
 
 
 def norm(leaf: nn.Module, x: Float[Tensor, "rows ..."], deviations: Deviations) -> Float[Tensor, "rows ..."]:
-    """``normalised(x_m) * w_m + b_m`` for LayerNorm and RMSNorm."""
+    """Return ``normalised(x_m) * w_m + b_m`` for LayerNorm and RMSNorm."""
     assert isinstance(leaf, (nn.LayerNorm, nn.RMSNorm))
     shape = list(leaf.normalized_shape)
     folded = unfold(x, _members(deviations))
@@ -117,7 +117,7 @@ KERNELS: dict[type[nn.Module], Kernel] = {
 
 
 def find_kernel(leaf: nn.Module) -> Kernel | None:
-    """Return the kernel for exactly this type (a subclass may compute something else); None where ``loop`` serves."""
+    """Return the kernel for exactly this type (a subclass may compute something else); None to use ``loop``."""
     if is_quantized(leaf) or is_transposed(leaf):
         return linear
     if isinstance(leaf, (nn.Conv1d, nn.Conv2d)) and leaf.padding_mode != "zeros":
@@ -127,8 +127,9 @@ def find_kernel(leaf: nn.Module) -> Kernel | None:
     return KERNELS.get(type(leaf))
 
 
-def fans(leaf: nn.Module) -> tuple[int, int]:
-    """Return the features that a linear layer reads and gives, packed or not; entries and features of an embedding."""
+def count_features(leaf: nn.Module) -> tuple[int, int]:
+    """Return the numbers of input and output features of a linear layer, packed or not; of entries and features of an
+    embedding."""
     if isinstance(leaf, nn.Embedding):
         return leaf.num_embeddings, leaf.embedding_dim
     if isinstance(leaf, nn.Linear):
@@ -145,7 +146,7 @@ def loop(leaf: nn.Module, deviations: Deviations, alpha: float, args: tuple[Any,
     """
     members = _members(deviations)
     parameters = dict(leaf.named_parameters())
-    first = next(tensors((args, kwargs)))
+    first = next(iter_tensors((args, kwargs)))
     if any(isinstance(x, PackedSequence) for x in (*args, *kwargs.values())) or len(first) % members:
         raise WrapError(f"{type(leaf).__name__} reads a packed sequence, not rows; leave it out with param_filter")
     rows = len(first)

@@ -22,7 +22,7 @@ from selfdoubt.fields import (
     FieldError,
     anything,
     ascending,
-    broken_file,
+    build_broken_file_error,
     choice,
     flag,
     listing,
@@ -31,7 +31,7 @@ from selfdoubt.fields import (
     optional,
     read_object,
     record,
-    shown,
+    shorten_value,
     table,
     text,
     whole,
@@ -52,19 +52,19 @@ TOKENIZER = (
 COVERED = (WEIGHTS, *LORA, *TOKENIZER)
 
 
-def write(path: Path, data: bytes) -> None:
-    """Write a file by a rename, so that it is there as a whole or not at all."""
+def write_file(path: Path, data: bytes) -> None:
+    """Write a file and rename it into place, so that it exists as a whole or not at all."""
     part = path.with_name(f"{path.name}.part")
     part.write_bytes(data)
     part.replace(path)
 
 
 def read_manifest(folder: str | os.PathLike[str], *, sealed: bool = True) -> dict[str, Any]:
-    """Read ``selfdoubt.json`` of an adapter folder; the files beside it are checked by ``verify``.
+    """Read ``selfdoubt.json`` of an adapter folder; ``verify`` checks the files next to it.
 
     Args:
         folder: An adapter folder.
-        sealed: True refuses a manifest that is not as its checksum says.
+        sealed: Refuse a manifest that does not match its checksum.
 
     Raises:
         LoadError: If it is missing, not JSON, of a newer format, lacks an entry, has one of a wrong kind or out of
@@ -82,7 +82,7 @@ def read_manifest(folder: str | os.PathLike[str], *, sealed: bool = True) -> dic
         check_manifest(manifest)
         digest = _digest_of(manifest) if sealed and "checksums" in manifest else None
     except (FieldError, RecursionError) as error:
-        raise broken_file(path, error) from None
+        raise build_broken_file_error(path, error) from None
     if digest is not None and digest != manifest["checksums"]["manifest"]:
         raise _changed(Path(folder), MANIFEST)
     return manifest
@@ -100,7 +100,7 @@ def check_manifest(manifest: Mapping[str, Any]) -> None:
 
 
 def verify(folder: str | os.PathLike[str], manifest: Mapping[str, Any]) -> None:
-    """Check that the files beside a manifest are those that were saved with it.
+    """Check that the files next to a manifest are those that were saved with it.
 
     Raises:
         LoadError: If one is missing, was changed, or came later.
@@ -125,25 +125,25 @@ def write_manifest(folder: str | os.PathLike[str], manifest: Mapping[str, Any]) 
     """Write ``selfdoubt.json`` with checksums of itself and of the files that are in the folder now.
 
     Returns:
-        The file.
+        Path of ``selfdoubt.json``.
 
     Raises:
         ConfigError: If an entry could not be read back.
-        ValueError: If an entry is nothing that JSON holds.
+        ValueError: If an entry cannot be stored as JSON.
     """
     plain = plain_manifest(manifest)
     folder = Path(folder)
     sums = {"manifest": _digest_of(plain)} | {file: _digest(folder / file) for file in _present(folder, plain)}
-    write(folder / MANIFEST, (json.dumps({**plain, "checksums": sums}, indent=2, allow_nan=False) + "\n").encode())
+    write_file(folder / MANIFEST, (json.dumps({**plain, "checksums": sums}, indent=2, allow_nan=False) + "\n").encode())
     return folder / MANIFEST
 
 
 def plain_manifest(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a manifest as JSON holds it, without checksums.
+    """Return a manifest as plain JSON data, without checksums.
 
     Raises:
         ConfigError: If an entry could not be read back.
-        ValueError: If an entry is nothing that JSON holds.
+        ValueError: If an entry cannot be stored as JSON.
     """
     kept = {key: value for key, value in manifest.items() if key != "checksums"}
     plain: dict[str, Any] = json.loads(json.dumps(kept, allow_nan=False))
@@ -155,7 +155,7 @@ def plain_manifest(manifest: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def stamp(folder: str | os.PathLike[str]) -> Path:
-    """Accept an adapter folder as it is now, after a change by hand: write the checksums of what it holds.
+    """Accept an adapter folder as it is now, after a change by hand: write the checksums of its files.
 
     Example::
 
@@ -200,7 +200,7 @@ def _wrapper(entry: Any, path: str, *, complete: bool = True) -> Spec:
     method = entry["method"]
     if method not in METHODS:
         raise FieldError(
-            f"{path}.method", f"one of {', '.join(METHODS)} (a newer selfdoubt may know more)", shown(method)
+            f"{path}.method", f"one of {', '.join(METHODS)} (a newer selfdoubt may know more)", shorten_value(method)
         )
     module = import_module(f"selfdoubt.{method}")
     kinds: dict[str, FieldCheck] = {"method": anything, **module.Wrapper.kinds}
@@ -245,7 +245,7 @@ def _calibration(value: Any, path: str) -> Any:
 
 def _sha256(value: Any, path: str) -> str:
     if not isinstance(value, str) or len(value) != 64 or set(value) - set("0123456789abcdef"):
-        raise FieldError(path, "a SHA-256 in hexadecimal digits", shown(value))
+        raise FieldError(path, "a SHA-256 in hexadecimal digits", shorten_value(value))
     return value
 
 

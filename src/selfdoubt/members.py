@@ -1,8 +1,8 @@
 """Members are rows: M variants of a model run as one M times larger batch.
 
 ``rows = members * batch``, member-major: row ``m * batch + b``. Frozen modules see an ordinary batch; only the replaced
-leaves know that dimension 0 holds members. A wrapper (vote, sample, sculpt) says which leaves and by what; ``Wrapped``
-grows the inputs, runs the module once, and folds the rows back.
+leaves know that dimension 0 holds members. A wrapper (vote, sample, sculpt) chooses the leaves and their replacements;
+``Wrapped`` repeats the inputs for every member, runs the module once, and folds the rows back.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from selfdoubt.compat import list_quantization_states
 from selfdoubt.errors import CaptureError, ConfigError, ShapeError, WrapError
 from selfdoubt.forecast import Forecast
 from selfdoubt.messages import show_message
-from selfdoubt.rows import ForwardContext, Replacement, added_names, expand, unfold
+from selfdoubt.rows import ForwardContext, Replacement, expand, list_added_names, unfold
 from selfdoubt.scales import pair_scales
 from selfdoubt.targets import Leaf
-from selfdoubt.tree import tensors, tree_map
+from selfdoubt.tree import iter_tensors, tree_map
 
 
 @runtime_checkable
 class Spec(Protocol):
-    """A wrapper as ``Wrapped`` sees it: a frozen dataclass of settings."""
+    """The interface of a wrapper: a frozen dataclass of settings that finds leaves and builds their replacements."""
 
     @property
     def verbose(self) -> int:
@@ -72,7 +72,7 @@ class Spec(Protocol):
 class Wrapped(nn.Module):
     """A model whose matched leaves are replaced. Call it like the model; ask for ``return_risk=True``.
 
-    What is not replaced shares its memory with the original model, which stays as it was: nothing is copied.
+    Modules that are not replaced share their memory with the original model, which stays as it was: nothing is copied.
     """
 
     def __init__(self, model: nn.Module, spec: Spec) -> None:
@@ -89,7 +89,7 @@ class Wrapped(nn.Module):
         self.leaf_names = [leaf.name for leaf in leaves]
         for index, leaf in reversed(list(enumerate(leaves))):  # leaves inside others first
             shared = replace(leaf, module=self.module.get_submodule(leaf.name))
-            targets.replace(self.module, leaf.name, spec.make_leaf(shared, index, self.call))
+            targets.replace_module(self.module, leaf.name, spec.make_leaf(shared, index, self.call))
         self.training = model.training
         self._inputs = _input_names(model)
         self._batch_norms = [m for m in self.modules() if isinstance(m, _BatchNorm)]
@@ -204,7 +204,7 @@ class Wrapped(nn.Module):
         return self.module.distribution if isinstance(self.module, Wrapped) else distribution
 
     def extra_repr(self) -> str:
-        """Return the settings, so that ``print(wrapped)`` says what was done."""
+        """Return the settings, which ``print(wrapped)`` shows."""
         return repr(self.spec)
 
     def _run_graph(self, *args: Any, **kwargs: Any) -> Any:
@@ -231,7 +231,7 @@ class Wrapped(nn.Module):
         if unknown:
             raise ConfigError(f"shared_inputs names {unknown}, and the inputs are {list(named)}")
         batched = [v for n, v in named.items() if n not in self.spec.shared_inputs]
-        first = next((t for t in tensors(batched) if t.ndim), None)
+        first = next((t for t in iter_tensors(batched) if t.ndim), None)
         if first is None:
             raise ShapeError("a wrapped model needs at least one input tensor with a batch axis, got none")
         return len(first)
@@ -263,10 +263,10 @@ def wrap(spec: Spec, model: Any) -> Any:
 
 
 def check_spec(wrapper: Any) -> None:
-    """Check that this wraps models.
+    """Check that a value is a wrapper.
 
     Raises:
-        ConfigError: If it does not.
+        ConfigError: If it is not.
     """
     if isinstance(wrapper, type) or not isinstance(wrapper, Spec):
         raise ConfigError(f"wrapper must be one such as vote.Wrapper(n_voters=3), 'auto' or None, got {wrapper!r}")
@@ -277,12 +277,12 @@ def innermost(model: nn.Module) -> nn.Module:
     return innermost(model.module) if isinstance(model, Wrapped) else model
 
 
-def source(model: nn.Module) -> str | None:
+def get_source(model: nn.Module) -> str | None:
     """Return the folder or hub name of a Hugging Face model, as its config has it; None where it has none."""
     return getattr(getattr(innermost(model), "config", None), "name_or_path", None) or None
 
 
-def base_name(model: nn.Module, name: str) -> str:
+def get_base_name(model: nn.Module, name: str) -> str:
     """Return the name that a module or parameter of a wrapped model has in the model that was wrapped."""
     kept: list[str] = []
     module: Any = model
@@ -297,14 +297,14 @@ def base_name(model: nn.Module, name: str) -> str:
 def _share(model: nn.Module, *, freeze: bool) -> nn.Module:
     """Build a new tree of modules over the same parameters and buffers: the original keeps its own leaves.
 
-    Frozen parameters are views that do not train, so that the original's still do. What an inner wrapper added goes on
-    training.
+    Frozen parameters are views that do not train, so that the original's still do. Parameters of an inner wrapper stay
+    trainable.
     """
     memo: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
     # Quantisation states belong to the packed weights, which both trees share.
     memo |= {id(state): state for state in list_quantization_states(model)}
     if freeze:
-        added = set(added_names(model))
+        added = set(list_added_names(model))
         for name, p in model.named_parameters():
             if name not in added and p.requires_grad:
                 memo[id(p)] = nn.Parameter(p.detach(), requires_grad=False)

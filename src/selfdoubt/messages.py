@@ -1,6 +1,6 @@
-"""Messages for the user, through the logger ``selfdoubt``.
+"""Shows messages to the user through the logger ``selfdoubt``.
 
-A program that has set up logging gets them its own way; without any set-up they are printed.
+They go to the handlers that the program has set up; without any they are printed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ class _Printer(logging.Handler):
 
 
 def show_message(text: str) -> None:
-    """Log a message that the user has asked for, at level INFO.
+    """Log a message that the user has asked for, e.g. with ``verbose=1``, at level INFO.
 
     It is printed where no handler takes it. A level that the program gave to the logger ``selfdoubt`` is respected;
     without one the logger's level becomes INFO.

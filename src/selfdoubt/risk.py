@@ -1,4 +1,4 @@
-"""The maths of doubt: pure functions of one tensor of logits, ``(members, *batch, classes)``.
+"""Entropies and their parts: pure functions of one tensor of logits, ``(members, *batch, classes)``.
 
 Probabilities are averaged, never logits. Entropies are in nats. All sums run in float32 (float64 stays float64) on the
 tensor's own device. Definitions: total = H(mean_m p_m), aleatoric = mean_m H(p_m), epistemic = total - aleatoric, the
@@ -31,7 +31,7 @@ class TokenScores(NamedTuple):
 
 
 def mix(logits: Float[Tensor, "members *batch classes"]) -> Float[Tensor, "*batch classes"]:
-    """Logits whose softmax is the mean of the members' probabilities; one member comes back unchanged.
+    """Return logits whose softmax is the mean of the members' probabilities; a single member's are returned unchanged.
 
     The free constant is set to the mean of the members' log-normalisers, so the result is on the members' own scale.
 
@@ -48,7 +48,7 @@ def mix(logits: Float[Tensor, "members *batch classes"]) -> Float[Tensor, "*batc
 
 
 def mixture(logits: Float[Tensor, "members *batch classes"]) -> Float[Tensor, "*batch classes"]:
-    """Mix as ``mix`` does, but never round the result: bfloat16 would move probabilities by several percent.
+    """Return ``mix`` in float32 or wider, without rounding: bfloat16 would move probabilities by several percent.
 
     Several members give the log-probabilities of their mean distribution, in float32 (float64 stays float64); one
     member comes back unchanged.
@@ -63,7 +63,7 @@ def mixture(logits: Float[Tensor, "members *batch classes"]) -> Float[Tensor, "*
 
 
 def total(logits: Float[Tensor, "members *batch classes"]) -> Float[Tensor, "*batch"]:
-    """Entropy of the mean distribution, in nats.
+    """Return the entropy of the mean distribution, in nats.
 
     Example:
         >>> round(total(torch.zeros(3, 1, 4)).item(), 4)
@@ -73,7 +73,7 @@ def total(logits: Float[Tensor, "members *batch classes"]) -> Float[Tensor, "*ba
 
 
 def aleatoric(logits: Float[Tensor, "members *batch classes"]) -> Float[Tensor, "*batch"]:
-    """Mean of the members' entropies, in nats: doubt that more members would not remove.
+    """Return the mean of the members' entropies, in nats: doubt that more members would not remove.
 
     Example:
         >>> round(aleatoric(torch.tensor([[[9.0, -9.0]], [[-9.0, 9.0]]])).item(), 4)
@@ -83,7 +83,7 @@ def aleatoric(logits: Float[Tensor, "members *batch classes"]) -> Float[Tensor, 
 
 
 def epistemic(logits: Float[Tensor, "members *batch classes"]) -> Float[Tensor, "*batch"]:
-    """Mutual information between the class and the member, in nats.
+    """Return the mutual information between the class and the member, in nats.
 
     Zero when all members agree, at most ``log(members)``: I = H(mean_m p_m) - mean_m H(p_m)  (Houlsby et al., 2011).
 
@@ -115,7 +115,7 @@ def token_scores(logits: Float[Tensor, "members *batch classes"], chosen: Int[Te
     return _scores(logits, chosen)[0]
 
 
-def scores_among(
+def score_among(
     logits: Float[Tensor, "members *batch classes"],
     chosen: Int[Tensor, "*batch"],
     others: Int[Tensor, "*batch k"],
@@ -141,7 +141,7 @@ def scores_among(
     chosen_logp = mean.gather(-1, chosen.unsqueeze(-1)).double().clamp_max(0)
     rest = mean.gather(-1, others).double().clamp_max(0)
     apart = (others != chosen.unsqueeze(-1)).all(-1, keepdim=True)
-    # Rounding of the normaliser may bring the whole a little above 1: what is named is scaled to fit.
+    # Rounding of the normaliser may bring the sum a little above 1: the probabilities are scaled to fit.
     whole = rest.exp().sum(-1, keepdim=True) + chosen_logp.exp() * apart
     excess = (whole.log() + 4e-15).clamp_min(0)  # the margin is for sums in another order
     return scores._replace(logprob=(chosen_logp - excess).squeeze(-1)), rest - excess
@@ -153,8 +153,8 @@ def percentile(value: float, reference: Sequence[float], *, linear: bool = False
     Args:
         value: A risk.
         reference: Ascending values or quantiles of the same risk.
-        linear: Read the reference as equally spaced quantiles, and interpolate between the neighbours of ``value``.
-            Otherwise values are counted, and ties count half.
+        linear: Take the reference as equally spaced quantiles, and interpolate between the neighbours of ``value``.
+            Otherwise count values, and ties half.
 
     Raises:
         ShapeError: If the reference is empty.

@@ -1,4 +1,4 @@
-"""Members are rows: how a batch grows, and what stands in a leaf's place.
+"""Members are rows: expands a batch by members, folds it back, and defines the module that replaces a leaf.
 
 ``rows = members * batch``, member-major: row ``m * batch + b``.
 """
@@ -47,14 +47,14 @@ class ForwardContext:
     scales: list[tuple[Tensor, Tensor]] = field(default_factory=list)  #: (a head's output, its predicted scale)
 
     def __reduce__(self) -> tuple[type[ForwardContext], tuple[()]]:
-        """Return a fresh one: what a call left behind is part of a graph, which cannot be copied."""
+        """Return a fresh context for copies: tensors of an earlier call are part of a graph, which cannot be copied."""
         return ForwardContext, ()
 
     def per_row(self, x: Any) -> Any:
-        """Return a leaf's input with an entry for every row: a single entry (position ids, say) is every row's.
+        """Return a leaf's input with one entry per row; a single entry (position ids, say) is repeated for every row.
 
         Raises:
-            ShapeError: If the lines cannot be rows.
+            ShapeError: If the number of entries is neither 1 nor that of the rows.
         """
         if not isinstance(x, Tensor) or not x.ndim or not self.rows:
             return x
@@ -69,9 +69,9 @@ class ForwardContext:
 
 
 class Replacement(nn.Module):
-    """A module in a leaf's place: the leaf itself, as ``leaf``, and beside it whatever a wrapper adds.
+    """A module in a leaf's place: it holds the leaf, as ``leaf``, and the parameters that a wrapper adds.
 
-    Attributes it does not have are the leaf's: models and libraries read ``layer.weight`` or ``layer.in_features``.
+    Other attributes are the leaf's, since models and libraries read ``layer.weight`` or ``layer.in_features``.
     """
 
     def __init__(self, leaf: nn.Module, call: ForwardContext) -> None:
@@ -87,7 +87,7 @@ class Replacement(nn.Module):
             return getattr(super().__getattr__("leaf"), name)
 
 
-def added_names(model: nn.Module) -> list[str]:
+def list_added_names(model: nn.Module) -> list[str]:
     """Return the names in ``model.state_dict()`` that wrapping added: under a replacement, and not under its leaf."""
     replaced = [name for name, module in model.named_modules() if isinstance(module, Replacement)]
 

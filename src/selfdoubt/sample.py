@@ -156,7 +156,7 @@ class Wrapper:
 
     def find(self, model: nn.Module) -> list[Leaf]:
         """Return the leaves to replace."""
-        leaves = targets.find(model, self.param_filter)
+        leaves = targets.find_leaves(model, self.param_filter)
         for leaf in leaves:
             kernels.check_rows(model, leaf)
             if isinstance(leaf.module, nn.MultiheadAttention):

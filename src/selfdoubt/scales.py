@@ -1,4 +1,4 @@
-"""Predicted scales, paired with the outputs they belong to by their place in the output, never by shape alone."""
+"""Pairs predicted scales with a model's outputs by their place in the output, never by shape alone."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from selfdoubt.errors import WrapError
-from selfdoubt.tree import tensors, tree_map
+from selfdoubt.tree import iter_tensors, tree_map
 
 
 def pair_scales(output: Any, scales: Sequence[tuple[Tensor, Tensor]]) -> Any:
@@ -26,7 +26,7 @@ def pair_scales(output: Any, scales: Sequence[tuple[Tensor, Tensor]]) -> Any:
     """
     by_tensor = {id(y): scale for y, scale in scales}
     placed = tree_map(lambda x: by_tensor.get(id(x)) if isinstance(x, Tensor) else None, output)
-    present = list(tensors(output))
+    present = list(iter_tensors(output))
     identical = {id(x) for x in present}
     changed = [scale for y, scale in scales if id(y) not in identical]
     if not changed:
@@ -36,7 +36,7 @@ def pair_scales(output: Any, scales: Sequence[tuple[Tensor, Tensor]]) -> Any:
         fitting = [scale for scale in changed if scale.shape == place.shape]
         if len(changed) == 1 and fitting:
             placed = tree_map(lambda x, old: fitting[0] if x is place else old, output, placed)
-    if not any(True for _ in tensors(placed)):
+    if not any(True for _ in iter_tensors(placed)):
         raise WrapError(_explain(output, scales))
     return placed
 
@@ -50,7 +50,7 @@ def _place_of_changed(output: Any, present: Sequence[Tensor]) -> Tensor | None:
 
 
 def _explain(output: Any, scales: Sequence[tuple[Tensor, Tensor]]) -> str:
-    given, present = [tuple(scale.shape) for _, scale in scales], [tuple(x.shape) for x in tensors(output)]
+    given, present = [tuple(scale.shape) for _, scale in scales], [tuple(x.shape) for x in iter_tensors(output)]
     if set(given) & set(present):
         return (
             f"the wrapped head gives {given}, and none of the outputs {present} is its own tensor, so it cannot be "

@@ -115,7 +115,7 @@ class Wrapper:
         param_filter: A regex over full parameter names; the layers that own them are heads, and their outputs must be
             outputs of the model. None: the output embedding of a language model, the last layer of any other.
         initial_scale: The scale everywhere before training, above 0.
-        shared_inputs: Not used with one member; kept so that all wrappers read alike.
+        shared_inputs: Unused, as there is one member; kept so that all wrappers have the same fields.
         compile: Compile the wrapped forward as one graph.
         verbose: 0 logs nothing, 1 a summary, 2 every matched parameter (``logging.getLogger("selfdoubt")``).
         seed: Seed of the branch's initial weights.
@@ -172,8 +172,8 @@ class Wrapper:
     def find(self, model: nn.Module) -> list[Leaf]:
         """Return the heads."""
         if self.param_filter is not None:
-            return targets.find(model, self.param_filter)
-        heads = [leaf for leaf in targets.find(model, targets.EVERYTHING) if _is_head(leaf)]
+            return targets.find_leaves(model, self.param_filter)
+        heads = [leaf for leaf in targets.find_leaves(model, targets.EVERYTHING) if _is_head(leaf)]
         outputs = {id(compat.get_output_head(m)) for m in model.modules() if compat.has_output_head(m)}
         chosen = [leaf for leaf in heads if id(leaf.module) in outputs] or heads[-1:]
         if not chosen:

@@ -1,4 +1,4 @@
-"""Settings of dataclasses, described once: the command line makes its flags of them."""
+"""``setting``: a dataclass field with a help text, from which the command line builds a flag."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ def setting(default: Any, text: str, *, flag: str | None = None, metavar: str | 
     """Return a dataclass field that is also a flag.
 
     Args:
-        default: Its value where none is given.
+        default: Default value.
         text: One sentence of help.
-        flag: The flag's names, e.g. "--candidates --samples"; None makes one of the field's name.
-        metavar: Stands for the value in the help; None names its type.
+        flag: Names of the flag, e.g. "--candidates --samples"; None derives one from the field's name.
+        metavar: Placeholder of the value in the help; None takes its type.
     """
     return field(default=default, metadata={"help": text, "flag": flag, "metavar": metavar})

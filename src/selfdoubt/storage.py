@@ -1,4 +1,4 @@
-"""Save what wrapping added, kilobytes to megabytes, and put it back onto the same base model.
+"""Saves the parameters that wrapping added, kilobytes to megabytes, and loads them onto the same base model.
 
 A folder holds ``added.safetensors`` and ``selfdoubt.json`` (the wrappers' settings, the base model and its fingerprint,
 versions, reference quantiles). ``selfdoubt.json`` is written last and by a rename: a folder that has it is whole, and
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from selfdoubt.compat import is_lora_weight
 from selfdoubt.errors import BaseMismatchError, ConfigError, LoadError, SelfdoubtError, TargetError, WrapError
-from selfdoubt.fields import FieldError, broken_file
+from selfdoubt.fields import FieldError, build_broken_file_error
 from selfdoubt.manifest import (
     LEARNT,
     MANIFEST,
@@ -34,18 +34,18 @@ from selfdoubt.manifest import (
     stamp,
     to_json,
     verify,
-    write,
+    write_file,
     write_manifest,
 )  # fmt: skip
-from selfdoubt.members import Spec, Wrapped, innermost, source
-from selfdoubt.rows import added_names
+from selfdoubt.members import Spec, Wrapped, get_source, innermost
+from selfdoubt.rows import list_added_names
 from selfdoubt.version import __version__
 
 __all__ = [
     "LEARNT",
     "MANIFEST",
     "WEIGHTS",
-    "fingerprint",
+    "compute_fingerprint",
     "from_json",
     "load",
     "read_manifest",
@@ -56,7 +56,7 @@ __all__ = [
     "stamp",
     "to_json",
     "verify",
-    "write",
+    "write_file",
     "write_manifest",
 ]  # fmt: skip
 
@@ -73,23 +73,23 @@ def save(
     extra: Mapping[str, Any] | None = None,
     elsewhere: Collection[str] = (),
 ) -> Path:
-    """Write what wrapping added or left training; the base model itself is not written.
+    """Write the parameters that wrapping added or that still train; the base model itself is not written.
 
     Args:
         wrapped: A wrapped model; with ``elsewhere``, or with ``LEARNT`` entries in ``extra``, also a plain one. Or a
             ``RiskAwareLM``, which saves all of itself.
-        folder: Made if missing; an adapter in it is replaced.
+        folder: Folder to write, made if missing; an adapter in it is replaced.
         base: Name or folder of the base model; taken from a Hugging Face config if None.
         revision: Revision of the base model.
         extra: More entries for ``selfdoubt.json``, e.g. ``{"reference": ...}``.
-        elsewhere: Names in ``wrapped.state_dict()`` that another file holds, and that are not the base's either.
+        elsewhere: Names in ``wrapped.state_dict()`` that another file stores, e.g. LoRA's.
 
     Returns:
         The folder.
 
     Raises:
         WrapError: If nothing was added to the model.
-        ConfigError: If an entry of ``extra`` is none that can be read back, or the model belongs to a ``RiskAwareLM``
+        ConfigError: If an entry of ``extra`` could not be read back, or the model belongs to a ``RiskAwareLM``
             whose reference answers or calibration would be dropped.
     """
     if isinstance(wrapped, SavesItself):
@@ -98,17 +98,17 @@ def save(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     state = wrapped.state_dict()
-    names = set(added_names(wrapped)) | {n for n, p in wrapped.named_parameters() if p.requires_grad}
+    names = set(list_added_names(wrapped)) | {n for n, p in wrapped.named_parameters() if p.requires_grad}
     tensors = {name: state[name].detach().cpu().contiguous() for name in sorted(names - set(elsewhere))}
     base_model = innermost(wrapped)
     manifest = plain_manifest({
         "format": MANIFEST_FORMAT,
         "wrappers": [to_json(spec) for spec in _specs(wrapped)],
         "base": {
-            "name": base or source(base_model),
+            "name": base or get_source(base_model),
             "revision": revision,
             "class": type(base_model).__name__,
-            "fingerprint": fingerprint(wrapped, elsewhere),
+            "fingerprint": compute_fingerprint(wrapped, elsewhere),
         },
         "versions": {"selfdoubt": __version__, "torch": str(torch.__version__)},
         **(extra or {}),
@@ -117,13 +117,13 @@ def save(
     (folder / MANIFEST).unlink(missing_ok=True)
     (folder / WEIGHTS).unlink(missing_ok=True)
     if tensors:
-        write(folder / WEIGHTS, serialize(tensors))
+        write_file(folder / WEIGHTS, serialize(tensors))
     write_manifest(folder, manifest)
     return folder
 
 
 def check_saved(wrapped: nn.Module, elsewhere: Collection[str] = (), extra: Mapping[str, Any] | None = None) -> None:
-    """Check that there is something to save, and that nothing that belongs to it is left out.
+    """Check that there are parameters to save, and that saving the model alone would not drop learnt entries.
 
     Raises:
         WrapError: If nothing was added to the model.
@@ -159,12 +159,12 @@ _OWNERS: WeakKeyDictionary[nn.Module, ref[SavesItself]] = WeakKeyDictionary()
 
 
 def register_owner(model: nn.Module, owner: SavesItself) -> None:
-    """Note that a model belongs to something that has more to save; both may go when nothing else holds them."""
+    """Register the object that saves a model as a whole; only weak references to both are kept."""
     _OWNERS[model] = ref(owner)
 
 
 def load(folder: str | os.PathLike[str], model: nn.Module) -> Wrapped:
-    """Wrap a base model as a folder says, with the weights in it.
+    """Wrap a base model with the settings and the weights of an adapter folder.
 
     Raises:
         LoadError: If the folder is missing, broken, of a newer format, or has LoRA that the model has not.
@@ -180,7 +180,7 @@ def load(folder: str | os.PathLike[str], model: nn.Module) -> Wrapped:
 
 
 def restore(folder: str | os.PathLike[str], model: nn.Module, manifest: Mapping[str, Any] | None = None) -> nn.Module:
-    """Wrap as ``load`` does; where only LoRA was trained, and the model has it by now, return the model itself.
+    """Wrap as ``load`` does; if the folder brings LoRA alone, and the model has it, return the model itself.
 
     Args:
         folder: An adapter folder.
@@ -212,7 +212,7 @@ def restore(folder: str | os.PathLike[str], model: nn.Module, manifest: Mapping[
 
 
 def rewrap(folder: Path, manifest: Mapping[str, Any], model: nn.Module) -> nn.Module:
-    """Put the model into fresh wrappers with the settings of a manifest.
+    """Wrap the model freshly with the settings of a manifest.
 
     Raises:
         LoadError: If a setting cannot be read.
@@ -227,7 +227,7 @@ def rewrap(folder: Path, manifest: Mapping[str, Any], model: nn.Module) -> nn.Mo
         except SelfdoubtError:
             raise
         except Exception as error:  # settings that this model cannot take fail wherever they are used
-            raise broken_file(folder / MANIFEST, error) from error
+            raise build_broken_file_error(folder / MANIFEST, error) from error
     return wrapped
 
 
@@ -265,7 +265,9 @@ def _check_sizes(folder: Path, entry: Mapping[str, Any], tensors: Mapping[str, T
     for name, measured in sizes.items():
         if measured != {entry[name]}:
             expected = " or ".join(map(str, sorted(measured))) or "that of its tensors"
-            raise broken_file(folder / MANIFEST, FieldError(name, f"{expected} as in {WEIGHTS}", str(entry[name])))
+            raise build_broken_file_error(
+                folder / MANIFEST, FieldError(name, f"{expected} as in {WEIGHTS}", str(entry[name]))
+            )
 
 
 def _sizes_of_vote(entry: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, set[int]]:
@@ -288,12 +290,12 @@ def _sizes_of_sculpt(entry: Mapping[str, Any], shapes: Mapping[str, tuple[int, .
     return {"n_layers": {max(1, len(layers) - 1) for layers in heads.values()}}  # one layer of low rank is two
 
 
-def fingerprint(wrapped: nn.Module, elsewhere: Collection[str] = ()) -> dict[str, list[float]]:
-    """Return mean size and length of up to eight frozen, unquantised parameters, by name: they differ between bases.
+def compute_fingerprint(wrapped: nn.Module, elsewhere: Collection[str] = ()) -> dict[str, list[float]]:
+    """Return mean absolute value and size of up to eight frozen, unquantised parameters by name, to recognise a base.
 
     Rounding to another float type changes a mean by far less than the tolerance in ``load``.
     """
-    added = {*added_names(wrapped), *elsewhere}
+    added = {*list_added_names(wrapped), *elsewhere}
     frozen = {
         name: p
         for name, p in wrapped.named_parameters()
@@ -310,7 +312,7 @@ def _size(p: Tensor) -> float:
 
 def _check_fits(folder: Path, wrapped: nn.Module, tensors: dict[str, Tensor], base: dict[str, Any]) -> None:
     state = wrapped.state_dict()
-    names = set(added_names(wrapped))
+    names = set(list_added_names(wrapped))
     missing, unknown = sorted(names - set(tensors)), sorted(set(tensors) - set(state))
     if missing or unknown:
         what = f"lacks {missing[0]}" if missing else f"has {unknown[0]}, which the model lacks"

@@ -1,4 +1,4 @@
-"""The leaves that a wrapper replaces: a regex over full parameter names picks them.
+"""Finds the leaves that a wrapper replaces, by a regex over full parameter names.
 
 A leaf is the smallest module that owns a matched parameter, usually an ``nn.Linear``. Three kinds of module are one
 leaf as a whole, since replacing a part of them would be ignored or wrong: adapter layers around a base layer (PEFT),
@@ -32,7 +32,7 @@ class Leaf:
     params: tuple[str, ...]
 
 
-def find(model: nn.Module, param_filter: str | None) -> list[Leaf]:
+def find_leaves(model: nn.Module, param_filter: str | None) -> list[Leaf]:
     """Find the leaves whose parameters match, in the model's own order.
 
     Args:
@@ -44,7 +44,7 @@ def find(model: nn.Module, param_filter: str | None) -> list[Leaf]:
         ConfigError: If the regex cannot be parsed.
         TargetError: If nothing matches; names the nearest parameters.
     """
-    pattern = default_filter(model) if param_filter is None else param_filter
+    pattern = choose_default_filter(model) if param_filter is None else param_filter
     try:
         regex = re.compile(pattern)
     except re.error as error:
@@ -66,8 +66,8 @@ def find(model: nn.Module, param_filter: str | None) -> list[Leaf]:
     return [Leaf(name, modules[name], tuple(params)) for name, params in matched.items()]
 
 
-def outermost(leaves: list[Leaf]) -> list[Leaf]:
-    """Join leaves inside other leaves with them, in the model's order: a leaf runs once per member, as a whole."""
+def join_nested_leaves(leaves: list[Leaf]) -> list[Leaf]:
+    """Merge leaves that lie inside other leaves into these, in the model's order."""
     joined: dict[str, Leaf] = {}
     for leaf in leaves:
         outer = next((name for name in joined if leaf.name.startswith(f"{name}.")), None)
@@ -79,15 +79,15 @@ def outermost(leaves: list[Leaf]) -> list[Leaf]:
     return list(joined.values())
 
 
-def default_filter(model: nn.Module) -> str:
-    """Return the filter that None stands for: attention's query and value in a decoder, everything elsewhere."""
+def choose_default_filter(model: nn.Module) -> str:
+    """Return the filter for None: query and value projections of a decoder, every parameter of any other model."""
     is_decoder = any(has_output_head(m) for m in model.modules())
     names = (name for name, _ in model.named_parameters())
     return DECODER_FILTER if is_decoder and any(re.search(DECODER_FILTER, n) for n in names) else EVERYTHING
 
 
-def replace(model: nn.Module, name: str, new: nn.Module) -> None:
-    """Put ``new`` where the module called ``name`` is."""
+def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
+    """Replace the submodule of this name by ``new``, in place."""
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, new)
 

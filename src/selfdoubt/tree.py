@@ -1,4 +1,4 @@
-"""Nested inputs and outputs: tensors in tuples, named tuples, lists, dicts and Hugging Face ``ModelOutput``."""
+"""Walks nested inputs and outputs: tensors in tuples, named tuples, lists, dicts and Hugging Face ``ModelOutput``."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from typing import Any
 from torch import Tensor
 
 
-def tensors(tree: Any) -> Iterator[Tensor]:
+def iter_tensors(tree: Any) -> Iterator[Tensor]:
     """Yield all tensors of a tree, in order."""
     if isinstance(tree, Tensor):
         yield tree
     elif isinstance(tree, Mapping):
         for value in tree.values():
-            yield from tensors(value)
+            yield from iter_tensors(value)
     elif isinstance(tree, (tuple, list)):
         for value in tree:
-            yield from tensors(value)
+            yield from iter_tensors(value)
 
 
 def tree_map(function: Callable[..., Any], tree: Any, *others: Any) -> Any:

@@ -117,7 +117,7 @@ class Wrapper:
 
     def find(self, model: nn.Module) -> list[Leaf]:
         """Return the leaves to replace."""
-        leaves = targets.outermost(targets.find(model, self.param_filter))
+        leaves = targets.join_nested_leaves(targets.find_leaves(model, self.param_filter))
         for leaf in leaves:
             kernels.check_rows(model, leaf)
             base = compat.get_base_layer(leaf.module)
@@ -142,12 +142,12 @@ class Wrapper:
         return self.n_voters
 
     def splits(self, *, training: bool) -> bool:
-        """Return whether each voter reads its own share of the batch, as in training."""
+        """Return whether a batch is split over the voters: True in training."""
         return training
 
 
 class EagerWrapper(Wrapper):
-    """``Wrapper`` under its other name."""
+    """``Wrapper`` under another name."""
 
 
 class VotingLeaf(Replacement):
@@ -200,7 +200,7 @@ def _initial(leaf: Leaf, spec: Wrapper, generator: torch.Generator) -> dict[str,
         size = spec.weight_noise * _weight_std(base, parameter)
         dtype = _float_dtype(base, parameter)
         if spec.rank is not None and name == "weight" and kernel in (kernels.linear, kernels.embedding):
-            fan_in, fan_out = kernels.fans(base)
+            fan_in, fan_out = kernels.count_features(base)
             # (A^T B)_ij sums `rank` products, and its standard deviation shall be `size`. The outputs of A have the
             # size of its inputs: a row of inputs for a linear layer, one entry for an embedding.
             looks_up = kernel is kernels.embedding
@@ -232,7 +232,7 @@ def _weight_std(base: nn.Module, parameter: Tensor) -> float:
     if compat.is_quantized(base):
         # Packed weights cannot be read without their library, but for x ~ N(0, 1) the mean of (W x)^2 is the
         # sum of squares of a row of W.
-        x = torch.randn((256, kernels.fans(base)[0]), generator=torch.Generator().manual_seed(0))
+        x = torch.randn((256, kernels.count_features(base)[0]), generator=torch.Generator().manual_seed(0))
         x = x.to(weight.device, _float_dtype(base, parameter))
         with torch.no_grad():
             y = base(x).float() - base(torch.zeros_like(x[:1])).float()

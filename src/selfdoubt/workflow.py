@@ -1,4 +1,4 @@
-"""Evaluate and calibrate a model: from questions to a judged, measured and reported run, and on to an adapter."""
+"""Evaluates and calibrates a model: asks and judges questions, writes the report, stores p_correct in an adapter."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class CalibrationResult:
-    """A calibration, what it is worth, and the adapter that holds it."""
+    """A calibration, its quality, and the adapter that stores it."""
 
     calibration: Calibration
     quality: CalibrationReport
@@ -78,7 +78,7 @@ class CalibrationResult:
 
     @property
     def sentences(self) -> tuple[str, ...]:
-        """The findings: a table of the heads, and the guarantee or why there is none."""
+        """The findings: a table of the heads, and the guarantee or the reason why there is none."""
         return (*self.quality.lines(), *self.warnings)
 
     def lines(self) -> list[str]:
@@ -112,19 +112,19 @@ def evaluate(
         lm: The model.
         data: A question file, the name of a set ("pocket", "truthfulqa", ...) or of one on the hub; or questions:
             ``Question``s, or pairs of a question and its accepted answer or answers.
-        out: The run's folder.
-        config: How to ask.
-        judge: Says which answers are right: a ``Judge``, or as ``--judge`` takes it, e.g. "exact" or "column:NAME";
-            "auto" takes choice for choices, rouge where wrong answers are known, else contains.
-        limit: Ask a random subset of this size.
-        seed: Of the subset, of the order of choices and of drawn answers; None takes that of ``config``.
-        columns: Columns of a file that hold question, answers, ..., where their names do not say it.
+        out: Folder of the run.
+        config: Settings of how questions are asked; None takes the defaults.
+        judge: A ``Judge``, or the name of one as ``--judge`` takes it, e.g. "exact" or "column:NAME"; "auto" takes
+            choice for choices, rouge where wrong answers are known, else contains.
+        limit: Size of a random subset to ask; None asks all.
+        seed: Seed of the subset, of the order of choices and of drawn answers; None takes that of ``config``.
+        columns: Columns of question, answers, ... in a file; None in a field finds them by usual names.
         task: For TruthfulQA gen, mc1 or mc2.
         split: A split on the hub; None takes the usual one.
-        separator: Separates several answers in one cell, e.g. ";".
+        separator: Separator of several answers in one cell, e.g. ";".
         states: Decoder layers whose hidden states are kept to calibrate with: auto, none, all, or e.g. "3,7".
-        draws: Bootstrap draws of each interval, at least 2.
-        run: Further settings to keep, e.g. the model's name; None takes those that the model knows.
+        draws: Number of bootstrap draws of each interval, at least 2.
+        run: Settings to store in ``run.json``, e.g. the model's name; None takes those that the model knows.
 
     Returns:
         The run; None in all processes but the first of several.
@@ -177,17 +177,17 @@ def calibrate(
     draws: int = 1000,
     **options: Unpack[FitOptions],
 ) -> CalibrationResult:
-    """Learn from judged answers how probable it is that an answer is right, and store that in the adapter.
+    """Fit the probability that an answer is right on judged answers, and store it in the adapter.
 
     With several runs, each is a topic of its own: "another domain" is then another set of questions.
 
     Args:
-        runs: Folders of runs, or what ``evaluate`` returned; all with the same model.
+        runs: Folders of runs, or ``Evaluation``s that ``evaluate`` returned; all with the same model.
         out: A new adapter folder; None puts the calibration into the adapter that answered.
         lm: The model that answered, or a function that loads it from a run's settings; only needed for a new adapter
             of a model that had none. None takes that of an ``Evaluation``, or loads it by the run's settings.
-        draws: Bootstrap draws of the renewed reports; 0 leaves reports, answers and ``run.json`` as they are.
-        **options: As for ``selfdoubt.calibration.fit.fit_calibration``: ``target_accuracy``, ``confidence``,
+        draws: Number of bootstrap draws of the renewed reports; 0 leaves reports, answers and ``run.json`` unchanged.
+        **options: Options of ``selfdoubt.calibration.fit.fit_calibration``: ``target_accuracy``, ``confidence``,
             ``candidates``, ``folds``, ``seed``, ...
 
     Raises:

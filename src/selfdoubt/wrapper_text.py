@@ -1,4 +1,4 @@
-"""A wrapper in one line, as flags take it: ``vote:n_voters=5,rank=8`` or ``sample:distribution=Normal(0.1)``."""
+"""Parses a wrapper written in one line, as flags take it: ``vote:n_voters=5``, ``sample:distribution=Normal(0.1)``."""
 
 from __future__ import annotations
 
@@ -10,18 +10,20 @@ from typing import Any
 from selfdoubt.errors import ConfigError
 
 METHODS = ("vote", "sample", "sculpt")
-#: The parameter of a distribution of noise that needs no name.
+#: The parameter of a noise distribution that may be written without its name.
 _FIRST = {"Bernoulli": "p", "Normal": "std"}
 _OPENING, _CLOSING = "([{", ")]}"
 
 
 def parse_wrapper_text(text: str, *others: str) -> str | dict[str, Any]:
-    """Return a wrapper's settings with its ``method``, as ``manifest.from_json`` takes them; or one of ``others``.
+    """Parse a wrapper into ``method`` and settings, as ``manifest.from_json`` takes them.
+
+    A word of ``others`` is returned as it is.
 
     Args:
         text: ``METHOD`` or ``METHOD:setting=value,...``. A value is JSON, a distribution with its parameters such as
-            ``Normal(0.1, trainable=true)``, or else a word. Commas inside brackets part nothing.
-        others: Words that stand for something else than a wrapper: "none", "auto".
+            ``Normal(0.1, trainable=true)``, or else a word. Commas inside brackets do not separate settings.
+        others: Words that are allowed in place of a wrapper: "none", "auto".
 
     Raises:
         ConfigError: If the method is unknown, or a setting has no value.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import doctest
 import importlib
+import importlib.util
 import re
 from pathlib import Path
 
@@ -240,6 +241,17 @@ def test_a_room_exposes_what_it_lists(package):
         assert getattr(module, name).__module__.startswith((f"selfdoubt.{package}.", "typing"))
     with pytest.raises(AttributeError, match="has no attribute 'nonsense'"):
         module.nonsense  # noqa: B018
+
+
+#: Rooms with a list of names; Ray's is tested where Ray runs.
+LISTS = {n.removesuffix(".__init__") for n in FILES if n.endswith(".__init__")} - {"cli", "serve.ray"}
+
+
+@pytest.mark.parametrize("package", sorted(LISTS))
+def test_every_name_that_a_room_lists_can_be_imported(package):
+    module = importlib.import_module(f"selfdoubt.{package}")
+    for name in module.__all__:
+        assert hasattr(module, name) or importlib.util.find_spec(f"selfdoubt.{package}.{name}"), name
 
 
 @pytest.mark.parametrize("name", FILES)

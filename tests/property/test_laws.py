@@ -14,7 +14,7 @@ import selfdoubt
 from selfdoubt import risk, sample, sculpt, vote
 from selfdoubt.forecast import Forecast
 from selfdoubt.rows import expand, unfold
-from selfdoubt.tree import tensors, tree_map
+from selfdoubt.tree import iter_tensors, tree_map
 from tests.strategies import logits, members, seeds, trees
 from tests.zoo import mlp
 
@@ -91,9 +91,9 @@ def test_the_percentiles_of_the_reference_itself_average_to_a_half(reference):
 def test_trees_round_trip(tree):
     assert same(tree_map(lambda x: x, tree), tree)
     doubled = tree_map(lambda x: 2 * x if isinstance(x, torch.Tensor) else x, tree)
-    assert all(torch.equal(d, 2 * t) for d, t in zip(tensors(doubled), tensors(tree), strict=True))
+    assert all(torch.equal(d, 2 * t) for d, t in zip(iter_tensors(doubled), iter_tensors(tree), strict=True))
     assert same(tree_map(lambda x, y: y, tree, doubled), doubled)
-    assert len(list(tensors(tree_map(lambda x, y: y, tree, None)))) == 0
+    assert len(list(iter_tensors(tree_map(lambda x, y: y, tree, None)))) == 0
 
 
 def same(a, b):

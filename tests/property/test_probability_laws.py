@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from selfdoubt import risk
 from selfdoubt.lm.prefill import score_ids
-from selfdoubt.lm.sampling import Sampling, choose
+from selfdoubt.lm.sampling import Sampling, choose_tokens
 from selfdoubt.lm.stepper import StepOutput
 from tests.strategies import seeds
 
@@ -38,7 +38,7 @@ def next_logits(draw):
 def test_a_token_and_its_alternatives_share_one_distribution(logits, temperature, alternatives, seed):
     mixed = risk.mixture(logits)
     uniform = torch.rand(2, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    chosen = choose(mixed, [Sampling(temperature=temperature)] * 2, uniform)
+    chosen = choose_tokens(mixed, [Sampling(temperature=temperature)] * 2, uniform)
     exact = logits.double().softmax(-1).mean(0)
     for given_mixed in (mixed[:, None], None):
         rows = score_ids(StepOutput(logits[:, :, None], None), chosen[:, None], alternatives, given_mixed)
@@ -86,5 +86,5 @@ def test_tokens_are_drawn_from_the_logits_and_not_from_their_rounding(seed):
     generator = torch.Generator().manual_seed(seed)
     logits = (5 * torch.randn(64, 50, generator=generator)).bfloat16()
     uniform = torch.rand(64, generator=generator, dtype=torch.float64)
-    found = choose(logits, [Sampling(temperature=1.0)] * 64, uniform)
-    assert torch.equal(found, choose(logits.double(), [Sampling(temperature=1.0)] * 64, uniform))
+    found = choose_tokens(logits, [Sampling(temperature=1.0)] * 64, uniform)
+    assert torch.equal(found, choose_tokens(logits.double(), [Sampling(temperature=1.0)] * 64, uniform))

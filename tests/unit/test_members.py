@@ -19,7 +19,7 @@ import selfdoubt
 from selfdoubt import messages, sample, sculpt, vote
 from selfdoubt.errors import ConfigError, ShapeError, WrapError
 from selfdoubt.forecast import Forecast
-from selfdoubt.members import base_name, check_spec, innermost
+from selfdoubt.members import check_spec, get_base_name, innermost
 from selfdoubt.rows import expand, unfold
 from tests.ladder.rungs import voter
 from tests.zoo import Pair, Structured, causal, cnn, encoder, mlp, prompts
@@ -115,13 +115,13 @@ def structured(x, **more):
 def test_names_in_a_wrapped_model_lead_back_to_the_base():
     base = causal("llama")
     wrapped = vote.Wrapper(n_voters=2, rank=2, param_filter=r"v_proj|lm_head\.leaf")(sculpt.Wrapper()(base))
-    names = {base_name(wrapped, n) for n in wrapped.state_dict() if ".deviations." not in n and ".branch." not in n}
+    names = {get_base_name(wrapped, n) for n in wrapped.state_dict() if ".deviations." not in n and ".branch." not in n}
     assert names == set(base.state_dict())
-    assert base_name(wrapped, "module.module.lm_head.leaf.leaf.weight") == "lm_head.weight"
+    assert get_base_name(wrapped, "module.module.lm_head.leaf.leaf.weight") == "lm_head.weight"
     assert innermost(wrapped) is wrapped.module.module
     inner = nn.ModuleDict({"module": nn.ModuleDict({"leaf": mlp()})})  # names of its own stay
     noisy = sample.Wrapper()(inner)
-    assert {base_name(noisy, n) for n, _ in noisy.named_parameters()} == {n for n, _ in inner.named_parameters()}
+    assert {get_base_name(noisy, n) for n, _ in noisy.named_parameters()} == {n for n, _ in inner.named_parameters()}
 
 
 def test_nested_inputs_and_outputs_keep_their_structure():

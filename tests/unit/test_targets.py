@@ -14,7 +14,7 @@ from tests.zoo import FAMILIES, causal, mlp
 
 
 def names(model, pattern=None):
-    return {leaf.name: leaf.params for leaf in targets.find(model, pattern)}
+    return {leaf.name: leaf.params for leaf in targets.find_leaves(model, pattern)}
 
 
 def test_leaves_come_in_the_models_order_with_their_matched_parameters():
@@ -25,7 +25,7 @@ def test_leaves_come_in_the_models_order_with_their_matched_parameters():
 
 def test_leaves_are_modules_of_the_model_itself():
     model = mlp()
-    (leaf,) = targets.find(model, "^2")
+    (leaf,) = targets.find_leaves(model, "^2")
     assert leaf.module is model[2]
 
 
@@ -54,9 +54,9 @@ def test_every_family_of_the_ladder_is_in_the_table_above():
 
 
 def test_a_model_that_is_no_decoder_gets_everything():
-    assert targets.default_filter(mlp()) == targets.EVERYTHING
+    assert targets.choose_default_filter(mlp()) == targets.EVERYTHING
     no_attention = nn.ModuleDict({"q_proj": nn.Linear(1, 1)})
-    assert targets.default_filter(no_attention) == targets.EVERYTHING
+    assert targets.choose_default_filter(no_attention) == targets.EVERYTHING
 
 
 def test_tied_parameters_keep_all_their_names():
@@ -83,7 +83,7 @@ def test_the_layer_inside_adapters():
 
 def test_replace_puts_a_module_into_its_place():
     model = nn.Sequential(mlp())
-    targets.replace(model, "0.2", nn.Identity())
+    targets.replace_module(model, "0.2", nn.Identity())
     assert isinstance(model[0][2], nn.Identity)
 
 
@@ -95,7 +95,7 @@ def one_line(error):
 
 def test_a_regex_that_hits_nothing_names_the_nearest_parameters():
     with pytest.raises(TargetError) as error:
-        targets.find(causal("llama"), "q_porj|w_proj")
+        targets.find_leaves(causal("llama"), "q_porj|w_proj")
     text = one_line(error)
     assert "'q_porj|w_proj'" in text
     assert "none of the 21 parameters" in text
@@ -106,26 +106,26 @@ def test_a_regex_that_hits_nothing_names_the_nearest_parameters():
 def test_the_filter_that_is_proposed_hits_something():
     for wanted in ("q_porj", "Embed", "fc1", "norn"):
         with pytest.raises(TargetError) as error:
-            targets.find(causal("llama"), wanted)
+            targets.find_leaves(causal("llama"), wanted)
         proposed = str(error.value).rpartition("param_filter=")[2].strip("'")
-        assert targets.find(causal("llama"), proposed)
+        assert targets.find_leaves(causal("llama"), proposed)
 
 
 def test_a_model_without_parameters_says_so():
     with pytest.raises(TargetError) as error:
-        targets.find(nn.ReLU(), None)
+        targets.find_leaves(nn.ReLU(), None)
     assert "has no parameters" in one_line(error)
 
 
 def test_a_broken_regex():
     with pytest.raises(ConfigError) as error:
-        targets.find(mlp(), "(")
+        targets.find_leaves(mlp(), "(")
     assert "got '('" in one_line(error)
 
 
 def test_a_parameter_of_the_model_itself_says_how_to_wrap_it():
     with pytest.raises(TargetError) as error:
-        targets.find(nn.Linear(2, 2), None)
+        targets.find_leaves(nn.Linear(2, 2), None)
     assert "nn.Sequential(model)" in one_line(error)
 
     class Scaled(nn.Module):
@@ -136,4 +136,4 @@ def test_a_parameter_of_the_model_itself_says_how_to_wrap_it():
 
     assert set(names(Scaled(), "body")) == {"body.0", "body.2"}
     with pytest.raises(TargetError, match=r"'scale', which belongs to the model itself"):
-        targets.find(Scaled(), ".")
+        targets.find_leaves(Scaled(), ".")

@@ -1,4 +1,4 @@
-"""From evaluated folders to an adapter that knows how probable its answers are."""
+"""Writes the calibration of evaluated folders into an adapter, whose answers then come with a ``p_correct``."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ SAME_MODEL = ("model", "adapter", "wrapper", "quantize")
 
 
 def read_conditions(runs: Sequence[Run], folders: Sequence[Path]) -> Conditions | None:
-    """Return how the answers of all runs were made; None where a run, of an earlier version, does not say."""
+    """Return the conditions under which all runs' answers were made; None if a run of an earlier version has none."""
     entries = [run.conditions for run in runs]
     if None in entries:
         return None
@@ -47,7 +47,7 @@ def read_conditions(runs: Sequence[Run], folders: Sequence[Path]) -> Conditions 
         raise DataError(f"run.json has conditions that cannot be read ({error}); evaluate again") from None
     joined = conditions[0]
     for folder, other in zip(folders[1:], conditions[1:], strict=True):
-        both = joined.joined(other)
+        both = joined.join(other)
         if both is None:
             raise ConfigError(
                 f"the answers of {folder} ({other.made}) were made otherwise than those of {folders[0]} "
@@ -96,7 +96,7 @@ def write_adapter(
     target: Path,
     load: Callable[[Run], RiskAwareLM],
 ) -> Path:
-    """Write a copy of the adapter that answered, or a new one of the model as it answered, and return its manifest."""
+    """Write the calibrated adapter, a copy of the one that answered or a new one; return the path of its manifest."""
     source = None if run.adapter is None else Path(run.adapter)
     with new_folder(target, {"kind": "calibrated"}, () if source is None else (source,)) as folder:
         if source is not None and (source / storage.MANIFEST).is_file():

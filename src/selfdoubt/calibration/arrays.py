@@ -1,4 +1,4 @@
-"""From records to arrays that heads learn from; which part they learn from, and which topics are left out in turn."""
+"""Turns judged records into the arrays that calibration heads learn from, and splits them by question and topic."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ TOPIC_GROUPS = 8
 
 
 def calibration_rows(records: Sequence[Record]) -> tuple[RowIndices, dict[str, int]]:
-    """Return places of the records that can be learnt from, and the numbers of the others by reason.
+    """Return indices of the records that can be learnt from, and the number of the others by reason.
 
     Raises:
-        DataError: If there are none.
+        DataError: If no record can be learnt from.
     """
     kept = []
     left_out: Counter[str] = Counter()
@@ -46,7 +46,7 @@ def calibration_rows(records: Sequence[Record]) -> tuple[RowIndices, dict[str, i
 
 
 def calibration_arrays(records: Sequence[Record], kept: RowIndices, states: Mapping[str, Any]) -> CalibrationAnswers:
-    """Return the records at these places, with the scores that all of them have and that vary.
+    """Return the records at these indices, with the scores that all of them have and that vary.
 
     Raises:
         ConfigError: If a state is not named "position.layer".
@@ -77,7 +77,7 @@ def calibration_arrays(records: Sequence[Record], kept: RowIndices, states: Mapp
 
 
 def number_questions(records: Sequence[Record]) -> Int[np.ndarray, " records"]:
-    """Number the questions, alike where the text is, but for case and spaces."""
+    """Return a number for each record's question: equal where the texts are, except for case and spaces."""
     texts = [" ".join(r.question.text.casefold().split()) for r in records]
     return np.unique(texts, return_inverse=True)[1]
 
@@ -107,10 +107,10 @@ def split_questions(
 
 
 def check_enough(answers: CalibrationAnswers, split: bool) -> None:
-    """Check that a head can be learnt at all.
+    """Check that there are enough right and wrong answers to learn a head from.
 
     Raises:
-        DataError: If there are too few answers, or none of one kind.
+        DataError: If there are too few answers, or no right or no wrong one.
     """
     wrong, right = answers.classes
     if len(answers) >= LEAST and min(wrong, right) >= LEAST_OF_CLASS:
@@ -126,10 +126,12 @@ def check_enough(answers: CalibrationAnswers, split: bool) -> None:
     )
 
 
-def topic_groups(topics: Sequence[str | None], answers: CalibrationAnswers) -> list[RowIndices]:
-    """Return rows of each topic, or of some topics together; none if fewer than two have enough answers of both kinds.
+def group_topics(topics: Sequence[str | None], answers: CalibrationAnswers) -> list[RowIndices]:
+    """Return the rows of each topic, or of several merged topics.
 
-    A topic is not there if too little is left to learn from without it, and without questions that it shares.
+    The list is empty if fewer than two topics have enough right and wrong answers.
+
+    A topic is left out if too few answers remain to learn from without it and without the questions that it shares.
     """
     names = np.array(["" if t is None else t for t in topics])
     sizes = Counter(n for n in names.tolist() if n)
@@ -140,7 +142,7 @@ def topic_groups(topics: Sequence[str | None], answers: CalibrationAnswers) -> l
     rows_of_groups = [np.flatnonzero(np.isin(names, group)) for group in groups]
     usable = [
         rows
-        for (rest, _), rows in zip(heads.rests(answers, rows_of_groups), rows_of_groups, strict=True)
+        for (rest, _), rows in zip(heads.leave_each_out(answers, rows_of_groups), rows_of_groups, strict=True)
         if min(rest.classes) >= LEAST_OF_CLASS
     ]
     both = answers.at(np.concatenate(usable)).classes if len(usable) > 1 else (0, 0)

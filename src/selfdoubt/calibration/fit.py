@@ -1,4 +1,4 @@
-"""Learns p_correct, and the threshold of a guaranteed accuracy, from judged answers; puts both into an adapter."""
+"""Fits p_correct, and the threshold of a guaranteed accuracy, on judged answers; stores both in an adapter."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from selfdoubt.calibration.arrays import (
     calibration_arrays,
     calibration_rows,
     check_enough,
+    group_topics,
     number_questions,
     split_questions,
-    topic_groups,
 )
 from selfdoubt.calibration.heads import (
     CalibrationAnswers,
     Fit,
     fit_logistic,
     fit_one_score,
-    held_out,
-    within_one_error,
+    is_within_one_error,
+    predict_held_out,
 )
 from selfdoubt.calibration.quality import CalibrationReport, CandidateReport, measure_quality
-from selfdoubt.calibration.threshold import AccuracyGuarantee, Grid, explain_no_threshold, find_threshold, grid_from
+from selfdoubt.calibration.threshold import AccuracyGuarantee, Grid, build_grid, explain_no_threshold, find_threshold
 from selfdoubt.errors import ConfigError
 from selfdoubt.eval.records import Record
 from selfdoubt.lm.calibration import Calibration
@@ -45,10 +45,10 @@ from selfdoubt.metrics import log_losses
 #: From the simplest head to the richest. "score": isotonic on one score; the others are logistic on the answer's
 #: surprisal and entropy, the question's too, members' scores too, and one hidden state too.
 CANDIDATES = ("score", "answer", "question", "members", "state")
-#: Scores that only members (or a sculpt) have.
+#: Signals that only members (or a sculpt) have.
 OF_MEMBERS = ("epistemic", "aleatoric", "disagreement", "spread", "scale")
-#: Those of them that a head reads. All together add noise: on the pocket (see experiments/LOG.md) what members say
-#: while they read the question adds to the other scores, what they say of the answer is there already.
+#: The scores of these signals that a head reads. All of them together add noise: on the pocket (see experiments/LOG.md)
+#: the members' disagreement over the question adds to the other scores, that over the answer does not.
 MEMBER_SCORES = ("question_mean_epistemic", "sum_scale")
 WITHOUT_QUESTION = ("sum_epistemic",)
 
@@ -91,13 +91,14 @@ def fit_calibration(
             the tested part all but one answer of the same question.
         states: Hidden states in the order of ``records``: ``"first.2" -> (records, width)``.
         target_accuracy: Least accuracy of the answers at or above the threshold, in (0, 1); None for no threshold.
-        confidence: Of keeping it, in (0, 1).
-        seed: Of splits and folds.
-        folds: At least 2.
-        candidates: Some of ``CANDIDATES``; all that the records allow if None.
+        confidence: Probability with which the target accuracy is kept, in (0, 1).
+        seed: Seed of splits and folds.
+        folds: Number of folds of the cross-validation, at least 2.
+        candidates: Names in ``CANDIDATES`` to choose from; None takes all that the records allow.
         threshold_share: Share of questions that tests the threshold, in (0, 1).
-        conditions: How the answers were made, and by which model (``Conditions.of_model``): others will have no number.
-            Answers cut at max tokens are found in the records. None stores no record of it, and each number says so.
+        conditions: Conditions under which the answers were made, and their model (``Conditions.of_model``): answers
+            made under others get no p_correct. Answers cut at max tokens are found in the records. None stores no
+            conditions, and each p_correct comes with a note that says so.
 
     Returns:
         The calibration to store, and a report for people. Where no threshold qualifies, ``threshold`` is
@@ -119,10 +120,10 @@ def fit_calibration(
     check_enough(arrays, target_accuracy is not None)
     options = _options(arrays, candidates)
 
-    folded = heads.folds(arrays, folds, seed)
-    inside = {name: held_out(arrays, folded, fit, seed) for name, fit in options.items()}
-    groups = topic_groups([records[i].question.topic for i in kept], arrays)
-    outside = {name: held_out(arrays, groups, fit, seed) for name, fit in options.items()} if groups else {}
+    folded = heads.split_folds(arrays, folds, seed)
+    inside = {name: predict_held_out(arrays, folded, fit, seed) for name, fit in options.items()}
+    groups = group_topics([records[i].question.topic for i in kept], arrays)
+    outside = {name: predict_held_out(arrays, groups, fit, seed) for name, fit in options.items()} if groups else {}
     chosen = _choose({name: log_losses(p, arrays.correct) for name, p in inside.items()})
     fitted = {name: fit(arrays, seed) for name, fit in options.items()}
 
@@ -195,10 +196,10 @@ def _to_optional(p: Float[np.ndarray, " records"]) -> tuple[float | None, ...]:
 
 
 def store_calibration(calibration: Calibration, adapter_folder: str | os.PathLike[str]) -> Path:
-    """Put a calibration into an adapter's ``selfdoubt.json``, in place of one that is there; the rest stays.
+    """Store a calibration in an adapter's ``selfdoubt.json``, in place of an earlier one; other entries stay.
 
     Returns:
-        The file.
+        Path of ``selfdoubt.json``.
 
     Raises:
         LoadError: If the folder is not an adapter, or its files are not those that were saved.
@@ -224,7 +225,7 @@ def _check_options(
 
 
 def _options(answers: CalibrationAnswers, chosen: Sequence[str] | None) -> dict[str, Fit]:
-    """Return a way to fit each candidate that these answers allow, from the simplest to the richest."""
+    """Return a fit function for each candidate that these answers allow, from the simplest to the richest."""
     scores = [Score.parse(name) for name in answers.names]
     members = [str(score) for score in scores if score.signal in OF_MEMBERS]
     plain = [str(score) for score in scores if score.signal not in OF_MEMBERS]
@@ -276,7 +277,7 @@ def _warnings(
     seen = ~np.isnan(outside[chosen])
     loss = {name: log_losses(p[seen], correct[seen]) for name, p in outside.items()}
     simpler = list(outside)[: list(outside).index(chosen)]
-    better = [name for name in simpler if not within_one_error(loss[chosen], loss[name])]
+    better = [name for name in simpler if not is_within_one_error(loss[chosen], loss[name])]
     if not better:
         return ()
     best = min(better, key=lambda name: loss[name].mean())
@@ -295,7 +296,7 @@ def _find_guarantee(
     elsewhere: Float[np.ndarray, " others"],
     share: float,
 ) -> tuple[AccuracyGuarantee | None, str | None]:
-    grid: Grid = grid_from(elsewhere, len(p), target, confidence)
+    grid: Grid = build_grid(elsewhere, len(p), target, confidence)
     promise = find_threshold(p, correct, target, confidence, grid=grid)
     return promise, None if promise else explain_no_threshold(p, correct, target, confidence, grid=grid, share=share)
 

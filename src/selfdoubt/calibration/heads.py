@@ -1,4 +1,4 @@
-"""Fits the small heads behind p_correct, and chooses what they read by cross-validation inside of what they may see.
+"""Fits the small heads behind p_correct, and chooses their inputs by nested cross-validation.
 
 Isotonic regression (Zadrozny and Elkan, 2002, "Transforming classifier scores into accurate multiclass probability
 estimates") on one score; logistic regression (Platt, 1999) on several and, with an L2 penalty of its own, on one hidden
@@ -55,9 +55,9 @@ Probabilities = Float[np.ndarray, " answers"]
 
 @dataclass(frozen=True, eq=False)
 class CalibrationAnswers:
-    """Judged answers as arrays: one row each."""
+    """Judged answers as arrays, one row per answer."""
 
-    names: tuple[str, ...]  #: of scores; each varies
+    names: tuple[str, ...]  #: names of the scores; each score varies
     scores: Float[np.ndarray, "answers scores"]
     states: Mapping[str, Float[np.ndarray, "answers width"]]  #: by "position.layer"
     correct: Bool[np.ndarray, " answers"]
@@ -67,12 +67,12 @@ class CalibrationAnswers:
         return len(self.correct)
 
     def at(self, rows: RowIndices | Bool[np.ndarray, " answers"]) -> CalibrationAnswers:
-        """Select some of them."""
+        """Return the answers of these rows."""
         states = {key: values[rows] for key, values in self.states.items()}
         return CalibrationAnswers(self.names, self.scores[rows], states, self.correct[rows], self.questions[rows])
 
     def columns(self, names: Sequence[str]) -> Float[np.ndarray, "answers some"]:
-        """Return scores by name."""
+        """Return the scores of these names, one column each."""
         return self.scores[:, [self.names.index(name) for name in names]]
 
     @cached_property
@@ -81,8 +81,8 @@ class CalibrationAnswers:
         return len(set(self.questions[~self.correct])), len(set(self.questions[self.correct]))
 
 
-def folds(answers: CalibrationAnswers, n: int, seed: int) -> list[RowIndices]:
-    """Return rows of up to ``n`` folds; equal questions lie in one, right and wrong answers are spread evenly over all.
+def split_folds(answers: CalibrationAnswers, n: int, seed: int) -> list[RowIndices]:
+    """Return the rows of up to ``n`` folds: equal questions in one, right and wrong answers spread evenly over all.
 
     Questions are dealt in turn: first those with wrong answers only, then the mixed, then those with right ones only.
     So with at least n questions of a class every fold has one, and with two every fold's rest has one.
@@ -97,22 +97,24 @@ def folds(answers: CalibrationAnswers, n: int, seed: int) -> list[RowIndices]:
     return [np.flatnonzero(fold[place] == i) for i in range(n)]
 
 
-def rests(answers: CalibrationAnswers, groups: Sequence[RowIndices]) -> Iterator[tuple[CalibrationAnswers, RowIndices]]:
-    """Yield for each group the answers to questions that are not in it, and its rows."""
+def leave_each_out(
+    answers: CalibrationAnswers, groups: Sequence[RowIndices]
+) -> Iterator[tuple[CalibrationAnswers, RowIndices]]:
+    """Yield per group the answers to questions outside of it, and the group's rows."""
     for rows in groups:
         yield answers.at(~np.isin(answers.questions, answers.questions[rows])), rows
 
 
-def held_out(answers: CalibrationAnswers, groups: Sequence[RowIndices], fit: Fit, seed: int) -> Probabilities:
-    """Return p_correct of each answer by a head that was fitted without its group; NaN where it is in none."""
+def predict_held_out(answers: CalibrationAnswers, groups: Sequence[RowIndices], fit: Fit, seed: int) -> Probabilities:
+    """Return p_correct of each answer by a head that was fitted without its group; NaN for an answer in no group."""
     p_correct = np.full(len(answers), np.nan)
-    for rest, rows in rests(answers, groups):
+    for rest, rows in leave_each_out(answers, groups):
         p_correct[rows] = predict(fit(rest, seed), answers.at(rows))
     return p_correct
 
 
 def predict(head: Calibration, answers: CalibrationAnswers) -> Probabilities:
-    """Return ``Calibration.p_correct`` of many answers at once; beyond what was seen, the number of its edge."""
+    """Return ``Calibration.p_correct`` of many answers at once; scores outside the seen range are clipped to it."""
     scores = answers.columns(head.features)
     if head.kind == "isotonic":
         x, y = np.array(head.knots).T
@@ -127,23 +129,23 @@ def predict(head: Calibration, answers: CalibrationAnswers) -> Probabilities:
 
 
 def fit_one_score(answers: CalibrationAnswers, seed: int, names: Sequence[str]) -> Calibration:
-    """Fit isotonic regression on the best of some scores by held-out log loss; with too few answers on the first."""
+    """Fit isotonic regression on the score with the least held-out log loss; with too few answers, on the first."""
     best, least = names[0], np.inf
     if len(names) > 1 and min(answers.classes) >= 2:
-        inner = folds(answers, INNER_FOLDS, seed)
+        inner = split_folds(answers, INNER_FOLDS, seed)
         for name in names:
-            p = held_out(answers, inner, lambda rest, _, name=name: isotonic(rest, name), seed)  # type: ignore[misc]
+            p = predict_held_out(answers, inner, lambda rest, _, name=name: fit_isotonic(rest, name), seed)  # type: ignore[misc]
             loss = log_losses(p, answers.correct).mean()
             if loss < least - 1e-12:
                 best, least = name, loss
-    return isotonic(answers, best)
+    return fit_isotonic(answers, best)
 
 
-def isotonic(answers: CalibrationAnswers, name: str) -> Calibration:
+def fit_isotonic(answers: CalibrationAnswers, name: str) -> Calibration:
     """Fit isotonic regression: p falls as the score grows.
 
-    One wrong answer is added at the surest end, and one right one at the other. So p is never 0 or 1,
-    on which one surprise would cost an infinite loss.
+    One wrong answer is added at the surest end, and one right answer at the other. So p is never 0 or 1, where a
+    single surprise would cost an infinite loss.
     """
     x = answers.columns([name])[:, 0]
     x, y = np.append(x, [x.min(), x.max()]), np.append(answers.correct, [False, True]).astype(float)
@@ -163,7 +165,7 @@ def fit_logistic(answers: CalibrationAnswers, seed: int, names: Sequence[str], k
     raw = answers.columns(names)
     scores = _Standard(_twice(raw))
     enough = min(answers.classes) >= 2
-    inner = folds(answers, INNER_FOLDS, seed) if enough else []
+    inner = split_folds(answers, INNER_FOLDS, seed) if enough else []
 
     def loss(design: Float[np.ndarray, "answers columns"], c: float) -> Probabilities:
         losses = np.empty(len(answers))
@@ -173,7 +175,7 @@ def fit_logistic(answers: CalibrationAnswers, seed: int, names: Sequence[str], k
             losses[rows] = log_losses(p, answers.correct[rows])
         return losses
 
-    def joined(state: _Standard, size: float) -> Float[np.ndarray, "answers columns"]:
+    def build_design(state: _Standard, size: float) -> Float[np.ndarray, "answers columns"]:
         return np.hstack([scores.values, state.values * (size / np.sqrt(state.width))])
 
     strength = min(SCORE_C, key=lambda c: loss(scores.values, c).mean()) if enough else SCORE_C[1]
@@ -182,13 +184,13 @@ def fit_logistic(answers: CalibrationAnswers, seed: int, names: Sequence[str], k
         key, size = keys[0], STATE_SIZES[0]
         if len(keys) > 1 and enough:
             small = {k: _Standard(answers.states[k], FIRST_COMPONENTS, seed) for k in keys}
-            key = _preferred({k: loss(joined(state, USUAL_SIZE), strength) for k, state in small.items()})
+            key = _preferred({k: loss(build_design(state, USUAL_SIZE), strength) for k, state in small.items()})
         state = _Standard(answers.states[key], COMPONENTS, seed)
         if enough:
-            tried = [loss(joined(state, s), strength) for s in STATE_SIZES]
+            tried = [loss(build_design(state, s), strength) for s in STATE_SIZES]
             best = min(tried, key=lambda t: t.mean())
-            size = next(s for s, t in zip(STATE_SIZES, tried, strict=True) if within_one_error(t, best))
-        design = joined(state, size)
+            size = next(s for s, t in zip(STATE_SIZES, tried, strict=True) if is_within_one_error(t, best))
+        design = build_design(state, size)
         blocks.append((state, size / np.sqrt(state.width)))
 
     learner = _learner(strength).fit(design, answers.correct)
@@ -215,7 +217,7 @@ def _preferred(loss: Mapping[str, Probabilities]) -> str:
     for position in PREFERRED:
         keys = [key for key in loss if StateKey.parse(key).position == position]
         first = min(keys, key=lambda key: loss[key].mean(), default=best)
-        if keys and within_one_error(loss[first], loss[best]):
+        if keys and is_within_one_error(loss[first], loss[best]):
             return first
     return best
 
@@ -225,7 +227,7 @@ def _learner(c: float) -> Any:
     return logistic(C=c, solver="newton-cholesky", tol=1e-4, max_iter=200)
 
 
-def within_one_error(loss: Probabilities, best: Probabilities) -> bool:
+def is_within_one_error(loss: Probabilities, best: Probabilities) -> bool:
     """Return whether the mean loss exceeds the best one by at most one standard error of the paired difference."""
     gap = loss - best
     return bool(gap.mean() <= gap.std(ddof=1) / np.sqrt(len(gap)) if len(gap) > 1 else gap.mean() <= 0)

@@ -1,4 +1,4 @@
-"""Quality of a calibration, in numbers that no head was fitted on."""
+"""Quality of a calibration, measured on answers that its head was not fitted on."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from selfdoubt.metrics import auroc, brier, ece, log_losses
 
 @dataclass(frozen=True)
 class Quality:
-    """Of probabilities, held against judgements."""
+    """Quality of predicted probabilities, compared with judgements."""
 
     answers: int
     log_loss: float  #: nats; probabilities count as at least 1e-7 away from 0 and 1
@@ -26,7 +26,7 @@ class Quality:
 
 @dataclass(frozen=True)
 class CandidateReport:
-    """One kind of head: what it reads when it is fitted on all, and how it does on answers that it has not seen."""
+    """One kind of head: its inputs when it is fitted on all answers, and its quality on held-out answers."""
 
     name: str
     features: tuple[str, ...]
@@ -40,14 +40,14 @@ class CalibrationReport:
     """Report of a calibration: how p_correct was learnt, and its quality."""
 
     answers: int  #: judged and usable
-    left_out: Mapping[str, int]  #: reasons
-    learnt_from: int  #: the rest tests the threshold
+    left_out: Mapping[str, int]  #: number of answers by reason
+    learnt_from: int  #: answers that the head was fitted on; the others test the threshold
     chosen: str
     candidates: tuple[CandidateReport, ...]  #: from the simplest to the richest
     topics: int  #: topics (or groups of them) left out in turn; 0 if there are too few
     warnings: tuple[str, ...]
-    promise: AccuracyGuarantee | None  #: of a threshold, where one was asked for and found
-    refusal: str | None  #: why none was found
+    promise: AccuracyGuarantee | None  #: guarantee of the threshold; None if none was asked for or found
+    refusal: str | None  #: the reason why no threshold was found
     #: p_correct of each record in its order, by a head that was fitted without it: out of fold for those the head
     #: learnt from, by the head itself for the others. None where a score is missing.
     out_of_fold: tuple[float | None, ...]
@@ -55,7 +55,7 @@ class CalibrationReport:
     out_of_topic: tuple[float | None, ...]
 
     def about(self) -> dict[str, Any]:
-        """Return the entry ``Calibration.about``: enough to know the quality of a stored head later."""
+        """Return the entry ``Calibration.about``: the quality of the stored head, for people who read the file."""
         best = self.best
         return {
             "candidate": self.chosen,
@@ -67,7 +67,7 @@ class CalibrationReport:
 
     @property
     def best(self) -> CandidateReport:
-        """The chosen candidate's."""
+        """The report of the chosen candidate."""
         return next(c for c in self.candidates if c.name == self.chosen)
 
     def to_json(self) -> dict[str, Any]:
@@ -77,7 +77,7 @@ class CalibrationReport:
         return entries
 
     def rows(self) -> tuple[list[str], list[list[str]]]:
-        """Return a table of the candidates: its head, and one row each; the chosen one is starred."""
+        """Return a table of the candidates: its header, and one row per candidate; the chosen one is starred."""
         head = ["head", "reads", "log loss", "Brier", "AUROC", "ECE"]
         if self.topics:
             head += [f"{name}, other topics" for name in ("log loss", "AUROC", "ECE")]
@@ -115,7 +115,7 @@ class CalibrationReport:
 
 
 def measure_quality(p: Float[np.ndarray, " n"], correct: Bool[np.ndarray, " n"]) -> Quality:
-    """Measure those probabilities that are there (not NaN); right and wrong answers must be among them."""
+    """Return the quality of those probabilities that are not NaN; right and wrong answers must be among them."""
     seen = ~np.isnan(p)
     p, correct = p[seen], correct[seen]
     return Quality(

@@ -8,7 +8,7 @@ sets").
 Why the guarantee holds. Let a(t) be the accuracy among all questions of the world whose answer has p_correct >= t.
 
 1. The thresholds, their order and the starting points are fixed before the calibration answers are looked at: they are
-   plain numbers, or come from other answers (``grid_from``). So is p_correct: its head was fitted on other answers.
+   plain numbers, or come from other answers (``build_grid``). So is p_correct: its head was fitted on other answers.
 2. Answers are independent draws from where later questions come from. Then, given how many of them, N, lie at or above
    t, the number R of right ones among these is binomial with N trials and a(t), whatever p_correct is worth. If
    a(t) < target, the tail P(Binomial(N, target) >= R) is at or below a level with at most that chance, for every N and
@@ -23,8 +23,8 @@ another kind of question, or if one question is counted several times, nothing i
 draw of the calibration answers: of all who calibrate so, at most a share of 1 - confidence ends below the target.
 
 A sequence best starts where enough answers are expected that a test can be passed at all. That must not be read off the
-calibration answers themselves: "where N is large enough" would tie N to R wherever p_correct ranks badly. ``grid_from``
-reads it off other answers; the default grid starts at fixed places.
+calibration answers themselves: "where N is large enough" would tie N to R wherever p_correct ranks badly.
+``build_grid`` reads it off other answers; the default grid starts at fixed places.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ from jaxtyping import Bool, Float, Int
 from selfdoubt.errors import ConfigError, DataError, require
 from selfdoubt.formatting import format_percent
 
-#: Steps of coverage at which ``grid_from`` puts thresholds.
+#: Steps of coverage at which ``build_grid`` puts thresholds.
 COVERAGE_STEPS = 50
-#: A sequence starts where twice as many answers are expected as would do if all of them were right.
+#: A sequence starts where twice as many answers are expected as would suffice if all of them were right.
 MARGIN = 2.0
 
 
@@ -55,9 +55,9 @@ class AccuracyGuarantee:
     target_accuracy: float
     confidence: float
     coverage: float  #: share of the calibration answers at or above the threshold, in [0, 1]
-    answers: int  #: how many calibration answers there were
-    answered: int  #: how many of them are at or above the threshold
-    right: int  #: how many of these are right
+    answers: int  #: number of calibration answers
+    answered: int  #: number of them at or above the threshold
+    right: int  #: number of right ones among these
     bound: float  #: exact lower bound of their accuracy at the level of this one test, >= target_accuracy
 
     def to_json(self) -> dict[str, Any]:
@@ -67,7 +67,7 @@ class AccuracyGuarantee:
 
 @dataclass(frozen=True)
 class Grid:
-    """Thresholds in [0, 1], the surest first, and at which places of the list a sequence of tests starts.
+    """Thresholds in [0, 1], the highest first, and the indices at which a sequence of tests starts.
 
     Raises:
         ConfigError: If there are none, they do not descend, or a start is outside the list.
@@ -84,8 +84,8 @@ class Grid:
             raise ConfigError(f"starts are places in a list of {len(t)} thresholds, 0 the first, got {self.starts}")
 
 
-def fixed_grid(target_accuracy: float) -> Grid:
-    """Return thresholds that look at no answers, from halfway between the target and 1 down to 0.
+def build_fixed_grid(target_accuracy: float) -> Grid:
+    """Return thresholds that depend on no answers, from halfway between the target and 1 down to 0.
 
     Half of the level starts there and half at p_correct = target: where p_correct is honest, the answers above that are
     right more often than the target, and there are the most of them.
@@ -97,27 +97,27 @@ def fixed_grid(target_accuracy: float) -> Grid:
     return Grid((*upper, *(t for t in lower if t > 1e-9), 0.0), (0, 5))
 
 
-def grid_from(
+def build_grid(
     elsewhere: Float[np.ndarray, " others"], answers: int, target_accuracy: float, confidence: float = 0.95
 ) -> Grid:
-    """Return thresholds at even steps of coverage among other answers than those that will be tested.
+    """Return thresholds at even steps of coverage, taken from other answers than those that will be tested.
 
     One sequence, which starts where ``MARGIN`` times as many answers are expected as would pass if all were right.
 
     Args:
         elsewhere: p_correct of answers that the tests will not see, out-of-fold where a head was fitted on them.
-        answers: How many answers the tests will see.
+        answers: Number of answers that will be tested.
         target_accuracy: Least accuracy of the answers at or above the threshold, in (0, 1).
-        confidence: In (0, 1).
+        confidence: Probability with which the target is kept, in (0, 1).
     """
     _check_p(elsewhere)
-    needed = min(MARGIN * least_answers(target_accuracy, confidence), answers)
+    needed = min(MARGIN * count_least_answers(target_accuracy, confidence), answers)
     coverages = [i / COVERAGE_STEPS for i in range(1, COVERAGE_STEPS + 1) if answers * i / COVERAGE_STEPS >= needed]
     quantiles = np.quantile(elsewhere, [1 - c for c in coverages[:-1]], method="inverted_cdf")
     return Grid((*sorted({float(t) for t in quantiles if t > 0}, reverse=True), 0.0))
 
 
-def least_answers(target_accuracy: float, confidence: float = 0.95) -> int:
+def count_least_answers(target_accuracy: float, confidence: float = 0.95) -> int:
     """Return the least number of answers that can prove the target, if all of them are right."""
     _check_share("the target accuracy", target_accuracy)
     _check_share("the confidence", confidence)
@@ -135,11 +135,11 @@ def find_threshold(
     """Return the threshold of largest coverage that keeps the target; None if none does: ``explain_no_threshold``.
 
     Args:
-        p_correct: In [0, 1], by a head that has not seen these answers.
-        correct: Which of them are right; one answer a question.
+        p_correct: Probabilities in [0, 1], by a head that has not seen these answers.
+        correct: Judgement of each; one answer per question.
         target_accuracy: Least accuracy of the answers at or above the threshold, in (0, 1).
-        confidence: Of keeping it, over the draw of these answers, in (0, 1).
-        grid: Fixed without these answers: ``fixed_grid(target_accuracy)`` if None.
+        confidence: Probability with which the target is kept, over the draw of these answers, in (0, 1).
+        grid: Thresholds to test, chosen without these answers; None takes ``build_fixed_grid(target_accuracy)``.
 
     Raises:
         ConfigError: If the target or the confidence is out of range.
@@ -152,9 +152,9 @@ def find_threshold(
         >>> promise.coverage, 0.4 < promise.threshold < 0.97
         (0.5, True)
     """
-    grid = grid or fixed_grid(target_accuracy)
-    answered, right = counts(p_correct, correct, grid)
-    levels = passed(answered[None], right[None], target_accuracy, confidence, grid.starts)[0]
+    grid = grid or build_fixed_grid(target_accuracy)
+    answered, right = count_at_thresholds(p_correct, correct, grid)
+    levels = find_passed_levels(answered[None], right[None], target_accuracy, confidence, grid.starts)[0]
     places = np.flatnonzero(levels)
     if not len(places):
         return None
@@ -172,7 +172,7 @@ def find_threshold(
     )
 
 
-def counts(
+def count_at_thresholds(
     p_correct: Float[np.ndarray, " answers"], correct: Bool[np.ndarray, " judged"], grid: Grid
 ) -> tuple[Int[np.ndarray, " thresholds"], Int[np.ndarray, " thresholds"]]:
     """Count the answers at or above each threshold, and the right ones among them."""
@@ -185,7 +185,7 @@ def counts(
     return len(p_correct) - below, wins[below]
 
 
-def passed(
+def find_passed_levels(
     answered: Int[np.ndarray, "sets thresholds"],
     right: Int[np.ndarray, "sets thresholds"],
     target_accuracy: float,
@@ -195,11 +195,11 @@ def passed(
     """Return the level at which each threshold passed its test, 0 where it did not: steps 2 and 3 of the proof above.
 
     Args:
-        answered: Answers at or above each threshold, the surest threshold first, for each calibration set.
-        right: How many of these are right.
+        answered: Number of answers at or above each threshold, the highest threshold first, per calibration set.
+        right: Number of right ones among these.
         target_accuracy: Least accuracy, in (0, 1).
-        confidence: In (0, 1).
-        starts: At which thresholds a sequence of tests starts.
+        confidence: Probability with which the target is kept, in (0, 1).
+        starts: Indices of the thresholds at which a sequence of tests starts.
     """
     _check_share("the target accuracy", target_accuracy)
     _check_share("the confidence", confidence)
@@ -223,17 +223,21 @@ def explain_no_threshold(
     grid: Grid | None = None,
     share: float = 1.0,
 ) -> str:
-    """Explain in words why no threshold qualifies: the best bound, and roughly how many more answers it would take.
+    """Return a sentence on why no threshold qualifies: the best bound, and about how many more answers are needed.
 
     Args:
-        p_correct: As for ``find_threshold``, as are the others.
-        share: Which share of further answers would be tested, in (0, 1]; the rest teaches the head.
+        p_correct: As for ``find_threshold``.
+        correct: As for ``find_threshold``.
+        target_accuracy: As for ``find_threshold``.
+        confidence: As for ``find_threshold``.
+        grid: As for ``find_threshold``.
+        share: Share of further answers that would be tested, in (0, 1]; the head learns from the others.
     """
-    grid = grid or fixed_grid(target_accuracy)
-    answered, right = counts(p_correct, correct, grid)
+    grid = grid or build_fixed_grid(target_accuracy)
+    answered, right = count_at_thresholds(p_correct, correct, grid)
     shares = format_percent(target_accuracy), format_percent(confidence)
     goal = f"no threshold keeps {shares[0]} of answers right with {shares[1]} confidence"
-    least = least_answers(target_accuracy, confidence)
+    least = count_least_answers(target_accuracy, confidence)
     total = len(p_correct)
     if total < least:
         least_more = math.ceil((least - total) / share)
@@ -262,7 +266,7 @@ def explain_no_threshold(
 
 
 def _estimate_needed(n: int, k: int, total: int, target: float, level: float, least: int) -> int | None:
-    """Estimate the number of answers that would do at this threshold if shares stay as they are; None for never."""
+    """Estimate the number of answers that suffice at this threshold if shares stay as they are; None for never."""
     if n < min(least, 20) or k / n <= target:
         return None
     sizes = np.unique(np.geomspace(least, 1e6, 200).astype(int))

@@ -1,4 +1,4 @@
-"""The command line. A command a file; heavy imports wait until a command runs, so that help is quick."""
+"""The command line, one file per command. Heavy imports wait until a command runs, so that help is quick."""
 
 from __future__ import annotations
 

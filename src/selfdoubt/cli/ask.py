@@ -55,12 +55,12 @@ def ask(
     """Ask questions; the answers stream, each token in the colour of its risk."""
     if candidates is not None and until_percentile is not None:
         raise ConfigError("--candidates and --until-percentile exclude each other: give one of them")
-    flags.whole_texts(*questions)
+    flags.check_whole_texts(*questions)
     lm = flags.load_lm(model, adapter, wrapper, dtype, quantize, risk, trust_remote_code)
     options: dict[str, Any] = {"max_tokens": max_tokens, "top_p": top_p, "seed": seed, "raw": raw}
     if temperature is not None:
         options["temperature"] = temperature
-    several = candidates is not None or until_percentile is not None  # several answers are for looking at
+    several = candidates is not None or until_percentile is not None
     abstained: ShowAbstained = "always" if several else "with notice" if show_withheld else "never"
     output = build_printer(as_json=as_json, abstained=abstained)
     if candidates is not None:

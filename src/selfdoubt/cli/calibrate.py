@@ -31,25 +31,25 @@ def calibrate(
             help="Also find the threshold above which answers are right at least this often.", show_default=False
         ),
     ] = None,
-    confidence: Annotated[float, typer.Option(help="Of keeping the target accuracy.")] = 0.95,
+    confidence: Annotated[float, typer.Option(help="Probability with which the target accuracy is kept.")] = 0.95,
     heads: Annotated[
         str | None,
         typer.Option(
-            help="Which to choose from: score, answer, question, members, state. [default: all that there is]",
+            help="Heads to choose from: score, answer, question, members, state. [default: all that the runs allow]",
             show_default=False,
         ),
     ] = None,
-    folds: Annotated[int, typer.Option(help="Parts of the cross-validation.")] = 5,
-    seed: Annotated[int, typer.Option(help="Of its parts, and of the answers that test the threshold.")] = 0,
-    draws: Annotated[int, typer.Option(help="Bootstrap draws of the report's intervals; 0 leaves it as it is.")] = 1000,
+    folds: Annotated[int, typer.Option(help="Folds of the cross-validation.")] = 5,
+    seed: Annotated[int, typer.Option(help="Seed of the folds, and of the answers that test the threshold.")] = 0,
+    draws: Annotated[int, typer.Option(help="Bootstrap draws of the reports' intervals; 0 keeps the reports.")] = 1000,
     trust_remote_code: flags.RemoteCode = False,
 ) -> int:
-    """Learn from judged answers how probable it is that an answer is right, and below which to abstain.
+    """Fit the probability that an answer is right on judged answers, and the threshold below which to abstain.
 
     Each run's report is written again, with the probabilities of heads that had not seen the answer.
     """
     require("sklearn", "qa")
-    flags.quiet()
+    flags.silence_output()
     from selfdoubt import workflow
 
     def load(run: Run) -> RiskAwareLM:

@@ -32,7 +32,7 @@ def chat(
     ] = defaults.MAX_TOKENS,
     no_open: Annotated[bool, typer.Option("--no-open", help="Do not open a browser.")] = False,
 ) -> int:
-    """Chat on a page of your own: every token in the colour of its risk. Nothing leaves this machine."""
+    """Chat on a local web page: every token in the colour of its risk. Nothing leaves this machine."""
     if max_tokens < 1:
         raise ConfigError(f"--max-tokens must be at least 1, got {max_tokens}")
     for module in ("fastapi", "uvicorn"):

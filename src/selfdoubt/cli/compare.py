@@ -18,7 +18,7 @@ def compare(
     a: Annotated[Path, typer.Argument(help="A folder that `selfdoubt evaluate` wrote.", show_default=False)],
     b: Annotated[Path, typer.Argument(help="Another, which was asked some of the same questions.", show_default=False)],
     draws: Annotated[int, typer.Option(help="Bootstrap draws of the confidence intervals.")] = 1000,
-    as_json: Annotated[bool, typer.Option("--json", help="Everything that was compared, as JSON.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print all comparisons as JSON.")] = False,
 ) -> int:
     """Put two runs side by side, on the questions that both were asked."""
     require("scipy", "qa")

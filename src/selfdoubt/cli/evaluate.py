@@ -25,7 +25,7 @@ else:
 @with_flags(EvaluationConfig, before="shots")
 def evaluate(
     data: flags.Data,
-    out: Annotated[Path, typer.Option(help="The folder to write; a run that was cut off in it goes on.")],
+    out: Annotated[Path, typer.Option(help="The folder to write; an interrupted run in it resumes.")],
     model: flags.ModelFlag = None,
     adapter: flags.Adapter = None,
     wrapper: flags.WrapperText = "auto",
@@ -65,7 +65,7 @@ def evaluate(
         "task": task, "seed": config.seed, "columns": build_config(Columns, settings), "separator": answer_separator,
         "split": split,
     }  # fmt: skip
-    flags.whole_texts(config.how.instruction)
+    flags.check_whole_texts(config.how.instruction)
     questions = question_sets.load_questions(data, limit=limit, **reading)
     check_run_folder(out)
     picked = flags.pick_judge(

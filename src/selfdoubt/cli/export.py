@@ -53,7 +53,7 @@ def export(
         raise ConfigError(
             "give --peft (adapters for PEFT and vLLM), --merge (a whole model) or --checkpoint (of a run), one of them"
         )
-    flags.quiet()
+    flags.silence_output()
     from selfdoubt.lm.adapters import export as exports
     from selfdoubt.lm.adapters.new_folder import check_upload, new_folder, upload
 

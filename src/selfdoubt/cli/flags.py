@@ -1,4 +1,4 @@
-"""Flags that several commands share, and what they mean."""
+"""Flags that several commands share, and functions that turn their values into a model or a judge."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ Dtype = Annotated[
 Quantize = Annotated[str | None, typer.Option(help="nf4 for 4-bit weights.")]
 RiskName = Annotated[str | None, typer.Option("--risk", help="Name of the answer score that is the risk.")]
 RemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")]
-AsJson = Annotated[bool, typer.Option("--json", help="One JSON object a token, then one for the answer.")]
+AsJson = Annotated[bool, typer.Option("--json", help="One JSON object per token, then one for the answer.")]
 
 Data = Annotated[
     str,
@@ -62,7 +62,7 @@ Split = Annotated[str | None, typer.Option(help="Split of a set on the hub.", sh
 JudgeFlag = Annotated[
     str | None,
     typer.Option(
-        help="Who says what is right: exact, f1:0.5, contains, rouge, bleu, choice, regex:PATTERN, column:NAME or llm. "
+        help="Judge of the answers: exact, f1:0.5, contains, rouge, bleu, choice, regex:PATTERN, column:NAME or llm. "
         "[default: choice for choices, rouge where wrong answers are known, else contains]",
         show_default=False,
     ),
@@ -110,8 +110,8 @@ def load_lm(
     risk: str | None,
     remote: bool,
 ) -> RiskAwareLM:
-    """Load the model that the flags name; one line on standard error says what its risk lacks."""
-    quiet()
+    """Load the model that the flags name, and print its note, if it has one, as one line on standard error."""
+    silence_output()
     from selfdoubt.errors import UntrainedWarning
     from selfdoubt.lm.model import RiskAwareLM
     from selfdoubt.lm.scores import DEFAULT_RISK
@@ -132,17 +132,17 @@ def load_lm(
     return lm
 
 
-def whole_texts(*texts: str | None) -> None:
+def check_whole_texts(*texts: str | None) -> None:
     """Refuse bytes of the command line that are not text in its encoding: no tokenizer takes them."""
-    from selfdoubt.data.cells import has_half
+    from selfdoubt.data.cells import has_lone_surrogate
 
     for text in texts:
-        if text is not None and has_half(text):
+        if text is not None and has_lone_surrogate(text):
             raise ConfigError(f"{ascii(text)[:80]} holds bytes that are not UTF-8 text; convert it, e.g. with iconv")
 
 
-def quiet() -> None:
-    """Only errors of the libraries reach the terminal, and no progress bars."""
+def silence_output() -> None:
+    """Let only errors of the libraries reach the terminal, and no progress bars."""
     from selfdoubt.compat import silence_libraries
 
     silence_libraries()

@@ -28,7 +28,7 @@ def with_flags(*configs: type, before: str | None = None, optional: bool = False
     Args:
         *configs: The dataclasses.
         before: The command's own parameter that their flags precede in its help; None puts them last.
-        optional: Each flag is None unless it is given, so that a config file's value stands where no flag does.
+        optional: Flags that are not given are None, so that a config file's values can take their place.
     """
 
     def decorate(command: Command) -> Command:
@@ -50,7 +50,7 @@ def make_flags(config: type, *, optional: bool = False) -> list[inspect.Paramete
 
 
 def build_config(config: type[T], values: Mapping[str, Any], **more: Any) -> T:
-    """Return a dataclass from the values of its flags; ``more`` sets fields without a flag."""
+    """Build a dataclass from the values of its flags; ``more`` sets fields without a flag."""
     kinds = get_type_hints(config)
     given = {}
     for field in fields(config):  # type: ignore[arg-type]

@@ -21,7 +21,7 @@ def build_printer(*, as_json: bool, abstained: ShowAbstained = "never") -> TextP
 
 
 class TextPrinter:
-    """Output for people."""
+    """A printer for people: text in colours."""
 
     def __init__(self, abstained: ShowAbstained) -> None:
         from selfdoubt.cli.terminal import Screen
@@ -78,7 +78,7 @@ class TextPrinter:
 
 
 class JsonPrinter:
-    """Output for programs: one object per line."""
+    """A printer for programs: one JSON object per line."""
 
     def __init__(self, abstained: ShowAbstained) -> None:
         self.abstained = abstained

@@ -39,14 +39,14 @@ def report(
     answers_name: Annotated[
         str | None,
         typer.Option(
-            help="How an answer names one of the choices, where it could mean two: text, index (from 0), label or "
+            help="Form in which an answer names a choice, where it could mean two: text, index (from 0), label or "
             "letter.",
             show_default=False,
         ),
     ] = None,
     draws: Annotated[int, typer.Option(help="Bootstrap draws of the confidence intervals.")] = 1000,
 ) -> int:
-    """Report on answers that exist, by another judge if you like; nothing is asked again."""
+    """Report on existing answers, by another judge if you like; nothing is asked again."""
     require("scipy", "qa")
     from selfdoubt import workflow
     from selfdoubt.data import question_sets

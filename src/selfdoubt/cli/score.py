@@ -26,7 +26,7 @@ def score(
     ] = None,
     question_column: Annotated[str, typer.Option(help="--out: the key of the question.")] = "question",
     answer_column: Annotated[str, typer.Option(help="--out: the key of the answer.")] = "answer",
-    batch_size: Annotated[int, typer.Option(help="--out: answers side by side.")] = 32,
+    batch_size: Annotated[int, typer.Option(help="--out: answers per batch.")] = 32,
     model: flags.ModelFlag = None,
     adapter: flags.Adapter = None,
     wrapper: flags.WrapperText = "auto",
@@ -36,7 +36,7 @@ def score(
     trust_remote_code: flags.RemoteCode = False,
     as_json: flags.AsJson = False,
 ) -> int:
-    """Colour text that exists by its risk; or score answers of any other system, one per line."""
+    """Colour existing text by its risk; or score answers of any other system, one per line."""
     if out is None and file.endswith(".jsonl"):
         raise ConfigError(f"{file} is a file of answers; say where the scored ones go, e.g. --out scored.jsonl")
     if out is not None:
@@ -54,7 +54,7 @@ def score(
             count = "1 answer has" if failed == 1 else f"{failed} answers have"
             print(f'selfdoubt: {count} no score; the reason is under "note"', file=sys.stderr)
         return 1 if failed else 0
-    flags.whole_texts(question)
+    flags.check_whole_texts(question)
     text = _read(file)
     lm = flags.load_lm(model, adapter, wrapper, dtype, quantize, risk, trust_remote_code)
     answer = lm.score(text, question)

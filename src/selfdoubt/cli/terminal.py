@@ -1,4 +1,4 @@
-"""Doubt on a terminal: each token in the colour of its risk, or with its number where there are no colours."""
+"""Answers on a terminal: each token in the colour of its risk, or followed by the number where there are no colours."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
-from selfdoubt.lm.risk_levels import BOUNDS, COLOURS, level
+from selfdoubt.lm.risk_levels import BOUNDS, COLOURS, find_risk_level
 
 if TYPE_CHECKING:
     from selfdoubt.lm.answer import Answer, Token
@@ -39,12 +39,12 @@ class Screen:
             self.console.print("Each token is followed by its risk {in nats}; 0 is sure.")
 
     def print_question(self, text: str, tokens: Iterable[Token]) -> None:
-        """Print the question, its own words coloured too: has the model met this subject before?"""
+        """Print the question, its tokens in the colour of their surprisal: has the model met this subject before?"""
         if self.coloured:
             row = Text("? ", style="bold")
             tokens = list(tokens)
             for token in tokens:
-                row.append(token.text, LEVEL_STYLES[level(token.nll / 4)])
+                row.append(token.text, LEVEL_STYLES[find_risk_level(token.nll / 4)])
             if "".join(t.text for t in tokens).strip() != text.strip():
                 row = Text("? ", style="bold").append(text)
             self.console.print(row)
@@ -54,7 +54,7 @@ class Screen:
     def print_token(self, token: Token) -> None:
         """Print one token, as soon as it is there."""
         if self.coloured:
-            self.console.print(Text(token.text, LEVEL_STYLES[level(token.risk)]), end="")
+            self.console.print(Text(token.text, LEVEL_STYLES[find_risk_level(token.risk)]), end="")
         else:
             self.console.print(Text(f"{token.text}{{{token.risk:.2f}}}"), end="")
 
@@ -93,7 +93,7 @@ class Screen:
                 text.append(answer.shown)
             else:
                 for token in answer.tokens:
-                    text.append(token.text, LEVEL_STYLES[level(token.risk)] if self.coloured else "")
+                    text.append(token.text, LEVEL_STYLES[find_risk_level(token.risk)] if self.coloured else "")
             right = [] if not calibrated else ["-" if answer.p_correct is None else f"{answer.p_correct:.0%}"]
             table.add_row(question, text, f"{answer.risk:.3f}", _percent(answer), *right)
         self.console.print()
@@ -114,7 +114,7 @@ def _percent(answer: Answer) -> str:
 
 
 def _chance(answer: Answer) -> str:
-    """Return how probable it is that an answer is right, or why that is not known; empty without a calibration."""
+    """Return the probability that an answer is right, or why it is not known; empty without a calibration."""
     note = "" if answer.p_correct_note is None else f" ({answer.p_correct_note})"
     if answer.p_correct is None:
         return f"right with probability: not known here{note}" if note else ""

@@ -27,7 +27,7 @@ def train(
     """Fine-tune a language model that knows its risk, and write its adapter folder."""
     chosen = load_config(config, {name: value for name, value in settings.items() if value is not None})
     require("lightning", "train")
-    flags.quiet()
+    flags.silence_output()
     from selfdoubt.train import fit
 
     fit(chosen)

@@ -1,4 +1,4 @@
-"""Cells of a row: a text, or several texts; in JSON, as Python writes a list, or in the objects of known sets."""
+"""Reads a cell of a row as one text or as several: plain, a JSON or Python list, or SQuAD's or TriviaQA's object."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from selfdoubt.errors import DataError
 _HALF = re.compile("[\ud800-\udfff]")
 
 
-def has_half(text: str) -> bool:
+def has_lone_surrogate(text: str) -> bool:
     """Return whether a text holds half of a character: a surrogate that stands alone."""
     return bool(_HALF.search(text))
 
 
-def whole_text(place: str, column: str, text: str) -> str:
+def check_whole_text(place: str, column: str, text: str) -> str:
     """Check that a text holds no half of a character (a lone surrogate), which no tokenizer takes.
 
     Raises:
-        DataError: If it does.
+        DataError: If it holds one.
     """
     half = _HALF.search(text)
     if half:
@@ -36,13 +36,13 @@ def whole_text(place: str, column: str, text: str) -> str:
     return text
 
 
-def trimmed(text: str) -> str:
+def trim_text(text: str) -> str:
     """Return a text without blank lines before it and white space behind it.
 
     Its first line keeps an indentation, as code needs it: a tab or at least two spaces. One space is a slip.
 
     Example:
-        >>> trimmed(" Who? "), trimmed("\\n    if x:\\n        y\\n")
+        >>> trim_text(" Who? "), trim_text("\\n    if x:\\n        y\\n")
         ('Who?', '    if x:\\n        y')
     """
     bare = text.strip()
@@ -50,8 +50,8 @@ def trimmed(text: str) -> str:
     return indent + bare if not indent.strip(" \t") and indent not in ("", " ") else bare
 
 
-def required_text(place: str, row: Row, column: str) -> str:
-    """Return a text that is not empty, without blank lines around it (``trimmed``).
+def read_required_text(place: str, row: Row, column: str) -> str:
+    """Return a cell's text, which must not be empty, without blank lines around it (``trim_text``).
 
     Raises:
         DataError: If it is missing, empty or not text.
@@ -61,35 +61,36 @@ def required_text(place: str, row: Row, column: str) -> str:
         raise DataError(f"{place}: {column} must be text, found {type(cell).__name__}; fix or remove the row")
     if not cell.strip():
         raise DataError(f"{place}: {column} is empty; fix or remove the row")
-    return whole_text(place, column, trimmed(cell))
+    return check_whole_text(place, column, trim_text(cell))
 
 
-def optional_text(place: str, row: Row, column: str | None) -> str | None:
-    """Return a text or a number as text; None where there is none.
+def read_optional_text(place: str, row: Row, column: str | None) -> str | None:
+    """Return a cell's text, or its number as text; None for an empty cell.
 
     Raises:
-        DataError: If it is something else.
+        DataError: If the cell holds something else.
     """
     cell = None if column is None else row.get(column)
-    text = None if cell is None or cell == "" else plain(place, str(column), cell)
-    return trimmed(cell) if isinstance(cell, str) and text else text
+    text = None if cell is None or cell == "" else read_plain_text(place, str(column), cell)
+    return trim_text(cell) if isinstance(cell, str) and text else text
 
 
-def texts(place: str, column: str, cell: Any, separator: str | None = None) -> tuple[str, ...]:
-    """Return all texts of a cell, each once: of a list, of text that is a list in JSON or as Python writes it, or of
-    SQuAD's or TriviaQA's object.
+def read_texts(place: str, column: str, cell: Any, separator: str | None = None) -> tuple[str, ...]:
+    """Return all texts of a cell, each once.
+
+    The cell is a list, a text that is a list in JSON or Python, SQuAD's or TriviaQA's object, or a single text.
 
     Args:
-        place: Where the cell is, in words.
-        column: Its column.
-        cell: What it holds.
-        separator: Separates several texts in one; empty parts are left out.
+        place: File and row of the cell, for messages.
+        column: Name of its column.
+        cell: Its content.
+        separator: Separator of several texts in one cell, e.g. ";"; empty parts are left out.
 
     Raises:
-        DataError: If it is empty, or not text. An explicit empty list is none: then only declining is right.
+        DataError: If it is empty, or not text. An explicit empty list gives no text: then only declining is right.
     """
     if isinstance(cell, str):
-        cell = listed(place, column, cell, separator)
+        cell = parse_list(place, column, cell, separator)
     if isinstance(cell, Mapping):
         keys = {str(k).lower(): k for k in cell}
         if "text" in keys:
@@ -97,7 +98,7 @@ def texts(place: str, column: str, cell: Any, separator: str | None = None) -> t
         elif "value" in keys:
             cell = [cell[keys["value"]], *(cell[keys["aliases"]] if "aliases" in keys else ())]
         else:
-            raise DataError(f"{place}: {column} is an object with {names(cell)}; wanted text or a list of texts")
+            raise DataError(f"{place}: {column} is an object with {format_keys(cell)}; wanted text or a list of texts")
     if isinstance(cell, Sequence) and not isinstance(cell, str):
         entries = [part["text"] if isinstance(part, Mapping) and "text" in part else part for part in cell]
     else:
@@ -107,16 +108,16 @@ def texts(place: str, column: str, cell: Any, separator: str | None = None) -> t
 
 def _ways(place: str, column: str, part: Any) -> tuple[str, ...]:
     """Return a text; a whole number that pandas made a float (4.0) is 4, too."""
-    text = plain(place, column, part)
+    text = read_plain_text(place, column, part)
     whole = isinstance(part, float) and part.is_integer() and text.endswith(".0")
     return (text.removesuffix(".0"), text) if whole else (text,)
 
 
-def listed(place: str, column: str, cell: str, separator: str | None) -> Any:
-    """Return a cell's list or object, where its text is one; else its parts, where a separator says so.
+def parse_list(place: str, column: str, cell: str, separator: str | None) -> Any:
+    """Parse a cell's text as a list or an object; else split it at the separator, if there is one.
 
     Raises:
-        DataError: If it looks like a list of Python or numpy but is none.
+        DataError: If it looks like a list of Python or numpy but cannot be parsed.
     """
     bare = cell.strip()
     if (bare[:1], bare[-1:]) in (("[", "]"), ("{", "}"), ("(", ")")):
@@ -145,14 +146,14 @@ _LOOKS = re.compile(r"""\[\s*['"]|\{\s*['"](text|value|aliases|answer_start)['"]
 
 
 def _python(text: str) -> Any:
-    """Parse a list as Python prints it. What numpy prints lacks commas, and Python would join its texts into one."""
+    """Parse a list as Python prints it. Numpy prints no commas, so Python would join all its texts into one."""
     kinds = [token.type for token in tokenize.generate_tokens(io.StringIO(text).readline)]
     if (tokenize.STRING, tokenize.STRING) in pairwise(kinds):
         raise ValueError("no commas")
     return ast.literal_eval(text)
 
 
-def plain(place: str, column: str, cell: Any) -> str:
+def read_plain_text(place: str, column: str, cell: Any) -> str:
     """Return a text or a finite number as text, stripped.
 
     Raises:
@@ -164,9 +165,9 @@ def plain(place: str, column: str, cell: Any) -> str:
     if not str(cell).strip():
         hint = " (write [] where only declining is right)" if column.lower().startswith("answer") else ""
         raise DataError(f"{place}: {column} is empty{hint}; fix or remove the row")
-    return whole_text(place, column, str(cell).strip())
+    return check_whole_text(place, column, str(cell).strip())
 
 
-def names(row: Mapping[Any, Any]) -> str:
-    """Return the keys of a row, for people."""
+def format_keys(row: Mapping[Any, Any]) -> str:
+    """Return the keys of a row as text, for messages."""
     return ", ".join(map(repr, row)) or "none"

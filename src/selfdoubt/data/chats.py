@@ -1,4 +1,4 @@
-"""Instruction data from a file or the hub, as chats: which columns there are, and where a record is broken.
+"""Reads instruction data from a file or the hub as chats; an error names the place of a broken record.
 
 Three layouts are known by their columns: instruction (``instruction``, ``output``, and ``input`` that may be empty),
 question and answer (as ``selfdoubt evaluate`` reads them; of several right answers the first is learnt), and chats
@@ -14,7 +14,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from selfdoubt.data.cells import required_text, whole_text
+from selfdoubt.data.cells import check_whole_text, read_required_text
 from selfdoubt.data.questions import (
     AS_USUAL,
     Columns,
@@ -48,12 +48,12 @@ def read_chats(source: str, *, limit: int | None = None, columns: Columns = AS_U
     """Yield the chats of a file (JSON, JSONL, CSV, TSV or Parquet) or of a data set on the hub, one by one.
 
     Args:
-        source: A file, or a name on the hub.
-        limit: At most this many.
-        columns: Which columns hold question and answer, where their names do not say it.
+        source: Path of a file, or name of a data set on the hub.
+        limit: Largest number of chats; None reads all.
+        columns: Columns of question and answer; None in a field finds them by usual names.
 
     Raises:
-        DataError: If it cannot be read, lacks the columns of every layout, or a record is broken; the message names the
+        DataError: If the source cannot be read, its columns fit no layout, or a record is broken; the message names the
             place.
     """
     return islice(_chats(source, columns), limit)
@@ -93,7 +93,7 @@ def _rows(source: str) -> Iterator[Placed]:
 
 
 def _layout(row: Row) -> str:
-    """Return which layout the columns of the first record are, without regard to case."""
+    """Return the name of the layout that the first record's columns have, without regard to case."""
     columns = {lower_name(name) for name in row}
     fits = (layout for layout, needed in LAYOUTS.items() if columns.issuperset(needed))
     return next(fits, "question and answer")
@@ -117,7 +117,7 @@ def _asked(columns: Columns, place: str, row: Row) -> ChatMessages:
     name = columns.answers or "answer"
     if not columns.choices and isinstance(row.get(name), str) and not row[name].strip():
         answers: tuple[str, ...] = ("",)
-        question = required_text(place, row, columns.question or "question")
+        question = read_required_text(place, row, columns.question or "question")
     else:
         parsed = parse_question(place, collect_choices(row), columns)
         question, answers = parsed.text, parsed.answers
@@ -146,7 +146,7 @@ def _instruction(first: str, last: str, more: str, place: str, row: Row) -> Chat
     for column, text in ((first, row.get(first)), (last, row.get(last)), (more, row.get(more) or "")):
         if not isinstance(text, str):
             raise DataError(f"{place}: {column} must be text, found {type(text).__name__}; fix or remove the record")
-        texts.append(whole_text(place, column, text))
+        texts.append(check_whole_text(place, column, text))
     if not texts[0].strip():
         raise DataError(f"{place}: {first} is empty; fix or remove the record")
     chat = [{"role": "user", "content": texts[0]}]
@@ -169,7 +169,7 @@ def _messages(column: str, place: str, row: Row) -> ChatMessages:
         role, content = (message.get(k) if isinstance(message, Mapping) else None for k in ("role", "content"))
         if not isinstance(role, str) or not isinstance(content, str):
             raise DataError(f"{place}: each message needs a role and a content, both text; fix the record")
-        chat.append({"role": role, "content": whole_text(place, column, content)})
+        chat.append({"role": role, "content": check_whole_text(place, column, content)})
     if not any(m["role"] == "assistant" for m in chat):
         raise DataError(f"{place}: no message is the assistant's, so there is nothing to learn; fix the record")
     return chat

@@ -1,4 +1,4 @@
-"""Ids and orders that follow from a text and a seed alone: the same on every machine, for every part of a file."""
+"""Ids and random orders of questions that depend on text and seed alone: the same on every machine and any subset."""
 
 from __future__ import annotations
 
@@ -12,31 +12,31 @@ from selfdoubt.errors import DataError
 Draft = tuple[Question, Row]
 
 
-def text_id(text: str, context: str | None = None) -> str:
-    """Return a short name of a question: 12 hexadecimal digits.
+def make_text_id(text: str, context: str | None = None) -> str:
+    """Return an id made of a question's text (and context): 12 hexadecimal digits of its hash.
 
     Example:
-        >>> text_id("What is the capital of France?")
+        >>> make_text_id("What is the capital of France?")
         '6479a5612731'
     """
     return _digest(text, context or "")[:12]
 
 
-def rank_key(seed: int, *keys: str) -> str:
-    """Return a key to sort by, for a random order that depends on the seed and on nothing around."""
+def make_rank_key(seed: int, *keys: str) -> str:
+    """Return a key to sort by, for a random order in which each item's key depends on itself and the seed alone."""
     return _digest(str(seed), *keys)
 
 
 def choose_subset(drafts: list[Draft], limit: int | None, seed: int) -> list[Draft]:
-    """Choose a random ``limit`` of them, in their order; a greater limit keeps those of a smaller one."""
+    """Choose ``limit`` questions at random, in their order; a greater limit keeps those of a smaller one."""
     if limit is None or limit >= len(drafts):
         return drafts
-    kept = sorted(range(len(drafts)), key=lambda i: rank_key(seed, drafts[i][0].id))[:limit]
+    kept = sorted(range(len(drafts)), key=lambda i: make_rank_key(seed, drafts[i][0].id))[:limit]
     return [drafts[i] for i in sorted(kept)]
 
 
 def assign_ids(source: str, drafts: list[Draft]) -> list[Draft]:
-    """Give each question an id: its own, or one made of its text. A repeated question gets "-2", "-3" behind it.
+    """Give each question an id: its own, or one made of its text. Ids of repeated questions end in "-2", "-3", ...
 
     Raises:
         DataError: If two different questions have the same id.
@@ -44,7 +44,7 @@ def assign_ids(source: str, drafts: list[Draft]) -> list[Draft]:
     seen: dict[str, str] = {}
     named = []
     for question, row in drafts:
-        id_ = question.id or text_id(question.text, question.context)
+        id_ = question.id or make_text_id(question.text, question.context)
         if id_ in seen and question.id and seen[id_] != question.text:
             raise DataError(
                 f"{source}: the id {id_!r} comes twice, for {seen[id_][:60]!r} and {question.text[:60]!r}; "

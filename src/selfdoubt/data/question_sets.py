@@ -1,4 +1,4 @@
-"""Question sets by name or by file, as ``Question``s: TruthfulQA, Natural Questions, SQuAD 2, your own, ..."""
+"""Loads question sets by name or from a file as ``Question``s: TruthfulQA, Natural Questions, SQuAD 2, your own, ..."""
 
 from __future__ import annotations
 
@@ -78,9 +78,9 @@ def load_questions(
         source: A name (``KNOWN``, or "pocket"), a file, a folder with TruthfulQA's files, or a name on the hub.
         task: For TruthfulQA gen, mc1 or mc2.
         limit: Take this many at random by ``seed``, at least 1; they keep their order, and more hold those of fewer.
-        seed: Of the limit, and of the order of TruthfulQA's choices, which hangs on question and seed alone.
-        columns: Which columns hold what, where their names do not say it.
-        separator: Separates several answers in one cell, e.g. ";"; without it a cell is one answer, or a JSON list.
+        seed: Seed of the limit, and of the order of TruthfulQA's choices, which depends on question and seed alone.
+        columns: Names of the columns; None in a field finds the column by usual names.
+        separator: Separator of several answers in one cell, e.g. ";"; without it a cell is one answer, or a JSON list.
         config: A configuration on the hub.
         split: A split on the hub; None takes the usual one.
         revision: A branch, tag or commit on the hub.
@@ -109,7 +109,7 @@ def read_column(source: str | os.PathLike[str], name: str, **options: Unpack[Rea
         **options: As in ``load_questions``, but for the limit.
 
     Raises:
-        DataError: As ``load_questions``, and if it lacks the column.
+        DataError: As ``load_questions``, and if the set lacks the column.
     """
     drafts = _read(os.fspath(source), **options)
     if not any(name in row for _, row in drafts):
@@ -132,17 +132,17 @@ def _read(
     if source == POCKET:
         path = Path(str(files("selfdoubt") / "pocket" / "evaluation.jsonl"))
     if source in (TRUTHFULQA, truthfulqa.HUB):
-        return assign_ids(source, truthfulqa.from_the_hub(task, seed, split, revision))
+        return assign_ids(source, truthfulqa.read_from_hub(task, seed, split, revision))
     if source not in KNOWN and path.is_dir():
         if not any((path / name).is_file() for name in (truthfulqa.CSV, truthfulqa.JSON)):
             raise DataError(f"{source} is a folder without {truthfulqa.CSV} or {truthfulqa.JSON}; give one file")
-        return assign_ids(source, truthfulqa.from_path(path, task, seed))
+        return assign_ids(source, truthfulqa.read_files(path, task, seed))
     rows = _rows(source, path, config, split, revision)
     if source in KNOWN and columns == AS_USUAL:
         columns = KNOWN[source].columns
     first = rows[0][1]
     if path.is_file() and columns == AS_USUAL and (truthfulqa.is_generation(first) or truthfulqa.is_choice(first)):
-        return assign_ids(source, truthfulqa.from_path(path, task, seed))
+        return assign_ids(source, truthfulqa.read_files(path, task, seed))
     if task is not None:
         raise ConfigError(f"only TruthfulQA has tasks, and {source} is something else; leave the task {task!r} out")
     if columns == AS_USUAL and is_record(first):

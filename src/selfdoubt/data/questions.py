@@ -1,4 +1,4 @@
-"""Columns of a row and what they mean: a question, its accepted answers, its choices, its topic."""
+"""Finds the columns of a data file by name, and reads a row as a ``Question`` with answers, choices and topic."""
 
 from __future__ import annotations
 
@@ -7,7 +7,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
-from selfdoubt.data.cells import listed, names, optional_text, required_text, texts, whole_text
+from selfdoubt.data.cells import (
+    check_whole_text,
+    format_keys,
+    parse_list,
+    read_optional_text,
+    read_required_text,
+    read_texts,
+)
 from selfdoubt.data.readers import Row
 from selfdoubt.errors import ConfigError, DataError
 from selfdoubt.setting import setting
@@ -15,7 +22,7 @@ from selfdoubt.setting import setting
 
 @dataclass(frozen=True)
 class Question:
-    """A question and what is known of its answers.
+    """A question with its accepted answers, known wrong answers, or choices.
 
     A question without ``answers`` and without ``choices`` has no right answer but to decline, as in SQuAD 2.
     """
@@ -26,17 +33,17 @@ class Question:
     answers: tuple[str, ...] = ()  #: accepted answers
     wrong_answers: tuple[str, ...] = ()  #: answers known to be wrong (TruthfulQA)
     choices: tuple[str, ...] = ()  #: multiple choice, in the order in which they are shown
-    right: tuple[int, ...] = ()  #: which choices are right; several in TruthfulQA's MC2
-    topic: str | None = None  #: category, relation or data set: what "another domain" means
+    right: tuple[int, ...] = ()  #: indices of the right choices; several in TruthfulQA's MC2
+    topic: str | None = None  #: category, relation or data set; another topic is another domain
 
 
-#: How an answer names a choice.
+#: Ways in which an answer names a choice.
 NAMED_BY = ("text", "label", "letter", "index")
 
 
 @dataclass(frozen=True)
 class Columns:
-    """Names of columns; None looks for usual ones (``USUAL``), without regard to case.
+    """Names of columns; None finds a column by its usual names (``USUAL``), without regard to case.
 
     Raises:
         ConfigError: If ``named_by`` is none of ``NAMED_BY``.
@@ -55,7 +62,7 @@ class Columns:
     #: Not a column.
     named_by: str | None = setting(
         None,
-        "How an answer names one of the choices, where it could mean two: text, index (from 0), label or letter.",
+        "Form in which an answer names a choice, where it could mean two: text, index (from 0), label or letter.",
         flag="--answers-name",
     )
 
@@ -95,15 +102,15 @@ def find_columns(
     flags: Mapping[str, str] = COLUMN_FLAGS,
     needed: Sequence[str] = ("question", "answers"),
 ) -> Columns:
-    """Find the columns that hold what, from the first row.
+    """Find the columns of question, answers, ... by their names in the first row.
 
     Args:
         source: The file, for messages.
         row: The first row.
         given: Columns that the caller names.
-        system: The column with a system's answers, which is none of accepted ones.
+        system: The column with a system's answers, which does not hold accepted ones.
         flags: Flags that name a column, for messages.
-        needed: Parts that must have a column.
+        needed: Fields of ``Columns`` that must be found.
 
     Raises:
         DataError: If a given column is missing, none looks like a question or its answers, or several do.
@@ -112,14 +119,14 @@ def find_columns(
     for part, usual in USUAL.items():
         name = getattr(given, part)
         if name is not None and name not in row:
-            raise DataError(f"{source} has no column {name!r} for the {part}; it has {names(row)}")
+            raise DataError(f"{source} has no column {name!r} for the {part}; it has {format_keys(row)}")
         columns[part] = _usual(source, row, part, usual, system, flags) if name is None else name
     for part in needed:
         if columns[part] is None:
             names_of = (n for n in USUAL[part] if n != lower_name(system or ""))
             raise DataError(
                 f"{source} has no column that looks like the {part} ({' or '.join(names_of)}); "
-                f"it has {names(row)}: say which one it is{_with(flags, part)}"
+                f"it has {format_keys(row)}: say which one it is{_with(flags, part)}"
             )
     return Columns(**columns, named_by=given.named_by)
 
@@ -149,7 +156,7 @@ def _with(flags: Mapping[str, str], part: str) -> str:
 
 
 def collect_choices(row: Row) -> Row:
-    """Return a row with its lettered columns (A, B, C, D; option_a, ...; choice1, ...) as one column of choices."""
+    """Return a row whose lettered columns (A, B, C, D; option_a, ...; choice1, ...) are joined into one of choices."""
     if any(lower_name(name) in USUAL["choices"] for name in row):
         return row
     lettered: dict[tuple[str, str], str] = {}
@@ -176,7 +183,7 @@ def parse_question(place: str, row: Row, columns: Columns, separator: str | None
     Raises:
         DataError: If a part is missing, empty, or not text, or an answer names a choice in two ways.
     """
-    text = required_text(place, row, columns.question or "question")
+    text = read_required_text(place, row, columns.question or "question")
     name = columns.answers or "answers"
     cell = row.get(name)
     choices: tuple[str, ...] = ()
@@ -187,18 +194,18 @@ def parse_question(place: str, row: Row, columns: Columns, separator: str | None
         choices, right = _unique(options.texts, indices)
         answers = tuple(choices[i] for i in right)
     else:
-        answers = texts(place, name, cell, separator)
+        answers = read_texts(place, name, cell, separator)
     wrong: tuple[str, ...] = ()
     if columns.wrong_answers is not None and row.get(columns.wrong_answers) not in (None, "", []):
-        wrong = texts(place, columns.wrong_answers, row[columns.wrong_answers], separator)
-    id_, topic, context = (optional_text(place, row, getattr(columns, n)) for n in ("id", "topic", "context"))
+        wrong = read_texts(place, columns.wrong_answers, row[columns.wrong_answers], separator)
+    id_, topic, context = (read_optional_text(place, row, getattr(columns, n)) for n in ("id", "topic", "context"))
     return Question(id_ or "", text, context, answers, wrong, choices, right, topic)
 
 
 def decide_naming(rows: Sequence[tuple[str, Row]], columns: Columns) -> Columns:
-    """Return the columns with answers named by text, where every answer of a file is the text of one of its choices.
+    """Return the columns with ``named_by="text"`` if every answer of a file is the text of one of its choices.
 
-    A number that is the text of one choice is then no index of another, since words in other rows are texts, too.
+    A number that is the text of one choice is then not taken for the index of another.
     """
     if columns.named_by is not None or columns.choices is None or columns.answers is None:
         return columns
@@ -220,7 +227,7 @@ class _Options(NamedTuple):
 def _options(place: str, column: str, cell: Any, separator: str | None) -> _Options:
     labels: Any = ()
     if isinstance(cell, str):
-        cell = listed(place, column, cell, separator)
+        cell = parse_list(place, column, cell, separator)
     if isinstance(cell, Mapping) and {"text", "label"} <= set(cell):
         cell, labels = cell["text"], cell["label"]
     if (
@@ -230,18 +237,18 @@ def _options(place: str, column: str, cell: Any, separator: str | None) -> _Opti
     ):
         raise DataError(f"{place}: {column} must be a list of texts, found {str(cell)[:40]!r}; fix or remove the row")
     numbers = all(not isinstance(c, str) for c in cell)
-    texts = tuple(whole_text(place, column, str(c).strip()) for c in cell)
+    texts = tuple(check_whole_text(place, column, str(c).strip()) for c in cell)
     return _Options(texts, tuple(str(label).strip() for label in labels), numbers)
 
 
 def _right(
     place: str, column: str, options: _Options, cell: Any, given: Any, separator: str | None, named_by: str | None
 ) -> tuple[int, ...]:
-    """Return which choices are right: those of the given indices, else those that the cell names."""
+    """Return the indices of the right choices: the given ones, else those that the cell names."""
     indices = isinstance(given, (list, tuple))
     answer = given if indices else cell
     if isinstance(answer, str) and answer.strip() not in options.texts:
-        answer = listed(place, column, answer, separator)
+        answer = parse_list(place, column, answer, separator)
     right: set[int] = set()
     for one in answer if isinstance(answer, (list, tuple)) else [answer]:
         named = _named(place, column, options, one, "index" if indices else named_by)
@@ -303,10 +310,10 @@ def is_record(row: Row) -> bool:
 
 
 def parse_record(place: str, row: Row) -> Question:
-    """Read the question of a record, without what was answered.
+    """Read the question of a record, without its answer.
 
     Raises:
-        DataError: If it is broken, or says nothing of accepted answers: only an explicit [] is none.
+        DataError: If it is broken, or has no accepted answers: only an explicit [] means that there are none.
     """
     if row.get("answers") is None and row.get("choices") is None and "finish" not in row and "note" not in row:
         raise DataError(
@@ -314,7 +321,7 @@ def parse_record(place: str, row: Row) -> Question:
         )
     answers = [] if row.get("answers") is None else row["answers"]
     question = parse_question(place, {**row, "answers": answers}, _OWN_COLUMNS)
-    return replace(question, answers=texts(place, "answers", answers))
+    return replace(question, answers=read_texts(place, "answers", answers))
 
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""Rows of a JSON, JSONL, CSV, TSV or Parquet file or of a data set on the hub, one by one, each with its place."""
+"""Reads the rows of a JSON, JSONL, CSV, TSV or Parquet file or of a data set on the hub, each with its place."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _SEPARATORS = {";": "';'", ",": "','", "\t": "tabs", "|": "'|'"}
 
 
 def read_file(path: Path) -> Iterator[Placed]:
-    """Yield the rows of a file. SQuAD's and TriviaQA's own JSON is unfolded to a row per question.
+    """Yield the rows of a file. SQuAD's and TriviaQA's own JSON gives one row per question.
 
     Raises:
         DataError: If it cannot be read or is broken; the message names the place.
@@ -46,7 +46,7 @@ def read_file(path: Path) -> Iterator[Placed]:
 
 
 def looks_like_file(source: str) -> bool:
-    """Return whether a source that does not exist was meant as a file: such a name is not looked up on the hub."""
+    """Return whether a source looks like the name of a file, so that it is not looked up on the hub."""
     path = Path(source).expanduser()
     return path.suffix.lower() in SUFFIXES or path.is_absolute() or source.startswith(".")
 
@@ -83,7 +83,7 @@ def read_hub(
         split: None takes the first of ``splits`` that there is, else its first.
         revision: A branch, tag or commit.
         splits: The usual splits, in order.
-        extra: What to install where the package ``datasets`` is missing.
+        extra: Extra to name in the error if the package ``datasets`` is missing.
 
     Raises:
         DataError: If it cannot be loaded.
@@ -97,7 +97,7 @@ def read_hub(
             split = next((s for s in splits if s in loaded), next(iter(loaded)))
             loaded = loaded[split]
         yield from ((f"{name}, {split}, row {number}", row) for number, row in enumerate(loaded, 1))
-    except Exception as error:  # the hub raises what it likes
+    except Exception as error:  # the hub's library raises many kinds of errors
         text = " ".join(str(error).split())[:160]
         raise DataError(
             f"{name!r} is neither a file here nor a data set that can be loaded from the hub ({type(error).__name__}: "
@@ -174,7 +174,7 @@ def _check_separator(path: Path, header: list[str], delimiter: str) -> None:
 
 
 def _named(place: str, header: list[str], cells: list[str], delimiter: str) -> Row:
-    """Name cells by their column; a column without a name is empty, or the row numbers that pandas writes."""
+    """Return the cells by column name; a column without a name must be empty, or pandas' row numbers."""
     if any(cell.strip() for cell in cells[len(header) :]):
         raise DataError(f"{place}: more cells than the header has; put texts with {delimiter!r} in quotes")
     row: dict[str, Any] = {}

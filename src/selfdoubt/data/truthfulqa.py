@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from selfdoubt.data.cells import required_text, texts
-from selfdoubt.data.order import rank_key, text_id
+from selfdoubt.data.cells import read_required_text, read_texts
+from selfdoubt.data.order import make_rank_key, make_text_id
 from selfdoubt.data.questions import Question
 from selfdoubt.data.readers import Placed, Row, read_file_rows, read_hub_rows
 from selfdoubt.errors import ConfigError, DataError
@@ -32,13 +32,13 @@ def is_choice(row: Row) -> bool:
     return {"question", "mc1_targets", "mc2_targets"} <= set(row)
 
 
-def from_path(path: Path, task: str | None, seed: int) -> list[tuple[Question, Row]]:
-    """Return the questions of the two files: of a folder that holds them, or of one that has the other next to it.
+def read_files(path: Path, task: str | None, seed: int) -> list[tuple[Question, Row]]:
+    """Read the questions of the two files: from the folder that holds them, or from one file with the other next to it.
 
     Args:
         path: The folder or either file.
         task: gen, mc1 or mc2; None is gen, and mc1 where the path is that of ``mc_task.json``.
-        seed: Of the order of choices.
+        seed: Seed of the order of choices.
 
     Raises:
         DataError: If a file is missing or broken, or a question of one is not in the other.
@@ -53,8 +53,8 @@ def from_path(path: Path, task: str | None, seed: int) -> list[tuple[Question, R
     return _questions(generation, read_file_rows(files[JSON]) if kind != "gen" else [], kind, seed)
 
 
-def from_the_hub(task: str | None, seed: int, split: str | None, revision: str | None) -> list[tuple[Question, Row]]:
-    """Return the questions of the hub's two configurations.
+def read_from_hub(task: str | None, seed: int, split: str | None, revision: str | None) -> list[tuple[Question, Row]]:
+    """Read the questions of the hub's two configurations.
 
     Raises:
         DataError: If they cannot be loaded.
@@ -67,7 +67,7 @@ def from_the_hub(task: str | None, seed: int, split: str | None, revision: str |
 
 
 def _files(path: Path) -> dict[str, Path]:
-    """Find the two files, or one of them; a file of another name stands for the one that it looks like."""
+    """Find the two files, or one of them; a file of another name is recognised by its first row."""
     folder = path if path.is_dir() else path.parent
     files = {name: folder / name for name in (CSV, JSON) if (folder / name).is_file()}
     if path.is_file():
@@ -89,11 +89,11 @@ def _questions(
 ) -> list[tuple[Question, Row]]:
     if task == "gen":
         return [(_open(place, row), row) for place, row in generation]
-    topics = {required_text(place, low, "question"): low.get("category")
+    topics = {read_required_text(place, low, "question"): low.get("category")
               for place, row in generation for low in [_lower(row)]}  # fmt: skip
     questions = []
     for place, row in choice:
-        text = required_text(place, row, "question")
+        text = read_required_text(place, row, "question")
         if topics and text not in topics:
             raise DataError(f"{place}: the question {text!r} is not in {CSV}; take both files from one release")
         questions.append((_closed(place, row, text, topics.get(text), task, seed), row))
@@ -102,10 +102,10 @@ def _questions(
 
 def _open(place: str, row: Row) -> Question:
     low = _lower(row)
-    text = required_text(place, low, "question")
-    best, right, wrong = (texts(place, name, low.get(name), ";") for name in _GEN[1:])
+    text = read_required_text(place, low, "question")
+    best, right, wrong = (read_texts(place, name, low.get(name), ";") for name in _GEN[1:])
     return Question(
-        text_id(text), text, None, tuple(dict.fromkeys(best + right)), wrong, topic=low.get("category") or None
+        make_text_id(text), text, None, tuple(dict.fromkeys(best + right)), wrong, topic=low.get("category") or None
     )
 
 
@@ -117,8 +117,8 @@ def _closed(place: str, row: Row, text: str, topic: str | None, task: TruthfulQA
         pairs = list(targets.items()) if isinstance(targets, Mapping) else []
     if {label for _, label in pairs} != {0, 1} or not all(isinstance(c, str) and c.strip() for c, _ in pairs):
         raise DataError(f"{place}: {task}_targets must map texts to 0 and 1, with at least one of each; fix the entry")
-    id_ = text_id(text)
-    pairs = sorted(pairs, key=lambda pair: rank_key(seed, id_, pair[0]))
+    id_ = make_text_id(text)
+    pairs = sorted(pairs, key=lambda pair: make_rank_key(seed, id_, pair[0]))
     choices = tuple(c for c, _ in pairs)
     right = tuple(i for i, (_, label) in enumerate(pairs) if label == 1)
     return Question(id_, text, None, tuple(choices[i] for i in right), (), choices, right, topic)

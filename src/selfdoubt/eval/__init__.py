@@ -1,6 +1,6 @@
-"""Evaluation: a model is asked a set of questions, and its answers are kept, judged and scored.
+"""Evaluation: ask a model a set of questions, and store, judge and score its answers.
 
-``judges`` say what is right, ``scores`` compare several answers to one question.
+``judges`` decide whether an answer is right, ``scores`` compare several answers to one question.
 """
 
 from __future__ import annotations

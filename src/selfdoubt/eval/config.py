@@ -1,4 +1,4 @@
-"""Everything about asking that changes an answer, as one frozen dataclass; its fields are flags of ``evaluate``."""
+"""Settings of an evaluation as one frozen dataclass; its fields are flags of ``selfdoubt evaluate``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from selfdoubt.setting import setting
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """Everything about asking that changes what comes back.
+    """Settings of how questions are asked, as far as they change the answers.
 
     Raises:
         ConfigError: If a setting is out of range.
@@ -21,7 +21,7 @@ class EvaluationConfig:
     how: Prompting = AUTO
     shots: tuple[Question, ...] = ()  #: solved examples before each question
     max_tokens: int = setting(64, "Most tokens of an answer.")
-    batch_size: int = setting(32, "Questions side by side.")
+    batch_size: int = setting(32, "Questions per batch.")
     samples: int = setting(
         0,
         "Answers to draw for each question, as many as `ask --candidates` draws, next to its most probable one: for "
@@ -29,10 +29,10 @@ class EvaluationConfig:
         flag="--candidates --samples",
         metavar="N",
     )
-    temperature: float = setting(1.0, "Of the drawn answers.")
-    clusters: str = setting("exact", "When two of them mean the same: exact, f1:SHARE, or nli:MODEL.")
+    temperature: float = setting(1.0, "Temperature of the drawn answers.")
+    clusters: str = setting("exact", "Rule by which drawn answers mean the same: exact, f1:SHARE, or nli:MODEL.")
     p_true: bool = setting(False, "Also ask the model whether its answer is true.")
-    seed: int = setting(0, "Of the subset, the order of choices, shots and drawn answers.")
+    seed: int = setting(0, "Seed of the subset, the order of choices, shots and drawn answers.")
 
     def __post_init__(self) -> None:
         for name, least in (("max_tokens", 1), ("batch_size", 1), ("samples", 0)):

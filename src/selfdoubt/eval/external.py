@@ -1,4 +1,4 @@
-"""Answers of any system, from a file of any kind: their questions, what is known of right answers, and their scores."""
+"""Reads the answers of any system from a file: questions, accepted answers or verdicts, and scores."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from selfdoubt.data.cells import names, required_text
+from selfdoubt.data.cells import format_keys, read_required_text
 from selfdoubt.data.questions import (
     Columns,
     Question,
@@ -37,11 +37,11 @@ _PARTS = {f.name for f in fields(Record)} - {"question", "answer"}
 
 @dataclass(frozen=True)
 class ExternalAnswers:
-    """Records of a file, with the knowledge that only the file has."""
+    """Records of a file of answers, with its rows and the questions without known right answers."""
 
     records: list[Record]
     rows: Mapping[str, Row]  #: by the record's id
-    unknown: frozenset[str]  #: ids of questions whose right answers the file says nothing of
+    unknown: frozenset[str]  #: ids of questions for which the file has no accepted answers
 
     def column(self, name: str) -> dict[str, Any]:
         """Return the cells of one column by id.
@@ -50,20 +50,22 @@ class ExternalAnswers:
             DataError: If no row has it.
         """
         if not any(name in row for row in self.rows.values()):
-            raise DataError(f"the answers have no column {name!r}; they have {names(next(iter(self.rows.values())))}")
+            raise DataError(
+                f"the answers have no column {name!r}; they have {format_keys(next(iter(self.rows.values())))}"
+            )
         return {id_: row.get(name) for id_, row in self.rows.items()}
 
 
 def read_external_answers(path: Path, *, columns: Columns, answer: str | None = None) -> ExternalAnswers:
     """Read a file of answers: JSONL, JSON, CSV, TSV or Parquet.
 
-    A row without an id is numbered. Only an explicit empty list says that a question has no right answer; where the
-    file says nothing, nothing is known.
+    A row without an id is numbered. Only an explicit empty list means that a question has no right answer; without an
+    entry its right answers are unknown.
 
     Args:
         path: The file.
-        columns: Which columns hold the question and its accepted answers, where their names do not say it.
-        answer: The column of the system's answers; None looks for ``SYSTEM_COLUMNS``.
+        columns: Columns of the question and its accepted answers; None in a field finds them by usual names.
+        answer: Column of the system's answers; None finds it by ``SYSTEM_COLUMNS``.
 
     Raises:
         DataError: If it cannot be read, lacks a column, or a row is broken; the message names the place.
@@ -97,13 +99,13 @@ def _parts(row: Row) -> Row:
 def _system(path: Path, first: Row, given: str | None) -> str:
     if given is not None:
         if given not in first:
-            raise DataError(f"{path} has no column {given!r} for the system's answers; it has {names(first)}")
+            raise DataError(f"{path} has no column {given!r} for the system's answers; it has {format_keys(first)}")
         return given
     fits = [name for usual in SYSTEM_COLUMNS for name in first if lower_name(name) == usual]
     if not fits:
         raise DataError(
             f"{path} has no column that looks like a system's answer ({' or '.join(SYSTEM_COLUMNS)}); it has "
-            f"{names(first)}: say which one it is with --answer-column"
+            f"{format_keys(first)}: say which one it is with --answer-column"
         )
     if len(fits) > 1:
         raise DataError(
@@ -114,7 +116,7 @@ def _system(path: Path, first: Row, given: str | None) -> str:
 
 
 def _columns(source: str, first: Row, given: Columns, system: str) -> Columns:
-    """Find columns as for questions, but that accepted answers may be missing."""
+    """Find columns as for questions, except that accepted answers may be missing."""
     return find_columns(source, first, given, system=system, flags=REPORT_FLAGS, needed=("question",))
 
 
@@ -131,7 +133,7 @@ def _question(place: str, row: Row, columns: Columns) -> tuple[Question, bool]:
         return parse_record(place, row), True
     cell = row.get(columns.answers or "answers")
     if cell is None or (isinstance(cell, str) and not cell.strip()):
-        required_text(place, row, columns.question or "question")
+        read_required_text(place, row, columns.question or "question")
         bare = replace(columns, choices=None, answers="answers")
         return parse_question(place, {**row, "answers": []}, bare), False
     return parse_question(place, collect_choices(row), columns), True
@@ -185,7 +187,7 @@ def _text(place: str, name: str, cell: Any) -> str | None:
 
 
 def _json(cell: Any) -> Any:
-    """Read a cell of CSV that may hold JSON, or what pandas makes of it: as Python writes it."""
+    """Parse a cell of CSV that may hold JSON, or a Python literal as pandas writes it."""
     if not isinstance(cell, str):
         return cell
     for parse in (json.loads, ast.literal_eval):

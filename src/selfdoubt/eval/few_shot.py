@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from selfdoubt.data.order import rank_key
+from selfdoubt.data.order import make_rank_key
 from selfdoubt.data.questions import Question
 from selfdoubt.errors import ConfigError
 from selfdoubt.eval.judges.text import fold
@@ -13,12 +13,12 @@ from selfdoubt.eval.judges.text import fold
 def choose_examples(
     questions: Sequence[Question], n: int, *, asked: Sequence[Question], seed: int = 0
 ) -> list[Question]:
-    """Choose ``n`` examples to show before each question, at random by ``seed``; none of them is asked.
+    """Choose ``n`` examples to show before each question, at random by ``seed``, from questions that are not asked.
 
     Args:
-        questions: To pick from.
-        n: How many; 0 gives none.
-        asked: Questions that are left out, by id and by their words.
+        questions: Questions to choose from.
+        n: Number of examples; 0 gives none.
+        asked: Questions that are asked, and so left out by id and by text.
         seed: Same seed, same examples.
 
     Raises:
@@ -32,7 +32,7 @@ def choose_examples(
         raise ConfigError(
             f"wanted {n} examples that are not asked themselves, found {len(left)}; give a larger file of them"
         )
-    return sorted(left, key=lambda q: rank_key(seed, "shot", q.id))[:n]
+    return sorted(left, key=lambda q: make_rank_key(seed, "shot", q.id))[:n]
 
 
 def _key(question: Question) -> tuple[str, str]:

@@ -12,9 +12,9 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from selfdoubt.eval.config import EvaluationConfig
-from selfdoubt.eval.judges.choices import judge_mc1, judge_mc2, shares
-from selfdoubt.eval.prompts import STOP, BuiltPrompt, answer_text, letter
-from selfdoubt.eval.records import Question, Record, Sample, with_scores
+from selfdoubt.eval.judges.choices import judge_mc1, judge_mc2, normalise_choices
+from selfdoubt.eval.prompts import STOP, BuiltPrompt, extract_answer, format_letter
+from selfdoubt.eval.records import Question, Record, Sample, add_scores
 from selfdoubt.eval.scores.agreement import Same, agreement_scores
 from selfdoubt.eval.scores.p_true import estimate_p_true
 from selfdoubt.eval.settings import Cost
@@ -38,7 +38,7 @@ class AnsweredBatch:
 
     @contextmanager
     def timed(self, name: str, passes: float) -> Iterator[None]:
-        """Book the seconds of the block; ``passes`` are forward passes per question."""
+        """Add the seconds of the block to a cost; ``passes`` are forward passes per question."""
         start = time.perf_counter()
         yield
         self.costs[name] = Cost(passes, time.perf_counter() - start)
@@ -49,9 +49,9 @@ def ask_batch(lm: RiskAwareLM, questions: Sequence[Question], config: Evaluation
 
     Args:
         lm: The model.
-        questions: With choices all, or none.
-        config: How to ask.
-        alike: The rule that ``config.clusters`` names.
+        questions: Questions, all of them with choices, or none.
+        config: Settings.
+        alike: Rule that ``config.clusters`` names; see ``scores.agreement.build_equivalence``.
 
     Returns:
         One record per question, in their order, unjudged but for multiple choice.
@@ -69,7 +69,7 @@ def ask_batch(lm: RiskAwareLM, questions: Sequence[Question], config: Evaluation
     if config.p_true:
         with batch.timed("p_true", 1):
             doubts = estimate_p_true(lm, [(r.question, r.answer or "") for r in batch.records], config)
-        batch.records = [with_scores(r, {"p_false": 1 - p}) for r, p in zip(batch.records, doubts, strict=True)]
+        batch.records = [add_scores(r, {"p_false": 1 - p}) for r, p in zip(batch.records, doubts, strict=True)]
     if answers[0].states is not None:
         batch.states = stack_states([a.states for a in answers])
     return batch
@@ -82,7 +82,7 @@ def _options(config: EvaluationConfig) -> dict[str, Any]:
 def _record(question: Question, answer: Answer, config: EvaluationConfig) -> Record:
     return Record(
         question,
-        answer_text(answer.text, config.how),
+        extract_answer(answer.text, config.how),
         scores={name: _short(value) for name, value in answer.scores.items()},
         tokens=_pairs(answer.tokens),
         question_tokens=() if config.raw else _pairs(answer.question),  # there its words are those of the examples, too
@@ -99,7 +99,7 @@ def _pairs(tokens: Sequence[Any]) -> tuple[tuple[str, float], ...]:
 
 
 def _short(value: float) -> float:
-    """Keep enough digits for any ranking; the rest is rounding noise of the machine."""
+    """Round to seven significant digits: enough for any ranking, without the machine's rounding noise."""
     return float(f"{value:.7g}")
 
 
@@ -108,7 +108,7 @@ def _draw(
 ) -> None:
     """Draw further answers to each question, and add the scores of how much they agree."""
     n = config.samples
-    seeds = [sample_seed(config.seed, r.question.id, i) for r in batch.records for i in range(n)]
+    seeds = [derive_seed(config.seed, r.question.id, i) for r in batch.records for i in range(n)]
     with batch.timed("samples", n):
         many = [prompt for prompt in prompts for _ in range(n)]
         drawn = lm.generate(
@@ -117,15 +117,15 @@ def _draw(
     with batch.timed("agreement", 0):
         for i, record in enumerate(batch.records):
             answers = drawn[i * n : (i + 1) * n]
-            texts = [answer_text(a.text, config.how) for a in answers]
+            texts = [extract_answer(a.text, config.how) for a in answers]
             nlls = [a.scores["sum_nll"] for a in answers]
             scores = agreement_scores(record.answer or "", texts, nlls, alike, record.question.text)
             samples = tuple(Sample(t, _short(a.risk), a.percentile) for t, a in zip(texts, answers, strict=True))
-            batch.records[i] = replace(with_scores(record, scores), samples=samples)
+            batch.records[i] = replace(add_scores(record, scores), samples=samples)
 
 
-def sample_seed(seed: int, question: str, number: int) -> int:
-    """Return a seed that depends on nothing but the question: neither its place in the file nor the batch around it."""
+def derive_seed(seed: int, question: str, number: int) -> int:
+    """Return the seed of a drawn answer: it depends on the question, not on its place or the batch around it."""
     return zlib.crc32(f"{seed}:{question}:{number}".encode())
 
 
@@ -155,7 +155,7 @@ def _choose(
         logprobs = [-answer.scores["sum_nll"] for answer in answers]
         best = max(range(len(answers)), key=lambda i: logprobs[i])
         record = replace(
-            with_scores(_record(question, answers[best], config), _choice_scores(logprobs, best)),
+            add_scores(_record(question, answers[best], config), _choice_scores(logprobs, best)),
             answer=question.choices[best],
             correct=judge_mc1(question, logprobs).correct,
             grade=judge_mc2(question, logprobs).grade,
@@ -166,14 +166,14 @@ def _choose(
 
 
 def _choice_text(question: Question, choice: int, config: EvaluationConfig) -> str:
-    """Return the text with which the model takes this choice; plain text goes on after "A:", with a space."""
-    text = letter(choice) if config.how.options else question.choices[choice]
+    """Return a choice as the model would write it; in plain text it follows "A:" with a space."""
+    text = format_letter(choice) if config.how.options else question.choices[choice]
     return f" {text}" if config.raw else text
 
 
 def _choice_scores(logprobs: Sequence[float], best: int) -> dict[str, float]:
-    """Measure doubt among the choices, as if there were no others: surprisal of the chosen one, and the entropy."""
-    probabilities = shares(logprobs)
+    """Return surprisal of the chosen choice and entropy of all, in nats, normalised over the choices."""
+    probabilities = normalise_choices(logprobs)
     return {
         "choice_nll": _short(0.0 - math.log(probabilities[best])),
         "choice_entropy": _short(0.0 - math.fsum(p * math.log(p) for p in probabilities if p > 0)),

@@ -1,4 +1,4 @@
-"""Prompts: a question and examples as chat messages, or as plain text to continue. Pure functions."""
+"""Builds prompts from a question and examples: chat messages, or plain text to continue. Pure functions."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Prompting:
     style: str = setting(
         "auto", "chat: the model's template; qa: plain 'Q: ... A:'; auto: chat where there is a template."
     )
-    #: None takes the usual one of the kind of question, "" none.
+    #: None takes the usual instruction for this kind of question, "" takes none.
     instruction: str | None = setting(None, "An instruction before each question.")
     #: In a chat, give the instruction as the system's message and not as part of the first question; None: where the
     #: template has a place for it.
@@ -62,12 +62,18 @@ def build_prompt(question: Question, shots: Sequence[Question] = (), how: Prompt
     """
     instruction = choose_instruction(question, how.options) if how.instruction is None else how.instruction
     if how.style == "qa":
-        blocks = [f"{_line_by_line(_body(s, how, 'Q: '))}\nA: {_one_line(shown_answer(s, how.options))}" for s in shots]
+        blocks = [
+            f"{_line_by_line(_body(s, how, 'Q: '))}\nA: {_one_line(format_example_answer(s, how.options))}"
+            for s in shots
+        ]
         last = f"{_line_by_line(_body(question, how, 'Q: '))}\nA:"
         return "\n\n".join(([instruction] if instruction else []) + [*blocks, last])
     turns: list[PromptMessage] = []
     for shot in shots:
-        turns += [_user(_body(shot, how, "")), {"role": "assistant", "content": shown_answer(shot, how.options)}]
+        turns += [
+            _user(_body(shot, how, "")),
+            {"role": "assistant", "content": format_example_answer(shot, how.options)},
+        ]
     turns.append(_user(_body(question, how, "")))
     if not instruction:
         return turns
@@ -77,30 +83,30 @@ def build_prompt(question: Question, shots: Sequence[Question] = (), how: Prompt
 
 
 def choose_instruction(question: Question, options: bool) -> str:
-    """Return the line that goes before questions of this kind; empty where they need none."""
+    """Return the usual instruction for questions of this kind; empty if they need none."""
     if options and question.choices:
         return BY_LETTER
     return FROM_PASSAGE if question.context else ""
 
 
-def shown_answer(question: Question, options: bool = False) -> str:
-    """Return an example's answer: the first accepted one, a letter and its choice, or that there is none."""
+def format_example_answer(question: Question, options: bool = False) -> str:
+    """Return an example's answer: its first accepted one, a letter and its choice, or ``UNANSWERABLE``."""
     if options and question.choices:
         index = question.right[0]
-        return f"{letter(index)}. {question.choices[index]}"
+        return f"{format_letter(index)}. {question.choices[index]}"
     return question.answers[0] if question.answers else UNANSWERABLE
 
 
-def letter(index: int) -> str:
+def format_letter(index: int) -> str:
     """Return A, B, C, ... for the choice of this index."""
     return chr(ord("A") + index)
 
 
-def answer_text(text: str, how: Prompting = CHAT) -> str:
+def extract_answer(text: str, how: Prompting = CHAT) -> str:
     r"""Return the answer in a text of the model: stripped, and in the style "qa" its first line that is not empty.
 
     Example:
-        >>> answer_text(" Paris.\n\nQ: What next?", Prompting("qa"))
+        >>> extract_answer(" Paris.\n\nQ: What next?", Prompting("qa"))
         'Paris.'
     """
     bare = text.strip()
@@ -116,7 +122,7 @@ def _body(question: Question, how: Prompting, mark: str) -> str:
                 f"question {question.id} has {len(question.choices)} choices, and 1 to 26 can be shown with letters; "
                 "ask without options"
             )
-        lines += [f"{letter(i)}. {choice}" for i, choice in enumerate(question.choices)]
+        lines += [f"{format_letter(i)}. {choice}" for i, choice in enumerate(question.choices)]
     return "\n".join(([passage, *lines] if mark else [passage, "", *lines]) if passage else lines)
 
 

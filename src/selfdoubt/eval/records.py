@@ -13,7 +13,7 @@ from typing import Any
 from selfdoubt.data.questions import Question as Question
 from selfdoubt.data.readers import read_json_lines
 from selfdoubt.errors import DataError
-from selfdoubt.storage import write
+from selfdoubt.storage import write_file
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Record:
     answer: str | None  #: None: there is none, and ``note`` says why
     scores: Mapping[str, float] = field(default_factory=dict)  #: each grows with doubt
     tokens: tuple[tuple[str, float], ...] = ()  #: the answer's pieces of text, each with its risk
-    question_tokens: tuple[tuple[str, float], ...] = ()  #: the same of the question's own words
+    question_tokens: tuple[tuple[str, float], ...] = ()  #: the user's tokens of the question, likewise
     samples: tuple[Sample, ...] = ()
     finish: str | None = None  #: "stop", "length" or "given"
     percentile: float | None = None
@@ -42,12 +42,15 @@ class Record:
     abstain: bool | None = None
     correct: bool | None = None  #: None: unjudged, and ``note`` says why
     grade: float | None = None  #: the judge's number where it has one: F1, ROUGE difference, MC2's share
-    note: str | None = None
+    note: str | None = None  #: why there is no answer or no judgement
     p_correct_note: str | None = None  #: why a calibrated model has no p_correct here
 
     def to_json(self) -> dict[str, Any]:
-        """Return plain data, flat; what is unknown or empty is left out, but for ``answer`` and ``correct``, and for
-        ``answers``: an empty list of them says that only declining is right."""
+        """Return plain data, flat.
+
+        Unknown and empty entries are left out, except ``answer``, ``correct`` and ``answers``: an empty list of answers
+        means that only declining is right.
+        """
         question = self.question
         entries: dict[str, Any] = {"id": question.id, "question": question.text}
         entries |= {} if question.choices else {"answers": []}
@@ -108,16 +111,16 @@ def read_records(path: str | os.PathLike[str]) -> list[Record]:
 
 def save_records(path: str | os.PathLike[str], records: Iterable[Record]) -> None:
     """Write a file of records, whole or not at all; half of a character is written as JSON escapes it."""
-    write(Path(path), "".join(format_record(r) for r in records).encode("utf-8", "backslashreplace"))
+    write_file(Path(path), "".join(format_record(r) for r in records).encode("utf-8", "backslashreplace"))
 
 
 def format_record(record: Record) -> str:
-    """Return one line of a file of records."""
+    """Return a record as one line of JSON."""
     return json.dumps(record.to_json(), ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def with_scores(record: Record, scores: Mapping[str, float]) -> Record:
-    """Return the record with more scores."""
+def add_scores(record: Record, scores: Mapping[str, float]) -> Record:
+    """Return a copy of the record with further scores."""
     return replace(record, scores={**record.scores, **scores})
 
 

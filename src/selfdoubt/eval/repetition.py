@@ -1,4 +1,4 @@
-"""Does an answer repeat itself? Loops of a broken model please judges that count shared words. Pure functions."""
+"""Detects answers that repeat themselves: judges that count shared words reward such loops. Pure functions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Scores answers that another system gave. A row keeps its place and all it holds, whatever fails."""
+"""Scores the answers of another system. Every row keeps its place and its entries, also if it cannot be scored."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from selfdoubt.data.cells import has_half
+from selfdoubt.data.cells import has_lone_surrogate
 from selfdoubt.data.readers import read_json_lines
 from selfdoubt.errors import ConfigError, DataError, NonFiniteError, PromptError
-from selfdoubt.storage import write
+from selfdoubt.storage import write_file
 
 if TYPE_CHECKING:
     from selfdoubt.lm.answer import Answer
@@ -61,10 +61,10 @@ def rescore(
         out: The file to write.
         question_column: Key of the question: a text, or chat messages.
         answer_column: Key of the answer.
-        batch_size: Answers side by side.
+        batch_size: Number of answers that are scored together.
 
     Returns:
-        How many rows have no score; each says why under ``note``.
+        Number of rows without a score; each has the reason under ``note``.
     """
     if batch_size < 1:
         raise ConfigError(f"batch_size must be at least 1, got {batch_size}")
@@ -78,7 +78,7 @@ def rescore(
         pairs = [(rows[i][question_column], rows[i][answer_column]) for i in part]
         for i, scored in zip(part, _score(lm, pairs), strict=True):
             scored_rows[i] |= {"note": scored} if isinstance(scored, str) else _entries(scored)
-    write(
+    write_file(
         out,
         "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in scored_rows).encode(
             "utf-8", "backslashreplace"
@@ -94,14 +94,14 @@ def _refuse(entry: dict[str, Any], row: Mapping[str, Any], question_column: str,
         if not chat and not (isinstance(value, str) and value.strip()):
             entry["note"] = f"not scored: {name} is {'missing' if value is None else 'empty or no text'}"
             return True
-        if has_half(json.dumps(value, ensure_ascii=False)):
+        if has_lone_surrogate(json.dumps(value, ensure_ascii=False)):
             entry["note"] = f"not scored: {name} holds half of a character (a lone surrogate)"
             return True
     return False
 
 
 def _score(lm: RiskAwareLM, pairs: Sequence[tuple[Any, str]]) -> list[Answer | str]:
-    """Return answers, or why there is none; where a batch fails, each answer of it is tried alone."""
+    """Return per pair the scored answer or the reason why there is none; a batch that fails is retried one by one."""
     try:
         return list(lm.score_batch(pairs, alternatives=0))
     except (PromptError, NonFiniteError) as error:

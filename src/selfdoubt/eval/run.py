@@ -1,4 +1,4 @@
-"""Asks a whole set of questions: in batches by length, over all processes of a run, going on where one was cut off."""
+"""Asks a whole set of questions in batches by length, over all processes of a run; an interrupted run resumes."""
 
 from __future__ import annotations
 
@@ -39,17 +39,17 @@ def ask_questions(
     out: Path,
     run: Run | None = None,
 ) -> AnsweredBatch | None:
-    """Ask all questions; finished batches are kept in ``out`` and never asked twice.
+    """Ask all questions; finished batches are stored in ``out`` and never asked twice.
 
     Batches are made of all questions before they are shared out, so that the answers are the same to the last bit
     however many processes ask, and however often they were cut off.
 
     Args:
         lm: The model.
-        questions: With unique ids; with choices all, or none.
-        config: How to ask; see ``resolve_config`` for what the model decides.
-        out: The run's folder.
-        run: Settings that the answers depend on, too: the model's name, the data, ...
+        questions: Questions with unique ids; all of them with choices, or none.
+        config: Settings; ``resolve_config`` fills in those that depend on the model.
+        out: Folder of the run.
+        run: Further settings that the answers depend on: the model's name, the data, ...
 
     Returns:
         All records in the order of the questions, with states and costs; None on all processes but the first.
@@ -118,7 +118,7 @@ def _takes_system(lm: RiskAwareLM) -> bool:
 
 
 def describe_conditions(lm: RiskAwareLM, questions: Sequence[Question], config: EvaluationConfig) -> Conditions:
-    """Return how the answers to these questions are made, for a calibration."""
+    """Return the conditions under which the answers to these questions are made, for a calibration."""
     config = resolve_config(config, lm)
     forms = {encode(lm.tokenizer, config.prompt(question), raw=config.raw).form for question in questions}
     return Conditions.of_model(
@@ -175,7 +175,7 @@ def check_questions(questions: Sequence[Question]) -> None:
 
 
 def _by_length(lm: RiskAwareLM, questions: Sequence[Question], config: EvaluationConfig) -> list[int]:
-    """Return the places of the questions, the longest prompt first: what does not fit the memory is known at once."""
+    """Return the indices of the questions, the longest prompt first: a lack of memory shows at once."""
     lengths = [len(encode(lm.tokenizer, config.prompt(q), raw=config.raw).ids) for q in questions]
     return sorted(range(len(questions)), key=lambda i: (-lengths[i], i))
 

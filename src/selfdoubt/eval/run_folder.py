@@ -16,7 +16,7 @@ from selfdoubt.eval import external
 from selfdoubt.eval import records as files
 from selfdoubt.eval.records import Record
 from selfdoubt.eval.settings import Run
-from selfdoubt.storage import write
+from selfdoubt.storage import write_file
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,21 +32,21 @@ def save_run(asked: AnsweredBatch, records: Sequence[Record], run: Run, out: Pat
     """Write ``answers.jsonl``, the hidden states and the settings of the run."""
     files.save_records(out / ANSWERS, records)
     if asked.states:
-        write(out / STATES, serialize({name: tensor.contiguous() for name, tensor in asked.states.items()}))
+        write_file(out / STATES, serialize({name: tensor.contiguous() for name, tensor in asked.states.items()}))
     save_settings(run, out)
 
 
 def save_settings(run: Run, out: Path) -> None:
     """Write ``run.json``."""
     text = json.dumps(run.to_json(), indent=1, ensure_ascii=False) + "\n"
-    write(out / SETTINGS, text.encode("utf-8", "backslashreplace"))
+    write_file(out / SETTINGS, text.encode("utf-8", "backslashreplace"))
 
 
 def read_run(folder: Path) -> tuple[list[Record], dict[str, Tensor], Run]:
     """Read the records, hidden states and settings of an evaluated folder.
 
     Raises:
-        DataError: If it is not one, or a file is broken.
+        DataError: If it is not the folder of a run, or a file is broken.
     """
     records, run = read_run_answers(folder)
     states = load_file(folder / STATES) if (folder / STATES).is_file() else {}
@@ -59,7 +59,7 @@ def read_run_answers(path: Path) -> tuple[list[Record], Run]:
     """Read records and settings of an evaluated folder, or the records of a file of answers.
 
     Raises:
-        DataError: If it is none, or a file is broken.
+        DataError: If it is neither, or a file is broken.
     """
     file = find_answers_file(path)
     if not file.is_file():

@@ -11,10 +11,10 @@ from selfdoubt.errors import DataError
 
 @dataclass(frozen=True)
 class Cost:
-    """The price of one way of asking, e.g. of the answers or of the samples."""
+    """The cost of one step of a run, e.g. of the answers or of the samples."""
 
     passes: float  #: forward passes per question
-    seconds: float  #: of the whole run
+    seconds: float  #: for the whole run
 
 
 @dataclass(frozen=True)
@@ -29,14 +29,14 @@ class Run:
     wrapper: str | None = None  #: as ``--wrapper`` takes it
     dtype: str | None = None
     quantize: str | None = None
-    risk: str | None = None  #: the answer score that is the risk, of samples too
+    risk: str | None = None  #: name of the answer score that is the risk, also of samples
     data: str | None = None
     task: str | None = None
     seed: int | None = None
     conditions: Mapping[str, Any] | None = None  #: as ``Conditions.to_json`` writes them
     judge: str | None = None
     costs: Mapping[str, Cost] | None = None  #: "answer", and "samples", "agreement", "p_true" where they were asked for
-    threshold: float | None = None  #: least p_correct of an answer that is given
+    threshold: float | None = None  #: least p_correct of an answer from which the model does not abstain
     promise: Mapping[str, Any] | None = None  #: as ``AccuracyGuarantee.to_json`` writes it
     more: Mapping[str, Any] = field(default_factory=dict)  #: keys of other versions
     #: Keys that are written even where they are None, before all others.

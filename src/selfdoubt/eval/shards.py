@@ -1,8 +1,8 @@
-"""A run in shards, so that it can be cut off and shared out: a batch of questions is a file, there whole or not.
+"""Shards of a run, one file per batch of questions: so a run can be interrupted, and shared among processes.
 
 ::
 
-    OUT/parts/plan.json           what was asked, and how; a run that goes on must have the same
+    OUT/parts/plan.json           the questions and settings; a resumed run must have the same
     OUT/parts/00007.jsonl         the records of batch 7; written last
     OUT/parts/00007.safetensors   their hidden states, where they are kept
     OUT/parts/00007.json          their costs
@@ -24,7 +24,7 @@ from selfdoubt.eval import records
 from selfdoubt.eval.generate import AnsweredBatch
 from selfdoubt.eval.run_folder import SHARDS_FOLDER
 from selfdoubt.eval.settings import Cost
-from selfdoubt.storage import write
+from selfdoubt.storage import write_file
 
 SHARDS_SETTINGS = "plan.json"
 
@@ -34,7 +34,7 @@ class Shards:
 
     Args:
         out: The run's folder.
-        about: What the answers depend on, as plain data.
+        about: Everything that the answers depend on, as plain data.
 
     Raises:
         ConfigError: If the folder holds shards of another run.
@@ -52,17 +52,19 @@ class Shards:
                 )
         else:
             self.folder.mkdir(parents=True, exist_ok=True)
-            write(file, text.encode("utf-8", "backslashreplace"))
+            write_file(file, text.encode("utf-8", "backslashreplace"))
 
     def has(self, batch: int) -> bool:
         """Return whether a batch is finished."""
         return self._path(batch, "jsonl").is_file()
 
     def put(self, batch: int, asked: AnsweredBatch) -> None:
-        """Keep a finished batch."""
+        """Write a finished batch."""
         if asked.states:
-            write(self._path(batch, "safetensors"), serialize({k: v.contiguous() for k, v in asked.states.items()}))
-        write(
+            write_file(
+                self._path(batch, "safetensors"), serialize({k: v.contiguous() for k, v in asked.states.items()})
+            )
+        write_file(
             self._path(batch, "json"), json.dumps({name: asdict(cost) for name, cost in asked.costs.items()}).encode()
         )
         records.save_records(self._path(batch, "jsonl"), asked.records)

@@ -1,6 +1,6 @@
-"""Language models: load, generate with a risk for every token, score text that exists.
+"""Language models: load them, generate with a risk for every token, score existing text.
 
-``text`` turns messages into token ids and back, ``adapters`` are folders of what was added to a model.
+``text`` turns messages into token ids and back, ``adapters`` saves and loads the parameters added to a model.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Tokens with their risk, and an answer with named scores. All scores grow with doubt."""
+"""The result types: a ``Token`` with its risk, an ``Answer`` with named scores. All scores grow with doubt."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from selfdoubt.lm.hidden_states import AnswerStates
 
-#: "stop": it ended by itself or at a stop; "length": it was cut; "given": it is a text that was there already.
+#: "stop": the answer ended by itself or at a stop; "length": it was cut; "given": it is existing text.
 Finish = Literal["stop", "length", "given"]
 #: Shown in place of an answer from which the model abstains.
 UNSURE = "I'm not sure."
@@ -16,7 +16,7 @@ UNSURE = "I'm not sure."
 
 @dataclass(frozen=True)
 class Alternative:
-    """A token that could have stood in the chosen one's place."""
+    """One of the most probable tokens in a chosen token's place."""
 
     text: str
     id: int
@@ -32,11 +32,11 @@ class Token:
 
     text: str
     id: int
-    logprob: float  #: of this token under the mean distribution, <= 0
+    logprob: float  #: log-probability of this token under the mean distribution, <= 0
     total: float  #: entropy of the mean distribution, in [0, log vocabulary]
     aleatoric: float  #: mean entropy of the members
     epistemic: float  #: total - aleatoric, in [0, log members]
-    disagreement: float  #: share of members that would have chosen another token, in [0, 1]
+    disagreement: float  #: share of members whose most probable token is another, in [0, 1]
     spread: float  #: standard deviation over members of this token's probability, in [0, 0.5]
     scale: float | None  #: predicted standard deviation of this token's logit (sculpt)
     risk: float  #: the score that colours the token
@@ -51,17 +51,17 @@ class Token:
 
 @dataclass(frozen=True)
 class Answer:
-    """An answer (or any scored text), the question's own words, and the scores of both.
+    """An answer (or any scored text), the user's tokens of the question, and the scores of both.
 
-    ``question`` holds only the words that a person wrote, not the chat template around them.
+    ``question`` holds only tokens of the user's text, not those of the chat template around it.
     """
 
     text: str
     tokens: tuple[Token, ...]
     question: tuple[Token, ...]
     scores: Mapping[str, float] = field(repr=False)  #: by the names in ``scores.ANSWER_SCORES``
-    risk: float  #: the default score
-    risk_name: str
+    risk: float  #: the score ``risk_name``
+    risk_name: str  #: name of the score that is the risk
     percentile: float | None  #: share of reference answers with a lower risk, in [0, 1]; None without reference answers
     finish: Finish
     p_correct: float | None = None  #: calibrated probability that the answer is right; None without a calibration
@@ -83,12 +83,12 @@ class Answer:
 
     @property
     def abstained(self) -> bool:
-        """True if the model abstains from its own answer; from text that it was given to score it never does."""
+        """True if the model abstains from its own answer; False for text that it was given to score."""
         return bool(self.abstain) and self.finish != "given"
 
     @property
     def shown(self) -> str:
-        """The text to show: the answer's, or that the model is not sure."""
+        """The text to show: the answer's, or ``UNSURE`` if the model abstains."""
         return UNSURE if self.abstained else self.text
 
     def to_dict(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""From tokens to an answer: its scores and risk, its percentile among reference answers, and its p_correct."""
+"""Turns tokens into an ``Answer``: scores, risk, percentile among reference answers, and p_correct."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from selfdoubt.lm.answer import Answer, Finish, Token
 from selfdoubt.lm.calibration import Calibration, ConfidenceEstimate
 from selfdoubt.lm.conditions import Origin
 from selfdoubt.lm.hidden_states import AnswerStates
-from selfdoubt.lm.scores import DEFAULT_RISK, answer_scores, pick_risk, rank_scores
+from selfdoubt.lm.scores import DEFAULT_RISK, compute_answer_scores, compute_rank_scores, pick_risk
 from selfdoubt.risk import percentile
 
 
 @dataclass(frozen=True)
 class AnswerScorer:
-    """Scores answers. Plain data: it needs no model."""
+    """A scorer of answers, which needs no model: risk, reference quantiles and calibration are plain data."""
 
     risk: str = DEFAULT_RISK  #: name of the answer score that is the risk
     reference: Mapping[str, Sequence[float]] = field(default_factory=dict)  #: ascending quantiles by score
     calibration: Calibration | None = None
-    misfit: str | None = None  #: why no answer has a p_correct, if so
+    misfit: str | None = None  #: why no answer of this model has a p_correct; None if the calibration fits the model
 
     def score(
         self,
@@ -36,16 +36,16 @@ class AnswerScorer:
         """Return the answer that these tokens make.
 
         Args:
-            tokens: Of the answer.
-            question: The tokens of the question's own words.
-            finish: How the answer ended.
-            text: Of the answer.
-            states: Its hidden states.
-            ending: The tokens that ended it; an answer without tokens is scored by them.
-            origin: How the tokens came about.
+            tokens: Tokens of the answer.
+            question: The user's tokens of the question.
+            finish: Reason of the answer's end.
+            text: Text of the answer.
+            states: Hidden states of the answer.
+            ending: Tokens that ended the answer; an answer without tokens is scored by them.
+            origin: The way in which the tokens were chosen.
         """
-        scores = answer_scores(tokens or ending, question)
-        scores |= rank_scores(scores, self.reference)
+        scores = compute_answer_scores(tokens or ending, question)
+        scores |= compute_rank_scores(scores, self.reference)
         value, name = pick_risk(scores, self.risk)
         reference = self.reference.get(name)
         estimate = ConfidenceEstimate()

@@ -1,4 +1,4 @@
-"""Key-value caches of Hugging Face models whose sequences, right-aligned, come together or lose their padding."""
+"""Joins and trims the key-value caches of Hugging Face models, whose sequences are right-aligned."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from selfdoubt.rows import unfold
 def join_caches(mine: Any, theirs: Any, members: int) -> Any:
     """Return ``mine`` with the sequences of ``theirs`` behind its own, member by member; the shorter is left-padded.
 
-    What stands on padding is zero and must be masked. ``theirs`` is used up.
+    Entries of padding are zero and must be masked. ``theirs`` is emptied.
 
     Raises:
         WrapError: If a layer keeps something else than keys and values (a recurrent state, say).

@@ -24,7 +24,7 @@ from selfdoubt.lm.scores import ANSWER_SCORES
 
 #: A float, or an array of them.
 Numbers = TypeVar("Numbers")
-#: Added to a score before its logarithm, in nats (or shares): doubts far below it all count as none. Of 1e-6 to 1e-2,
+#: Added to a score before its logarithm, in nats (or shares), so that tiny doubts count as none. Of 1e-6 to 1e-2,
 #: the square root and no transform, 1e-2 had the least log loss in the domain and outside with members' scores, whose
 #: smallest values are noise.
 FLOOR = 1e-2
@@ -57,9 +57,9 @@ class StateHead:
     position: Position
     weights: tuple[float, ...]
     most: float = math.inf  #: highest value among the calibration answers
-    center: tuple[float, ...] = ()  #: mean of their states, and the standard deviations; () in files made earlier
-    spread: tuple[float, ...] = ()
-    reach: float = math.inf  #: of their distances from the center, the greatest
+    center: tuple[float, ...] = ()  #: mean of the calibration answers' states; () in files made earlier
+    spread: tuple[float, ...] = ()  #: their standard deviations; () in files made earlier
+    reach: float = math.inf  #: greatest distance of their states from the center
 
     @property
     def key(self) -> StateKey:
@@ -67,11 +67,11 @@ class StateHead:
         return StateKey(self.position, self.layer)
 
     def value(self, hidden: Float[Tensor, " width"]) -> float:
-        """Return its share of the logit, at most ``most``.
+        """Return the state's contribution to the logit, at most ``most``.
 
         Raises:
             NonFiniteError: If the state is not finite.
-            LoadError: If it has another width.
+            LoadError: If the state has another width than the head's weights.
         """
         if len(hidden) != len(self.weights):
             raise LoadError(
@@ -99,7 +99,7 @@ class Calibration:
 
     ``logistic``: p = sigmoid(bias + sum_i (linear_i * score_i + weight_i * log(max(score_i, 0) + FLOOR))
     + state.weights @ hidden), each score first clipped to its range among the calibration answers. Each score enters
-    twice: its logarithm tells sure from very sure, itself doubtful from lost.
+    twice: its logarithm separates sure from very sure, itself doubtful from lost.
     ``isotonic``: p is linear between ``knots`` (score, p), and constant outside them.
 
     Scores grow with doubt. Below the seen range an answer counts as the surest that was seen; above it, where nothing
@@ -108,16 +108,16 @@ class Calibration:
 
     kind: HeadKind
     features: tuple[str, ...]  #: names of answer scores
-    weights: tuple[float, ...] = ()  #: of their logarithms
-    linear: tuple[float, ...] = ()  #: of themselves
+    weights: tuple[float, ...] = ()  #: weights of the logarithms of the scores
+    linear: tuple[float, ...] = ()  #: weights of the scores themselves
     bias: float = 0.0
-    ranges: tuple[tuple[float, float], ...] = ()  #: of each feature among the calibration answers
-    knots: tuple[tuple[float, float], ...] = ()
+    ranges: tuple[tuple[float, float], ...] = ()  #: range of each feature among the calibration answers
+    knots: tuple[tuple[float, float], ...] = ()  #: (score, p) of an isotonic head, ascending in the score
     state: StateHead | None = None
     threshold: float | None = None  #: least p_correct of an answered question; None: the model never abstains
-    promise: Mapping[str, Any] | None = None  #: target_accuracy, confidence, coverage, answers: what holds above it
-    about: Mapping[str, Any] = field(default_factory=dict)  #: how it was learnt, for people
-    conditions: Conditions | None = None  #: how its answers were made; None in files made earlier
+    promise: Mapping[str, Any] | None = None  #: the threshold's guarantee: target_accuracy, confidence, coverage, ...
+    about: Mapping[str, Any] = field(default_factory=dict)  #: quality of the fit, for people who read the file
+    conditions: Conditions | None = None  #: of the calibration answers; None in files made earlier
 
     def estimate(
         self,
@@ -128,18 +128,18 @@ class Calibration:
         gaps: Sequence[float],
         misfit: str | None = None,
     ) -> ConfidenceEstimate:
-        """Return the probability that an answer is right, or why there is none.
+        """Return the probability that an answer is right, or the reason why it is not known.
 
         A calibration on the model's own most probable answers holds for these alone. An answer that is less probable by
         a gap of g nats, summed over its tokens and its end, gets ``exp(-g)`` of it, and beyond ``GAP_LIMIT`` nothing.
 
         Args:
-            scores: Of the answer, by name.
-            states: Of the same answer, with the layer that the head reads.
-            origin: How it came about.
-            finish: How it ended: "stop", "length" or "given".
-            gaps: For each token, the log-probability of the most probable one in its place less its own.
-            misfit: Why nothing that this model answers has a number, if so.
+            scores: Scores of the answer, by name.
+            states: Hidden states of the same answer, with the layer that the head reads.
+            origin: The way in which the answer's tokens were chosen.
+            finish: Reason of its end: "stop", "length" or "given".
+            gaps: Per token, the log-probability of the most probable one in its place less its own, nats.
+            misfit: Why the calibration does not fit the model, see ``misfit``; None if it does.
 
         Raises:
             NonFiniteError: If a score or the state is not a finite number.
@@ -169,7 +169,7 @@ class Calibration:
         return FAR
 
     def _hidden(self, states: AnswerStates | None) -> Float[Tensor, " width"] | None:
-        """Return what the head reads of the states; None where it is missing."""
+        """Return the hidden state that the head reads; None if it is missing."""
         return None if self.state is None or states is None else states.get(self.state.key)
 
     def _is_far(self, scores: Mapping[str, float]) -> bool:
@@ -183,11 +183,11 @@ class Calibration:
     def p_correct(self, scores: Mapping[str, float], states: AnswerStates | None = None) -> float | None:
         """Return the probability that an answer is right, in [0, 1], if it was made as the calibration answers were.
 
-        None where a score or the state is missing, or lies far outside of what was seen on the doubtful side.
+        None if a score or the state is missing, or lies far outside of the seen range on the doubtful side.
 
         Args:
-            scores: Of an answer, by name.
-            states: Of the same answer, with the layer that the head reads.
+            scores: Scores of an answer, by name.
+            states: Hidden states of the same answer, with the layer that the head reads.
 
         Raises:
             NonFiniteError: If a score or the state is not a finite number.
@@ -218,9 +218,9 @@ class Calibration:
         """Return the logit of p_correct of a logistic head, for one answer (floats) or for many (arrays).
 
         Args:
-            scores: Of each feature, clipped to its range.
-            logs: The same on the logarithmic scale of ``transform_score``.
-            share: Of the hidden state, see ``StateHead.value``; 0 without one.
+            scores: Score of each feature, clipped to its range.
+            logs: The same scores on the logarithmic scale of ``transform_score``.
+            share: Contribution of the hidden state, see ``StateHead.value``; 0 without one.
         """
         value: Any = self.bias
         features: Any = zip(self.weights, self.linear, scores, logs, strict=True)
@@ -235,7 +235,7 @@ class Calibration:
         return () if self.state is None else (self.state.layer,)
 
     def misfit(self, model: nn.Module) -> str | None:
-        """Return why no answer of this model has a number; None where the model is the calibrated one."""
+        """Return why answers of this model have no p_correct; None if the model is the calibrated one."""
         return None if self.conditions is None else self.conditions.refuse_model(model)
 
     def abstains(self, p_correct: float | None) -> bool | None:
@@ -245,7 +245,7 @@ class Calibration:
     def to_json(self) -> dict[str, Any]:
         """Return plain data for ``selfdoubt.json``."""
         state = None
-        if self.state is not None:  # what is not limited is left out: JSON has no infinity
+        if self.state is not None:  # infinite limits are left out: JSON has no infinity
             state = {k: v for k, v in asdict(self.state).items() if v not in (math.inf, ())}
         return {**asdict(self), "state": state, "conditions": self.conditions and self.conditions.to_json()}
 
@@ -303,7 +303,7 @@ def read_calibration(manifest: Mapping[str, Any]) -> Calibration | None:
 
 
 def transform_score(score: float) -> float:
-    """Return a score on a logarithmic scale, where sums over few and many tokens compare."""
+    """Return the logarithm of a score plus ``FLOOR``, a scale on which sums over few and many tokens compare."""
     return math.log(max(score, 0.0) + FLOOR)
 
 

@@ -1,15 +1,15 @@
-"""Sizes of the pieces in which prompts and texts are read, chosen so that each takes about a given time."""
+"""Chooses the sizes of the chunks in which prompts and texts are read, so that each takes about a given time."""
 
 from __future__ import annotations
 
 import math
 
-#: Fewest tokens of a piece: below, the fixed cost of a pass outweighs what it reads.
+#: Fewest tokens of a piece: below, the fixed cost of a pass outweighs that of its tokens.
 FEWEST = 8
 
 
 class ChunkSizer:
-    """Chooses how much of a prompt or text is read at once, from the time that earlier pieces took.
+    """A sizer of chunks of prompts and texts, which learns from the time that earlier chunks took.
 
     A piece costs a fixed time and a time per token, which grows with the context. The fixed time is the shortest that
     any piece took, and grows by and by where the smallest pieces take longer, as on a processor that others use, too.
@@ -24,7 +24,7 @@ class ChunkSizer:
         self._handed: list[tuple[int, int]] = []  # context and tokens of each piece since ``begin``
 
     def begin(self, seconds: float) -> None:
-        """Say how long the next piece should take.
+        """Set the time that the next chunk should take.
 
         It may always take half as long again as a pass costs anyway, however little it reads.
         """
@@ -32,7 +32,7 @@ class ChunkSizer:
         self._handed = []
 
     def tokens(self, context: int) -> float:
-        """Return how many tokens, of all rows together, the next piece should read after so much context."""
+        """Return the number of tokens, of all rows together, that the next piece should read after this context."""
         if not self._rates:
             return FEWEST
         fixed = 0.0 if math.isinf(self._fixed) else self._fixed
@@ -57,7 +57,7 @@ class ChunkSizer:
         return size
 
     def learn(self, seconds: float) -> None:
-        """Take in how long the pieces took that were chosen since ``begin``."""
+        """Learn from the time that the pieces chosen since ``begin`` took."""
         handed, self._handed = self._handed, []
         if not handed:
             return
@@ -75,7 +75,7 @@ class ChunkSizer:
 
 
 def _rounded(value: float) -> int:
-    """Return the largest of 1, 2, 3, 4, 6, 8, 12, 16, ... up to ``value``; 1 for what is below."""
+    """Return the largest of 1, 2, 3, 4, 6, 8, 12, 16, ... up to ``value``; 1 for smaller values."""
     whole = max(1, int(min(value, 2.0**40)))
     power = 1 << (whole.bit_length() - 1)
     return power + power // 2 if whole >= power + power // 2 else power

@@ -1,7 +1,7 @@
-"""The conditions of a calibration: how the answers that it learnt from were made, and by which model.
+"""The conditions of a calibration: the prompts, decoding and model that its answers were made with.
 
 A probability that was learnt from one kind of answers says nothing about another: ``Conditions`` are stored with a
-calibration, and an answer that came about otherwise gets a note instead of a number.
+calibration, and an answer that was made otherwise gets a note instead of a number.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from selfdoubt import storage
 from selfdoubt.compat import is_beneath_adapter, is_lora_weight
 from selfdoubt.fields import anything, choice, listing, nonempty, number, optional, record, string, table, whole
 from selfdoubt.lm.text.prompt_form import CHAT, RAW, TEXT
-from selfdoubt.members import Wrapped, base_name
-from selfdoubt.rows import added_names
+from selfdoubt.members import Wrapped, get_base_name
+from selfdoubt.rows import list_added_names
 
-#: The most probable token each time; drawn; picked among given choices; a text that was there already.
+#: The most probable token each time; drawn; picked among given choices; existing text.
 Made = Literal["greedy", "sampled", "choice", "given"]
 #: Numbers of a tensor that are kept, and the greatest relative distance (L2) between those of the same model: rounding
 #: to bfloat16 moves each by at most 2^-9.
@@ -36,24 +36,24 @@ class Origin:
     """The origin of one answer: the way in which its tokens were chosen."""
 
     made: Made
-    form: str = CHAT  #: of its prompt, see ``selfdoubt.lm.text.prompt_form``
+    form: str = CHAT  #: form of its prompt, see ``selfdoubt.lm.text.prompt_form``
     temperature: float = 0.0
     top_p: float = 1.0
-    stop: str | None = None  #: the caller's text or token that ended it; None where the model ended it itself
-    end_gap: float = 0.0  #: how much less probable its end is than the most probable token there, nats, >= 0
+    stop: str | None = None  #: the caller's text or token that ended it; None if the model ended it itself
+    end_gap: float = 0.0  #: log-probability of the most probable token at its end less that of the end, nats, >= 0
 
 
 @dataclass(frozen=True)
 class Conditions:
-    """The conditions under which the answers of a calibration were made, and their model."""
+    """The conditions under which the answers of a calibration were made: prompts, decoding, model."""
 
     made: Made = "greedy"
-    temperature: float = 0.0  #: of sampled answers, as is ``top_p``
+    temperature: float = 0.0  #: temperature of sampled answers
     top_p: float = 1.0
-    forms: tuple[str, ...] = (CHAT,)  #: of their prompts
+    forms: tuple[str, ...] = (CHAT,)  #: forms of their prompts
     stops: tuple[str, ...] = ()  #: texts that ended some of them
     cut: int | None = None  #: fewest tokens of an answer that was cut at max tokens; None: all were whole
-    wrappers: tuple[Mapping[str, Any], ...] = ()  #: settings, from the innermost outwards
+    wrappers: tuple[Mapping[str, Any], ...] = ()  #: settings of the wrappers, from the innermost outwards
     base: Mapping[str, tuple[float, ...]] = field(
         default_factory=dict
     )  #: a few weights by name, see ``sketch_weights``
@@ -72,9 +72,9 @@ class Conditions:
         return None
 
     def refuse_answer(self, origin: Origin, finish: str, tokens: int) -> str | None:
-        """Return why this calibration says nothing about an answer that came about so; None where it does.
+        """Return why this calibration says nothing about an answer of this origin; None where it does.
 
-        That the answer is the one that the model would give is not checked here: ``Calibration.estimate`` does.
+        ``Calibration.estimate`` checks that the answer is near the one that the model itself would give.
         """
         if origin.form not in self.forms:
             return _of_form(origin.form, self.forms)
@@ -93,7 +93,7 @@ class Conditions:
             return f"the answer was cut after {tokens} tokens, which the calibration has not seen; allow more tokens"
         return None
 
-    def joined(self, other: Conditions) -> Conditions | None:
+    def join(self, other: Conditions) -> Conditions | None:
         """Return the conditions of both runs' answers together; None where they were not made alike."""
         cuts = [cut for cut in (self.cut, other.cut) if cut is not None]
         both = replace(
@@ -152,17 +152,17 @@ def read_wrapper_settings(model: nn.Module) -> tuple[dict[str, Any], ...]:
 
 
 def sketch_weights(model: nn.Module, names: Mapping[str, Any] | None = None) -> dict[str, tuple[float, ...]]:
-    """Return a few weights of a base model: enough to tell it from others of equal shape.
+    """Return a few weights of a base model: enough to distinguish it from others of equal shape.
 
-    Of its embeddings, its last norm and three of its matrices, ``SAMPLED`` numbers each. Left out is what is quantised
-    or lies beneath LoRA, and so differs where the model is the same.
+    They are ``SAMPLED`` numbers each of its embeddings, its last norm and three of its matrices. Quantised weights and
+    those beneath LoRA are left out, since they differ where the model is the same.
 
     Args:
         model: Wrapped or plain.
-        names: Parameters to read, those of another sketch; None chooses them.
+        names: Names of the parameters to read, e.g. those of another sketch; None chooses them.
     """
-    added = set(added_names(model))
-    parameters = {base_name(model, name): p for name, p in model.named_parameters() if name not in added}
+    added = set(list_added_names(model))
+    parameters = {get_base_name(model, name): p for name, p in model.named_parameters() if name not in added}
     parameters = {name: p for name, p in parameters.items() if not is_lora_weight(name)}
     if names is None:
         norms = [name for name, p in parameters.items() if p.ndim == 1]

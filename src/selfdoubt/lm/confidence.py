@@ -1,4 +1,4 @@
-"""Decisions between several answers to one question: the best of n, and whether to try again."""
+"""Decisions between several answers to one question: the best of n, and when to stop trying again."""
 
 from __future__ import annotations
 
@@ -29,8 +29,7 @@ def is_confident(confidence: float | None, at_least: float) -> bool:
     """Return True if an answer is confident enough to end further attempts.
 
     Args:
-        confidence: In [0, 1]: p_correct, or 1 less the share of reference answers with a lower risk. None, where it is
-            unknown, is never enough.
-        at_least: In [0, 1].
+        confidence: Confidence in [0, 1]: p_correct, or 1 - percentile; None if it is unknown, which is never enough.
+        at_least: Least confidence that is enough, in [0, 1].
     """
     return confidence is not None and confidence >= at_least

@@ -1,4 +1,4 @@
-"""The token loop, on ids alone: no text, no model library.
+"""The decoding loop, on token ids alone: no text, no model library.
 
 All members follow the same tokens, those of the mean distribution.
 """
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from selfdoubt import risk
 from selfdoubt.lm.prefill import ScoredId, score_ids
-from selfdoubt.lm.sampling import Sampling, choose
+from selfdoubt.lm.sampling import Sampling, choose_tokens
 from selfdoubt.lm.stepper import StepOutput, Stepper
 
 EndReason = Literal["stop", "length"]
@@ -27,7 +27,7 @@ class TokenEvent(NamedTuple):
     sequence: int
     token: ScoredId | None
     finish: EndReason | None
-    states: Float[Tensor, "layers width"] | None = None  #: hidden states in which this was chosen
+    states: Float[Tensor, "layers width"] | None = None  #: hidden states in which the token was chosen
     end: ScoredId | None = None  #: the stop token that ended it: not part of the answer
 
 
@@ -36,10 +36,10 @@ class TokenSequence:
     """One sequence of a batch.
 
     Args:
-        name: What its events call it.
-        sampling: How its tokens are chosen.
-        seed: Its draws depend on this alone, not on the batch around it.
-        room: Most tokens that its context leaves for the answer.
+        name: Number of the sequence in its events.
+        sampling: Settings by which its tokens are chosen.
+        seed: Seed of its draws, which depend on nothing else: not on the batch around it.
+        room: Largest number of tokens that the context leaves for the answer.
     """
 
     name: int
@@ -62,7 +62,7 @@ class TokenSequence:
         return self._draw
 
     def take(self, token: ScoredId, states: Float[Tensor, "layers width"] | None) -> TokenEvent:
-        """Take a token as the next; return the event of it."""
+        """Append a token; return its event."""
         self._draw = None
         few = token._replace(alternatives=token.alternatives[: self.sampling.alternatives])
         if token.id in self.sampling.stop_ids:
@@ -74,12 +74,12 @@ class TokenSequence:
 class DecodeBatch:
     """Sequences that are decoded side by side, and may come and go between tokens.
 
-    ``choose`` and ``step`` take turns; ``drop`` and ``join`` are for the time before ``choose``.
+    ``choose_tokens`` and ``step`` take turns; ``drop`` and ``join`` are for the time before ``choose_tokens``.
 
     Args:
-        stepper: Has read the prompts.
-        next_logits: Of each sequence.
-        sequences: In the order of the prompts.
+        stepper: A stepper that has read the prompts.
+        next_logits: Logits of each sequence's next token.
+        sequences: The sequences, in the order of the prompts.
     """
 
     def __init__(self, stepper: Stepper, next_logits: StepOutput, sequences: Sequence[TokenSequence]) -> None:
@@ -98,7 +98,7 @@ class DecodeBatch:
         next_logits = self._next
         samplings = [sequence.sampling for sequence in self.sequences]
         mixed = risk.mixture(next_logits.logits)
-        chosen = choose(mixed, samplings, torch.stack([sequence.draw() for sequence in self.sequences]))
+        chosen = choose_tokens(mixed, samplings, torch.stack([sequence.draw() for sequence in self.sequences]))
         most = max(sampling.alternatives for sampling in samplings)
         tokens = score_ids(next_logits.at(None), chosen[:, None], most, mixed[:, None])
         self._chosen = chosen
@@ -109,17 +109,17 @@ class DecodeBatch:
         return events
 
     def step(self, gone: Set[int] = frozenset()) -> None:
-        """Go on with the sequences that have not ended, less those in ``gone``."""
+        """Run the model on the chosen tokens, for the sequences that have not ended and are not in ``gone``."""
         kept = self._leave(self._ended | gone)
         if self.sequences:
             assert self._chosen is not None
             self._next = self._stepper.step(self._chosen if kept is None else self._chosen[kept])
 
     def drop(self, gone: Set[int]) -> None:
-        """Let sequences go before their next token is chosen."""
+        """Remove sequences from the batch before their next token is chosen."""
         kept = self._leave(gone)
         if self.sequences and kept is not None:
-            self._next = self._next.of(kept)
+            self._next = self._next.select(kept)
 
     def _leave(self, gone: Set[int]) -> list[int] | None:
         """Free the rows of these sequences; return the places of those that stay, None where all do."""
@@ -132,7 +132,7 @@ class DecodeBatch:
         return kept
 
     def join(self, other: DecodeBatch) -> None:
-        """Take in the sequences of another batch of the same model, behind one's own.
+        """Add the sequences of another batch of the same model behind this batch's own.
 
         Raises:
             WrapError: If the model's cache cannot be joined.
@@ -158,12 +158,12 @@ def decode(
     """Choose tokens until every sequence has ended.
 
     Args:
-        stepper: Has read the prompts.
-        next_logits: Of each prompt.
-        lengths: Tokens in each prompt.
-        sampling: How tokens are chosen.
-        seeds: One for each sequence.
-        closed: Names of sequences to end early; looked at after each token.
+        stepper: A stepper that has read the prompts.
+        next_logits: Logits after each prompt.
+        lengths: Number of tokens of each prompt.
+        sampling: Settings by which tokens are chosen.
+        seeds: One seed per sequence.
+        closed: Names of sequences to end early; checked after each token.
     """
     room = [(stepper.context or 2**62) - length for length in lengths]
     sequences = [TokenSequence(i, sampling, seed, room[i]) for i, seed in enumerate(seeds)]

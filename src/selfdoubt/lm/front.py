@@ -1,4 +1,4 @@
-"""All that is known of a risk-aware language model but its weights."""
+"""``LMFront``: everything about a risk-aware language model except its weights, small enough to send to a process."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from selfdoubt.lm.load import count_token_ids, find_stop_ids
 from selfdoubt.lm.scores import DEFAULT_RISK, TOKEN_RISK, Signal, check_score, check_signal
 from selfdoubt.lm.stepper import HFStepper
 from selfdoubt.lm.tokens import TokenBuilder
-from selfdoubt.members import source
+from selfdoubt.members import get_source
 
 
 @dataclass(frozen=True)
@@ -31,10 +31,10 @@ class LMFront:
     stop_ids: frozenset[int]  #: token ids that end an answer
     context: int | None = None  #: most tokens of prompt and answer together; None without a limit
     name: str | None = None  #: a folder, or a name on the hub; None where the model's config has none
-    revision: str | None = None  #: of the model on the hub
+    revision: str | None = None  #: revision of the model on the hub
     reference: Mapping[str, Sequence[float]] = field(default_factory=dict)  #: ascending quantiles of scores, by name
     calibration: Calibration | None = None
-    misfit: str | None = None  #: why no answer of this model has a p_correct, if so
+    misfit: str | None = None  #: why no answer of this model has a p_correct; None if the calibration fits the model
     layers: tuple[int, ...] = ()  #: decoder layers whose hidden states come with an answer; 0 is the first
     risk: str = DEFAULT_RISK  #: name of the answer score that is the risk
     token_risk: Signal = TOKEN_RISK  #: name of the signal that is a token's risk
@@ -57,7 +57,7 @@ class LMFront:
         token_risk: Signal = TOKEN_RISK,
         note: str | None = None,
     ) -> LMFront:
-        """Return the front of a model: what the model itself says, and what comes with it.
+        """Build the front of a model from the model's config and what was stored with it.
 
         Raises:
             ConfigError: If the risk is unknown.
@@ -68,7 +68,7 @@ class LMFront:
             count_token_ids(model),
             find_stop_ids(model, tokenizer),
             HFStepper(model).context,
-            source(model),
+            get_source(model),
             reference=dict(reference or {}),
             calibration=calibration,
             misfit=None if calibration is None else calibration.misfit(model),
@@ -80,21 +80,21 @@ class LMFront:
 
     @cached_property
     def tokens(self) -> TokenBuilder:
-        """Builds tokens from scored ids."""
+        """The builder of tokens from scored ids."""
         return TokenBuilder(self.tokenizer, self.token_risk)
 
     @cached_property
     def scorer(self) -> AnswerScorer:
-        """Scores answers."""
+        """The scorer of answers."""
         return AnswerScorer(self.risk, self.reference, self.calibration, self.misfit)
 
 
 @runtime_checkable
 class ModelWithFront(Protocol):
-    """A model and its front, as generation and scoring need them; ``RiskAwareLM`` is one."""
+    """The interface that generation and scoring need: a model and its front; ``RiskAwareLM`` has it."""
 
     model: nn.Module
 
     @property
     def front(self) -> LMFront:
-        """All that is known of the model."""
+        """Everything about the model except its weights."""

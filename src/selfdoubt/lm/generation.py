@@ -1,4 +1,4 @@
-"""An answer while it grows: tokens come in one by one, and at the end there is an ``Answer``."""
+"""Generates answers: requests are prefilled and decoded in batches, and tokens become ``Answer``s as they come."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ GREEDY = Origin("greedy")
 
 
 class AnswerInProgress:
-    """An answer of which some tokens are chosen.
+    """An answer whose tokens are being chosen.
 
     Args:
-        front: Of the model that answers.
-        question: The tokens of the question's own words.
+        front: Front of the model that answers.
+        question: The user's tokens of the question.
         stops: Texts that end the answer.
-        state: The hidden states at the question's end; None where no layers are asked for.
-        before: Token ids that the answer's text goes on from; none where it stands by itself.
-        origin: How the answer is made, as far as it is known before it ends.
+        state: Hidden states at the question's end; None if no layers are asked for.
+        before: Token ids that the answer's text continues; empty if it stands by itself.
+        origin: Origin of the answer, as far as it is known before its end.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class AnswerInProgress:
         self._sum: Tensor | None = None
 
     def add(self, event: TokenEvent) -> list[Token]:
-        """Take the next step; returns the tokens that are certain now. After a stop text ``finish`` is set."""
+        """Add the next event; return the tokens that are certain now. After a stop text ``finish`` is set."""
         if self._first is None:
             self._first = event.states
         self.finish = event.finish
@@ -85,11 +85,11 @@ class AnswerInProgress:
             cut = self._complete(self._pieces.rest())
         if cut is not None:
             self.finish = "stop"
-            self._origin = replace(self._origin, end_gap=0.0, stop=self._finder.found)
+            self._origin = replace(self._origin, end_gap=0.0, stop=self._finder.stop)
         return self._release(cut)
 
     def _complete(self, late: list[str]) -> int | None:
-        """Give text that is certain now to as many last tokens; returns where a stop begins."""
+        """Give the last tokens their text that is certain now; return where a stop begins."""
         if not any(late):
             return None
         self._ahead = None
@@ -99,7 +99,7 @@ class AnswerInProgress:
         return self._finder.feed("".join(late))
 
     def _stops_ahead(self) -> bool:
-        """Return whether the pending text holds a stop as it is now: the answer then ends without a token more."""
+        """Return whether the pending text already holds a stop: the answer then ends without a further token."""
         if not self._pieces.pending:
             self._ahead = None
             return False
@@ -112,7 +112,7 @@ class AnswerInProgress:
         )
 
     def _release(self, cut: int | None) -> list[Token]:
-        """Let go of the tokens that are certain; at a stop, of those before it, and cut the one that reaches beyond."""
+        """Release the tokens that are certain; at a stop, those before it, the last one cut where the stop begins."""
         if cut is None and self.finish is None and self._pieces.pending:
             return []
         end = cut
@@ -155,9 +155,9 @@ class AnswerInProgress:
 
 @dataclass(frozen=True)
 class SequenceRequest:
-    """A request for one answer: what is asked, how tokens are chosen, and where the answer ends."""
+    """A request for one answer: its prompt, the settings of decoding, its seed and stop texts."""
 
-    name: int  #: what the batch calls it
+    name: int  #: number of the sequence in its batch
     prompt: Prompt
     sampling: Sampling
     seed: int
@@ -173,7 +173,7 @@ class SequenceRequest:
 def build_requests(
     front: LMFront, prompts: Sequence[PromptLike], options: Options, seeds: Sequence[int]
 ) -> list[SequenceRequest]:
-    """Return the requests of prompts that share their options.
+    """Build the requests of prompts that share their options.
 
     Raises:
         PromptError: If a prompt is empty.
@@ -236,7 +236,7 @@ def start_batch(
     ]
     if len(prompts) < len(requests):
         stepper.keep(rows)
-        next_logits = next_logits.of(rows)
+        next_logits = next_logits.select(rows)
     room = stepper.context or 2**62
     sequences = [TokenSequence(r.name, r.sampling, r.seed, room - len(r.prompt.ids)) for r in requests]
     return answers, DecodeBatch(stepper, next_logits, sequences)
@@ -245,7 +245,7 @@ def start_batch(
 def generate_batch(
     lm: ModelWithFront, requests: Sequence[SequenceRequest]
 ) -> tuple[list[AnswerInProgress], Iterator[list[Token]]]:
-    """Read the prompts; return the answers in progress, and the steps that make them.
+    """Prefill the prompts; return the answers in progress, and an iterator that decodes them step by step.
 
     Each step gives the tokens that it made certain.
     """
@@ -264,21 +264,21 @@ def generate_batch(
 
 
 def find_last_user_token(prompt: Prompt) -> tuple[int, int]:
-    """Return the place of the question's last own token, or of the prompt's last, and the place after it."""
+    """Return the span ``(index, index + 1)`` of the last user token, or of the prompt's last token without any."""
     last = max((i for i, is_user in enumerate(prompt.is_user_token) if is_user), default=len(prompt.ids) - 1)
     return last, last + 1
 
 
 def find_unscored_tokens(prompt: Prompt) -> list[int]:
-    """Return the ids whose text an answer goes on from.
+    """Return the ids of the prompt whose text the answer continues.
 
-    There are none after a chat template or a control token: what parts the answer from those is not the answer's.
+    There are none after a chat template or a control token: white space after those does not belong to the answer.
     """
     return prompt.ids if prompt.is_user_token[-1:] == [True] else []
 
 
 class Stream(Iterator[Token]):
-    """Tokens as they are chosen. ``question`` is there from the start, ``answer`` when the tokens have ended."""
+    """An iterator of tokens as they are chosen; ``question`` is set from the start, ``answer`` after the last token."""
 
     def __init__(self, lm: ModelWithFront, request: SequenceRequest) -> None:
         (self._progress,), self._steps = generate_batch(lm, [request])
@@ -286,7 +286,7 @@ class Stream(Iterator[Token]):
 
     @property
     def question(self) -> list[Token]:
-        """The tokens of the question's own words."""
+        """The user's tokens of the question."""
         return self._progress.question
 
     @property

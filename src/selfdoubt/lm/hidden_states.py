@@ -1,4 +1,4 @@
-"""Hidden states of some decoder layers: captured while a model runs, and averaged over chosen places."""
+"""Hidden states of decoder layers: captured while a model runs, and averaged over chosen positions."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from selfdoubt.errors import ConfigError
 
-#: Where hidden states are taken: at the question's last own token; where the answer's first token is chosen; and the
-#: mean over all places where a token of the answer is chosen. Each is the mean over members.
+#: Positions of hidden states: the last user token; where the answer's first token is chosen; and the mean over all
+#: positions where a token of the answer is chosen. Each is the mean over members.
 Position = Literal["question", "first", "mean"]
 POSITIONS: tuple[Position, ...] = get_args(Position)
 
@@ -38,10 +38,10 @@ class StateKey:
 
     @classmethod
     def parse(cls, name: str) -> StateKey:
-        """Return the key that is printed so.
+        """Parse a key as ``str`` prints it.
 
         Raises:
-            ConfigError: If it is none.
+            ConfigError: If it is not ``position.layer``.
         """
         position, _, layer = name.rpartition(".")
         if position not in POSITIONS or not layer.isdecimal():
@@ -109,12 +109,12 @@ def capture_outputs(layers: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
 
 
 class HiddenStatePooler:
-    """Means of hidden states over chosen columns of a padded batch, taken while it is read in pieces.
+    """A pooler that averages hidden states over chosen columns of a padded batch while it is read in pieces.
 
     Args:
         spans: For each sequence, places ``(first, end)`` to average over, counted from its own first token.
         lengths: Tokens in each sequence.
-        padded: On which side.
+        padded: Side of the padding.
     """
 
     def __init__(
@@ -131,7 +131,7 @@ class HiddenStatePooler:
         self.means: Float[Tensor, "batch spans layers width"] | None = None  #: None until a piece was read
 
     def add(self, first: int, states: Float[Tensor, "batch t layers width"]) -> None:
-        """Take the columns from ``first`` on."""
+        """Add the hidden states of the columns from ``first`` on."""
         weights = self._weights[:, :, first : first + states.shape[1]].to(states.device)
         # What stands on padding may be anything, also infinite: it must not even be multiplied by zero.
         used = (weights > 0).any(1)[:, :, None, None]

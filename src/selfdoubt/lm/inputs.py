@@ -1,4 +1,4 @@
-"""Questions as callers give them: a text, a chat, or a list, an array or a column of them."""
+"""Checks prompts as callers give them: a text, a chat, or a list, an array or a column of them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def list_questions(prompt: Any) -> list[PromptLike]:
     """Return the questions of a list, a tuple, a generator, a pandas column, an Arrow column or an array.
 
     Args:
-        prompt: Not a single question; see ``check_question``.
+        prompt: Several questions; a single one is for ``check_question``.
 
     Raises:
         PromptError: If it is something else, or one item is neither a text nor a chat; the message names its place.

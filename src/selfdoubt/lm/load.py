@@ -1,4 +1,4 @@
-"""From a name or a folder to a causal language model and its tokenizer."""
+"""Loads a causal language model and its tokenizer by name or from a folder."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def load_model(
 
 
 def choose_dtype(model: nn.Module) -> torch.dtype:
-    """Choose the type in which a model is quickest where it is: its own, but float32 on a CPU that emulates bfloat16.
+    """Choose the quickest dtype for a model on its device: its own, but float32 on a CPU that emulates bfloat16.
 
     Emulated products are ten times slower than float32's. A model that would fill more than half of the memory in
     float32 keeps its type: slow is better than none.
@@ -93,7 +93,7 @@ def choose_dtype(model: nn.Module) -> torch.dtype:
 
 
 def find_stop_ids(model: nn.Module, tokenizer: Any) -> frozenset[int]:
-    """Find the token ids that end an answer: a text or turn, for the model, its tokenizer or its chat template.
+    """Find the token ids that end an answer: those that end a text or a turn, by config, tokenizer and chat template.
 
     They are the ends that the generation config names; the config's, as far as they are control tokens (a config
     without any inherits its class's number, which may be a word); the tokenizer's; and ``find_turn_end``. They count
@@ -110,7 +110,7 @@ def find_stop_ids(model: nn.Module, tokenizer: Any) -> frozenset[int]:
 def find_turn_end(tokenizer: Any) -> int | None:
     """Return the control token with which the chat template ends an assistant's turn; None where it ends with none.
 
-    The template is asked: it is what comes next behind an answer's words but for white space. A token that opens a
+    It is the token that the rendered template has after an answer's text, apart from white space. A token that opens a
     turn is not one.
     """
     if tokenizer.chat_template is None:
@@ -118,7 +118,7 @@ def find_turn_end(tokenizer: Any) -> int | None:
     turns = [{"role": "user", "content": _MARKS[0]}, {"role": "assistant", "content": _MARKS[1]}]
     try:
         text = str(tokenizer.apply_chat_template(turns, tokenize=False))
-    except Exception:  # templates are programs: they raise what they like, and say so when they are asked a question
+    except Exception:  # templates are programs that raise any error; rendering a question reports it
         return None
     before, mark, after = text.rpartition(_MARKS[1])
     front, _, between = before.partition(_MARKS[0])
@@ -142,7 +142,7 @@ def _first_token(text: str, control: dict[str, int]) -> str | None:
 
 
 def _control_tokens(tokenizer: Any) -> dict[str, int]:
-    """Return the ids of the tokens that are no text, by what the chat template writes for them."""
+    """Return the ids of tokens that are not text, by the form in which the chat template writes them."""
     marked = {
         str(token): i
         for i, token in tokenizer.added_tokens_decoder.items()

@@ -54,13 +54,13 @@ class RiskAwareLM:
         layers: Sequence[int] = (),
         note: str | None = None,
     ) -> None:
-        """Use ``load`` unless you have made the parts yourself.
+        """Combine a model and a tokenizer that you have built yourself; otherwise use ``load``.
 
         Args:
             model: A Hugging Face causal language model, wrapped or plain.
             tokenizer: Its tokenizer.
             reference: Ascending quantiles of answer scores, by name: they turn a risk into a percentile.
-            calibration: Turns scores into ``p_correct``, and says below which one to abstain.
+            calibration: Calibration that turns scores into ``p_correct``, and may have a threshold to abstain below.
             risk: Name of the answer score that is the risk.
             token_risk: Name of the token signal that is a token's risk.
             layers: Decoder layers whose hidden states come with an answer (``Answer.states``); 0 is the first.
@@ -78,7 +78,7 @@ class RiskAwareLM:
 
     @property
     def front(self) -> LMFront:
-        """All that is known of the model but its weights: small enough to send to another process."""
+        """Everything about the model except its weights: small enough to send to another process."""
         return self._front
 
     @property
@@ -192,7 +192,7 @@ class RiskAwareLM:
         if added is not None:
             model = added.apply(model, given)
         elif given is not None:
-            with torch.random.fork_rng():  # what is fresh is the same each time: a run can go on, an answer come again
+            with torch.random.fork_rng():  # fresh parameters are the same each time, so that answers can be repeated
                 torch.manual_seed(0)
                 model = given(model)  # type: ignore[operator]
         note = None
@@ -215,7 +215,7 @@ class RiskAwareLM:
         itself is not written.
 
         Args:
-            folder: Made if missing; an adapter in it is replaced.
+            folder: Folder to write, made if missing; an adapter in it is replaced.
             base: Name or folder of the base model; None takes the model's own.
             revision: Revision of the base model.
 
@@ -237,7 +237,7 @@ class RiskAwareLM:
         )  # fmt: skip
 
     def learnt(self) -> frozenset[str]:
-        """Return what this model has beside its weights: "reference", "calibration"."""
+        """Return the entries that this model has in addition to its weights: "reference", "calibration"."""
         known = {"reference": bool(self._front.reference), "calibration": self._front.calibration is not None}
         return frozenset(name for name, is_there in known.items() if is_there)
 
@@ -265,8 +265,8 @@ class RiskAwareLM:
         Args:
             prompt: A question, messages with ``role`` and ``content``, or a list of questions or chats; also a
                 generator, a column of pandas or Arrow, or an array.
-            batch_size: How many prompts of a list run side by side.
-            seeds: One for each prompt of a list; None takes the option ``seed`` for all.
+            batch_size: Number of prompts of a list that run in one batch.
+            seeds: One seed per prompt of a list; None takes the option ``seed`` for all.
             **options: See ``Options``.
 
         Returns:
@@ -368,12 +368,12 @@ class RiskAwareLM:
         raw: bool = False,
         alternatives: int = defaults.ALTERNATIVES,
     ) -> list[Answer]:
-        """Score several texts side by side, each the answer to its question or, with None, any text.
+        """Score several texts in one batch, each the answer to its question or, with None, any text.
 
         Args:
             pairs: Questions and their answers.
             raw: Do not put questions into the chat template; a text then follows its question without a space.
-            alternatives: How many of the most probable tokens come with each token.
+            alternatives: Number of the most probable tokens that come with each token.
 
         Raises:
             PromptError: If a text is empty or too long.

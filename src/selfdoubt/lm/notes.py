@@ -1,4 +1,4 @@
-"""Lines for people on what the risk of a model lacks."""
+"""Notes for users about a model whose risk was not trained."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PLAIN_NOTE = (
 
 
 def explain_untrained(spec: Spec) -> str:
-    """Return one line on what a wrapper does that nothing has trained; figures: ``experiments/LOG.md``."""
+    """Return a one-line warning about an untrained wrapper; its numbers are from ``experiments/LOG.md``."""
     method = to_json(spec)["method"]
     if method == "sculpt":
         return "this sculpt is untrained: its scale says nothing yet; train it with `selfdoubt train`"

@@ -1,4 +1,4 @@
-"""Options of an answer: as callers give them, and as the token loop takes them."""
+"""Options of generation: checks those that callers give, and turns them into ``Sampling``."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def read_options(options: Mapping[str, Any], *further: str) -> Options:
 
     Args:
         options: A caller's keyword arguments.
-        *further: Names that the caller's function takes as well: they are not options, but may be meant.
+        *further: Other parameters of the caller's function, to suggest for a misspelt option.
 
     Raises:
         ConfigError: If an option is unknown (the message names the nearest), or of a wrong type.
@@ -77,8 +77,8 @@ def read_sampling(options: Options, stop_ids: Collection[int]) -> Sampling:
     """Return the options that say how tokens are chosen, as the token loop takes them.
 
     Args:
-        options: A caller's, as ``read_options`` returns them.
-        stop_ids: The model's own.
+        options: Options as ``read_options`` returns them.
+        stop_ids: Stop ids of the model.
 
     Raises:
         ConfigError: If an option is out of range.

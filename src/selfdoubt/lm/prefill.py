@@ -1,4 +1,7 @@
-"""Prefill and teacher forcing: a prompt or a text is read, and each of its tokens scored. No text, no model library."""
+"""Prefill and teacher forcing: reads token ids of prompts and texts in chunks, and scores each id.
+
+It knows no text and no model library.
+"""
 
 from __future__ import annotations
 
@@ -27,20 +30,20 @@ class ScoredId(NamedTuple):
     disagreement: float
     spread: float
     scale: float | None
-    gap: float  #: log-probability of the most probable id less this one's, nats, >= 0; of a prompt's own ids 0
+    gap: float  #: log-probability of the most probable id less this one's, nats, >= 0; 0 for ids of a prompt
     alternatives: tuple[tuple[int, float], ...]  #: (id, log-probability), the most probable first
 
 
 def prefill_in_chunks(
     stepper: Stepper, prompts: Sequence[Sequence[int]], alternatives: int = 0, pool: HiddenStatePooler | None = None
 ) -> Generator[None, None, tuple[list[list[ScoredId | None]], StepOutput]]:
-    """Read prompts piece by piece, and score every token of them but the first, which nothing predicts (None).
+    """Read prompts piece by piece, and score every token except the first, which nothing predicts (None).
 
     Args:
-        stepper: Fresh, or done with what it read before.
-        prompts: Token ids.
-        alternatives: How many of the most probable tokens come with each token.
-        pool: Takes the hidden states, where the stepper has them.
+        stepper: A stepper without sequences in progress.
+        prompts: Token ids of each prompt.
+        alternatives: Number of the most probable tokens that come with each token.
+        pool: Pooler of the hidden states, if the stepper has them.
 
     Yields:
         Nothing, after each piece but the last.
@@ -98,11 +101,11 @@ def teacher_force_in_chunks(
     """Score a text after each prompt that was read, piece by piece. No token can be chosen afterwards.
 
     Args:
-        stepper: Has read the prompts.
-        next_logits: After the prompts.
-        texts: Token ids, at least one for each prompt.
-        alternatives: How many of the most probable tokens come with each token.
-        pool: Takes the hidden states in which the texts' tokens but the first are predicted, right-padded.
+        stepper: A stepper that has read the prompts.
+        next_logits: Logits after the prompts.
+        texts: Token ids, at least one per prompt.
+        alternatives: Number of the most probable tokens that come with each token.
+        pool: Pooler of the hidden states in which the texts' tokens except the first are predicted, right-padded.
         ends: Ids that would end a text. With some, each text has one more token: the most probable of them, behind it.
 
     Yields:
@@ -141,16 +144,16 @@ def score_ids(
     """Return the scores of chosen tokens, moved to the host in one go.
 
     Args:
-        next_logits: Of the places where they were chosen.
-        chosen: The ids that were taken.
-        alternatives: How many of the most probable tokens come with each token.
-        mixed: The ``risk.mixture`` of the logits, where it is at hand.
+        next_logits: Logits of the positions where they were chosen.
+        chosen: The chosen ids.
+        alternatives: Number of the most probable tokens that come with each token.
+        mixed: The ``risk.mixture`` of the logits, if it is computed already.
     """
     others: list[Tensor] = []
     if alternatives:
         mixed = risk.mixture(next_logits.logits) if mixed is None else mixed
         top = mixed.topk(min(alternatives, mixed.shape[-1]), -1).indices
-        scores, logprobs = risk.scores_among(next_logits.logits, chosen, top, mixed)
+        scores, logprobs = risk.score_among(next_logits.logits, chosen, top, mixed)
         others = [*top.double().unbind(-1), *logprobs.unbind(-1)]
     else:
         scores = risk.token_scores(next_logits.logits, chosen)

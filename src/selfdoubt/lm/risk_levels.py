@@ -9,14 +9,14 @@ BOUNDS = (0.05, 0.25, 0.75, 1.5)
 COLOURS = ("#56b4e9", "#9fc6a0", "#f0e442", "#e69f00", "#ff6a3d")
 
 
-def level(risk: float) -> int:
-    """Return 0 for the surest of the five levels, 4 for the most doubtful.
+def find_risk_level(risk: float) -> int:
+    """Return the level of a risk: 0 for the surest of the five, 4 for the most doubtful.
 
     Args:
-        risk: Of one token, in nats.
+        risk: Risk of one token, in nats.
 
     Example:
-        >>> level(0.0), level(0.3), level(9.0)
+        >>> find_risk_level(0.0), find_risk_level(0.3), find_risk_level(9.0)
         (0, 2, 4)
     """
     return sum(risk > bound for bound in BOUNDS)

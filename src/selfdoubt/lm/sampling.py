@@ -22,7 +22,7 @@ class Sampling:
         top_p: Draw from the smallest set of tokens that holds this share of probability, in (0, 1].
         max_tokens: Most tokens of an answer, at least 1.
         stop_ids: Tokens that end an answer; they are not part of it.
-        alternatives: How many of the most probable tokens come with each token.
+        alternatives: Number of the most probable tokens that come with each token.
 
     Raises:
         ConfigError: If a setting is out of range.
@@ -45,15 +45,15 @@ class Sampling:
             raise ConfigError(f"alternatives must not be negative, got {self.alternatives}")
 
 
-def choose(
+def choose_tokens(
     logits: Float[Tensor, "batch classes"], samplings: Sequence[Sampling], uniform: Float[Tensor, " batch"]
 ) -> Int[Tensor, " batch"]:
     """Choose the next token of each sequence: the most probable, or that at ``uniform`` of the distribution function.
 
     Args:
-        logits: Of the mean distribution.
-        samplings: One for each sequence.
-        uniform: Draws in [0, 1), float64; not looked at where the temperature is 0.
+        logits: Logits of the mean distribution.
+        samplings: Settings of each sequence.
+        uniform: Draws in [0, 1), float64; ignored where the temperature is 0.
     """
     chosen = logits.argmax(-1)
     drawn = [row for row, sampling in enumerate(samplings) if sampling.temperature > 0]

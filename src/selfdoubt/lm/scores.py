@@ -83,13 +83,13 @@ RANK_SCORES: dict[str, tuple[tuple[Score, float], ...]] = {
 }
 
 
-def answer_scores(answer: Sequence[Token], question: Sequence[Token]) -> dict[str, float]:
-    """Return all scores that these tokens allow: without a question, or without a sculpt, some are absent."""
+def compute_answer_scores(answer: Sequence[Token], question: Sequence[Token]) -> dict[str, float]:
+    """Return all scores by name; without a question, or without a sculpt, some are absent."""
     values = {name: score.compute(answer, question) for name, score in ANSWER_SCORES.items()}
     return {name: value for name, value in values.items() if value is not None}
 
 
-def rank_scores(scores: Mapping[str, float], reference: Mapping[str, Sequence[float]]) -> dict[str, float]:
+def compute_rank_scores(scores: Mapping[str, float], reference: Mapping[str, Sequence[float]]) -> dict[str, float]:
     """Return the ``RANK_SCORES`` that these scores and reference quantiles allow."""
     return {
         name: math.fsum(
@@ -131,7 +131,9 @@ def fallback_score(name: str) -> Score:
 
 
 def pick_risk(scores: Mapping[str, float], name: str) -> tuple[float, str]:
-    """Return the risk of this name and its name; without a question (or an answer), the same score of the other part.
+    """Return the risk and its name: the named score, or if it is absent the one that takes its place.
+
+    Without a question (or an answer) that is the same score of the other part.
 
     Raises:
         ConfigError: If the name is unknown, or there is neither an answer nor a question.
@@ -175,7 +177,7 @@ def reference_quantiles(answers: Sequence[HasScores], n: int = 100) -> dict[str,
     tokens = [token for answer in answers if isinstance(answer, Answer) for token in answer.tokens]
     token_rows = [{f"token_{s}": v for s in get_args(Signal) if (v := getattr(t, s)) is not None} for t in tokens]
     known = _quantiles(rows, n)
-    return known | _quantiles([rank_scores(row, known) for row in rows], n) | _quantiles(token_rows, n)
+    return known | _quantiles([compute_rank_scores(row, known) for row in rows], n) | _quantiles(token_rows, n)
 
 
 def _quantiles(rows: Sequence[Mapping[str, float]], n: int) -> dict[str, list[float]]:

@@ -1,4 +1,4 @@
-"""Scores text that exists already, teacher-forced, several texts side by side."""
+"""Scores existing text, teacher-forced, several texts in one batch."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class TeacherForcedText(NamedTuple):
     """A text to score."""
 
     text: str
-    ids: list[int]  #: of the text
-    prompt: Prompt | None  #: that it answers; None where it answers nothing
+    ids: list[int]  #: token ids of the text
+    prompt: Prompt | None  #: prompt that it answers; None where it answers nothing
 
 
 def encode_teacher_forced(
@@ -56,7 +56,7 @@ def score_teacher_forced(
     alternatives: int,
     made: Made = "given",
 ) -> list[Answer]:
-    """Score texts as ``RiskAwareLM.score_batch`` does; ``made`` says how they came about."""
+    """Score texts as ``RiskAwareLM.score_batch`` does; ``made`` is the way in which they were made."""
     texts = encode_teacher_forced(lm.front.tokenizer, pairs, raw=raw)
     return run_to_end(score_in_chunks(lm, texts, alternatives, made=made))
 
@@ -72,10 +72,10 @@ def score_in_chunks(
 
     Args:
         lm: The model.
-        texts: From ``encode_teacher_forced``.
-        alternatives: How many of the most probable tokens come with each token.
-        sizer: Chooses the sizes of the pieces; None reads as much at once as memory for the logits allows.
-        made: How the texts came about.
+        texts: Texts to score, from ``encode_teacher_forced``.
+        alternatives: Number of the most probable tokens that come with each token.
+        sizer: Sizer of the pieces; None reads as much at once as memory for the logits allows.
+        made: The way in which the texts were made.
 
     Yields:
         Nothing, after each piece.
@@ -134,7 +134,7 @@ def _score_answers(
     asked = HiddenStatePooler([[find_last_user_token(p)] for p in prompts.values()], lengths) if front.layers else None
     rest = HiddenStatePooler([[(0, len(i) - 1)] for i in ids], [len(i) for i in ids], "right") if front.layers else None
     stepper = HFStepper(lm.model, front.layers, sizer)
-    # Whether a text is what the model would say also hangs on its end; only a calibration asks for it.
+    # A calibration also compares the text's end with the model's own; nothing else needs the end.
     longest = max(len(prompt.ids) + len(i) for prompt, i in zip(encoded, ids, strict=True))
     room = stepper.context is None or longest <= stepper.context
     ends = front.stop_ids if front.calibration is not None and room else ()
@@ -144,7 +144,7 @@ def _score_answers(
         questions.append((yield from front.tokens.build_question_in_chunks(scored_prompt, prompt)))
     yield
     stepper.keep(rows)
-    next_logits = next_logits.of(rows)
+    next_logits = next_logits.select(rows)
     scored = yield from teacher_force_in_chunks(stepper, next_logits, ids, alternatives, rest, ends)
     answers = []
     for i, text in enumerate(texts):

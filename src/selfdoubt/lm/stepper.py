@@ -1,4 +1,4 @@
-"""Token ids in, logits of all members out: one growing key-value cache for a batch of sequences times members.
+"""Runs a model step by step, from token ids to logits of all members, with one key-value cache for the whole batch.
 
 ``Stepper`` is what decoding needs of a model; ``HFStepper`` is the one for Hugging Face. Rows in the cache are
 member-major, as everywhere.
@@ -36,8 +36,8 @@ class StepOutput(NamedTuple):
         """Return the output at some places of the axis behind the batch."""
         return StepOutput(*(None if x is None else x[:, :, index] for x in self))  # type: ignore[arg-type]
 
-    def of(self, sequences: Sequence[int]) -> StepOutput:
-        """Return the output of some sequences."""
+    def select(self, sequences: Sequence[int]) -> StepOutput:
+        """Return the outputs of these sequences."""
         return StepOutput(*(None if x is None else x[:, list(sequences)] for x in self))  # type: ignore[arg-type]
 
     def join(self, other: StepOutput) -> StepOutput:
@@ -48,26 +48,26 @@ class StepOutput(NamedTuple):
 
 @runtime_checkable
 class Stepper(Protocol):
-    """A model that reads prompts, then one token a sequence at a time."""
+    """The interface of a model that reads prompts, then one token per sequence and step."""
 
     @property
     def context(self) -> int | None:
         """Most tokens in a sequence, or None."""
 
     def start(self, prompts: Sequence[Sequence[int]]) -> Iterator[tuple[int, StepOutput]]:
-        """Read left-padded prompts in pieces; yields (first column, logits). Read it to its end before ``step``."""
+        """Read left-padded prompts in pieces; yield (first column, logits). Exhaust it before ``step``."""
 
     def step(self, ids: Int[Tensor, " batch"]) -> StepOutput:
         """Append one token to every sequence."""
 
     def extend(self, texts: Sequence[Sequence[int]]) -> Iterator[tuple[int, StepOutput]]:
-        """Append a text to every sequence, right-padded, in pieces as ``start``; no step can follow."""
+        """Append a text to every sequence, right-padded, in pieces like ``start``; no step can follow."""
 
     def keep(self, sequences: Sequence[int]) -> None:
-        """Go on with these sequences of the batch only; one that is named twice goes on twice."""
+        """Keep only these sequences of the batch; one that is named twice is kept twice."""
 
     def join(self, other: Any) -> None:
-        """Go on with the sequences of another stepper of the same kind and model, too, behind one's own."""
+        """Add the sequences of another stepper of the same kind and model behind this one's own."""
 
 
 class HFStepper:
@@ -76,8 +76,8 @@ class HFStepper:
     Args:
         model: The model.
         layers: Decoder layers whose hidden states come with the logits; 0 is the first.
-        sizer: Chooses the sizes of the pieces in which prompts and texts are read; None reads as much at once as
-            memory for the logits allows.
+        sizer: Sizer of the pieces in which prompts and texts are read; None reads as much at once as memory for the
+            logits allows.
 
     Raises:
         ConfigError: If the model has no such layer.
@@ -104,7 +104,7 @@ class HFStepper:
 
     @torch.inference_mode()
     def start(self, prompts: Sequence[Sequence[int]]) -> Iterator[tuple[int, StepOutput]]:
-        """Read left-padded prompts in pieces; yields (first column, logits). Read it to its end before ``step``.
+        """Read left-padded prompts in pieces; yield (first column, logits). Exhaust it before ``step``.
 
         Raises:
             PromptError: If a prompt is empty or does not fit the context.
@@ -126,7 +126,7 @@ class HFStepper:
 
     @torch.inference_mode()
     def extend(self, texts: Sequence[Sequence[int]]) -> Iterator[tuple[int, StepOutput]]:
-        """Append a text to every sequence, right-padded, in pieces; yields (first column, logits). No step can follow.
+        """Append a text to every sequence, right-padded, in pieces; yield (first column, logits). No step can follow.
 
         Raises:
             PromptError: If a sequence does not fit the context.
@@ -166,7 +166,7 @@ class HFStepper:
 
     @torch.inference_mode()
     def keep(self, sequences: Sequence[int]) -> None:
-        """Go on with these sequences of the batch only; one that is named twice goes on twice."""
+        """Keep only these sequences of the batch; one that is named twice is kept twice."""
         batch = self._rows // self.members
         index = torch.tensor(sequences, device=self._device)
         rows = (torch.arange(self.members, device=self._device)[:, None] * batch + index).flatten()
@@ -178,7 +178,7 @@ class HFStepper:
 
     @torch.inference_mode()
     def join(self, other: HFStepper) -> None:
-        """Go on with the sequences of another stepper of the same model, too, behind one's own.
+        """Add the sequences of another stepper of the same model behind this one's own.
 
         Raises:
             WrapError: If the model's cache is of a kind that cannot be joined.

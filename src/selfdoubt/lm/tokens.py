@@ -1,4 +1,4 @@
-"""From scored token ids to tokens: each gets its piece of the text, its risk, and the alternatives in its place."""
+"""Builds ``Token``s from scored token ids: each gets its piece of the text, its risk and its alternatives."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from selfdoubt.lm.text.prompt import Prompt
 
 
 class TokenBuilder:
-    """Builds ``Token``s from ids with their scores.
+    """A builder of ``Token``s from ids with their scores.
 
     Args:
         tokenizer: A Hugging Face tokenizer.
@@ -44,9 +44,9 @@ class TokenBuilder:
         """Build the tokens of a text, some hundreds at a time.
 
         Args:
-            scored: The scores of each id; None for one that nothing predicted.
-            ids: Of the text.
-            before: Ids that the text goes on from, see ``Detokenizer``.
+            scored: Scores of each id; None for an id that nothing predicted.
+            ids: Token ids of the text.
+            before: Ids that the text continues, see ``Detokenizer``.
 
         Yields:
             Nothing, after each piece.
@@ -66,6 +66,6 @@ class TokenBuilder:
     def build_question_in_chunks(
         self, scored: Sequence[ScoredId | None], prompt: Prompt
     ) -> Generator[None, None, list[Token]]:
-        """Build the tokens of a question's own words from the scores of its prompt; as ``build_in_chunks``."""
+        """Build the user's tokens of a question from the scores of its prompt; as ``build_in_chunks``."""
         places = [i for i, is_user_token in enumerate(prompt.is_user_token) if is_user_token]
         return self.build_in_chunks([scored[i] for i in places], [prompt.ids[i] for i in places])

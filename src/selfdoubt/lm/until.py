@@ -1,4 +1,4 @@
-"""Answering again until an answer is among the most confident."""
+"""``generate_until``: draws answers until one is confident enough."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def generate_until(
     max_tries: int,
     options: Options,
 ) -> Attempts:
-    """Answer again; see ``RiskAwareLM.generate_until``."""
+    """Draw answers until one is confident enough; see ``RiskAwareLM.generate_until``."""
     if not 0 <= read_number("percentile", percentile, whole=False) <= 1:
         raise ConfigError(f"the percentile must be between 0 and 1, got {percentile}")
     if read_number("max_tries", max_tries, whole=True) < 1:

@@ -1,7 +1,7 @@
-"""Metrics of risk scores: selective accuracy, ranking, calibration, and intervals of them.
+"""Metrics of risk scores: selective accuracy, ranking, calibration, and their confidence intervals.
 
-Pure functions of numpy arrays; they know no language model and no torch, and are usable alone. ``docs/metrics.md`` says
-what each means, and what others call it.
+Pure functions of numpy arrays, usable alone: nothing here imports torch. ``docs/metrics.md`` explains each metric and
+gives its names in other libraries.
 """
 
 from __future__ import annotations

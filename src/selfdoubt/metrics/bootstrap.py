@@ -20,7 +20,7 @@ from jaxtyping import Bool, Float
 from selfdoubt.errors import ConfigError, MetricError, require
 from selfdoubt.metrics.estimate import Estimate
 from selfdoubt.metrics.ranking import JudgementsLike, Order, ScoresLike, check_answers
-from selfdoubt.metrics.resampling import bound_resamples, resamples, two_sided_p
+from selfdoubt.metrics.resampling import bound_resamples, draw_resamples, two_sided_p
 from selfdoubt.metrics.selective import METRICS
 
 MetricLike = str | Callable[[np.ndarray, np.ndarray], float]
@@ -56,10 +56,10 @@ def bootstrap_interval(
     Args:
         metric: A name in ``METRICS``, or a function of (risk, correct).
         risk: One score per answer that grows with doubt, or ``p_correct`` for a metric that needs it.
-        correct: Which answers are right.
+        correct: True for each right answer.
         draws: Resamples.
         level: Share of the resamples within the interval, in (0, 1).
-        seed: Of the resamples.
+        seed: Seed of the resamples.
         clusters: Draw these whole instead of single answers, e.g. each answer's question or topic; one per answer.
 
     Raises:
@@ -130,16 +130,16 @@ def compare_scores(
 
     Args:
         scores: By name, over the same answers in the same order.
-        correct: Which answers are right.
+        correct: True for each right answer.
         metrics: Names in ``METRICS``, or functions by a name.
-        baseline: Name of the score to compare with, e.g. that of sequence probability.
+        baseline: Name of the score to compare with, e.g. "sum_nll".
         draws: Resamples.
         level: Share of the resamples within the interval, in (0, 1).
-        seed: Of the resamples.
+        seed: Seed of the resamples.
         clusters: Draw these whole instead of single answers; one per answer.
 
     Returns:
-        By (score, metric).
+        The comparisons by (score name, metric name).
 
     Raises:
         MetricError: If a metric is not defined on the answers, or not on half of the resamples.
@@ -183,7 +183,7 @@ def compare_systems(
         b: The same of the other system.
         draws: Resamples of the questions, the same for both.
         level: Share of the resamples within the interval, in (0, 1).
-        seed: Of the resamples.
+        seed: Seed of the resamples.
 
     Example:
         >>> a, b = [(0.1, False), (0.9, True)] * 10, [(0.9, False), (0.1, True)] * 10
@@ -204,7 +204,7 @@ def compare_systems(
         return SystemComparison(before, after, Estimate.missing(reasons[0]))
     orders = [Order.sort(*check_answers(x, right)) for x, right in arrays]
     measure = METRICS[metric].over_draws
-    gaps = [measure(orders[1].rank(n)) - measure(orders[0].rank(n)) for n in resamples(len(a), draws, seed)]
+    gaps = [measure(orders[1].rank(n)) - measure(orders[0].rank(n)) for n in draw_resamples(len(a), draws, seed)]
     try:
         low, high, failed = bound_resamples(np.concatenate(gaps), level, metric)
     except MetricError as error:
@@ -223,7 +223,7 @@ def estimate_mean(values: Sequence[float], *, draws: int = 1000, level: float = 
     if not values:
         return Estimate.missing("there is nothing to average")
     x = np.asarray(values, np.float64)
-    drawn = np.concatenate([counts @ x / len(x) for counts in resamples(len(x), draws, seed)])
+    drawn = np.concatenate([counts @ x / len(x) for counts in draw_resamples(len(x), draws, seed)])
     low, high, _ = bound_resamples(drawn, level, "the mean")
     return Estimate(float(x.mean()), low, high)
 
@@ -261,7 +261,7 @@ def _measure_draws(
     drawn = {(s, m): np.empty(draws) for s in scores for m in metrics}
     orders = {name: Order.sort(*check_answers(score, correct)) for name, score in scores.items()}
     done = 0
-    for counts in resamples(len(correct), draws, seed, clusters):
+    for counts in draw_resamples(len(correct), draws, seed, clusters):
         block = slice(done, done := done + len(counts))
         for score, order in orders.items():
             ranked = order.rank(counts)

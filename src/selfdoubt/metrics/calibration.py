@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from selfdoubt.errors import ConfigError, MetricError
-from selfdoubt.metrics.ranking import JudgementsLike, PerDraw, Ranked, ScoresLike, rank_answers
+from selfdoubt.metrics.ranking import JudgementsLike, PerDraw, Ranked, ScoresLike, get_only_draw, rank_answers
 
 Spacing = Literal["width", "mass"]
 #: Probabilities are kept this far from 0 and 1 in the log loss: a sure and wrong answer costs 16.1 nats, not infinity.
@@ -54,7 +54,7 @@ def ece(
     """
     _check_bins(bins, spacing)
     kernel = ece_mass_over_draws if spacing == "mass" else ece_over_draws
-    return _only(kernel(_ranked(p_correct, correct), bins))
+    return get_only_draw(kernel(_ranked(p_correct, correct), bins))
 
 
 def brier(p_correct: ScoresLike, correct: JudgementsLike) -> float:
@@ -67,7 +67,7 @@ def brier(p_correct: ScoresLike, correct: JudgementsLike) -> float:
         >>> brier(np.array([0.5, 1.0]), np.array([False, True]))
         0.125
     """
-    return _only(brier_over_draws(_ranked(p_correct, correct)))
+    return get_only_draw(brier_over_draws(_ranked(p_correct, correct)))
 
 
 def nll(p_correct: ScoresLike, correct: JudgementsLike) -> float:
@@ -82,7 +82,7 @@ def nll(p_correct: ScoresLike, correct: JudgementsLike) -> float:
         >>> round(nll(np.array([0.5, 0.5]), np.array([False, True])), 4)
         0.6931
     """
-    return _only(nll_over_draws(_ranked(p_correct, correct)))
+    return get_only_draw(nll_over_draws(_ranked(p_correct, correct)))
 
 
 def reliability(
@@ -161,11 +161,6 @@ def nll_over_draws(r: Ranked) -> PerDraw:
     """Return ``nll`` of every draw."""
     p = r.score.clip(CLIP, 1 - CLIP)
     return -(r.right @ np.log(p) + r.wrong @ np.log1p(-p)) / r.n
-
-
-def _only(draws: PerDraw) -> float:
-    """Return the number of the only draw."""
-    return float(draws[0])
 
 
 def _ranked(p_correct: ScoresLike, correct: JudgementsLike) -> Ranked:

@@ -1,4 +1,4 @@
-"""A number with its interval: the one type that metrics return and that reports store."""
+"""``Estimate``: a number with its confidence interval, as metrics return it and reports store it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Shares of answers with Wilson's interval."""
+"""Wilson's interval of a share, and shares of answers as estimates."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def wilson_interval(share: float, n: int, *, level: float = 0.95) -> tuple[float
 
 
 def estimate_share(hits: Sequence[bool], *, level: float = 0.95) -> Estimate:
-    """Return the share of hits with Wilson's interval; without any, an estimate that is missing.
+    """Return the share of hits with Wilson's interval; of no values, an estimate that is missing.
 
     Example:
         >>> found = estimate_share([True, True, True, False])

@@ -1,4 +1,4 @@
-"""Answers sorted by doubt, ties together, in one or in many resamples: the arithmetic below every metric.
+"""Answers sorted by risk, ties together, in one or in many resamples: the arithmetic below every metric.
 
 A metric is a function of two small tables: how many answers share each value of the score, and how many of them are
 right. A resample of the questions changes these counts and nothing else, so the answers are sorted once and
@@ -24,7 +24,7 @@ from selfdoubt.errors import MetricError
 
 #: One number per answer, as an array or any other sequence.
 ScoresLike = Float[np.ndarray, "answers"] | Sequence[float]
-#: Which answers are right.
+#: True for each right answer, as an array or any other sequence.
 JudgementsLike = Bool[np.ndarray, "answers"] | Sequence[bool]
 PerDraw = Float[np.ndarray, "draws"]
 Table = Int[np.ndarray, "draws groups"]
@@ -36,9 +36,9 @@ ROUNDING = 1e-9
 class Ranked:
     """Counts per group of equal scores, from the lowest score to the highest."""
 
-    score: Float[np.ndarray, "groups"]  #: what the group shares, ascending
-    answers: Table  #: in the group
-    right: Table  #: of these
+    score: Float[np.ndarray, "groups"]  #: score of each group, ascending
+    answers: Table  #: number of answers in the group
+    right: Table  #: number of right ones among these
 
     @cached_property
     def end(self) -> Table:
@@ -72,7 +72,7 @@ class Ranked:
 
     @cached_property
     def lead(self) -> Float[np.ndarray, "draws groups"]:
-        """By how many right answers those before the group beat as many of the group's own mean."""
+        """Right answers before the group, less as many as they would have at the group's own accuracy."""
         return self.right_start - self.mean * self.start
 
     @cached_property
@@ -120,7 +120,7 @@ class Order(NamedTuple):
         """Return the groups of each draw.
 
         Args:
-            counts: How often each draw holds each answer.
+            counts: Number of times that each draw holds each answer.
         """
         answers = counts[:, self.order]
         right = answers * self.right
@@ -134,7 +134,7 @@ def check_answers(
     correct: JudgementsLike | Shaped[np.ndarray, "answers"],
     name: str = "risk",
 ) -> tuple[Float[np.ndarray, "answers"], Bool[np.ndarray, "answers"]]:
-    """Return scores in float64 and judgements, if any metric can be computed of them.
+    """Return scores in float64 and judgements as booleans, checked.
 
     Raises:
         MetricError: If they are not two lists of one length of at least 2, a score is not finite, or a judgement is
@@ -176,6 +176,11 @@ def rank_answers(
     """
     values, right = check_answers(score, correct, name)
     return Order.sort(values, right).rank(np.ones((1, len(values)), np.int64))
+
+
+def get_only_draw(draws: PerDraw) -> float:
+    """Return the metric of the only draw."""
+    return float(draws[0])
 
 
 def accuracy_at_over_draws(r: Ranked, coverage: float) -> PerDraw:
@@ -220,7 +225,7 @@ def excess_aurc_over_draws(r: Ranked) -> PerDraw:
 
 
 def augrc_over_draws(r: Ranked) -> PerDraw:
-    """Return the area under the share of answers that are given and wrong, over coverage from 0 to 1."""
+    """Return the area under the share of answers that are answered and wrong, over coverage from 0 to 1."""
     return _dot(r.answers, r.start - r.right_start + r.wrong / 2) / np.square(r.n, dtype=np.float64)
 
 

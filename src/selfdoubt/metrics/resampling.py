@@ -22,15 +22,15 @@ class Bounds(NamedTuple):
     failed: int  #: resamples on which the metric is not defined: left out
 
 
-def resamples(
+def draw_resamples(
     n: int, draws: int, seed: int, clusters: Sequence[Hashable] | None = None
 ) -> Iterator[Int[np.ndarray, "block answers"]]:
     """Yield how often each draw holds each answer, some draws at a time; the size of a block changes no draw.
 
     Args:
-        n: Answers.
-        draws: Resamples.
-        seed: Of the resamples.
+        n: Number of answers.
+        draws: Number of resamples.
+        seed: Seed of the resamples.
         clusters: Draw these whole instead of single answers; one per answer.
 
     Raises:

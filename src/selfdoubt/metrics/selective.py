@@ -53,6 +53,7 @@ from selfdoubt.metrics.ranking import (
     auroc_over_draws,
     coverage_at_over_draws,
     excess_aurc_over_draws,
+    get_only_draw,
     prr_over_draws,
     rank_answers,
 )
@@ -61,7 +62,7 @@ Form = Literal["sum", "trapezoid"]
 
 
 class JudgedAnswers(NamedTuple):
-    """The answers that a judge could decide."""
+    """The judged answers of a set, and the number of the others."""
 
     risk: Float[np.ndarray, "answers"]
     correct: Bool[np.ndarray, "answers"]
@@ -72,7 +73,7 @@ class Curve(NamedTuple):
     """Accuracy against coverage, one point for each number of answers k = 1 .. n."""
 
     coverage: Float[np.ndarray, "answers"]  #: k / n, in (0, 1]
-    accuracy: Float[np.ndarray, "answers"]  #: of the k surest, in [0, 1]
+    accuracy: Float[np.ndarray, "answers"]  #: accuracy of the k surest, in [0, 1]
 
 
 def drop_unjudged(risk: ScoresLike, correct: Sequence[bool | None]) -> JudgedAnswers:
@@ -129,7 +130,7 @@ def accuracy_at(risk: ScoresLike, correct: JudgementsLike, *, coverage: float) -
     """
     if not 0 < coverage <= 1:
         raise ConfigError(f"coverage must lie in (0, 1], got {coverage}; 0.35 means the surest 35 %")
-    return _only(accuracy_at_over_draws(rank_answers(risk, correct), coverage))
+    return get_only_draw(accuracy_at_over_draws(rank_answers(risk, correct), coverage))
 
 
 def coverage_at(risk: ScoresLike, correct: JudgementsLike, *, accuracy: float) -> float:
@@ -148,7 +149,7 @@ def coverage_at(risk: ScoresLike, correct: JudgementsLike, *, accuracy: float) -
     """
     if not 0 <= accuracy <= 1:
         raise ConfigError(f"accuracy must lie in [0, 1], got {accuracy}; 0.9 means 90 %")
-    return _only(coverage_at_over_draws(rank_answers(risk, correct), accuracy))
+    return get_only_draw(coverage_at_over_draws(rank_answers(risk, correct), accuracy))
 
 
 def aurc(risk: ScoresLike, correct: JudgementsLike, *, form: Form = "sum") -> float:
@@ -184,7 +185,9 @@ def auarc(risk: ScoresLike, correct: JudgementsLike, *, form: Form = "sum") -> f
     """
     if form not in ("sum", "trapezoid"):
         raise ConfigError(f'form must be "sum" or "trapezoid", got {form!r}')
-    return _only((auarc_over_draws if form == "sum" else auarc_trapezoid_over_draws)(rank_answers(risk, correct)))
+    return get_only_draw(
+        (auarc_over_draws if form == "sum" else auarc_trapezoid_over_draws)(rank_answers(risk, correct))
+    )
 
 
 def augrc(risk: ScoresLike, correct: JudgementsLike) -> float:
@@ -200,7 +203,7 @@ def augrc(risk: ScoresLike, correct: JudgementsLike) -> float:
         >>> augrc(np.array([0.1, 0.9]), np.array([True, False]))
         0.125
     """
-    return _only(augrc_over_draws(rank_answers(risk, correct)))
+    return get_only_draw(augrc_over_draws(rank_answers(risk, correct)))
 
 
 def excess_aurc(risk: ScoresLike, correct: JudgementsLike) -> float:
@@ -213,7 +216,7 @@ def excess_aurc(risk: ScoresLike, correct: JudgementsLike) -> float:
         >>> excess_aurc(np.array([0.9, 0.1]), np.array([True, False]))
         0.5
     """
-    return _only(excess_aurc_over_draws(_rank_both(risk, correct, "excess AURC")))
+    return get_only_draw(excess_aurc_over_draws(_rank_both(risk, correct, "excess AURC")))
 
 
 def prr(risk: ScoresLike, correct: JudgementsLike, *, max_rejection: float = 1.0) -> float:
@@ -239,7 +242,7 @@ def prr(risk: ScoresLike, correct: JudgementsLike, *, max_rejection: float = 1.0
             f"PRR over the first {max_rejection:g} of {r.n[0]} rejections rejects nothing; "
             f"judge at least {int(np.ceil(2 / max_rejection))} answers or raise max_rejection"
         )
-    return _only(prr_over_draws(r, max_rejection))
+    return get_only_draw(prr_over_draws(r, max_rejection))
 
 
 def auroc(risk: ScoresLike, correct: JudgementsLike) -> float:
@@ -254,7 +257,7 @@ def auroc(risk: ScoresLike, correct: JudgementsLike) -> float:
         >>> auroc(np.array([0.1, 0.2, 0.9]), np.array([True, True, False]))
         1.0
     """
-    return _only(auroc_over_draws(_rank_both(risk, correct, "AUROC")))
+    return get_only_draw(auroc_over_draws(_rank_both(risk, correct, "AUROC")))
 
 
 def auprc(risk: ScoresLike, correct: JudgementsLike) -> float:
@@ -270,7 +273,7 @@ def auprc(risk: ScoresLike, correct: JudgementsLike) -> float:
         >>> auprc(np.array([0.1, 0.2, 0.9]), np.array([True, True, False]))
         1.0
     """
-    return _only(auprc_over_draws(_rank_both(risk, correct, "AUPRC")))
+    return get_only_draw(auprc_over_draws(_rank_both(risk, correct, "AUPRC")))
 
 
 class Metric(NamedTuple):
@@ -325,8 +328,3 @@ def _rank_both(risk: ScoresLike, correct: JudgementsLike, name: str) -> Ranked:
             "ask questions of which the model knows some and not all"
         )
     return r
-
-
-def _only(draws: PerDraw) -> float:
-    """Return the number of the only draw."""
-    return float(draws[0])

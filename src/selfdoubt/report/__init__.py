@@ -1,7 +1,7 @@
-"""Reports: what risk scores are worth, measured on judged answers, as JSON, PNG and a page.
+"""Reports on risk scores, measured on judged answers: JSON, PNG and an HTML page.
 
-``measure`` and ``best_of_n`` make the numbers of ``results.Report``, ``summary`` says them in words, ``compare`` puts
-two runs side by side, ``write`` keeps it all, and ``html`` holds the page.
+``measure`` and ``best_of_n`` compute the numbers of ``results.Report``, ``summary`` puts them into sentences,
+``compare`` compares two runs, ``write`` writes and reads the files, and ``html`` renders the page.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The worth of further answers to a question: the least risky, the majority's, or the first confident one."""
+"""Accuracy of several answers to a question: of the least risky, of the majority, of the first confident one."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ CONFIDENT = 0.01
 
 
 def measure_samples(records: Sequence[Record], run: Run, bootstrap: Bootstrap) -> SampleResults | NoSamples:
-    """Measure the samples of each record, which stand in the order in which they were drawn.
+    """Measure the samples of each record, which are in the order in which they were drawn.
 
     Args:
-        records: Those with samples count; of these, the ones whose samples are all judged.
-        run: ``risk`` names the score that is a sample's risk; ``costs`` as for ``measure_answers``.
-        bootstrap: Over questions.
+        records: All records; those count that have samples, all of them judged.
+        run: Settings of the run: ``risk`` names the score of a sample; ``costs`` as for ``measure_answers``.
+        bootstrap: Settings of the bootstrap over questions.
     """
     drawn = [r for r in records if r.samples]
     whole = [r for r in drawn if all(s.correct is not None for s in r.samples)]
@@ -50,9 +50,9 @@ def measure_samples(records: Sequence[Record], run: Run, bootstrap: Bootstrap) -
 
 
 def measure_majority(samples: Sequence[Sample]) -> float:
-    """Return the share of right ones among the samples that say the most frequent thing.
+    """Return the share of right ones among the samples with the most frequent answer.
 
-    Where several say it equally often, the mean over them.
+    If several answers are equally frequent, it is the mean over them.
     """
     clusters = cluster_answers([sample.text for sample in samples])
     groups = [[s for s, c in zip(samples, clusters, strict=True) if c == number] for number in sorted(set(clusters))]
@@ -71,7 +71,7 @@ def _accuracy_at(samples: Sequence[Sample], risk: float) -> float:
 def _measure_until_confident(
     whole: Sequence[Record], records: Sequence[Record], run: Run, bootstrap: Bootstrap
 ) -> UntilConfident:
-    """Take the first sample whose risk is among the lowest; all samples count as tries where there is none."""
+    """Measure the first sample whose risk is among the lowest; without one, all samples count as tries."""
     name = run.risk or "sum_nll"
     reference = sorted(r.scores[name] for r in records if name in r.scores)
     reference = reference or sorted(s.risk for r in records for s in r.samples)

@@ -1,4 +1,4 @@
-"""Two evaluated folders side by side: whose answers are right more often, and whose scores know it better."""
+"""Compares two evaluated folders on the questions of both: accuracy of the answers, AUROC and PRR of the scores."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class RunComparison:
     draws: int
     seed: int
     shared: int  #: questions in both
-    judged: int  #: of these, judged in both
+    judged: int  #: questions judged in both
     accuracy: SystemComparison
     right: Overlap
     scores: Mapping[str, ScoreComparison]
@@ -127,7 +127,7 @@ def compare_runs(
         a: A folder with ``answers.jsonl`` and ``report.json``.
         b: Another.
         draws: Bootstrap draws of the questions; both runs are measured on the same ones.
-        seed: Of these draws.
+        seed: Seed of these draws.
 
     Raises:
         DataError: If a file is missing or broken, no question is shared, or one id names two different questions.

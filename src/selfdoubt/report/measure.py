@@ -1,4 +1,4 @@
-"""Measures judged answers: every number of a report."""
+"""Measures judged answers: computes every number of a report."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from selfdoubt.errors import DataError
 from selfdoubt.eval.records import Record
 from selfdoubt.eval.repetition import is_repeating
+from selfdoubt.eval.scores.agreement import AGREEMENT_SCORES
 from selfdoubt.eval.settings import Cost, Run
 from selfdoubt.metrics import Estimate, estimate_share
 from selfdoubt.report.best_of_n import measure_samples
@@ -38,22 +39,18 @@ from selfdoubt.report.results import (
 )
 from selfdoubt.report.summary import conclude, find_best_score, find_common_scores
 
-#: Minus the log of the sequence's probability: what a model says of its own answer without any of this.
+#: The score that others are compared with: minus the log of the sequence's probability, which any model gives.
 BASELINE = "sum_nll"
-#: Scores that further answers to the same question are drawn for.
-OF_SAMPLES = frozenset(
-    {"self_consistency", "semantic_entropy", "semantic_entropy_weighted", "n_clusters", "lexical_dissimilarity"}
-)
 
 
 def list_costs(score: str) -> tuple[str, ...]:
-    """Return the entries of a run's ``costs`` that a score is paid with: all need the answer itself.
+    """Return the entries of a run's ``costs`` that a score needs; all scores need the answer itself.
 
     Example:
         >>> list_costs("sum_nll"), list_costs("semantic_entropy"), list_costs("p_false")
         (('answer',), ('answer', 'samples', 'agreement'), ('answer', 'p_true'))
     """
-    if score in OF_SAMPLES:
+    if score in AGREEMENT_SCORES:
         return ("answer", "samples", "agreement")
     return ("answer", "p_true") if score == "p_false" else ("answer",)
 
@@ -63,10 +60,10 @@ def measure_answers(records: Sequence[Record], run: Run, *, draws: int = 1000, s
 
     Args:
         records: All answers of a run, judged or not.
-        run: Its settings: ``costs`` give each score its price, ``risk`` is the score that is a sample's risk, and
-            ``threshold`` and ``promise`` are a calibration's.
-        draws: Bootstrap draws behind each interval.
-        seed: Of these draws.
+        run: Settings of the run: ``costs`` of its steps, ``risk``, the name of the score of a sample, and ``threshold``
+            and ``promise`` of a calibration.
+        draws: Number of bootstrap draws behind each interval.
+        seed: Seed of these draws.
 
     Raises:
         DataError: If there are no records.
@@ -131,7 +128,7 @@ def _count_repetition(records: Sequence[Record]) -> Repetition:
 
 
 def _pair(records: Iterable[Record], name: str) -> tuple[list[float], list[bool]]:
-    """Return a score and the judgement, where there are both."""
+    """Return scores and judgements of the records that have both."""
     pairs = [(v, r.correct) for r in records if (v := get_risk(r, name)) is not None and r.correct is not None]
     return [v for v, _ in pairs], [c for _, c in pairs]
 
@@ -145,7 +142,7 @@ def _measure_scores(
     left_out: dict[str, str] = {}
     if BASELINE not in names:
         left_out[BASELINE] = "no judged answer has it, so nothing is compared with it"
-    #: Scores of the same answers are resampled together.
+    # Scores of the same answers are resampled together.
     together: dict[tuple[int, ...], dict[str, list[float]]] = defaultdict(dict)
     for name in names:
         known = [(i, v) for i, r in enumerate(judged) if (v := get_risk(r, name)) is not None]

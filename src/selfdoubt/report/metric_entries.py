@@ -1,4 +1,4 @@
-"""Metrics as a report holds them: estimates, each with its interval or the reason why it is missing."""
+"""Computes the metrics of a report as estimates, each with its interval or the reason why it is missing."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from selfdoubt.metrics.ranking import check_answers
 from selfdoubt.report.results import BestScoreTest, ConfidenceCurve, ReliabilityBin
 
 LEVEL = 0.95
-#: Of every score, in the order of a table; accuracies at a coverage and coverages at an accuracy are in percent.
+#: Metrics of every score, in the order of a table; names of shares, e.g. "accuracy_at_35", are in percent.
 OF_SCORES = tuple(
     name
     for name, m in METRICS.items()
@@ -62,13 +62,13 @@ def measure_scores(
 
     Args:
         scores: By name, each growing with doubt.
-        correct: Of the same answers.
-        baseline: Which of the scores the others are compared with.
-        bootstrap: Its settings.
+        correct: Judgements of the same answers.
+        baseline: Name of the score that the others are compared with; None compares nothing.
+        bootstrap: Settings of the bootstrap.
         metrics: Names in ``METRICS``.
 
     Returns:
-        By score: ``metrics``, and ``against`` the baseline: differences in AUROC and PRR, on the same resamples.
+        The entries by score name; ``against`` has differences to the baseline in AUROC and PRR, on the same resamples.
     """
     compared = _compare(scores, correct, metrics, baseline, bootstrap)
     return {

@@ -1,4 +1,4 @@
-"""A report's plots as PNGs for a paper: accuracy over confidence percentiles, risk over coverage, reliability."""
+"""Draws a report's plots as PNGs for a paper: accuracy over confidence percentiles, risk over coverage, reliability."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ NAMES = ("accuracy-percentile.png", "risk-coverage.png", "reliability.png")
 
 
 def draw_pictures(report: Report) -> dict[str, bytes]:
-    """Return the plots by file name; one of which nothing is defined is left out.
+    """Return the plots as PNG bytes by file name; plots without defined numbers are left out.
 
     Raises:
         MissingExtraError: Without matplotlib.

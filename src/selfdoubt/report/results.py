@@ -1,9 +1,9 @@
-"""The contents of a report as frozen dataclasses: what ``report.json`` holds, written and read.
+"""The contents of a report as frozen dataclasses, and their form in ``report.json``, written and read.
 
 A number is an ``Estimate``: ``{"value", "low", "high"}`` with its 95 % interval; where it is not defined, ``value`` is
-None and ``why`` says why. A field is stored under its own name, unless its metadata name another key, and fields stand
-in the order in which they are stored. Intervals are of the bootstrap over questions; those of accuracies, at a coverage
-too, are Wilson's, because where all of few answers are right all resamples say the same.
+None and ``why`` says why. A field is stored under its own name, unless its metadata name another key, and fields are in
+the order in which they are stored. Intervals are of the bootstrap over questions; those of accuracies, at a coverage
+too, are Wilson's, because where all of few answers are right all resamples are equal.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from selfdoubt.metrics import Estimate
 REPORT_FORMAT = 1
 #: "open": the interval does not decide.
 Finding = Literal["yes", "no", "open"]
-#: Set only in one form of an entry, and not stored where it is None.
+#: Metadata of a field that only one form of an entry has, and that is not stored where it is None.
 _IN_ONE_FORM = {"optional": True}
 
 
@@ -42,9 +42,9 @@ class Repetition:
     """Answers that repeat themselves (``repetition.is_repeating``)."""
 
     repeating: int
-    of: int  #: answers that there are
-    share: float
-    right: int  #: judged right all the same
+    of: int  #: all answers that are text of the model's own, not choices
+    share: float  #: repeating / of
+    right: int  #: answers that repeat themselves and were judged right
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,8 @@ class ScoreCost:
     """The price of a score, or of further tries; None where it is not known."""
 
     passes: float | None  #: per question
-    seconds: float | None  #: of the whole run
-    ratio: float | None  #: the seconds, in times those of the answers alone
+    seconds: float | None  #: for the whole run
+    ratio: float | None  #: seconds, divided by those of the answers alone
 
 
 @dataclass(frozen=True)
@@ -73,8 +73,8 @@ class BestScoreTest:
 
     score: str | None = field(default=None, metadata=_IN_ONE_FORM)
     judged: int | None = field(default=None, metadata=_IN_ONE_FORM)  #: answers in the other half
-    prr: Estimate | None = field(default=None, metadata=_IN_ONE_FORM)  #: the difference
-    why: str | None = field(default=None, metadata=_IN_ONE_FORM)  #: the difference is missing
+    prr: Estimate | None = field(default=None, metadata=_IN_ONE_FORM)  #: difference in PRR to the baseline
+    why: str | None = field(default=None, metadata=_IN_ONE_FORM)  #: the reason why the difference is missing
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class ReliabilityBin:
     low: float
     high: float
     answers: int
-    confidence: float  #: their mean probability
+    confidence: float  #: mean probability of the answers in the bin
     accuracy: float
 
 
@@ -104,7 +104,7 @@ class ProbabilityResults:
     """Calibration of probabilities of being right."""
 
     judged: int
-    bins: int  #: of the calibration error
+    bins: int  #: number of bins of the calibration error
     binning: str
     ece: Estimate
     brier: Estimate
@@ -140,18 +140,18 @@ class UntilConfident:
     percentile: float  #: at most this share of reference answers has a lower risk
     reference: str  #: in words
     reached: Estimate  #: share of questions with such a sample
-    accuracy: Estimate  #: of these samples
+    accuracy: Estimate  #: accuracy of these samples
     mean_tries: Estimate = field(metadata={"key": "tries"})
     cost: ScoreCost
 
 
 @dataclass(frozen=True)
 class SampleResults:
-    """The worth of several answers to a question."""
+    """Accuracy of several answers per question, by the rule that picks one of them."""
 
     drawn: int  #: questions with samples
-    questions: int  #: of these, measured
-    samples: int  #: the greatest number of a question
+    questions: int  #: questions that are measured
+    samples: int  #: largest number of samples of a question
     unjudged: int  #: questions left out
     one_answer: Estimate  #: accuracy of the answer that was not drawn
     least_risky: Estimate  #: accuracies, ties counting with their mean
@@ -177,19 +177,19 @@ class Abstention:
     decided: int
     answered: int
     coverage: Estimate
-    accuracy: Estimate  #: of the answered
+    accuracy: Estimate  #: accuracy of the answered ones
     accuracy_abstained: Estimate = field(metadata={"key": "accuracy_withheld"})
 
 
 @dataclass(frozen=True)
 class Conclusion:
-    """The numbers' answer to: does low risk mean right, and does the score say so better than the model does?"""
+    """The conclusion of a report: does low risk mean right, and better than the baseline?"""
 
-    score: str | None  #: the one that the claim is about
-    best: str | None  #: the one with the highest PRR
+    score: str | None  #: the score that the conclusion is about
+    best: str | None  #: the score with the highest PRR
     low_risk_is_right: Finding
     beats_baseline: Finding | None  #: None without a comparison
-    sentences: tuple[str, ...]  #: all of it in words
+    sentences: tuple[str, ...]  #: the conclusion in words
 
 
 @dataclass(frozen=True)
@@ -197,11 +197,11 @@ class Measurements:
     """All numbers of a report."""
 
     run: Run
-    draws: int  #: of the bootstrap, as the next two
-    seed: int
-    level: float
+    draws: int  #: number of bootstrap draws
+    seed: int  #: seed of the bootstrap
+    level: float  #: confidence level of the intervals
     counts: AnswerCounts
-    accuracy: Estimate  #: of all judged answers
+    accuracy: Estimate  #: accuracy of all judged answers
     repetition: Repetition
     baseline: str  #: the score that others are compared with
     scores: Mapping[str, ScoreResults]
@@ -216,7 +216,7 @@ class Measurements:
 
 @dataclass(frozen=True)
 class Report(Measurements):
-    """All numbers of a report and what they say."""
+    """All numbers of a report and its conclusion."""
 
     verdict: Conclusion
 

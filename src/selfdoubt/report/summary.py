@@ -1,4 +1,4 @@
-"""The claim in words: answers with low risk are right more often, and risk says so better than the model does."""
+"""Draws the conclusion of a report, in sentences: is low risk right more often, and does it beat the baseline?"""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ LABELS = {
 
 
 def label_score(score: str) -> str:
-    """Return what people call a score, with its name."""
+    """Return a score's usual name, followed by its name here."""
     label = LABELS.get(score, score)
     return label if score in label else f"{label} ({score})"
 
@@ -48,7 +48,7 @@ def find_best_score(scores: Mapping[str, ScoreResults]) -> str | None:
 
 
 def conclude(report: Measurements) -> Conclusion:
-    """Return what a report's numbers say.
+    """Return the conclusion of a report's numbers.
 
     The calibrated ``p_correct``, where there is one, was chosen before; its difference to the baseline is tested on all
     answers. Else the best score is picked on one half of the answers and tested on the other.
@@ -73,12 +73,12 @@ def conclude(report: Measurements) -> Conclusion:
     return Conclusion(score, best, right, beats, tuple(sentences))
 
 
-#: Judges that count words in common with references: they know nothing of meaning.
+#: Judges that count words in common with references, and ignore meaning.
 WEAK = {"rouge": "ROUGE", "bleu": "BLEU"}
 
 
 def describe_promise(abstention: Abstention) -> str | None:
-    """Return what the calibration guarantees of the answers above its threshold; None where it guarantees nothing."""
+    """Return the guarantee of the answers above the calibration's threshold, in words; None without a guarantee."""
     promise = abstention.promise
     if not promise or "target_accuracy" not in promise:
         return None
@@ -87,7 +87,7 @@ def describe_promise(abstention: Abstention) -> str | None:
 
 
 def _describe_guarantee(abstention: Abstention | NoAbstention) -> list[str]:
-    """Say what the calibration promised of the answers above its threshold, and how they are."""
+    """Return a sentence on the answers above the threshold and the calibration's guarantee for them."""
     if not isinstance(abstention, Abstention):
         return []
     promise = describe_promise(abstention)
@@ -103,7 +103,7 @@ def _describe_guarantee(abstention: Abstention | NoAbstention) -> list[str]:
 
 
 def _warn(report: Measurements) -> list[str]:
-    """Say what makes these numbers worth less: answers that repeat themselves, and a judge that counts words."""
+    """Return warnings about the numbers: answers that repeat themselves, a judge that counts words."""
     repetition, judge = report.repetition, report.run.judge
     sentences = []
     if repetition.repeating:
@@ -161,7 +161,7 @@ def _list_numbers(report: Measurements, score: str, best: str) -> list[str]:
 
 
 def _compare_with_baseline(report: Measurements, score: str, best: str) -> tuple[Finding | None, str]:
-    """Return how the score compares with the baseline, and the same in words."""
+    """Compare the score with the baseline; return the finding, and the same in words."""
     baseline, test = report.baseline, report.best_score_test
     theirs = f"the model's own sequence probability ({baseline})"
     which = label_score(score)

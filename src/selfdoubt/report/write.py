@@ -14,7 +14,7 @@ from selfdoubt.report import png
 from selfdoubt.report.html import render_page
 from selfdoubt.report.measure import measure_answers
 from selfdoubt.report.results import Report
-from selfdoubt.storage import write
+from selfdoubt.storage import write_file
 
 
 def write_report(
@@ -29,14 +29,14 @@ def write_report(
 
     Args:
         records: All answers of a run.
-        run: As for ``measure_answers``.
-        folder: Made if missing; a report in it is replaced.
-        draws: Bootstrap draws behind each interval.
-        seed: Of these draws.
+        run: Settings of the run, as for ``measure_answers``.
+        folder: Folder to write, made if missing; a report in it is replaced.
+        draws: Number of bootstrap draws behind each interval.
+        seed: Seed of these draws.
 
     Returns:
-        Where the files are: ``report.json``, ``report.html``, and those of ``accuracy-percentile.png``,
-        ``risk-coverage.png`` and ``reliability.png`` for which there is something to draw.
+        Paths of the files by name: ``report.json``, ``report.html``, and those of ``accuracy-percentile.png``,
+        ``risk-coverage.png`` and ``reliability.png`` whose numbers are defined.
 
     Raises:
         DataError: If there are no records.
@@ -51,7 +51,7 @@ def write_report(
     }
     Path(folder).mkdir(parents=True, exist_ok=True)
     for name, data in files.items():
-        write(Path(folder) / name, data)
+        write_file(Path(folder) / name, data)
     for name in png.NAMES:
         if name not in files:  # of an earlier report
             (Path(folder) / name).unlink(missing_ok=True)
@@ -62,7 +62,7 @@ def read_report(folder: str | os.PathLike[str]) -> Report:
     """Read the report in a folder.
 
     Raises:
-        DataError: If there is none, or it is broken.
+        DataError: If there is no report, or it is broken.
     """
     path = Path(folder) / "report.json"
     try:

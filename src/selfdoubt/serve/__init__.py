@@ -1,7 +1,7 @@
-"""The server: an engine that answers many requests at once, and the ways to reach it.
+"""The server: an engine that batches many requests, an HTTP server, a chat page, and replicas.
 
-``engine`` knows no HTTP; ``openai`` is its API as data, ``http`` the web application, ``chat`` the page, and ``ray``
-runs several engines.
+``engine`` knows no HTTP; ``openai`` defines requests and replies, ``http`` is the web application, ``chat`` the page,
+and ``ray`` runs several engines.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Batches: the examples that meet in one, and its tensors.
+"""Batches of training examples: the sampler that groups rows by length, packing, collation and loaders.
 
 An optimiser step takes ``batch_size * accumulate * devices`` rows of about the same length. Each batch knows how many
 tokens count in its whole step, so that every token of a step weighs the same, in whichever way its
@@ -47,7 +47,7 @@ class Batch(NamedTuple):
 
 
 class BatchRows(NamedTuple):
-    """Numbers of the examples in each row of a batch, and the tokens that count in their step."""
+    """Indices of the examples in each row of a batch, and the number of tokens that count in their step."""
 
     rows: list[list[int]]
     step_tokens: int
@@ -58,8 +58,8 @@ class StepSampler(Sampler[BatchRows]):
     """The batches of one device, in an order that depends on the seed and the epoch only.
 
     Args:
-        lengths: Tokens of each example.
-        counted: Tokens of each example that count.
+        lengths: Number of tokens of each example.
+        counted: Tokens of each example that count in the loss.
         config: Sizes, seed, and the groups of a batch; the same rows go to the same group on any number of devices.
         rank: Number of this device.
         world: Number of devices.
@@ -152,7 +152,7 @@ def pack_rows(order: Sequence[int], lengths: Tensor, width: int) -> list[list[in
 
 
 class BatchDataset(Dataset[Batch]):
-    """Tensors of a sampler's rows. Texts stay in memory-mapped files: workers share them."""
+    """A data set of batches by a sampler's rows. Texts stay in memory-mapped files, which workers share."""
 
     def __init__(self, examples: Any) -> None:
         self.examples = examples.with_format(None)

@@ -1,4 +1,4 @@
-"""From a config to the model that learns: the frozen base, what is added to it, and how Lightning runs it."""
+"""Builds what a config describes: the frozen base with wrapper and LoRA, and the Lightning Trainer."""
 
 from __future__ import annotations
 
@@ -59,14 +59,14 @@ def build_model(config: TrainConfig) -> tuple[nn.Module, Any]:
 
 
 def train_in_float32(model: nn.Module) -> None:
-    """Keep what trains in float32, in place: small steps would be lost in shorter types."""
+    """Convert the parameters that train to float32, in place: small steps would be lost in shorter types."""
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
 
 
 def wrap_base(base: nn.Module, config: TrainConfig) -> nn.Module:
-    """Wrap the base as the config says, with LoRA beneath any wrapper but voters; only what is added trains."""
+    """Wrap the base as the config says, with LoRA beneath any wrapper except voters; only added parameters train."""
     if isinstance(config.wrapper, vote.Wrapper):
         return config.wrapper(base)
     with torch.random.fork_rng(devices=[]):
@@ -77,7 +77,7 @@ def wrap_base(base: nn.Module, config: TrainConfig) -> nn.Module:
     return model if config.wrapper is None else config.wrapper(model)
 
 
-def world_size(config: TrainConfig) -> int:
+def count_devices(config: TrainConfig) -> int:
     """Return the number of devices that train together."""
     return (config.devices or max(1, torch.cuda.device_count())) * config.nodes
 
@@ -89,7 +89,7 @@ def build_trainer(config: TrainConfig, run: Path, batches: int, *, has_validatio
         config: The settings.
         run: Folder for checkpoints and logs.
         batches: Batches of an epoch on one device.
-        has_validation: There is a loss to choose the best weights by.
+        has_validation: True if there is a validation loss to choose the best weights by.
 
     Raises:
         MissingExtraError: If a logger or DeepSpeed is asked for and not installed.
@@ -139,11 +139,11 @@ def _device_of_packed(config: TrainConfig) -> str:
 
 
 def _strategy(config: TrainConfig) -> Any:
-    if config.strategy == "ddp" or (config.strategy == "auto" and world_size(config) > 1):
+    if config.strategy == "ddp" or (config.strategy == "auto" and count_devices(config) > 1):
         # Frozen buffers are alike everywhere: they need not be sent.
         return strategies.DDPStrategy(broadcast_buffers=False, gradient_as_bucket_view=True)
     if config.strategy == "fsdp":
-        return strategies.ModelParallelStrategy(data_parallel_size=world_size(config), tensor_parallel_size=1)
+        return strategies.ModelParallelStrategy(data_parallel_size=count_devices(config), tensor_parallel_size=1)
     if config.strategy.startswith("deepspeed"):
         require("deepspeed", "deepspeed")
     return config.strategy

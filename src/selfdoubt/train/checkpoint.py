@@ -1,4 +1,4 @@
-"""From a training checkpoint, of one file or sharded over devices, to an adapter folder.
+"""Turns a training checkpoint, one file or sharded over devices, into an adapter folder.
 
 A checkpoint is read as tensors and plain values; a file that holds other objects, which could run code, is refused.
 """
@@ -24,7 +24,7 @@ SETTINGS = "config.toml"
 
 
 def export_checkpoint(checkpoint: Path, out: Path) -> Path:
-    """Write the adapter that a run would have left, had it ended at a checkpoint.
+    """Write the adapter of a run as if the run had ended at a checkpoint.
 
     Args:
         checkpoint: ``run/last.ckpt`` or ``run/best.ckpt`` of an adapter folder: a file, or a folder of FSDP2 or
@@ -88,7 +88,7 @@ def _shorten(error: Exception) -> str:
 
 
 def load_trained_state(model: nn.Module, state: dict[str, torch.Tensor], source: Path) -> None:
-    """Load what trains into a model; names are those of the LightningModule around it.
+    """Load the parameters that train into a model; names are those of the LightningModule around it.
 
     Raises:
         LoadError: If a parameter that trains is missing.

@@ -29,11 +29,11 @@ def _default_wrapper() -> Any:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """The model, what is added to it, the data, and how it learns; the published tutorial's values where it has one.
+    """Settings of a run: model, wrapper, data, optimiser, devices. Defaults are those of the published tutorial.
 
     Args:
-        wrapper: Learns: ``vote.Wrapper`` trains its voters; ``sample.Wrapper`` and ``sculpt.Wrapper`` train with LoRA
-            beneath them; None is LoRA alone. The default is three voters of rank 16.
+        wrapper: The wrapper to train: ``vote.Wrapper`` trains its voters; ``sample.Wrapper`` and ``sculpt.Wrapper``
+            train with LoRA beneath them; None trains LoRA alone. The default is three voters of rank 16.
 
     The help texts of the other fields are those of their flags.
 
@@ -63,25 +63,25 @@ class TrainConfig:
     prompt: Literal["auto", "chat", "alpaca"] = setting(
         "auto", "The model's chat template, the Alpaca prompt, or the template where there is one."
     )
-    loss_on: Literal["response", "all"] = setting("response", "Which tokens count.")
+    loss_on: Literal["response", "all"] = setting("response", "Tokens that count in the loss.")
     max_length: int = setting(400, "Longest example in tokens; longer ones are cut at their end.")
     pack: bool = setting(False, "Put several short examples into one row, with borders that attention respects.")
     val_share: float = setting(0.02, "Share of the examples for validation and reference quantiles.")
     question_column: str | None = setting(None, "Column of the question, where its name does not say it.")
     answer_column: str | None = setting(None, "Column of the answer to learn, where its name does not say it.")
     answers_name: Literal["text", "index", "label", "letter"] | None = setting(
-        None, "How an answer names one of the choices, where it could mean two: text, index, label or letter."
+        None, "Form in which an answer names a choice, where it could mean two: text, index, label or letter."
     )
     limit: int | None = setting(None, "Use only this many examples, the first ones.")
     workers: int = setting(0, "Processes that read data.")
 
-    epochs: int = setting(5, "Times through the data.")
-    max_steps: int | None = setting(None, "Most steps.")
+    epochs: int = setting(5, "Number of passes over the data.")
+    max_steps: int | None = setting(None, "Largest number of steps.")
     batch_size: int = setting(12, "Rows of a step on one device.")
     accumulate: int = setting(1, "Batches whose gradients are added before a step.")
     lr: float = setting(2e-4, "Highest learning rate.")
-    schedule: Literal["constant", "cosine"] = setting("constant", "How the rate falls.")
-    warmup: int = setting(0, "Steps in which the rate rises.")
+    schedule: Literal["constant", "cosine"] = setting("constant", "Schedule of the learning rate after warm-up.")
+    warmup: int = setting(0, "Steps of warm-up, in which the learning rate rises.")
     optimizer: Literal["adamw", "adamw8bit"] = setting("adamw", "adamw8bit keeps its state in 8 bits.")
     weight_decay: float = setting(0.0, "AdamW's weight decay.")
     clip: float = setting(1.0, "Largest norm of a gradient; 0 for no limit.")
@@ -93,14 +93,14 @@ class TrainConfig:
     quantize: Literal["nf4"] | None = setting(None, "nf4 keeps the frozen base in 4 bits.")
     checkpointing: bool = setting(False, "Compute activations again in the backward pass: slower and smaller.")
     strategy: Literal["auto", "ddp", "ddp_notebook", "fsdp", "deepspeed_stage_2", "deepspeed_stage_3"] = setting(
-        "auto", "How several devices share the work; auto takes ddp."
+        "auto", "Strategy for several devices; auto takes ddp."
     )
-    accelerator: Literal["auto", "cpu", "gpu"] = setting("auto", "What to train on.")
+    accelerator: Literal["auto", "cpu", "gpu"] = setting("auto", "Kind of device to train on.")
     devices: int = setting(1, "Devices, or processes on a CPU; 0 takes all.")
     nodes: int = setting(1, "Machines.")
 
     loggers: str = setting("csv", "csv, tensorboard, wandb or none; several with commas.")
-    resume: bool = setting(False, "Go on from the last checkpoint in the folder.")
+    resume: bool = setting(False, "Resume from the last checkpoint in the folder.")
     checkpoint_every: int = setting(200, "Steps between two checkpoints to resume from.")
     reference: int = setting(100, "Validation questions that the result answers for its percentiles; 0 for none.")
     reference_tokens: int = setting(64, "Most tokens of a reference answer.")
@@ -175,7 +175,7 @@ class TrainConfig:
         return values | {"wrapper": None if self.wrapper is None else to_json(self.wrapper)}
 
     def to_toml(self) -> str:
-        """Return the settings as ``load_config`` takes them; what is None is left out."""
+        """Return the settings as TOML, as ``load_config`` reads them; settings that are None are left out."""
         values = {name: value for name, value in self.to_json().items() if value is not None}
         table = values.pop("wrapper", None)
         lines = [] if table else ['wrapper = "none"']

@@ -1,4 +1,4 @@
-"""Training and validation batches for any number of devices, that go on where an interrupted run ended."""
+"""``InstructionData``: training and validation batches for any number of devices; an interrupted run resumes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class InstructionData(lightning.LightningDataModule):
     """The encoded examples of a run.
 
     Args:
-        splits: From ``encode.prepare_splits``.
+        splits: Encoded examples, from ``encode.prepare_splits``.
         config: Sizes and seed.
     """
 
@@ -33,7 +33,7 @@ class InstructionData(lightning.LightningDataModule):
         return StepSampler(train["length"][:], train["counted"][:], self.config, rank=rank, world=world)
 
     def train_dataloader(self) -> DataLoader[Batch]:
-        """Return the training batches; after an interruption those that are left of its epoch come first."""
+        """Return the training batches; after an interruption the remaining ones of its epoch come first."""
         sampler = self.steps()
         if self._resume is not None:
             sampler.start = self._resume["batches"] % sampler.batches

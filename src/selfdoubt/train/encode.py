@@ -1,4 +1,4 @@
-"""From chats to token ids and the ones that count, kept in Arrow files on disk that all processes share."""
+"""Encodes chats into token ids and a mask of those that the loss predicts, in Arrow files that all processes share."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ ALPACA = (
 
 
 class EncodedChat(NamedTuple):
-    """Ids of one chat; ``counts`` says which of them the loss predicts."""
+    """Ids of one chat; ``counts`` is True for those that the loss predicts."""
 
     ids: list[int]
     counts: list[bool]
@@ -63,11 +63,11 @@ def encode_chat(
     """Return the ids of a chat; the loss predicts the assistant's words and what ends each of them, or everything.
 
     Args:
-        tokenizer: With the template that is learnt.
+        tokenizer: Tokenizer with the template that is learnt.
         chat: Messages.
         loss_on: "response" or "all".
-        max_length: Most ids.
-        ends: The tokens that end an answer when it is generated; None asks the tokenizer, each time.
+        max_length: Largest number of ids; the end is cut.
+        ends: Token ids that end an answer when it is generated; None calls ``find_ends``.
 
     Raises:
         PromptError: If the chat template refuses the chat.
@@ -98,7 +98,7 @@ def encode_chat(
 
 
 def find_ends(tokenizer: Any) -> frozenset[int]:
-    """Return the tokens that end an answer, by the tokenizer and its template: what is learnt stops an answer."""
+    """Return the token ids that end an answer, by the tokenizer and its template, so that a learnt end stops it."""
     return frozenset(i for i in (find_turn_end(tokenizer), tokenizer.eos_token_id) if i is not None)
 
 
@@ -200,7 +200,7 @@ ENCODING = 2
 
 
 def _key(config: TrainConfig, tokenizer: Any) -> str:
-    """Return a name of all that decides the encoded data: the source's state, the tokenizer, and its use."""
+    """Return a hash of all that determines the encoded data: state of the source, tokenizer, settings."""
     file = Path(config.data).expanduser()
     state = (file.stat().st_size, file.stat().st_mtime_ns) if file.is_file() else None
     state_of_data = (

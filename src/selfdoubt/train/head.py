@@ -1,10 +1,10 @@
-"""The loss without a vocabulary-sized tensor: the head runs only where the loss looks, a piece at a time.
+"""Losses without logits of a whole batch: the head runs only on the positions of the loss, one piece at a time.
 
 A causal model is its trunk and a head. While the trunk runs, the head is replaced by one that picks the positions that
 count and passes their hidden states on; then the head itself runs on a few of them at a time, and the gradient of each
-piece is computed with it or again in the backward pass, so that logits are never kept. What a family does to its logits
-after the head (Gemma's soft cap, Granite's scale) would be lost that way: for these the head sees the chosen positions
-only, and their logits are kept.
+piece is computed with it or again in the backward pass, so that logits are never kept. Operations of a family on its
+logits after the head (Gemma's soft cap, Granite's scale) would be lost that way: for these the head sees the chosen
+positions only, and their logits are kept.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def _masked_head(head: nn.Module, loss_mask: Bool[Tensor, "rows t"], *, runs: bo
         del head.forward  # the class's own shows again
 
 
-def summed_loss(head_input: HeadInput, head: nn.Module, labels: Int[Tensor, " n"]) -> Float[Tensor, ""]:
+def sum_losses(head_input: HeadInput, head: nn.Module, labels: Int[Tensor, " n"]) -> Float[Tensor, ""]:
     """Return the sum of the labels' surprisals, nats, of rows that each have one member."""
     if head_input.is_logits:
         return F.cross_entropy(head_input.hidden.float(), labels, reduction="sum")
@@ -106,7 +106,7 @@ def summed_loss(head_input: HeadInput, head: nn.Module, labels: Int[Tensor, " n"
     return _in_pieces(of_piece, head_input.hidden, labels, _width(head))
 
 
-def sculpted_loss(
+def sum_sculpted_losses(
     head_input: HeadInput, head: nn.Module, labels: Int[Tensor, " n"], *, distribution: Any, draws: int | None
 ) -> Float[Tensor, ""]:
     """Return the sum of the labels' surprisals under random logits: ``-log E[softmax(y + scale * noise)]``.
@@ -129,7 +129,7 @@ def sculpted_loss(
 
 
 @torch.no_grad()
-def mixture_losses(
+def compute_mixture_losses(
     head_input: HeadInput, head: nn.Module, labels: Int[Tensor, " n"], members: int
 ) -> tuple[Float[Tensor, " n"], Bool[Tensor, " n"]]:
     """Return each label's surprisal under the mean of the members' probabilities, and if it is the most probable."""

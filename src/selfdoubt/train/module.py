@@ -20,19 +20,19 @@ from selfdoubt.members import Wrapped, innermost
 from selfdoubt.rows import expand
 from selfdoubt.train.batches import Batch
 from selfdoubt.train.config import TrainConfig
-from selfdoubt.train.head import get_head, mixture_losses, run_trunk, sculpted_loss, summed_loss
+from selfdoubt.train.head import compute_mixture_losses, get_head, run_trunk, sum_losses, sum_sculpted_losses
 
 
 class RiskAwareModule(lightning.LightningModule):
-    """A wrapped (or plain) causal language model and how it learns.
+    """A wrapped (or plain) causal language model with its training and validation steps.
 
     Every token that counts weighs the same in a step. ``vote``: a batch is split over the voters, so that a step costs
     one pass (``voter_batch="split"``), or repeated for each (``"repeat"``). ``sample``: one pass with fresh noise.
     ``sculpt``: the likelihood of random logits.
 
     Args:
-        model: What a wrapper returned, or a plain model whose trainable parameters are LoRA's.
-        config: The settings; ``config.wrapper`` is the one that the model is wrapped by.
+        model: A wrapped model, or a plain one whose trainable parameters are LoRA's.
+        config: The settings; ``config.wrapper`` must be the wrapper of the model.
 
     Raises:
         ConfigError: If nothing of the model trains, or a sculpt's scale is not that of the output layer.
@@ -85,8 +85,8 @@ class RiskAwareModule(lightning.LightningModule):
         if isinstance(head, sculpt.ScaledHead):
             draws = self.config.draws if self.config.sculpt_loss == "draws" else None
             distribution = cast(Wrapped, self.model).distribution
-            return sculpted_loss(head_input, head, labels, distribution=distribution, draws=draws)
-        return summed_loss(head_input, head, labels)
+            return sum_sculpted_losses(head_input, head, labels, distribution=distribution, draws=draws)
+        return sum_losses(head_input, head, labels)
 
     def training_step(self, batch: Batch, index: int) -> Tensor:  # noqa: ARG002
         """Return the loss of one batch, scaled so that a step is the mean over all its tokens.
@@ -109,17 +109,17 @@ class RiskAwareModule(lightning.LightningModule):
         members = self.members
         rows = _repeat(batch, members)
         head_input = run_trunk(self.model, _inputs(rows), rows.labels >= 0, training=False)
-        nll, right = mixture_losses(head_input, get_head(self.model), batch.labels[batch.labels >= 0], members)
+        nll, right = compute_mixture_losses(head_input, get_head(self.model), batch.labels[batch.labels >= 0], members)
         self.val_loss.update(nll.mean(), nll.numel())
         self.val_accuracy.update(right.float().mean(), nll.numel())
 
     def on_validation_epoch_end(self) -> None:
-        """Log what the whole validation share gave."""
+        """Log loss and accuracy over the whole validation share."""
         self.log("val/loss", self.val_loss, prog_bar=True)
         self.log("val/accuracy", self.val_accuracy, prog_bar=True)
 
     def configure_optimizers(self) -> Any:
-        """Build AdamW for all that trains, and the schedule."""
+        """Build AdamW for the parameters that train, and the schedule."""
         config = self.config
         trained = [p for p in self.parameters() if p.requires_grad]
         if config.optimizer == "adamw8bit":
@@ -138,7 +138,7 @@ class RiskAwareModule(lightning.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep what trains, and the state of the random numbers: noise goes on where it was."""
+        """Save the parameters that train, and the state of the random generators, so that noise resumes."""
         state = checkpoint["state_dict"]
         if not any(isinstance(value, DTensor) for value in state.values()):  # of shards, all must be there to load
             trained = {name for name, p in self.named_parameters() if p.requires_grad}

@@ -1,4 +1,4 @@
-"""The result of a run: an adapter folder with its reference quantiles, its tokenizer and a model card."""
+"""Publishes the result of a run: an adapter folder with reference quantiles, tokenizer and model card."""
 
 from __future__ import annotations
 
@@ -92,10 +92,10 @@ def publish(config: TrainConfig, model: nn.Module, tokenizer: Any, out: Path, *,
     Args:
         config: The settings.
         model: Trained.
-        tokenizer: With the template that was learnt.
+        tokenizer: Tokenizer with the template that was learnt.
         out: The adapter folder.
         history: Its losses and counts.
-        val: The validation examples.
+        val: Validation examples, from whose questions the reference answers are made.
     """
     questions = [cut_last_answer(json.loads(chat)) for chat in val["chat"][: config.reference]]
     answers: list[Answer] = []
@@ -115,7 +115,7 @@ def answer_all(lm: RiskAwareLM, questions: list[list[dict[str, str]]], config: T
 
 
 def has_room(lm: RiskAwareLM, question: list[dict[str, str]]) -> bool:
-    """Return whether a question can be encoded and an answer fits behind; those to learn from are cut, these not."""
+    """Return whether a question can be encoded and leaves room for an answer in the context."""
     try:
         prompt = encode(lm.tokenizer, question)
     except PromptError:
@@ -124,12 +124,12 @@ def has_room(lm: RiskAwareLM, question: list[dict[str, str]]) -> bool:
 
 
 def check_publishable(config: TrainConfig, model: nn.Module, tokenizer: Any, out: Path) -> None:
-    """Write, read and remove an adapter as a run leaves it, so that nothing of it can fail after the last step.
+    """Check that the adapter can be written at the end of a run: write, read and remove a trial of it.
 
     Args:
         config: The settings.
         model: Before its first step.
-        tokenizer: With the template that will be learnt.
+        tokenizer: Tokenizer with the template that will be learnt.
         out: The adapter folder; the trial lies in ``run/trial`` in it.
 
     Raises:

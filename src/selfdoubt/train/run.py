@@ -1,4 +1,4 @@
-"""A run of training, from a config to an adapter folder."""
+"""``fit``: runs a training from a config to an adapter folder."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 from selfdoubt.errors import ConfigError, SelfdoubtError
 from selfdoubt.lm.adapters.export import export_merged
 from selfdoubt.lm.adapters.new_folder import check_upload, upload
-from selfdoubt.train.build import build_model, build_trainer, world_size
+from selfdoubt.train.build import build_model, build_trainer, count_devices
 from selfdoubt.train.checkpoint import SETTINGS, load_trained_state
 from selfdoubt.train.config import TrainConfig
 from selfdoubt.train.datamodule import InstructionData
@@ -71,7 +71,7 @@ def fit(config: TrainConfig, trainer: lightning.Trainer | None = None) -> Path:
     splits = prepare_splits(config, tokenizer, run / DATA)
     data = InstructionData(splits, config)
     with _quietly():
-        batches = len(data.steps(world_size(config)))
+        batches = len(data.steps(count_devices(config)))
         module = RiskAwareModule(model, config)
         driver = trainer or build_trainer(config, run, batches, has_validation=bool(len(splits.val)))
         if driver.is_global_zero:

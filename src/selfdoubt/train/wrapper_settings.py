@@ -1,4 +1,4 @@
-"""The wrapper of a training run: from flags and a config file to its settings, and back.
+"""The wrapper of a training run: reads its settings from flags and a config file, builds it, and writes TOML.
 
 Nothing here imports torch until a wrapper is built, so that the command line lists its flags quickly.
 """
@@ -25,7 +25,7 @@ _METHODS_OF = {
 
 @dataclass(frozen=True)
 class WrapperFlags:
-    """Flags of wrappers; all other settings of a wrapper are in the text of ``--wrapper``."""
+    """Settings of wrappers with a flag of their own; all others are in the text of ``--wrapper``."""
 
     wrapper: str = setting(
         "vote",
@@ -53,7 +53,7 @@ def choose_wrapper(values: dict[str, Any], flags: dict[str, Any], *, seed: Any) 
     Args:
         values: The file's: ``wrapper`` is a table, or a text as in ``--wrapper`` with other settings next to it.
         flags: Values of ``WrapperFlags`` that were given.
-        seed: Of the run; the wrapper's, where it has none of its own.
+        seed: Seed of the run, for a wrapper without a seed of its own.
 
     Returns:
         Settings with their ``method``, or None for no wrapper.

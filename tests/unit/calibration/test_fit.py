@@ -93,7 +93,7 @@ def test_many_at_once_is_one_by_one():
     records, hidden = world(200, members=1, state=1)
     answers = answers_of(records, hidden)
     names = sorted(records[0].scores)
-    for head in (heads.isotonic(answers, "sum_nll"), heads.fit_logistic(answers, 0, names, sorted(hidden))):
+    for head in (heads.fit_isotonic(answers, "sum_nll"), heads.fit_logistic(answers, 0, names, sorted(hidden))):
         other = answers_of(*world(50, 1))
         stranger = replace(other, scores=other.scores / 3)
         many = heads.predict(head, stranger)
@@ -115,14 +115,14 @@ def heads_states(layer, hidden):
 
 def test_an_isotonic_head_never_rises_and_is_never_certain():
     records, _ = world(100)
-    head = heads.isotonic(answers_of(records), "sum_nll")
+    head = heads.fit_isotonic(answers_of(records), "sum_nll")
     values = [head.p_correct({"sum_nll": x}) for x in np.linspace(0, head.knots[-1][0], 200)]
     p = [value for value in values if value is not None]
     assert len(p) == 200
     assert all(a >= b for a, b in pairwise(p))
     assert 0 < min(p) < max(p) < 1
     always = [replace(r, correct=bool(r.scores["sum_nll"] < 1)) for r in records]
-    head = heads.isotonic(answers_of(always), "sum_nll")
+    head = heads.fit_isotonic(answers_of(always), "sum_nll")
     n = sum(r.correct for r in always)
     assert head.p_correct({"sum_nll": 0.0}) == pytest.approx(n / (n + 1))
 
@@ -133,14 +133,14 @@ def test_folds_keep_questions_together_and_spread_both_classes(n):
     records, _ = world(120, base=0.2)
     same = [replace(r, question=replace(r.question, text=f" What IS {rng.integers(60)}? ")) for r in records]
     answers = answers_of(same)
-    parts = heads.folds(answers, n, 0)
+    parts = heads.split_folds(answers, n, 0)
     assert sorted(np.concatenate(parts).tolist()) == list(range(120))
     for i, rows in enumerate(parts):
         others = np.concatenate([p for j, p in enumerate(parts) if j != i])
         assert not set(answers.questions[rows]) & set(answers.questions[others])
         assert len(set(answers.correct[rows])) == 2
     assert max(len({*answers.questions[p]}) for p in parts) - min(len({*answers.questions[p]}) for p in parts) <= 1
-    assert any(not np.array_equal(a, b) for a, b in zip(parts, heads.folds(answers, n, 1), strict=True))
+    assert any(not np.array_equal(a, b) for a, b in zip(parts, heads.split_folds(answers, n, 1), strict=True))
 
 
 @pytest.mark.parametrize(

@@ -8,13 +8,13 @@ from scipy.stats import beta, binom, binomtest
 
 from selfdoubt.calibration.threshold import (
     Grid,
-    counts,
+    build_fixed_grid,
+    build_grid,
+    count_at_thresholds,
+    count_least_answers,
     explain_no_threshold,
+    find_passed_levels,
     find_threshold,
-    fixed_grid,
-    grid_from,
-    least_answers,
-    passed,
 )
 from selfdoubt.errors import ConfigError, DataError
 
@@ -61,7 +61,7 @@ def outcomes(world, rng, answers, grids, target, confidence=0.95):
     p, correct = world.draw(rng, SETS, answers)
     for grid in grids:
         answered, right = table(p, correct, grid.thresholds)
-        ok = passed(answered, right, target, confidence, grid.starts) > 0
+        ok = find_passed_levels(answered, right, target, confidence, grid.starts) > 0
         last = np.where(ok, np.arange(ok.shape[1]), -1).max(1)
         broken = (last >= 0) & (world.accuracy(grid.thresholds)[last] < target)
         yield float((last >= 0).mean()), int(broken.sum())
@@ -77,7 +77,7 @@ def test_a_promise_is_kept_where_p_correct_is_honest(base, answers, target, conf
     world, rng = World(*HONEST[base]), np.random.default_rng(answers)
     assert world.accuracy(0.0) == pytest.approx(base)
     elsewhere, _ = world.draw(rng, 500)
-    grids = grid_from(elsewhere, answers, target, confidence), fixed_grid(target)
+    grids = build_grid(elsewhere, answers, target, confidence), build_fixed_grid(target)
     for found, broken in outcomes(world, rng, answers, grids, target, confidence):
         assert broken <= most_failures(confidence)
         if answers == 1000 and (base, target) != (0.3, 0.9):
@@ -89,7 +89,7 @@ def test_a_promise_is_kept_where_p_correct_is_honest(base, answers, target, conf
 def test_a_promise_is_kept_where_p_correct_says_nothing(answers, confidence):
     """Everywhere a little less than the target: every threshold found is a broken promise."""
     world, rng = World(1, 1, slope=0.0, shift=0.895), np.random.default_rng(answers)
-    grids = grid_from(world.draw(rng, 500)[0], answers, 0.9, confidence), fixed_grid(0.9)
+    grids = build_grid(world.draw(rng, 500)[0], answers, 0.9, confidence), build_fixed_grid(0.9)
     for found, broken in outcomes(world, rng, answers, grids, 0.9, confidence):
         assert broken == round(found * SETS) <= most_failures(confidence)
         assert answers < 1000 or broken > 0  # the test is a sharp one: it does come near
@@ -99,7 +99,7 @@ def test_a_promise_is_kept_where_p_correct_says_nothing(answers, confidence):
 def test_a_promise_is_kept_where_the_surest_answers_are_the_worst(answers):
     world, rng = World(1, 1, slope=-0.3, shift=1.0), np.random.default_rng(answers)
     assert world.accuracy(0.0) < 0.9
-    grids = grid_from(world.draw(rng, 500)[0], answers, 0.84), Grid((0.99, 0.9, 0.5), (0, 1, 2))
+    grids = build_grid(world.draw(rng, 500)[0], answers, 0.84), Grid((0.99, 0.9, 0.5), (0, 1, 2))
     for _, broken in outcomes(world, rng, answers, grids, 0.84):
         assert broken <= most_failures(0.95)
 
@@ -118,12 +118,12 @@ def test_the_naive_threshold_breaks_the_promise():
 def test_testing_every_threshold_without_an_order_breaks_the_promise():
     """As many starts as thresholds at the full level each: why the level is shared."""
     world, rng = World(1, 1, slope=0.0, shift=0.89), np.random.default_rng(0)
-    grid = fixed_grid(0.9)
+    grid = build_fixed_grid(0.9)
     p, correct = world.draw(rng, SETS, 200)
     answered, right = table(p, correct, grid.thresholds)
     anywhere = (binom.sf(right - 1, answered, 0.9) <= 0.05) & (answered > 0)
     assert anywhere.any(1).sum() > most_failures(0.95)
-    shared = passed(answered, right, 0.9, 0.95, tuple(range(len(grid.thresholds))))
+    shared = find_passed_levels(answered, right, 0.9, 0.95, tuple(range(len(grid.thresholds))))
     assert (shared > 0).any(1).sum() <= most_failures(0.95)
 
 
@@ -131,9 +131,9 @@ def test_one_set_is_as_many_sets():
     world, rng = World(0.9, 0.6), np.random.default_rng(1)
     p, correct = world.draw(rng, 40, 300)
     p = p.round(2)  # ties, also with the thresholds
-    grid = fixed_grid(0.8)
+    grid = build_fixed_grid(0.8)
     answered, right = table(p, correct, grid.thresholds)
-    levels = passed(answered, right, 0.8, 0.9, grid.starts)
+    levels = find_passed_levels(answered, right, 0.8, 0.9, grid.starts)
     for i in range(40):
         promise = find_threshold(p[i], correct[i], 0.8, 0.9)
         assert (promise is None) == (not levels[i].any())
@@ -148,7 +148,7 @@ def test_one_set_is_as_many_sets():
 
 def test_a_lone_start_is_a_binomial_test_against_scipy():
     for n, k in [(29, 29), (28, 28), (100, 95), (100, 94), (0, 0)]:
-        found = passed(np.array([[n]]), np.array([[k]]), 0.9, 0.95)[0, 0] > 0
+        found = find_passed_levels(np.array([[n]]), np.array([[k]]), 0.9, 0.95)[0, 0] > 0
         assert found == (n > 0 and binomtest(k, n, 0.9, "greater").pvalue <= 0.05)
 
 
@@ -162,7 +162,7 @@ def test_the_bound_against_scipy():
 def test_what_a_passed_test_had_goes_to_the_next_and_a_failed_one_loses_it():
     good, bad = (1000, 1000), (1000, 0)
     answered, right = (np.array([x]) for x in zip(good, good, bad, good, good, good, strict=True))
-    levels = passed(answered, right, 0.9, 0.9, (0, 1, 4))[0]
+    levels = find_passed_levels(answered, right, 0.9, 0.9, (0, 1, 4))[0]
     assert levels == pytest.approx([0.1 / 3, 0.2 / 3, 0, 0, 0.1 / 3, 0.1 / 3])
 
 
@@ -179,25 +179,25 @@ def test_judgements_after_the_first_failure_do_not_matter():
 
 def test_a_grid_from_other_answers_starts_where_enough_are_expected():
     elsewhere = np.linspace(0, 1, 1001)
-    grid = grid_from(elsewhere, 1000, 0.9)
+    grid = build_grid(elsewhere, 1000, 0.9)
     assert grid.thresholds[-1] == 0.0
-    assert 1000 * (1 - grid.thresholds[0]) >= 2 * least_answers(0.9) > 1000 * (1 - grid.thresholds[0] - 0.02)
-    assert grid_from(elsewhere, 40, 0.9).thresholds == (0.0,)  # too few to choose among thresholds
-    assert grid_from(np.full(100, 0.7), 1000, 0.9).thresholds == (0.7, 0.0)
+    assert 1000 * (1 - grid.thresholds[0]) >= 2 * count_least_answers(0.9) > 1000 * (1 - grid.thresholds[0] - 0.02)
+    assert build_grid(elsewhere, 40, 0.9).thresholds == (0.0,)  # too few to choose among thresholds
+    assert build_grid(np.full(100, 0.7), 1000, 0.9).thresholds == (0.7, 0.0)
 
 
 def test_the_fixed_grid_reaches_from_above_the_target_to_everything():
-    grid = fixed_grid(0.9)
+    grid = build_fixed_grid(0.9)
     assert grid.thresholds[0] == pytest.approx(0.95)
     assert grid.thresholds[grid.starts[1]] == 0.9
     assert grid.thresholds[-1] == 0.0
-    assert fixed_grid(0.999).thresholds[0] < 1
-    assert fixed_grid(0.004).thresholds[-1] == 0.0
+    assert build_fixed_grid(0.999).thresholds[0] < 1
+    assert build_fixed_grid(0.004).thresholds[-1] == 0.0
 
 
 def test_least_answers_is_what_a_perfect_sample_needs():
     for target, confidence in [(0.9, 0.95), (0.5, 0.5), (0.99, 0.9)]:
-        n = least_answers(target, confidence)
+        n = count_least_answers(target, confidence)
         assert target**n <= 1 - confidence + 1e-12 < target ** (n - 1) + 1e-12
 
 
@@ -246,6 +246,8 @@ def test_a_grid_descends(thresholds):
 
 
 def test_counts_include_the_threshold_itself():
-    answered, right = counts(np.array([0.5, 0.5, 0.2]), np.array([True, False, True]), Grid((0.5, 0.2, 0.0)))
+    answered, right = count_at_thresholds(
+        np.array([0.5, 0.5, 0.2]), np.array([True, False, True]), Grid((0.5, 0.2, 0.0))
+    )
     assert answered.tolist() == [2, 3, 3]
     assert right.tolist() == [1, 2, 2]

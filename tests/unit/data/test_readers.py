@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from selfdoubt.data.cells import texts, trimmed
+from selfdoubt.data.cells import read_texts, trim_text
 from selfdoubt.data.chats import read_chats
 from selfdoubt.data.question_sets import load_questions
 from selfdoubt.data.questions import Columns
@@ -205,10 +205,10 @@ def test_any_table_comes_back_with_or_without_an_index(tmp_path_factory, rows, i
         table.writerow([*([number] if indexed else []), question, f"={answer}", *more])
     path = tmp_path_factory.mktemp("table") / "a.csv"
     path.write_text(file.getvalue(), encoding="utf-8", newline="")
-    assert both(path) == [(trimmed(q), f"={a}".strip()) for q, a in rows]
+    assert both(path) == [(trim_text(q), f"={a}".strip()) for q, a in rows]
 
 
 @given(st.lists(cell, min_size=1, max_size=5))
 def test_a_list_as_python_or_json_writes_it_is_that_list(parts):
     wanted = tuple(dict.fromkeys(p.strip() for p in parts))
-    assert texts("here", "answers", repr(parts)) == texts("here", "answers", json.dumps(parts)) == wanted
+    assert read_texts("here", "answers", repr(parts)) == read_texts("here", "answers", json.dumps(parts)) == wanted

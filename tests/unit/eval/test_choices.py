@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from selfdoubt.errors import NonFiniteError, ShapeError
-from selfdoubt.eval.judges.choices import Choice, chosen, judge_mc1, judge_mc2
+from selfdoubt.eval.judges.choices import Choice, find_named_choice, judge_mc1, judge_mc2
 from selfdoubt.eval.records import Question
 
 CITIES = ("York", "New York", "Rome", "D.C.")
@@ -41,11 +41,11 @@ CITIES = ("York", "New York", "Rome", "D.C.")
     ],
 )
 def test_a_choice_is_read_from_its_text_or_its_letter(answer, index):
-    assert chosen(CITIES, answer) == index
+    assert find_named_choice(CITIES, answer) == index
 
 
 def test_choices_of_signs_alone_are_told_apart():
-    assert [chosen(("+", "-"), a) for a in ("+", " - ", "x")] == [0, 1, None]
+    assert [find_named_choice(("+", "-"), a) for a in ("+", " - ", "x")] == [0, 1, None]
 
 
 def test_an_answer_that_names_no_choice_is_wrong_and_says_so():

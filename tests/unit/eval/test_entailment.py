@@ -10,7 +10,7 @@ import torch
 from selfdoubt.errors import ConfigError, LoadError, NonFiniteError
 from selfdoubt.eval.scores import entailment
 from selfdoubt.eval.scores.agreement import agreement_scores, cluster_answers
-from selfdoubt.eval.scores.entailment import SameMeaning, entailment_label
+from selfdoubt.eval.scores.entailment import SameMeaning, find_entailment_class
 
 LABELS = ["CONTRADICTION", "NEUTRAL", "ENTAILMENT"]
 WORDS = ["what", "is", "the", "capital", "of", "france", "paris", "rome", "oslo", "it", "a"]
@@ -99,13 +99,13 @@ def test_the_model_is_loaded_once(folder, monkeypatch):
     ],
 )
 def test_entailment_is_found_by_its_name(labels, label):
-    assert entailment_label(dict(enumerate(labels)), "m") == label
+    assert find_entailment_class(dict(enumerate(labels)), "m") == label
 
 
 @pytest.mark.parametrize("labels", [["LABEL_0", "LABEL_1"], ["entails", "entailment"]])
 def test_labels_that_do_not_tell_are_refused(labels):
     with pytest.raises(ConfigError, match="exactly one must begin with 'entail'"):
-        entailment_label(dict(enumerate(labels)), "m")
+        find_entailment_class(dict(enumerate(labels)), "m")
 
 
 def test_what_is_no_model_is_one_line(tmp_path):

@@ -12,7 +12,7 @@ from selfdoubt import RiskAwareLM, vote
 from selfdoubt.calibration.arrays import calibration_rows
 from selfdoubt.errors import ConfigError, DataError
 from selfdoubt.eval.config import EvaluationConfig
-from selfdoubt.eval.generate import ask_batch, sample_seed
+from selfdoubt.eval.generate import ask_batch, derive_seed
 from selfdoubt.eval.prompts import Prompting
 from selfdoubt.eval.records import Question, Record
 from selfdoubt.eval.run import ask_questions, choose_quarter_layers
@@ -62,7 +62,7 @@ def test_samples_are_those_that_the_model_draws_with_their_own_seeds():
     lm = model()
     record = ask_batch(lm, QUESTIONS[:1], PLAN, build_equivalence("exact")).records[0]
     for i, sample in enumerate(record.samples):
-        drawn = lm.generate(QUESTIONS[0].text, max_tokens=5, temperature=1.0, seed=sample_seed(4, "a", i))
+        drawn = lm.generate(QUESTIONS[0].text, max_tokens=5, temperature=1.0, seed=derive_seed(4, "a", i))
         assert sample.text == drawn.text.strip()
         assert sample.risk == pytest.approx(drawn.risk, rel=1e-3)
     assert {"self_consistency", "semantic_entropy", "semantic_entropy_weighted", "p_false"} <= set(record.scores)
@@ -143,7 +143,7 @@ def test_empty_answers_have_the_surprisal_of_their_end(style):
     prompts = [plan.prompt(q) for q in QUESTIONS]
     firsts = [lm.generate(p, raw=plan.raw, max_tokens=1).tokens[0] for p in prompts]
     drawn = [
-        lm.generate(p, raw=plan.raw, max_tokens=1, temperature=1.0, seed=sample_seed(plan.seed, q.id, i)).tokens[0]
+        lm.generate(p, raw=plan.raw, max_tokens=1, temperature=1.0, seed=derive_seed(plan.seed, q.id, i)).tokens[0]
         for p, q in zip(prompts, QUESTIONS, strict=True)
         for i in range(0, 8, 3)
     ]
@@ -153,7 +153,7 @@ def test_empty_answers_have_the_surprisal_of_their_end(style):
     assert found[0].scores["sum_nll"] == pytest.approx(firsts[0].nll, rel=1e-4)
     assert set(found[0].scores) == set(found[1].scores)
     for record, p in zip(found, prompts, strict=True):
-        seeds = [sample_seed(plan.seed, record.question.id, i) for i in range(8)]
+        seeds = [derive_seed(plan.seed, record.question.id, i) for i in range(8)]
         own = lm.generate([p] * 8, seeds=seeds, temperature=1.0, max_tokens=plan.max_tokens, raw=plan.raw,
                           stop=["\n"] if plan.raw else [])  # fmt: skip
         assert any(not a.tokens for a in own)

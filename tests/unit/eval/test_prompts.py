@@ -5,7 +5,14 @@ from __future__ import annotations
 import pytest
 
 from selfdoubt.errors import ConfigError
-from selfdoubt.eval.prompts import BY_LETTER, FROM_PASSAGE, Prompting, answer_text, build_prompt, shown_answer
+from selfdoubt.eval.prompts import (
+    BY_LETTER,
+    FROM_PASSAGE,
+    Prompting,
+    build_prompt,
+    extract_answer,
+    format_example_answer,
+)
 from selfdoubt.eval.records import Question
 from selfdoubt.lm.text.prompt import encode
 
@@ -58,8 +65,8 @@ def test_choices_are_shown_with_letters_only_where_asked():
     system, user = build_messages(CHOICE, how=Prompting(options=True))
     assert system["content"] == BY_LETTER
     assert user["content"] == "Which is a city?\nA. Red\nB. Rome"
-    assert shown_answer(CHOICE, options=True) == "B. Rome"
-    assert shown_answer(CHOICE) == "Rome"
+    assert format_example_answer(CHOICE, options=True) == "B. Rome"
+    assert format_example_answer(CHOICE) == "Rome"
 
 
 def test_plain_text_is_questions_and_answers_parted_by_empty_lines():
@@ -79,10 +86,10 @@ def test_in_plain_text_only_examples_are_parted_by_empty_lines():
 
 
 def test_an_answer_in_plain_text_is_its_first_line():
-    assert answer_text(" Paris.\n\nQ: Next?\nA: no", Prompting("qa")) == "Paris."
-    assert answer_text("\n Paris", Prompting("qa")) == "Paris"
-    assert answer_text("  ", Prompting("qa")) == ""
-    assert answer_text(" One.\nTwo. ") == "One.\nTwo."
+    assert extract_answer(" Paris.\n\nQ: Next?\nA: no", Prompting("qa")) == "Paris."
+    assert extract_answer("\n Paris", Prompting("qa")) == "Paris"
+    assert extract_answer("  ", Prompting("qa")) == ""
+    assert extract_answer(" One.\nTwo. ") == "One.\nTwo."
 
 
 def test_what_cannot_be_asked_is_one_line():

@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from selfdoubt.eval.judges.choices import chosen
+from selfdoubt.eval.judges.choices import find_named_choice
 from selfdoubt.eval.judges.rules import Contains
 from selfdoubt.eval.judges.signs import find_spans
-from selfdoubt.eval.judges.text import fold, same_key
+from selfdoubt.eval.judges.text import fold, make_same_key
 from selfdoubt.eval.records import Question
 from selfdoubt.eval.scores.agreement import SameText
 
@@ -204,7 +204,7 @@ def test_a_text_is_right_for_itself_and_folding_again_changes_nothing(text):
 @given(st.integers(-(10**6), 10**6), st.integers(-(10**6), 10**6))
 def test_whole_numbers_are_equal_as_numbers_are(one, other):
     assert right(str(one), f"It is {other:,}.") == (one == other)
-    assert (same_key(str(one)) == same_key(f"{other}!")) == (one == other)
+    assert (make_same_key(str(one)) == make_same_key(f"{other}!")) == (one == other)
 
 
 def test_answers_that_differ_in_a_sign_are_not_of_one_meaning():
@@ -213,8 +213,8 @@ def test_answers_that_differ_in_a_sign_are_not_of_one_meaning():
 
 
 def test_choices_that_differ_in_a_sign_are_told_apart():
-    assert [chosen(("-5", "5", "±5"), a) for a in ("It is 5.", "It is −5.", "± 5")] == [1, 0, 2]
-    assert [chosen(("C", "C++", "C#"), a) for a in ("I like C++ most", "It is C#.")] == [1, 2]
+    assert [find_named_choice(("-5", "5", "±5"), a) for a in ("It is 5.", "It is −5.", "± 5")] == [1, 0, 2]
+    assert [find_named_choice(("C", "C++", "C#"), a) for a in ("I like C++ most", "It is C#.")] == [1, 2]
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from selfdoubt.eval.judges.text import declines, fold, normalise, places, rouge_l, token_f1
+from selfdoubt.eval.judges.text import declines, find_places, fold, normalise, rouge_l, token_f1
 
 WORDS = [
     "the",
@@ -127,7 +127,7 @@ def test_folding_twice_changes_nothing_more(text):
     ],
 )
 def test_names_are_found_as_whole_words_where_words_have_spaces(words, text, found):
-    assert places(words, text) == found
+    assert find_places(words, text) == found
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,9 @@ from selfdoubt.lm.answer import Answer, Token
 from selfdoubt.lm.scores import (
     ANSWER_SCORES,
     Score,
-    answer_scores,
+    compute_answer_scores,
+    compute_rank_scores,
     pick_risk,
-    rank_scores,
     reference_quantiles,
 )
 
@@ -29,7 +29,7 @@ ANSWER, QUESTION = [token(1), token(4), token(2)], [token(3), token(5)]
 
 @pytest.mark.parametrize("name", ["nll", "total", "aleatoric", "epistemic", "disagreement", "spread"])
 def test_scores_against_numpy(name):
-    scores = answer_scores(ANSWER, QUESTION)
+    scores = compute_answer_scores(ANSWER, QUESTION)
     for prefix, tokens in (("", ANSWER), ("question_", QUESTION)):
         values = np.array([getattr(t, name) for t in tokens])
         assert scores[f"{prefix}mean_{name}"] == pytest.approx(values.mean())
@@ -38,26 +38,26 @@ def test_scores_against_numpy(name):
 
 
 def test_sequence_probability_and_perplexity_under_their_names():
-    scores = answer_scores(ANSWER, QUESTION)
+    scores = compute_answer_scores(ANSWER, QUESTION)
     probabilities = np.exp([t.logprob for t in ANSWER])
     assert np.exp(-scores["sum_nll"]) == pytest.approx(probabilities.prod())
     assert np.exp(scores["mean_nll"]) == pytest.approx(probabilities.prod() ** (-1 / 3))
 
 
 def test_scores_that_cannot_be_are_absent():
-    assert not [name for name in answer_scores(ANSWER, []) if name.startswith("question")]
-    assert not [name for name in answer_scores(ANSWER, QUESTION) if "scale" in name]
-    assert answer_scores([token(1, scale=0.5), token(2, scale=1.5)], [])["mean_scale"] == 1.0
-    assert answer_scores([], []) == {}
+    assert not [name for name in compute_answer_scores(ANSWER, []) if name.startswith("question")]
+    assert not [name for name in compute_answer_scores(ANSWER, QUESTION) if "scale" in name]
+    assert compute_answer_scores([token(1, scale=0.5), token(2, scale=1.5)], [])["mean_scale"] == 1.0
+    assert compute_answer_scores([], []) == {}
 
 
 def test_every_score_has_one_name():
-    found = answer_scores([token(1, 1.0)], [token(2, 1.0)])
+    found = compute_answer_scores([token(1, 1.0)], [token(2, 1.0)])
     assert set(found) == set(ANSWER_SCORES)
 
 
 def test_a_risk_that_cannot_be_falls_back_to_the_answers_own():
-    both, bare = answer_scores(ANSWER, QUESTION), answer_scores(ANSWER, [])
+    both, bare = compute_answer_scores(ANSWER, QUESTION), compute_answer_scores(ANSWER, [])
     assert pick_risk(both, "question_mean_nll") == (both["question_mean_nll"], "question_mean_nll")
     assert pick_risk(bare, "question_mean_nll") == (bare["mean_nll"], "mean_nll")
     assert pick_risk(bare, "mean_scale") == (bare["mean_nll"], "mean_nll")
@@ -65,10 +65,12 @@ def test_a_risk_that_cannot_be_falls_back_to_the_answers_own():
 
 def test_the_rank_score_weighs_ranks_among_reference_answers():
     reference = {"sum_nll": [0.0, 1.0, 3.0], "question_mean_nll": [2.0, 4.0, 5.0]}
-    found = rank_scores({"sum_nll": 2.0, "question_mean_nll": 3.0}, reference)
+    found = compute_rank_scores({"sum_nll": 2.0, "question_mean_nll": 3.0}, reference)
     assert found == {"rank_nll": pytest.approx(2 / 3 * 0.75 + 1 / 3 * 0.25)}
-    assert rank_scores({"sum_nll": -1.0, "question_mean_nll": 9.0}, reference)["rank_nll"] == pytest.approx(1 / 3)
-    assert rank_scores({"sum_nll": 2.0}, reference) == rank_scores({"sum_nll": 2.0}, {}) == {}
+    assert compute_rank_scores({"sum_nll": -1.0, "question_mean_nll": 9.0}, reference)["rank_nll"] == pytest.approx(
+        1 / 3
+    )
+    assert compute_rank_scores({"sum_nll": 2.0}, reference) == compute_rank_scores({"sum_nll": 2.0}, {}) == {}
     assert pick_risk({"sum_nll": 2.0}, "rank_nll") == (2.0, "sum_nll")
     assert pick_risk({"question_sum_nll": 2.0}, "rank_nll") == (2.0, "question_sum_nll")
 

@@ -16,7 +16,7 @@ from selfdoubt import RiskAwareLM, pocket, sample, vote
 from selfdoubt.lm.adapters.lora import add_lora, merge_lora
 from selfdoubt.lm.calibration import FAR, GAP_LIMIT, NO_RECORD, NOT_OWN, Calibration
 from selfdoubt.lm.conditions import Conditions, Origin, read_wrapper_settings, sketch_weights
-from selfdoubt.lm.text.prompt_form import chat_form, text_form
+from selfdoubt.lm.text.prompt_form import describe_chat_form, describe_text_form
 from tests import zoo
 
 QUESTION = "What is the capital of France?"
@@ -255,11 +255,11 @@ turns = st.lists(
 
 @given(turns, texts, texts)
 def test_the_form_of_a_chat_is_all_but_the_last_words(before, one, other):
-    forms = {chat_form([*before, {"role": "user", "content": text}]) for text in (one, other)}
+    forms = {describe_chat_form([*before, {"role": "user", "content": text}]) for text in (one, other)}
     assert len(forms) == 1
     assert (forms == {"chat"}) == (not before)
     changed = [*before, {"role": "user", "content": "an earlier turn"}, {"role": "user", "content": one}]
-    assert chat_form(changed) not in forms
+    assert describe_chat_form(changed) not in forms
 
 
 @given(
@@ -267,7 +267,7 @@ def test_the_form_of_a_chat_is_all_but_the_last_words(before, one, other):
     st.sampled_from(["Who?", "Where is it"]),
 )
 def test_the_form_of_a_plain_prompt_is_its_examples_and_labels(shots, question):
-    assert text_form(f"{shots}Q: {question}\nA:") == text_form(f"{shots}Q: What else?\nA:")
+    assert describe_text_form(f"{shots}Q: {question}\nA:") == describe_text_form(f"{shots}Q: What else?\nA:")
     for examples in ("Q: Other?\nA: Yes.\n\n", "Q: Other?\nA: Yes.\n"):
-        assert text_form(f"{shots}Q: {question}\nA:") != text_form(f"{examples}Q: {question}\nA:")
-    assert text_form(f"{shots}Q: {question}\nA:") != text_form(f"{shots}{question}")
+        assert describe_text_form(f"{shots}Q: {question}\nA:") != describe_text_form(f"{examples}Q: {question}\nA:")
+    assert describe_text_form(f"{shots}Q: {question}\nA:") != describe_text_form(f"{shots}{question}")

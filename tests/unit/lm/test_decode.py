@@ -12,7 +12,7 @@ from torch.testing import assert_close
 from selfdoubt.errors import ConfigError, NonFiniteError
 from selfdoubt.lm.decode import decode
 from selfdoubt.lm.prefill import prefill, run_to_end, teacher_force_in_chunks
-from selfdoubt.lm.sampling import Sampling, choose
+from selfdoubt.lm.sampling import Sampling, choose_tokens
 from selfdoubt.lm.stepper import StepOutput, Stepper
 
 CLASSES, FALSE_ALARM = 11, 1e-10
@@ -214,7 +214,7 @@ def test_frequencies_against_exact_probabilities(temperature, top_p):
             break
     n = 20_000
     uniform = torch.rand(n, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    chosen = choose(logits.expand(n, -1), [Sampling(temperature=temperature, top_p=top_p)] * n, uniform)
+    chosen = choose_tokens(logits.expand(n, -1), [Sampling(temperature=temperature, top_p=top_p)] * n, uniform)
     counts = torch.bincount(chosen, minlength=6)
     assert set(counts.nonzero().flatten().tolist()) == set(kept)
     if len(kept) > 1:
@@ -225,20 +225,24 @@ def test_frequencies_against_exact_probabilities(temperature, top_p):
 @pytest.mark.parametrize("temperature", [0.0, 1e-6, 5e-324])
 def test_cold_is_greedy(temperature):
     logits = torch.randn(50, 7, generator=torch.Generator().manual_seed(0))
-    chosen = choose(logits, [Sampling(temperature=temperature)] * 50, torch.full((50,), 0.999, dtype=torch.float64))
+    chosen = choose_tokens(
+        logits, [Sampling(temperature=temperature)] * 50, torch.full((50,), 0.999, dtype=torch.float64)
+    )
     assert torch.equal(chosen, logits.argmax(-1))
 
 
 def test_the_smallest_top_p_keeps_one_token():
     logits = torch.randn(50, 7, generator=torch.Generator().manual_seed(0))
-    chosen = choose(logits, [Sampling(temperature=1.0, top_p=1e-9)] * 50, torch.full((50,), 0.999, dtype=torch.float64))
+    chosen = choose_tokens(
+        logits, [Sampling(temperature=1.0, top_p=1e-9)] * 50, torch.full((50,), 0.999, dtype=torch.float64)
+    )
     assert torch.equal(chosen, logits.argmax(-1))
 
 
 @pytest.mark.parametrize("uniform", [0.0, 1 - 2**-53])
 def test_the_ends_of_the_unit_interval_choose_probable_tokens(uniform):
     logits = torch.tensor([[0.0, -math.inf, 1.0, -800.0]])
-    chosen = choose(logits, [Sampling(temperature=1.0)], torch.tensor([uniform], dtype=torch.float64))
+    chosen = choose_tokens(logits, [Sampling(temperature=1.0)], torch.tensor([uniform], dtype=torch.float64))
     assert chosen.item() in (0, 2)
 
 

@@ -12,7 +12,7 @@ import pytest
 from sklearn.metrics import average_precision_score, brier_score_loss, log_loss, roc_auc_score
 
 from selfdoubt.errors import DataError
-from selfdoubt.eval.records import with_scores
+from selfdoubt.eval.records import add_scores
 from selfdoubt.metrics import selective
 from selfdoubt.metrics.bootstrap import paired_difference
 from selfdoubt.report.best_of_n import measure_majority
@@ -131,7 +131,7 @@ def test_no_records_are_an_error():
 
 def test_constant_scores_are_left_out_and_partial_ones_measured_where_they_are(report):
     assert report["left_out"] == {"flat": "it is 0.5 for all 80 judged answers that have it"}
-    records = [with_scores(r, {"half": r.scores["good"]}) if i < 40 else r for i, r in enumerate(judged())]
+    records = [add_scores(r, {"half": r.scores["good"]}) if i < 40 else r for i, r in enumerate(judged())]
     found = measured(records, **FEW)["scores"]["half"]
     assert found["judged"] == 40
     assert found["note"] == "missing for 40 of 80 judged answers, measured on the others"
@@ -150,7 +150,7 @@ def test_a_score_costs_what_it_needs(report):
     assert list_costs("sum_nll") == ("answer",)
     assert report["scores"]["good"]["cost"] == {"passes": 1, "seconds": 10.0, "ratio": 1.0}
     extra = {"semantic_entropy": 1.0, "p_false": 0.5}
-    records = [with_scores(r, {k: v * r.scores["good"] for k, v in extra.items()}) for r in judged(20)]
+    records = [add_scores(r, {k: v * r.scores["good"] for k, v in extra.items()}) for r in judged(20)]
     records = [replace(r, scores={**r.scores, "p_false": 1 / (1 + math.exp(-r.scores["p_false"]))}) for r in records]
     scores = measured(records, {"costs": COSTS}, **FEW)["scores"]
     assert scores["semantic_entropy"]["cost"] == {"passes": 5, "seconds": 42.0, "ratio": 4.2}

@@ -18,7 +18,7 @@ from selfdoubt import report as package
 from selfdoubt.errors import DataError
 from selfdoubt.eval.records import Question
 from selfdoubt.eval.settings import Run
-from selfdoubt.lm.risk_levels import BOUNDS, COLOURS, level
+from selfdoubt.lm.risk_levels import BOUNDS, COLOURS, find_risk_level
 from selfdoubt.metrics import Estimate
 from selfdoubt.report import png
 from selfdoubt.report.html.page import embed_json, render_page
@@ -241,7 +241,7 @@ def test_tokens_have_the_colours_of_the_terminal(report):
     more = [replace(r, answer=whole, tokens=tokens) for r in judged(60)]
     text = render_page(more, report)
     for i, (word, risk) in enumerate(tokens):
-        assert level(risk) == i
+        assert find_risk_level(risk) == i
         assert f'<span class="t t{i}" title="{risk:.3f} nats">{word}</span>' in text
 
 

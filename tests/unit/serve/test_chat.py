@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 
 from selfdoubt.lm.answer import Alternative, Answer, Token
 from selfdoubt.lm.calibration import Calibration
-from selfdoubt.lm.risk_levels import BOUNDS, level
+from selfdoubt.lm.risk_levels import BOUNDS, find_risk_level
 from selfdoubt.serve.chat import examples, phrases, tokens_html
 from selfdoubt.serve.chat.conversation import Attempt, ChatSettings, Turn
-from selfdoubt.serve.chat.page import display_name, is_pocket
+from selfdoubt.serve.chat.page import get_display_name, is_pocket
 from selfdoubt.serve.chat.plot import render_risk_plot
 from selfdoubt.serve.chat.turn_html import TurnView
 
@@ -85,7 +85,7 @@ def test_a_token_is_one_element_whose_text_and_numbers_are_its_own(parts):
         logprob, total, epistemic, aleatoric, disagreement, risk, rank, others = json.loads(attributes["data-d"])
         close = [own.logprob, own.total, own.epistemic, own.aleatoric, own.disagreement, own.risk]
         assert [logprob, total, epistemic, aleatoric, disagreement, risk] == pytest.approx(close, rel=1e-3)
-        assert rank == level(own.risk)
+        assert rank == find_risk_level(own.risk)
         assert attributes["class"].split()[:2] == ["t", f"t{rank}"]
         assert [o[0] for o in others] == [o.text for o in own.alternatives]
         assert attributes["data-k"] == str(number)
@@ -316,6 +316,6 @@ def test_examples_are_buttons_with_their_text_as_text():
 def test_a_model_is_called_by_its_name_also_where_its_weights_are_elsewhere(pocket, talker):
     for front in (pocket.front, pickle.loads(pickle.dumps(pocket.front))):
         assert is_pocket(front)
-        assert display_name(front) == "pocket"
+        assert get_display_name(front) == "pocket"
     assert not is_pocket(talker.front)
-    assert display_name(talker.front) == "a model"
+    assert get_display_name(talker.front) == "a model"

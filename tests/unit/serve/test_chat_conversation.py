@@ -16,7 +16,7 @@ from selfdoubt.serve.chat.conversation import (
     ChatSettings,
     Conversation,
     build_history,
-    confidence,
+    get_confidence,
     recommend_confidence,
 )
 from selfdoubt.serve.engine.engine import Engine
@@ -89,10 +89,10 @@ def test_an_unsure_answer_is_withheld_until_somebody_asks_to_see_it(engine, talk
 def test_without_a_calibration_the_percentile_says_how_sure(engine, lm):
     plain = RiskAwareLM(lm.model, lm.tokenizer, reference=lm.reference)
     found = plain.generate("What is the capital of France?")
-    assert confidence(found) == pytest.approx(1 - found.percentile)
+    assert get_confidence(found) == pytest.approx(1 - found.percentile)
     assert recommend_confidence(plain.calibration) is None
     nothing = RiskAwareLM(lm.model, lm.tokenizer).generate("What is the capital of France?")
-    assert confidence(nothing) is None
+    assert get_confidence(nothing) is None
 
 
 def test_the_recommended_sureness_withholds_what_the_threshold_does(lm):
@@ -126,7 +126,7 @@ def test_candidates_are_those_of_the_model_in_its_order(engine, talk, lm):
     turn = run(engine, talk, talk.start_turn("Where is Valencia?", settings(candidates=4), "candidates"))
     alone = lm.candidates("Where is Valencia?", 4)
     assert sorted(t.answer.text for t in turn.attempts) == sorted(a.text for a in alone)
-    sure = [confidence(t.answer) or 0.0 for t in turn.ranked]
+    sure = [get_confidence(t.answer) or 0.0 for t in turn.ranked]
     assert sure == sorted(sure, reverse=True)
     assert turn.remembered == turn.ranked[0].answer.text
     assert turn.shown.startswith(f"1. {turn.remembered}\n2. ")

@@ -12,7 +12,7 @@ from torch.testing import assert_close
 from selfdoubt import sample, sculpt, vote
 from selfdoubt.train import head as heads
 from selfdoubt.train.batches import collate
-from selfdoubt.train.head import get_head, mixture_losses, run_trunk, sculpted_loss, summed_loss
+from selfdoubt.train.head import compute_mixture_losses, get_head, run_trunk, sum_losses, sum_sculpted_losses
 from tests.zoo import FAMILIES, causal
 
 WRAPPERS = {
@@ -51,7 +51,7 @@ def test_the_loss_is_that_of_all_logits(family, name, piece, monkeypatch):
     loss_mask = batch.labels >= 0
     whole = model(**inputs(batch)) if name == "none" else model(**inputs(batch), training=True)
     slow = F.cross_entropy(whole.logits[loss_mask].float(), batch.labels[loss_mask], reduction="sum")
-    fast = summed_loss(
+    fast = sum_losses(
         run_trunk(model, inputs(batch), loss_mask, training=True), get_head(model), batch.labels[loss_mask]
     )
     assert_close(fast, slow, rtol=1e-5, atol=1e-6)
@@ -72,7 +72,7 @@ def test_the_validation_loss_is_that_of_the_mixture(family, name, piece, monkeyp
     whole = (model if name == "none" else model.eval())(**inputs(batch)).logits[loss_mask]
     grown = {k: v.repeat(members, 1) if torch.is_tensor(v) else v for k, v in inputs(batch).items()}
     head_input = run_trunk(model, grown, loss_mask.repeat(members, 1), training=False)
-    nll, right = mixture_losses(head_input, get_head(model), batch.labels[loss_mask], members)
+    nll, right = compute_mixture_losses(head_input, get_head(model), batch.labels[loss_mask], members)
     assert_close(nll, F.cross_entropy(whole.float(), batch.labels[loss_mask], reduction="none"), rtol=1e-4, atol=1e-5)
     assert torch.equal(right, whole.argmax(-1) == batch.labels[loss_mask])
 
@@ -86,9 +86,9 @@ def test_the_closed_likelihood_of_random_logits_is_near_their_mean(piece, monkey
     loss_mask = batch.labels >= 0
     labels = batch.labels[loss_mask]
     head_input = run_trunk(model, inputs(batch), loss_mask, training=True)
-    closed = sculpted_loss(head_input, get_head(model), labels, distribution=sculpt.Normal, draws=None)
+    closed = sum_sculpted_losses(head_input, get_head(model), labels, distribution=sculpt.Normal, draws=None)
     monkeypatch.setattr(heads, "PIECE", 2**24)
-    drawn = sculpted_loss(head_input, get_head(model), labels, distribution=sculpt.Normal, draws=4000)
+    drawn = sum_sculpted_losses(head_input, get_head(model), labels, distribution=sculpt.Normal, draws=4000)
     assert closed.item() == pytest.approx(drawn.item(), rel=0.1)
     (closed_grad,) = torch.autograd.grad(closed, trained(model)[-1])
     assert closed_grad.abs().sum() > 0
@@ -99,10 +99,10 @@ def test_a_scale_of_nothing_is_the_plain_loss():
     batch = rows()
     loss_mask = batch.labels >= 0
     head_input = run_trunk(model, inputs(batch), loss_mask, training=True)
-    plain = summed_loss(run_trunk(causal("llama"), inputs(batch), loss_mask, training=True), get_head(causal("llama")),
+    plain = sum_losses(run_trunk(causal("llama"), inputs(batch), loss_mask, training=True), get_head(causal("llama")),
                         batch.labels[loss_mask])  # fmt: skip
     for draws in (None, 3):
-        found = sculpted_loss(
+        found = sum_sculpted_losses(
             head_input, get_head(model), batch.labels[loss_mask], distribution=sculpt.Normal, draws=draws
         )
         assert_close(found, plain, rtol=1e-4, atol=1e-4)

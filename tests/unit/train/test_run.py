@@ -17,7 +17,7 @@ from torch.testing import assert_close
 from selfdoubt import RiskAwareLM, sample, sculpt, vote
 from selfdoubt.errors import ConfigError, LoadError, NonFiniteError
 from selfdoubt.lm.load import load_model
-from selfdoubt.rows import added_names
+from selfdoubt.rows import list_added_names
 from selfdoubt.storage import from_json
 from selfdoubt.train import InstructionData, RiskAwareModule, TrainConfig, fit
 from selfdoubt.train.batches import StepSampler, collate
@@ -197,7 +197,7 @@ def test_every_setting_of_a_wrapper_can_be_trained(config, wrapper):
     assert load_config(folder / "run" / "config.toml", {}).wrapper == wrapper
     fresh, _ = build_model(replace(config, wrapper=wrapper))
     trained = RiskAwareLM.load(config.model, adapter=folder, dtype="float32").model.state_dict()
-    added = [name for name, p in fresh.named_parameters() if p.requires_grad and name in added_names(fresh)]
+    added = [name for name, p in fresh.named_parameters() if p.requires_grad and name in list_added_names(fresh)]
     assert added or not getattr(getattr(wrapper, "distribution", None), "trainable", True)
     start = fresh.state_dict()
     assert all(not torch.equal(trained[name], start[name]) for name in added)

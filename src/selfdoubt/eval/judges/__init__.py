@@ -1,4 +1,4 @@
-"""Judges: rules, multiple choice and other models, which say whether an answer is right."""
+"""Judges, which decide whether an answer is right: rules, multiple choice, other models."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Multiple choice: which choice an answer names, and MC1 and MC2 from the log-probabilities of all choices."""
+"""Multiple choice: judges an answer by the choice that it names, and log-probabilities of choices by MC1 and MC2."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from selfdoubt.errors import NonFiniteError, ShapeError
 from selfdoubt.eval.judges.signs import find_spans
-from selfdoubt.eval.judges.text import fold, inside
+from selfdoubt.eval.judges.text import fold, is_inside
 from selfdoubt.eval.judges.verdict import NO_ANSWER, Verdict
 from selfdoubt.eval.records import Question
 
@@ -27,7 +27,7 @@ class Choice:
             return NO_ANSWER
         if not question.choices:
             return Verdict(None, None, "the question has no choices")
-        index = chosen(question.choices, answer)
+        index = find_named_choice(question.choices, answer)
         note = None if index is not None else "the answer names none of the choices, or several"
         return Verdict(index in question.right, float(index in question.right), note)
 
@@ -36,8 +36,8 @@ def judge_mc1(question: Question, logprobs: Sequence[float]) -> Verdict:
     """Judge whether a right choice is the most probable one (TruthfulQA's MC1); a tie with a wrong one is wrong.
 
     Args:
-        question: With choices.
-        logprobs: Of each choice, in their order, nats; a sum or a mean over tokens.
+        question: A question with choices.
+        logprobs: Log-probability of each choice, in their order, nats; a sum or a mean over tokens.
 
     Returns:
         A verdict with grade 0 or 1.
@@ -58,12 +58,12 @@ def judge_mc2(question: Question, logprobs: Sequence[float]) -> Verdict:
         As ``judge_mc1``.
     """
     _separate(question, logprobs)
-    share = math.fsum(p for i, p in enumerate(shares(logprobs)) if i in question.right)
+    share = math.fsum(p for i, p in enumerate(normalise_choices(logprobs)) if i in question.right)
     return Verdict(share > 0.5, share)
 
 
-def shares(logprobs: Sequence[float]) -> list[float]:
-    """Return probabilities among the choices, as if nothing else could be said."""
+def normalise_choices(logprobs: Sequence[float]) -> list[float]:
+    """Return the probabilities of the choices, normalised over the choices: they sum to 1."""
     top = max(logprobs)
     mass = [math.exp(v - top) for v in logprobs]
     return [m / math.fsum(mass) for m in mass]
@@ -84,13 +84,13 @@ def _separate(question: Question, logprobs: Sequence[float]) -> tuple[list[float
 _LETTER = re.compile(r"\s*(?:(?:the )?(?:correct )?answer(?: is|:)\s*)?[(\[]?([A-Z])(?:[)\].:]+(?=\s|$)|\s*$)", re.I)
 
 
-def chosen(choices: Sequence[str], answer: str) -> int | None:
+def find_named_choice(choices: Sequence[str], answer: str) -> int | None:
     """Find the choice that an answer names: by its text, its letter, or as the only one in it; None: none, or several.
 
     Of repeated choices the first; of choices of which one contains another ("York", "New York") the longer one.
 
     Example:
-        >>> [chosen(("York", "New York"), a) for a in ("B", "(a) York", "It is New York.", "no idea")]
+        >>> [find_named_choice(("York", "New York"), a) for a in ("B", "(a) York", "It is New York.", "no idea")]
         [1, 0, 1, None]
     """
     plain = [fold(c) or c.strip() for c in choices]
@@ -102,5 +102,5 @@ def chosen(choices: Sequence[str], answer: str) -> int | None:
         return index
     stands = {i: find_spans(c, folded) for i, c in enumerate(plain)}
     taken = [s for spans in stands.values() for s in spans]
-    whole = {i for i, spans in stands.items() for s in spans if not any(inside(s, other) for other in taken)}
+    whole = {i for i, spans in stands.items() for s in spans if not any(is_inside(s, other) for other in taken)}
     return min(whole) if len({plain[i] for i in whole}) == 1 else None

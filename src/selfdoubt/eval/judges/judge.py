@@ -1,4 +1,4 @@
-"""Judging of all answers of a run."""
+"""Judges all answers of a run."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ def judge_records(
 ) -> list[Record]:
     """Return records with a verdict on each answer, and on each sample.
 
-    What was chosen among given choices and judged by its log-probabilities keeps its verdict.
+    Multiple-choice answers that were judged by their log-probabilities keep their verdict.
 
     Args:
-        records: All of them.
-        judge: Says which answers are right.
-        unknown: Ids of questions of which no right answer is known: a judge that needs one leaves them unjudged.
-        only_open: Keep the verdicts that there are.
+        records: All records of the run.
+        judge: The judge.
+        unknown: Ids of questions without a known right answer: a judge that needs one leaves them unjudged.
+        only_open: Keep verdicts that exist; judge the other records only.
     """
     bare = set(unknown) if needs_answers(judge) else set()
     asked = [r for r in records if not _keeps(r, only_open) and r.question.id not in bare]

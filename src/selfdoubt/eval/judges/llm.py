@@ -34,7 +34,7 @@ JUDGE_INSTRUCTION = (
 
 @dataclass(frozen=True)
 class LLMJudge:
-    """A judge model. Ask many pairs at once with ``verdicts``; calling it judges one.
+    """A judge model. ``verdicts`` judges many pairs at once; calling it judges one.
 
     Example:
         >>> LLMJudge("a-judge", base_url="http://localhost:8000/v1").concurrency
@@ -44,11 +44,11 @@ class LLMJudge:
     model: str
     base_url: str | None = None  #: None takes ``OPENAI_BASE_URL``, else OpenAI's own
     api_key_env: str = "OPENAI_API_KEY"  #: the environment variable with the key; a server of your own needs none
-    timeout: float = 60.0  #: seconds without a sign of the server, above 0
+    timeout: float = 60.0  #: seconds without a response of the server, above 0
     retries: int = 2  #: further tries of a call that timed out, lost its connection, or got 408, 409, 429 or 5xx
     concurrency: int = 8  #: calls side by side
     cache: str | None = None  #: a JSONL file of replies; made where there is none
-    options: Mapping[str, Any] = field(default_factory=lambda: {"temperature": 0})  #: of the call, as OpenAI names them
+    options: Mapping[str, Any] = field(default_factory=lambda: {"temperature": 0})  #: OpenAI's parameters of the call
 
     def __post_init__(self) -> None:
         if not self.timeout > 0 or self.retries < 0 or self.concurrency < 1:
@@ -70,7 +70,11 @@ class LLMJudge:
         """
         keys = [None if answer is None else self.key(question, answer) for question, answer in pairs]
         replies = _Replies(self.cache)
-        texts = {k: messages(q, a) for k, (q, a) in zip(keys, pairs, strict=True) if k is not None and a is not None}
+        texts = {
+            k: build_judge_messages(q, a)
+            for k, (q, a) in zip(keys, pairs, strict=True)
+            if k is not None and a is not None
+        }
         missing = {k: m for k, m in texts.items() if k not in replies.known}
         failed: dict[str, str] = {}
         if missing:
@@ -89,17 +93,19 @@ class LLMJudge:
 
     def key(self, question: Question, answer: str) -> str:
         """Return the key of the reply to this in the cache: a hash of the model, its options and the whole prompt."""
-        asked = [self.model, sorted(self.options.items()), messages(question, answer)]
+        asked = [self.model, sorted(self.options.items()), build_judge_messages(question, answer)]
         return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
 
     def probe(self) -> None:
-        """Ask once, to learn early whether the judge can be reached at all.
+        """Check, by one call, that the judge can be reached.
 
         Raises:
-            LoadError: If it cannot; the message holds its error.
+            LoadError: If it cannot be reached; the message holds its error.
         """
         with self._client() as client:
-            reply, problem = self._ask(client, messages(Question("probe", "Is 1 + 1 = 2?", answers=("yes",)), "yes"))
+            reply, problem = self._ask(
+                client, build_judge_messages(Question("probe", "Is 1 + 1 = 2?", answers=("yes",)), "yes")
+            )
         if reply is None:
             raise LoadError(f"the judge {self.model!r} does not answer: {problem}; check its URL, name and key")
 
@@ -121,7 +127,7 @@ class LLMJudge:
         return (text, "") if isinstance(text, str) else (None, "the judge replied without text")
 
 
-def messages(question: Question, answer: str) -> list[dict[str, str]]:
+def build_judge_messages(question: Question, answer: str) -> list[dict[str, str]]:
     """Build the messages that the judge model reads."""
     accepted = question.answers or tuple(question.choices[i] for i in question.right)
     paragraphs = [f"Question: {question.text}"]
@@ -143,7 +149,7 @@ def _listed(title: str, texts: Sequence[str]) -> str:
 
 
 def parse_reply(reply: str) -> Verdict:
-    """Parse the verdict in a judge's reply: that one of the two words; thoughts in ``<think>`` do not count.
+    """Parse the verdict in a judge's reply: "right" or "wrong"; thoughts in ``<think>`` do not count.
 
     Example:
         >>> parse_reply("**Wrong.**").correct, parse_reply("It is not right.").note

@@ -1,4 +1,4 @@
-"""Is this answer right? One frozen dataclass per rule; calling it with a question and an answer gives a ``Verdict``."""
+"""Rules that judge an answer, one frozen dataclass each; calling one with question and answer gives a ``Verdict``."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from selfdoubt.eval.judges.text import (
     check_f1_threshold,
     declines,
     fold,
-    inside,
+    is_inside,
     normalise,
     parse_f1_threshold,
     rouge_l,
@@ -52,7 +52,7 @@ class F1:
 
 @dataclass(frozen=True)
 class Contains:
-    """An accepted answer stands in the answer as whole words, without regard to case, accents and punctuation.
+    """The answer contains an accepted answer as whole words, without regard to case, accents and punctuation.
 
     Signs that change the meaning count: -5 is not 5, C++ not C, ≥ 5 not ≤ 5, 10⁶ not 106; "minus 5" is -5, and a unit
     ($, %, °) may be missing but not another one. Scripts without spaces between words, and Korean particles, are known.
@@ -149,10 +149,10 @@ class Column:
 
 
 def build_judge(spec: str, *, column: Mapping[str, Any] | None = None) -> Judge:
-    """Build the judge of a name: exact, f1, f1:0.5, contains, rouge, bleu, choice, regex:PATTERN, column:NAME.
+    """Build a judge by name: exact, f1, f1:0.5, contains, rouge, bleu, choice, regex:PATTERN, column:NAME.
 
     Args:
-        spec: The name, with its setting after a colon.
+        spec: Name of the judge, with its setting after a colon.
         column: Cells by question id, for ``column:NAME``.
 
     Raises:
@@ -180,7 +180,7 @@ JUDGES = ("exact", "f1:0.5", "contains", "rouge", "bleu", "choice", "regex:PATTE
 
 
 def get_judge_name(one: Judge) -> str:
-    """Return a judge's name, as ``build_judge`` takes it where it is one of its own."""
+    """Return a judge's name; for a judge of ``build_judge``, the spec that builds it."""
     if isinstance(one, Regex):
         return f"regex:{one.pattern}"
     if isinstance(one, Column):
@@ -192,12 +192,12 @@ def get_judge_name(one: Judge) -> str:
 
 
 def needs_answers(one: Judge) -> bool:
-    """Return whether a judge compares with accepted answers: all do but a column, and a pattern without {answer}."""
+    """Return whether a judge compares with accepted answers: all except a column, and a pattern without {answer}."""
     return not isinstance(one, Column) and (not isinstance(one, Regex) or "{answer}" in one.pattern)
 
 
 def choose_default_judge(questions: Iterable[Question]) -> str:
-    """Choose the usual judge of a set, by what most questions hold: choices, or wrong answers too, or neither.
+    """Choose the usual judge of a set, by whether most questions have choices, known wrong answers, or neither.
 
     Returns:
         "choice", "rouge" or "contains".
@@ -246,7 +246,7 @@ def _contained(question: Question, answer: str, accepted: str) -> float:
     others = [*question.wrong_answers, *(c for i, c in enumerate(question.choices) if i not in question.right)]
     for name in {_name(o) for o in others} - right:
         for span in _stands(name, text):
-            if not any(inside(span, other) for other in known) and not _NEGATED.search(text[: span[0]]):
+            if not any(is_inside(span, other) for other in known) and not _NEGATED.search(text[: span[0]]):
                 return 0.0
     return 1.0
 

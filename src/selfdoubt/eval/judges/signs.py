@@ -24,7 +24,7 @@ UNITS = f"{_MONEY}%‰‱°"
 _MULTIPLES = "十百千万億兆萬亿만억조천백"  # 5万 is 50,000
 _ANY, _LETTER, _WORD = r"[^\W_]", r"[^\W\d_]", rf"[^\W{UNSPACED}{HANGUL}]"
 _NUMBER = r"\d+(?:[\d．：／]*\d)?(?:＾－?\d+)?"
-#: Stand before what they belong to. Fullwidth forms are marks: no folded text holds them otherwise.
+#: Signs that precede the number or name they belong to. Fullwidth forms are marks: no folded text holds them otherwise.
 _PREFIXES = "－＜＞≤≥≠±∓√∛∜¬≮≯≰≱"
 #: Mathematical signs that say nothing of the value: about, arrows, dots, bars.
 _SILENT = frozenset("+=|~^<>≈∼≃≅∽⋅∙∗∣∘⁄")
@@ -59,7 +59,7 @@ def _raised(match: re.Match[str]) -> str:
     return plain if not plain or (behind_letter and (digits or lone)) else f"^{plain}"
 
 
-#: Signs without which the rule need not be tried, the rule, and what it makes of them.
+#: Signs that a text must have for the rule to apply, the pattern, and the replacement.
 _RULES: tuple[tuple[str, re.Pattern[str], str], ...] = tuple(
     (signs, re.compile(pattern), to)
     for signs, pattern, to in (
@@ -124,7 +124,7 @@ def compose_negated(text: str) -> str:
 
 def keep_signs(plain: str) -> str:
     """Return a text in lower case with a space for each sign that says nothing, and the others in one form."""
-    for _ in range(4):  # what is dropped may bring two signs together, once
+    for _ in range(4):  # dropping a sign may bring two others together
         kept = _keep_once(plain)
         if kept == plain:
             break
@@ -191,7 +191,7 @@ def _pattern(word: str) -> str:
 
 
 def find_spans(words: str, text: str) -> list[tuple[int, int]]:
-    """Find where ``words`` stand as whole words in ``text``, both folded: their first character, and the one behind.
+    """Return the spans ``(first, end)`` of ``words`` as whole words in ``text``, both folded.
 
     A unit at a number may be missing in either, and must not differ. In scripts without spaces between words they may
     stand anywhere, in Korean before particles, and a change between such a script and another ends a word.
@@ -224,7 +224,7 @@ _SPOKEN: tuple[tuple[re.Pattern[str], tuple[str, ...]], ...] = tuple(
 
 
 def say_signs(words: str) -> Iterator[str]:
-    """Yield the folded name with a sign said in words, in each usual way; nothing where it holds none.
+    """Yield the folded name with a sign in words, in each usual wording; nothing for a name without signs.
 
     Example:
         >>> list(say_signs("-5")), list(say_signs("c#"))
@@ -235,11 +235,11 @@ def say_signs(words: str) -> Iterator[str]:
             yield from (pattern.sub(way, words) for way in spoken)
 
 
-def meaningful(folded: str) -> str:
-    """Return the signs of a folded text, but for units.
+def extract_signs(folded: str) -> str:
+    """Return the signs of a folded text that change its meaning, without units.
 
     Example:
-        >>> meaningful("c++ is 3.5$")
+        >>> extract_signs("c++ is 3.5$")
         '++.'
     """
     return "".join(c for c in folded if not c.isalnum() and not c.isspace() and c not in UNITS)

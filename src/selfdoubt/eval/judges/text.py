@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 from selfdoubt.errors import ConfigError
-from selfdoubt.eval.judges.signs import compose_negated, find_spans, keep_forms, keep_signs, meaningful
+from selfdoubt.eval.judges.signs import compose_negated, extract_signs, find_spans, keep_forms, keep_signs
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = dict.fromkeys(map(ord, string.punctuation))
@@ -40,7 +40,9 @@ _LATIN_WORD = re.compile(r"[a-z0-9]+")
 
 
 def normalise(text: str) -> str:
-    """Lower case without ASCII punctuation and English articles, one space between words (Rajpurkar et al., 2016).
+    """Return a text in SQuAD's normal form: lower case, no ASCII punctuation, no English articles, single spaces.
+
+    (Rajpurkar et al., 2016.)
 
     A text of nothing else ("A", "the", "...") stays as it is, in lower case: it is not the same as an empty answer.
 
@@ -53,7 +55,7 @@ def normalise(text: str) -> str:
 
 
 def token_f1(one: str, other: str) -> float:
-    """Harmonic mean of precision and recall of words in normal form, in [0, 1] (SQuAD)."""
+    """Return the harmonic mean of precision and recall of words in normal form, in [0, 1] (SQuAD)."""
     a, b = normalise(one).split(), normalise(other).split()
     if not a or not b:
         return float(a == b)
@@ -62,7 +64,7 @@ def token_f1(one: str, other: str) -> float:
 
 
 def rouge_l(one: str, other: str) -> float:
-    """F-measure of the longest common subsequence of words, in [0, 1] (ROUGE-L of a sentence; Lin, 2004).
+    """Return the F-measure of the longest common subsequence of words, in [0, 1] (ROUGE-L of a sentence; Lin, 2004).
 
     Words are runs of ASCII letters and digits in lower case, as in the usual implementation: of other scripts it sees
     nothing.
@@ -87,7 +89,7 @@ def _longest_common(a: Sequence[str], b: Sequence[str]) -> int:
 
 @lru_cache(4096)
 def fold(text: str) -> str:
-    """Lower case words without accents and punctuation, to find a name in a sentence.
+    """Return a text as lower-case words without accents and punctuation, to find a name in a sentence.
 
     Accents: what NFKD takes apart from Latin, Greek and Cyrillic letters, and a small table of ł, ø, đ and others (ß
     becomes ss). Dashes, apostrophes and other signs separate words; dots of abbreviations (U.S.) and commas of
@@ -106,21 +108,23 @@ def fold(text: str) -> str:
     return keep_signs(_ABBREVIATION.sub("", _THOUSANDS.sub("", plain)))
 
 
-def same_key(text: str) -> tuple[str, str]:
-    """Return what two texts share that say the same: SQuAD's normal form, and the signs that change a meaning.
+def make_same_key(text: str) -> tuple[str, str]:
+    """Return a key that is equal for texts of the same meaning: SQuAD's normal form, and signs that change a meaning.
 
     Example:
-        >>> same_key("The C++!") == same_key("c++"), same_key("C++") == same_key("C"), same_key("3.5") == same_key("35")
-        (True, False, False)
+        >>> make_same_key("The C++!") == make_same_key("c++"), make_same_key("C++") == make_same_key("C")
+        (True, False)
+        >>> make_same_key("3.5") == make_same_key("35")
+        False
     """
-    return normalise(text), meaningful(fold(text))
+    return normalise(text), extract_signs(fold(text))
 
 
 def check_f1_threshold(threshold: float) -> None:
-    """Check that a least token F1 is in (0, 1].
+    """Check that a threshold of token F1 is in (0, 1].
 
     Raises:
-        ConfigError: If it is not.
+        ConfigError: If it is outside.
     """
     if not 0 < threshold <= 1:
         raise ConfigError(f"the F1 threshold must be in (0, 1], got {threshold}; 0.5 is usual")
@@ -138,15 +142,15 @@ def parse_f1_threshold(text: str) -> float:
         raise ConfigError(f"the F1 threshold must be a number in (0, 1], got {text!r}; write e.g. f1:0.5") from None
 
 
-def places(words: str, text: str) -> list[int]:
-    """Find where ``words`` stand as whole words in ``text``, both folded: places of their first characters.
+def find_places(words: str, text: str) -> list[int]:
+    """Return the positions of ``words`` as whole words in ``text``, both folded.
 
     As ``selfdoubt.eval.judges.signs.find_spans``, which also gives their ends.
     """
     return [start for start, _ in find_spans(words, text)]
 
 
-def inside(span: tuple[int, int], other: tuple[int, int]) -> bool:
+def is_inside(span: tuple[int, int], other: tuple[int, int]) -> bool:
     """Return whether a span of characters is part of a longer one."""
     return span != other and other[0] <= span[0] and span[1] <= other[1]
 
@@ -154,7 +158,7 @@ def inside(span: tuple[int, int], other: tuple[int, int]) -> bool:
 #: Whole answers that decline, folded (an apostrophe is a space).
 DECLINING = frozenset({"none", "n a", "unknown", "unsure", "impossible", "idk", "pass"})
 _UNKNOWN_TO_ALL = re.compile("no(body| one) knows")
-#: How an answer that declines begins, folded and without "the": regular expressions.
+#: Beginnings of answers that decline, folded and without "the": regular expressions.
 DECLINING_STARTS = (
     "i (don t|do not|dont) know",
     "(i (m|am) )?(not sure|unsure|not certain|uncertain)",

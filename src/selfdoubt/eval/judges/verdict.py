@@ -1,4 +1,4 @@
-"""Judges, and their verdict on one answer."""
+"""The types of a judge and of its verdict on one answer."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def parse_verdict(place: str, cell: Any) -> Verdict:
     """Read a judgement: yes, true, right, correct, 1 and their opposites in any case; or a grade from 0 to 1.
 
     Args:
-        place: Where it stands, for the message.
-        cell: What stands there; None and white space are unjudged.
+        place: File and row, for the message.
+        cell: Content of the cell; None and white space are unjudged.
 
     Returns:
         The verdict; a grade is right from 0.5 on.

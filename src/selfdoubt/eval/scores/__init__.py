@@ -32,7 +32,7 @@ _HOMES = {
     "cluster_answers": "agreement",
     "semantic_entropy": "agreement",
     "self_consistency": "agreement",
-    "estimate_p_true": "estimate_p_true",
+    "estimate_p_true": "p_true",
     "SameMeaning": "entailment",
 }
 

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from itertools import combinations
 
 from selfdoubt.errors import ConfigError, NonFiniteError, ShapeError
-from selfdoubt.eval.judges.text import check_f1_threshold, parse_f1_threshold, rouge_l, same_key, token_f1
+from selfdoubt.eval.judges.text import check_f1_threshold, make_same_key, parse_f1_threshold, rouge_l, token_f1
 
+#: Names of the scores here; they need further answers to the same question.
 AGREEMENT_SCORES = (
     "self_consistency", "semantic_entropy", "semantic_entropy_weighted", "n_clusters", "lexical_dissimilarity",
 )  # fmt: skip
@@ -30,7 +31,7 @@ class SameText:
 
     def __call__(self, pairs: Sequence[tuple[str, str]], _question: str = "", /) -> list[bool]:
         """Compare each pair."""
-        return [same_key(a) == same_key(b) for a, b in pairs]
+        return [make_same_key(a) == make_same_key(b) for a, b in pairs]
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ _SAME_TEXT = SameText()
 
 
 def build_equivalence(spec: str) -> Same:
-    """Build the rule of a name: exact, f1, f1:0.5, or nli:FOLDER_OR_HUB_NAME.
+    """Build a rule by name: exact, f1, f1:0.5, or nli:FOLDER_OR_HUB_NAME.
 
     Raises:
         ConfigError: If the name is unknown, or its setting is wrong.
@@ -101,42 +102,45 @@ def self_consistency(greedy: str, samples: Sequence[str], alike: Same = _SAME_TE
     return sum(not known.get(text, True) for text in samples) / len(samples)
 
 
-def semantic_entropy(of: Sequence[int]) -> float:
+def semantic_entropy(clusters: Sequence[int]) -> float:
     """Return the entropy of the clusters' shares of samples, in nats, in [0, log n] (Farquhar et al., 2024, discrete).
 
     Args:
-        of: The cluster of each sample.
+        clusters: Number of each sample's cluster, as from ``cluster_answers``.
 
     Raises:
         ConfigError: If there are no samples.
     """
-    _at_least(1, of)
-    shares = [of.count(c) / len(of) for c in set(of)]
+    _at_least(1, clusters)
+    shares = [clusters.count(c) / len(clusters) for c in set(clusters)]
     return max(0.0, -math.fsum(p * math.log(p) for p in sorted(shares)))
 
 
-def semantic_entropy_weighted(of: Sequence[int], nll: Sequence[float]) -> float:
+def semantic_entropy_weighted(clusters: Sequence[int], nll: Sequence[float]) -> float:
     """Return the entropy of the clusters weighted by likelihood, in nats, in [0, log clusters] (Kuhn et al., 2023).
 
     p(c) is the sum of exp(-nll) over its samples, normalised over the clusters (the Rao-Blackwellised form of Farquhar
     et al., 2024). A text drawn twice counts twice, as in theirs.
 
     Args:
-        of: The cluster of each sample.
-        nll: Of each sample, in nats: ``sum_nll``, or ``mean_nll`` for the form normalised by length.
+        clusters: Number of each sample's cluster, as from ``cluster_answers``.
+        nll: Negative log-likelihood of each sample, nats: ``sum_nll``, or ``mean_nll`` to normalise by length.
 
     Raises:
         ConfigError: If there are no samples.
         ShapeError: If there is not one number per sample.
         NonFiniteError: If one is NaN or infinite.
     """
-    _at_least(1, of)
-    if len(of) != len(nll):
-        raise ShapeError(f"wanted one nll for each of {len(of)} samples, got {len(nll)}")
+    _at_least(1, clusters)
+    if len(clusters) != len(nll):
+        raise ShapeError(f"wanted one nll for each of {len(clusters)} samples, got {len(nll)}")
     if not all(map(math.isfinite, nll)):
         raise NonFiniteError(f"a sample's nll is NaN or infinite: {[*nll]}")
     least = min(nll)
-    mass = [math.fsum(math.exp(least - v) for c, v in zip(of, nll, strict=True) if c == one) for one in sorted(set(of))]
+    mass = [
+        math.fsum(math.exp(least - v) for c, v in zip(clusters, nll, strict=True) if c == one)
+        for one in sorted(set(clusters))
+    ]
     whole = math.fsum(mass)
     return max(0.0, -math.fsum(m / whole * math.log(m / whole) for m in mass if m > 0))
 
@@ -146,7 +150,7 @@ def lexical_dissimilarity(samples: Sequence[str], measure: str = "rouge") -> flo
     2023).
 
     Args:
-        samples: At least two.
+        samples: Two or more answers.
         measure: "rouge" for ROUGE-L, "f1" for token F1. Equal texts are alike, even without words.
 
     Raises:
@@ -167,28 +171,28 @@ def agreement_scores(
     alike: Same = _SAME_TEXT,
     question: str = "",
 ) -> dict[str, float]:
-    """Return all scores by the names in ``AGREEMENT_SCORES``: without ``nll``, or of one sample, some are absent.
+    """Return all scores by the names in ``AGREEMENT_SCORES``; without ``nll``, or for one sample, some are absent.
 
     Args:
-        greedy: The answer whose risk this is.
+        greedy: The answer whose doubt is measured.
         samples: Answers drawn at temperature 1, or as you like.
-        nll: ``sum_nll`` of each sample.
-        alike: Which answers mean the same.
-        question: What they answer; only an NLI model reads it.
+        nll: ``sum_nll`` of each sample, nats.
+        alike: Rule for answers of the same meaning.
+        question: The question; only an NLI model reads it.
 
     Raises:
         ConfigError: If there are no samples.
         ShapeError: If there is not one ``nll`` per sample.
         NonFiniteError: If an ``nll`` is NaN or infinite.
     """
-    of = cluster_answers(samples, alike, question)
+    clusters = cluster_answers(samples, alike, question)
     scores = {
         "self_consistency": self_consistency(greedy, samples, alike, question),
-        "semantic_entropy": semantic_entropy(of),
-        "n_clusters": float(len(set(of))),
+        "semantic_entropy": semantic_entropy(clusters),
+        "n_clusters": float(len(set(clusters))),
     }
     if nll is not None:
-        scores["semantic_entropy_weighted"] = semantic_entropy_weighted(of, nll)
+        scores["semantic_entropy_weighted"] = semantic_entropy_weighted(clusters, nll)
     if len(samples) > 1:
         scores["lexical_dissimilarity"] = lexical_dissimilarity(samples)
     return scores

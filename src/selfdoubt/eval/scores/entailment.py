@@ -36,7 +36,7 @@ class SameMeaning:
         """
         read = [(f"{question} {a}".strip(), f"{question} {b}".strip()) for a, b in pairs]
         directed = list(dict.fromkeys([*read, *((b, a) for a, b in read)]))
-        # Of like length side by side; the order of equal ones is theirs.
+        # Pairs of similar length share a batch; the sort is stable.
         directed.sort(key=lambda pair: len(pair[0]) + len(pair[1]))
         entails: dict[tuple[str, str], bool] = {}
         for first in range(0, len(directed), self.batch_size):
@@ -58,8 +58,8 @@ class SameMeaning:
         return [int(i) == label for i in logits.argmax(-1)]
 
 
-def entailment_label(labels: dict[int, str], model: str) -> int:
-    """Return the class of a model that is entailment, by the names in its configuration.
+def find_entailment_class(labels: dict[int, str], model: str) -> int:
+    """Return the index of the class "entailment", by the labels in a model's configuration.
 
     Raises:
         ConfigError: If none begins with "entail", or several do.
@@ -81,11 +81,11 @@ def _load(name: str, revision: str | None, device: str | None) -> tuple[Any, Any
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, revision=revision)
         model = transformers.AutoModelForSequenceClassification.from_pretrained(name, revision=revision)
-    except Exception as error:  # loading raises what it likes
+    except Exception as error:  # loading raises many kinds of errors
         text = " ".join(str(error).split())[:160]
         raise LoadError(
             f"no model for entailment can be loaded from {name!r} ({type(error).__name__}: {text})"
         ) from None
-    label = entailment_label(model.config.id2label, name)
+    label = find_entailment_class(model.config.id2label, name)
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")
     return model.eval().to(place), tokenizer, label

@@ -1,5 +1,5 @@
 """P(True): the model is asked whether its own answer is true (after Kadavath et al., 2022, "Language models (mostly)
-know what they know"); the share of "true" against "false" in what it would say next."""
+know what they know"); the share of "true" against "false" among the next tokens."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _TEXT = """\
 {context}Question: {question}
 Proposed answer: {answer}
 Is the proposed answer true or false? Say only True or False."""
-#: How the two words may begin: as a word of its own, after a space, in lower case.
+#: Forms of the two words: capitalised or in lower case, with or without a space before.
 _FORMS = {"true": ("True", " True", "true", " true"), "false": ("False", " False", "false", " false")}
 
 
@@ -32,14 +32,14 @@ def estimate_p_true(lm: RiskAwareLM, pairs: Sequence[tuple[Question, str]], conf
     """Return the probability of "true" against "false", in [0, 1], for each question with its answer.
 
     Raises:
-        ConfigError: If the vocabulary does not tell the two words apart by their first token.
+        ConfigError: If "true" and "false" share all first tokens in this vocabulary.
     """
     end = "\nVerdict:" if config.raw else ""
     prompts = [encode(lm.tokenizer, _prompt(q, a) + end, raw=config.raw).ids for q, a in pairs]
     true, false = (_first_ids(lm.tokenizer, forms) for forms in _FORMS.values())
     both = true & false  # such as a token of one space
     if not true - both or not false - both:
-        raise ConfigError("this vocabulary has no token that tells true from false; ask without --p-true")
+        raise ConfigError("no first token of this vocabulary separates true from false; ask without --p-true")
     shares: list[float] = []
     for first in range(0, len(prompts), config.batch_size):
         _, following = prefill(HFStepper(lm.model), prompts[first : first + config.batch_size])

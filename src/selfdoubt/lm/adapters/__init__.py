@@ -1,4 +1,4 @@
-"""Adapter folders of language models: what wrappers added, LoRA in PEFT's own files, and exports for other tools."""
+"""Adapter folders of language models: wrappers' parameters, LoRA in PEFT's own files, and exports for other tools."""
 
 from __future__ import annotations
 

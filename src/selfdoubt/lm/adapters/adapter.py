@@ -1,9 +1,9 @@
-"""An adapter folder of a language model: what its wrappers added and, beneath them, LoRA in PEFT's own files.
+"""Saves and loads an adapter folder: the wrappers' parameters and, beneath them, LoRA in PEFT's own files.
 
 ::
 
     selfdoubt.json              wrappers, base and its fingerprint, reference quantiles, checksums; written last
-    added.safetensors           what the wrappers added, where they added something
+    added.safetensors           parameters that the wrappers added, if any
     adapter_config.json         with LoRA: PEFT's files, which PEFT alone loads as well
     adapter_model.safetensors
 """
@@ -34,27 +34,27 @@ def save_adapter(
     extra: Mapping[str, Any] | None = None,
     tokenizer: Any = None,
 ) -> Path:
-    """Write a whole adapter folder: what wrappers added, and LoRA where the model has it.
+    """Write a whole adapter folder: the wrappers' parameters, and LoRA if the model has it.
 
     Args:
         model: A wrapped model, with or without LoRA, or a plain one with LoRA.
-        folder: Made if missing; an adapter in it is replaced.
+        folder: Folder to write, made if missing; an adapter in it is replaced.
         base: Name or folder of the base model; taken from the model's config if None.
         revision: Revision of the base model.
         extra: More entries for ``selfdoubt.json``, e.g. ``{"reference": ...}``.
-        tokenizer: Written, too, so that the adapter loads with it; None leaves a tokenizer in the folder as it is.
+        tokenizer: Tokenizer to save with the adapter; None leaves a tokenizer in the folder as it is.
 
     Returns:
         The folder.
 
     Raises:
-        ConfigError: If the model is known to have reference answers or a calibration, and ``extra`` lacks them.
+        ConfigError: If the model's ``RiskAwareLM`` has reference answers or a calibration, and ``extra`` lacks them.
         WrapError: If the model has neither a wrapper nor LoRA.
     """
     folder = Path(folder)
     names = lora.list_lora_names(model)
     storage.check_saved(model, names, extra)
-    # Without its manifest a folder is not an adapter of ours: it goes before anything changes, and comes last.
+    # Without its manifest a folder is not an adapter of ours: it is removed before anything changes, and written last.
     (folder / storage.MANIFEST).unlink(missing_ok=True)
     lora.remove_lora(folder)
     if tokenizer is not None:
@@ -90,15 +90,15 @@ class AdapterFolder:
 
     @property
     def tokenizer(self) -> Path | None:
-        """The folder, if it holds a tokenizer: training may have given it another chat template than the base has."""
+        """The folder, if it holds a tokenizer, whose chat template may differ from the base's; else None."""
         return self.path if (self.path / "tokenizer_config.json").is_file() else None
 
     def choose_base(self, base: str | None = None, revision: str | None = None) -> tuple[str, str | None]:
-        """Return name and revision of the base model: those given, else those that the folder names.
+        """Return name and revision of the base model: the arguments, else those that the folder names.
 
         Raises:
             LoadError: If a file of plain PEFT is missing or broken.
-            ConfigError: If none is named.
+            ConfigError: If neither names a base.
         """
         if base is not None:
             return base, revision
@@ -115,10 +115,10 @@ class AdapterFolder:
 
         Args:
             model: The base model, without wrapper and LoRA.
-            wrapper: Only for a folder of plain PEFT: goes around the model with its LoRA.
+            wrapper: Wrapper to put around the model with its LoRA; only for a folder of plain PEFT.
 
         Returns:
-            The model, wrapped where the folder or ``wrapper`` says so; only what wrappers added trains.
+            The model, wrapped as the folder or ``wrapper`` says; only the wrappers' parameters train.
 
         Raises:
             LoadError: If a file is missing or broken.
@@ -144,7 +144,7 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str], wrapper: Spec
 
 
 def read_adapter(folder: str | os.PathLike[str], wrapper: Spec | None = None) -> AdapterFolder:
-    """Read the manifest of an adapter folder, before a large model loads.
+    """Read and check the manifest of an adapter folder, which is quick: do it before a large model loads.
 
     Raises:
         LoadError: If it is not an adapter folder, or a file is missing or broken, its calibration included.

@@ -1,4 +1,4 @@
-"""An adapter as other tools want it: a PEFT folder for each voter, or LoRA merged into a whole model."""
+"""Exports an adapter for other tools: one PEFT folder per voter, or a whole model with LoRA merged into it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from selfdoubt.lm.adapters.adapter import check_adapter, save_adapter
 from selfdoubt.lm.adapters.new_folder import new_folder
 from selfdoubt.lm.load import load_model
 from selfdoubt.members import Wrapped
-from selfdoubt.rows import added_names
+from selfdoubt.rows import list_added_names
 
 ADAPTER = "adapter"
 
@@ -38,7 +38,7 @@ def export_peft(
 
     Args:
         source: A wrapped model, or an adapter folder; of a folder's base model only the config is read.
-        out: Missing, empty, or exported before.
+        out: Folder to write: missing, empty, or exported before.
         base: Name or folder of the base model; None takes what the model or the folder says.
         revision: Revision of the base model.
         trust_remote_code: Run code that comes with the model.
@@ -47,7 +47,7 @@ def export_peft(
         The PEFT folders.
 
     Raises:
-        WrapError: If there are no voters and no LoRA, or a deviation is none that LoRA can hold.
+        WrapError: If there are no voters and no LoRA, or LoRA cannot hold a deviation.
         LoadError: If the folder or the base model's config cannot be read.
         ConfigError: If ``out`` holds something else, or the base is unknown.
         MissingExtraError: If PEFT is not installed.
@@ -89,9 +89,9 @@ def export_merged(
 
     Args:
         adapter: An adapter folder with LoRA, or a folder of plain PEFT.
-        out: Missing, empty, or exported before.
+        out: Folder to write: missing, empty, or exported before.
         base: Name or folder of the base model; None takes the one that the folder names.
-        name: What the merged model will be called, for the manifest of its adapter; ``out`` if None.
+        name: Name of the merged model in the manifest of its adapter; None takes ``out``.
         dtype: The weights' type; "auto" takes the checkpoint's own.
         revision: Revision of the base model.
         trust_remote_code: Run code that comes with the model.
@@ -126,11 +126,11 @@ def export_merged(
 
 def _merged(wrapped: nn.Module, model: nn.Module, folder: Path, manifest: Mapping[str, Any]) -> nn.Module:
     """Merge LoRA into the model that ``wrapped`` shares its weights with, and wrap that as before."""
-    added = {name: wrapped.state_dict()[name] for name in added_names(wrapped)}
+    added = {name: wrapped.state_dict()[name] for name in list_added_names(wrapped)}
     lora.merge_lora(model)
     again = storage.rewrap(folder, manifest, model)
-    if set(added_names(again)) != set(added):
-        other = sorted(set(added) ^ set(added_names(again)))[0]
+    if set(list_added_names(again)) != set(added):
+        other = sorted(set(added) ^ set(list_added_names(again)))[0]
         raise ConfigError(
             f"the param_filter of {folder} picks other layers once LoRA is merged (as {other} shows), so it would mean "
             "something else; train with a filter on layer names, e.g. 'q_proj|v_proj'"

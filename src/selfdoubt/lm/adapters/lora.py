@@ -1,4 +1,4 @@
-"""LoRA through PEFT, put into the layers of a model that keeps its class; its files are PEFT's own.
+"""Adds, saves, loads and merges LoRA through PEFT; the model keeps its class, and the files are PEFT's own.
 
 Two files, ``adapter_config.json`` and ``adapter_model.safetensors``, hold it. PEFT alone, and what reads PEFT, loads
 them. Everything here also works on a wrapped model, whose LoRA layers lie inside replaced leaves.
@@ -19,9 +19,9 @@ from torch import nn
 
 from selfdoubt import compat, storage, targets
 from selfdoubt.errors import BaseMismatchError, ConfigError, TargetError, WrapError, require
-from selfdoubt.fields import broken_file
+from selfdoubt.fields import build_broken_file_error
 from selfdoubt.lm.adapters.peft_config import CONFIG, WEIGHTS, check_ranks, read_config
-from selfdoubt.members import base_name, innermost, source
+from selfdoubt.members import get_base_name, get_source, innermost
 
 _NAME = "default"
 
@@ -69,7 +69,7 @@ def save_lora(model: nn.Module, folder: str | os.PathLike[str], *, base: str | N
 
     Args:
         model: A model with LoRA, wrapped or not.
-        folder: Made if missing; LoRA in it is replaced.
+        folder: Folder to write, made if missing; LoRA in it is replaced.
         base: Name or folder of the base model; taken from the model's config if None.
 
     Returns:
@@ -87,10 +87,10 @@ def save_lora(model: nn.Module, folder: str | os.PathLike[str], *, base: str | N
     tensors = peft.get_peft_model_state_dict(inner, state, adapter_name=_NAME, save_embedding_layers=False)
     config = inner.peft_config[_NAME].to_dict() | {  # type: ignore[union-attr, index]
         "inference_mode": True,
-        "base_model_name_or_path": base or source(inner),
+        "base_model_name_or_path": base or get_source(inner),
     }
     write_peft(
-        folder, config, {f"base_model.model.{base_name(inner, name)}": tensor for name, tensor in tensors.items()}
+        folder, config, {f"base_model.model.{get_base_name(inner, name)}": tensor for name, tensor in tensors.items()}
     )
     return Path(folder)
 
@@ -101,14 +101,14 @@ def load_lora(model: nn.Module, folder: str | os.PathLike[str], *, trainable: bo
     Args:
         model: The base model, not wrapped yet.
         folder: Holds ``adapter_config.json`` and ``adapter_model.safetensors``.
-        trainable: Whether LoRA goes on training.
+        trainable: True lets LoRA train further.
 
     Returns:
         The model itself.
 
     Raises:
         LoadError: If a file is missing or broken, or is another adapter than LoRA.
-        BaseMismatchError: If it was made for a model of other names or shapes; the model is then of no more use.
+        BaseMismatchError: If it was made for a model of other names or shapes; the model must then be loaded again.
         ConfigError: If the model has LoRA already.
         MissingExtraError: If PEFT is not installed.
     """
@@ -122,7 +122,7 @@ def load_lora(model: nn.Module, folder: str | os.PathLike[str], *, trainable: bo
             warnings.simplefilter("ignore")  # settings of newer versions; below is an error where they matter
             config = peft.LoraConfig.from_pretrained(str(folder))
     except Exception as error:
-        raise broken_file(folder / CONFIG, error) from error
+        raise build_broken_file_error(folder / CONFIG, error) from error
     config.inference_mode = not trainable
     base = config.base_model_name_or_path
     try:
@@ -152,7 +152,7 @@ def list_lora_names(model: nn.Module) -> set[str]:
 
 
 def leave_casts_to_autocast(model: nn.Module, *, active: bool) -> None:
-    """Let LoRA take its input as it comes, for autocast to cast, or else in its own weights' type.
+    """Leave the dtype of LoRA's input to autocast if ``active``; else LoRA casts it to its own weights' dtype.
 
     Without this a float32 copy of every layer's input is made, and kept for the backward pass.
     """
@@ -176,9 +176,9 @@ def merge_lora(model: nn.Module) -> nn.Module:
         try:
             layer.merge(safe_merge=True)
         except (ValueError, RuntimeError) as error:
-            name = base_name(model, path)
+            name = get_base_name(model, path)
             raise WrapError(f"LoRA of {name} cannot be merged ({error}); train or download it again") from error
-        targets.replace(model, path, layer.get_base_layer())
+        targets.replace_module(model, path, layer.get_base_layer())
     inner = innermost(model)
     if hasattr(inner, "peft_config"):
         del inner.peft_config
@@ -197,7 +197,7 @@ def check_mergeable(model: nn.Module) -> None:
         raise ConfigError("the model has no LoRA to merge; load it together with its adapter folder")
     tied = _tied(model)
     for path, layer in layers:
-        name, base = base_name(model, path), layer.get_base_layer()
+        name, base = get_base_name(model, path), layer.get_base_layer()
         if compat.is_quantized(base):
             raise WrapError(
                 f"LoRA cannot be merged into the packed weights of {name} ({type(base).__name__}): load the base "
@@ -218,8 +218,8 @@ def write_peft(folder: str | os.PathLike[str], config: dict[str, Any], tensors: 
     text = json.dumps(plain, indent=2, sort_keys=True, default=str) + "\n"
     remove_lora(folder)
     whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    storage.write(folder / WEIGHTS, serialize(whole, metadata={"format": "pt"}))
-    storage.write(folder / CONFIG, text.encode())
+    storage.write_file(folder / WEIGHTS, serialize(whole, metadata={"format": "pt"}))
+    storage.write_file(folder / CONFIG, text.encode())
 
 
 def remove_lora(folder: Path) -> None:
@@ -229,7 +229,7 @@ def remove_lora(folder: Path) -> None:
 
 
 def shorten_names(names: Collection[str], among: Iterable[str]) -> list[str]:
-    """Return the last parts of layers' names where these say the same, as PEFT's files usually do; else the names."""
+    """Return the last parts of layers' names, as in PEFT's files, if they pick the same layers; else the full names."""
     short = {name.rpartition(".")[2] for name in names}
     everywhere = {name for name in among if name.rpartition(".")[2] in short}
     return sorted(short if everywhere == set(names) else names)
@@ -241,7 +241,7 @@ def _layers(model: nn.Module, regex: str | None) -> list[str]:
         head = compat.get_output_head(model)
         return [name for name, m in model.named_modules() if _is_linear(m) and m is not head]
     try:
-        leaves = targets.find(model, regex)
+        leaves = targets.find_leaves(model, regex)
     except TargetError as error:
         raise TargetError(
             str(error).replace("param_filter=", "LoRA's targets=", 1).replace("param_filter", "targets")

@@ -1,4 +1,4 @@
-"""New folders that are there as a whole or not at all, and the way to the hub."""
+"""Writes a folder as a whole or not at all, and uploads folders to the hub."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from selfdoubt import storage
 from selfdoubt.errors import ConfigError, SelfdoubtError, UploadError, require
 
-#: Says that a folder was exported, so that exporting again may replace it.
+#: File that marks an exported folder, so that exporting again may replace it.
 MARK = "selfdoubt-export.json"
 
 
@@ -24,12 +24,12 @@ MARK = "selfdoubt-export.json"
 def new_folder(
     out: str | os.PathLike[str], about: Mapping[str, Any], sources: tuple[str | os.PathLike[str], ...] = ()
 ) -> Iterator[Path]:
-    """Make a folder next to ``out`` that takes its place when all went well, and else goes.
+    """Yield a new folder next to ``out`` that replaces it when the block ends, or is removed after an error.
 
     Args:
-        out: Missing, empty, or exported before.
-        about: What ``selfdoubt-export.json`` says of it.
-        sources: Names or folders that are read meanwhile: they must not lie in ``out``.
+        out: Folder to write: missing, empty, or exported before.
+        about: Content of ``selfdoubt-export.json``.
+        sources: Names or folders that are read in the block: they must not lie in ``out``.
 
     Raises:
         ConfigError: If ``out`` holds something else, or cannot be written.
@@ -42,7 +42,7 @@ def new_folder(
         new.mkdir(parents=True)
         yield new
         text = json.dumps(dict(about), indent=2) + "\n"
-        storage.write(new / MARK, text.encode())
+        storage.write_file(new / MARK, text.encode())
         if out.exists():
             out.rename(old)
         new.rename(out)
@@ -61,7 +61,7 @@ def check_free(out: Path, sources: tuple[str | os.PathLike[str], ...] = ()) -> N
     """Check that a folder is missing, empty, or exported before, and holds none of the sources.
 
     Raises:
-        ConfigError: If it is not.
+        ConfigError: If it holds something else, or one of the sources.
     """
     if out.exists() and not out.is_dir():
         raise ConfigError(f"{out} is a file, and a folder is to be written there; give another name")
@@ -76,10 +76,10 @@ def check_free(out: Path, sources: tuple[str | os.PathLike[str], ...] = ()) -> N
 
 
 def check_upload(name: str) -> None:
-    """Say at once what would keep a folder from the hub at the end of long work.
+    """Check name and token of an upload, before long work that ends with it.
 
     Raises:
-        ConfigError: If the name is none of the hub, or a token is missing.
+        ConfigError: If the name is not ``user/name``, or a token is missing.
     """
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
         raise ConfigError(f"a name on the hub looks like user/name, got {name!r}")
@@ -93,15 +93,15 @@ def upload(folder: str | os.PathLike[str], name: str, *, without: str | None = N
     """Upload a folder to the hub, into a repository that is made if missing.
 
     Args:
-        folder: What to upload.
-        name: ``user/name``.
-        without: A folder in it that stays here.
+        folder: Folder to upload.
+        name: Name of the repository, ``user/name``.
+        without: Subfolder that is not uploaded.
 
     Returns:
-        Its address.
+        URL of the repository.
 
     Raises:
-        ConfigError: If the name is none of the hub, or a token is missing.
+        ConfigError: If the name is not ``user/name``, or a token is missing.
         UploadError: If the hub cannot be reached or refuses.
     """
     check_upload(name)

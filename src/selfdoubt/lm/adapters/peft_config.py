@@ -1,4 +1,4 @@
-"""``adapter_config.json``, PEFT's settings of LoRA: what its numbers follow from is read field by field."""
+"""Reads ``adapter_config.json``, PEFT's settings of LoRA; entries that change its output are checked one by one."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from selfdoubt.fields import (
     SCALE,
     WIDTH,
     FieldError,
-    broken_file,
+    build_broken_file_error,
     choice,
     either,
     flag,
@@ -32,7 +32,7 @@ from selfdoubt.manifest import LORA
 
 CONFIG, WEIGHTS = LORA
 _texts = listing(nonempty)
-#: What LoRA's numbers follow from; other keys are PEFT's, which may be newer and know more.
+#: Entries that change LoRA's output; other keys are kept, since a newer PEFT may write more.
 _CONFIG = record(
     {},
     {
@@ -74,7 +74,7 @@ def read_config(folder: Path) -> dict[str, Any]:
             )
         checked = _CONFIG(config, "")
     except FieldError as error:
-        raise broken_file(path, error) from None
+        raise build_broken_file_error(path, error) from None
     if checked.get("modules_to_save") or config.get("trainable_token_indices") or checked.get("bias", "none") != "none":
         raise LoadError(
             f"{path} also trains weights of the base (modules_to_save, trainable_token_indices or bias), "
@@ -99,4 +99,6 @@ def check_ranks(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, T
     ranks = {"r": config.get("r", 8)} | {f"rank_pattern.{k}": r for k, r in (config.get("rank_pattern") or {}).items()}
     for key, rank in ranks.items():
         if largest is not None and rank > largest:
-            raise broken_file(folder / CONFIG, FieldError(key, f"at most {largest}, as in {WEIGHTS}", str(rank)))
+            raise build_broken_file_error(
+                folder / CONFIG, FieldError(key, f"at most {largest}, as in {WEIGHTS}", str(rank))
+            )

@@ -1,4 +1,4 @@
-"""Voters as ordinary PEFT adapters: one LoRA folder each, for PEFT, vLLM and whatever else reads LoRA.
+"""Writes voters as ordinary PEFT adapters: one LoRA folder each, for PEFT, vLLM and other tools that read LoRA.
 
 A deviation of a linear layer is LoRA already: ``alpha * B A`` with ``lora_alpha = alpha * rank``. A full one is LoRA of
 rank ``min(in, out)``, one of its factors being the identity: exact, and large.
@@ -19,7 +19,7 @@ from selfdoubt.errors import BaseMismatchError, WrapError, require
 from selfdoubt.lm.adapters.adapter import AdapterFolder
 from selfdoubt.lm.adapters.lora import list_lora_names, shorten_names, write_peft
 from selfdoubt.lm.load import load_skeleton
-from selfdoubt.members import Wrapped, base_name, innermost, source
+from selfdoubt.members import Wrapped, get_base_name, get_source, innermost
 from selfdoubt.rows import Replacement
 from selfdoubt.vote import VotingLeaf
 from selfdoubt.vote import Wrapper as Vote
@@ -27,7 +27,7 @@ from selfdoubt.vote import Wrapper as Vote
 
 @dataclass(frozen=True)
 class Voters:
-    """All that a PEFT adapter of each voter needs: settings, the leaves' deviations, and names of the base."""
+    """The content of the voters' PEFT adapters: settings, the leaves' deviations, and names of the base."""
 
     spec: Vote
     leaves: Mapping[str, tuple[nn.Module, Mapping[str, Tensor]]]  #: by name in the base: the layer, its deviations
@@ -92,12 +92,12 @@ def read_voters(wrapped: nn.Module, base: str | None = None) -> Voters:
     for path, leaf in wrapped.named_modules():
         if not isinstance(leaf, VotingLeaf):
             continue
-        name = base_name(wrapped, path)
+        name = get_base_name(wrapped, path)
         if any(path.startswith(f"{r}.") and not f"{path}.".startswith(f"{r}.leaf.") for r in replaced):
             raise WrapError(f"voters deviate in {name}, which another wrapper added; narrow their param_filter")
         leaves[name] = (compat.get_base_layer(leaf.leaf), dict(leaf.deviations))
-    modules = {base_name(inner, name) for name, _ in inner.named_modules()}
-    return Voters(wrapped.spec, leaves, modules, _is_causal(inner), base or source(inner))
+    modules = {get_base_name(inner, name) for name, _ in inner.named_modules()}
+    return Voters(wrapped.spec, leaves, modules, _is_causal(inner), base or get_source(inner))
 
 
 def load_voters(
@@ -149,12 +149,12 @@ def load_voters(
 def _rank(layer: nn.Module, deviations: Mapping[str, Tensor]) -> int:
     if "weight_b" in deviations:
         return deviations["weight_b"].shape[1]
-    return min(kernels.fans(layer)) if "weight" in deviations else 1
+    return min(kernels.count_features(layer)) if "weight" in deviations else 1
 
 
 def _lora(layer: nn.Module, deviation: dict[str, Tensor], rank: int, *, biased: bool) -> dict[str, Tensor]:
     """Return one voter's deviation of one layer under PEFT's names; short factors are filled with zeros."""
-    fan_in, fan_out = kernels.fans(layer)
+    fan_in, fan_out = kernels.count_features(layer)
     like = next(iter(deviation.values()))
     looks_up = isinstance(layer, nn.Embedding)
     if "weight_a" in deviation:
@@ -193,7 +193,7 @@ def _check_fits(
     """Check that deviations read from a file have the shapes that their layer needs."""
     if kernels.find_kernel(layer) not in (kernels.linear, kernels.embedding):
         return
-    fan_in, fan_out = kernels.fans(layer)
+    fan_in, fan_out = kernels.count_features(layer)
     n, r = spec.n_voters, spec.rank or 0
     a = (n, fan_in, r) if isinstance(layer, nn.Embedding) else (n, r, fan_in)
     flat = (

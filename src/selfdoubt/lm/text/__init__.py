@@ -1,4 +1,4 @@
-"""Text and token ids: chat templates, prompts, encoders, detokenizers, stop texts.
+"""Conversion of text to token ids and back: chat templates, prompts, encoders, detokenizers, stop texts.
 
 Import from its files: each needs a tokenizer, and most callers need one of them only.
 """

@@ -1,4 +1,4 @@
-"""From token ids back to text, piece by piece: the pieces add up to what the tokenizer decodes from all ids at once."""
+"""Turns token ids into text piece by piece; the pieces add up to the text that the tokenizer decodes from all ids."""
 
 from __future__ import annotations
 
@@ -8,27 +8,28 @@ from collections.abc import Generator, Sequence
 from typing import Any
 
 _REPLACEMENT = "\ufffd"
-_BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
-#: Tokens that are decoded again with each new one, because some tokenizers join words by their neighbours: at most the
-#: first number, cut to the second. Bytes of a character of UTF-8 before and behind a cut are fewer.
+#: A token of one byte, as tokenizers with byte fallback write it.
+BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+#: Number of tokens that are decoded again with each new one, because some tokenizers join words by their neighbours: at
+#: most the first, cut to the second. Bytes of a character of UTF-8 before and behind a cut are fewer.
 _MOST, _KEPT = 16, 8
-#: Ids that get their text between two other pieces of work.
+#: Number of ids that are decoded per chunk.
 TEXTS = 256
-#: How far before a text a token that shows its words is looked for.
+#: Number of ids before a text among which a token with visible text is looked for.
 _REACH = 32
 
 
 class Detokenizer:
-    """Text of token ids that come one by one.
+    """A decoder of token ids that come one by one.
 
-    A piece is let go when no later token can change it. A character whose bytes are several tokens waits until it is
+    A piece is released when no later token can change it. A character whose bytes are several tokens waits until it is
     complete. Where a tokenizer falls back to bytes (``<0xE6>``), a whole run of them waits for its end, because one
     wrong byte turns all of the run into U+FFFD.
 
     Args:
         tokenizer: A Hugging Face tokenizer.
-        before: Ids of a text that this one goes on from, so that its first token keeps the space that parts the two.
-            Without them the text stands by itself: tokenizers that write a space before a first word leave it out.
+        before: Ids of a text that this one continues, so that its first token keeps the space between the two. Without
+            them the text stands by itself: tokenizers that write a space before a first word leave it out.
     """
 
     def __init__(self, tokenizer: Any, before: Sequence[int] = ()) -> None:
@@ -37,24 +38,24 @@ class Detokenizer:
         self._tokenizer = tokenizer
         self._ids = _last_word(tokenizer, before)
         self._bytes = [False] * len(self._ids)
-        self._emitted = self._decode(self._ids)  # the part of the ids' text that was let go
+        self._emitted = self._decode(self._ids)  # the part of the ids' text that was released
         self._run: list[str] = []  # of the run of bytes, the characters that each token completes
         self._utf8: codecs.IncrementalDecoder | None = None  # of the run; None where it is not UTF-8
 
     def add(self, token: int) -> str:
-        """Take a token, and return the text that is certain now; empty while a character or a run is incomplete."""
+        """Add a token; return the text that is certain now, empty while a character or a run is incomplete."""
         late, text = self.push(token)
         return "".join(late) + text
 
     def push(self, token: int) -> tuple[list[str], str]:
-        """Take a token; return what is certain now of as many tokens right before it, and of itself."""
+        """Add a token; return the texts that are certain now: of the tokens right before it, and its own."""
         self.ahead = ""
         piece = get_piece(self._tokenizer, token)
         if piece is None:  # beyond the vocabulary: decoding leaves it out
             if self._run:
                 self._run.append("")
             return [], ""
-        if byte := _BYTE.fullmatch(piece):
+        if byte := BYTE_TOKEN.fullmatch(piece):
             self._ids.append(token)
             self._bytes.append(True)
             self.pending = True
@@ -74,11 +75,11 @@ class Detokenizer:
         return late, piece_text
 
     def flush(self) -> str:
-        """Return what is left at the end: the pending text as it is decoded when nothing follows."""
+        """Return the pending text at the end, as it is decoded when nothing follows."""
         return self._decode(self._ids)[len(self._emitted) :]
 
     def rest(self) -> list[str]:
-        """Return ``flush`` as the texts of as many last tokens; empty where nothing is left."""
+        """Return the pending text split into the texts of the last tokens; empty if nothing is pending."""
         text = self.flush()
         if "".join(self._run) == text:
             return list(self._run)
@@ -118,12 +119,12 @@ class Detokenizer:
 def detokenize_in_chunks(
     tokenizer: Any, ids: Sequence[int], before: Sequence[int] = ()
 ) -> Generator[None, None, list[str]]:
-    """Find the piece of text of each id, some hundreds at a time; they add up to the text of all.
+    """Decode each id to its piece of text, some hundreds at a time; the pieces add up to the text of all.
 
     Args:
         tokenizer: A Hugging Face tokenizer.
-        ids: Of a text.
-        before: Ids that it goes on from, see ``Detokenizer``.
+        ids: Token ids of a text.
+        before: Ids that the text continues, see ``Detokenizer``.
 
     Yields:
         Nothing, after each ``TEXTS`` ids.
@@ -157,23 +158,23 @@ def decode_between(tokenizer: Any, token: int) -> str:
 
 
 class TextsBetween(dict[int, str]):
-    """``decode_between`` by token; the same few tokens are asked for again and again."""
+    """A cache of ``decode_between`` by token id."""
 
     def __init__(self, tokenizer: Any) -> None:
         super().__init__()
         self._tokenizer = tokenizer
 
     def __missing__(self, token: int) -> str:
-        """Ask the tokenizer, once."""
+        """Decode the token, once."""
         self[token] = decode_between(self._tokenizer, token)
         return self[token]
 
 
 def _last_word(tokenizer: Any, before: Sequence[int]) -> list[int]:
-    """Return the last of these ids that shows a text of its own; none where there is none within reach."""
+    """Return the last of these ids with a visible text, as a list; empty if there is none within ``_REACH``."""
     for token in reversed(before[-_REACH:]):
         piece = get_piece(tokenizer, token)
-        if piece is not None and not _BYTE.fullmatch(piece):
+        if piece is not None and not BYTE_TOKEN.fullmatch(piece):
             text = _decode(tokenizer, [token])
             if text and _REPLACEMENT not in text:
                 return [token]
@@ -181,7 +182,7 @@ def _last_word(tokenizer: Any, before: Sequence[int]) -> list[int]:
 
 
 def get_piece(tokenizer: Any, token: int) -> str | None:
-    """Return what the vocabulary calls a token; None beyond its end, where sentencepiece raises."""
+    """Return a token's name in the vocabulary; None beyond its end, where sentencepiece raises."""
     try:
         piece: str | None = tokenizer.convert_ids_to_tokens(token)
     except IndexError:

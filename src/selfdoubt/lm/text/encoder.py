@@ -1,4 +1,4 @@
-"""Text to token ids, from any number of threads at once: no setting that they share is ever changed.
+"""Turns text into token ids, from any number of threads at once: no shared setting is ever changed.
 
 A Hugging Face tokenizer sets padding, truncation and the treatment of control tokens on one shared Rust object in every
 call. Here each treatment has a Rust object of its own, set up once; they share the vocabulary, so they take no memory.
@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 from selfdoubt.errors import PromptError
+from selfdoubt.lm.text.detokenizer import BYTE_TOKEN
 
-_BYTE = re.compile("<0x[0-9A-Fa-f]{2}>")
 _FLAGS = ("lstrip", "rstrip", "single_word")
 #: Held while a tokenizer in Python works, and while a new encoder is made.
 _LOCK = threading.RLock()
@@ -40,7 +40,7 @@ class Control(NamedTuple):
 
 
 class Encoder:
-    """Encodes with a tokenizer in Rust. It is never changed, so threads may share it. See ``get_encoder``.
+    """An encoder around a tokenizer in Rust. It is never changed, so threads may share it. See ``get_encoder``.
 
     Args:
         tokenizer: A fast Hugging Face tokenizer.
@@ -51,7 +51,7 @@ class Encoder:
         self._added: dict[int, Any] = self._backend.get_added_tokens_decoder()
         self.control = _control(tokenizer)  #: by text
         self._plain = self._copy(())
-        self._secret = secrets.token_hex(8)  # how a control token is written that counts as such; not to be guessed
+        self._secret = secrets.token_hex(8)  # part of the text that stands for a real control token; not to be guessed
 
     @cached_property
     def by_id(self) -> dict[int, Control]:
@@ -60,7 +60,7 @@ class Encoder:
 
     @cached_property
     def pattern(self) -> re.Pattern[str]:
-        """Finds the texts of control tokens; where several start at the same place, the longest."""
+        """A pattern of the texts of control tokens; where several start at the same place, the longest."""
         longest_first = sorted(self.control, key=len, reverse=True)
         return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
 
@@ -79,7 +79,7 @@ class Encoder:
         return Encoded(encoding.ids, encoding.offsets)
 
     def encode_letters(self, text: str, kept: Sequence[tuple[int, int]] = ()) -> Encoded:
-        """Encode a text in which control tokens are letters, but for those that stand at ``kept``.
+        """Encode a text in which control tokens are plain letters, except for those at ``kept``.
 
         Args:
             text: Any text.
@@ -91,7 +91,7 @@ class Encoder:
         check_text(text)
         lettering, names, real = self._lettering
         pieces: list[str] = []
-        back: list[int] = []  # for each character of what is encoded, and for its end, the place in the text
+        back: list[int] = []  # for each character of the encoded text, and for its end, the place in the given text
         at = 0
         for first, end in kept:
             name = names[text[first:end]]
@@ -106,7 +106,7 @@ class Encoder:
     def start_ids(self) -> list[int]:
         """Return the ids that the tokenizer puts before a text, usually the beginning-of-text token or none.
 
-        What it puts after a text is left out: a prompt that has ended cannot be continued.
+        Ids that it puts after a text are left out: a prompt that has ended cannot be continued.
         """
         processor = self._backend.post_processor
         if processor is None:
@@ -131,7 +131,7 @@ class Encoder:
         return copied, names, {copied.token_to_id(name): self.control[text].id for text, name in names.items()}
 
     def _copy(self, special: Any) -> Any:
-        """Make another object on the same vocabulary, without truncation, padding and what is put around a text."""
+        """Make another object on the same vocabulary, without truncation, padding and post-processing."""
         from tokenizers import AddedToken, Tokenizer
 
         copied = Tokenizer(self._backend.model)
@@ -154,7 +154,7 @@ class Encoder:
 
 
 class SlowEncoder(Encoder):
-    """The same for a tokenizer in Python, which one thread uses at a time.
+    """An encoder around a tokenizer in Python, which one thread uses at a time.
 
     It does not say where its tokens stand: spans reach from border to border.
     """
@@ -224,7 +224,7 @@ def get_encoder(tokenizer: Any) -> Encoder:
 
 
 def check_text(text: str) -> None:
-    """Refuse what is not text.
+    """Check that a text can be encoded as UTF-8.
 
     Raises:
         PromptError: If it holds half a surrogate pair.
@@ -247,7 +247,7 @@ def _control(tokenizer: Any) -> dict[str, Control]:
         written = len(text) > 2 and text in template and not text.replace("▁", " ").isspace()
         if token.special or text in named or written:
             tokens[text] = Control(text, i, bool(token.special) or text in named)
-    return {text: token for text, token in tokens.items() if text and not _BYTE.fullmatch(text)}
+    return {text: token for text, token in tokens.items() if text and not BYTE_TOKEN.fullmatch(text)}
 
 
 def _common(one: Sequence[int], other: Sequence[int]) -> int:

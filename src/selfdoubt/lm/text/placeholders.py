@@ -1,4 +1,4 @@
-"""Stand-ins: private characters, each in place of one character of a message, that show where a template puts it."""
+"""Stand-ins: private-use characters that replace characters of a message, to see where a chat template puts them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _STRING = re.compile(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"", re.S)
 
 
 class Standing:
-    """Contents in which stand-ins replace the characters at some places.
+    """Contents of messages in which stand-ins replace the characters at some places.
 
     Stand-ins are numbered through all contents; ``message`` and ``place`` say of each what it stands for.
     """
@@ -55,7 +55,7 @@ class Standing:
     def put_back(self, rendered: str, text: str) -> Ints | None:
         """Return the number of the stand-in at each place of the text, or -1.
 
-        None where the text is not what comes of a rendering once all stand-ins are put back.
+        None if the rendering with all stand-ins put back is not the text.
         """
         codes, true = get_codes(rendered), get_codes(text)
         if len(codes) != len(true):
@@ -68,13 +68,13 @@ class Standing:
         return numbers if np.array_equal(codes, true) else None
 
 
-def free_characters(text: str) -> Codes:
-    """Return the private characters that a text does not hold."""
+def find_free_characters(text: str) -> Codes:
+    """Return the private-use characters that do not occur in a text."""
     return _PRIVATE[~np.isin(_PRIVATE, get_codes(text))] if _ANY.search(text) else _PRIVATE
 
 
 def find_hidden(content: str, level: int, literals: Sequence[str], encoder: Encoder) -> Ints:
-    """Return the places of a content that a stand-in may take.
+    """Return the places of a content's characters that stand-ins may replace.
 
     Level 0: all. 1: all but white space at its edges. 2, 3: none that a template may look for; but a content of nothing
     else as on level 1, or with no stand-in.
@@ -94,7 +94,7 @@ def find_hidden(content: str, level: int, literals: Sequence[str], encoder: Enco
 
 
 def limit_places(hidden: Sequence[Ints], pool: int) -> Sequence[Ints]:
-    """Return no more places than half of the private characters: of long contents, those at both ends.
+    """Limit the places to half the number of private-use characters: of long contents, keep those at both ends.
 
     Raises:
         PromptError: If there are too many messages.
@@ -115,7 +115,7 @@ def get_codes(text: str) -> Codes:
 
 @lru_cache(maxsize=16)
 def find_literals(source: str) -> tuple[str, ...]:
-    """Return the texts in quotes in a template: what it may look for in a content."""
+    """Return the string literals of a template, which it may look for in a content."""
     literals = set()
     for match in (string for block in _BLOCK.findall(source) for string in _STRING.finditer(block)):
         try:

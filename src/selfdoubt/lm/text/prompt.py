@@ -1,4 +1,4 @@
-"""Text at the edge: from messages to token ids that know which of them a person wrote."""
+"""Turns questions and chats into token ids, and marks which of them are the user's own."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 from selfdoubt.errors import PromptError
 from selfdoubt.lm.text.encoder import Encoded, Encoder, get_encoder
 from selfdoubt.lm.text.placeholders import Ints
-from selfdoubt.lm.text.prompt_form import CHAT, chat_form, text_form
+from selfdoubt.lm.text.prompt_form import CHAT, describe_chat_form, describe_text_form
 from selfdoubt.lm.text.template import render_chat
 
 MessageLike = Mapping[str, str]
@@ -22,15 +22,15 @@ BOM = "\ufeff"
 
 
 class Prompt(NamedTuple):
-    """Token ids, and whether each is part of the last message's own words rather than of the template."""
+    """Token ids of a prompt, each marked as part of the last message's text or not (of the template, say)."""
 
     ids: list[int]
     is_user_token: list[bool]
-    form: str = CHAT  #: of all but the last message, see ``selfdoubt.lm.text.prompt_form``
+    form: str = CHAT  #: form of all but the last message, see ``selfdoubt.lm.text.prompt_form``
 
 
 class Turns(NamedTuple):
-    """Token ids of a chat, and for each the number of the message whose words it is part of (-1: the template's)."""
+    """Token ids of a chat, and for each the number of the message whose text it is part of (-1: the template's)."""
 
     ids: list[int]
     turn: list[int]
@@ -39,8 +39,8 @@ class Turns(NamedTuple):
 def encode(tokenizer: Any, prompt: str | Sequence[MessageLike], *, raw: bool = False) -> Prompt:
     """Return the token ids of a question or of chat messages.
 
-    They are those of ``tokenizer.apply_chat_template``, but that control tokens in a message are letters: otherwise a
-    person could end their own turn and speak as somebody else.
+    They are those of ``tokenizer.apply_chat_template``, except that control tokens in a message are plain letters:
+    otherwise a user could end their own turn and speak as another role.
 
     Args:
         tokenizer: A Hugging Face tokenizer.
@@ -56,7 +56,7 @@ def encode(tokenizer: Any, prompt: str | Sequence[MessageLike], *, raw: bool = F
         return _encode_plain(tokenizer, _joined(messages))
     last = len(messages) - 1
     turns = _encode_chat(tokenizer, messages, [last], answer_next=True)
-    form = chat_form(messages)
+    form = describe_chat_form(messages)
     if last and form != CHAT and messages[last]["role"] == "user" and _is_alone(tokenizer, messages[last], turns.ids):
         form = CHAT
     return Prompt(turns.ids, [turn == last for turn in turns.turn], form)
@@ -93,7 +93,7 @@ def encode_pair(
     Args:
         tokenizer: A Hugging Face tokenizer.
         question: A question, or messages.
-        text: What follows it.
+        text: Text after the question.
         raw: Put the text right after the question, without the chat template.
 
     Raises:
@@ -110,21 +110,21 @@ def encode_pair(
 
 
 def count_tokens(tokenizer: Any, text: str) -> int:
-    """Return how many tokens a text has, with what goes before it where it stands alone."""
+    """Return the number of tokens of a text by itself, with those that the tokenizer puts before it."""
     return len(_encode_plain(tokenizer, text).ids)
 
 
 def is_plain(tokenizer: Any, *, raw: bool) -> bool:
-    """Return whether a question is read as it is, and not put into a chat template."""
+    """Return whether a question is read as plain text, without a chat template."""
     return raw or tokenizer.chat_template is None
 
 
 def strip_answer(text: str, *, joined: bool = False) -> str:
-    r"""Return a given answer as ``evaluate`` takes the model's own: without white space and byte order mark around it.
+    r"""Return an answer without white space and byte order mark around it, as ``evaluate`` takes the model's own.
 
     Args:
         text: An answer, or any text.
-        joined: White space before it counts, because it is where the text joins what goes before.
+        joined: Keep white space before it, because it is where the text joins the text before.
 
     Example:
         >>> strip_answer("\ufeff Paris.\n")
@@ -158,11 +158,11 @@ def _encode_plain(tokenizer: Any, text: str) -> Prompt:
     """Encode plain text after the beginning-of-text token, where there is one, and without one that would end it."""
     ids = _start(tokenizer, text) + get_encoder(tokenizer).encode(text).ids
     special = set(tokenizer.all_special_ids)
-    return Prompt(ids, [i not in special for i in ids], text_form(text))
+    return Prompt(ids, [i not in special for i in ids], describe_text_form(text))
 
 
 def _start(tokenizer: Any, text: str) -> list[int]:
-    """Return what goes before a text, so that something predicts its first word."""
+    """Return the ids before a text, from which its first token is predicted."""
     ids, bos = get_encoder(tokenizer).start_ids(), tokenizer.bos_token_id
     if bos is None or ids[:1] == [bos] or (not ids and text.startswith(tokenizer.bos_token)):
         return ids
@@ -177,7 +177,7 @@ def _encode_border(tokenizer: Any, before: str, text: str) -> tuple[Prompt, list
         return _encode_plain(tokenizer, before), get_encoder(tokenizer).encode(text).ids
     special = set(tokenizer.all_special_ids)
     read = [*start, *ids[:border]]
-    return Prompt(read, [i not in special for i in read], text_form(before)), ids[border:]
+    return Prompt(read, [i not in special for i in read], describe_text_form(before)), ids[border:]
 
 
 def _encode_chat(tokenizer: Any, messages: list[dict[str, str]], numbers: list[int], *, answer_next: bool) -> Turns:
@@ -206,7 +206,7 @@ def _encode_chat(tokenizer: Any, messages: list[dict[str, str]], numbers: list[i
 def _control_of(
     tokenizer: Any, encoder: Encoder, encoded: Encoded, text: str, owners: Ints, answers: set[int]
 ) -> tuple[Counter[int], bool]:
-    """Count the control tokens that are rightly there; say whether a message's words became one.
+    """Count the control tokens of the template, and return whether a message's text became one.
 
     The assistant may write those that are not special, such as what parts its thoughts from its answer.
     """
@@ -217,7 +217,7 @@ def _control_of(
         if token is None or (i == unknown and token.text not in text[a:b]):  # of an unknown character
             continue
         piece = text[a:b]
-        first = a + len(piece) - len(piece.lstrip())  # some tokens take white space beside them along
+        first = a + len(piece) - len(piece.lstrip())  # some tokens include white space next to them
         writers = {*owners[first : max(first + 1, a + len(piece.rstrip()))].tolist()} - {-1}
         if writers:
             usurped |= token.special or not writers <= answers

@@ -9,36 +9,38 @@ from collections.abc import Mapping, Sequence
 
 #: A question alone in the chat template; a question alone as it is; a text that answers no question.
 CHAT, RAW, TEXT = "chat", "raw", "text"
-#: What stands before a line of a plain prompt: "Q:", "A:", "Passage:".
+#: Label before a line of a plain prompt: "Q:", "A:", "Passage:".
 _LABEL = re.compile(r"\s*([A-Za-z][A-Za-z ]{0,19}:)")
 
 
-def chat_form(messages: Sequence[Mapping[str, str]]) -> str:
+def describe_chat_form(messages: Sequence[Mapping[str, str]]) -> str:
     """Return the form of a chat: ``CHAT`` for a single user message, else a digest of the roles and earlier contents.
 
     Example:
-        >>> chat_form([{"role": "user", "content": "Who?"}])
+        >>> describe_chat_form([{"role": "user", "content": "Who?"}])
         'chat'
         >>> system = {"role": "system", "content": "Be brief."}
-        >>> a, b = (chat_form([system, {"role": "user", "content": text}]) for text in ("Who?", "Where?"))
-        >>> a == b != chat_form([{"role": "user", "content": "Who?"}])
+        >>> a, b = (describe_chat_form([system, {"role": "user", "content": text}]) for text in ("Who?", "Where?"))
+        >>> a == b != describe_chat_form([{"role": "user", "content": "Who?"}])
         True
     """
     before = [[m["role"], m["content"].strip()] for m in messages[:-1]]
     return CHAT if not before and messages[-1]["role"] == "user" else _digest(CHAT, [*before, messages[-1]["role"]])
 
 
-def text_form(text: str) -> str:
+def describe_text_form(text: str) -> str:
     r"""Return the form of a plain prompt: ``RAW`` for a bare text, else a digest of its examples and labels.
 
-    Examples are what stands before the last empty line, or before the last line with the first one's label; labels are
-    the first line's and the last one's, such as "Q:".
+    Examples are the text before the last empty line, or before the last line with the first line's label; labels are
+    those of the first and the last line, such as "Q:".
 
     Example:
-        >>> text_form("Who was first?")
+        >>> describe_text_form("Who was first?")
         'raw'
-        >>> text_form("Q: Who?\nA:") == text_form("Q: Where?\nA:") != text_form("Q: Why?\nA: So.\n\nQ: Who?\nA:")
+        >>> describe_text_form("Q: Who?\nA:") == describe_text_form("Q: Where?\nA:")
         True
+        >>> describe_text_form("Q: Who?\nA:") == describe_text_form("Q: Why?\nA: So.\n\nQ: Who?\nA:")
+        False
     """
     before, _, last = text.strip().rpartition("\n\n")
     lines = last.split("\n")
@@ -51,7 +53,7 @@ def text_form(text: str) -> str:
 
 
 def _label(text: str) -> str:
-    """Return what a line begins with, such as "Q:"; empty where it begins with none."""
+    """Return the label at the beginning of a line, such as "Q:"; empty without one."""
     label = _LABEL.match(text)
     return label.group(1) if label else ""
 

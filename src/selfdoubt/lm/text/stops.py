@@ -1,4 +1,4 @@
-"""Texts that end an answer, looked for while it grows."""
+"""Finds stop texts in an answer while it grows."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from copy import copy
 
 
 class StopFinder:
-    """Finds the first of several texts in a text that comes in pieces.
+    """A finder of the first of several stop texts in a text that comes in pieces.
 
     A character costs a constant time for each stop on average, however long the stop and the text are (Knuth, Morris
     and Pratt, 1977). The table of a stop grows only as far as the text has ever followed it, so a stop that never
@@ -19,7 +19,7 @@ class StopFinder:
 
     def __init__(self, stops: Sequence[str]) -> None:
         self.length = 0  #: characters of the text so far
-        self.found: str | None = None  #: the stop that ``feed`` found last
+        self.stop: str | None = None  #: the stop that ``feed`` found last
         self._stops = [_Stop(stop) for stop in stops]
 
     @property
@@ -28,18 +28,18 @@ class StopFinder:
         return max((stop.matched for stop in self._stops), default=0)
 
     def feed(self, piece: str) -> int | None:
-        """Take the next piece of text.
+        """Add the next piece of text.
 
         Returns:
-            Where the stop begins that ends within this piece; of several, the least place; None where none ends.
+            The position where a stop begins that ends within this piece; of several, the lowest; None without a stop.
         """
         ends = [(self.length + end - len(s.text), s.text) for s in self._stops if (end := s.feed(piece)) is not None]
         self.length += len(piece)
-        start, self.found = min(ends, default=(None, self.found))
+        start, self.stop = min(ends, default=(None, self.stop))
         return start
 
     def fork(self) -> StopFinder:
-        """Return a finder that goes on from here by itself."""
+        """Return a copy of the finder in its present state."""
         other = copy(self)
         other._stops = [copy(stop) for stop in self._stops]  # they share their tables
         return other

@@ -1,4 +1,4 @@
-"""Chat templates: the text that a chat becomes, and which of its characters each message wrote.
+"""Renders chats with a chat template, and finds the message that each character of the text comes from.
 
 A template is a program. It may trim contents, print one twice, drop thoughts from the history, or look for a switch in
 the question. So the text is always the one that it makes of the true messages. Who wrote which character is found by
@@ -24,9 +24,9 @@ from selfdoubt.lm.text.placeholders import (
     Codes,
     Ints,
     Standing,
+    find_free_characters,
     find_hidden,
     find_literals,
-    free_characters,
     get_codes,
     limit_places,
 )
@@ -47,25 +47,25 @@ class _End(NamedTuple):
 
     message: int
     side: int  #: 0: before the stand-in, 1: after it
-    at: int  #: the place of the stand-in in the text
-    place: int  #: and in the content
+    at: int  #: place of the stand-in in the text
+    place: int  #: place of the stand-in in the content
     length: int
 
 
 def render_chat(tokenizer: Any, messages: ChatText, numbers: Sequence[int], *, answer_next: bool) -> Rendered:
-    """Render a chat with the tokenizer's template, and find who wrote what.
+    """Render a chat with the tokenizer's template, and find the message that each character comes from.
 
     Args:
         tokenizer: A tokenizer with a chat template.
         messages: Objects with ``role`` and ``content``, both text.
-        wanted: The messages whose words must be known to the character; the last of them must be in the text.
-        answer_next: End with what opens the assistant's next turn.
+        numbers: Numbers of the messages whose characters must be located; the last of them must be in the text.
+        answer_next: End with the opening of the assistant's next turn.
 
     Returns:
         The text, in which each special token that has no owner is the template's.
 
     Raises:
-        PromptError: If the template refuses the messages, leaves out the last wanted one, or rewrites its words.
+        PromptError: If the template refuses the messages, leaves out the last one in ``numbers``, or rewrites its text.
     """
     for message in messages:
         check_text(message["role"] + message["content"])
@@ -109,7 +109,7 @@ class _Chat(NamedTuple):
             return str(
                 self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=self.answer_next)
             )
-        except Exception as error:  # templates are programs: they raise what they like
+        except Exception as error:  # templates are programs, and raise any kind of error
             why = " ".join(str(error).split())[:300]
             raise PromptError(f"the model's chat template refuses these messages: {why}") from error
 
@@ -122,10 +122,10 @@ class _Chat(NamedTuple):
 
 
 def _located(chat: _Chat, text: str, message_numbers: Sequence[int]) -> Rendered | None:
-    """Find who wrote what; None where the template rewrites the words of a wanted message."""
+    """Find the message of each character; None if the template rewrites the text of one that must be located."""
     encoder = get_encoder(chat.tokenizer)
     contents = [m["content"] for m in chat.messages]
-    pool = free_characters(text)
+    pool = find_free_characters(text)
     literals = find_literals(str(chat.tokenizer.chat_template))
     neutral = ""
     tried: list[Ints] = []
@@ -155,11 +155,11 @@ def _located(chat: _Chat, text: str, message_numbers: Sequence[int]) -> Rendered
 
 
 def _check_control(encoder: Encoder, rendered: Rendered, neutral: str) -> None:
-    """Refuse a control token that the template made of a message's words.
+    """Check that the template made no control token of a message's text.
 
     Args:
         encoder: The tokenizer's.
-        found: The text, not all of whose owners are known.
+        rendered: The text, not all of whose owners are known.
         neutral: The text in which all contents are stand-ins: the control tokens in it are the template's.
     """
     matches = [m for m in encoder.pattern.finditer(rendered.text) if encoder.control[m[0]].special]
@@ -174,7 +174,7 @@ def _check_control(encoder: Encoder, rendered: Rendered, neutral: str) -> None:
 
 
 def _owners(contents: Sequence[str], text: str, numbers: Ints, standing: Standing) -> tuple[Ints, list[_End]]:
-    """Find who wrote each character, and the ends of words that no stand-in closes.
+    """Find the message that each character comes from, and the ends of its text that no stand-in closes.
 
     All between two stand-ins that are neighbours in a content is that content's.
     """
@@ -209,7 +209,7 @@ def _owners(contents: Sequence[str], text: str, numbers: Ints, standing: Standin
 
 
 def _alike(text: str, content: str) -> int:
-    """Count the characters that both begin with; never a part of a word of the content, such as the ">" of a tag."""
+    """Count the leading characters that both share, without a part of a word of the content, such as ">" of a tag."""
     length = len(commonprefix([text, content]))
     if length < len(content) and not content[length].isspace():
         while length and not content[length - 1].isspace():
@@ -218,7 +218,7 @@ def _alike(text: str, content: str) -> int:
 
 
 def _doubt(chat: _Chat, text: str, owners: Ints, standing: Standing, pool: Codes, end: _End) -> None:
-    """Give white space at an end of words back to the template, unless stand-ins for it come out as well.
+    """Assign white space at the ends of a message's text to the template, unless stand-ins for it are rendered, too.
 
     A line feed before trimmed words may be the template's or the content's: they look the same.
     """
@@ -249,9 +249,9 @@ def _doubt(chat: _Chat, text: str, owners: Ints, standing: Standing, pool: Codes
 def _searched(
     encoder: Encoder, contents: Sequence[str], text: str, numbers: Sequence[int], owners: Ints
 ) -> Rendered | None:
-    """Look for words that no stand-in tells, in their order, the last of them from the end; None if they are not there.
+    """Search for messages that stand-ins cannot locate, in their order, the last from the end; None if one is missing.
 
-    The template's control tokens are not looked at: "assistant" stands in one of them.
+    The template's control tokens are skipped: "assistant" is part of one of them.
     """
     theirs = {m[0] for content in contents for m in encoder.pattern.finditer(content)}
     codes = np.where(owners == -1, get_codes(text), 0)

@@ -1,6 +1,6 @@
-"""The page of a report: one HTML file that needs no other.
+"""The page of a report: one HTML file without other files.
 
-``page`` puts it together from ``tables`` and ``plots``; ``page.css`` and ``page.js`` stand inside of it.
+``page`` builds it from ``tables`` and ``plots``; ``page.css`` and ``page.js`` are put into it.
 """
 
 from __future__ import annotations

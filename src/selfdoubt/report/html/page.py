@@ -1,7 +1,7 @@
-"""A report as one HTML file that needs nothing else: no network and no library. Nothing in it runs but its own script.
+"""Renders a report as one HTML file that needs no network and no library. Only its own script runs in it.
 
-What models and people wrote is escaped where it is put in; the script reads it from JSON in which no tag can begin, and
-adds it as text only. A content policy allows this script and this style by their hashes and nothing besides.
+Text of models and people is escaped where it is put in; the script reads it from JSON in which no tag can begin, and
+adds it as text only. A content security policy allows this script and this style by their hashes and nothing else.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from selfdoubt.eval.records import Record
-from selfdoubt.lm.risk_levels import BOUNDS, COLOURS, level
+from selfdoubt.lm.risk_levels import BOUNDS, COLOURS, find_risk_level
 from selfdoubt.report.html.plots import draw_curves, draw_reliability
 from selfdoubt.report.html.tables import (
     format_percent_html,
@@ -40,7 +40,7 @@ def render_page(records: Sequence[Record], report: Report) -> str:
 
     Args:
         records: All answers, in the order of their file.
-        report: As ``measure_answers`` makes it from them.
+        report: The report of these answers.
     """
     style = _read_file("page.css") + ":root{" + "".join(f"--t{i}:{c};" for i, c in enumerate(COLOURS)) + "}"
     script = _read_file("page.js")
@@ -135,7 +135,7 @@ def _rank(records: Sequence[Record], score: str | None) -> list[float | None]:
 
 
 def _to_row(record: Record, rank: float | None) -> dict[str, Any]:
-    """Return an answer for the page's list, without what is not known."""
+    """Return an answer for the page's list, without entries that are None."""
     q = record.question
     right = None if record.correct is None else int(record.correct)
     accepted = q.answers or tuple(q.choices[i] for i in q.right if i < len(q.choices))
@@ -150,7 +150,7 @@ def _to_row(record: Record, rank: float | None) -> dict[str, Any]:
 
 
 def _tokens(record: Record) -> Sequence[tuple[str, float]]:
-    """Return the answer's tokens, if they are the answer."""
+    """Return the answer's tokens if their texts add up to the answer, else none."""
     whole = "".join(text for text, _ in record.tokens).strip()
     return record.tokens if record.answer is not None and whole == record.answer.strip() else ()
 
@@ -190,7 +190,9 @@ def _render_answers(ranked: Sequence[tuple[float, Record]]) -> str:
 def _render_answer(record: Record, rank: float) -> str:
     tokens = _tokens(record)
     text = (
-        "".join(f'<span class="t t{level(risk)}" title="{risk:.3f} nats">{escape(t)}</span>' for t, risk in tokens)
+        "".join(
+            f'<span class="t t{find_risk_level(risk)}" title="{risk:.3f} nats">{escape(t)}</span>' for t, risk in tokens
+        )
         if tokens
         else "<em>no answer</em>" if record.answer is None else escape(record.answer)
     )  # fmt: skip

@@ -27,11 +27,11 @@ def draw_plot(lines: Sequence[Series], *, title: str, description: str, x_label:
     """Return an ``<svg>`` of lines over the unit square, both axes in percent.
 
     Args:
-        lines: Drawn in this order, the last on top.
-        title: What a screen reader says first.
-        description: What it says next.
-        x_label: Under the horizontal axis.
-        y_label: Next to the vertical axis.
+        lines: Series in the order of drawing, the last on top.
+        title: Title for screen readers.
+        description: Description for screen readers.
+        x_label: Label of the horizontal axis.
+        y_label: Label of the vertical axis.
     """
     elements = [
         f'<svg class="plot" viewBox="0 0 {WIDTH} {HEIGHT}" role="img">',

@@ -1,4 +1,4 @@
-"""The tables of a report's page, as HTML text. Everything that a model or a person wrote is escaped here."""
+"""Renders the tables of a report's page as HTML. All text of models and people is escaped here."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from selfdoubt.metrics import Estimate
 from selfdoubt.report.results import NoAbstention, NoSamples, Report, ScoreResults, UntilConfident
 from selfdoubt.report.summary import LABELS, describe_promise
 
-#: Rows of scores that are seen before a click.
+#: Rows of scores that are visible before a click.
 SHOWN_SCORES = 12
-#: Key, what stands above the column, whether it is a share in percent, and whether less is better.
+#: Key, title of the column, True for a share in percent, True if less is better.
 COLUMNS = (
     ("prr", "PRR", False, False),
     ("against prr", "PRR against<br>sequence prob.", False, False),
@@ -184,7 +184,7 @@ def _render_share(part: int, whole: int) -> str:
 
 
 def render_samples(report: Report) -> str:
-    """Return the worth of further answers; empty where none were drawn."""
+    """Return the section on several answers per question; empty if none were drawn."""
     samples = report.samples
     if isinstance(samples, NoSamples):
         why = f"<section><h2>Several answers</h2><p>{escape(samples.why)}.</p></section>"
@@ -221,7 +221,7 @@ def _describe_until_confident(until: UntilConfident) -> str:
 
 
 def render_abstention(report: Report) -> str:
-    """Return what the threshold does and what the calibration promises of it; empty where there is none."""
+    """Return the section on the threshold and its guarantee; empty without a threshold."""
     abstention = report.abstention
     if isinstance(abstention, NoAbstention):
         return ""

@@ -1,4 +1,4 @@
-"""The page to chat on: every token in the colour of its doubt.
+"""The chat page: every token in the colour of its risk.
 
 ``mount`` puts it into a web app. Gradio is imported when a page is made, not before.
 """
@@ -32,10 +32,10 @@ def mount(
     Args:
         app: The app.
         engine: The engine that answers; started by the caller.
-        title: The browser tab's.
-        model: The model's name, as it is shown; None takes the name in its config.
-        max_tokens: Most tokens of an answer, unless a person moves the slider.
-        auth: Name and password, or a function that checks them; Gradio's own.
+        title: Title of the browser tab; None takes a default.
+        model: Name of the model to show; None takes the name in its config.
+        max_tokens: Most tokens of an answer, until a user moves the slider.
+        auth: Name and password, or a function that checks them, as Gradio's ``auth``.
 
     Returns:
         The same app.

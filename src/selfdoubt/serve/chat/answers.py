@@ -1,4 +1,4 @@
-"""Answers to a turn: requests to the engine, and a signal at every change."""
+"""Runs a turn: submits its requests to the engine, and yields at every change."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ async def run_turn(
     period: float = PERIOD,
     encoders: EncoderThreads | None = None,
 ) -> AsyncGenerator[None]:
-    """Fill the turn, the last of the conversation; yields whenever it has changed, and ends when it has ended.
+    """Answer the last turn of a conversation; yield whenever it has changed, and end when it has ended.
 
-    ``encoders`` turn its question into token ids; None makes some for this turn.
+    ``encoders`` encode its question; None makes some for this turn.
 
     Raises:
         SelfdoubtError: The error of the engine, if it refuses or ends the request.

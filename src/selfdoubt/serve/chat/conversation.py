@@ -1,4 +1,4 @@
-"""A conversation: questions, answers, and the part of them that a person gets to see. It knows nothing of the page."""
+"""The state of a conversation: turns, their answers, and the part that a user may see. It knows nothing of the page."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from selfdoubt.serve.engine.request import RequestHandle
 
 #: One answer; answers one after the other until one is sure enough; several answers side by side.
 AnswerMode = Literal["once", "until", "candidates"]
-#: Confidence that is sure enough, if neither the person nor a calibration sets another.
+#: Confidence that is sure enough, if neither the user nor a calibration sets another.
 DEFAULT_CONFIDENCE = 0.5
 
 
 @dataclass(frozen=True)
 class ChatSettings:
-    """Settings that a person has made on the page."""
+    """Settings on the page, as the user has set them."""
 
     temperature: float = defaults.TEMPERATURE
     max_tokens: int = defaults.MAX_TOKENS
@@ -39,7 +39,7 @@ class ChatSettings:
 
 @dataclass
 class Attempt:
-    """One answer in the making."""
+    """One answer in progress."""
 
     seed: int
     tokens: list[Token] = field(default_factory=list)
@@ -88,7 +88,7 @@ class Turn:
 
     @property
     def best(self) -> Attempt | None:
-        """The attempt that stands for the turn: one that is sure enough, or the least doubtful, or one in the making.
+        """The attempt that represents the turn: one that is sure enough, or the least doubtful, or one in progress.
 
         None before the first.
         """
@@ -111,10 +111,10 @@ class Turn:
 
     def is_sure_enough(self, answer: Answer) -> bool:
         """Return whether an answer ends the attempts."""
-        return is_confident(confidence(answer), self.needed_confidence)
+        return is_confident(get_confidence(answer), self.needed_confidence)
 
     def hides(self, attempt: Attempt) -> bool:
-        """Return whether the text must not be seen, unless revealed: it is not judged yet, or was too doubtful."""
+        """Return whether the text is hidden: it is not judged yet, or too doubtful, and was not revealed."""
         if self.revealed:
             return False
         if self.state == "running" and self.mode == "until":
@@ -123,7 +123,7 @@ class Turn:
             return False
         if self.state == "running" or attempt.answer is None:
             return True
-        sure = confidence(attempt.answer)
+        sure = get_confidence(attempt.answer)
         return sure is None or sure < self.settings.at_least
 
     @property
@@ -133,7 +133,7 @@ class Turn:
 
     @property
     def shown(self) -> str:
-        """The answer as a person sees it, as plain text; empty if there is nothing yet."""
+        """The answer as the user sees it, as plain text; empty before the first token."""
         if self.is_hidden:
             return UNSURE if self.attempts else ""
         seen = [attempt for attempt in self.ranked if not self.hides(attempt)]
@@ -143,15 +143,15 @@ class Turn:
 
     @property
     def remembered(self) -> str:
-        """The answer as later turns remember it: one answer, or that the model was not sure."""
+        """The answer in the history of later turns: one answer, or ``UNSURE`` for a hidden one."""
         if self.is_hidden:
             return UNSURE
         return next((attempt.text for attempt in self.ranked if not self.hides(attempt)), "")
 
 
-def confidence(answer: Answer) -> float | None:
-    """Return how sure an answer is, in [0, 1]: ``p_correct``, or without a calibration the share of reference answers
-    that are riskier. None where there is neither, or where the calibration does not hold.
+def get_confidence(answer: Answer) -> float | None:
+    """Return the confidence that the page shows, in [0, 1]: ``p_correct``, or without a calibration the share of
+    reference answers that are riskier. None without either, or if the calibration does not hold for the answer.
     """
     if answer.p_correct is not None or answer.p_correct_note is not None:
         return answer.p_correct
@@ -214,11 +214,11 @@ class Conversation:
         """Start a turn.
 
         Args:
-            question: The text that a person typed.
+            question: The text that the user typed.
             settings: The settings now.
             mode: One answer or several.
             threshold: The recommended confidence, which ends the attempts if the person has set none.
-            instead: The turn in whose place it comes; that one and those after it are gone.
+            instead: Id of the turn that it replaces, with all turns after it.
         """
         self.notice = ""
         self.halted = asyncio.Event()
@@ -235,8 +235,7 @@ class Conversation:
     def retry_turn(self, old: Turn, settings: ChatSettings, mode: AnswerMode, threshold: float | None = None) -> Turn:
         """Ask an earlier question again, in its place.
 
-        One answer is drawn with the next seed: the same one again would be of no use, so a temperature of 0 counts as
-        1.
+        A single answer is drawn with the next seed, and a temperature of 0 counts as 1, so that another answer comes.
         """
         if mode == "once":
             seed = max(attempt.seed for attempt in old.attempts or [Attempt(0)]) + 1
@@ -285,7 +284,7 @@ def _turn_to_json(turn: Turn) -> dict[str, Any]:
             {
                 **({"text": attempt.text} if attempt.answer is None else attempt.answer.to_dict()),
                 "seed": attempt.seed,
-                "sure": None if attempt.answer is None else confidence(attempt.answer),
+                "sure": None if attempt.answer is None else get_confidence(attempt.answer),
                 "abstain": None if attempt.answer is None else attempt.answer.abstain,
                 "hidden": turn.hides(attempt),
                 "tokens": _tokens_to_json(attempt.tokens if attempt.answer is None else attempt.answer.tokens),

@@ -14,7 +14,7 @@ class ExampleQuestion(NamedTuple):
     why: str
 
 
-#: For the pocket model, which knows some geography and has never read of the rest.
+#: For the pocket model, which knows some geography and nothing else.
 POCKET_EXAMPLES = (
     ExampleQuestion("known", "What is the capital of France?", "read hundreds of times"),
     ExampleQuestion("rare", "In which country is Tartu?", "read now and then; it is in Estonia"),

@@ -1,8 +1,8 @@
-"""The Gradio page. This file imports Gradio at its top: import it where it is used.
+"""Builds the chat page with Gradio, which this file imports at its top: import it where it is used.
 
-Gradio carries events and settings. The conversation itself is one ``gr.HTML`` whose value is the turn that changes, as
-``turn_html`` draws it, and which ``chat.js`` puts in its place: a ``gr.Chatbot`` would read answers as Markdown, take
-away what a keyboard needs, and draw everything again for each token.
+Gradio handles events and settings. The conversation itself is one ``gr.HTML`` whose value is the turn that changes, as
+``turn_html`` renders it, and which ``chat.js`` puts in its place: a ``gr.Chatbot`` would render answers as Markdown,
+lose the keyboard's focus, and render everything again for each token.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from selfdoubt.version import __version__
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
-#: Most conversations that are kept; the one that was idle longest goes first.
+#: Largest number of conversations in memory; the one that was idle longest is removed first.
 MAX_CONVERSATIONS = 1000
 HEADER = """<header class="bar">
 <h1><span class="mark" aria-hidden="true"><i class="t0"></i><i class="t1"></i><i class="t2"></i><i class="t3"></i><i
@@ -49,7 +49,7 @@ def mount_page(
     app: FastAPI, engine: EngineClient, *, title: str | None, model: str | None, max_tokens: int, auth: Any
 ) -> None:
     """See ``selfdoubt.serve.chat.mount``."""
-    page = ChatPage(engine, model or display_name(engine.front), max_tokens)
+    page = ChatPage(engine, model or get_display_name(engine.front), max_tokens)
     gr.mount_gradio_app(
         app,
         page.build(title or f"selfdoubt: {page.model}"),
@@ -68,7 +68,7 @@ def mount_page(
     )
 
 
-def display_name(front: LMFront) -> str:
+def get_display_name(front: LMFront) -> str:
     """Return a model's name, or the last part of its folder."""
     if is_pocket(front):
         return POCKET

@@ -1,4 +1,4 @@
-"""Numbers in words, as they stand on the page."""
+"""Phrases of the page: puts numbers and states into words."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from selfdoubt.formatting import format_percent
 from selfdoubt.lm.answer import Answer
 from selfdoubt.lm.calibration import Calibration
 from selfdoubt.lm.risk_levels import BOUNDS
-from selfdoubt.serve.chat.conversation import Turn, confidence
+from selfdoubt.serve.chat.conversation import Turn, get_confidence
 
 #: One for each level of ``lm.risk_levels``.
 LEVEL_NAMES = ("sure", "nearly sure", "wavering", "doubtful", "guessing")
@@ -32,7 +32,7 @@ def describe_levels(token_risk: str) -> list[tuple[str, str]]:
 
 
 def describe_chance(answer: Answer) -> str:
-    """Return how sure the answer is; empty if there is nothing to compare it with."""
+    """Return the answer's confidence in words; empty without a calibration and without reference answers."""
     if answer.p_correct is not None:
         note = f" ({answer.p_correct_note})" if answer.p_correct_note else ""
         return f"Right with {format_share(answer.p_correct)}{note}"
@@ -70,7 +70,7 @@ def explain_abstention(turn: Turn) -> str:
     best = turn.best
     if best is None or best.answer is None:
         return f"It was stopped before its verdict, and {need}."
-    sure = confidence(best.answer)
+    sure = get_confidence(best.answer)
     if sure is None:
         why = best.answer.p_correct_note
         return (
@@ -107,15 +107,15 @@ def _join(*phrases: str) -> str:
 
 
 def warn_best_of_several(turn: Turn) -> str:
-    """Return why the best chance of several may not hold: it was picked because it is high. Empty without a chance."""
+    """Return a warning that the best p_correct of several is too high, because it was picked as the highest; or ""."""
     best = None if turn.best is None else turn.best.answer
-    is_picked = best is not None and turn.answered > 1 and confidence(best) is not None
+    is_picked = best is not None and turn.answered > 1 and get_confidence(best) is not None
     return "the best of several promises too much" if is_picked else ""
 
 
 def warn_conversation(turn: Turn, answer: Answer) -> str:
-    """Return why the chance on show may not hold after earlier turns; empty if nothing speaks against it."""
-    is_shaky = turn.before and confidence(answer) is not None
+    """Return a warning that p_correct may not hold after earlier turns; empty without a reason."""
+    is_shaky = turn.before and get_confidence(answer) is not None
     return "learnt from single questions, so only a rough guide here" if is_shaky else ""
 
 
@@ -129,7 +129,7 @@ def describe_progress(turn: Turn) -> str:
     if turn.mode == "until":
         attempt, most = max(1, len(turn.attempts)), turn.settings.max_tries
         text = f"Try {attempt} of {most}, until {format_share(turn.needed_confidence)} sure: {so_far}"
-        ended = [s for t in turn.attempts if t.answer is not None and (s := confidence(t.answer)) is not None]
+        ended = [s for t in turn.attempts if t.answer is not None and (s := get_confidence(t.answer)) is not None]
         return text + (f"; the best so far is {format_share(max(ended))} sure" if ended else "")
     return f"Thinking: {so_far} so far" if count else "Reading the question"
 

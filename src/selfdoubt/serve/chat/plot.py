@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 from selfdoubt.lm.answer import Token
-from selfdoubt.lm.risk_levels import COLOURS, level
+from selfdoubt.lm.risk_levels import COLOURS, find_risk_level
 
 #: Tops of the y axis, in nats; above them, multiples of ten.
 AXIS_TOPS = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 10.0)
@@ -14,12 +14,12 @@ AXIS_TOPS = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 10.0)
 CROWDED_TOKENS = 120
 
 
-def render_risk_plot(tokens: Sequence[Token], of: str = "") -> str:
+def render_risk_plot(tokens: Sequence[Token], place: str = "") -> str:
     """Draw bars of the tokens' risks in their colours, a line of total doubt and a dashed one of the epistemic part.
 
     Args:
-        tokens: Of one answer; an empty picture for none.
-        of: The name of the place where these tokens stand, so that the page can point at one.
+        tokens: Tokens of one answer; without any the picture is empty.
+        place: Name of the place of these tokens, so that the page can point at one.
     """
     n = len(tokens)
     top = _top(max((max(t.risk, t.total) for t in tokens), default=0.0))
@@ -30,7 +30,7 @@ def render_risk_plot(tokens: Sequence[Token], of: str = "") -> str:
     shapes += f'<path class="line epistemic" d="{_steps([t.epistemic for t in tokens], top)}"/>' if n else ""
     ticks = "".join(f'<span style="bottom:{share:.0%}">{share * top:g}</span>' for share in (0.0, 0.5, 1.0))
     return (
-        f'<figure class="plot{" crowded" if n > CROWDED_TOKENS else ""}" data-of="{of}" data-n="{n}">'
+        f'<figure class="plot{" crowded" if n > CROWDED_TOKENS else ""}" data-of="{place}" data-n="{n}">'
         f'<div class="area"><div class="ticks" aria-hidden="true">{ticks}</div>'
         f'<div class="canvas"><svg viewBox="0 0 {max(n, 1)} 100" preserveAspectRatio="none" role="img" '
         f'aria-label="{_describe(tokens)}">'
@@ -54,7 +54,7 @@ def _bars(tokens: Sequence[Token], rank: int, top: float) -> str:
     return "".join(
         f"M{i + gap:g} 100v-{max(_height(t.risk, top), 2.0):.1f}h{1 - 2 * gap:g}V100z"
         for i, t in enumerate(tokens)
-        if level(t.risk) == rank
+        if find_risk_level(t.risk) == rank
     )
 
 

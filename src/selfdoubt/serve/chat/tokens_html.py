@@ -1,4 +1,4 @@
-"""Tokens as HTML: each in its colour, with its numbers next to it. All text is escaped; it never becomes markup."""
+"""Renders tokens as HTML, each in its colour and with its numbers as data. All text is escaped."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ from collections.abc import Iterable
 from html import escape
 
 from selfdoubt.lm.answer import Token
-from selfdoubt.lm.risk_levels import level
+from selfdoubt.lm.risk_levels import find_risk_level
 from selfdoubt.serve.chat.phrases import LEVEL_NAMES, format_share
 
-#: A person's words surprise a model more than its own: their surprisal counts a quarter, as it does on a terminal.
+#: A user's words surprise a model more than its own: their surprisal counts a quarter, as on a terminal.
 QUESTION_WEIGHT = 1 / 4
 
 
 def render_token(token: Token, number: int, *, is_question: bool = False) -> str:
-    """Return one token. Its numbers travel in ``data-d``, in the order that ``chat.js`` reads.
+    """Return one token as HTML. Its numbers are in ``data-d``, in the order that ``chat.js`` reads.
 
     Args:
         token: The token.
         number: Its place, from 0; the first can be reached by the tab key, the others by arrows from there.
         is_question: It is part of the question.
     """
-    rank = level(token.nll * QUESTION_WEIGHT if is_question else token.risk)
+    rank = find_risk_level(token.nll * QUESTION_WEIGHT if is_question else token.risk)
     numbers = [
         token.logprob, token.total, token.epistemic, token.aleatoric, token.disagreement, token.risk, rank,
         [[other.text, other.probability, other.id == token.id] for other in token.alternatives],
@@ -39,7 +39,7 @@ def render_token(token: Token, number: int, *, is_question: bool = False) -> str
 
 
 def render_tokens(tokens: Iterable[Token], *, is_question: bool = False) -> str:
-    """Return tokens in a row."""
+    """Return tokens as HTML, one after the other."""
     return "".join(render_token(token, i, is_question=is_question) for i, token in enumerate(tokens))
 
 

@@ -1,7 +1,7 @@
-"""One turn as the page gets it: a frame with named places, and the content of each.
+"""Renders one turn as HTML: a frame with named places, and the content of each.
 
-While an answer grows only its end is new: a place whose HTML begins with its present content is added to, and neither
-the wire nor the page sees the rest again. So a keyboard's focus and a selection stay where they are.
+While an answer grows only its end is new: HTML is appended to a place whose new content begins with the old one, so
+that the rest is neither sent nor replaced. So a keyboard's focus and a selection stay where they are.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 from selfdoubt.lm.calibration import Calibration
 from selfdoubt.serve.chat import phrases, tokens_html
-from selfdoubt.serve.chat.conversation import Attempt, Turn, confidence
+from selfdoubt.serve.chat.conversation import Attempt, Turn, get_confidence
 from selfdoubt.serve.chat.plot import render_risk_plot
 
 #: Seconds between two drawings of a plot that grows.
@@ -42,7 +42,7 @@ class RenderedTurn:
 
 
 class TurnView:
-    """A view of one turn, which is drawn again and again, cheaply."""
+    """A view of one turn, which caches what has not changed between two drawings."""
 
     def __init__(self, turn: Turn, calibration: Calibration | None = None) -> None:
         self.turn = turn
@@ -105,7 +105,7 @@ class TurnView:
         assert answer is not None
         several = self.turn.mode == "candidates"
         statements = phrases.describe_answer(answer, self.calibration, short=several)
-        sure = confidence(answer)
+        sure = get_confidence(answer)
         text = f"<strong>{escape(statements[0])}</strong>" + "".join(f" · {escape(s)}" for s in statements[1:])
         if several:
             text += f" · seed {attempt.seed}"
@@ -145,7 +145,7 @@ class TurnView:
             f'<button type="button" data-do="edit" data-text="{escape(turn.question)}">Edit</button>'
             '<button type="button" data-act="retry">Retry</button>'
         )
-        if any(t.answer is not None and confidence(t.answer) is not None for t in turn.attempts):
+        if any(t.answer is not None and get_confidence(t.answer) is not None for t in turn.attempts):
             last += '<button type="button" data-act="until">Try until sure</button>'
         last += '<button type="button" data-act="candidates">Show candidates</button>'
         return f'{first}<span class="last">{last}</span>'

@@ -1,4 +1,4 @@
-"""The interface of an engine to those who send it requests."""
+"""``EngineClient``: the interface through which servers, pages and Python callers send requests to an engine."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class EngineClient(Protocol):
 
     @property
     def front(self) -> LMFront:
-        """All that is known of the model except its weights."""
+        """Everything about the model except its weights."""
 
     @property
     def ready(self) -> bool:

@@ -43,8 +43,8 @@ class Engine:
     Args:
         lm: The model. It must not be used elsewhere while the engine runs.
         limits: Limits on requests.
-        stats: Receives what happens, to count and measure it.
-        clock: Measures how long chunks of work take, in seconds.
+        stats: Receiver of events, to count and measure them; None counts nothing.
+        clock: Function that returns seconds, to time chunks of work.
     """
 
     def __init__(
@@ -100,7 +100,7 @@ class Engine:
 
     @property
     def front(self) -> LMFront:
-        """All that is known of the model except its weights."""
+        """Everything about the model except its weights."""
         return self.lm.front
 
     def generate(
@@ -191,7 +191,7 @@ class Engine:
         """Score texts side by side, in chunks between tokens of others. Cancelling the future ends the work.
 
         Args:
-            texts: From ``encode_teacher_forced``.
+            texts: Texts to score, from ``encode_teacher_forced``.
 
         Raises:
             PromptError: If a text is too long.
@@ -215,7 +215,7 @@ class Engine:
         """Accept no more requests, and end when those accepted have finished.
 
         Args:
-            patience: Seconds that they get; then they end with ``EngineError``.
+            patience: Seconds until those still running end with ``EngineError``.
         """
         with self._news:
             self._closing = True

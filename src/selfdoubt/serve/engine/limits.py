@@ -16,7 +16,7 @@ if TYPE_CHECKING:  # the command line reads these defaults before anything heavy
     from selfdoubt.lm.scoring import TeacherForcedText
     from selfdoubt.serve.engine.request import GenerationRequest
 
-#: Characters that a prompt may have for each token that it may have. Tokens rarely have ten; long runs of spaces do.
+#: Characters that a prompt may have per token that it may have. Tokens rarely have ten; long runs of spaces do.
 CHARACTERS_PER_TOKEN = 64
 
 
@@ -28,7 +28,7 @@ class Limits:
         batch: Most sequences that are decoded side by side (an answer is one, with any number of members).
         batch_tokens: Most tokens, of prompts and answers and the padding between, that the cache may hold for them.
         queue: Most requests that wait.
-        prompt_tokens: Longest prompt; None takes what the model's context leaves.
+        prompt_tokens: Most tokens of a prompt; None takes all that the model's context leaves.
         answer_tokens: Longest answer that may be asked for.
         choices: Most answers to one request.
         timeout: Seconds that a request may take, waiting included, unless it asks for less.
@@ -67,7 +67,7 @@ class Limits:
             raise ConfigError(f"timeout must be a number of seconds above 0, got {self.timeout}")
 
     def max_prompt_tokens(self, context: int | None) -> int:
-        """Return the most tokens of a prompt, for a model of this context."""
+        """Return the largest number of tokens of a prompt, for a model of this context."""
         return min(self.prompt_tokens or 2**62, (context or 2**62) - 1)
 
     def clamp_timeout(self, seconds: float | None) -> float:
@@ -75,7 +75,7 @@ class Limits:
         return min(seconds or self.timeout, self.timeout)
 
     def check_prompt_size(self, prompt: PromptLike | Prompt, context: int | None) -> None:
-        """Refuse a prompt that cannot fit, before time is spent on encoding it.
+        """Check, before a prompt is encoded, that it can fit.
 
         Raises:
             PromptError: If a chat has too many messages, or its text too many characters.
@@ -92,17 +92,17 @@ class Limits:
 
     @staticmethod
     def check_ids(ids: Sequence[int], vocabulary: int) -> None:
-        """Refuse ids that the vocabulary does not have.
+        """Check that all ids are in the vocabulary.
 
         Raises:
-            PromptError: If there is such an id.
+            PromptError: If an id is not in the vocabulary.
         """
         strange = [i for i in ids if not 0 <= i < vocabulary]
         if strange:
             raise PromptError(f"token ids go from 0 to {vocabulary - 1}, got {strange[0]}")
 
     def check_scored_texts(self, texts: Sequence[TeacherForcedText], context: int | None) -> int:
-        """Refuse texts to score that are too long; return the number of tokens of all.
+        """Check the lengths of texts to score; return the number of tokens of all.
 
         Raises:
             PromptError: If a text, or its question, has too many tokens.

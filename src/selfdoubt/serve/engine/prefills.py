@@ -54,7 +54,7 @@ class PrefillQueue:
         return bool(self._waiting) or len(self._running) >= MAX_RUNNING_PREFILLS
 
     def has_place(self, handle: RequestHandle) -> bool:
-        """Return whether long prompts leave a place to this one: a short one never waits for all of a long one."""
+        """Return whether there is a place for this prompt: long ones leave one to short ones."""
         return not _is_long(handle) or sum(group.is_long for group in self._running) < MAX_RUNNING_PREFILLS - 1
 
     def add(self, handles: Sequence[RequestHandle]) -> None:
@@ -73,8 +73,8 @@ class PrefillQueue:
         """Take out the group whose turn it is.
 
         Args:
-            begin: Begins to read a group; returns None if all its requests have ended.
-            is_wanted: Returns whether a request goes on.
+            begin: Function that begins to read a group; it returns None if all its requests have ended.
+            is_wanted: Function that returns whether a request still needs its prompt.
         """
         while self._waiting:
             handles = self._waiting.popleft()

@@ -9,7 +9,7 @@ from selfdoubt.serve.engine.request import RequestHandle
 
 
 class FairQueue:
-    """Requests that wait. A client with a hundred of them does not hold up another client's first."""
+    """A queue of requests in which clients take turns: one client's hundred do not hold up another client's first."""
 
     def __init__(self) -> None:
         self._clients: OrderedDict[str, deque[RequestHandle]] = OrderedDict()  # the first is next; none is empty
@@ -22,7 +22,7 @@ class FairQueue:
             yield from handles
 
     def add(self, handle: RequestHandle) -> None:
-        """Put a request behind its client's others; a client that has none waits for one turn of each other."""
+        """Append a request to its client's others; a new client is behind one request of each other client."""
         self._clients.setdefault(handle.request.client, deque()).append(handle)
 
     def next(self, may: Callable[[RequestHandle], bool] = lambda _: True) -> RequestHandle | None:

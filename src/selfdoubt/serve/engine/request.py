@@ -27,9 +27,9 @@ class GenerationRequest:
     """A request for one or several answers to one prompt, as the engine takes it.
 
     Args:
-        prompt: Token ids, and which of them are the question's own words.
-        sampling: How tokens are chosen.
-        seeds: One per answer.
+        prompt: Token ids, with the user's tokens marked.
+        sampling: Settings by which tokens are chosen.
+        seeds: One seed per answer.
         stops: Texts that end an answer.
         client: Name of the client; clients take turns.
         timeout: Seconds from its arrival until the request ends with ``DeadlineError``; None sets no deadline.
@@ -80,7 +80,7 @@ def list_seeds(seed: int, n: int) -> tuple[int, ...]:
 class Started(NamedTuple):
     """The update that a prompt was read; it comes once, before all others."""
 
-    question: list[Token]  #: its own words
+    question: list[Token]  #: the user's tokens of the question
 
 
 class TokensAdded(NamedTuple):
@@ -130,7 +130,7 @@ class RequestHandle:
             self._on_cancel()
 
     def on_cancel(self, act: Callable[[], object]) -> None:
-        """Register a function to call when the request is cancelled; used where it is answered elsewhere."""
+        """Register a function to call when the request is cancelled, for a request that another process answers."""
         self._on_cancel = act
         if self.cancelled:
             act()

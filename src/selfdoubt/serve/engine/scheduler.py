@@ -1,7 +1,6 @@
 """The scheduler of the engine's thread: prefills, and the batch of sequences that are decoded.
 
-The answers in ``_answers`` are the truth: a sequence of the batch that is not among them leaves it before the next
-token.
+``_answers`` decides which sequences go on: one that is not among them leaves the batch before the next token.
 """
 
 from __future__ import annotations
@@ -115,7 +114,7 @@ class Scheduler:
         return handle.cancelled or time.monotonic() > handle.deadline
 
     def admit(self, queue: FairQueue) -> list[RequestHandle]:
-        """Admit as many requests as there is room for, and as are read well side by side; the rest keeps its order."""
+        """Admit requests that there is room for and whose prompts can share a batch; the others keep their order."""
         if self._prefills.is_full or (self._answers and not self._joins):
             return []
         admitted: list[RequestHandle] = []

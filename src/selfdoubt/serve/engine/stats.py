@@ -1,4 +1,4 @@
-"""Events of an engine that can be counted and measured."""
+"""``EngineStats``: the interface of a receiver of an engine's events, to count and measure them."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class EngineStats(Protocol):
 
 
 class NullStats:
-    """Statistics that nothing reads."""
+    """A receiver that ignores all events."""
 
     def set_waiting(self, requests: int) -> None:
         """See ``EngineStats``."""

@@ -53,7 +53,7 @@ class EngineTask:
         return False
 
     def fail(self, error: EngineError) -> None:
-        """End it with an error, however much was done."""
+        """End the task with an error."""
         self._drop()
         self._end(error)
 
@@ -67,7 +67,7 @@ class EngineTask:
         return True
 
     def _drop(self) -> None:
-        """Let go of the cache."""
+        """Release the work, and with it its key-value cache."""
         if self._chunks is not None:
             self._chunks.close()
             self._chunks = None

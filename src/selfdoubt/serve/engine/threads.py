@@ -1,4 +1,4 @@
-"""Number of threads that compute a step on a CPU."""
+"""Limits the number of threads that compute a step on a CPU."""
 
 from __future__ import annotations
 

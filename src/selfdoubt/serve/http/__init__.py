@@ -26,7 +26,7 @@ __all__ = ["Metrics", "ServerSettings", "bind_socket", "create_app", "run_server
 
 
 def __getattr__(name: str) -> Any:
-    """Import what is public when it is used: the command line reads settings before anything heavy is imported."""
+    """Import a public name when it is used: the command line reads settings before anything heavy is imported."""
     if name in _HOMES:
         return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

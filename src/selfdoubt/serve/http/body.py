@@ -1,4 +1,4 @@
-"""Checks of a request's body before anything else reads it: JSON in UTF-8, without NaN, of bounded depth."""
+"""Checks a request's body before anything else reads it: JSON in UTF-8, without NaN, of bounded depth."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ MAX_FIELDS, MAX_ITEMS = 256, 4096
 
 
 def check_body(body: bytes, depth: int) -> None:
-    """Refuse a body that is not JSON as the standard defines it.
+    """Check that a body is JSON as the standard defines it, of bounded size and depth.
 
     Args:
-        body: All of it.
-        depth: Deepest nesting.
+        body: The whole body.
+        depth: Largest depth of nesting.
 
     Raises:
-        ValueError: With one line that says how it is wrong.
+        ValueError: If it is not, with the reason in one line.
     """
     try:
         text = body.decode("utf-8")

@@ -25,13 +25,13 @@ class ConnectionGuard:
     """The open connections of a server, and those of them without a request in progress.
 
     Args:
-        settings: Their limits.
+        settings: Limits on connections.
     """
 
     def __init__(self, settings: ServerSettings) -> None:
         self.settings = settings
         self.open: set[GuardedConnection] = set()
-        self.without_request: dict[GuardedConnection, None] = {}  # in the order in which they became so
+        self.without_request: dict[GuardedConnection, None] = {}  # the longest without a request first
 
     def admit(self, newcomer: GuardedConnection) -> bool:
         """Count a connection; return whether it may stay.
@@ -57,7 +57,7 @@ class GuardedConnection(_Protocol):  # type: ignore[misc]
     """A connection that is closed if its request does not come, or its answer is not read.
 
     Args:
-        guard: The server's.
+        guard: Guard of the server.
         options: Options of uvicorn.
     """
 

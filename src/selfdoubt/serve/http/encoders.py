@@ -1,4 +1,4 @@
-"""Threads that turn texts into token ids: the event loop goes on meanwhile, and a long text holds up no short one."""
+"""Encodes texts in threads, so that the event loop goes on meanwhile and long texts do not hold up short ones."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from selfdoubt.errors import BusyError
 from selfdoubt.lm.text.prompt import Prompt
 
 T = TypeVar("T")
-#: Characters of a short text, and the number of them that a message counts as: the template runs for each.
+#: Most characters of a short text, and the characters that a message counts as, since the template runs for each.
 SHORT_TEXT, MESSAGE_OVERHEAD = 16_384, 100
 #: Characters that a token id counts as: they are decoded.
 CHARACTERS_PER_ID = 4
 
 
 def measure_prompt(prompt: Any) -> int:
-    """Return the work to encode a text or a chat, or to decode token ids, in characters."""
+    """Return the size of a text or a chat to encode, or of token ids to decode, in characters."""
     if isinstance(prompt, str):
         return len(prompt)
     if prompt is None or isinstance(prompt, Prompt):
@@ -33,7 +33,7 @@ class EncoderThreads:
     """Two threads, one for short texts and one for long ones.
 
     Args:
-        most: Texts that may wait for each; more are refused.
+        most: Largest number of texts that wait for each thread; more are refused.
     """
 
     def __init__(self, most: int) -> None:
@@ -46,9 +46,9 @@ class EncoderThreads:
         """Do some work in a thread.
 
         Args:
-            work: The work.
-            size: Size of its text, in characters.
-            undo: Gets the outcome if the caller was cancelled in the middle of the work.
+            work: Function to run.
+            size: Size of its text, in characters, see ``measure_prompt``.
+            undo: Function that receives the outcome if the caller was cancelled in the meantime.
 
         Raises:
             BusyError: If too many texts wait already.

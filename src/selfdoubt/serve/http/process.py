@@ -1,4 +1,4 @@
-"""A server process: it binds, serves, and on SIGTERM finishes what it has begun."""
+"""Runs a server process: binds a port, serves, and drains running requests on SIGTERM."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from selfdoubt.serve.http.settings import ServerSettings
 
 #: Advice to start a server that others may reach.
 _ADVICE = "give one with --api-key (or SELFDOUBT_API_KEY), or bind to this machine only with --host 127.0.0.1"
-#: Seconds that connections get after all answers are given: pages keep theirs open for ever.
+#: Seconds until connections are closed after all answers were sent: pages keep theirs open for ever.
 _LAST = 1
 
 
@@ -39,7 +39,7 @@ def bind_socket(host: str, port: int, *, keys: bool, advice: str = _ADVICE) -> s
     Raises:
         ConfigError: If others could connect and requests need no key, or the port cannot be bound.
     """
-    if not 0 <= port <= 65535:  # the system would take what is left of it in 16 bits
+    if not 0 <= port <= 65535:  # the system would take the port modulo 65,536
         raise ConfigError(f"a port is a number from 0 to 65535, got {port}")
     try:
         addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
@@ -77,9 +77,9 @@ class Server(uvicorn.Server):
     Args:
         config: Configuration of uvicorn.
         engine: The engine, which is closed at the end: it finishes the requests that it has accepted.
-        active: Returns the number of requests that are not answered to their last byte.
-        drain: Seconds for both.
-        started: Called when requests are accepted.
+        active: Function that returns the number of requests that are not answered to their last byte.
+        drain: Seconds that running requests get to finish and to be sent.
+        started: Function to call when requests are accepted.
     """
 
     def __init__(
@@ -140,11 +140,11 @@ def run_server(
 
     Args:
         app: An ASGI app.
-        listener: From ``bind_socket``.
+        listener: Bound socket, from ``bind_socket``.
         engine: A started engine.
         drain: Seconds that running requests get at the end.
-        started: Called when requests are accepted.
-        active: Returns the number of requests that are not answered to their last byte.
+        started: Function to call when requests are accepted.
+        active: Function that returns the number of requests that are not answered to their last byte.
         settings: Limits on connections.
     """
     settings = settings or ServerSettings()

@@ -1,4 +1,4 @@
-"""Settings of a server towards its clients; limits on requests are in ``engine.limits``."""
+"""``ServerSettings``: keys, defaults and limits of the HTTP server; limits on requests are in ``engine.limits``."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ class ServerSettings:
     Args:
         name: The model's name, by which requests ask for it.
         keys: Keys of the clients; empty accepts any client, which is for this machine only.
-        temperature: Of requests that name none; 1 is what OpenAI defines.
-        max_tokens: Of chats that name none, so that each does not reserve room for the longest answer allowed.
+        temperature: Temperature of requests that name none; OpenAI defines 1.
+        max_tokens: Most tokens of chats that name none, so that they do not reserve room for the longest answer.
         risk: Send risks, unless a request turns them off.
         hide_abstained: Replace answers that the calibration abstains from, unless a request says otherwise.
         origins: Web pages (``https://host:port``) that may send requests from a browser; "*" for all.
-        hosts: Names under which the server may be addressed while there are no keys, besides those of this machine.
+        hosts: Further host names, next to this machine's, that are accepted while there are no keys.
         body_bytes: Longest body of a request.
         depth: Deepest nesting of a request's JSON.
         connections: Most connections that are open at once.
@@ -39,8 +39,8 @@ class ServerSettings:
 
     name: str = "pocket"
     keys: tuple[str, ...] = field(default=(), repr=False)
-    temperature: float = setting(1.0, "Of requests that name none; 0 takes the most probable token.")
-    max_tokens: int = setting(1024, "Most tokens of an answer, of chats that name no number.")
+    temperature: float = setting(1.0, "Temperature of requests that name none; 0 takes the most probable token.")
+    max_tokens: int = setting(1024, "Most tokens of an answer to a chat that names no number.")
     risk: bool = True
     hide_abstained: bool = setting(
         False, "Say 'I'm not sure.' in place of answers that the model is not sure of.", flag="--withhold"

@@ -1,4 +1,4 @@
-"""From a request's handles to its reply, whole or as server-sent events; a client that hangs up cancels them."""
+"""Collects or streams the answers of request handles as a reply; a client that hangs up cancels them."""
 
 from __future__ import annotations
 

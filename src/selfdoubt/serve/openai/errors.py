@@ -28,7 +28,7 @@ def shorten(text: str, most: int = MAX_MESSAGE) -> str:
 
 
 class RequestError(Exception):
-    """A request that ends with an error.
+    """An error that ends a request with an HTTP status and a body in OpenAI's shape.
 
     Args:
         status: HTTP status.
@@ -62,11 +62,11 @@ class RequestError(Exception):
 
 
 class ClientDisconnectedError(Exception):
-    """The client has hung up, and reads nothing more."""
+    """The error for a client that has hung up, and reads nothing more."""
 
 
 def to_request_error(error: BaseException) -> RequestError:
-    """Return the error that a client gets; one that was not foreseen reveals nothing of the inside."""
+    """Return the error that a client gets; an unexpected one reveals nothing of the inside."""
     match error:
         case RequestError():
             return error

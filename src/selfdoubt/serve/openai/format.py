@@ -1,4 +1,4 @@
-"""Answers in OpenAI's shape, whole and as chunks of a stream, with their risk; ``responses`` describes the shapes."""
+"""Formats answers in OpenAI's shape, whole and as chunks of a stream, with their risk; see ``responses``."""
 
 from __future__ import annotations
 

@@ -1,18 +1,16 @@
-"""Log-probabilities as OpenAI defines them, in the newer shape of chats and the older one of completions."""
+"""Formats log-probabilities as OpenAI defines them, in the newer shape of chats and the older one of completions."""
 
 from __future__ import annotations
 
 import math
-import re
 from functools import cache
 from typing import Any
 
 from selfdoubt.lm.answer import Token
-from selfdoubt.lm.text.detokenizer import decode_between
+from selfdoubt.lm.text.detokenizer import BYTE_TOKEN, decode_between
 
 #: OpenAI's number for a token that is as good as impossible.
 IMPOSSIBLE = -9999.0
-_BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
 def format_chat_logprobs(tokenizer: Any, token: Token, top: int) -> dict[str, Any]:
@@ -51,7 +49,7 @@ def find_token_bytes(tokenizer: Any, token: int) -> bytes | None:
     if "\ufffd" not in text:
         return text.encode()
     piece = tokenizer.convert_ids_to_tokens(token)
-    if match := _BYTE.fullmatch(piece):
+    if match := BYTE_TOKEN.fullmatch(piece):
         return bytes([int(match[1], 16)])
     table = _byte_alphabet()
     if all(character in table for character in piece):

@@ -1,4 +1,4 @@
-"""Parameters of a request for answers: from OpenAI's fields to requests for the engine."""
+"""``GenerationParams``: turns OpenAI's fields into parameters, and those into requests for the engine."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from selfdoubt.errors import ConfigError, PromptError
 from selfdoubt.lm.front import LMFront
 from selfdoubt.lm.sampling import Sampling
 from selfdoubt.lm.text.prompt import Prompt, encode
-from selfdoubt.lm.text.prompt_form import text_form
+from selfdoubt.lm.text.prompt_form import describe_text_form
 from selfdoubt.serve.engine.limits import Limits
 from selfdoubt.serve.engine.request import GenerationRequest, list_seeds
 from selfdoubt.serve.http.settings import ServerSettings
@@ -30,11 +30,11 @@ class GenerationParams:
     """Parameters of a request for answers.
 
     Args:
-        prompts: One or more; each is answered once per seed.
-        sampling: How tokens are chosen, and how many of the most probable ones come with each.
-        seeds: One for each answer to a prompt.
+        prompts: One or more prompts; each is answered once per seed.
+        sampling: Settings by which tokens are chosen, with the number of alternatives per token.
+        seeds: One seed per answer to a prompt.
         stops: Texts that end an answer.
-        timeout: Seconds.
+        timeout: Seconds that the request may take, waiting included.
         chat: Prompts go through the chat template, and replies have the shape of chats; else of completions.
         logprobs: Send log-probabilities.
         stream: Send tokens as they come.
@@ -141,10 +141,10 @@ def convert_messages(messages: Sequence[ChatMessageInput], limits: Limits) -> li
 
 
 def check_model(name: str | None, settings: ServerSettings) -> None:
-    """Refuse a model that is not here; no name takes the one that is.
+    """Check that a request names the model of this server, or none.
 
     Raises:
-        RequestError: If it is not here.
+        RequestError: If it names another model.
     """
     if name is not None and name != settings.name:
         message = f"The model {name!r} does not exist; this server has {settings.name!r}"
@@ -194,4 +194,4 @@ def decode_ids(front: LMFront, ids: list[int]) -> Prompt:
     special = set(front.tokenizer.all_special_ids)
     known = len(front.tokenizer)  # a model may have more ids, and sentencepiece decodes none of them
     text = front.tokenizer.decode([i for i in ids if i < known], skip_special_tokens=True)
-    return Prompt(ids, [i not in special for i in ids], text_form(text))
+    return Prompt(ids, [i not in special for i in ids], describe_text_form(text))

@@ -1,6 +1,6 @@
-"""Bodies of requests, as OpenAI defines them. A field that cannot be honoured is refused by its schema, never ignored.
+"""Bodies of requests, as OpenAI defines them. A field that is not supported is refused by its schema, never ignored.
 
-Read by pydantic: this file is imported where a server starts.
+They are pydantic models: this file is imported when a server starts.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class GenerationBody(StrictModel):
     max_tokens: Count | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    # Ours.
+    # Fields of this server.
     risk: Annotated[bool | None, Field(description="False leaves out the risk, for clients that refuse it.")] = None
     withhold: Annotated[
         bool | None, Field(description="Say that the model is not sure where its calibration abstains.")

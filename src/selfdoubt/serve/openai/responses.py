@@ -1,4 +1,4 @@
-"""Replies, as the OpenAPI schema describes them; ``format`` makes plain data of these shapes."""
+"""Bodies of replies, for the OpenAPI schema; ``format`` makes plain data of these shapes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The ``risk`` objects next to the fields that OpenAI defines. All risks grow with doubt; entropies are in nats."""
+"""Formats the ``risk`` objects next to OpenAI's fields. All risks grow with doubt; entropies are in nats."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The OpenAPI schema of the server's true replies."""
+"""Builds the OpenAPI schema of the server's replies, its errors and streams included."""
 
 from __future__ import annotations
 

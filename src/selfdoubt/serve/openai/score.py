@@ -1,4 +1,4 @@
-"""``/v1/score``: the risk of texts that exist already, in pieces small enough that others' tokens hardly wait."""
+"""Scores texts for ``/v1/score``, in pieces so small that other requests' tokens hardly wait."""
 
 from __future__ import annotations
 

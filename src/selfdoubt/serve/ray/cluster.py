@@ -1,4 +1,4 @@
-"""The server on Ray: one front, which speaks HTTP behind Ray's proxy, and a number of engines.
+"""Runs the server on Ray: one HTTP front behind Ray's proxy, and several engines.
 
 This file needs the extra ``ray``; import it where it is used.
 """
@@ -26,7 +26,7 @@ from selfdoubt.serve.ray.replicas import APP_NAME, ENGINE_NAME, FRONT_NAME, Repl
 
 @dataclass(frozen=True)
 class Cluster:
-    """The place of replicas and their needs.
+    """Settings of a Ray cluster: its address, the number of replicas, and the resources of each.
 
     Args:
         replicas: Number of replicas.
@@ -102,11 +102,11 @@ def run_cluster(
     """Serve until SIGTERM or SIGINT comes; running requests are finished.
 
     Args:
-        application: From ``build_application``.
+        application: Application from ``build_application``.
         cluster: The cluster, which is joined, or started here.
         host: Address on which Ray's proxies listen, on every machine of the cluster.
         port: Port on which they listen.
-        started: Called when requests are accepted.
+        started: Function to call when requests are accepted.
         idle: Seconds that Ray's proxies keep a connection without a further request.
 
     Raises:

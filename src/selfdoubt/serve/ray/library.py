@@ -1,4 +1,4 @@
-"""Ray and Ray Serve, or an error that names the extra to install."""
+"""Imports Ray and Ray Serve, or raises an error that names the extra to install."""
 
 from __future__ import annotations
 

@@ -75,7 +75,7 @@ class Replica:
         return [replace(answer, states=None) for answer in answers]
 
     async def describe(self) -> LMFront:
-        """Return all that is known of the model except its weights."""
+        """Return everything about the model except its weights."""
         return self._engine.front
 
     def check_health(self) -> None:
@@ -113,7 +113,7 @@ class Replicas:
 
     @property
     def front(self) -> LMFront:
-        """All that is known of the model that the replicas run, except its weights."""
+        """Everything about the model that the replicas run, except its weights."""
         if self._front is None:  # in a thread of its own, because waiting would block Ray's event loop
             self._front = self._callers.submit(lambda: self._deployment.describe.remote().result()).result()
         return self._front

@@ -1,4 +1,4 @@
-"""Ray clusters that ask for a token; this is for before Ray is imported, because it looks only then."""
+"""Ray's token authentication: set up before Ray is imported, because Ray reads its environment then."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def offer_token() -> None:
-    """Show this machine's token to the cluster, if there is one.
+    """Let Ray present this machine's token to the cluster, if the machine has one.
 
     ``ray start`` asks for a token as soon as its machine has one, but programs that join show theirs only where
     ``RAY_AUTH_MODE`` is "token". A cluster that asks for none does not mind.
