@@ -122,6 +122,8 @@ class AnswerInProgress:
         while self._held and not (cut is not None and self._released >= end):
             token, states = self._held[0]
             beyond = self._released + len(token.text) - end
+            if not token.text and beyond == 0 and cut is None and self._finder.partial and self.finish is None:
+                break  # maybe the first bytes of the character that the stop begins with
             if beyond > 0:
                 if cut is None:
                     break

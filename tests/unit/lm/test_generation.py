@@ -98,6 +98,13 @@ def test_a_stop_cuts_the_text_where_it_begins_as_soon_as_the_text_holds_it(kind,
         assert answer.tokens[-1].text or answer.tokens[-1].id >= len(words(kind))
 
 
+def test_a_stop_that_begins_with_a_character_of_several_tokens_keeps_none_of_them():
+    ids = [332, 99, 3]
+    assert decoded_after("byte-level", ids) == "条<|assistant|>"
+    answer, _ = answered("byte-level", ids, ["条<|"], "length")
+    assert (answer.text, answer.tokens, answer.finish) == ("", (), "stop")
+
+
 @pytest.mark.parametrize("kind", ["llama", "gemma-like"])
 def test_a_stop_of_bytes_ends_the_answer_with_its_last_byte(kind):
     """A line feed is a byte there: nobody needs to wait for the next token."""
