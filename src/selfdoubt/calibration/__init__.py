@@ -5,8 +5,9 @@ They are fitted on judged answers and stored in an adapter.
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from selfdoubt.lazy import export_lazily
 
 if TYPE_CHECKING:
     from selfdoubt.calibration.fit import fit_calibration, store_calibration
@@ -31,13 +32,4 @@ _HOMES = {
     "explain_no_threshold": "threshold",
 }
 
-
-def __getattr__(name: str) -> Any:
-    # Lazy, so that the command line can list its flags without importing torch.
-    if name in _HOMES:
-        return getattr(import_module(f"selfdoubt.calibration.{_HOMES[name]}"), name)
-    raise AttributeError(f"module 'selfdoubt.calibration' has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return __all__
+__getattr__, __dir__ = export_lazily(__name__, _HOMES)

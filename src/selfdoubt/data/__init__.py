@@ -5,8 +5,9 @@ Training and evaluation read through them alike: JSON, JSONL, CSV, TSV, Parquet,
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from selfdoubt.lazy import export_lazily
 
 if TYPE_CHECKING:
     from selfdoubt.data.chats import read_chats
@@ -25,13 +26,4 @@ _HOMES = {
     "read_file": "readers",
 }
 
-
-def __getattr__(name: str) -> Any:
-    # Lazy, so that the command line can list its flags without importing torch.
-    if name in _HOMES:
-        return getattr(import_module(f"selfdoubt.data.{_HOMES[name]}"), name)
-    raise AttributeError(f"module 'selfdoubt.data' has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return __all__
+__getattr__, __dir__ = export_lazily(__name__, _HOMES)

@@ -6,8 +6,9 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from selfdoubt.lazy import export_lazily
 
 if TYPE_CHECKING:
     from selfdoubt.report.compare import RunComparison, compare_runs
@@ -39,13 +40,4 @@ _HOMES = {
     "write_report": "write",
 }
 
-
-def __getattr__(name: str) -> Any:
-    # Lazy, so that a single module can be imported without torch and the page.
-    if name in _HOMES:
-        return getattr(import_module(f"selfdoubt.report.{_HOMES[name]}"), name)
-    raise AttributeError(f"module 'selfdoubt.report' has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return __all__
+__getattr__, __dir__ = export_lazily(__name__, _HOMES)

@@ -7,8 +7,9 @@ adapter of a checkpoint.
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from selfdoubt.lazy import export_lazily
 
 if TYPE_CHECKING:
     from selfdoubt.train.checkpoint import export_checkpoint
@@ -28,13 +29,4 @@ _HOMES = {
     "load_config": "config",
 }
 
-
-def __getattr__(name: str) -> Any:
-    # Lazy, so that the command line can list its flags without importing Lightning.
-    if name in _HOMES:
-        return getattr(import_module(f"selfdoubt.train.{_HOMES[name]}"), name)
-    raise AttributeError(f"module 'selfdoubt.train' has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return __all__
+__getattr__, __dir__ = export_lazily(__name__, _HOMES)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from selfdoubt.lazy import export_lazily
 
 if TYPE_CHECKING:
     from selfdoubt.eval.judges.judge import judge_records
@@ -15,13 +16,4 @@ __all__ = ["Judge", "LLMJudge", "Verdict", "build_judge", "judge_records"]
 
 _HOMES = {"Judge": "verdict", "Verdict": "verdict", "build_judge": "rules", "judge_records": "judge", "LLMJudge": "llm"}
 
-
-def __getattr__(name: str) -> Any:
-    # Lazy, so that the command line can list its flags without importing torch.
-    if name in _HOMES:
-        return getattr(import_module(f"selfdoubt.eval.judges.{_HOMES[name]}"), name)
-    raise AttributeError(f"module 'selfdoubt.eval.judges' has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return __all__
+__getattr__, __dir__ = export_lazily(__name__, _HOMES)

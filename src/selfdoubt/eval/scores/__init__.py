@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from selfdoubt.lazy import export_lazily
 
 if TYPE_CHECKING:
     from selfdoubt.eval.scores.agreement import (
@@ -36,13 +37,4 @@ _HOMES = {
     "SameMeaning": "entailment",
 }
 
-
-def __getattr__(name: str) -> Any:
-    # Lazy, so that the command line can list its flags without importing torch.
-    if name in _HOMES:
-        return getattr(import_module(f"selfdoubt.eval.scores.{_HOMES[name]}"), name)
-    raise AttributeError(f"module 'selfdoubt.eval.scores' has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return __all__
+__getattr__, __dir__ = export_lazily(__name__, _HOMES)

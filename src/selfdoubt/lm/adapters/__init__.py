@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from selfdoubt.lazy import export_lazily
 
 if TYPE_CHECKING:
     from selfdoubt.lm.adapters.adapter import AdapterFolder, check_adapter, load_adapter, read_adapter, save_adapter
@@ -38,13 +39,4 @@ __all__ = [
     "save_lora",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    # Lazy, because exports and LoRA are needed by few.
-    if name in _HOMES:
-        return getattr(import_module(f"selfdoubt.lm.adapters.{_HOMES[name]}"), name)
-    raise AttributeError(f"module 'selfdoubt.lm.adapters' has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return __all__
+__getattr__, __dir__ = export_lazily(__name__, _HOMES)

@@ -6,8 +6,9 @@ nothing of HTTP; servers, pages and Python callers use it through ``EngineClient
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from selfdoubt.lazy import export_lazily
 
 if TYPE_CHECKING:
     from selfdoubt.serve.engine.client import EngineClient
@@ -26,9 +27,4 @@ _HOMES = {
 }
 __all__ = ["Engine", "EngineClient", "EngineStats", "GenerationRequest", "Limits", "RequestHandle"]
 
-
-def __getattr__(name: str) -> Any:
-    """Import a public name when it is used: the command line reads limits before anything heavy is imported."""
-    if name in _HOMES:
-        return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__, __dir__ = export_lazily(__name__, _HOMES)

@@ -6,8 +6,9 @@ they behave.
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from selfdoubt.lazy import export_lazily
 
 if TYPE_CHECKING:
     from selfdoubt.serve.http.app import create_app
@@ -24,9 +25,4 @@ _HOMES = {
 }
 __all__ = ["Metrics", "ServerSettings", "bind_socket", "create_app", "run_server"]
 
-
-def __getattr__(name: str) -> Any:
-    """Import a public name when it is used: the command line reads settings before anything heavy is imported."""
-    if name in _HOMES:
-        return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__, __dir__ = export_lazily(__name__, _HOMES)

@@ -6,8 +6,9 @@ the extra ``ray``; import them where they are used.
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from selfdoubt.lazy import export_lazily
 
 if TYPE_CHECKING:
     from selfdoubt.serve.ray.cluster import Cluster, build_application, run_cluster
@@ -22,9 +23,4 @@ _HOMES = {
 }
 __all__ = ["Cluster", "Replica", "Replicas", "build_application", "run_cluster"]
 
-
-def __getattr__(name: str) -> Any:
-    """Import a public name when it is used."""
-    if name in _HOMES:
-        return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__, __dir__ = export_lazily(__name__, _HOMES)
