@@ -82,7 +82,7 @@ def fit(config: TrainConfig, trainer: lightning.Trainer | None = None) -> Path:
         # A Trainer of one's own may keep any object in its checkpoints; ours hold data.
         driver.fit(module, data, ckpt_path=str(last) if config.resume else None, weights_only=trainer is None)
         losses = list(module.train_losses)  # a checkpoint brings those up to it
-        best = _best_weights(driver, module, data) if len(splits.val) else {}
+        best = _load_best_weights(driver, module, data, weights_only=trainer is None) if len(splits.val) else {}
         model = _whole(config, module).to(driver.strategy.root_device)  # Lightning has moved it to the CPU
     if driver.is_global_zero:
         history = History(
@@ -143,13 +143,15 @@ def _kept(model: nn.Module, losses: list[float], path: Path) -> Iterator[None]:
     path.unlink()
 
 
-def _best_weights(driver: lightning.Trainer, module: RiskAwareModule, data: InstructionData) -> Mapping[str, float]:
+def _load_best_weights(
+    driver: lightning.Trainer, module: RiskAwareModule, data: InstructionData, *, weights_only: bool
+) -> Mapping[str, float]:
     """Load the weights with the lowest validation loss into the module, and return their loss and accuracy."""
-    last = driver.validate(module, data, verbose=False, weights_only=False)[0]
+    last = driver.validate(module, data, verbose=False)[0]
     saved = next((c for c in driver.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c.monitor), None)
     if saved is None or saved.best_model_score is None or not float(saved.best_model_score) < last["val/loss"]:
         return last
-    return driver.validate(module, data, ckpt_path=saved.best_model_path, verbose=False, weights_only=False)[0]
+    return driver.validate(module, data, ckpt_path=saved.best_model_path, verbose=False, weights_only=weights_only)[0]
 
 
 def _whole(config: TrainConfig, module: RiskAwareModule) -> nn.Module:
