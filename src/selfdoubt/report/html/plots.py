@@ -43,7 +43,7 @@ def draw_curves(report: Report) -> str:
     table = f"<table><thead><tr>{first}{head}</tr></thead><tbody>{numbers}</tbody></table>"
     return (
         f"<section><h2>Accuracy against confidence</h2><figure>{drawing}{draw_legend([*reversed(lines), everything])}"
-        "<figcaption>How many answers are right if only those at or above a confidence percentile are given. "
+        "<figcaption>How many answers are right if only those at or above a confidence percentile count. "
         f"Bands: 95 %.</figcaption></figure><details><summary>Numbers</summary>{table}</details></section>"
     )
 
