@@ -292,12 +292,16 @@ def test_nan_ends_its_own_request_only():
 def test_a_model_that_no_longer_works_stops_the_engine_and_everybody_is_told():
     lm = speaker()
 
+    submitted = threading.Event()
+
     def gone(ids):
+        assert submitted.wait(60)  # the engine gives up after a few failures, and takes no request after that
         raise RuntimeError("the device is gone")
 
     with running(lm, batch=2) as engine:
         with hooked(lm, gone):
             jobs = [engine.generate("What?") for _ in range(12)]
+            submitted.set()
             errors = []
             for job in jobs:
                 with pytest.raises((RuntimeError, EngineError)) as error:
