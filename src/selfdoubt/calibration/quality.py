@@ -105,7 +105,7 @@ class CalibrationReport:
         if self.promise is not None:
             p = self.promise
             lines.append(
-                f"questions with p_correct >= {p.threshold:.4f} are answered: {p.right} of {p.answered} were right, "
+                f"answers with p_correct >= {p.threshold:.4f} are shown: {p.right} of {p.answered} were right, "
                 f"{100 * p.coverage:.1f} % of {p.answers} questions; at least {100 * p.target_accuracy:g} % are, with "
                 f"{100 * p.confidence:g} % confidence, for questions drawn as these were"
             )
