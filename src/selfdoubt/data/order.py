@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from selfdoubt.data.questions import Question
 from selfdoubt.data.readers import Row
-from selfdoubt.errors import DataError
+from selfdoubt.errors import ConfigError, DataError
 
 Draft = tuple[Question, Row]
 
@@ -25,6 +25,16 @@ def make_text_id(text: str, context: str | None = None) -> str:
 def make_rank_key(seed: int, *keys: str) -> str:
     """Return a key to sort by, for a random order in which each item's key depends on itself and the seed alone."""
     return _digest(str(seed), *keys)
+
+
+def check_limit(limit: int | None) -> None:
+    """Check the number of questions to choose, before they are read.
+
+    Raises:
+        ConfigError: If it is below 1.
+    """
+    if limit is not None and limit < 1:
+        raise ConfigError(f"the limit must be at least 1 question, got {limit}; leave it out for all")
 
 
 def choose_subset(drafts: list[Draft], limit: int | None, seed: int) -> list[Draft]:

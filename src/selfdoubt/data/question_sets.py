@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
 from selfdoubt.data import truthfulqa
-from selfdoubt.data.order import Draft, assign_ids, choose_subset
+from selfdoubt.data.order import Draft, assign_ids, check_limit, choose_subset
 from selfdoubt.data.questions import (
     AS_USUAL,
     Columns,
@@ -38,13 +38,13 @@ class HubSet:
 class ReadOptions(TypedDict, total=False):
     """Options of ``load_questions`` that say how a set is read."""
 
-    task: str | None
-    seed: int
-    columns: Columns
-    separator: str | None
-    config: str | None
-    split: str | None
-    revision: str | None
+    task: str | None  #: for TruthfulQA gen, mc1 or mc2
+    seed: int  #: of the limit, and of the order of TruthfulQA's choices, which depends on question and seed alone; 0
+    columns: Columns  #: names of the columns; None in a field finds the column by usual names
+    separator: str | None  #: of several answers in one cell, e.g. ";"; without it a cell is one answer, or a JSON list
+    config: str | None  #: a configuration on the hub
+    split: str | None  #: a split on the hub; None takes the usual one
+    revision: str | None  #: a branch, tag or commit on the hub
 
 
 TRUTHFULQA, POCKET = "truthfulqa", "pocket"
@@ -58,16 +58,7 @@ KNOWN: dict[str, HubSet] = {
 
 
 def load_questions(
-    source: str | os.PathLike[str],
-    *,
-    task: str | None = None,
-    limit: int | None = None,
-    seed: int = 0,
-    columns: Columns = AS_USUAL,
-    separator: str | None = None,
-    config: str | None = None,
-    split: str | None = None,
-    revision: str | None = None,
+    source: str | os.PathLike[str], *, limit: int | None = None, **options: Unpack[ReadOptions]
 ) -> list[Question]:
     """Return the questions of a set, in the order of their file.
 
@@ -76,27 +67,17 @@ def load_questions(
 
     Args:
         source: A name (``KNOWN``, or "pocket"), a file, a folder with TruthfulQA's files, or a name on the hub.
-        task: For TruthfulQA gen, mc1 or mc2.
         limit: Take this many at random by ``seed``, at least 1; they keep their order, and more hold those of fewer.
-        seed: Seed of the limit, and of the order of TruthfulQA's choices, which depends on question and seed alone.
-        columns: Names of the columns; None in a field finds the column by usual names.
-        separator: Separator of several answers in one cell, e.g. ";"; without it a cell is one answer, or a JSON list.
-        config: A configuration on the hub.
-        split: A split on the hub; None takes the usual one.
-        revision: A branch, tag or commit on the hub.
+        **options: See ``ReadOptions``.
 
     Raises:
         DataError: If it cannot be read, lacks columns, or a question is broken; the message names the place.
         ConfigError: If the limit is below 1, or the task is unknown.
         MissingExtraError: If a set is on the hub and the package ``datasets`` is not installed.
     """
-    if limit is not None and limit < 1:
-        raise ConfigError(f"the limit must be at least 1 question, got {limit}; leave it out for all")
-    drafts = _read(
-        os.fspath(source), task=task, seed=seed, columns=columns, separator=separator, config=config, split=split,
-        revision=revision,
-    )  # fmt: skip
-    return [question for question, _ in choose_subset(drafts, limit, seed)]
+    check_limit(limit)
+    drafts = _read(os.fspath(source), **options)
+    return [question for question, _ in choose_subset(drafts, limit, options.get("seed", 0))]
 
 
 def read_column(source: str | os.PathLike[str], name: str, **options: Unpack[ReadOptions]) -> dict[str, Any]:
