@@ -19,7 +19,7 @@ from selfdoubt.calibration.adapter import (
 )
 from selfdoubt.calibration.fit import FitOptions, fit_calibration, store_calibration
 from selfdoubt.calibration.quality import CalibrationReport
-from selfdoubt.data.order import Draft, assign_ids, choose_subset
+from selfdoubt.data.order import Draft, assign_ids, check_limit, choose_subset
 from selfdoubt.data.question_sets import ReadOptions, load_questions, read_column
 from selfdoubt.data.questions import AS_USUAL, Columns, Question
 from selfdoubt.errors import ConfigError, DataError, require
@@ -35,8 +35,9 @@ from selfdoubt.eval.settings import Run
 from selfdoubt.lm.calibration import Calibration
 from selfdoubt.lm.load import POCKET, resolve_model
 from selfdoubt.members import Wrapped
+from selfdoubt.report.measure import measure_answers
 from selfdoubt.report.results import Report
-from selfdoubt.report.write import read_report, write_report
+from selfdoubt.report.write import write_report
 
 if TYPE_CHECKING:
     from selfdoubt.lm.model import RiskAwareLM
@@ -237,8 +238,8 @@ def calibrate(
 
 def write_run_report(records: Sequence[Record], run: Run, folder: Path, *, draws: int) -> Evaluation:
     """Measure judged answers, and write the report into the folder."""
-    paths = write_report(records, run, folder, draws=draws)
-    return Evaluation(folder, run, tuple(records), read_report(folder), paths)
+    report = measure_answers(records, run, draws=draws)
+    return Evaluation(folder, run, tuple(records), report, write_report(records, report, folder))
 
 
 def describe_run(lm: RiskAwareLM, data: Any) -> Run:
@@ -262,8 +263,7 @@ def load_asked(
     seed = reading.pop("seed", 0)
     if reading:
         raise ConfigError(f"{', '.join(reading)} say how to read a file, and the questions are a list; leave them out")
-    if limit is not None and limit < 1:
-        raise ConfigError(f"the limit must be at least 1 question, got {limit}; leave it out for all")
+    check_limit(limit)
     drafts: list[Draft] = [(_parse_asked(i, asked), {}) for i, asked in enumerate(data)]
     return [question for question, _ in choose_subset(assign_ids("the list of questions", drafts), limit, seed)]
 

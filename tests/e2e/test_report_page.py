@@ -8,7 +8,7 @@ import pytest
 
 from selfdoubt.eval.records import Question, Record
 from selfdoubt.eval.settings import Run
-from selfdoubt.report.write import write_report
+from selfdoubt.workflow import write_run_report
 from tests.records import COSTS, judged, sample
 
 pytestmark = pytest.mark.browser
@@ -39,7 +39,7 @@ def records():
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     place = tmp_path_factory.mktemp("report")
-    write_report(records(), Run.parse({"model": EVIL, "data": "made up", "costs": COSTS}), place, draws=20)
+    write_run_report(records(), Run.parse({"model": EVIL, "data": "made up", "costs": COSTS}), place, draws=20)
     return place
 
 

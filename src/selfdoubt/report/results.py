@@ -244,7 +244,7 @@ def _key(f: Any) -> str:
 
 def _to_plain(value: Any) -> Any:
     if isinstance(value, (Estimate, Run)):
-        return value.to_json()
+        return _to_plain(value.to_json())
     if is_dataclass(value):
         values = [(f, getattr(value, f.name)) for f in fields(value)]
         return {_key(f): _to_plain(v) for f, v in values if v is not None or not f.metadata.get("optional")}

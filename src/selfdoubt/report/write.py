@@ -9,40 +9,27 @@ from pathlib import Path
 
 from selfdoubt.errors import DataError
 from selfdoubt.eval.records import Record
-from selfdoubt.eval.settings import Run
 from selfdoubt.report import png
 from selfdoubt.report.html import render_page
-from selfdoubt.report.measure import measure_answers
 from selfdoubt.report.results import Report
 from selfdoubt.storage import write_file
 
 
-def write_report(
-    records: Sequence[Record],
-    run: Run,
-    folder: str | os.PathLike[str],
-    *,
-    draws: int = 1000,
-    seed: int = 0,
-) -> dict[str, Path]:
-    """Measure answers and write the report; each file is there as a whole or not at all.
+def write_report(records: Sequence[Record], report: Report, folder: str | os.PathLike[str]) -> dict[str, Path]:
+    """Write a report; each file is there as a whole or not at all.
 
     Args:
-        records: All answers of a run.
-        run: Settings of the run, as for ``measure_answers``.
+        records: All answers of a run; the page shows some of them.
+        report: Their numbers, from ``measure_answers``.
         folder: Folder to write, made if missing; a report in it is replaced.
-        draws: Number of bootstrap draws behind each interval.
-        seed: Seed of these draws.
 
     Returns:
         Paths of the files by name: ``report.json``, ``report.html``, and those of ``accuracy-percentile.png``,
         ``risk-coverage.png`` and ``reliability.png`` whose numbers are defined.
 
     Raises:
-        DataError: If there are no records.
         MissingExtraError: Without matplotlib.
     """
-    report = measure_answers(records, run, draws=draws, seed=seed)
     text = json.dumps(report.to_json(), ensure_ascii=False, allow_nan=False, indent=1)
     files = {
         "report.json": f"{text}\n".encode("utf-8", "backslashreplace"),

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from selfdoubt.eval.judges.rules import Rouge, get_judge_name
 from selfdoubt.eval.repetition import is_repeating
 from selfdoubt.eval.settings import Run
-from selfdoubt.report.write import write_report
+from selfdoubt.workflow import write_run_report
 from tests.records import judged, measured
 
 
@@ -80,7 +80,7 @@ def test_the_report_counts_them_and_says_so(tmp_path):
     assert report["repetition"] == {"repeating": 15, "of": 60, "share": 0.25, "right": right}
     line = f"15 of 60 answers (25 %) repeat themselves; {right} of them are judged right."
     assert line in report["verdict"]["sentences"]
-    files = write_report(loops(15), Run(), tmp_path, draws=5)
+    files = write_run_report(loops(15), Run(), tmp_path, draws=5).files
     assert "repeat themselves" in files["report.html"].read_text(encoding="utf-8")
     assert json.loads(files["report.json"].read_text(encoding="utf-8"))["repetition"]["repeating"] == 15
 

@@ -26,7 +26,8 @@ from selfdoubt.report.html.svg import Series, draw_plot
 from selfdoubt.report.html.tables import render_cell
 from selfdoubt.report.measure import measure_answers
 from selfdoubt.report.results import Report
-from selfdoubt.report.write import read_report, write_report
+from selfdoubt.report.write import read_report
+from selfdoubt.workflow import write_run_report
 from tests.records import COSTS, judged, record, sample
 
 VOID = {"meta", "br", "input", "wbr", "img", "link", "hr"}
@@ -67,20 +68,20 @@ def report(records):
 
 
 def test_all_files_are_written_and_nothing_else(records, tmp_path):
-    found = write_report(records, Run(), tmp_path / "new" / "folder", draws=5)
+    found = write_run_report(records, Run(), tmp_path / "new" / "folder", draws=5).files
     assert set(found) == {"report.json", "report.html", *png.NAMES}
     assert sorted(found.values()) == sorted((tmp_path / "new" / "folder").iterdir())
     assert json.loads(found["report.json"].read_text(encoding="utf-8"))["counts"]["asked"] == 60
 
 
 def test_the_same_answers_give_the_same_bytes(records, tmp_path):
-    one, two = (write_report(records, Run(), tmp_path / name, draws=5) for name in "ab")
+    one, two = (write_run_report(records, Run(), tmp_path / name, draws=5).files for name in "ab")
     assert all(one[name].read_bytes() == two[name].read_bytes() for name in one)
 
 
 def test_a_plot_of_an_earlier_report_does_not_stay(records, tmp_path):
-    write_report(records, Run(), tmp_path, draws=5)
-    found = write_report([replace(r, correct=None) for r in records], Run(), tmp_path, draws=5)
+    write_run_report(records, Run(), tmp_path, draws=5)
+    found = write_run_report([replace(r, correct=None) for r in records], Run(), tmp_path, draws=5).files
     assert set(found) == {"report.json", "report.html"}
     assert sorted(tmp_path.iterdir()) == sorted(found.values())
 
@@ -94,7 +95,7 @@ def test_all_is_what_the_package_exposes():
 
 def test_a_report_comes_back_from_its_file(records, report, tmp_path):
     settings = {"model": "pocket", "data": "made up", "costs": COSTS}
-    write_report(records, Run.parse(settings), tmp_path, draws=20)
+    write_run_report(records, Run.parse(settings), tmp_path, draws=20)
     assert read_report(tmp_path) == report
 
 
@@ -145,7 +146,7 @@ def test_percentiles_of_a_report_are_called_confidence_percentiles(records, repo
 
 def test_without_records_nothing_is_written(tmp_path):
     with pytest.raises(DataError):
-        write_report([], Run(), tmp_path / "out")
+        write_run_report([], Run(), tmp_path / "out", draws=5)
     assert not (tmp_path / "out").exists()
 
 
@@ -217,7 +218,7 @@ def test_embedded_json_comes_back_and_holds_nothing_that_ends_a_script(text):
 
 def test_half_a_character_does_not_stop_a_report(tmp_path):
     broken = record("a", answer="\ud83d", tokens=(("\ud83d", 1.0),))
-    files = write_report([broken, *judged(10)], Run(), tmp_path, draws=5)
+    files = write_run_report([broken, *judged(10)], Run(), tmp_path, draws=5).files
     assert files["report.html"].read_text(encoding="utf-8")
 
 
