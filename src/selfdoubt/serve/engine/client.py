@@ -16,13 +16,13 @@ from selfdoubt.lm.options import Options
 from selfdoubt.lm.scoring import TeacherForcedText
 from selfdoubt.lm.text.prompt import Prompt
 from selfdoubt.serve.engine.limits import Limits
-from selfdoubt.serve.engine.request import GenerationRequest, RequestHandle
+from selfdoubt.serve.engine.request import GenerationRequest, RequestHandle, build_request
 from selfdoubt.serve.engine.stats import EngineStats
 
 
 @runtime_checkable
 class EngineClient(Protocol):
-    """An ``Engine``, or ``Replicas`` of one; ``Engine`` explains the methods."""
+    """An ``Engine``, or ``Replicas`` of one: both inherit ``generate``; ``Engine`` explains the other methods."""
 
     limits: Limits
     stats: EngineStats
@@ -54,7 +54,26 @@ class EngineClient(Protocol):
         timeout: float | None = None,
         **options: Unpack[Options],
     ) -> RequestHandle:
-        """Encode a prompt and submit a request for answers to it."""
+        """Encode a prompt and submit a request for ``n`` answers; they come back through the handle.
+
+        Args:
+            prompt: A question, a chat, or ready-made token ids.
+            n: Number of answers, with the seeds ``seed``, ``seed + 1``, ...
+            alternatives: Number of the most probable tokens that come with each token.
+            client: Name of the client; clients take turns.
+            timeout: Seconds that it may take, waiting included; at most the limit's.
+            **options: See ``Options``.
+
+        Raises:
+            PromptError: If the prompt is empty or too long.
+            ConfigError: If an option is out of range.
+            BusyError: If the queue is full.
+            EngineError: If the engine has failed or is closing.
+        """
+        self.limits.check_prompt_size(prompt, self.front.context)
+        return self.submit(
+            build_request(self.front, prompt, options, n=n, alternatives=alternatives, client=client, timeout=timeout)
+        )
 
     def submit(self, request: GenerationRequest) -> RequestHandle:
         """Submit a request."""

@@ -13,21 +13,18 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
-from typing import Any, TypeVar, Unpack
+from typing import Any, TypeVar
 
 from selfdoubt.errors import BusyError, EngineError
-from selfdoubt.lm import defaults
 from selfdoubt.lm.answer import Answer
 from selfdoubt.lm.front import LMFront
-from selfdoubt.lm.inputs import PromptLike
 from selfdoubt.lm.model import RiskAwareLM
-from selfdoubt.lm.options import Options
 from selfdoubt.lm.scoring import TeacherForcedText, score_in_chunks
-from selfdoubt.lm.text.prompt import Prompt
+from selfdoubt.serve.engine.client import EngineClient
 from selfdoubt.serve.engine.limits import Limits
 from selfdoubt.serve.engine.prefills import LONG_TEXT
 from selfdoubt.serve.engine.queue import FairQueue
-from selfdoubt.serve.engine.request import GenerationRequest, RequestHandle, build_request
+from selfdoubt.serve.engine.request import GenerationRequest, RequestHandle
 from selfdoubt.serve.engine.scheduler import Scheduler
 from selfdoubt.serve.engine.stats import EngineStats, NullStats
 from selfdoubt.serve.engine.tasks import EngineTask, TaskQueue
@@ -37,7 +34,7 @@ T = TypeVar("T")
 MAX_CONSECUTIVE_FAILURES = 5
 
 
-class Engine:
+class Engine(EngineClient):
     """A model that serves many requests at once.
 
     Args:
@@ -103,39 +100,8 @@ class Engine:
         """Everything about the model except its weights."""
         return self.lm.front
 
-    def generate(
-        self,
-        prompt: PromptLike | Prompt,
-        *,
-        n: int = 1,
-        alternatives: int = defaults.ALTERNATIVES,
-        client: str = "",
-        timeout: float | None = None,
-        **options: Unpack[Options],
-    ) -> RequestHandle:
-        """Encode a prompt and submit a request for ``n`` answers; they come back through the handle.
-
-        Args:
-            prompt: A question, a chat, or ready-made token ids.
-            n: Number of answers, with the seeds ``seed``, ``seed + 1``, ...
-            alternatives: Number of the most probable tokens that come with each token.
-            client: Name of the client; clients take turns.
-            timeout: Seconds that it may take, waiting included; at most the limit's.
-            **options: See ``Options``.
-
-        Raises:
-            PromptError: If the prompt is empty or too long.
-            ConfigError: If an option is out of range.
-            BusyError: If the queue is full.
-            EngineError: If the engine has failed or is closing.
-        """
-        self.limits.check_prompt_size(prompt, self.front.context)
-        return self.submit(
-            build_request(self.front, prompt, options, n=n, alternatives=alternatives, client=client, timeout=timeout)
-        )
-
     def submit(self, request: GenerationRequest) -> RequestHandle:
-        """Submit a request that is encoded already; see ``generate``."""
+        """Submit a request that is encoded already; see ``EngineClient.generate``."""
         handle = RequestHandle(self.limits.apply(request, self.front.context, self.front.vocabulary))
         with self._news:
             self.check_capacity()

@@ -57,7 +57,7 @@ def build_request(
     client: str = "",
     timeout: float | None = None,
 ) -> GenerationRequest:
-    """Build a request from a caller's options; see ``Engine.generate``.
+    """Build a request from a caller's options; see ``EngineClient.generate``.
 
     Raises:
         PromptError: If the prompt is empty or the chat template refuses it.

@@ -16,17 +16,14 @@ from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import Any, TypeVar, Unpack
+from typing import Any, TypeVar
 
 from selfdoubt.errors import BusyError, EngineError
-from selfdoubt.lm import defaults
 from selfdoubt.lm.answer import Answer
 from selfdoubt.lm.front import LMFront
-from selfdoubt.lm.inputs import PromptLike
 from selfdoubt.lm.model import RiskAwareLM
-from selfdoubt.lm.options import Options
 from selfdoubt.lm.scoring import TeacherForcedText
-from selfdoubt.lm.text.prompt import Prompt
+from selfdoubt.serve.engine.client import EngineClient
 from selfdoubt.serve.engine.engine import Engine
 from selfdoubt.serve.engine.limits import Limits
 from selfdoubt.serve.engine.request import (
@@ -35,7 +32,6 @@ from selfdoubt.serve.engine.request import (
     RequestHandle,
     TokensAdded,
     Update,
-    build_request,
     cancel_on_exit,
 )
 from selfdoubt.serve.engine.stats import EngineStats, NullStats, Outcome
@@ -89,7 +85,7 @@ def _without_states(update: Update) -> Update:
     return update._replace(answer=replace(update.answer, states=None)) if isinstance(update, Finished) else update
 
 
-class Replicas:
+class Replicas(EngineClient):
     """A client that distributes requests among replicas; ``Engine`` explains the methods.
 
     Args:
@@ -145,22 +141,6 @@ class Replicas:
     def waiting(self) -> int:
         """Zero: the number is not known here; see ``running``."""
         return 0
-
-    def generate(
-        self,
-        prompt: PromptLike | Prompt,
-        *,
-        n: int = 1,
-        alternatives: int = defaults.ALTERNATIVES,
-        client: str = "",
-        timeout: float | None = None,
-        **options: Unpack[Options],
-    ) -> RequestHandle:
-        """Encode a prompt and submit a request; see ``Engine.generate``."""
-        self.limits.check_prompt_size(prompt, self.front.context)
-        return self.submit(
-            build_request(self.front, prompt, options, n=n, alternatives=alternatives, client=client, timeout=timeout)
-        )
 
     def submit(self, request: GenerationRequest) -> RequestHandle:
         """Submit a request; see ``Engine.submit``."""
