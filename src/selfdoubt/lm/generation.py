@@ -115,15 +115,13 @@ class AnswerInProgress:
         """Release the tokens that are certain; at a stop, those before it, the last one cut where the stop begins."""
         if cut is None and self.finish is None and self._pieces.pending:
             return []
-        end = cut
-        if end is None:
-            end = self._finder.length - (self._finder.partial if self.finish is None else 0)
+        partial = self._finder.partial if self.finish is None else 0  # maybe the beginning of a stop
+        end = self._finder.length - partial if cut is None else cut
         released: list[Token] = []
-        while self._held and not (cut is not None and self._released >= end):
+        # Where a stop begins, or may, a token without text is held too: its bytes may be the stop's first character.
+        while self._held and (self._released < end or (cut is None and not partial)):
             token, states = self._held[0]
             beyond = self._released + len(token.text) - end
-            if not token.text and beyond == 0 and cut is None and self._finder.partial and self.finish is None:
-                break  # maybe the first bytes of the character that the stop begins with
             if beyond > 0:
                 if cut is None:
                     break
