@@ -106,7 +106,9 @@ class AnswerFile:
         ids = [record.question.id for record in batch.records]
         if batch.states:
             self.states_folder.mkdir(exist_ok=True)
-            arrays = {key: value.cpu().numpy().astype(np.float16) for key, value in batch.states.items()}
+            arrays: dict[str, Any] = {
+                key: value.cpu().numpy().astype(np.float16) for key, value in batch.states.items()
+            }
             np.savez_compressed(self.states_folder / f"{first:06d}.npz", ids=np.array(ids), **arrays)
         costs = {name: round(cost.seconds, 4) for name, cost in batch.costs.items()}
         with self.costs_file.open("a") as file:
