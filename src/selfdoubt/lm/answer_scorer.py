@@ -9,7 +9,7 @@ from selfdoubt.lm.answer import Answer, Finish, Token
 from selfdoubt.lm.calibration import Calibration, ConfidenceEstimate
 from selfdoubt.lm.conditions import Origin
 from selfdoubt.lm.hidden_states import AnswerStates
-from selfdoubt.lm.scores import DEFAULT_RISK, compute_answer_scores, compute_rank_scores, pick_risk
+from selfdoubt.lm.scores import DEFAULT_RISK, Attention, compute_answer_scores, compute_rank_scores, pick_risk
 from selfdoubt.risk import percentile
 
 
@@ -32,6 +32,7 @@ class AnswerScorer:
         ending: Sequence[Token] = (),
         *,
         origin: Origin,
+        attention: Attention | None = None,
     ) -> Answer:
         """Return the answer that these tokens make.
 
@@ -43,8 +44,9 @@ class AnswerScorer:
             states: Hidden states of the answer.
             ending: Tokens that ended the answer; an answer without tokens is scored by them.
             origin: The way in which the tokens were chosen.
+            attention: Attention where each token was predicted (without tokens, each of ``ending``).
         """
-        scores = compute_answer_scores(tokens or ending, question)
+        scores = compute_answer_scores(tokens or ending, question, attention)
         scores |= compute_rank_scores(scores, self.reference)
         value, name = pick_risk(scores, self.risk)
         reference = self.reference.get(name)

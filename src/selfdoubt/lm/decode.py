@@ -28,6 +28,7 @@ class TokenEvent(NamedTuple):
     finish: EndReason | None
     states: Float[Tensor, "layers width"] | None = None  #: hidden states in which the token was chosen
     end: ScoredId | None = None  #: the stop token that ended it: not part of the answer
+    attention: Float[Tensor, "layers heads"] | None = None  #: attention of the position on itself, see ``StepOutput``
 
 
 @dataclass(eq=False)
@@ -60,14 +61,20 @@ class TokenSequence:
             self._draw = torch.rand((), generator=self._generator, dtype=torch.float64)
         return self._draw
 
-    def take(self, token: ScoredId, states: Float[Tensor, "layers width"] | None) -> TokenEvent:
+    def take(
+        self,
+        token: ScoredId,
+        states: Float[Tensor, "layers width"] | None,
+        attention: Float[Tensor, "layers heads"] | None = None,
+    ) -> TokenEvent:
         """Append a token; return its event."""
         self._draw = None
         few = token._replace(alternatives=token.alternatives[: self.sampling.alternatives])
         if token.id in self.sampling.stop_ids:
-            return TokenEvent(self.name, None, "stop", states, few)
+            return TokenEvent(self.name, None, "stop", states, few, attention)
         self.chosen.append(token.id)
-        return TokenEvent(self.name, few, "length" if len(self.chosen) >= self.room else None, states)
+        finish: EndReason | None = "length" if len(self.chosen) >= self.room else None
+        return TokenEvent(self.name, few, finish, states, attention=attention)
 
 
 class DecodeBatch:
@@ -103,7 +110,9 @@ class DecodeBatch:
         self._chosen = chosen
         events = []
         for row, (sequence, (token,)) in enumerate(zip(self.sequences, tokens, strict=True)):
-            events.append(sequence.take(token, None if next_logits.states is None else next_logits.states[0, row]))
+            states = None if next_logits.states is None else next_logits.states[0, row]
+            attention = None if next_logits.attention is None else next_logits.attention[0, row]
+            events.append(sequence.take(token, states, attention))
         self._ended = {event.sequence for event in events if event.finish is not None}
         return events
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -20,14 +21,22 @@ from selfdoubt.lm.hidden_states import AnswerStates, HiddenStatePooler
 from selfdoubt.lm.inputs import PromptLike
 from selfdoubt.lm.options import Options, list_stop_texts, read_number, read_sampling
 from selfdoubt.lm.prefill import prefill_in_chunks, run_to_end
+from selfdoubt.lm.probes import build_stepper
 from selfdoubt.lm.sampling import Sampling
-from selfdoubt.lm.stepper import HFStepper
 from selfdoubt.lm.text.detokenizer import Detokenizer
 from selfdoubt.lm.text.prompt import Prompt, encode
 from selfdoubt.lm.text.stops import StopFinder
 
 #: Of the model's most probable answer to a single question.
 GREEDY = Origin("greedy")
+
+
+class _Held(NamedTuple):
+    """A token that is not released, with what its step gave."""
+
+    token: Token
+    states: Float[Tensor, "layers width"] | None
+    attention: Float[Tensor, "layers heads"] | None
 
 
 class AnswerInProgress:
@@ -59,9 +68,10 @@ class AnswerInProgress:
         self._finder = StopFinder(stops)
         self._ahead: StopFinder | None = None  # has read the pending text, too
         self._pieces = Detokenizer(front.tokenizer, before)
-        self._held: deque[tuple[Token, Tensor | None]] = deque()  # not certain, or maybe the beginning of a stop
+        self._held: deque[_Held] = deque()  # not certain, or maybe the beginning of a stop
         self._released = 0  # characters
-        self._ending: list[Token] = []  # ended the answer, and is not part of it
+        self._ending: list[_Held] = []  # ended the answer, and is not part of it
+        self._attention: list[Tensor | None] = []  # of the tokens
         self._question_state = state
         self._first: Tensor | None = None
         self._sum: Tensor | None = None
@@ -75,10 +85,10 @@ class AnswerInProgress:
         if event.token is not None:
             late, text = self._pieces.push(event.token.id)
             cut = self._complete(late)
-            self._held.append((self._front.tokens.build(event.token, text), event.states))
+            self._held.append(_Held(self._front.tokens.build(event.token, text), event.states, event.attention))
             cut = self._finder.feed(text) if cut is None else cut
         elif event.end is not None:
-            self._ending = [self._front.tokens.build(event.end, "")]
+            self._ending = [_Held(self._front.tokens.build(event.end, ""), event.states, event.attention)]
             by_caller = None if event.end.id in self._front.stop_ids else f"token {event.end.id}"
             self._origin = replace(self._origin, end_gap=event.end.gap, stop=by_caller)
         if cut is None and (self.finish is not None or self._stops_ahead()):
@@ -94,8 +104,8 @@ class AnswerInProgress:
             return None
         self._ahead = None
         for place, text in enumerate(late, -len(late)):
-            token, states = self._held[place]
-            self._held[place] = (replace(token, text=token.text + text), states)
+            held = self._held[place]
+            self._held[place] = held._replace(token=replace(held.token, text=held.token.text + text))
         return self._finder.feed("".join(late))
 
     def _stops_ahead(self) -> bool:
@@ -120,7 +130,7 @@ class AnswerInProgress:
         released: list[Token] = []
         # Where a stop begins, or may, a token without text is held too: its bytes may be the stop's first character.
         while self._held and (self._released < end or (cut is None and not partial)):
-            token, states = self._held[0]
+            token, states, attention = self._held[0]
             beyond = self._released + len(token.text) - end
             if beyond > 0:
                 if cut is None:
@@ -128,11 +138,12 @@ class AnswerInProgress:
                 token = replace(token, text=token.text[:-beyond])
             self._held.popleft()
             released.append(token)
+            self._attention.append(attention)
             self._released += len(token.text)
             if states is not None:
                 self._sum = states if self._sum is None else self._sum + states
         if cut is not None:
-            self._ending = [token for token, _ in self._held]
+            self._ending = list(self._held)
             self._held.clear()
         self.tokens += released
         return released
@@ -142,9 +153,14 @@ class AnswerInProgress:
         """The answer, once it has ended."""
         assert self.finish is not None
         text = "".join(t.text for t in self.tokens)
+        ending = [held.token for held in self._ending]
+        each = self._attention if self.tokens else [held.attention for held in self._ending]
+        known = [attention for attention in each if attention is not None]
+        attention = torch.stack(known).cpu().numpy() if known and len(known) == len(each) else None
         return self._front.scorer.score(
-            self.tokens, self.question, self.finish, text, self._states(), self._ending, origin=self._origin
-        )
+            self.tokens, self.question, self.finish, text, self._states(), ending,
+            origin=self._origin, attention=attention,
+        )  # fmt: skip
 
     def _states(self) -> AnswerStates | None:
         if self._question_state is None or self._first is None:
@@ -217,7 +233,7 @@ def start_batch(
     prompts = {tuple(request.prompt.ids): request.prompt for request in requests}
     place = {ids: row for row, ids in enumerate(prompts)}
     rows = [place[tuple(request.prompt.ids)] for request in requests]
-    stepper = HFStepper(lm.model, front.layers, sizer)
+    stepper = build_stepper(lm, sizer)
     pool = (
         HiddenStatePooler([[find_last_user_token(p)] for p in prompts.values()], [len(i) for i in prompts])
         if front.layers

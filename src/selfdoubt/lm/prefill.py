@@ -14,6 +14,7 @@ from torch import Tensor
 
 from selfdoubt import risk
 from selfdoubt.lm.hidden_states import HiddenStatePooler
+from selfdoubt.lm.scores import ANSWER_SIGNALS
 from selfdoubt.lm.stepper import StepOutput, Stepper
 
 T = TypeVar("T")
@@ -102,6 +103,7 @@ def teacher_force_in_chunks(
     alternatives: int = 0,
     pool: HiddenStatePooler | None = None,
     ends: Collection[int] = (),
+    attention: list[Float[Tensor, "batch t layers heads"]] | None = None,
 ) -> Generator[None, None, list[list[ScoredId]]]:
     """Score a text after each prompt that was read, piece by piece. No token can be chosen afterwards.
 
@@ -112,6 +114,8 @@ def teacher_force_in_chunks(
         alternatives: Number of the most probable tokens that come with each token.
         pool: Pooler of the hidden states in which the texts' tokens except the first are predicted, right-padded.
         ends: Ids that would end a text. With some, each text has one more token: the most probable of them, behind it.
+        attention: Receives the attention of the positions that predict the texts' tokens, piece by piece, see
+            ``StepOutput``; nothing where a piece has none.
 
     Yields:
         Nothing, after each piece but the last.
@@ -123,10 +127,12 @@ def teacher_force_in_chunks(
     width = max(len(t) for t in texts) + bool(last)
     ids = torch.tensor([list(t) + [0] * (width - len(t)) for t in texts]).to(next_logits.logits.device)
     scored = score_ids(next_logits.at(None), ids[:, :1], alternatives, next_logits.mixture[:, None])
+    keep_attention(attention, next_logits.at(None))
     # Without ends the last token predicts nothing that is asked for.
     for first, piece in stepper.extend(texts if last else [t[:-1] for t in texts]) if width > 1 else ():
         if pool is not None and piece.states is not None:
             pool.add(first, piece.states[0])
+        keep_attention(attention, piece)
         columns = piece.logits.shape[2]
         mixed = piece.mixture
         chosen = ids[:, first + 1 : first + 1 + columns]
@@ -138,6 +144,12 @@ def teacher_force_in_chunks(
         if first + columns < width - 1:
             yield
     return [tokens[: len(text) + bool(last)] for tokens, text in zip(scored, texts, strict=True)]
+
+
+def keep_attention(kept: list[Tensor] | None, piece: StepOutput) -> None:
+    """Append the attention of a piece to those that are kept, on the host."""
+    if kept is not None and piece.attention is not None:
+        kept.append(piece.attention[0].cpu())
 
 
 def score_ids(
@@ -172,7 +184,8 @@ def score_ids(
     if mixed is not None:
         columns["gap"] = mixed.amax(-1) - mixed.gather(-1, chosen[..., None]).squeeze(-1)
         columns |= risk.confidence_scores(mixed)._asdict()
-    columns |= {name: signal[0] for name, signal in next_logits.signals.items()}
+    known = {name: signal[0] for name, signal in next_logits.signals.items()}
+    columns |= {name: x for name, x in known.items() if mixed is not None or name not in ANSWER_SIGNALS}
     numbers = torch.stack([chosen.double(), *(column.double() for column in columns.values())], -1)
     half = options.shape[-1]
     table = torch.cat([numbers, options, others.double()], -1).tolist()

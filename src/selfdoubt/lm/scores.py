@@ -6,10 +6,14 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean, quantiles
-from typing import Literal, Protocol, get_args, runtime_checkable
+from typing import Literal, Protocol, TypeAlias, get_args, runtime_checkable
+
+import numpy as np
+from jaxtyping import Float
 
 from selfdoubt.errors import ConfigError
 from selfdoubt.lm.answer import Answer, Token
+from selfdoubt.lm.rauq import compute_rauq
 from selfdoubt.risk import percentile
 
 Part = Literal["answer", "question", "both"]
@@ -27,6 +31,10 @@ TOKEN_RISK: Signal = "nll"
 
 _PREFIXES: dict[Part, str] = {"answer": "", "question": "question_", "both": "both_"}
 _POOLS: dict[Pool, Callable[[Sequence[float]], float]] = {"sum": math.fsum, "mean": fmean, "max": max}
+
+
+#: Attention of the positions that predict an answer's tokens on themselves, in some layers.
+Attention: TypeAlias = Float[np.ndarray, "tokens layers heads"]
 
 
 @dataclass(frozen=True)
@@ -51,7 +59,7 @@ class Score:
         return f"{_PREFIXES[self.part]}{self.pool}_{self.signal}"
 
     @classmethod
-    def parse(cls, name: str) -> Score:
+    def parse(cls, name: str) -> AnswerScore:
         """Return the score of a name.
 
         Raises:
@@ -75,24 +83,53 @@ class Score:
         return self.part != "answer"
 
 
+@dataclass(frozen=True)
+class RauqScore:
+    """The score ``rauq`` of an answer, see ``compute_rauq``."""
+
+    part: Part = "answer"
+
+    def __str__(self) -> str:
+        return "rauq"
+
+    def compute(self, answer: Sequence[Token], attention: Attention | None) -> float | None:
+        """Return the score; None without the attention of each token."""
+        if attention is None or not answer or len(attention) != len(answer):
+            return None
+        return compute_rauq(np.array([token.logprob for token in answer]), attention)
+
+    @property
+    def needs_question(self) -> bool:
+        """True if the score reads the question's tokens."""
+        return False
+
+
+#: A score of an answer's tokens, and maybe the question's.
+AnswerScore: TypeAlias = Score | RauqScore
 #: Signals that are not computed where a prompt is read: a question has none.
 ANSWER_SIGNALS: tuple[Signal, ...] = ("margin", "self_certainty", "layer_disagreement")
 #: All scores by name.
-ANSWER_SCORES: dict[str, Score] = {
+ANSWER_SCORES: dict[str, AnswerScore] = {
     str(score): score
     for score in (Score(p, o, s) for p in get_args(Part) for o in get_args(Pool) for s in get_args(Signal))
     if score.part == "answer" or score.signal not in ANSWER_SIGNALS
-}
+} | {"rauq": RauqScore()}
 #: Scores that weigh others by their rank among reference answers, in [0, 1]; ranks compare what sums cannot.
-RANK_SCORES: dict[str, tuple[tuple[Score, float], ...]] = {
+RANK_SCORES: dict[str, tuple[tuple[AnswerScore, float], ...]] = {
     "rank_nll": ((Score("answer", "sum", "nll"), 2 / 3), (Score("question", "mean", "nll"), 1 / 3)),
 }
 
 
-def compute_answer_scores(answer: Sequence[Token], question: Sequence[Token]) -> dict[str, float]:
-    """Return all scores by name; without a question, or without a sculpt, some are absent."""
-    values = {name: score.compute(answer, question) for name, score in ANSWER_SCORES.items()}
-    return {name: value for name, value in values.items() if value is not None}
+def compute_answer_scores(
+    answer: Sequence[Token], question: Sequence[Token], attention: Attention | None = None
+) -> dict[str, float]:
+    """Return all scores by name; without a question, attention or a sculpt, some are absent."""
+    scores = {}
+    for name, score in ANSWER_SCORES.items():
+        value = score.compute(answer, question) if isinstance(score, Score) else score.compute(answer, attention)
+        if value is not None:
+            scores[name] = value
+    return scores
 
 
 def compute_rank_scores(scores: Mapping[str, float], reference: Mapping[str, Sequence[float]]) -> dict[str, float]:
@@ -155,7 +192,7 @@ def _fallbacks(name: str) -> Iterator[str]:
     check_score(name)
     yield name
     for score in (ANSWER_SCORES.get(name), fallback_score(name)):
-        if score is not None:
+        if isinstance(score, Score):
             yield str(replace(score, part="answer"))
             yield str(replace(score, part="question"))
 

@@ -6,6 +6,9 @@ import math
 from collections.abc import Generator, Sequence
 from typing import Any, NamedTuple
 
+import torch
+from torch import Tensor
+
 from selfdoubt.errors import PromptError
 from selfdoubt.lm.answer import Answer
 from selfdoubt.lm.chunks import ChunkSizer
@@ -15,6 +18,7 @@ from selfdoubt.lm.generation import find_last_user_token, find_unscored_tokens
 from selfdoubt.lm.hidden_states import AnswerStates, HiddenStatePooler
 from selfdoubt.lm.inputs import PromptLike
 from selfdoubt.lm.prefill import prefill_in_chunks, run_to_end, teacher_force_in_chunks
+from selfdoubt.lm.probes import build_stepper
 from selfdoubt.lm.stepper import HFStepper
 from selfdoubt.lm.text.prompt import Prompt, encode, encode_pair, strip_answer
 from selfdoubt.lm.text.prompt_form import TEXT
@@ -133,7 +137,7 @@ def _score_answers(
     ids = [text.ids for text in texts]
     asked = HiddenStatePooler([[find_last_user_token(p)] for p in prompts.values()], lengths) if front.layers else None
     rest = HiddenStatePooler([[(0, len(i) - 1)] for i in ids], [len(i) for i in ids], "right") if front.layers else None
-    stepper = HFStepper(lm.model, front.layers, sizer)
+    stepper = build_stepper(lm, sizer)
     # A calibration also compares the text's end with the model's own; nothing else needs the end.
     longest = max(len(prompt.ids) + len(i) for prompt, i in zip(encoded, ids, strict=True))
     room = stepper.context is None or longest <= stepper.context
@@ -145,7 +149,9 @@ def _score_answers(
     yield
     stepper.keep(rows)
     next_logits = next_logits.select(rows)
-    scored = yield from teacher_force_in_chunks(stepper, next_logits, ids, alternatives, rest, ends)
+    kept: list[Tensor] = []
+    scored = yield from teacher_force_in_chunks(stepper, next_logits, ids, alternatives, rest, ends, kept)
+    attention = torch.cat(kept, 1).numpy() if kept else None
     answers = []
     for i, text in enumerate(texts):
         end_gap = scored[i].pop().gap if ends else 0.0 if room else math.inf
@@ -158,7 +164,10 @@ def _score_answers(
             states = AnswerStates(front.layers, asked.means[rows[i], 0].cpu(), first.cpu(), mean.cpu())
         tokens = yield from front.tokens.build_in_chunks(scored[i], text.ids, find_unscored_tokens(encoded[i]))
         question = questions[rows[i]]
-        answers.append(front.scorer.score(tokens, question, "given", text.text, states, origin=origin))
+        weights = None if attention is None else attention[i, : len(text.ids)]
+        answers.append(
+            front.scorer.score(tokens, question, "given", text.text, states, origin=origin, attention=weights)
+        )
     return answers
 
 

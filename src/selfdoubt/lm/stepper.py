@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
@@ -108,6 +109,20 @@ class Stepper(Protocol):
         """Add the sequences of another stepper of the same kind and model behind this one's own."""
 
 
+@runtime_checkable
+class Probe(Protocol):
+    """The interface of a reader of a model's inside, which adds to the output of each step.
+
+    ``capture`` surrounds a run of the model, and ``read`` follows it.
+    """
+
+    def capture(self, columns: int) -> AbstractContextManager[None]:
+        """Record while the model runs within the block; only the last ``columns`` positions count."""
+
+    def read(self, output: StepOutput) -> StepOutput:
+        """Return the output, ``(members, batch, t, ...)``, with what was recorded, or as it is where nothing was."""
+
+
 class HFStepper:
     """A wrapped (or plain) Hugging Face causal language model with a key-value cache over all members.
 
@@ -116,12 +131,20 @@ class HFStepper:
         layers: Decoder layers whose hidden states come with the logits; 0 is the first.
         sizer: Sizer of the pieces in which prompts and texts are read; None reads as much at once as memory for the
             logits allows.
+        probes: Probes of the positions that predict an answer's tokens: of a prompt the last one.
 
     Raises:
         ConfigError: If the model has no such layer.
     """
 
-    def __init__(self, model: nn.Module, layers: Sequence[int] = (), sizer: ChunkSizer | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Sequence[int] = (),
+        sizer: ChunkSizer | None = None,
+        probes: Sequence[Probe] = (),
+    ) -> None:
+        self._probes = list(probes)
         self._sizer = sizer
         self.members = model.spec.members(training=False) if isinstance(model, Wrapped) else 1
         self._has_base = isinstance(model, Wrapped) and getattr(model.spec, "answer_from", None) == "base"
@@ -161,7 +184,7 @@ class HFStepper:
         # Without padding, models run faster (and just as right) when they are given no mask at all.
         self._mask = expand(mask, self.members) if min(len(p) for p in prompts) < width else None
         self._cache = None
-        yield from self._pieces(expand(padded, self.members), 0)
+        yield from self._pieces(expand(padded, self.members), 0, probed=1)
 
     @torch.inference_mode()
     def extend(self, texts: Sequence[Sequence[int]]) -> Iterator[tuple[int, StepOutput]]:
@@ -185,14 +208,16 @@ class HFStepper:
             self._mask = torch.cat([old, new], dim=1)
         yield from self._pieces(rows, before)
 
-    def _pieces(self, rows: Int[Tensor, "rows t"], before: int) -> Iterator[tuple[int, StepOutput]]:
+    def _pieces(
+        self, rows: Int[Tensor, "rows t"], before: int, probed: int | None = None
+    ) -> Iterator[tuple[int, StepOutput]]:
         """Read as many columns at a time as their logits fit; ``before`` columns are read already."""
         largest, width, first = max(1, _CHUNK // (len(rows) * self._config.vocab_size)), rows.shape[1], 0
         while first < width:
             columns = min(largest, width - first)
             if self._sizer is not None:
                 columns = self._sizer.columns(len(rows), before + first, columns)
-            yield first, self._forward(rows[:, first : first + columns], before + first)
+            yield first, self._forward(rows[:, first : first + columns], before + first, probed or columns)
             first += columns
 
     @torch.inference_mode()
@@ -201,7 +226,7 @@ class HFStepper:
         first = self._cache.get_seq_length()
         if self._mask is not None:
             self._mask = torch.cat([self._mask, self._mask.new_ones(len(self._mask), 1)], dim=1)
-        return self._forward(expand(ids[:, None], self.members), first).at(-1)
+        return self._forward(expand(ids[:, None], self.members), first, 1).at(-1)
 
     @torch.inference_mode()
     def keep(self, sequences: Sequence[int]) -> None:
@@ -247,7 +272,8 @@ class HFStepper:
         if self._mask.all():
             self._mask = None
 
-    def _forward(self, rows: Int[Tensor, "rows t"], first: int) -> StepOutput:
+    def _forward(self, rows: Int[Tensor, "rows t"], first: int, probed: int) -> StepOutput:
+        """Run the model on these columns; probes read the last ``probed`` of them."""
         self._rows = len(rows)
         inputs: dict[str, Any] = {"input_ids": rows, "past_key_values": self._cache, "use_cache": True}
         if self._mask is not None:
@@ -255,7 +281,10 @@ class HFStepper:
             inputs["attention_mask"] = mask
             if self._takes_positions:
                 inputs["position_ids"] = (mask.cumsum(1) - 1).clamp_min(0)[:, first:]
-        with capture_outputs(self._blocks) as captured:
+        with ExitStack() as stack:
+            captured = stack.enter_context(capture_outputs(self._blocks))
+            for probe in self._probes:
+                stack.enter_context(probe.capture(probed))
             if isinstance(self._model, Wrapped):
                 output, scales = self._model.forward_rows(**inputs)
             else:
@@ -271,4 +300,7 @@ class HFStepper:
         states = None
         if captured:
             states = torch.stack([unfold(h.detach(), self.members).float().mean(0, keepdim=True) for h in captured], -2)
-        return StepOutput(unfold(output.logits, self.members), scale, states, has_base=self._has_base)
+        result = StepOutput(unfold(output.logits, self.members), scale, states, has_base=self._has_base)
+        for probe in self._probes:
+            result = probe.read(result)
+        return result

@@ -55,7 +55,8 @@ def test_scores_that_cannot_be_are_absent():
 def test_every_score_has_one_name():
     signals = {"divergence": 0.1, "margin": 0.5, "self_certainty": -2.0, "layer_disagreement": 0.2, "density": 3.0}
     full = replace(token(1, 1.0), **signals)
-    assert set(compute_answer_scores([full], [full])) == set(ANSWER_SCORES)
+    attention = np.full((1, 2, 3), 0.5, dtype=np.float32)
+    assert set(compute_answer_scores([full], [full], attention)) == set(ANSWER_SCORES)
 
 
 def test_a_risk_that_cannot_be_falls_back_to_the_answers_own():

@@ -21,8 +21,8 @@ from selfdoubt.lm.decode import DecodeBatch, TokenEvent, TokenSequence
 from selfdoubt.lm.generation import AnswerInProgress, SequenceRequest, start_batch
 from selfdoubt.lm.model import RiskAwareLM
 from selfdoubt.lm.prefill import prefill, prefill_in_chunks
+from selfdoubt.lm.probes import build_stepper
 from selfdoubt.lm.sampling import Sampling
-from selfdoubt.lm.stepper import HFStepper
 from selfdoubt.serve.engine.limits import Limits
 from selfdoubt.serve.engine.prefills import PrefillChunks, PrefillQueue
 from selfdoubt.serve.engine.queue import FairQueue
@@ -77,7 +77,7 @@ class Scheduler:
         self.consecutive_failures = 0
 
         def start_one(name: int) -> DecodeBatch:
-            stepper = HFStepper(self._lm.model, self._lm.front.layers)
+            stepper = build_stepper(self._lm)
             _, following = prefill(stepper, [[1] * (2 + name)])
             self._members = stepper.members
             return DecodeBatch(stepper, following, [TokenSequence(name, Sampling(max_tokens=2), 0, 2)])
@@ -90,7 +90,7 @@ class Scheduler:
         batch.choose()
         batch.step()
         for length in (2, min(32, (self._lm.front.context or 64) // 2)):
-            chunks = prefill_in_chunks(HFStepper(self._lm.model, self._lm.front.layers, self._sizer), [[1] * length])
+            chunks = prefill_in_chunks(build_stepper(self._lm, self._sizer), [[1] * length])
             for _ in range(length):
                 with self.timed_chunk():
                     next(chunks, None)
@@ -319,7 +319,7 @@ class Scheduler:
                 self.end_request(answer.handle, error)
                 continue
             try:
-                stepper = HFStepper(self._lm.model, self._lm.front.layers)
+                stepper = build_stepper(self._lm)
                 _, following = prefill(stepper, [[*answer.handle.request.prompt.ids, *sequence.chosen]])
             except Exception as failure:
                 self.end_request(answer.handle, failure)
