@@ -30,7 +30,7 @@ def explain_uncalibrated(answers: int | None, *, has_reference: bool) -> str:
             f"--out B` (minutes, no labels) for percentiles, then {CALIBRATE}"
         )
     size = "" if answers is None else f"{answers:,} "
-    return f"percentiles are relative to {size}reference answers of this model, and the risk is not calibrated: {CALIBRATE}"
+    return f"percentiles are relative to {size}answers of this model, and its risk is not calibrated: {CALIBRATE}"
 
 
 def explain_untrained(spec: Spec) -> str:

@@ -51,7 +51,8 @@ class Preparation:
         left_out = []
         if self.left_out:
             example = self.left_out[0] if len(self.left_out[0]) <= 60 else f"{self.left_out[0][:60]}..."
-            left_out = [f"{len(self.left_out):,} questions left out: no room for an answer, e.g. {example!r}"]
+            count = f"{len(self.left_out):,} question{'s' if len(self.left_out) > 1 else ''}"
+            left_out = [f"{count} left out: no room for an answer, or not readable by the tokenizer, e.g. {example!r}"]
         return [
             f"percentiles are relative to {self.answers:,} answers of this model{cut}",
             *left_out,
@@ -94,7 +95,7 @@ def prepare(
     """
     config = config or PreparationConfig()
     out = Path(out).expanduser().resolve()
-    check_target(out, tuple(sources))
+    check_out(out, tuple(sources))
     asked = _list_questions(questions, limit, config.seed, reading)
     lm = _load(model)
     if lm.calibration is not None:
@@ -133,7 +134,7 @@ def _load(model: RiskAwareLM | str | os.PathLike[str] | Callable[[], RiskAwareLM
     return RiskAwareLM.load(model) if isinstance(model, (str, os.PathLike)) else model()
 
 
-def check_target(out: Path, sources: tuple[str | os.PathLike[str], ...] = ()) -> None:
+def check_out(out: Path, sources: tuple[str | os.PathLike[str], ...] = ()) -> None:
     """Check that an adapter may be written to a folder, before a large model loads.
 
     Raises:
