@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from selfdoubt.lm.answer import Answer, Token
     from selfdoubt.lm.model import RiskAwareLM
     from selfdoubt.members import Wrapped
+    from selfdoubt.preparation.run import prepare
     from selfdoubt.storage import load, save
     from selfdoubt.workflow import calibrate, evaluate
 
@@ -37,6 +38,7 @@ __all__ = [
     "evaluate",
     "load",
     "metrics",
+    "prepare",
     "risk",
     "sample",
     "save",
@@ -54,6 +56,7 @@ _HOMES = {
     "calibrate": "selfdoubt.workflow",
     "evaluate": "selfdoubt.workflow",
     "load": "selfdoubt.storage",
+    "prepare": "selfdoubt.preparation.run",
     "save": "selfdoubt.storage",
 }
 

@@ -265,6 +265,7 @@ _MANIFEST = record(
     {
         "lora": flag,
         "reference": optional(table(ascending)),
+        "reference_size": optional(whole(1)),
         "calibration": optional(_calibration),
         "checksums": record({"manifest": _sha256}, dict.fromkeys(COVERED, _sha256)),
     },

@@ -113,10 +113,23 @@ ROOMS = {
     "eval": {"core", "data", "lm"},
     "calibration": {"core", "eval", "lm", "metrics"},
     "report": {"core", "eval", "lm", "metrics"},
+    "preparation": {"core", "data", "eval", "lm"},
     "serve": {"core", "lm"},
     "pocket": set(),
     "workflow": {"calibration", "core", "data", "eval", "lm", "report"},
-    "cli": {"calibration", "core", "data", "eval", "lm", "pocket", "report", "serve", "train", "workflow"},
+    "cli": {
+        "calibration",
+        "core",
+        "data",
+        "eval",
+        "lm",
+        "pocket",
+        "preparation",
+        "report",
+        "serve",
+        "train",
+        "workflow",
+    },
 }
 
 

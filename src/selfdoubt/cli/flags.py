@@ -109,6 +109,8 @@ def load_lm(
     quantize: str | None,
     risk: str | None,
     remote: bool,
+    *,
+    show_note: bool = True,
 ) -> RiskAwareLM:
     """Load the model that the flags name, and print its note, if it has one, as one line on standard error."""
     silence_output()
@@ -127,7 +129,7 @@ def load_lm(
             trust_remote_code=remote,
             risk=risk or DEFAULT_RISK,
         )
-    if lm.note is not None:
+    if show_note and lm.note is not None:
         print(f"selfdoubt: note: {lm.note}", file=sys.stderr)
     return lm
 

@@ -16,7 +16,7 @@ from torch import nn
 from selfdoubt import storage
 from selfdoubt.errors import ConfigError, UntrainedWarning
 from selfdoubt.lm import defaults
-from selfdoubt.lm.adapters.adapter import check_adapter, save_adapter
+from selfdoubt.lm.adapters.adapter import REFERENCE_SIZE, check_adapter, save_adapter
 from selfdoubt.lm.answer import Answer
 from selfdoubt.lm.calibration import Calibration
 from selfdoubt.lm.confidence import confidence_order
@@ -24,7 +24,7 @@ from selfdoubt.lm.front import LMFront
 from selfdoubt.lm.generation import Stream, build_requests, generate_answers
 from selfdoubt.lm.inputs import PromptLike, check_question, is_chat, list_pairs, list_questions
 from selfdoubt.lm.load import POCKET, Quantization, choose_dtype, find_pocket_voters, load_model, name_base
-from selfdoubt.lm.notes import PLAIN_NOTE, explain_untrained
+from selfdoubt.lm.notes import PLAIN_NOTE, explain_uncalibrated, explain_untrained
 from selfdoubt.lm.options import Options, read_number, read_options, read_seed
 from selfdoubt.lm.scores import DEFAULT_RISK, RANK_SCORES, TOKEN_RISK, Score, Signal
 from selfdoubt.lm.scoring import score_teacher_forced
@@ -113,7 +113,16 @@ class RiskAwareLM:
 
     @reference.setter
     def reference(self, reference: Mapping[str, Sequence[float]]) -> None:
-        self._front = replace(self._front, reference=dict(reference))
+        self.set_reference(reference)
+
+    def set_reference(self, reference: Mapping[str, Sequence[float]], answers: int | None = None) -> None:
+        """Replace the reference quantiles.
+
+        Args:
+            reference: Ascending quantiles of answer scores, by name.
+            answers: Number of answers that they are of; None if it is not known.
+        """
+        self._front = replace(self._front, reference=dict(reference), reference_size=answers)
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -199,16 +208,27 @@ class RiskAwareLM:
         if given is not None:
             note = explain_untrained(given)
             warnings.warn(note, UntrainedWarning, stacklevel=2)
-        elif wrapper == "auto" and (added is None or added.manifest is None):
+        elif added is not None and added.manifest is not None:
+            if added.calibration is None:
+                note = explain_uncalibrated(added.reference_size, has_reference=bool(added.reference))
+        elif wrapper == "auto":
             note = PLAIN_NOTE
         reference, calibration = (None, None) if added is None else (added.reference, added.calibration)
         lm = cls(
             model.eval(), tokenizer, reference=reference, calibration=calibration, risk=risk, layers=layers, note=note
         )
-        lm._front = replace(lm._front, revision=revision)
+        size = None if added is None else added.reference_size
+        lm._front = replace(lm._front, revision=revision, reference_size=size)
         return lm
 
-    def save(self, folder: str | os.PathLike[str], *, base: str | None = None, revision: str | None = None) -> Path:
+    def save(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        base: str | None = None,
+        revision: str | None = None,
+        about: Mapping[str, Any] | None = None,
+    ) -> Path:
         """Write all that was added to the base model: wrappers, LoRA, reference answers, calibration and tokenizer.
 
         ``RiskAwareLM.load(adapter=folder)`` then gives the same answers, percentiles and p_correct. The base model
@@ -218,17 +238,19 @@ class RiskAwareLM:
             folder: Folder to write, made if missing; an adapter in it is replaced.
             base: Name or folder of the base model; None takes the model's own.
             revision: Revision of the base model.
+            about: More entries for ``selfdoubt.json``, for people who read the file.
 
         Returns:
             The folder.
 
         Raises:
-            WrapError: If nothing was added to the base model.
+            WrapError: If nothing was added to the base model, not even reference answers or a calibration.
         """
         front = self._front
-        extra: dict[str, Any] = {}
+        extra: dict[str, Any] = dict(about or {})
         if front.reference:
             extra["reference"] = {name: list(quantiles) for name, quantiles in front.reference.items()}
+            extra |= {} if front.reference_size is None else {REFERENCE_SIZE: front.reference_size}
         if front.calibration is not None:
             extra["calibration"] = front.calibration.to_json()
         return save_adapter(
