@@ -292,12 +292,12 @@ def _why(name: str, error: Exception) -> str:
             f"{name} has no safetensors weights, and pickled ones are never read: convert it with save_pretrained, or "
             "name its GGUF file where it has one"
         )
-    if "EntryNotFound" in text or ("config.json" in text and "does not appear to have" in text):
-        return f"{name} has no such file, or no config.json: for a GGUF file on the hub give org/name:file.gguf"
     if "trust_remote_code" in text:
         return f"{name} comes with its own code: read it, then pass trust_remote_code=True to run it"
     if any(
         w in text for w in ("ConnectionError", "ConnectError", "LocalEntryNotFound", "OfflineMode", "couldn't connect")
     ):
         return f"{name!r} is not on this machine and the hub cannot be reached: give a folder, or check the network"
+    if "EntryNotFound" in text or ("config.json" in text and "does not appear to have" in text):
+        return f"{name} has no such file, or no config.json: for a GGUF file on the hub give org/name:file.gguf"
     return f"{name} cannot be loaded ({type(error).__name__}: {first})"
