@@ -222,9 +222,9 @@ def test_lora_on_one_is_merged_into_a_folder(file, tmp_path):
     answers = [RiskAwareLM.load(**where).generate(QUESTIONS[0], max_tokens=6).text for where in (
         {"adapter": tmp_path / "a"}, {"name": merged})]  # fmt: skip
     assert answers[0] == answers[1]
-    shutil.copy(file, tmp_path / "a" / "base.gguf")
-    with pytest.raises(ConfigError, match="read to write it|is not empty"):
-        export_merged(tmp_path / "a", tmp_path / "a", base=str(tmp_path / "a" / "base.gguf"))
+    shutil.copy(file, merged / "base.gguf")
+    with pytest.raises(ConfigError, match=r"holds .*base\.gguf, which is read to write it"):
+        export_merged(tmp_path / "a", merged, base=f"{merged}:base.gguf")
 
 
 def test_the_licence_and_the_name_that_people_see(file):
