@@ -278,7 +278,7 @@ def innermost(model: nn.Module) -> nn.Module:
 
 
 def get_source(model: nn.Module) -> str | None:
-    """Return the folder or hub name of a Hugging Face model, as its config has it; None where it has none."""
+    """Return the folder, file or hub name of a Hugging Face model, as its config has it; None where it has none."""
     return getattr(getattr(innermost(model), "config", None), "name_or_path", None) or None
 
 

@@ -23,8 +23,8 @@ else:
 ModelFlag = Annotated[
     str | None,
     typer.Option(
-        help="A model folder, a hub name, or 'pocket' for the one inside this package. [default: the adapter's base, "
-        "or pocket]",
+        help="A model folder, a GGUF file (org/name:file.gguf for one on the hub), a hub name, or 'pocket' for the one "
+        "inside this package. [default: the adapter's base, or pocket]",
         show_default=False,
     ),
 ]

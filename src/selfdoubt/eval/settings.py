@@ -24,7 +24,7 @@ class Run:
     Keys of other versions are kept in ``more`` and written back.
     """
 
-    model: str | None = None  #: a folder, a hub name or "pocket"
+    model: str | None = None  #: a folder, a GGUF file, a hub name or "pocket"
     adapter: str | None = None  #: a folder
     wrapper: str | None = None  #: as ``--wrapper`` takes it
     dtype: str | None = None

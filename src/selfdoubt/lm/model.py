@@ -88,7 +88,7 @@ class RiskAwareLM:
 
     @property
     def name(self) -> str | None:
-        """The model's folder, or its name on the hub; None where its config has none."""
+        """The model's folder or GGUF file, or its name on the hub; None where its config has none."""
         return self._front.name
 
     @property
@@ -161,7 +161,7 @@ class RiskAwareLM:
         """Load a model and make it aware of its risk.
 
         Args:
-            name: A folder, a name on the hub, or "pocket"; None takes the adapter's base, or "pocket".
+            name: A folder, a GGUF file, a name on the hub, or "pocket"; None takes the adapter's base, or "pocket".
             wrapper: A ``vote``, ``sample`` or ``sculpt`` wrapper, untrained; None leaves the model plain. "auto" takes
                 what comes with the adapter or the pocket model, and leaves any other model plain: its answers are
                 its own, and its risk is its own surprisal and entropy.

@@ -16,7 +16,7 @@ from selfdoubt.errors import ConfigError, WrapError
 from selfdoubt.lm.adapters import lora, peft_config, voters
 from selfdoubt.lm.adapters.adapter import AdapterFolder, check_adapter, save_adapter
 from selfdoubt.lm.adapters.new_folder import new_folder
-from selfdoubt.lm.load import load_model
+from selfdoubt.lm.load import load_model, resolve_model
 from selfdoubt.members import Wrapped
 from selfdoubt.rows import list_added_names
 
@@ -112,7 +112,7 @@ def export_merged(
         raise WrapError(f"{folder} has no LoRA to merge; voters become PEFT adapters instead: selfdoubt export --peft")
     manifest = source.manifest or {"wrappers": []}
     base, revision = source.choose_base(base, revision)
-    with new_folder(out, {"kind": "merged", "base": base}, (folder, base)) as new:
+    with new_folder(out, {"kind": "merged", "base": base}, (folder, resolve_model(base))) as new:
         model, tokenizer = load_model(
             base, tokenizer=source.tokenizer, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code
         )

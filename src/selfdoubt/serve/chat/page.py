@@ -69,11 +69,11 @@ def mount_page(
 
 
 def get_display_name(front: LMFront) -> str:
-    """Return a model's name, or the last part of its folder."""
+    """Return a model's name, or the last part of its folder or file."""
     if is_pocket(front):
         return POCKET
     name = front.name or "a model"
-    return Path(name).name if Path(name).is_dir() else name
+    return Path(name).name if Path(name).exists() else name
 
 
 def is_pocket(front: LMFront) -> bool:
