@@ -76,6 +76,7 @@ class Wrapper:
 
     output: ClassVar[Literal["auto", "values", "logits"]] = "auto"
     goes_inside: ClassVar[bool] = True
+    has_base: ClassVar[bool] = False
     kinds: ClassVar[Mapping[str, FieldCheck]] = {
         "pooled": flag,
         "rank": optional(whole(1, WIDTH)),

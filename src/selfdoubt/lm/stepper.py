@@ -280,6 +280,10 @@ class HFStepper:
         """Return the density of the positions that just ran: the base's where it answers, or the mean over members."""
         if self._measured is None:
             return {}
-        rows = unfold(self._measured.read_features(), self.members)
-        rows = rows[:1] if self._has_base else rows
+        rows = self.pick_answering(self._measured.read_features())
         return {"density": self._measured.compute_distances(rows).mean(0, keepdim=True)}
+
+    def pick_answering(self, rows: Float[Tensor, "rows *rest"]) -> Float[Tensor, "members batch *rest"]:
+        """Return the rows of the members that answer: the base's alone where there is one."""
+        members = unfold(rows, self.members)
+        return members[:1] if self._has_base else members
