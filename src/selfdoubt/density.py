@@ -13,6 +13,7 @@ where d is the Mahalanobis distance (``gaussian.py``). Put it inside ``vote`` or
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import InitVar, dataclass
 from typing import Any, ClassVar, Literal, ParamSpec, overload
@@ -108,7 +109,7 @@ class Wrapper:
         if len(leaves) > 1:
             names = ", ".join(leaf.name for leaf in leaves[:3])
             raise WrapError(f"density measures the input of one layer, got {len(leaves)} ({names}, ...); name one")
-        return leaves
+        return [_lift(leaf, model) for leaf in leaves]
 
     def make_leaf(self, leaf: Leaf, index: int, call: ForwardContext) -> nn.Module:  # noqa: ARG002
         """Build a layer whose input is measured."""
@@ -257,9 +258,24 @@ def fit(wrapped: nn.Module, loader: Iterable[Any], background: Iterable[Any] | N
 
 
 def insert(spec: Wrapper, model: nn.Module) -> Wrapped:
-    """Wrap a model beneath those of its wrappers that have members; a model without such a wrapper as usual."""
+    """Wrap a model beneath those of its wrappers that have members; a model without such a wrapper as usual.
+
+    The result is as if the density had come first, and the model itself stays as it was.
+
+    Raises:
+        WrapError: If the outer wrapper's ``param_filter`` would match other layers then.
+    """
     if not isinstance(model, Wrapped) or model.spec.goes_inside:
         return spec(model)
+    pattern: str | None = getattr(model.spec, "param_filter", None)
+    names = [name for name, _ in model.module.named_parameters()]
+    if pattern is not None and any(
+        (re.search(pattern, name) is None) != (re.search(pattern, f"module.{name}") is None) for name in names
+    ):
+        raise WrapError(
+            f"param_filter={pattern!r} reads the beginning of names, which a density beneath changes; wrap the model "
+            "with density first, and then with a filter for names that begin with 'module.'"
+        )
     outer = copy.copy(model)
     outer._modules = dict(model._modules)
     outer.module = inner = spec(model.module)
@@ -302,13 +318,29 @@ def _match_mask(mask: Any, features: Tensor, members: int) -> Tensor | None:
     return expand(mask, members).bool()
 
 
+def _lift(leaf: Leaf, model: nn.Module) -> Leaf:
+    """Return the replacement of a leaf in place of the leaf, where the wrapper it belongs to lies outside of the model.
+
+    So the order of replacements is that of the wrappers.
+    """
+    inside = {id(m.call) for m in model.modules() if isinstance(m, Wrapped)}
+    name, _, child = leaf.name.rpartition(".")
+    outer = model.get_submodule(name)
+    if child != "leaf" or not isinstance(outer, Replacement) or id(outer.call) in inside:
+        return leaf
+    return _lift(Leaf(name, outer, tuple(f"leaf.{param}" for param in leaf.params)), model)
+
+
 def _find_width(leaf: Leaf) -> tuple[int, int]:
     """Return the width of a layer's input, and its axis.
 
     Raises:
         WrapError: If the kind of layer does not say.
     """
-    base: Any = compat.get_base_layer(leaf.module)
+    module = leaf.module
+    while isinstance(module, Replacement):
+        module = module.leaf
+    base: Any = compat.get_base_layer(module)
     if compat.is_transposed(base):
         return int(base.weight.shape[0]), -1
     if isinstance(base, nn.Linear):

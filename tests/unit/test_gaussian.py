@@ -72,7 +72,7 @@ def test_a_rank_of_the_width_or_more_keeps_everything(rank):
 
 
 def test_distances_against_lm_polygraph():
-    module = oracles.load_alone("lm_polygraph.estimators.mahalanobis_distance")
+    module = oracles.load_estimator("mahalanobis_distance")
     x, new = features().float(), features(20, seed=1).float()
     inverse, _ = module.compute_inv_covariance(x.mean(0)[None], x)
     expected = module.mahalanobis_distance_with_known_centroids_sigma_inv(x.mean(0)[None], None, inverse, new)
