@@ -32,8 +32,10 @@ class StepOutput:
     """The output of one step: logits, and what else was computed at each position."""
 
     logits: Float[Tensor, "members batch *t classes"]
-    scale: Float[Tensor, "members batch *t classes"] | None = None  #: predicted deviations; None without a sculpt
-    states: Float[Tensor, "1 batch *t layers width"] | None = None  #: mean over members; None unless asked for
+    #: Predicted deviations, of those members that answer; None without a sculpt.
+    scale: Float[Tensor, "answering batch *t classes"] | None = None
+    #: The base's where it answers, else the mean over members; None unless asked for.
+    states: Float[Tensor, "1 batch *t layers width"] | None = None
     #: Attention of each position on itself, of the row that answers; None unless asked for.
     attention: Float[Tensor, "1 batch *t layers heads"] | None = None
     #: Signals of a position that depend on no chosen token, by name (see ``scores.Signal``); all grow with doubt.
@@ -124,7 +126,7 @@ class HFStepper:
     def __init__(self, model: nn.Module, layers: Sequence[int] = (), sizer: ChunkSizer | None = None) -> None:
         self._sizer = sizer
         self.members = model.spec.members(training=False) if isinstance(model, Wrapped) else 1
-        self._has_base = isinstance(model, Wrapped) and getattr(model.spec, "answer_from", None) == "base"
+        self._has_base = isinstance(model, Wrapped) and model.spec.has_base
         self._model = model
         base = innermost(model)
         self._blocks = [find_decoder_layer(base, layer) for layer in layers]
@@ -247,6 +249,10 @@ class HFStepper:
         if self._mask.all():
             self._mask = None
 
+    def _of_answer(self, x: Float[Tensor, "members ..."]) -> Float[Tensor, "some ..."]:
+        """Return the values of those members that answer: all of them, or the base alone."""
+        return x[:1] if self._has_base else x
+
     def _forward(self, rows: Int[Tensor, "rows t"], first: int) -> StepOutput:
         self._rows = len(rows)
         inputs: dict[str, Any] = {"input_ids": rows, "past_key_values": self._cache, "use_cache": True}
@@ -267,8 +273,9 @@ class HFStepper:
         if scales is not None:
             assert isinstance(self._model, Wrapped)
             std = self._model.distribution.std((output.logits, scales.logits))
-            scale = unfold(std, self.members)
+            scale = self._of_answer(unfold(std, self.members))
         states = None
         if captured:
-            states = torch.stack([unfold(h.detach(), self.members).float().mean(0, keepdim=True) for h in captured], -2)
+            by_member = [self._of_answer(unfold(h.detach(), self.members)) for h in captured]
+            states = torch.stack([h.float().mean(0, keepdim=True) for h in by_member], -2)
         return StepOutput(unfold(output.logits, self.members), scale, states, has_base=self._has_base)
