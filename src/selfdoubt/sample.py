@@ -112,9 +112,9 @@ class Wrapper:
         compile: Compile the wrapped forward as one graph.
         verbose: 0 logs nothing, 1 a summary, 2 every matched parameter (``logging.getLogger("selfdoubt")``).
         seed: Seed of the members' noise at evaluation; training draws from torch's global generator.
-        answer_from: "mean" answers with the mean over samples. "base" adds the base model as one more row at evaluation,
-            without any noise: it alone answers, and the samples only say how far they disagree with it. None is "mean"; a language
-            model that loads an untrained wrapper takes "base" instead.
+        answer_from: "mean" answers with the mean over samples. "base" adds the base model as one more row at evaluation
+            without noise: it alone answers, and the samples only say how far they disagree with it. None is "mean"
+            here; a language model that loads an untrained wrapper takes "base" instead.
         symbolic_trace: Another name for ``compile``, as an argument only.
 
     Raises:
@@ -182,7 +182,7 @@ class Wrapper:
         return False
 
     def members(self, *, training: bool) -> int:
-        """Return the number of passes: one in training, ``n_samples`` at evaluation, one more for a base that answers."""
+        """Return the number of passes: one in training, else ``n_samples`` and one for a base that answers."""
         return 1 if training else self.n_samples + self.has_base
 
     def splits(self, *, training: bool) -> bool:  # noqa: ARG002

@@ -63,9 +63,9 @@ class Wrapper:
         compile: Compile the wrapped forward as one graph.
         verbose: 0 logs nothing, 1 a summary, 2 every matched parameter (``logging.getLogger("selfdoubt")``).
         seed: Seed of the initial deviations.
-        answer_from: "mean" answers with the mean over voters. "base" adds the base model as one more row at evaluation,
-            without any deviation: it alone answers, and the voters only say how far they disagree with it. None is "mean"; a language
-            model that loads an untrained wrapper takes "base" instead.
+        answer_from: "mean" answers with the mean over voters. "base" adds the base model as one more row at evaluation
+            without deviation: it alone answers, and the voters only say how far they disagree with it. None is "mean"
+            here; a language model that loads an untrained wrapper takes "base" instead.
         symbolic_trace: Another name for ``compile``, as an argument only.
 
     Raises:
