@@ -33,6 +33,7 @@ from selfdoubt.fields import (
     choice,
     flag,
     number,
+    optional,
     resolve_compile,
     whole,
 )
@@ -111,6 +112,9 @@ class Wrapper:
         compile: Compile the wrapped forward as one graph.
         verbose: 0 logs nothing, 1 a summary, 2 every matched parameter (``logging.getLogger("selfdoubt")``).
         seed: Seed of the members' noise at evaluation; training draws from torch's global generator.
+        answer_from: "mean" answers with the mean over samples. "base" adds the base model as one more row at evaluation
+            without noise: it alone answers, and the samples only say how far they disagree with it. None is "mean"
+            here; a language model that loads an untrained wrapper takes "base" instead.
         symbolic_trace: Another name for ``compile``, as an argument only.
 
     Raises:
@@ -131,12 +135,15 @@ class Wrapper:
     compile: bool | None = None
     verbose: int = 0
     seed: int = 0
+    answer_from: Literal["base", "mean"] | None = None
     symbolic_trace: InitVar[bool | None] = None
 
     goes_inside: ClassVar[bool] = False
     kinds: ClassVar[Mapping[str, FieldCheck]] = {
-        "n_samples": whole(1, MEMBERS), "output": choice("auto", "values", "logits"), **SHARED,
+        "n_samples": whole(1, MEMBERS), "output": choice("auto", "values", "logits"),
+        "answer_from": optional(choice("base", "mean")), **SHARED,
     }  # fmt: skip
+    newer: ClassVar[frozenset[str]] = frozenset({"answer_from"})  #: settings that older files lack
 
     def __post_init__(self, symbolic_trace: bool | None) -> None:
         object.__setattr__(self, "compile", resolve_compile(self.compile, symbolic_trace))
@@ -175,12 +182,17 @@ class Wrapper:
         return False
 
     def members(self, *, training: bool) -> int:
-        """Return the number of passes: one in training, ``n_samples`` at evaluation."""
-        return 1 if training else self.n_samples
+        """Return the number of passes: one in training, else ``n_samples`` and one for a base that answers."""
+        return 1 if training else self.n_samples + self.has_base
 
     def splits(self, *, training: bool) -> bool:  # noqa: ARG002
         """Return False: a batch is never split."""
         return False
+
+    @property
+    def has_base(self) -> bool:
+        """True if at evaluation member 0 is the base model, which answers alone."""
+        return self.answer_from == "base"
 
 
 #: Layers whose features are in dimension 1; all others have them in the last.
@@ -215,14 +227,20 @@ class NoisyLeaf(Replacement):
         self.call.reached = True
         x = self.call.per_row(x)
         if self.looks_up or not x.is_floating_point():
-            y = self.leaf(x, *args, **kwargs)
-            return y * self._noise(y, len(x))
-        return self.leaf(x * self._noise(x, len(x)), *args, **kwargs)
+            return self._make_noisy(self.leaf(x, *args, **kwargs))
+        return self.leaf(self._make_noisy(x), *args, **kwargs)
 
-    def _noise(self, x: Tensor, rows: int) -> Tensor:
+    def _make_noisy(self, x: Tensor) -> Tensor:
+        """Return rows times their noise; the base model's stay as they are."""
+        first = self.call.count_base(x)
+        if not first:
+            return x * self._noise(x)
+        return torch.cat([x[:first], x[first:] * self._noise(x[first:])])
+
+    def _noise(self, x: Tensor) -> Tensor:
         """Return noise that broadcasts over ``x``: ``(rows, 1, ..., features, ...)``."""
         axis = self.feature_axis % x.ndim
-        features, members = x.shape[axis], self.call.members
+        rows, features, members = len(x), x.shape[axis], self.call.members - self.call.has_base
         if self.call.training:
             uniform = torch.rand(rows, features, device=x.device)
         else:

@@ -63,6 +63,9 @@ class Wrapper:
         compile: Compile the wrapped forward as one graph.
         verbose: 0 logs nothing, 1 a summary, 2 every matched parameter (``logging.getLogger("selfdoubt")``).
         seed: Seed of the initial deviations.
+        answer_from: "mean" answers with the mean over voters. "base" adds the base model as one more row at evaluation
+            without deviation: it alone answers, and the voters only say how far they disagree with it. None is "mean"
+            here; a language model that loads an untrained wrapper takes "base" instead.
         symbolic_trace: Another name for ``compile``, as an argument only.
 
     Raises:
@@ -86,6 +89,7 @@ class Wrapper:
     compile: bool | None = None
     verbose: int = 0
     seed: int = 0
+    answer_from: Literal["base", "mean"] | None = None
     symbolic_trace: InitVar[bool | None] = None
 
     goes_inside: ClassVar[bool] = False
@@ -96,8 +100,10 @@ class Wrapper:
         "weight_noise": number(0, SCALE),
         "alpha": number(-SCALE, SCALE),
         "output": choice("auto", "values", "logits"),
+        "answer_from": optional(choice("base", "mean")),
         **SHARED,
     }
+    newer: ClassVar[frozenset[str]] = frozenset({"answer_from"})  #: settings that older files lack
 
     def __post_init__(self, symbolic_trace: bool | None) -> None:
         object.__setattr__(self, "compile", resolve_compile(self.compile, symbolic_trace))
@@ -137,13 +143,18 @@ class Wrapper:
         """Return whether the model's own parameters stop training."""
         return self.finetune
 
-    def members(self, *, training: bool) -> int:  # noqa: ARG002
-        """Return the number of voters: all run, always."""
-        return self.n_voters
+    def members(self, *, training: bool) -> int:
+        """Return the number of voters, which all run, always; at evaluation one more where the base model answers."""
+        return self.n_voters + (self.has_base and not training)
 
     def splits(self, *, training: bool) -> bool:
         """Return whether a batch is split over the voters: True in training."""
         return training
+
+    @property
+    def has_base(self) -> bool:
+        """True if at evaluation member 0 is the base model, which answers alone."""
+        return self.answer_from == "base"
 
 
 class EagerWrapper(Wrapper):
@@ -160,7 +171,7 @@ class VotingLeaf(Replacement):
         self.deviations = nn.ParameterDict(_initial(leaf, spec, generator))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the leaf on member-major rows, each member with its own deviation."""
+        """Run the leaf on member-major rows, each voter with its own deviation and the base model with none."""
         self.call.reached = True
         if args:
             args = (x := self.call.per_row(args[0]), *args[1:])
@@ -168,10 +179,15 @@ class VotingLeaf(Replacement):
             name, value = next(iter(kwargs.items()))
             kwargs = kwargs | {name: (x := self.call.per_row(value))}
         if self.kernel is None:
-            return kernels.loop(self.leaf, self.deviations, self.alpha, args, kwargs)
+            has_base = self.call.has_base
+            return kernels.loop(self.leaf, self.deviations, self.alpha, args, kwargs, has_base=has_base)
         y = self.leaf(*args, **kwargs)
-        delta = self.kernel(compat.get_base_layer(self.leaf), self._as_deviation(x), self.deviations)
-        return torch.add(y, delta.to(y.dtype), alpha=self.alpha)
+        first = self.call.count_base(x)
+        theirs, voters = (x[first:], y[first:]) if first else (x, y)
+        delta = self.kernel(compat.get_base_layer(self.leaf), self._as_deviation(theirs), self.deviations)
+        moved = torch.add(voters, delta.to(y.dtype), alpha=self.alpha)
+        # The base's rows are kept as they are: adding zero could change a bit (-0.0 + 0.0).
+        return torch.cat([y[:first], moved]) if first else moved
 
     def _as_deviation(self, x: Tensor) -> Tensor:
         dtype = next(iter(self.deviations.values())).dtype

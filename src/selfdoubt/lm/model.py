@@ -18,6 +18,7 @@ from selfdoubt.errors import ConfigError, UntrainedWarning
 from selfdoubt.lm import defaults
 from selfdoubt.lm.adapters.adapter import REFERENCE_SIZE, check_adapter, save_adapter
 from selfdoubt.lm.answer import Answer
+from selfdoubt.lm.answer_from import AnswerFrom, check_answer_from, protect_answers, set_answer_from
 from selfdoubt.lm.calibration import Calibration
 from selfdoubt.lm.confidence import confidence_order
 from selfdoubt.lm.front import LMFront
@@ -157,6 +158,7 @@ class RiskAwareLM:
         token: str | None = None,
         risk: str = DEFAULT_RISK,
         layers: Sequence[int] = (),
+        answer_from: AnswerFrom | None = None,
     ) -> RiskAwareLM:
         """Load a model and make it aware of its risk.
 
@@ -174,18 +176,24 @@ class RiskAwareLM:
             token: A hub token for gated models; None takes ``HF_TOKEN``.
             risk: Name of the answer score that is the risk.
             layers: Decoder layers whose hidden states come with an answer.
+            answer_from: "base" lets the base model answer in a row of its own, while voters or samples only say how
+                far they disagree with it; "mean" answers with their mean. None takes the base for a ``wrapper`` that
+                leaves it open, as its members are untrained, and what an adapter says for the adapter's.
 
         Raises:
             LoadError: If the model or the adapter cannot be read.
             BaseMismatchError: If the adapter was made for another model.
-            ConfigError: If an option is out of range, or a wrapper is given to an adapter that brings its own.
+            ConfigError: If an option is out of range, or a wrapper is given to an adapter that brings its own, or
+                ``answer_from`` to a model without members.
 
         Warns:
-            UntrainedWarning: If a wrapper is given: its members change the answers, and nothing has trained them.
+            UntrainedWarning: If a wrapper is given: nothing has trained its members.
         """
+        check_answer_from(answer_from)
         given = None if wrapper == "auto" else wrapper
         if given is not None:
             check_spec(given)
+            given = protect_answers(given, answer_from)
         # The adapter is read and checked once, before a large model loads.
         added = None if adapter is None else check_adapter(adapter, given)
         if name is None:
@@ -204,6 +212,8 @@ class RiskAwareLM:
             with torch.random.fork_rng():  # fresh parameters are the same each time, so that answers can be repeated
                 torch.manual_seed(0)
                 model = given(model)  # type: ignore[operator]
+        if answer_from is not None:
+            set_answer_from(model, answer_from)
         note = None
         if given is not None:
             note = explain_untrained(given)

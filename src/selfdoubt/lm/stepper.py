@@ -33,8 +33,10 @@ class StepOutput:
     """The output of one step: logits, and what else was computed at each position."""
 
     logits: Float[Tensor, "members batch *t classes"]
-    scale: Float[Tensor, "members batch *t classes"] | None = None  #: predicted deviations; None without a sculpt
-    states: Float[Tensor, "1 batch *t layers width"] | None = None  #: mean over members; None unless asked for
+    #: Predicted deviations, of those members that answer; None without a sculpt.
+    scale: Float[Tensor, "answering batch *t classes"] | None = None
+    #: The base's where it answers, else the mean over members; None unless asked for.
+    states: Float[Tensor, "1 batch *t layers width"] | None = None
     #: Attention of each position on itself, of the row that answers; None unless asked for.
     attention: Float[Tensor, "1 batch *t layers heads"] | None = None
     #: Signals of a position that depend on no chosen token, by name (see ``scores.Signal``); all grow with doubt.
@@ -147,7 +149,7 @@ class HFStepper:
         self._probes = list(probes)
         self._sizer = sizer
         self.members = model.spec.members(training=False) if isinstance(model, Wrapped) else 1
-        self._has_base = isinstance(model, Wrapped) and getattr(model.spec, "answer_from", None) == "base"
+        self._has_base = isinstance(model, Wrapped) and model.spec.has_base
         self._model = model
         measured = density.find_measured_leaf(model)
         self._measured = measured if measured is not None and measured.is_fitted else None
@@ -298,10 +300,11 @@ class HFStepper:
         if scales is not None:
             assert isinstance(self._model, Wrapped)
             std = self._model.distribution.std((output.logits, scales.logits))
-            scale = unfold(std, self.members)
+            scale = self.pick_answering(std)
         states = None
         if captured:
-            states = torch.stack([unfold(h.detach(), self.members).float().mean(0, keepdim=True) for h in captured], -2)
+            by_member = [self.pick_answering(h.detach()) for h in captured]
+            states = torch.stack([h.float().mean(0, keepdim=True) for h in by_member], -2)
         logits = unfold(output.logits, self.members)
         result = StepOutput(logits, scale, states, signals=self._measure(), has_base=self._has_base)
         for probe in self._probes:
