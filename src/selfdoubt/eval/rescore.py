@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 #: Keys that scoring writes into a row, in place of earlier ones.
 WRITTEN = (
-    "scores", "tokens", "question_tokens", "percentile", "p_correct", "p_correct_note", "abstain", "p_answerable", "finish",
-    "note",
+    "scores", "tokens", "question_tokens", "percentile", "p_correct", "p_correct_note", "abstain", "p_answerable",
+    "finish", "note",
 )  # fmt: skip
 
 

@@ -73,7 +73,7 @@ class AnswerScorer:
     ) -> float | None:
         """Return the probability, from the question alone, that the model's own answer to it is right.
 
-        None without a calibration of it, or where the calibration does not hold; see ``Calibration.estimate_answerable``.
+        None without a calibration of it, or where that does not hold; see ``Calibration.estimate_answerable``.
         """
         if self.calibration is None or self.misfit is not None:
             return None

@@ -239,7 +239,13 @@ def start_batch(
     firsts = [None] * len(rows) if next_logits.states is None else list(next_logits.states[0])
     answers = [
         AnswerInProgress(
-            front, questions[row], request.stops, states[row], find_unscored_tokens(request.prompt), request.origin, first
+            front,
+            questions[row],
+            request.stops,
+            states[row],
+            find_unscored_tokens(request.prompt),
+            request.origin,
+            first,
         )
         for row, request, first in zip(rows, requests, firsts, strict=True)
     ]
