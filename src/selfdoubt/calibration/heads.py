@@ -24,7 +24,7 @@ from selfdoubt.metrics import log_losses
 SCORE_C = (0.01, 0.1, 1.0)
 #: Sizes of a whole standardised hidden state relative to one standardised score, at any width. (SmolLM2's answers to
 #: WebQuestions need 4 to 8; 2 and less lose .02 AUROC. See experiments/LOG.md.)
-STATE_SIZES = (0.5, 1.0, 2.0, 4.0, 8.0)
+STATE_SIZES = (0.5, 2.0, 4.0, 8.0, 16.0)
 #: At this size layers and positions are compared, by their first principal components: the ranking is the same.
 USUAL_SIZE = 4.0
 FIRST_COMPONENTS = 64
