@@ -73,21 +73,31 @@ class Conditions:
             return f"the calibration was made for another base model; {_AGAIN}"
         return None
 
+    def refuse_question(self, origin: Origin) -> str | None:
+        """Return why this calibration says nothing about a question that is asked so; None where it does.
+
+        The question alone does not say how its answer is chosen: of greedy answers, it is about the greedy one.
+        """
+        if origin.form not in self.forms:
+            return _of_form(origin.form, self.forms)
+        drawn = origin.made == "sampled" and (origin.temperature, origin.top_p) == (self.temperature, self.top_p)
+        if self.made == "sampled" and not drawn:
+            return (
+                f"the calibration learnt from answers drawn at temperature {self.temperature:g} and top_p "
+                f"{self.top_p:g}; ask with the same"
+            )
+        if "choice" in (self.made, origin.made) and self.made != origin.made:
+            return f"the calibration learnt from {_MADE[self.made]}, not from {_MADE[origin.made]}; {_AGAIN}"
+        return None
+
     def refuse_answer(self, origin: Origin, finish: str, tokens: int) -> str | None:
         """Return why this calibration says nothing about an answer of this origin; None where it does.
 
         ``Calibration.estimate`` checks that the answer is near the one that the model itself would give.
         """
-        if origin.form not in self.forms:
-            return _of_form(origin.form, self.forms)
-        if self.made == "sampled":
-            drawn = origin.made == "sampled" and (origin.temperature, origin.top_p) == (self.temperature, self.top_p)
-            if not drawn:
-                return (
-                    f"the calibration learnt from answers drawn at temperature {self.temperature:g} and top_p "
-                    f"{self.top_p:g}; ask with the same"
-                )
-        elif self.made != origin.made and ("choice" in (self.made, origin.made) or self.made == "given"):
+        if note := self.refuse_question(origin):
+            return note
+        if self.made == "given" != origin.made:
             return f"the calibration learnt from {_MADE[self.made]}, not from {_MADE[origin.made]}; {_AGAIN}"
         if origin.stop is not None and origin.stop not in self.stops:
             return f"the answer was ended by {origin.stop!r}, which the calibration has not seen; ask without this stop"
