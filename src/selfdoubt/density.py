@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from selfdoubt import compat, targets
-from selfdoubt.errors import ConfigError, DataError, ShapeError, WrapError
+from selfdoubt.errors import ConfigError, DataError, WrapError
 from selfdoubt.fields import SHARED, WIDTH, FieldCheck, check_settings, flag, number, optional, resolve_compile, whole
 from selfdoubt.gaussian import Gaussian, Moments, merge
 from selfdoubt.members import Wrapped, wrap
