@@ -95,7 +95,7 @@ class LateLayerProbe:
             if not self._fits:
                 return output
             late_logp = _mean_distribution(late[: len(self._layers) - 1])
-            pieces.append(jensen_shannon(_mean_distribution(final), late_logp).mean(0))
+            pieces.append(jensen_shannon(_mean_distribution(final).expand_as(late_logp), late_logp).mean(0))
         signal = torch.cat(pieces, -1)[None]
         if columns < t:  # tokens of a prompt do not take this signal
             signal = torch.cat([signal.new_full((1, batch, t - columns), math.nan), signal], -1)
