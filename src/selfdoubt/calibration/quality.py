@@ -135,7 +135,7 @@ class CalibrationReport:
                 f"transfers; numbers are means over the sets: {', '.join(self.sets)}"
             )
         else:
-            lines.append("chosen by the log loss on questions like these; with several runs, by what transfers")
+            lines.append("chosen by the log loss on questions like these; several runs choose by what transfers")
         lines += _align(*self.rows())
         if self.answerable is not None:
             lines.append("from the question alone, before the first token (p_answerable):")
