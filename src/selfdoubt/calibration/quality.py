@@ -165,8 +165,8 @@ def measure_quality(
     """
     if sets:
         each = [measure_quality(p[rows], correct[rows]) for rows in sets]
-        means = {f.name: float(np.mean([getattr(q, f.name) for q in each])) for f in fields(Quality)}
-        return Quality(**{**means, "answers": sum(q.answers for q in each)})
+        means = {f.name: float(np.mean([getattr(q, f.name) for q in each])) for f in fields(Quality)[1:]}
+        return Quality(sum(q.answers for q in each), **means)
     seen = ~np.isnan(p)
     p, correct = p[seen], correct[seen]
     return Quality(
