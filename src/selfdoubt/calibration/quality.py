@@ -135,7 +135,7 @@ class CalibrationReport:
                 f"transfers; numbers are means over the sets: {', '.join(self.sets)}"
             )
         else:
-            lines.append("chosen by the log loss on questions like these; with several runs, by what transfers")
+            lines.append("chosen by the log loss on questions like these; several runs choose by what transfers")
         lines += _align(*self.rows())
         if self.answerable is not None:
             lines.append("from the question alone, before the first token (p_answerable):")
@@ -165,8 +165,8 @@ def measure_quality(
     """
     if sets:
         each = [measure_quality(p[rows], correct[rows]) for rows in sets]
-        means = {f.name: float(np.mean([getattr(q, f.name) for q in each])) for f in fields(Quality)}
-        return Quality(**{**means, "answers": sum(q.answers for q in each)})
+        means = {f.name: float(np.mean([getattr(q, f.name) for q in each])) for f in fields(Quality)[1:]}
+        return Quality(sum(q.answers for q in each), **means)
     seen = ~np.isnan(p)
     p, correct = p[seen], correct[seen]
     return Quality(

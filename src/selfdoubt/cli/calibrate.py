@@ -46,6 +46,7 @@ def calibrate(
 ) -> int:
     """Fit the probability that an answer is right on judged answers, and the threshold below which to abstain.
 
+    Of several runs, each with questions of its own, the head is chosen by what transfers to the run that was left out.
     Each run's report is written again, with the probabilities of heads that had not seen the answer.
     """
     require("sklearn", "qa")

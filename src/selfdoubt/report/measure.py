@@ -41,6 +41,8 @@ from selfdoubt.report.summary import conclude, find_best_score, find_common_scor
 
 #: The score that others are compared with: minus the log of the sequence's probability, which any model gives.
 BASELINE = "sum_nll"
+#: Probabilities of being right that a calibration learnt: by the answer, and by the question alone.
+PROBABILITIES = ("p_correct", "p_answerable")
 
 
 def list_costs(score: str) -> tuple[str, ...]:
@@ -96,9 +98,10 @@ def measure_answers(records: Sequence[Record], run: Run, *, draws: int = 1000, s
 
 
 def get_risk(record: Record, name: str) -> float | None:
-    """Return a score of a record by name; ``p_correct`` counts as 1 - p_correct, so that it grows with doubt too."""
-    if name == "p_correct":
-        return None if record.p_correct is None else 1 - record.p_correct
+    """Return a score of a record by name; probabilities count as 1 - p, so that they grow with doubt too."""
+    if name in PROBABILITIES:
+        probability: float | None = getattr(record, name)
+        return None if probability is None else 1 - probability
     return record.scores.get(name)
 
 
@@ -137,8 +140,8 @@ def _measure_scores(
     judged: Sequence[Record], bootstrap: Bootstrap, costs: Mapping[str, Cost]
 ) -> tuple[dict[str, ScoreResults], dict[str, str]]:
     names = {name: None for r in judged for name in r.scores}
-    if any(r.p_correct is not None for r in judged):
-        names = {"p_correct": None, **names}
+    learnt = [name for name in PROBABILITIES if any(getattr(r, name) is not None for r in judged)]
+    names = {**dict.fromkeys(learnt), **names}
     left_out: dict[str, str] = {}
     if BASELINE not in names:
         left_out[BASELINE] = "no judged answer has it, so nothing is compared with it"

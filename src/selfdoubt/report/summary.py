@@ -10,6 +10,7 @@ from selfdoubt.report.results import Abstention, Conclusion, Finding, Measuremen
 
 LABELS = {
     "p_correct": "calibrated p_correct",
+    "p_answerable": "calibrated p_answerable, from the question alone",
     "sum_nll": "sequence probability",
     "mean_nll": "perplexity",
     "max_nll": "least probable token",

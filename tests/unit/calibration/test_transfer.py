@@ -10,7 +10,6 @@ import pytest
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss, roc_auc_score
 from sklearn.model_selection import cross_val_predict
-from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from selfdoubt.calibration import heads
@@ -63,24 +62,14 @@ def test_a_signal_in_a_quiet_direction_of_a_state_is_learnt_as_well_as_scikit_le
     assert report.chosen == "state"
     assert str(head.state.key) == "mean.3"
     y = np.array([r.correct for r in records])
-    x = np.hstack([states["mean.3"], np.array([[r.scores["sum_nll"], r.scores["question_mean_nll"]] for r in records])])
-    theirs = [
-        roc_auc_score(
-            y,
-            cross_val_predict(
-                make_pipeline(StandardScaler(), LogisticRegression(C=c, max_iter=2000)),
-                x,
-                y,
-                cv=5,
-                method="predict_proba",
-            )[:, 1],
-        )
-        for c in (0.01, 0.1, 1.0, 10.0)
-    ]
+    scores = [[r.scores["sum_nll"], r.scores["question_mean_nll"]] for r in records]
+    x = StandardScaler().fit_transform(np.hstack([states["mean.3"], scores]))
+    learners = [LogisticRegression(C=c, max_iter=2000) for c in (0.01, 0.1, 1.0, 10.0)]
+    theirs = [roc_auc_score(y, cross_val_predict(each, x, y, cv=5, method="predict_proba")[:, 1]) for each in learners]
     assert report.best.inside.auroc > max(theirs) - 0.02
-    scores = next(c for c in report.candidates if c.name == "question")
-    assert report.best.inside.auroc > scores.inside.auroc + 0.1
-    assert report.best.inside.prr > scores.inside.prr + 0.2
+    without = next(c for c in report.candidates if c.name == "question")
+    assert report.best.inside.auroc > without.inside.auroc + 0.1
+    assert report.best.inside.prr > without.inside.prr + 0.2
 
 
 def misleading_world(seed=0):
@@ -199,7 +188,7 @@ def test_a_head_with_p_answerable_comes_back_and_one_of_earlier_versions_has_non
     assert Calibration.from_json(entry).answerable == head.answerable
     earlier = {key: value for key, value in entry.items() if key != "answerable"}
     assert Calibration.from_json(earlier) == replace(Calibration.from_json(entry), answerable=None)
-    assert replace(head, answerable=None).to_json() == earlier | {"about": head.to_json()["about"]}
+    assert json.loads(json.dumps(replace(head, answerable=None).to_json())) == earlier
     with pytest.raises(LoadError, match=r"the calibration cannot be read .* run `selfdoubt calibrate` again"):
         Calibration.from_json({**entry, "answerable": {**entry["answerable"], "kind": "magic"}})
 

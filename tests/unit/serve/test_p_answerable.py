@@ -12,29 +12,31 @@ import torch
 from selfdoubt import RiskAwareLM
 from selfdoubt.lm.calibration import Calibration, StateHead
 from selfdoubt.lm.conditions import Conditions
+from selfdoubt.lm.hidden_states import POSITIONS
 from selfdoubt.serve.engine.limits import Limits
 from selfdoubt.serve.engine.request import Started
 from tests import zoo
 
 QUESTION = "Where is Oslo?"
 ALONE = {
-    "chat": Calibration(
+    position: Calibration(
         "logistic",
         ("question_mean_nll",),
         weights=(-0.5,),
         linear=(-0.1,),
         bias=0.25,
         ranges=((0.0, 50.0),),
-        state=StateHead(1, "first", tuple(math.sin(i) / 9 for i in range(16))),
-    ),
+        state=StateHead(1, position, tuple(math.sin(i) / 9 for i in range(16))),
+    )
+    for position in POSITIONS
+    if position != "mean"
 }
-ALONE["question"] = replace(ALONE["chat"], state=replace(ALONE["chat"].state, position="question"))
 WHOLE = Calibration("isotonic", ("sum_nll",), knots=((0.0, 0.9), (900.0, 0.1)))
 
 
-def calibrated(name="chat", **conditions):
+def calibrated(name="first", **changes):
     model = zoo.talker()
-    conditions = replace(Conditions.of_model(model, cut=1), **conditions)
+    conditions = replace(Conditions.of_model(model, cut=1), **changes)
     return RiskAwareLM(
         model, zoo.tokenizer(), calibration=replace(WHOLE, answerable=ALONE[name], conditions=conditions)
     )
@@ -45,7 +47,7 @@ def client(serve):
     return serve(calibrated(), Limits(answer_tokens=64, queue=8))
 
 
-def by_hand(answer, name="chat"):
+def by_hand(answer, name="first"):
     """The logistic formula on the scores and states that come with an answer."""
     head, score = ALONE[name], answer.scores["question_mean_nll"]
     hidden = answer.states.get(head.state.key).double()
