@@ -128,4 +128,4 @@ def estimate_best_utility(
 
 def _gain(ranked: Ranked, price: float) -> Float[np.ndarray, "draws groups"]:
     """Return the summed worth of answering up to the end of each group."""
-    return ranked.right_end - price * (ranked.end - ranked.right_end)
+    return ranked.right_end - float(price) * (ranked.end - ranked.right_end)

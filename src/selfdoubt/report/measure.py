@@ -12,6 +12,7 @@ from selfdoubt.eval.repetition import is_repeating
 from selfdoubt.eval.scores.agreement import AGREEMENT_SCORES
 from selfdoubt.eval.settings import Cost, Run
 from selfdoubt.metrics import Estimate, estimate_share
+from selfdoubt.report.abstention import measure_abstention, measure_utilities
 from selfdoubt.report.best_of_n import measure_samples
 from selfdoubt.report.metric_entries import (
     BINS,
@@ -25,11 +26,9 @@ from selfdoubt.report.metric_entries import (
     validate_best_score,
 )
 from selfdoubt.report.results import (
-    Abstention,
     AnswerCounts,
     BestScoreTest,
     Measurements,
-    NoAbstention,
     ProbabilityResults,
     Repetition,
     Report,
@@ -92,7 +91,8 @@ def measure_answers(records: Sequence[Record], run: Run, *, draws: int = 1000, s
         probabilities=_measure_probabilities(judged, bootstrap),
         topics=_measure_topics(judged, [name for name in shown if name], bootstrap),
         samples=measure_samples(records, run, bootstrap),
-        abstention=_measure_abstention(records, run),
+        abstention=measure_abstention(records, run, bootstrap),
+        utilities=measure_utilities(records, bootstrap),
     )
     return Report(**vars(measured), verdict=conclude(measured))
 
@@ -244,24 +244,3 @@ def _measure_topics(judged: Sequence[Record], shown: Sequence[str], bootstrap: B
 def _measure_alone(records: Sequence[Record], name: str, bootstrap: Bootstrap) -> Mapping[str, Estimate]:
     values, correct = _pair(records, name)
     return measure_scores({name: values}, correct, None, bootstrap, ["prr", "coverage_at_90"])[name].metrics
-
-
-def _measure_abstention(records: Sequence[Record], run: Run) -> Abstention | NoAbstention:
-    decided = [r for r in records if r.abstain is not None]
-    if not decided:
-        return NoAbstention("no threshold was set: `selfdoubt calibrate --target-accuracy` sets one")
-    answered = [bool(r.correct) for r in decided if not r.abstain and r.correct is not None]
-    abstained = [bool(r.correct) for r in decided if r.abstain and r.correct is not None]
-    return Abstention(
-        threshold=run.threshold,
-        promise=run.promise,
-        decided=len(decided),
-        answered=sum(not r.abstain for r in decided),
-        coverage=estimate_share([not r.abstain for r in decided], level=LEVEL),
-        accuracy=estimate_share(answered, level=LEVEL)
-        if answered
-        else Estimate.missing("no answer that was given is judged"),
-        accuracy_abstained=estimate_share(abstained, level=LEVEL)
-        if abstained
-        else Estimate.missing("no answer that was abstained from is judged"),
-    )
