@@ -53,6 +53,11 @@ class ForwardContext:
         """Return a fresh context for copies: tensors of an earlier call are part of a graph, which cannot be copied."""
         return ForwardContext, ()
 
+    @property
+    def only_base(self) -> bool:
+        """True if no other member runs than the base model."""
+        return self.has_base and self.members == 1
+
     def count_base(self, x: Tensor) -> int:
         """Return the number of leading entries of a leaf's input that belong to the base model; 0 without its rows."""
         return len(x) // self.members if self.has_base else 0

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import InitVar, dataclass
+from dataclasses import InitVar, dataclass, replace
 from typing import Any, ClassVar, Literal, ParamSpec, overload
 
 import torch
@@ -31,6 +31,7 @@ from selfdoubt.fields import (
     FieldCheck,
     check_settings,
     choice,
+    either,
     flag,
     number,
     optional,
@@ -43,22 +44,40 @@ from selfdoubt.targets import Leaf
 
 P = ParamSpec("P")
 
+#: Sizes of noise that is "auto", until a search has found one.
+START_DROPOUT, START_STD = 0.001, 0.01
+
 
 @dataclass(frozen=True)
 class Bernoulli:
-    """Dropout: a feature is dropped with probability ``p`` in (0, 1), and the others grow by ``1 / (1 - p)``."""
+    """Dropout: a feature is dropped with probability ``p`` in (0, 1), and the others grow by ``1 / (1 - p)``.
 
-    p: float = 0.1
+    "auto" starts at ``START_DROPOUT`` until a search has found the largest ``p`` that keeps the model's answers.
+    """
+
+    p: float | Literal["auto"] = 0.1
     trainable: bool = False
 
-    kinds: ClassVar[Mapping[str, FieldCheck]] = {"p": number(above=0, below=1), "trainable": flag}
+    kinds: ClassVar[Mapping[str, FieldCheck]] = {
+        "p": either(number(above=0, below=1), choice("auto")), "trainable": flag,
+    }  # fmt: skip
 
     def __post_init__(self) -> None:
         check_settings(self, self.kinds)
 
     def initial(self) -> float:
         """Return the parameter that trains: the logit of ``p``."""
-        return math.log(self.p / (1 - self.p))
+        p = START_DROPOUT if isinstance(self.p, str) else self.p
+        return math.log(p / (1 - p))
+
+    @property
+    def seeks_noise(self) -> bool:
+        """True if the size of the noise is still to be searched."""
+        return self.p == "auto"
+
+    def with_noise(self, size: float) -> Bernoulli:
+        """Return the distribution that drops with this probability."""
+        return replace(self, p=size)
 
     @staticmethod
     def noise(parameter: Tensor, uniform: Float[Tensor, "rows features"], *, soft: bool) -> Tensor:
@@ -74,19 +93,33 @@ class Bernoulli:
 
 @dataclass(frozen=True)
 class Normal:
-    """Multiplicative Gaussian noise of mean 1 and standard deviation ``std`` > 0."""
+    """Multiplicative Gaussian noise of mean 1 and standard deviation ``std`` > 0.
 
-    std: float = 0.3
+    "auto" starts at ``START_STD`` until a search has found the largest ``std`` that keeps the model's answers.
+    """
+
+    std: float | Literal["auto"] = 0.3
     trainable: bool = False
 
-    kinds: ClassVar[Mapping[str, FieldCheck]] = {"std": number(above=0, high=SCALE), "trainable": flag}
+    kinds: ClassVar[Mapping[str, FieldCheck]] = {
+        "std": either(number(above=0, high=SCALE), choice("auto")), "trainable": flag,
+    }  # fmt: skip
 
     def __post_init__(self) -> None:
         check_settings(self, self.kinds)
 
     def initial(self) -> float:
         """Return the parameter that trains: the logarithm of ``std``."""
-        return math.log(self.std)
+        return math.log(START_STD if isinstance(self.std, str) else self.std)
+
+    @property
+    def seeks_noise(self) -> bool:
+        """True if the size of the noise is still to be searched."""
+        return self.std == "auto"
+
+    def with_noise(self, size: float) -> Normal:
+        """Return the distribution of this standard deviation."""
+        return replace(self, std=size)
 
     @staticmethod
     def noise(parameter: Tensor, uniform: Float[Tensor, "rows features"], *, soft: bool) -> Tensor:  # noqa: ARG004
@@ -190,6 +223,20 @@ class Wrapper:
         return False
 
     @property
+    def largest_noise(self) -> float:
+        """The largest ``p`` or ``std`` that a search tries."""
+        return 0.5 if isinstance(self.distribution, Bernoulli) else 1.0
+
+    @property
+    def seeks_noise(self) -> bool:
+        """True if the size of the noise is still to be searched."""
+        return self.distribution.seeks_noise
+
+    def with_noise(self, size: float) -> Wrapper:
+        """Return the settings of samples with this much noise: ``p`` or ``std`` of the distribution."""
+        return replace(self, distribution=self.distribution.with_noise(size))
+
+    @property
     def has_base(self) -> bool:
         """True if at evaluation member 0 is the base model, which answers alone."""
         return self.answer_from == "base"
@@ -225,10 +272,17 @@ class NoisyLeaf(Replacement):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Run the leaf on noisy rows: at evaluation one fixed noise per member, in training a fresh one per row."""
         self.call.reached = True
+        if self.call.only_base:
+            return self.leaf(x, *args, **kwargs)
         x = self.call.per_row(x)
         if self.looks_up or not x.is_floating_point():
             return self._make_noisy(self.leaf(x, *args, **kwargs))
         return self.leaf(self._make_noisy(x), *args, **kwargs)
+
+    @torch.no_grad()
+    def set_noise(self, size: float) -> None:
+        """Set ``p`` or ``std`` of the noise."""
+        self.parameter.fill_(self.distribution.with_noise(size).initial())
 
     def _make_noisy(self, x: Tensor) -> Tensor:
         """Return rows times their noise; the base model's stay as they are."""

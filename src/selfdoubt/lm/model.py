@@ -25,6 +25,7 @@ from selfdoubt.lm.front import LMFront
 from selfdoubt.lm.generation import Stream, build_requests, generate_answers
 from selfdoubt.lm.inputs import PromptLike, check_question, is_chat, list_pairs, list_questions
 from selfdoubt.lm.load import POCKET, Quantization, choose_dtype, find_pocket_voters, load_model, name_base
+from selfdoubt.lm.noise_search import search_noise
 from selfdoubt.lm.notes import PLAIN_NOTE, explain_uncalibrated, explain_untrained
 from selfdoubt.lm.options import Options, read_number, read_options, read_seed
 from selfdoubt.lm.scores import DEFAULT_RISK, RANK_SCORES, TOKEN_RISK, Score, Signal
@@ -166,7 +167,8 @@ class RiskAwareLM:
             name: A folder, a GGUF file, a name on the hub, or "pocket"; None takes the adapter's base, or "pocket".
             wrapper: A ``vote``, ``sample`` or ``sculpt`` wrapper, untrained; None leaves the model plain. "auto" takes
                 what comes with the adapter or the pocket model, and leaves any other model plain: its answers are
-                its own, and its risk is its own surprisal and entropy.
+                its own, and its risk is its own surprisal and entropy. A wrapper with noise of size "auto" gets the
+                largest that keeps the model's answers to a few questions (see ``search_noise``), which takes a while.
             adapter: An adapter folder, which brings its own wrapper; or LoRA of plain PEFT, which goes with any.
             dtype: "auto" takes the checkpoint's own, or float32 on a CPU that only emulates bfloat16.
             device: None takes a GPU where there is one.
@@ -229,6 +231,8 @@ class RiskAwareLM:
         )
         size = None if added is None else added.reference_size
         lm._front = replace(lm._front, revision=revision, reference_size=size)
+        if given is not None and getattr(given, "seeks_noise", False):
+            search_noise(lm)
         return lm
 
     def save(
