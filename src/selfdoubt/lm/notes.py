@@ -43,6 +43,8 @@ def explain_untrained(spec: Spec) -> str:
             f"this {method} is untrained: the answers are the base model's own, and its members only say how far "
             "models nearby disagree with them; train it with `selfdoubt train`"
         )
+    if method == "density":
+        return "this density has no statistics yet, so it says nothing; fit it with selfdoubt.lm.density.fit_density"
     return (
         f"this {method} is untrained, and its members make a pretrained model's answers worse (measured: 12.2 % right "
         "falls to 3.9 % with three voters, to 6.0 % with five samples); train it with `selfdoubt train`, or let "

@@ -152,7 +152,8 @@ class HFStepper:
         self._has_base = isinstance(model, Wrapped) and model.spec.has_base
         self._model = model
         measured = density.find_measured_leaf(model)
-        self._measured = measured if measured is not None and measured.is_fitted else None
+        # What is pooled over positions is no signal of a token.
+        self._measured = measured if measured is not None and measured.is_fitted and not measured.pooled else None
         base = innermost(model)
         self._blocks = [find_decoder_layer(base, layer) for layer in layers]
         self._config = base.config.get_text_config()  # type: ignore[union-attr, operator]
