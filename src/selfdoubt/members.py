@@ -21,7 +21,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from selfdoubt import targets
 from selfdoubt.compat import list_quantization_states
 from selfdoubt.errors import CaptureError, ConfigError, ShapeError, WrapError
-from selfdoubt.forecast import Forecast
+from selfdoubt.forecast import Forecast, OutputKind
 from selfdoubt.messages import show_message
 from selfdoubt.rows import ForwardContext, Replacement, expand, list_added_names, unfold
 from selfdoubt.scales import pair_scales
@@ -68,6 +68,10 @@ class Spec(Protocol):
     def splits(self, *, training: bool) -> bool:
         """Return True if a batch is split over the members instead of repeated for each."""
 
+    @property
+    def has_base(self) -> bool:
+        """True if at evaluation member 0 is the base model, which answers alone."""
+
 
 class Wrapped(nn.Module):
     """A model whose matched leaves are replaced. Call it like the model; ask for ``return_risk=True``.
@@ -105,10 +109,13 @@ class Wrapped(nn.Module):
     def forward(self, *args: Any, return_risk: bool = False, training: bool | None = None, **kwargs: Any) -> Any:
         """Return the model's own output structure: the mean over members or, in training, each row's own member.
 
+        With ``answer_from="base"`` the output is the base model's.
+
         Args:
             *args: The model's own inputs. Tensors as long as the first one share its batch axis.
             return_risk: Return ``(output, risk)``; the risk has the output's structure: the standard deviation over
-                members, or sculpt's scale. It is None where an output has neither.
+                members (around the base, where that answers), or sculpt's scale. It is None where an output has
+                neither.
             training: None follows ``self.training``. True: vote splits the batch over its voters, sample runs once.
             **kwargs: The model's own keyword inputs.
 
@@ -153,7 +160,11 @@ class Wrapped(nn.Module):
             if not isinstance(x, Tensor) or not x.ndim or len(x) != members * batch:
                 return x
             std = None if scale is None else unfold(self.distribution.std((x, scale)), members)
-            return Forecast(unfold(x, members), std, "logits" if self.spec.output == "logits" else "values")
+            kind: OutputKind = "logits" if self.spec.output == "logits" else "values"
+            rows = unfold(x, members)
+            if not self.spec.has_base:
+                return Forecast(rows, std, kind)
+            return Forecast(rows[1:], None if std is None else std[:1], kind, rows[0])
 
         forecast = tree_map(fold, y, scales)
         logits = forecast.get("logits") if isinstance(forecast, Mapping) else None
@@ -173,6 +184,7 @@ class Wrapped(nn.Module):
         self.call.members = self.spec.members(training=training)
         self.call.rows = self._batch_size(args, kwargs)
         self.call.training = training
+        self.call.has_base = self.spec.has_base and not training
         self.call.reached = False
         self.call.scales.clear()
         if self.call.members > 1 and any(norm.training for norm in self._batch_norms):

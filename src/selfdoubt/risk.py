@@ -1,8 +1,10 @@
 """Entropies and their parts: pure functions of one tensor of logits, ``(members, *batch, classes)``.
 
-Probabilities are averaged, never logits. Entropies are in nats. All sums run in float32 (float64 stays float64) on the
-tensor's own device. Definitions: total = H(mean_m p_m), aleatoric = mean_m H(p_m), epistemic = total - aleatoric, the
-mutual information between member and class (Houlsby et al., 2011, "Bayesian active learning by disagreement").
+Probabilities are averaged, never logits. Where member 0 is the base model (``has_base``), it alone answers: the
+distribution of the answer, its log-probability and its entropy are the base's, and the other members only say how far
+they disagree. Entropies are in nats. All sums run in float32 (float64 stays float64) on the tensor's own device.
+Definitions: total = H(mean_m p_m), aleatoric = mean_m H(p_m), epistemic = total - aleatoric, the mutual information
+between member and class (Houlsby et al., 2011, "Bayesian active learning by disagreement").
 """
 
 from __future__ import annotations
@@ -20,14 +22,26 @@ from selfdoubt.errors import NonFiniteError, ShapeError
 
 
 class TokenScores(NamedTuple):
-    """Scores of chosen classes; every field has the shape of ``chosen``."""
+    """Scores of chosen classes; every field has the shape of ``chosen``.
+
+    With a base row ``logprob`` and ``total`` are the base's, and all others are of the other members: then ``total`` is
+    not the sum of ``aleatoric`` and ``epistemic``.
+    """
 
     logprob: Tensor  #: log of the mean probability of the chosen class, nats, <= 0
     total: Tensor  #: entropy of the mean, in [0, log classes]
     aleatoric: Tensor  #: mean of the members' entropies, in [0, log classes]
-    epistemic: Tensor  #: total - aleatoric, in [0, log members]
+    epistemic: Tensor  #: entropy of the members' mean - aleatoric, in [0, log members]
     disagreement: Tensor  #: share of members whose most probable class is not the chosen one, in [0, 1]
     spread: Tensor  #: standard deviation over members of the chosen class's probability, in [0, 0.5]
+    divergence: Tensor | None = None  #: mean over members of KL(base || member), nats, >= 0; None without a base row
+
+
+class ConfidenceScores(NamedTuple):
+    """Scores of a whole distribution; every field has the shape of the batch. Both grow with doubt."""
+
+    margin: Tensor  #: 1 - (largest - second largest probability), in [0, 1]
+    self_certainty: Tensor  #: minus the KL divergence from the uniform distribution, KL(uniform || p), nats, <= 0
 
 
 def mix(logits: Float[Tensor, "members *batch classes"]) -> Float[Tensor, "*batch classes"]:
@@ -47,17 +61,19 @@ def mix(logits: Float[Tensor, "members *batch classes"]) -> Float[Tensor, "*batc
     return mixed.to(logits.dtype)
 
 
-def mixture(logits: Float[Tensor, "members *batch classes"]) -> Float[Tensor, "*batch classes"]:
+def mixture(
+    logits: Float[Tensor, "members *batch classes"], *, has_base: bool = False
+) -> Float[Tensor, "*batch classes"]:
     """Return ``mix`` in float32 or wider, without rounding: bfloat16 would move probabilities by several percent.
 
     Several members give the log-probabilities of their mean distribution, in float32 (float64 stays float64); one
-    member comes back unchanged.
+    member comes back unchanged, and so does the base's row where there is one.
 
     Raises:
         ShapeError: If the member axis is missing.
     """
     _check(logits)
-    if logits.shape[0] == 1:
+    if logits.shape[0] == 1 or has_base:
         return logits[0]
     return _wide(logits).log_softmax(-1).logsumexp(0) - math.log(logits.shape[0])
 
@@ -101,18 +117,41 @@ def epistemic(logits: Float[Tensor, "members *batch classes"]) -> Float[Tensor, 
     return _entropies(logits)[2]
 
 
-def token_scores(logits: Float[Tensor, "members *batch classes"], chosen: Int[Tensor, "*batch"]) -> TokenScores:
+def confidence_scores(logits: Float[Tensor, "*batch classes"]) -> ConfidenceScores:
+    """Return margin and self-certainty of distributions, as scores that grow with doubt.
+
+    Margin: Scheffer et al., 2001, "Active hidden Markov models". Self-certainty: Kang et al., 2025, "Scalable best-of-N
+    selection via self-certainty", equation 7: KL(U || p) = -log n - mean_i log p_i over n classes.
+
+    Args:
+        logits: Unnormalised scores of one distribution (see ``mixture``), of at least two classes.
+
+    Example:
+        >>> scores = confidence_scores(torch.zeros(4))
+        >>> scores.margin.item(), round(abs(scores.self_certainty.item()), 4)
+        (1.0, 0.0)
+    """
+    logp = _wide(logits).log_softmax(-1)
+    first, second = logp.topk(2, -1).values.exp().unbind(-1)
+    divergence = -math.log(logp.shape[-1]) - logp.mean(-1)
+    return ConfidenceScores((1 - (first - second)).clamp(0, 1), -divergence.clamp_min(0))
+
+
+def token_scores(
+    logits: Float[Tensor, "members *batch classes"], chosen: Int[Tensor, "*batch"], *, has_base: bool = False
+) -> TokenScores:
     """Return all token scores in one pass over the classes.
 
     Args:
         logits: Unnormalised scores, one slice per member.
         chosen: Index of the class that was taken.
+        has_base: Member 0 is the base model, which answers alone; there must be others.
 
     Raises:
         ShapeError: If the member axis is missing.
         NonFiniteError: If a logit is NaN or infinite.
     """
-    return _scores(logits, chosen)[0]
+    return _scores(logits, chosen, has_base)[0]
 
 
 def score_among(
@@ -120,6 +159,8 @@ def score_among(
     chosen: Int[Tensor, "*batch"],
     others: Int[Tensor, "*batch k"],
     mixed: Float[Tensor, "*batch classes"],
+    *,
+    has_base: bool = False,
 ) -> tuple[TokenScores, Float[Tensor, "*batch k"]]:
     """Return token scores, and the log-probabilities of other classes in the chosen one's place, float64.
 
@@ -131,13 +172,14 @@ def score_among(
         chosen: Index of the class that was taken.
         others: Indices of classes, all different; the chosen one may be among them.
         mixed: The ``mixture`` of the logits.
+        has_base: Member 0 is the base model.
 
     Raises:
         ShapeError: If the member axis is missing.
         NonFiniteError: If a logit is NaN or infinite.
     """
-    scores, logp = _scores(logits, chosen)
-    mean = logp[0] if logits.shape[0] == 1 else mixed
+    scores, logp = _scores(logits, chosen, has_base)
+    mean = logp[0] if logits.shape[0] == 1 or has_base else mixed
     chosen_logp = mean.gather(-1, chosen.unsqueeze(-1)).double().clamp_max(0)
     rest = mean.gather(-1, others).double().clamp_max(0)
     apart = (others != chosen.unsqueeze(-1)).all(-1, keepdim=True)
@@ -179,9 +221,11 @@ def percentile(value: float, reference: Sequence[float], *, linear: bool = False
     return (place - 1 + (value - low) / (high - low)) / (len(reference) - 1)
 
 
-def _scores(logits: Tensor, chosen: Tensor) -> tuple[TokenScores, Tensor]:
+def _scores(logits: Tensor, chosen: Tensor, has_base: bool = False) -> tuple[TokenScores, Tensor]:
     """Return token scores, and the members' log-probabilities, which are large."""
     _check(logits)
+    if has_base:
+        return _scores_from_base(logits, chosen)
     wide = _wide(logits)
     logp = wide.log_softmax(-1)
     probs = logp.exp()
@@ -199,6 +243,17 @@ def _scores(logits: Tensor, chosen: Tensor) -> tuple[TokenScores, Tensor]:
         spread=member_probs.std(0, correction=0).clamp_max(0.5),
     )
     return scores, logp
+
+
+def _scores_from_base(logits: Tensor, chosen: Tensor) -> tuple[TokenScores, Tensor]:
+    """Return token scores of the base (member 0) and of the others' disagreement; and all log-probabilities."""
+    if len(logits) < 2:
+        raise ShapeError("a base row needs at least one more member to disagree with it, got one row")
+    base, base_logp = _scores(logits[:1], chosen)
+    others, other_logp = _scores(logits[1:], chosen)
+    divergence = (base_logp.exp() * (base_logp - other_logp)).sum(-1).mean(0).clamp_min(0)
+    scores = others._replace(logprob=base.logprob, total=base.total, divergence=divergence)
+    return scores, torch.cat([base_logp, other_logp])
 
 
 def _entropies(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -144,6 +144,8 @@ class Wrapper:
 
     output: ClassVar[Literal["auto", "values", "logits"]] = "auto"
     goes_inside: ClassVar[bool] = True
+    has_base: ClassVar[bool] = False
+    newer: ClassVar[frozenset[str]] = frozenset()
     kinds: ClassVar[Mapping[str, FieldCheck]] = {
         "n_layers": whole(1, 64),
         "rank": optional(whole(1, WIDTH)),

@@ -247,7 +247,11 @@ def describe_run(lm: RiskAwareLM, data: Any) -> Run:
     source = os.fspath(data) if isinstance(data, (str, os.PathLike)) else None
     pocket = lm.name is not None and lm.name == str(resolve_model(POCKET))
     wrapper = "none" if not isinstance(lm.model, Wrapped) else "auto" if pocket else None
-    return Run(model=POCKET if pocket else lm.name, wrapper=wrapper, dtype="auto", risk=lm.risk, data=source)
+    answer_from = "base" if pocket and isinstance(lm.model, Wrapped) and lm.model.spec.has_base else None
+    return Run(
+        model=POCKET if pocket else lm.name, wrapper=wrapper, dtype="auto", risk=lm.risk, data=source,
+        answer_from=answer_from,
+    )  # fmt: skip
 
 
 def load_asked(
@@ -321,4 +325,7 @@ def _load_by_settings(run: Run) -> RiskAwareLM:
         raise ConfigError("the run does not say how to load its model with its wrapper; give the model, lm=...")
     wrapper: Any = "auto" if run.wrapper == "auto" else None
     dtype, quantize = run.dtype or "auto", run.quantize
-    return RiskAwareLM.load(run.model, adapter=run.adapter, wrapper=wrapper, dtype=dtype, quantize=quantize)  # type: ignore[arg-type]
+    return RiskAwareLM.load(
+        run.model, adapter=run.adapter, wrapper=wrapper, dtype=dtype, quantize=quantize,  # type: ignore[arg-type]
+        answer_from=run.answer_from,  # type: ignore[arg-type]
+    )  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from scipy import stats
@@ -139,3 +140,31 @@ def test_a_forecast_of_integers_is_a_vote():
 def test_a_low_precision_forecast_sums_in_float32():
     members = (100 + random_logits(5, 3)).to(torch.bfloat16)
     assert_close(Forecast(members).std, members.float().std(0, correction=0).to(torch.bfloat16))
+
+
+def test_with_a_base_row_the_base_answers_and_the_others_disagree():
+    logits = torch.randn(4, 5, 11, generator=torch.Generator().manual_seed(1), dtype=torch.float64) * 3
+    chosen = torch.randint(11, (5,), generator=torch.Generator().manual_seed(2))
+    scores = risk.token_scores(logits, chosen, has_base=True)
+    base, others = risk.token_scores(logits[:1], chosen), risk.token_scores(logits[1:], chosen)
+    assert_close(scores.logprob, base.logprob, rtol=0, atol=0)
+    assert_close(scores.total, base.total, rtol=0, atol=0)
+    for name in ("aleatoric", "epistemic", "disagreement", "spread"):
+        assert_close(getattr(scores, name), getattr(others, name), rtol=0, atol=0)
+    p = logits.softmax(-1).numpy()
+    expected = np.mean([stats.entropy(p[0], q, axis=-1) for q in p[1:]], axis=0)
+    assert_close(scores.divergence, torch.from_numpy(expected))
+    assert risk.mixture(logits, has_base=True) is not logits
+    assert torch.equal(risk.mixture(logits, has_base=True), logits[0])
+    with pytest.raises(ShapeError, match="at least one more member"):
+        risk.token_scores(logits[:1], chosen, has_base=True)
+
+
+def test_confidence_scores_against_scipy():
+    logits = torch.randn(6, 9, generator=torch.Generator().manual_seed(3), dtype=torch.float64) * 2
+    scores = risk.confidence_scores(logits)
+    p = logits.softmax(-1).numpy()
+    largest = np.sort(p, -1)
+    assert_close(scores.margin, torch.from_numpy(1 - (largest[:, -1] - largest[:, -2])))
+    expected = stats.entropy(np.full_like(p, 1 / 9), p, axis=-1)
+    assert_close(scores.self_certainty, torch.from_numpy(-expected))

@@ -55,7 +55,7 @@ def calibrate(
     def load(run: Run) -> RiskAwareLM:
         adapter = None if run.adapter is None else Path(run.adapter)
         wrapper, dtype = run.wrapper or "auto", run.dtype or "auto"
-        return flags.load_lm(run.model, adapter, wrapper, dtype, run.quantize, None, trust_remote_code)
+        return flags.load_lm(run.model, adapter, wrapper, dtype, run.quantize, None, trust_remote_code, run.answer_from)
 
     result = workflow.calibrate(
         runs,

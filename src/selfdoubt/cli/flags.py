@@ -34,7 +34,17 @@ WrapperText = Annotated[
     typer.Option(
         help="auto, none, vote, sample or sculpt, with settings if you like: 'vote:n_voters=5,rank=8'. "
         "auto takes what comes with the adapter or the pocket model, and leaves any other model as it is. "
-        "One that you name is untrained, and changes the answers."
+        "One that you name is untrained: the model itself answers, and its members only disagree."
+    ),
+]
+AnswerFromFlag = Annotated[
+    str | None,
+    typer.Option(
+        "--answer-from",
+        help="base: the model itself answers, and voters or samples only say how far they disagree; mean: their mean "
+        "answers. [default: the adapter's; base for a --wrapper, whose members are untrained]",
+        metavar="base|mean",
+        show_default=False,
     ),
 ]
 Dtype = Annotated[
@@ -109,6 +119,7 @@ def load_lm(
     quantize: str | None,
     risk: str | None,
     remote: bool,
+    answer_from: str | None = None,
     *,
     show_note: bool = True,
 ) -> RiskAwareLM:
@@ -128,6 +139,7 @@ def load_lm(
             quantize=quantize,  # type: ignore[arg-type]
             trust_remote_code=remote,
             risk=risk or DEFAULT_RISK,
+            answer_from=answer_from,  # type: ignore[arg-type]
         )
     if show_note and lm.note is not None:
         print(f"selfdoubt: note: {lm.note}", file=sys.stderr)

@@ -30,6 +30,7 @@ class Run:
     dtype: str | None = None
     quantize: str | None = None
     risk: str | None = None  #: name of the answer score that is the risk, also of samples
+    answer_from: str | None = None  #: "base" or "mean", where it was asked for
     data: str | None = None
     task: str | None = None
     seed: int | None = None

@@ -35,13 +35,18 @@ class Token:
     logprob: float  #: log-probability of this token under the mean distribution, <= 0
     total: float  #: entropy of the mean distribution, in [0, log vocabulary]
     aleatoric: float  #: mean entropy of the members
-    epistemic: float  #: total - aleatoric, in [0, log members]
+    epistemic: float  #: entropy of the members' mean less aleatoric, in [0, log members]
     disagreement: float  #: share of members whose most probable token is another, in [0, 1]
     spread: float  #: standard deviation over members of this token's probability, in [0, 0.5]
     scale: float | None  #: predicted standard deviation of this token's logit (sculpt)
     risk: float  #: the score that colours the token
     alternatives: tuple[Alternative, ...] = ()
     gap: float = 0.0  #: log-probability of the most probable token less this one's, nats, >= 0
+    divergence: float | None = None  #: mean KL(base || member), nats; None unless the base answers for its members
+    margin: float | None = None  #: 1 - (largest - second largest probability), in [0, 1]; None in a question
+    self_certainty: float | None = None  #: minus KL(uniform || distribution), nats, <= 0; None in a question
+    layer_disagreement: float | None = None  #: disagreement of late layers on the most probable tokens, nats
+    density: float | None = None  #: (relative) Mahalanobis distance of the features; None without their statistics
 
     @property
     def nll(self) -> float:

@@ -28,6 +28,8 @@ Made = Literal["greedy", "sampled", "choice", "given"]
 SAMPLED, TOLERANCE = 16, 5e-3
 #: Settings of a wrapper that change no number.
 _SILENT = ("verbose", "symbolic_trace")
+#: The meaning of settings that are None, or missing in conditions of an earlier version.
+_IMPLIED = {"answer_from": "mean"}
 _AGAIN = "run `selfdoubt evaluate` and `selfdoubt calibrate` with this model"
 
 
@@ -146,7 +148,8 @@ def read_wrapper_settings(model: nn.Module) -> tuple[dict[str, Any], ...]:
     wrappers: list[dict[str, Any]] = []
     while isinstance(model, Wrapped):
         settings = storage.to_json(model.spec)
-        wrappers.append({k: list(v) if isinstance(v, tuple) else v for k, v in settings.items() if k not in _SILENT})
+        settings = {k: list(v) if isinstance(v, tuple) else v for k, v in settings.items() if k not in _SILENT}
+        wrappers.append({k: _IMPLIED.get(k) if v is None else v for k, v in settings.items()})
         model = model.module
     return tuple(reversed(wrappers))
 
@@ -199,9 +202,12 @@ def _near(a: Sequence[float], b: Sequence[float]) -> bool:
 
 def _alike(ours: Sequence[Mapping[str, Any]], theirs: Sequence[Mapping[str, Any]]) -> bool:
     """Return whether wrappers have the same settings; one that a version of this program does not know may differ."""
-    return len(ours) == len(theirs) and all(
-        all(a[key] == b[key] for key in a.keys() & b.keys()) for a, b in zip(ours, theirs, strict=True)
-    )
+
+    def same(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
+        known = all(a[key] == b[key] for key in a.keys() & b.keys())
+        return known and all(a.get(key, meaning) == b.get(key, meaning) for key, meaning in _IMPLIED.items())
+
+    return len(ours) == len(theirs) and all(same(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
 def _of_form(form: str, forms: Sequence[str]) -> str:

@@ -13,7 +13,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from selfdoubt import risk
 from selfdoubt.lm.prefill import ScoredId, score_ids
 from selfdoubt.lm.sampling import Sampling, choose_tokens
 from selfdoubt.lm.stepper import StepOutput, Stepper
@@ -97,7 +96,7 @@ class DecodeBatch:
         """
         next_logits = self._next
         samplings = [sequence.sampling for sequence in self.sequences]
-        mixed = risk.mixture(next_logits.logits)
+        mixed = next_logits.mixture
         chosen = choose_tokens(mixed, samplings, torch.stack([sequence.draw() for sequence in self.sequences]))
         most = max(sampling.alternatives for sampling in samplings)
         tokens = score_ids(next_logits.at(None), chosen[:, None], most, mixed[:, None])

@@ -18,12 +18,14 @@ from selfdoubt.errors import ConfigError, UntrainedWarning
 from selfdoubt.lm import defaults
 from selfdoubt.lm.adapters.adapter import REFERENCE_SIZE, check_adapter, save_adapter
 from selfdoubt.lm.answer import Answer
+from selfdoubt.lm.answer_from import AnswerFrom, check_answer_from, protect_answers, set_answer_from
 from selfdoubt.lm.calibration import Calibration
 from selfdoubt.lm.confidence import confidence_order
 from selfdoubt.lm.front import LMFront
 from selfdoubt.lm.generation import Stream, build_requests, generate_answers
 from selfdoubt.lm.inputs import PromptLike, check_question, is_chat, list_pairs, list_questions
 from selfdoubt.lm.load import POCKET, Quantization, choose_dtype, find_pocket_voters, load_model, name_base
+from selfdoubt.lm.noise_search import search_noise
 from selfdoubt.lm.notes import PLAIN_NOTE, explain_uncalibrated, explain_untrained
 from selfdoubt.lm.options import Options, read_number, read_options, read_seed
 from selfdoubt.lm.scores import DEFAULT_RISK, RANK_SCORES, TOKEN_RISK, Score, Signal
@@ -157,6 +159,7 @@ class RiskAwareLM:
         token: str | None = None,
         risk: str = DEFAULT_RISK,
         layers: Sequence[int] = (),
+        answer_from: AnswerFrom | None = None,
     ) -> RiskAwareLM:
         """Load a model and make it aware of its risk.
 
@@ -164,7 +167,8 @@ class RiskAwareLM:
             name: A folder, a name on the hub, or "pocket"; None takes the adapter's base, or "pocket".
             wrapper: A ``vote``, ``sample`` or ``sculpt`` wrapper, untrained; None leaves the model plain. "auto" takes
                 what comes with the adapter or the pocket model, and leaves any other model plain: its answers are
-                its own, and its risk is its own surprisal and entropy.
+                its own, and its risk is its own surprisal and entropy. A wrapper with noise of size "auto" gets the
+                largest that keeps the model's answers to a few questions (see ``search_noise``), which takes a while.
             adapter: An adapter folder, which brings its own wrapper; or LoRA of plain PEFT, which goes with any.
             dtype: "auto" takes the checkpoint's own, or float32 on a CPU that only emulates bfloat16.
             device: None takes a GPU where there is one.
@@ -174,18 +178,24 @@ class RiskAwareLM:
             token: A hub token for gated models; None takes ``HF_TOKEN``.
             risk: Name of the answer score that is the risk.
             layers: Decoder layers whose hidden states come with an answer.
+            answer_from: "base" lets the base model answer in a row of its own, while voters or samples only say how
+                far they disagree with it; "mean" answers with their mean. None takes the base for a ``wrapper`` that
+                leaves it open, as its members are untrained, and what an adapter says for the adapter's.
 
         Raises:
             LoadError: If the model or the adapter cannot be read.
             BaseMismatchError: If the adapter was made for another model.
-            ConfigError: If an option is out of range, or a wrapper is given to an adapter that brings its own.
+            ConfigError: If an option is out of range, or a wrapper is given to an adapter that brings its own, or
+                ``answer_from`` to a model without members.
 
         Warns:
-            UntrainedWarning: If a wrapper is given: its members change the answers, and nothing has trained them.
+            UntrainedWarning: If a wrapper is given: nothing has trained its members.
         """
+        check_answer_from(answer_from)
         given = None if wrapper == "auto" else wrapper
         if given is not None:
             check_spec(given)
+            given = protect_answers(given, answer_from)
         # The adapter is read and checked once, before a large model loads.
         added = None if adapter is None else check_adapter(adapter, given)
         if name is None:
@@ -204,6 +214,8 @@ class RiskAwareLM:
             with torch.random.fork_rng():  # fresh parameters are the same each time, so that answers can be repeated
                 torch.manual_seed(0)
                 model = given(model)  # type: ignore[operator]
+        if answer_from is not None:
+            set_answer_from(model, answer_from)
         note = None
         if given is not None:
             note = explain_untrained(given)
@@ -219,6 +231,8 @@ class RiskAwareLM:
         )
         size = None if added is None else added.reference_size
         lm._front = replace(lm._front, revision=revision, reference_size=size)
+        if given is not None and getattr(given, "seeks_noise", False):
+            search_noise(lm)
         return lm
 
     def save(

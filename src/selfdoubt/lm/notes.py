@@ -38,8 +38,13 @@ def explain_untrained(spec: Spec) -> str:
     method = to_json(spec)["method"]
     if method == "sculpt":
         return "this sculpt is untrained: its scale says nothing yet; train it with `selfdoubt train`"
+    if spec.has_base:
+        return (
+            f"this {method} is untrained: the answers are the base model's own, and its members only say how far "
+            "models nearby disagree with them; train it with `selfdoubt train`"
+        )
     return (
         f"this {method} is untrained, and its members make a pretrained model's answers worse (measured: 12.2 % right "
-        "falls to 3.9 % with three voters, to 6.0 % with five samples); train it with `selfdoubt train`, or leave the "
-        "wrapper out"
+        "falls to 3.9 % with three voters, to 6.0 % with five samples); train it with `selfdoubt train`, or let "
+        "the base model answer (answer_from='base')"
     )

@@ -6,7 +6,7 @@ It knows no text and no model library.
 from __future__ import annotations
 
 from collections.abc import Collection, Generator, Sequence
-from typing import NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -29,9 +29,14 @@ class ScoredId(NamedTuple):
     epistemic: float
     disagreement: float
     spread: float
-    scale: float | None
-    gap: float  #: log-probability of the most probable id less this one's, nats, >= 0; 0 for ids of a prompt
-    alternatives: tuple[tuple[int, float], ...]  #: (id, log-probability), the most probable first
+    scale: float | None = None
+    gap: float = 0.0  #: log-probability of the most probable id less this one's, nats, >= 0; 0 for ids of a prompt
+    alternatives: tuple[tuple[int, float], ...] = ()  #: (id, log-probability), the most probable first
+    divergence: float | None = None
+    margin: float | None = None  #: None for ids of a prompt, as the following
+    self_certainty: float | None = None
+    layer_disagreement: float | None = None
+    density: float | None = None
 
 
 def prefill_in_chunks(
@@ -117,13 +122,13 @@ def teacher_force_in_chunks(
     last = sorted(ends)
     width = max(len(t) for t in texts) + bool(last)
     ids = torch.tensor([list(t) + [0] * (width - len(t)) for t in texts]).to(next_logits.logits.device)
-    scored = score_ids(next_logits.at(None), ids[:, :1], alternatives, risk.mixture(next_logits.logits)[:, None])
+    scored = score_ids(next_logits.at(None), ids[:, :1], alternatives, next_logits.mixture[:, None])
     # Without ends the last token predicts nothing that is asked for.
     for first, piece in stepper.extend(texts if last else [t[:-1] for t in texts]) if width > 1 else ():
         if pool is not None and piece.states is not None:
             pool.add(first, piece.states[0])
         columns = piece.logits.shape[2]
-        mixed = risk.mixture(piece.logits)
+        mixed = piece.mixture
         chosen = ids[:, first + 1 : first + 1 + columns]
         for row, text in enumerate(texts) if last else ():
             if 0 <= (place := len(text) - 1 - first) < columns:
@@ -147,33 +152,35 @@ def score_ids(
         next_logits: Logits of the positions where they were chosen.
         chosen: The chosen ids.
         alternatives: Number of the most probable tokens that come with each token.
-        mixed: The ``risk.mixture`` of the logits, if it is computed already.
+        mixed: The mixture of the logits, if it is computed already; without it the ids are a prompt's, whose
+            distributions are not scored.
     """
-    others: list[Tensor] = []
+    has_base = next_logits.has_base
+    options = torch.empty(*chosen.shape, 0, dtype=torch.float64, device=chosen.device)
+    others = options
     if alternatives:
-        mixed = risk.mixture(next_logits.logits) if mixed is None else mixed
+        mixed = next_logits.mixture if mixed is None else mixed
         top = mixed.topk(min(alternatives, mixed.shape[-1]), -1).indices
-        scores, logprobs = risk.score_among(next_logits.logits, chosen, top, mixed)
-        others = [*top.double().unbind(-1), *logprobs.unbind(-1)]
+        scores, others = risk.score_among(next_logits.logits, chosen, top, mixed, has_base=has_base)
+        options = top.double()
     else:
-        scores = risk.token_scores(next_logits.logits, chosen)
-    columns = [s.double() for s in scores]
+        scores = risk.token_scores(next_logits.logits, chosen, has_base=has_base)
+    columns = {name: column for name, column in scores._asdict().items() if column is not None}
     if next_logits.scale is not None:
         index = chosen[None, ..., None].expand(len(next_logits.scale), -1, -1, 1)
-        columns.append(next_logits.scale.gather(-1, index).squeeze(-1).double().square().mean(0).sqrt())
-    columns += others
-    gaps = torch.zeros_like(columns[0])
+        columns["scale"] = next_logits.scale.gather(-1, index).squeeze(-1).double().square().mean(0).sqrt()
     if mixed is not None:
-        gaps = (mixed.amax(-1) - mixed.gather(-1, chosen[..., None]).squeeze(-1)).double()
-    table = torch.stack([*columns, gaps, chosen.double()], -1).tolist()
-    has_scale = next_logits.scale is not None
+        columns["gap"] = mixed.amax(-1) - mixed.gather(-1, chosen[..., None]).squeeze(-1)
+        columns |= risk.confidence_scores(mixed)._asdict()
+    columns |= {name: signal[0] for name, signal in next_logits.signals.items()}
+    numbers = torch.stack([chosen.double(), *(column.double() for column in columns.values())], -1)
+    half = options.shape[-1]
+    table = torch.cat([numbers, options, others.double()], -1).tolist()
 
     def token(row: list[float]) -> ScoredId:
-        named = dict(zip(risk.TokenScores._fields, row, strict=False))
-        rest = row[len(named) + has_scale : -2]
-        half = len(rest) // 2
-        options = tuple((int(i), p) for i, p in zip(rest[:half], rest[half:], strict=True))
-        scale = row[len(named)] if has_scale else None
-        return ScoredId(id=int(row[-1]), **named, scale=scale, alternatives=options, gap=row[-2])
+        named: dict[str, Any] = dict(zip(columns, row[1:], strict=False))
+        first = 1 + len(columns)
+        pairs = zip(row[first : first + half], row[first + half :], strict=True)
+        return ScoredId(int(row[0]), **named, alternatives=tuple((int(i), p) for i, p in pairs))
 
     return [[token(row) for row in rows] for rows in table]

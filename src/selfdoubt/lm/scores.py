@@ -14,7 +14,10 @@ from selfdoubt.risk import percentile
 
 Part = Literal["answer", "question", "both"]
 Pool = Literal["sum", "mean", "max"]
-Signal = Literal["nll", "total", "aleatoric", "epistemic", "disagreement", "spread", "scale"]
+Signal = Literal[
+    "nll", "total", "aleatoric", "epistemic", "disagreement", "spread", "scale", "divergence", "margin",
+    "self_certainty", "layer_disagreement", "density",
+]  # fmt: skip
 
 #: The score that is an answer's risk, and the signal that is a token's. Without reference answers, or without a
 #: question, ``sum_nll`` takes the place of the first. By ``benchmarks/quality.py`` no other score that needs no labels
@@ -72,10 +75,13 @@ class Score:
         return self.part != "answer"
 
 
+#: Signals that are not computed where a prompt is read: a question has none.
+ANSWER_SIGNALS: tuple[Signal, ...] = ("margin", "self_certainty", "layer_disagreement")
 #: All scores by name.
 ANSWER_SCORES: dict[str, Score] = {
     str(score): score
     for score in (Score(p, o, s) for p in get_args(Part) for o in get_args(Pool) for s in get_args(Signal))
+    if score.part == "answer" or score.signal not in ANSWER_SIGNALS
 }
 #: Scores that weigh others by their rank among reference answers, in [0, 1]; ranks compare what sums cannot.
 RANK_SCORES: dict[str, tuple[tuple[Score, float], ...]] = {

@@ -7,13 +7,15 @@ member-major, as everywhere.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from selfdoubt import risk
 from selfdoubt.errors import PromptError, WrapError
 from selfdoubt.lm import cache
 from selfdoubt.lm.chunks import ChunkSizer
@@ -25,25 +27,63 @@ from selfdoubt.rows import expand, unfold
 _CHUNK = 2**25
 
 
-class StepOutput(NamedTuple):
-    """The output of one step: logits, the deviation predicted for each logit, and hidden states."""
+@dataclass(frozen=True)
+class StepOutput:
+    """The output of one step: logits, and what else was computed at each position."""
 
     logits: Float[Tensor, "members batch *t classes"]
-    scale: Float[Tensor, "members batch *t classes"] | None  #: None without a sculpt
-    states: Float[Tensor, "1 batch *t layers width"] | None = None  #: mean over members; None unless asked for
+    #: Predicted deviations, of those members that answer; None without a sculpt.
+    scale: Float[Tensor, "answering batch *t classes"] | None = None
+    #: The base's where it answers, else the mean over members; None unless asked for.
+    states: Float[Tensor, "1 batch *t layers width"] | None = None
+    #: Attention of each position on itself, of the row that answers; None unless asked for.
+    attention: Float[Tensor, "1 batch *t layers heads"] | None = None
+    #: Signals of a position that depend on no chosen token, by name (see ``scores.Signal``); all grow with doubt.
+    signals: Mapping[str, Float[Tensor, "1 batch *t"]] = field(default_factory=dict)
+    has_base: bool = False  #: member 0 is the base model, which alone answers
+
+    @property
+    def mixture(self) -> Float[Tensor, "batch *t classes"]:
+        """The distribution that answers, see ``risk.mixture``: the members' mean, or the base's."""
+        return risk.mixture(self.logits, has_base=self.has_base)
 
     def at(self, index: Any) -> StepOutput:
         """Return the output at some places of the axis behind the batch."""
-        return StepOutput(*(None if x is None else x[:, :, index] for x in self))  # type: ignore[arg-type]
+        return self._each(lambda x: x[:, :, index])
 
     def select(self, sequences: Sequence[int]) -> StepOutput:
         """Return the outputs of these sequences."""
-        return StepOutput(*(None if x is None else x[:, list(sequences)] for x in self))  # type: ignore[arg-type]
+        return self._each(lambda x: x[:, list(sequences)])
 
     def join(self, other: StepOutput) -> StepOutput:
-        """Return the outputs of both batches, in this order."""
-        pairs = zip(self, other, strict=True)
-        return StepOutput(*(None if a is None or b is None else torch.cat([a, b], 1) for a, b in pairs))  # type: ignore[arg-type]
+        """Return the outputs of both batches, in this order. What only one of them has is left out."""
+
+        def cat(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+            return None if a is None or b is None else torch.cat([a, b], 1)
+
+        return StepOutput(
+            torch.cat([self.logits, other.logits], 1),
+            cat(self.scale, other.scale),
+            cat(self.states, other.states),
+            cat(self.attention, other.attention),
+            {name: torch.cat([x, other.signals[name]], 1) for name, x in self.signals.items() if name in other.signals},
+            self.has_base,
+        )
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> StepOutput:
+        """Return the output with a change made to each of its tensors."""
+
+        def optional(x: Tensor | None) -> Tensor | None:
+            return None if x is None else change(x)
+
+        return StepOutput(
+            change(self.logits),
+            optional(self.scale),
+            optional(self.states),
+            optional(self.attention),
+            {name: change(x) for name, x in self.signals.items()},
+            self.has_base,
+        )
 
 
 @runtime_checkable
@@ -86,6 +126,7 @@ class HFStepper:
     def __init__(self, model: nn.Module, layers: Sequence[int] = (), sizer: ChunkSizer | None = None) -> None:
         self._sizer = sizer
         self.members = model.spec.members(training=False) if isinstance(model, Wrapped) else 1
+        self._has_base = isinstance(model, Wrapped) and model.spec.has_base
         self._model = model
         base = innermost(model)
         self._blocks = [find_decoder_layer(base, layer) for layer in layers]
@@ -208,6 +249,10 @@ class HFStepper:
         if self._mask.all():
             self._mask = None
 
+    def _of_answer(self, x: Float[Tensor, "members ..."]) -> Float[Tensor, "some ..."]:
+        """Return the values of those members that answer: all of them, or the base alone."""
+        return x[:1] if self._has_base else x
+
     def _forward(self, rows: Int[Tensor, "rows t"], first: int) -> StepOutput:
         self._rows = len(rows)
         inputs: dict[str, Any] = {"input_ids": rows, "past_key_values": self._cache, "use_cache": True}
@@ -228,8 +273,9 @@ class HFStepper:
         if scales is not None:
             assert isinstance(self._model, Wrapped)
             std = self._model.distribution.std((output.logits, scales.logits))
-            scale = unfold(std, self.members)
+            scale = self._of_answer(unfold(std, self.members))
         states = None
         if captured:
-            states = torch.stack([unfold(h.detach(), self.members).float().mean(0, keepdim=True) for h in captured], -2)
-        return StepOutput(unfold(output.logits, self.members), scale, states)
+            by_member = [self._of_answer(unfold(h.detach(), self.members)) for h in captured]
+            states = torch.stack([h.float().mean(0, keepdim=True) for h in by_member], -2)
+        return StepOutput(unfold(output.logits, self.members), scale, states, has_base=self._has_base)

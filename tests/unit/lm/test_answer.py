@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -52,8 +53,9 @@ def test_scores_that_cannot_be_are_absent():
 
 
 def test_every_score_has_one_name():
-    found = compute_answer_scores([token(1, 1.0)], [token(2, 1.0)])
-    assert set(found) == set(ANSWER_SCORES)
+    signals = {"divergence": 0.1, "margin": 0.5, "self_certainty": -2.0, "layer_disagreement": 0.2, "density": 3.0}
+    full = replace(token(1, 1.0), **signals)
+    assert set(compute_answer_scores([full], [full])) == set(ANSWER_SCORES)
 
 
 def test_a_risk_that_cannot_be_falls_back_to_the_answers_own():

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from selfdoubt import risk
 from selfdoubt.errors import ConfigError
 from selfdoubt.eval.records import Question
 from selfdoubt.lm.prefill import prefill
@@ -43,7 +42,7 @@ def estimate_p_true(lm: RiskAwareLM, pairs: Sequence[tuple[Question, str]], conf
     shares: list[float] = []
     for first in range(0, len(prompts), config.batch_size):
         _, following = prefill(HFStepper(lm.model), prompts[first : first + config.batch_size])
-        logp = risk.mixture(following.logits).double().log_softmax(-1)
+        logp = following.mixture.double().log_softmax(-1)
         mass = [logp[:, sorted(ids - both)].logsumexp(-1) for ids in (true, false)]
         shares += torch.stack(mass, -1).softmax(-1)[:, 0].tolist()
     return shares
