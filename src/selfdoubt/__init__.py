@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from selfdoubt.version import __version__
 
 if TYPE_CHECKING:
-    from selfdoubt import errors, metrics, risk, sample, sculpt, vote
+    from selfdoubt import density, errors, metrics, risk, sample, sculpt, vote
     from selfdoubt.errors import SelfdoubtError
     from selfdoubt.forecast import Forecast
     from selfdoubt.lm.answer import Answer, Token
@@ -34,6 +34,7 @@ __all__ = [
     "Wrapped",
     "__version__",
     "calibrate",
+    "density",
     "errors",
     "evaluate",
     "load",

@@ -84,8 +84,8 @@ class Wrapped(nn.Module):
         self.spec: Spec = spec
         if isinstance(model, Wrapped) and not model.spec.goes_inside:
             raise WrapError(
-                "only a sculpt can be wrapped again, and this model is wrapped by "
-                f"{model.spec!r}; put sculpt inside: vote.Wrapper(...)(sculpt.Wrapper(...)(model))"
+                "only a sculpt or a density can be wrapped again, and this model is wrapped by "
+                f"{model.spec!r}; put it inside: vote.Wrapper(...)(sculpt.Wrapper(...)(model))"
             )
         leaves = spec.find(model)
         self.call = ForwardContext()
@@ -114,8 +114,8 @@ class Wrapped(nn.Module):
         Args:
             *args: The model's own inputs. Tensors as long as the first one share its batch axis.
             return_risk: Return ``(output, risk)``; the risk has the output's structure: the standard deviation over
-                members (around the base, where that answers), or sculpt's scale. It is None where an output has
-                neither.
+                members (around the base, where that answers), sculpt's scale, or density's distance. It is None where an
+                output has none.
             training: None follows ``self.training``. True: vote splits the batch over its voters, sample runs once.
             **kwargs: The model's own keyword inputs.
 
@@ -130,6 +130,9 @@ class Wrapped(nn.Module):
             y, scales = self.forward_rows(*args, training=training, **kwargs)
             if not return_risk:
                 return y
+            measure = getattr(self.spec, "measure", None)
+            if measure is not None:
+                return y, measure(self, y, kwargs.get("attention_mask"))
             if scales is not None:
                 return y, scales
             if training:
@@ -187,6 +190,7 @@ class Wrapped(nn.Module):
         self.call.has_base = self.spec.has_base and not training
         self.call.reached = False
         self.call.scales.clear()
+        self.call.features.clear()
         if self.call.members > 1 and any(norm.training for norm in self._batch_norms):
             raise WrapError(
                 f"BatchNorm in training mode would mix the statistics of {self.call.members} members; "

@@ -35,7 +35,8 @@ def unfold(x: Shaped[Tensor, "rows *rest"], members: int) -> Shaped[Tensor, "mem
 
 @dataclass(eq=False)
 class ForwardContext:
-    """The state that the replaced leaves of one model share in a call: the members that run, and predicted scales.
+    """The state that the replaced leaves of one model share in a call: the members that run, predicted
+    scales, and features whose density is measured.
 
     It keeps its values until the next call, because gradient checkpointing runs leaves again during backward.
     """
@@ -46,6 +47,7 @@ class ForwardContext:
     has_base: bool = False  #: member 0 is the base model: leaves run its rows without deviation or noise
     reached: bool = False
     scales: list[tuple[Tensor, Tensor]] = field(default_factory=list)  #: (a head's output, its predicted scale)
+    features: list[Tensor] = field(default_factory=list)  #: inputs of a measured leaf, without gradients
 
     def __reduce__(self) -> tuple[type[ForwardContext], tuple[()]]:
         """Return a fresh context for copies: tensors of an earlier call are part of a graph, which cannot be copied."""

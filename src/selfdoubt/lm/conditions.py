@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from selfdoubt import storage
+from selfdoubt import density, storage
 from selfdoubt.compat import is_beneath_adapter, is_lora_weight
 from selfdoubt.fields import anything, choice, listing, nonempty, number, optional, record, string, table, whole
 from selfdoubt.lm.text.prompt_form import CHAT, RAW, TEXT
@@ -144,12 +144,16 @@ _MADE: dict[str, str] = {
 
 
 def read_wrapper_settings(model: nn.Module) -> tuple[dict[str, Any], ...]:
-    """Return the wrappers' settings as plain data, from the innermost outwards."""
+    """Return the wrappers' settings as plain data, from the innermost outwards; without a density's.
+
+    A density changes no answer, and none of their other scores.
+    """
     wrappers: list[dict[str, Any]] = []
     while isinstance(model, Wrapped):
         settings = storage.to_json(model.spec)
-        settings = {k: list(v) if isinstance(v, tuple) else v for k, v in settings.items() if k not in _SILENT}
-        wrappers.append({k: _IMPLIED.get(k) if v is None else v for k, v in settings.items()})
+        if not isinstance(model.spec, density.Wrapper):
+            settings = {k: list(v) if isinstance(v, tuple) else v for k, v in settings.items() if k not in _SILENT}
+            wrappers.append({k: _IMPLIED.get(k) if v is None else v for k, v in settings.items()})
         model = model.module
     return tuple(reversed(wrappers))
 

@@ -272,6 +272,12 @@ class RiskAwareLM:
             extra=extra, tokenizer=front.tokenizer,
         )  # fmt: skip
 
+    def replace_model(self, model: nn.Module) -> None:
+        """Answer with another wrapping of the same base model from now on."""
+        self.model = model
+        self._front = replace(self._front, architecture=str(model))
+        storage.register_owner(model, self)
+
     def learnt(self) -> frozenset[str]:
         """Return the entries that this model has in addition to its weights: "reference", "calibration"."""
         known = {"reference": bool(self._front.reference), "calibration": self._front.calibration is not None}

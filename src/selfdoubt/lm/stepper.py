@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from selfdoubt import risk
+from selfdoubt import density, risk
 from selfdoubt.errors import PromptError, WrapError
 from selfdoubt.lm import cache
 from selfdoubt.lm.chunks import ChunkSizer
@@ -128,6 +128,8 @@ class HFStepper:
         self.members = model.spec.members(training=False) if isinstance(model, Wrapped) else 1
         self._has_base = isinstance(model, Wrapped) and model.spec.has_base
         self._model = model
+        measured = density.find_measured_leaf(model)
+        self._measured = measured if measured is not None and measured.is_fitted else None
         base = innermost(model)
         self._blocks = [find_decoder_layer(base, layer) for layer in layers]
         self._config = base.config.get_text_config()  # type: ignore[union-attr, operator]
@@ -278,4 +280,16 @@ class HFStepper:
         if captured:
             by_member = [self._of_answer(unfold(h.detach(), self.members)) for h in captured]
             states = torch.stack([h.float().mean(0, keepdim=True) for h in by_member], -2)
-        return StepOutput(unfold(output.logits, self.members), scale, states, has_base=self._has_base)
+        signals = self._measure()
+        return StepOutput(unfold(output.logits, self.members), scale, states, signals=signals, has_base=self._has_base)
+
+    def _measure(self) -> dict[str, Float[Tensor, "1 batch t"]]:
+        """Return the density of the positions that just ran: the base's where it answers, or the mean over members."""
+        if self._measured is None:
+            return {}
+        rows = self.pick_answering(self._measured.read_features())
+        return {"density": self._measured.compute_distances(rows).mean(0, keepdim=True)}
+
+    def pick_answering(self, rows: Float[Tensor, "rows *rest"]) -> Float[Tensor, "members batch *rest"]:
+        """Return the rows of the members that answer: the base's alone where there is one."""
+        return self._of_answer(unfold(rows, self.members))
