@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from selfdoubt import pocket
+from selfdoubt.preparation import PreparationConfig, prepare
 from tests.browser import chromium
 from tests.waiting import wait_until
 
@@ -465,9 +466,22 @@ def test_a_new_chat_is_empty_and_the_examples_are_back(page):
 
 
 @pytest.mark.slow  # a server of its own
-def test_the_page_of_a_model_without_an_adapter_says_what_its_risk_is(browser):
+@pytest.mark.parametrize(
+    ("is_prepared", "start", "way"),
+    [
+        (False, "Note: nothing was trained for the risk of this model", "run selfdoubt prepare --model X --out A"),
+        (True, "Note: percentiles are relative to 6 answers of this model", "selfdoubt evaluate --adapter A --data"),
+    ],
+)
+def test_the_page_says_that_a_risk_is_not_calibrated_and_how_to_calibrate_it(
+    browser, tmp_path, is_prepared, start, way
+):
     """The note stands in a template of JavaScript, where its backticks would end everything."""
-    command = [sys.executable, "-m", "selfdoubt", "chat", "--port", "0", "--no-open", "--model", str(pocket.folder())]
+    which = ["--model", str(pocket.folder())]
+    if is_prepared:
+        config = PreparationConfig(max_tokens=8)
+        which = ["--adapter", str(prepare(pocket.folder(), tmp_path / "A", config=config, limit=6).folder)]
+    command = [sys.executable, "-m", "selfdoubt", "chat", "--port", "0", "--no-open", *which]
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     with subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -477,10 +491,16 @@ def test_the_page_of_a_model_without_an_adapter_says_what_its_risk_is(browser):
             opened = context.new_page()
             visit(opened, server.stdout.readline().split()[2])
             note = opened.locator(".welcome .note").inner_text()
-            assert note.startswith("Note: nothing was trained for the risk of this model")
-            assert "selfdoubt train adds voters" in note
+            assert note.startswith(start)
+            assert way in note
+            assert "not calibrated" in note
+            assert f"selfdoubt: note: {note.removeprefix('Note: ').rstrip('.')}" == (
+                server.stderr.readline().rstrip().replace("`", "")
+            )
             type_and_ask(opened, "What is the capital of France?")
-            assert "Paris" in ended(opened).inner_text()
+            shown = ended(opened).inner_text()
+            assert "Paris" in shown
+            assert ("of the reference answers" in shown) == is_prepared
         finally:
             context.close()
             server.terminate()
