@@ -38,3 +38,9 @@ def load_alone(name: str) -> ModuleType:
             spec.submodule_search_locations = [str(FOLDER.joinpath(*parts[:depth]))]
             sys.modules[package] = module_from_spec(spec)
     return load(name)
+
+
+def load_estimator(name: str) -> ModuleType:
+    """A file of ``lm_polygraph.estimators``."""
+    load_alone("lm_polygraph.utils.common")  # else the estimators' base and the rest of the package import each other
+    return load_alone(f"lm_polygraph.estimators.{name}")

@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING, Any
 from selfdoubt.version import __version__
 
 if TYPE_CHECKING:
-    from selfdoubt import errors, metrics, risk, sample, sculpt, vote
+    from selfdoubt import density, errors, metrics, risk, sample, sculpt, vote
     from selfdoubt.errors import SelfdoubtError
     from selfdoubt.forecast import Forecast
     from selfdoubt.lm.answer import Answer, Token
     from selfdoubt.lm.model import RiskAwareLM
     from selfdoubt.members import Wrapped
+    from selfdoubt.preparation.run import prepare
     from selfdoubt.storage import load, save
     from selfdoubt.workflow import calibrate, evaluate
 
@@ -33,10 +34,12 @@ __all__ = [
     "Wrapped",
     "__version__",
     "calibrate",
+    "density",
     "errors",
     "evaluate",
     "load",
     "metrics",
+    "prepare",
     "risk",
     "sample",
     "save",
@@ -54,6 +57,7 @@ _HOMES = {
     "calibrate": "selfdoubt.workflow",
     "evaluate": "selfdoubt.workflow",
     "load": "selfdoubt.storage",
+    "prepare": "selfdoubt.preparation.run",
     "save": "selfdoubt.storage",
 }
 

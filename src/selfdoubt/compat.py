@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from threading import Lock
 from typing import Any
 
 import torch
@@ -111,6 +114,28 @@ def is_joinable_cache_layer(layer: Any) -> bool:
     """Return True for a cache layer that keeps keys and values, and nothing else (a recurrent state, say)."""
     kinds = require("transformers.cache_utils", "lm")
     return type(layer) in (kinds.DynamicLayer, kinds.DynamicSlidingWindowLayer)
+
+
+_READS_GGUF = Lock()
+
+
+@contextmanager
+def read_gguf_once() -> Iterator[None]:
+    """Let transformers parse a GGUF file and map its names once in the block, and show no progress bar.
+
+    Elsewhere it parses the vocabulary, in Python, for each of config, tokenizer and weights, and makes the table of
+    names for every module: three times the time.
+    """
+    gguf: Any = require("gguf", "lm")
+    loader: Any = require("transformers.modeling_gguf_pytorch_utils", "lm")
+    with _READS_GGUF:
+        before = gguf.GGUFReader, gguf.get_tensor_name_map, loader.tqdm
+        gguf.GGUFReader, gguf.get_tensor_name_map = cache(gguf.GGUFReader), cache(gguf.get_tensor_name_map)
+        loader.tqdm = lambda items, **_: items
+        try:
+            yield
+        finally:
+            gguf.GGUFReader, gguf.get_tensor_name_map, loader.tqdm = before
 
 
 def silence_libraries() -> None:

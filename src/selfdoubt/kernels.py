@@ -138,13 +138,23 @@ def count_features(leaf: nn.Module) -> tuple[int, int]:
     return weight.shape[0], weight.shape[1]
 
 
-def loop(leaf: nn.Module, deviations: Deviations, alpha: float, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def loop(
+    leaf: nn.Module,
+    deviations: Deviations,
+    alpha: float,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    *,
+    has_base: bool = False,
+) -> Any:
     """Run the leaf once per member with its own parameters: slow, and right for any leaf with the batch first.
+
+    With ``has_base`` one more member comes first, with the leaf's parameters as they are.
 
     Raises:
         WrapError: If the leaf takes a packed sequence, or gives a tensor without the batch in dimension 0.
     """
-    members = _members(deviations)
+    members = _members(deviations) + has_base
     parameters = dict(leaf.named_parameters())
     first = next(iter_tensors((args, kwargs)))
     if any(isinstance(x, PackedSequence) for x in (*args, *kwargs.values())) or len(first) % members:
@@ -176,8 +186,9 @@ def loop(leaf: nn.Module, deviations: Deviations, alpha: float, args: tuple[Any,
     outputs = []
     for m in range(members):
         changed = {
-            (name := key.replace("/", ".")): parameters[name] + alpha * deviation[m].to(parameters[name].dtype)
-            for key, deviation in deviations.items()
+            (name := key.replace("/", ".")): parameters[name]
+            + alpha * deviation[m - has_base].to(parameters[name].dtype)
+            for key, deviation in (deviations.items() if m >= has_base else ())
         }
         inputs = tuple(share(a, m, axes[min(i, 1)]) for i, a in enumerate(args))
         named = {name: share(a, m, axes[name == "hx"]) for name, a in kwargs.items()}

@@ -208,7 +208,8 @@ def _wrapper(entry: Any, path: str, *, complete: bool = True) -> Spec:
         kinds["distribution"] = _noise if complete else _partial_noise
     elif method == "sculpt":
         kinds["distribution"] = choice("Normal", "Laplace")
-    settings = record(kinds if complete else {}, kinds)(entry, path)
+    needed = {name: kind for name, kind in kinds.items() if complete and name not in module.Wrapper.newer}
+    settings = record(needed, kinds)(entry, path)
     del settings["method"]
     if isinstance(noise := settings.get("distribution"), str):
         settings["distribution"] = getattr(module, noise)
@@ -265,6 +266,7 @@ _MANIFEST = record(
     {
         "lora": flag,
         "reference": optional(table(ascending)),
+        "reference_size": optional(whole(1)),
         "calibration": optional(_calibration),
         "checksums": record({"manifest": _sha256}, dict.fromkeys(COVERED, _sha256)),
     },

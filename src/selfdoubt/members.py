@@ -21,7 +21,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from selfdoubt import targets
 from selfdoubt.compat import list_quantization_states
 from selfdoubt.errors import CaptureError, ConfigError, ShapeError, WrapError
-from selfdoubt.forecast import Forecast
+from selfdoubt.forecast import Forecast, OutputKind
 from selfdoubt.messages import show_message
 from selfdoubt.rows import ForwardContext, Replacement, expand, list_added_names, unfold
 from selfdoubt.scales import pair_scales
@@ -68,6 +68,10 @@ class Spec(Protocol):
     def splits(self, *, training: bool) -> bool:
         """Return True if a batch is split over the members instead of repeated for each."""
 
+    @property
+    def has_base(self) -> bool:
+        """True if at evaluation member 0 is the base model, which answers alone."""
+
 
 class Wrapped(nn.Module):
     """A model whose matched leaves are replaced. Call it like the model; ask for ``return_risk=True``.
@@ -80,8 +84,8 @@ class Wrapped(nn.Module):
         self.spec: Spec = spec
         if isinstance(model, Wrapped) and not model.spec.goes_inside:
             raise WrapError(
-                "only a sculpt can be wrapped again, and this model is wrapped by "
-                f"{model.spec!r}; put sculpt inside: vote.Wrapper(...)(sculpt.Wrapper(...)(model))"
+                "only a sculpt or a density can be wrapped again, and this model is wrapped by "
+                f"{model.spec!r}; put it inside: vote.Wrapper(...)(sculpt.Wrapper(...)(model))"
             )
         leaves = spec.find(model)
         self.call = ForwardContext()
@@ -105,10 +109,13 @@ class Wrapped(nn.Module):
     def forward(self, *args: Any, return_risk: bool = False, training: bool | None = None, **kwargs: Any) -> Any:
         """Return the model's own output structure: the mean over members or, in training, each row's own member.
 
+        With ``answer_from="base"`` the output is the base model's.
+
         Args:
             *args: The model's own inputs. Tensors as long as the first one share its batch axis.
             return_risk: Return ``(output, risk)``; the risk has the output's structure: the standard deviation over
-                members, or sculpt's scale. It is None where an output has neither.
+                members (around the base, where that answers), sculpt's scale, or density's distance. It is None where
+                an output has none.
             training: None follows ``self.training``. True: vote splits the batch over its voters, sample runs once.
             **kwargs: The model's own keyword inputs.
 
@@ -123,6 +130,9 @@ class Wrapped(nn.Module):
             y, scales = self.forward_rows(*args, training=training, **kwargs)
             if not return_risk:
                 return y
+            measure = getattr(self.spec, "measure", None)
+            if measure is not None:
+                return y, measure(self, y, kwargs.get("attention_mask"))
             if scales is not None:
                 return y, scales
             if training:
@@ -153,7 +163,11 @@ class Wrapped(nn.Module):
             if not isinstance(x, Tensor) or not x.ndim or len(x) != members * batch:
                 return x
             std = None if scale is None else unfold(self.distribution.std((x, scale)), members)
-            return Forecast(unfold(x, members), std, "logits" if self.spec.output == "logits" else "values")
+            kind: OutputKind = "logits" if self.spec.output == "logits" else "values"
+            rows = unfold(x, members)
+            if not self.spec.has_base:
+                return Forecast(rows, std, kind)
+            return Forecast(rows[1:], None if std is None else std[:1], kind, rows[0])
 
         forecast = tree_map(fold, y, scales)
         logits = forecast.get("logits") if isinstance(forecast, Mapping) else None
@@ -173,8 +187,10 @@ class Wrapped(nn.Module):
         self.call.members = self.spec.members(training=training)
         self.call.rows = self._batch_size(args, kwargs)
         self.call.training = training
+        self.call.has_base = self.spec.has_base and not training
         self.call.reached = False
         self.call.scales.clear()
+        self.call.features.clear()
         if self.call.members > 1 and any(norm.training for norm in self._batch_norms):
             raise WrapError(
                 f"BatchNorm in training mode would mix the statistics of {self.call.members} members; "
@@ -278,7 +294,7 @@ def innermost(model: nn.Module) -> nn.Module:
 
 
 def get_source(model: nn.Module) -> str | None:
-    """Return the folder or hub name of a Hugging Face model, as its config has it; None where it has none."""
+    """Return the folder, file or hub name of a Hugging Face model, as its config has it; None where it has none."""
     return getattr(getattr(innermost(model), "config", None), "name_or_path", None) or None
 
 

@@ -35,7 +35,8 @@ def unfold(x: Shaped[Tensor, "rows *rest"], members: int) -> Shaped[Tensor, "mem
 
 @dataclass(eq=False)
 class ForwardContext:
-    """The state that the replaced leaves of one model share in a call: the members that run, and predicted scales.
+    """The state that the replaced leaves of one model share in a call: the members that run, predicted
+    scales, and features whose density is measured.
 
     It keeps its values until the next call, because gradient checkpointing runs leaves again during backward.
     """
@@ -43,12 +44,23 @@ class ForwardContext:
     members: int = 1
     rows: int = 1  #: members times the size of the batch
     training: bool = False
+    has_base: bool = False  #: member 0 is the base model: leaves run its rows without deviation or noise
     reached: bool = False
     scales: list[tuple[Tensor, Tensor]] = field(default_factory=list)  #: (a head's output, its predicted scale)
+    features: list[Tensor] = field(default_factory=list)  #: inputs of a measured leaf, without gradients
 
     def __reduce__(self) -> tuple[type[ForwardContext], tuple[()]]:
         """Return a fresh context for copies: tensors of an earlier call are part of a graph, which cannot be copied."""
         return ForwardContext, ()
+
+    @property
+    def only_base(self) -> bool:
+        """True if no other member runs than the base model."""
+        return self.has_base and self.members == 1
+
+    def count_base(self, x: Tensor) -> int:
+        """Return the number of leading entries of a leaf's input that belong to the base model; 0 without its rows."""
+        return len(x) // self.members if self.has_base else 0
 
     def per_row(self, x: Any) -> Any:
         """Return a leaf's input with one entry per row; a single entry (position ids, say) is repeated for every row.

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import InitVar, dataclass
+from dataclasses import InitVar, dataclass, replace
 from typing import Any, ClassVar, Literal, ParamSpec, overload
 
 import torch
@@ -31,8 +31,10 @@ from selfdoubt.fields import (
     FieldCheck,
     check_settings,
     choice,
+    either,
     flag,
     number,
+    optional,
     resolve_compile,
     whole,
 )
@@ -42,22 +44,40 @@ from selfdoubt.targets import Leaf
 
 P = ParamSpec("P")
 
+#: Sizes of noise that is "auto", until a search has found one.
+START_DROPOUT, START_STD = 0.001, 0.01
+
 
 @dataclass(frozen=True)
 class Bernoulli:
-    """Dropout: a feature is dropped with probability ``p`` in (0, 1), and the others grow by ``1 / (1 - p)``."""
+    """Dropout: a feature is dropped with probability ``p`` in (0, 1), and the others grow by ``1 / (1 - p)``.
 
-    p: float = 0.1
+    "auto" starts at ``START_DROPOUT`` until a search has found the largest ``p`` that keeps the model's answers.
+    """
+
+    p: float | Literal["auto"] = 0.1
     trainable: bool = False
 
-    kinds: ClassVar[Mapping[str, FieldCheck]] = {"p": number(above=0, below=1), "trainable": flag}
+    kinds: ClassVar[Mapping[str, FieldCheck]] = {
+        "p": either(number(above=0, below=1), choice("auto")), "trainable": flag,
+    }  # fmt: skip
 
     def __post_init__(self) -> None:
         check_settings(self, self.kinds)
 
     def initial(self) -> float:
         """Return the parameter that trains: the logit of ``p``."""
-        return math.log(self.p / (1 - self.p))
+        p = START_DROPOUT if isinstance(self.p, str) else self.p
+        return math.log(p / (1 - p))
+
+    @property
+    def seeks_noise(self) -> bool:
+        """True if the size of the noise is still to be searched."""
+        return self.p == "auto"
+
+    def with_noise(self, size: float) -> Bernoulli:
+        """Return the distribution that drops with this probability."""
+        return replace(self, p=size)
 
     @staticmethod
     def noise(parameter: Tensor, uniform: Float[Tensor, "rows features"], *, soft: bool) -> Tensor:
@@ -73,19 +93,33 @@ class Bernoulli:
 
 @dataclass(frozen=True)
 class Normal:
-    """Multiplicative Gaussian noise of mean 1 and standard deviation ``std`` > 0."""
+    """Multiplicative Gaussian noise of mean 1 and standard deviation ``std`` > 0.
 
-    std: float = 0.3
+    "auto" starts at ``START_STD`` until a search has found the largest ``std`` that keeps the model's answers.
+    """
+
+    std: float | Literal["auto"] = 0.3
     trainable: bool = False
 
-    kinds: ClassVar[Mapping[str, FieldCheck]] = {"std": number(above=0, high=SCALE), "trainable": flag}
+    kinds: ClassVar[Mapping[str, FieldCheck]] = {
+        "std": either(number(above=0, high=SCALE), choice("auto")), "trainable": flag,
+    }  # fmt: skip
 
     def __post_init__(self) -> None:
         check_settings(self, self.kinds)
 
     def initial(self) -> float:
         """Return the parameter that trains: the logarithm of ``std``."""
-        return math.log(self.std)
+        return math.log(START_STD if isinstance(self.std, str) else self.std)
+
+    @property
+    def seeks_noise(self) -> bool:
+        """True if the size of the noise is still to be searched."""
+        return self.std == "auto"
+
+    def with_noise(self, size: float) -> Normal:
+        """Return the distribution of this standard deviation."""
+        return replace(self, std=size)
 
     @staticmethod
     def noise(parameter: Tensor, uniform: Float[Tensor, "rows features"], *, soft: bool) -> Tensor:  # noqa: ARG004
@@ -111,6 +145,9 @@ class Wrapper:
         compile: Compile the wrapped forward as one graph.
         verbose: 0 logs nothing, 1 a summary, 2 every matched parameter (``logging.getLogger("selfdoubt")``).
         seed: Seed of the members' noise at evaluation; training draws from torch's global generator.
+        answer_from: "mean" answers with the mean over samples. "base" adds the base model as one more row at evaluation
+            without noise: it alone answers, and the samples only say how far they disagree with it. None is "mean"
+            here; a language model that loads an untrained wrapper takes "base" instead.
         symbolic_trace: Another name for ``compile``, as an argument only.
 
     Raises:
@@ -131,12 +168,15 @@ class Wrapper:
     compile: bool | None = None
     verbose: int = 0
     seed: int = 0
+    answer_from: Literal["base", "mean"] | None = None
     symbolic_trace: InitVar[bool | None] = None
 
     goes_inside: ClassVar[bool] = False
     kinds: ClassVar[Mapping[str, FieldCheck]] = {
-        "n_samples": whole(1, MEMBERS), "output": choice("auto", "values", "logits"), **SHARED,
+        "n_samples": whole(1, MEMBERS), "output": choice("auto", "values", "logits"),
+        "answer_from": optional(choice("base", "mean")), **SHARED,
     }  # fmt: skip
+    newer: ClassVar[frozenset[str]] = frozenset({"answer_from"})  #: settings that older files lack
 
     def __post_init__(self, symbolic_trace: bool | None) -> None:
         object.__setattr__(self, "compile", resolve_compile(self.compile, symbolic_trace))
@@ -175,12 +215,31 @@ class Wrapper:
         return False
 
     def members(self, *, training: bool) -> int:
-        """Return the number of passes: one in training, ``n_samples`` at evaluation."""
-        return 1 if training else self.n_samples
+        """Return the number of passes: one in training, else ``n_samples`` and one for a base that answers."""
+        return 1 if training else self.n_samples + self.has_base
 
     def splits(self, *, training: bool) -> bool:  # noqa: ARG002
         """Return False: a batch is never split."""
         return False
+
+    @property
+    def largest_noise(self) -> float:
+        """The largest ``p`` or ``std`` that a search tries."""
+        return 0.5 if isinstance(self.distribution, Bernoulli) else 1.0
+
+    @property
+    def seeks_noise(self) -> bool:
+        """True if the size of the noise is still to be searched."""
+        return self.distribution.seeks_noise
+
+    def with_noise(self, size: float) -> Wrapper:
+        """Return the settings of samples with this much noise: ``p`` or ``std`` of the distribution."""
+        return replace(self, distribution=self.distribution.with_noise(size))
+
+    @property
+    def has_base(self) -> bool:
+        """True if at evaluation member 0 is the base model, which answers alone."""
+        return self.answer_from == "base"
 
 
 #: Layers whose features are in dimension 1; all others have them in the last.
@@ -213,16 +272,29 @@ class NoisyLeaf(Replacement):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Run the leaf on noisy rows: at evaluation one fixed noise per member, in training a fresh one per row."""
         self.call.reached = True
+        if self.call.only_base:
+            return self.leaf(x, *args, **kwargs)
         x = self.call.per_row(x)
         if self.looks_up or not x.is_floating_point():
-            y = self.leaf(x, *args, **kwargs)
-            return y * self._noise(y, len(x))
-        return self.leaf(x * self._noise(x, len(x)), *args, **kwargs)
+            return self._make_noisy(self.leaf(x, *args, **kwargs))
+        return self.leaf(self._make_noisy(x), *args, **kwargs)
 
-    def _noise(self, x: Tensor, rows: int) -> Tensor:
+    @torch.no_grad()
+    def set_noise(self, size: float) -> None:
+        """Set ``p`` or ``std`` of the noise."""
+        self.parameter.fill_(self.distribution.with_noise(size).initial())
+
+    def _make_noisy(self, x: Tensor) -> Tensor:
+        """Return rows times their noise; the base model's stay as they are."""
+        first = self.call.count_base(x)
+        if not first:
+            return x * self._noise(x)
+        return torch.cat([x[:first], x[first:] * self._noise(x[first:])])
+
+    def _noise(self, x: Tensor) -> Tensor:
         """Return noise that broadcasts over ``x``: ``(rows, 1, ..., features, ...)``."""
         axis = self.feature_axis % x.ndim
-        features, members = x.shape[axis], self.call.members
+        rows, features, members = len(x), x.shape[axis], self.call.members - self.call.has_base
         if self.call.training:
             uniform = torch.rand(rows, features, device=x.device)
         else:

@@ -144,6 +144,8 @@ class Wrapper:
 
     output: ClassVar[Literal["auto", "values", "logits"]] = "auto"
     goes_inside: ClassVar[bool] = True
+    has_base: ClassVar[bool] = False
+    newer: ClassVar[frozenset[str]] = frozenset()
     kinds: ClassVar[Mapping[str, FieldCheck]] = {
         "n_layers": whole(1, 64),
         "rank": optional(whole(1, WIDTH)),
@@ -173,16 +175,11 @@ class Wrapper:
         """Return the heads."""
         if self.param_filter is not None:
             return targets.find_leaves(model, self.param_filter)
-        heads = [leaf for leaf in targets.find_leaves(model, targets.EVERYTHING) if _is_head(leaf)]
-        outputs = {id(compat.get_output_head(m)) for m in model.modules() if compat.has_output_head(m)}
-        chosen = [leaf for leaf in heads if id(leaf.module) in outputs] or heads[-1:]
-        if not chosen:
-            raise WrapError("no linear or convolution layer to serve as a head; name one with param_filter")
-        return chosen
+        return targets.find_heads(model)
 
     def make_leaf(self, leaf: Leaf, index: int, call: ForwardContext) -> nn.Module:
         """Build a head with a scale branch."""
-        if not _is_head(leaf):
+        if not targets.is_head(leaf):
             raise WrapError(
                 f"a head must be a linear or convolution layer, and {leaf.name} is {type(leaf.module).__name__}; "
                 "name another with param_filter"
@@ -228,11 +225,6 @@ class ScaledHead(Replacement):
         scale: Tensor = self.branch(h if torch.is_autocast_enabled(h.device.type) else h.to(dtype))
         # A scale of exactly 0 would make every error infinitely unlikely.
         return F.softplus(scale) + torch.finfo(scale.dtype).tiny
-
-
-def _is_head(leaf: Leaf) -> bool:
-    base = compat.get_base_layer(leaf.module)
-    return isinstance(base, (nn.Linear, nn.Conv1d, nn.Conv2d)) or compat.is_transposed(base)
 
 
 def _branch(head: nn.Module, spec: Wrapper) -> nn.Sequential:

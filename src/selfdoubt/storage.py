@@ -9,7 +9,7 @@ LoRA beneath the wrappers has files of its own (``lm/adapters/adapter.py``); the
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 from weakref import WeakKeyDictionary, ref
@@ -46,6 +46,7 @@ __all__ = [
     "MANIFEST",
     "WEIGHTS",
     "compute_fingerprint",
+    "find_difference",
     "from_json",
     "load",
     "read_manifest",
@@ -132,7 +133,7 @@ def check_saved(wrapped: nn.Module, elsewhere: Collection[str] = (), extra: Mapp
     if not isinstance(wrapped, Wrapped) and not elsewhere and not LEARNT & set(extra or {}):
         raise WrapError(
             f"{type(wrapped).__name__} is not wrapped, so there is nothing to save: wrap it first, e.g. "
-            "vote.Wrapper()(model)"
+            "vote.Wrapper()(model), or give it reference answers with selfdoubt.prepare(model, folder)"
         )
     reference = _OWNERS.get(wrapped)
     owner = None if reference is None else reference()
@@ -306,6 +307,16 @@ def compute_fingerprint(wrapped: nn.Module, elsewhere: Collection[str] = ()) -> 
     return {name: [_size(frozen[name]), frozen[name].numel()] for name in sorted(chosen)}
 
 
+def find_difference(wrapped: nn.Module, fingerprint: Mapping[str, Sequence[float]]) -> str | None:
+    """Return the name of the first parameter that is not as in a fingerprint; None if it is the same base model."""
+    parameters = dict(wrapped.named_parameters())
+    for name, (size, numel) in fingerprint.items():
+        p = parameters.get(name)
+        if p is None or p.numel() != numel or abs(_size(p) - size) > 0.01 * abs(size):
+            return name
+    return None
+
+
 def _size(p: Tensor) -> float:
     return float(p.detach().double().abs().mean())
 
@@ -325,13 +336,11 @@ def _check_fits(folder: Path, wrapped: nn.Module, tensors: dict[str, Tensor], ba
                 f"{folder} was made for another base model than this ({base['name']}): {name} is "
                 f"{tuple(tensor.shape)}, and this base wants {tuple(state[name].shape)}"
             )
-    parameters = dict(wrapped.named_parameters())
-    for name, (size, numel) in base["fingerprint"].items():
-        p = parameters.get(name)
-        if p is None or p.numel() != numel or abs(_size(p) - size) > 0.01 * abs(size):
-            raise BaseMismatchError(
-                f"{folder} was made for another base model than this: {name} differs; load it onto {base['name']}"
-            )
+    name = find_difference(wrapped, base["fingerprint"])
+    if name is not None:
+        raise BaseMismatchError(
+            f"{folder} was made for another base model than this: {name} differs; load it onto {base['name']}"
+        )
 
 
 def _specs(model: nn.Module) -> list[Spec]:

@@ -15,8 +15,9 @@ from difflib import SequenceMatcher
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from selfdoubt.compat import has_output_head, is_adapter_layer
-from selfdoubt.errors import ConfigError, TargetError
+from selfdoubt.compat import get_base_layer, get_output_head, has_output_head, is_adapter_layer, is_transposed
+from selfdoubt.errors import ConfigError, TargetError, WrapError
+from selfdoubt.rows import Replacement, list_added_names
 
 #: Query and value projections, under the names that decoder families give them (some fuse them into one).
 DECODER_FILTER = r"\.(q_proj|v_proj|qkv_proj|c_attn|query_key_value|Wqkv)\."
@@ -66,6 +67,30 @@ def find_leaves(model: nn.Module, param_filter: str | None) -> list[Leaf]:
     return [Leaf(name, modules[name], tuple(params)) for name, params in matched.items()]
 
 
+def find_heads(model: nn.Module) -> list[Leaf]:
+    """Find the output embeddings of a language model, or the last linear or convolution layer of any other model.
+
+    Layers that an inner wrapper added are none.
+
+    Raises:
+        WrapError: If there is no such layer.
+    """
+    added = set(list_added_names(model))
+    leaves = [leaf for leaf in find_leaves(model, EVERYTHING) if f"{leaf.name}.{leaf.params[0]}" not in added]
+    heads = [leaf for leaf in leaves if is_head(leaf)]
+    outputs = {id(_get_leaf(get_output_head(m))) for m in model.modules() if has_output_head(m)}
+    chosen = [leaf for leaf in heads if id(leaf.module) in outputs] or heads[-1:]
+    if not chosen:
+        raise WrapError("no linear or convolution layer to serve as a head; name one with param_filter")
+    return chosen
+
+
+def is_head(leaf: Leaf) -> bool:
+    """Return True for a linear or convolution layer, also within an adapter layer."""
+    base = get_base_layer(leaf.module)
+    return isinstance(base, (nn.Linear, nn.Conv1d, nn.Conv2d)) or is_transposed(base)
+
+
 def join_nested_leaves(leaves: list[Leaf]) -> list[Leaf]:
     """Merge leaves that lie inside other leaves into these, in the model's order."""
     joined: dict[str, Leaf] = {}
@@ -90,6 +115,11 @@ def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
     """Replace the submodule of this name by ``new``, in place."""
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, new)
+
+
+def _get_leaf(module: nn.Module | None) -> nn.Module | None:
+    """Return the layer that an inner wrapper has replaced, or the module itself."""
+    return _get_leaf(module.leaf) if isinstance(module, Replacement) else module
 
 
 def _owner(modules: dict[str, nn.Module], full_name: str) -> str:

@@ -6,7 +6,8 @@ Every matched leaf keeps its weights and gets one deviation per voter, full or l
 
 A voter whose deviation is zero is the base model. Voters differ because they start apart (``weight_noise``) and because
 in training each reads its own share of the batch (Lakshminarayanan et al., 2017, "Deep ensembles"; low rank:
-Wang et al., 2023, "LoRA ensembles"). The risk is their disagreement.
+Wang et al., 2023, "LoRA ensembles"). The risk is their disagreement. ``noise.py`` finds the size of deviations that
+leaves a model's answers as they are.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import InitVar, dataclass
+from dataclasses import InitVar, dataclass, replace
 from typing import Any, ClassVar, Literal, ParamSpec, overload
 
 import torch
@@ -30,6 +31,7 @@ from selfdoubt.fields import (
     FieldCheck,
     check_settings,
     choice,
+    either,
     flag,
     number,
     optional,
@@ -37,10 +39,13 @@ from selfdoubt.fields import (
     whole,
 )
 from selfdoubt.members import Wrapped, wrap
-from selfdoubt.rows import ForwardContext, Replacement
+from selfdoubt.rows import ForwardContext, Replacement, expand
 from selfdoubt.targets import Leaf
 
 P = ParamSpec("P")
+
+#: Size of the deviations of ``weight_noise="auto"``, relative to the weights, until a search has found one.
+START_NOISE = 0.01
 
 
 @dataclass(frozen=True)
@@ -55,14 +60,21 @@ class Wrapper:
             leaves are small and keep full ones.
         finetune: True starts from the model's weights and freezes them, so that only deviations train. False re-draws
             the matched weights independently for each voter, and lets the rest of the model train with them.
-        weight_noise: Initial size of a deviation, relative to the standard deviation of the leaf's weight.
+        weight_noise: Initial size of a deviation, relative to the standard deviation of the leaf's weight. "auto" is
+            ``START_NOISE`` until ``fit_noise`` (any module) or ``search_noise`` (language models) finds the largest
+            size that keeps the model's answers: then it is 1, and ``alpha`` the size relative to each leaf's output.
         alpha: Scale of the deviations.
+        antithetic: Draw deviations in pairs: each second voter starts with the deviation of the one before it, with
+            the opposite sign; the last of an odd number has no partner. Needs ``finetune=True``.
         output: "logits" averages probabilities over the last axis, "values" averages values. "auto" takes an output
             called ``logits`` (Hugging Face) as logits and anything else as values.
         shared_inputs: Names of inputs without a batch axis, passed to all voters as they are.
         compile: Compile the wrapped forward as one graph.
         verbose: 0 logs nothing, 1 a summary, 2 every matched parameter (``logging.getLogger("selfdoubt")``).
         seed: Seed of the initial deviations.
+        answer_from: "mean" answers with the mean over voters. "base" adds the base model as one more row at evaluation
+            without deviation: it alone answers, and the voters only say how far they disagree with it. None is "mean"
+            here; a language model that loads an untrained wrapper takes "base" instead.
         symbolic_trace: Another name for ``compile``, as an argument only.
 
     Raises:
@@ -79,25 +91,31 @@ class Wrapper:
     param_filter: str | None = None
     rank: int | None = None
     finetune: bool = True
-    weight_noise: float = 0.2
+    weight_noise: float | Literal["auto"] = 0.2
     alpha: float = 1.0
+    antithetic: bool = False
     output: Literal["auto", "values", "logits"] = "auto"
     shared_inputs: tuple[str, ...] = ()
     compile: bool | None = None
     verbose: int = 0
     seed: int = 0
+    answer_from: Literal["base", "mean"] | None = None
     symbolic_trace: InitVar[bool | None] = None
 
     goes_inside: ClassVar[bool] = False
+    largest_noise: ClassVar[float] = 1.0  #: largest size that a search tries
     kinds: ClassVar[Mapping[str, FieldCheck]] = {
         "n_voters": whole(1, MEMBERS),
         "rank": optional(whole(1, WIDTH)),
         "finetune": flag,
-        "weight_noise": number(0, SCALE),
+        "weight_noise": either(number(0, SCALE), choice("auto")),
         "alpha": number(-SCALE, SCALE),
+        "antithetic": flag,
         "output": choice("auto", "values", "logits"),
+        "answer_from": optional(choice("base", "mean")),
         **SHARED,
     }
+    newer: ClassVar[frozenset[str]] = frozenset({"answer_from", "antithetic"})  #: settings that older files lack
 
     def __post_init__(self, symbolic_trace: bool | None) -> None:
         object.__setattr__(self, "compile", resolve_compile(self.compile, symbolic_trace))
@@ -106,6 +124,11 @@ class Wrapper:
             raise ConfigError("alpha must not be 0: voters could not differ; try alpha=1")
         if not self.finetune and self.rank is not None:
             raise ConfigError(f"finetune=False re-draws whole weights, got rank={self.rank}; leave rank=None")
+        if not self.finetune and (self.antithetic or self.weight_noise == "auto"):
+            raise ConfigError(
+                "finetune=False re-draws whole weights, which have neither opposites nor a size to search; leave "
+                "antithetic=False and a number as weight_noise"
+            )
 
     @overload
     def __call__(self, model: nn.Module) -> Wrapped: ...
@@ -137,13 +160,27 @@ class Wrapper:
         """Return whether the model's own parameters stop training."""
         return self.finetune
 
-    def members(self, *, training: bool) -> int:  # noqa: ARG002
-        """Return the number of voters: all run, always."""
-        return self.n_voters
+    def members(self, *, training: bool) -> int:
+        """Return the number of voters, which all run, always; at evaluation one more where the base model answers."""
+        return self.n_voters + (self.has_base and not training)
 
     def splits(self, *, training: bool) -> bool:
         """Return whether a batch is split over the voters: True in training."""
         return training
+
+    @property
+    def seeks_noise(self) -> bool:
+        """True if the size of the noise is still to be searched."""
+        return self.weight_noise == "auto"
+
+    def with_noise(self, size: float) -> Wrapper:
+        """Return the settings of voters whose deviations have this scale."""
+        return replace(self, alpha=size, weight_noise=1.0 if self.seeks_noise else self.weight_noise)
+
+    @property
+    def has_base(self) -> bool:
+        """True if at evaluation member 0 is the base model, which answers alone."""
+        return self.answer_from == "base"
 
 
 class EagerWrapper(Wrapper):
@@ -160,18 +197,57 @@ class VotingLeaf(Replacement):
         self.deviations = nn.ParameterDict(_initial(leaf, spec, generator))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the leaf on member-major rows, each member with its own deviation."""
+        """Run the leaf on member-major rows, each voter with its own deviation and the base model with none."""
         self.call.reached = True
+        if self.call.only_base:
+            return self.leaf(*args, **kwargs)
         if args:
             args = (x := self.call.per_row(args[0]), *args[1:])
         else:
             name, value = next(iter(kwargs.items()))
             kwargs = kwargs | {name: (x := self.call.per_row(value))}
         if self.kernel is None:
-            return kernels.loop(self.leaf, self.deviations, self.alpha, args, kwargs)
+            has_base = self.call.has_base
+            return kernels.loop(self.leaf, self.deviations, self.alpha, args, kwargs, has_base=has_base)
         y = self.leaf(*args, **kwargs)
-        delta = self.kernel(compat.get_base_layer(self.leaf), self._as_deviation(x), self.deviations)
-        return torch.add(y, delta.to(y.dtype), alpha=self.alpha)
+        first = self.call.count_base(x)
+        theirs, voters = (x[first:], y[first:]) if first else (x, y)
+        delta = self.kernel(compat.get_base_layer(self.leaf), self._as_deviation(theirs), self.deviations)
+        moved = torch.add(voters, delta.to(y.dtype), alpha=self.alpha)
+        # The base's rows are kept as they are: adding zero could change a bit (-0.0 + 0.0).
+        return torch.cat([y[:first], moved]) if first else moved
+
+    def set_noise(self, size: float) -> None:
+        """Set the scale of the deviations."""
+        self.alpha = size
+
+    @torch.no_grad()
+    def measure(self, x: Tensor) -> tuple[float, float] | None:
+        """Return the sums of squares of all voters' deviations and of the leaf's output without its bias.
+
+        Both are over the same rows and features: the first is also a mean over voters. None for a leaf without a
+        kernel.
+
+        Args:
+            x: An input of the leaf, in its rows; deviations are measured before ``alpha``.
+        """
+        if self.kernel is None:
+            return None
+        base = compat.get_base_layer(self.leaf)
+        voters = len(next(iter(self.deviations.values())))
+        delta = self.kernel(base, expand(self._as_deviation(x), voters), self.deviations)
+        y = self.leaf(x)
+        bias = getattr(base, "bias", None)
+        if isinstance(bias, Tensor):
+            y = y - bias.view(-1, *[1] * (x.ndim - 2)) if self.kernel is kernels.convolution else y - bias
+        return float(delta.double().square().sum()) / voters, float(y.double().square().sum())
+
+    @torch.no_grad()
+    def rescale(self, factor: float) -> None:
+        """Multiply all deviations."""
+        for name, deviation in self.deviations.items():
+            if name != "weight_a":  # the product of both factors counts
+                deviation.mul_(factor)
 
     def _as_deviation(self, x: Tensor) -> Tensor:
         dtype = next(iter(self.deviations.values())).dtype
@@ -197,7 +273,8 @@ def _initial(leaf: Leaf, spec: Wrapper, generator: torch.Generator) -> dict[str,
             start = torch.stack([(voter[name] - parameter.detach()) / spec.alpha for voter in fresh])
             initial[name] = start.to(parameter.dtype)
             continue
-        size = spec.weight_noise * _weight_std(base, parameter)
+        noise = START_NOISE if isinstance(spec.weight_noise, str) else spec.weight_noise
+        size = noise * _weight_std(base, parameter)
         dtype = _float_dtype(base, parameter)
         if spec.rank is not None and name == "weight" and kernel in (kernels.linear, kernels.embedding):
             fan_in, fan_out = kernels.count_features(base)
@@ -207,17 +284,27 @@ def _initial(leaf: Leaf, spec: Wrapper, generator: torch.Generator) -> dict[str,
             a_std = 1.0 if looks_up else 1 / math.sqrt(fan_in)
             a = _normal((spec.n_voters, *((fan_in, spec.rank) if looks_up else (spec.rank, fan_in))), generator)
             b = _normal((spec.n_voters, spec.rank, fan_out), generator)
+            if spec.antithetic:
+                _pair(a, 1)
+                _pair(b, -1)
             initial["weight_a"] = (a * a_std).to(parameter.device, dtype)
             initial["weight_b"] = (b * (size / (a_std * math.sqrt(spec.rank)))).to(parameter.device, dtype)
         else:
-            noise = _normal((spec.n_voters, *parameter.shape), generator) * size
-            initial[name] = noise.to(parameter.device, dtype)
+            full = _normal((spec.n_voters, *parameter.shape), generator) * size
+            if spec.antithetic:
+                _pair(full, -1)
+            initial[name] = full.to(parameter.device, dtype)
     return {name: nn.Parameter(start) for name, start in initial.items()}
 
 
 def _normal(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     # Drawn on the CPU, so that a seed means the same voters on every device.
     return torch.randn(shape, generator=generator)
+
+
+def _pair(draws: Tensor, sign: int) -> None:
+    """Give each second voter the draw of the one before it, times the sign, in place."""
+    draws[1::2] = sign * draws[: len(draws) // 2 * 2 : 2]
 
 
 def _float_dtype(base: nn.Module, parameter: Tensor) -> torch.dtype:

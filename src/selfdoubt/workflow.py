@@ -180,7 +180,8 @@ def calibrate(
 ) -> CalibrationResult:
     """Fit the probability that an answer is right on judged answers, and store it in the adapter.
 
-    With several runs, each is a topic of its own: "another domain" is then another set of questions.
+    With several runs, each is a set of questions of its own: it is left out in turn, and the head is chosen by what
+    transfers to the set that was left out.
 
     Args:
         runs: Folders of runs, or ``Evaluation``s that ``evaluate`` returned; all with the same model.
@@ -220,7 +221,8 @@ def calibrate(
     ]
     conditions = read_conditions(settings, folders)
     states = join_states([states for _, states, _ in read])
-    calibration, quality = fit_calibration(records, states, conditions=conditions, **options)
+    sets = None if len(read) == 1 else [record.question.topic or "" for record in records]
+    calibration, quality = fit_calibration(records, states, conditions=conditions, sets=sets, **options)
     if out is None:
         store_calibration(calibration, target)
     else:
@@ -228,10 +230,15 @@ def calibrate(
         write_adapter(calibration, about, records, target, _loader(known))
     evaluations = []
     held_out = iter(quality.out_of_fold)
+    asked = iter(quality.answerable.out_of_fold if quality.answerable else [None] * len(records))
     for folder, (answers, _, run) in zip(folders, read, strict=True):
-        probabilities = [next(held_out) for _ in answers]
+        renewed = [
+            replace(record, p_correct=p, p_correct_note=None, abstain=calibration.abstains(p), p_answerable=next(asked))
+            for record in answers
+            for p in [next(held_out)]
+        ]
         if draws:
-            evaluations.append(_renew(folder, run, answers, probabilities, calibration, draws))
+            evaluations.append(_renew(folder, run, renewed, calibration, draws))
     warnings = () if conditions else (NO_CONDITIONS,)
     return CalibrationResult(calibration, quality, target, tuple(evaluations), warnings)
 
@@ -247,7 +254,11 @@ def describe_run(lm: RiskAwareLM, data: Any) -> Run:
     source = os.fspath(data) if isinstance(data, (str, os.PathLike)) else None
     pocket = lm.name is not None and lm.name == str(resolve_model(POCKET))
     wrapper = "none" if not isinstance(lm.model, Wrapped) else "auto" if pocket else None
-    return Run(model=POCKET if pocket else lm.name, wrapper=wrapper, dtype="auto", risk=lm.risk, data=source)
+    answer_from = "base" if pocket and isinstance(lm.model, Wrapped) and lm.model.spec.has_base else None
+    return Run(
+        model=POCKET if pocket else lm.name, wrapper=wrapper, dtype="auto", risk=lm.risk, data=source,
+        answer_from=answer_from,
+    )  # fmt: skip
 
 
 def load_asked(
@@ -286,19 +297,8 @@ def _choose_judge(spec: str, questions: Sequence[Question], data: Any, reading: 
     return build_judge(choose_default_judge(questions) if spec == "auto" else spec, column=column)
 
 
-def _renew(
-    folder: Path,
-    run: Run,
-    answers: Sequence[Record],
-    probabilities: Sequence[float | None],
-    calibration: Calibration,
-    draws: int,
-) -> Evaluation:
+def _renew(folder: Path, run: Run, renewed: Sequence[Record], calibration: Calibration, draws: int) -> Evaluation:
     """Write a run's answers, settings and report again, with probabilities of heads that had not seen the answer."""
-    renewed = [
-        replace(record, p_correct=p, p_correct_note=None, abstain=calibration.abstains(p))
-        for record, p in zip(answers, probabilities, strict=True)
-    ]
     settings = run.with_guarantee(calibration.threshold, calibration.promise)
     files.save_records(folder / run_folder.ANSWERS, renewed)
     if settings != run:
@@ -321,4 +321,7 @@ def _load_by_settings(run: Run) -> RiskAwareLM:
         raise ConfigError("the run does not say how to load its model with its wrapper; give the model, lm=...")
     wrapper: Any = "auto" if run.wrapper == "auto" else None
     dtype, quantize = run.dtype or "auto", run.quantize
-    return RiskAwareLM.load(run.model, adapter=run.adapter, wrapper=wrapper, dtype=dtype, quantize=quantize)  # type: ignore[arg-type]
+    return RiskAwareLM.load(
+        run.model, adapter=run.adapter, wrapper=wrapper, dtype=dtype, quantize=quantize,  # type: ignore[arg-type]
+        answer_from=run.answer_from,  # type: ignore[arg-type]
+    )  # fmt: skip

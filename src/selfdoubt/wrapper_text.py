@@ -9,7 +9,7 @@ from typing import Any
 
 from selfdoubt.errors import ConfigError
 
-METHODS = ("vote", "sample", "sculpt")
+METHODS = ("vote", "sample", "sculpt", "density")
 #: The parameter of a noise distribution that may be written without its name.
 _FIRST = {"Bernoulli": "p", "Normal": "std"}
 _OPENING, _CLOSING = "([{", ")]}"

@@ -31,11 +31,12 @@ CORE = {
     "risk",
     "forecast",
     "rows",
+    "gaussian",
     "kernels",
     "members",
     "compat",
 }
-WRAPPERS = {"vote", "sample", "sculpt"}
+WRAPPERS = {"vote", "sample", "sculpt", "density"}
 #: What a file may import of the package; others are free.
 ARROWS = {
     "version": set(),
@@ -49,11 +50,12 @@ ARROWS = {
     "setting": set(),
     "tree": set(),
     "risk": {"errors"},
-    "targets": {"errors", "compat"},
+    "targets": {"errors", "compat", "rows"},
     "forecast": {"risk"},
+    "gaussian": {"errors"},
     "rows": {"errors"},
     "kernels": {"errors", "compat", "rows", "targets", "tree"},
-    "members": CORE - {"kernels", "formatting"},
+    "members": CORE - {"kernels", "formatting", "gaussian"},
     **dict.fromkeys(sorted(WRAPPERS), CORE),
     "wrapper_text": {"errors"},
     "manifest": {"errors", "fields", "members", "wrapper_text"},
@@ -113,10 +115,23 @@ ROOMS = {
     "eval": {"core", "data", "lm"},
     "calibration": {"core", "eval", "lm", "metrics"},
     "report": {"core", "eval", "lm", "metrics"},
+    "preparation": {"core", "data", "eval", "lm"},
     "serve": {"core", "lm"},
     "pocket": set(),
     "workflow": {"calibration", "core", "data", "eval", "lm", "report"},
-    "cli": {"calibration", "core", "data", "eval", "lm", "pocket", "report", "serve", "train", "workflow"},
+    "cli": {
+        "calibration",
+        "core",
+        "data",
+        "eval",
+        "lm",
+        "pocket",
+        "preparation",
+        "report",
+        "serve",
+        "train",
+        "workflow",
+    },
 }
 
 

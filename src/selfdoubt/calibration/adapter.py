@@ -33,7 +33,7 @@ NO_CONDITIONS = (
     "did not see get a number, too; evaluate again to change this"
 )
 #: Settings that say which model answered.
-SAME_MODEL = ("model", "adapter", "wrapper", "quantize")
+SAME_MODEL = ("model", "adapter", "wrapper", "quantize", "answer_from")
 
 
 def read_conditions(runs: Sequence[Run], folders: Sequence[Path]) -> Conditions | None:
@@ -101,6 +101,8 @@ def write_adapter(
     with new_folder(target, {"kind": "calibrated"}, () if source is None else (source,)) as folder:
         if source is not None and (source / storage.MANIFEST).is_file():
             shutil.copytree(source, folder, dirs_exist_ok=True)
+            if run.answer_from is not None:
+                _set_answer_from(folder, run.answer_from)
             store_calibration(head, folder)
         else:
             lm = load(run)
@@ -108,3 +110,13 @@ def write_adapter(
             extra = {"calibration": head.to_json(), "reference": reference}
             save_adapter(lm.model, folder, base=run.model, extra=extra)
     return target / storage.MANIFEST
+
+
+def _set_answer_from(folder: Path, answer_from: str) -> None:
+    """Let the adapter in a folder answer as the calibrated answers were made: from the base or the members' mean."""
+    manifest = storage.read_manifest(folder)
+    wrappers = [
+        {**entry, "answer_from": answer_from} if entry["method"] in ("vote", "sample") else entry
+        for entry in manifest["wrappers"]
+    ]
+    storage.write_manifest(folder, {**manifest, "wrappers": wrappers})

@@ -10,14 +10,14 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from selfdoubt.calibration import heads
-from selfdoubt.calibration.heads import CalibrationAnswers, RowIndices
+from selfdoubt.calibration.heads import LEAST_OF_CLASS, CalibrationAnswers, RowIndices
 from selfdoubt.errors import DataError
 from selfdoubt.eval.records import Record
 from selfdoubt.lm.hidden_states import StateKey
 from selfdoubt.lm.scores import ANSWER_SCORES
 
-#: Least number of answers a head learns from, and of right and of wrong ones among them.
-LEAST, LEAST_OF_CLASS = 20, 5
+#: Least number of answers a head learns from.
+LEAST = 20
 #: Most topics that are left out in turn; more are merged to this number of groups.
 TOPIC_GROUPS = 8
 
@@ -45,8 +45,16 @@ def calibration_rows(records: Sequence[Record]) -> tuple[RowIndices, dict[str, i
     return np.array(kept), dict(left_out)
 
 
-def calibration_arrays(records: Sequence[Record], kept: RowIndices, states: Mapping[str, Any]) -> CalibrationAnswers:
+def calibration_arrays(
+    records: Sequence[Record], kept: RowIndices, states: Mapping[str, Any], sets: Sequence[str] | None = None
+) -> CalibrationAnswers:
     """Return the records at these indices, with the scores that all of them have and that vary.
+
+    Args:
+        records: Judged answers.
+        kept: Indices of those to return.
+        states: Hidden states of all records, by "position.layer".
+        sets: Name of each record's set of questions; None where all are of one.
 
     Raises:
         ConfigError: If a state is not named "position.layer".
@@ -73,6 +81,7 @@ def calibration_arrays(records: Sequence[Record], kept: RowIndices, states: Mapp
         states={key: _state(key, value, len(records))[kept] for key, value in states.items()},
         correct=np.array([r.correct for r in usable], bool),
         questions=number_questions(usable),
+        sets=None if sets is None else np.unique([sets[i] for i in kept], return_inverse=True)[1],
     )
 
 

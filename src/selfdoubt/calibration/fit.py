@@ -6,9 +6,8 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
 import torch
@@ -24,33 +23,32 @@ from selfdoubt.calibration.arrays import (
     number_questions,
     split_questions,
 )
+from selfdoubt.calibration.candidates import CANDIDATES, list_candidates, list_question_candidates
 from selfdoubt.calibration.heads import (
     CalibrationAnswers,
     Fit,
-    fit_logistic,
-    fit_one_score,
+    Probabilities,
+    RowIndices,
     is_within_one_error,
+    mean_over,
     predict_held_out,
 )
-from selfdoubt.calibration.quality import CalibrationReport, CandidateReport, measure_quality
+from selfdoubt.calibration.quality import AnswerableReport, CalibrationReport, CandidateReport, measure_quality
 from selfdoubt.calibration.threshold import AccuracyGuarantee, Grid, build_grid, explain_no_threshold, find_threshold
 from selfdoubt.errors import ConfigError
 from selfdoubt.eval.records import Record
 from selfdoubt.lm.calibration import Calibration
 from selfdoubt.lm.conditions import Conditions
 from selfdoubt.lm.hidden_states import AnswerStates
-from selfdoubt.lm.scores import Score
 from selfdoubt.metrics import log_losses
 
-#: From the simplest head to the richest. "score": isotonic on one score; the others are logistic on the answer's
-#: surprisal and entropy, the question's too, members' scores too, and one hidden state too.
-CANDIDATES = ("score", "answer", "question", "members", "state")
-#: Signals that only members (or a sculpt) have.
-OF_MEMBERS = ("epistemic", "aleatoric", "disagreement", "spread", "scale")
-#: The scores of these signals that a head reads. All of them together add noise: on the pocket (see experiments/LOG.md)
-#: the members' disagreement over the question adds to the other scores, that over the answer does not.
-MEMBER_SCORES = ("question_mean_epistemic", "sum_scale")
-WITHOUT_QUESTION = ("sum_epistemic",)
+
+class HeldOut(NamedTuple):
+    """The rows that are left out in turn."""
+
+    folds: Sequence[RowIndices]  #: of answers like all others
+    groups: Sequence[RowIndices]  #: of each set, or of each topic; empty where there are too few
+    sets: tuple[str, ...]  #: names of the sets; () where the groups are topics
 
 
 class FitOptions(TypedDict, total=False):
@@ -75,12 +73,16 @@ def fit_calibration(
     candidates: Sequence[str] | None = None,
     threshold_share: float = 0.5,
     conditions: Conditions | None = None,
+    sets: Sequence[str] | None = None,
 ) -> tuple[Calibration, CalibrationReport]:
     """Learn p_correct from judged answers, and with a target the threshold that keeps it.
 
     All candidates are fitted in ``folds`` folds (equal questions in one); the one of least held-out log loss is fitted
     on all. With at least two topics of enough right and wrong answers, each topic is also left out in turn: how well a
-    head does on a subject that it was not calibrated on.
+    head does on a subject that it was not calibrated on. With several ``sets``, each is left out in turn instead, and
+    the head, its inputs and its penalties are chosen by the log loss on the sets that were left out: by what transfers.
+
+    Next to it a head of p_answerable is learnt in the same way, from what is known before an answer's first token.
 
     With a target, questions are split at random: on one part the head is chosen and fitted; on the other, which it
     never sees, the threshold is tested (``calibration.threshold`` proves the guarantee). The stored head is the one
@@ -99,6 +101,7 @@ def fit_calibration(
         conditions: Conditions under which the answers were made, and their model (``Conditions.of_model``): answers
             made under others get no p_correct. Answers cut at max tokens are found in the records. None stores no
             conditions, and each p_correct comes with a note that says so.
+        sets: Name of each record's set of questions, e.g. of its run; None where all are of one.
 
     Returns:
         The calibration to store, and a report for people. Where no threshold qualifies, ``threshold`` is
@@ -116,24 +119,24 @@ def fit_calibration(
             number_questions([records[i] for i in places]), threshold_share, seed
         )
     kept = places[learning]
-    arrays = calibration_arrays(records, kept, states or {})  # no other answer is known while a head is fitted
+    arrays = calibration_arrays(records, kept, states or {}, sets)  # no other answer is known while a head is fitted
     check_enough(arrays, target_accuracy is not None)
-    options = _options(arrays, candidates)
-
+    options = list_candidates(arrays, candidates)
     folded = heads.split_folds(arrays, folds, seed)
-    inside = {name: predict_held_out(arrays, folded, fit, seed) for name, fit in options.items()}
-    groups = group_topics([records[i].question.topic for i in kept], arrays)
-    outside = {name: predict_held_out(arrays, groups, fit, seed) for name, fit in options.items()} if groups else {}
-    chosen = _choose({name: log_losses(p, arrays.correct) for name, p in inside.items()})
-    fitted = {name: fit(arrays, seed) for name, fit in options.items()}
-
-    p_correct = np.full(len(records), np.nan)
-    p_correct[kept] = inside[chosen]
-    head = fitted[chosen]
-    for i, record in enumerate(records):
-        if np.isnan(p_correct[i]):
-            p = head.p_correct(record.scores, _states_at(head, states or {}, i))
-            p_correct[i] = np.nan if p is None else p
+    left_out_sets = heads.list_sets(arrays)
+    held_out = HeldOut(
+        folded,
+        left_out_sets or group_topics([records[i].question.topic for i in kept], arrays),
+        tuple(sets[kept[rows[0]]] for rows in left_out_sets) if sets is not None else (),
+    )
+    chosen, head, reports, inside, outside = _measure_all(options, arrays, held_out, seed)
+    p_correct = _apply_to_all(head, records, states or {}, kept, inside[chosen])
+    answerable, of_questions = None, None
+    asked = list_question_candidates(arrays, candidates)
+    if asked:
+        best, answerable, entries, known, _ = _measure_all(asked, arrays, held_out, seed)
+        alone = _apply_to_all(answerable, records, states or {}, kept, known[best])
+        of_questions = AnswerableReport(best, entries, _to_optional(alone))
     promise, refusal = None, None
     if target_accuracy is not None:
         again, tested = places[~learning & ~one_per_question], places[~learning & one_per_question]
@@ -145,28 +148,20 @@ def fit_calibration(
         promise, refusal = _find_guarantee(
             p_tested, right, target_accuracy, confidence, inside[chosen], threshold_share
         )
-    reports = tuple(
-        CandidateReport(
-            name=name,
-            features=fitted[name].features,
-            state=None if (state := fitted[name].state) is None else str(state.key),
-            inside=measure_quality(inside[name], arrays.correct),
-            outside=measure_quality(outside[name], arrays.correct) if outside else None,
-        )
-        for name in options
-    )
     report = CalibrationReport(
         answers=len(places),
         left_out={why: int(n) for why, n in left_out.items() if n},
         learnt_from=len(arrays),
         chosen=chosen,
         candidates=reports,
-        topics=len(groups),
-        warnings=_warnings(chosen, outside, arrays.correct),
+        topics=0 if held_out.sets else len(held_out.groups),
+        sets=held_out.sets,
+        warnings=() if held_out.sets else _warnings(chosen, outside, arrays.correct),
         promise=promise,
         refusal=refusal,
         out_of_fold=_to_optional(p_correct),
         out_of_topic=_to_optional(_at(kept, outside.get(chosen), len(records))),
+        answerable=of_questions,
     )
     head = replace(
         head,
@@ -174,6 +169,7 @@ def fit_calibration(
         promise=None if promise is None else promise.to_json(),
         about=report.about(),
         conditions=None if conditions is None else replace(conditions, cut=_fewest_when_cut(records, places)),
+        answerable=answerable,
     )
     return head, report
 
@@ -224,54 +220,48 @@ def _check_options(
         raise ConfigError(f"{what}; choose of {', '.join(CANDIDATES)}")
 
 
-def _options(answers: CalibrationAnswers, chosen: Sequence[str] | None) -> dict[str, Fit]:
-    """Return a fit function for each candidate that these answers allow, from the simplest to the richest."""
-    scores = [Score.parse(name) for name in answers.names]
-    members = [str(score) for score in scores if score.signal in OF_MEMBERS]
-    plain = [str(score) for score in scores if score.signal not in OF_MEMBERS]
-    of_answer = [name for name in plain if Score.parse(name).part == "answer"]
-    asked = [name for name in plain if Score.parse(name).part == "question"]
-    new = [name for name in MEMBER_SCORES if name in members] or [n for n in WITHOUT_QUESTION if n in members]
-    new = [name for name in new if not _is_another(answers, name, plain)]
-    single = tuple(name for name in heads.SINGLE if name in answers.names)
-    options: dict[str, Fit] = {
-        "score": partial(fit_one_score, names=single),
-        "answer": partial(fit_logistic, names=of_answer),
-    }
-    read = of_answer
-    if asked:
-        read = [*read, *asked]
-        options["question"] = partial(fit_logistic, names=read)
-    if new:
-        read = [*read, *new]
-        options["members"] = partial(fit_logistic, names=read)
-    if answers.states:
-        options["state"] = partial(fit_logistic, names=read, keys=sorted(answers.states))
-    lacking = [name for name in chosen or () if name not in options]
-    if lacking:
-        needs = {"question": "scores of the question", "members": "scores of members that differ", "state": "states"}
-        raise ConfigError(f"the candidate {lacking[0]!r} needs {needs[lacking[0]]}, and these records have none")
-    return {name: fit for name, fit in options.items() if chosen is None or name in chosen}
+def _measure_all(
+    options: Mapping[str, Fit], arrays: CalibrationAnswers, held_out: HeldOut, seed: int
+) -> tuple[str, Calibration, tuple[CandidateReport, ...], dict[str, Probabilities], dict[str, Probabilities]]:
+    """Fit all candidates, held out and on all answers; choose one by what is left out.
 
-
-def _is_another(answers: CalibrationAnswers, name: str, names: Sequence[str]) -> bool:
-    """Return whether a score is only another name of one of these: without members, aleatoric is total."""
-    column = answers.columns([name])
-    return bool(np.isclose(answers.columns(names), column, rtol=1e-6, atol=1e-9).all(0).any())
-
-
-def _choose(loss: Mapping[str, Float[np.ndarray, " n"]]) -> str:
-    """Choose the best head; of equals the simplest.
-
-    The simplest within one standard error of the best was no better: of the pocket's questions, by heads from 100, 250
-    and 600 of them (12, 10 and 5 draws), log loss on the others was .425, .386 and .347, and .422, .376 and .343 so.
+    Returns:
+        The name of the chosen candidate, its head, the reports of all, and their probabilities out of fold and out of
+        set or topic.
     """
-    return min(loss, key=lambda name: float(loss[name].mean()))
+    inside = {name: predict_held_out(arrays, held_out.folds, fit, seed) for name, fit in options.items()}
+    outside = {
+        name: predict_held_out(arrays, held_out.groups, fit, seed) for name, fit in options.items() if held_out.groups
+    }
+    by_what = outside if held_out.sets else inside
+    groups = held_out.groups if held_out.sets else held_out.folds
+    # Of equals the simplest. The simplest within one standard error of the best was no better: of the pocket's
+    # questions, by heads from 100, 250 and 600 of them (12, 10 and 5 draws), log loss on the others was .425, .386 and
+    # .347, and .422, .376 and .343 so.
+    chosen = min(options, key=lambda name: mean_over(log_losses(by_what[name], arrays.correct), groups))
+    fitted = {name: fit(arrays, seed) for name, fit in options.items()}
+    of_sets = held_out.groups if held_out.sets else ()
+    reports = tuple(
+        CandidateReport(
+            name=name,
+            features=fitted[name].features,
+            state=None if (state := fitted[name].state) is None else str(state.key),
+            inside=measure_quality(inside[name], arrays.correct, of_sets),
+            outside=measure_quality(outside[name], arrays.correct, of_sets) if outside else None,
+            by_set={
+                of: measure_quality(outside[name][rows], arrays.correct[rows])
+                for of, rows in zip(held_out.sets, of_sets, strict=True)
+            },
+        )
+        for name in options
+    )
+    return chosen, fitted[chosen], reports, inside, outside
 
 
 def _warnings(
     chosen: str, outside: Mapping[str, Float[np.ndarray, " n"]], correct: Bool[np.ndarray, " n"]
 ) -> tuple[str, ...]:
+    """Return a warning where a simpler head than the chosen one does better on topics that were left out."""
     if not outside:
         return ()
     seen = ~np.isnan(outside[chosen])
@@ -299,6 +289,18 @@ def _find_guarantee(
     grid: Grid = build_grid(elsewhere, len(p), target, confidence)
     promise = find_threshold(p, correct, target, confidence, grid=grid)
     return promise, None if promise else explain_no_threshold(p, correct, target, confidence, grid=grid, share=share)
+
+
+def _apply_to_all(
+    head: Calibration, records: Sequence[Record], states: Mapping[str, Any], kept: RowIndices, known: Probabilities
+) -> Float[np.ndarray, " records"]:
+    """Return the known held-out probabilities of the kept records, and for all others what the head says; else NaN."""
+    p = _at(kept, known, len(records))
+    for i, record in enumerate(records):
+        if np.isnan(p[i]):
+            value = head.p_correct(record.scores, _states_at(head, states, i))
+            p[i] = np.nan if value is None else value
+    return p
 
 
 def _states_at(head: Calibration, states: Mapping[str, Any], row: int) -> AnswerStates | None:

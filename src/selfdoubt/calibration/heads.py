@@ -17,36 +17,23 @@ from jaxtyping import Bool, Float, Int
 
 from selfdoubt.errors import require
 from selfdoubt.lm.calibration import FLOOR, Calibration, StateHead
-from selfdoubt.lm.hidden_states import Position, StateKey
+from selfdoubt.lm.hidden_states import StateKey
 from selfdoubt.metrics import log_losses
 
-#: Well-known scores, among which a head on one score chooses.
-SINGLE = (
-    "sum_nll",
-    "mean_nll",
-    "max_nll",
-    "sum_total",
-    "mean_total",
-    "max_total",
-    "mean_epistemic",
-    "question_mean_nll",
-    "question_mean_epistemic",
-    "both_mean_epistemic",
-)
 #: Inverse strengths of the penalty on standardised scores (scikit-learn's C).
 SCORE_C = (0.01, 0.1, 1.0)
-#: Sizes of a whole standardised hidden state relative to one standardised score, at any width.
-STATE_SIZES = (0.25, 0.5, 1.0, 2.0)
-#: Positions of equal worth in the domain, the one that does best on other topics first. (On the pocket's relations,
-#: left out in turn, at the usual size: log loss .364 to .370 by ``first``, .379 by ``question``, .434 by ``mean``.)
-PREFERRED: tuple[Position, ...] = ("first", "question", "mean")
+#: Sizes of a whole standardised hidden state relative to one standardised score, at any width. (SmolLM2's answers to
+#: WebQuestions need 4 to 8; 2 and less lose .02 AUROC. See experiments/LOG.md.)
+STATE_SIZES = (0.5, 2.0, 4.0, 8.0, 16.0)
 #: At this size layers and positions are compared, by their first principal components: the ranking is the same.
-USUAL_SIZE = 1.0
-FIRST_COMPONENTS = 32
+USUAL_SIZE = 4.0
+FIRST_COMPONENTS = 64
 #: Number of principal components to which states are cut while a head is fitted; the penalty all but silences the rest.
-#: (Of 32, 64, 128 and all 256 none was better than another by more than 0.002 in log loss, in the domain or outside.)
-COMPONENTS = 128
+#: They keep their variances: whitened ones, at their best number, are no better than these at any.
+COMPONENTS = 256
 INNER_FOLDS = 3
+#: Least number of right and of wrong answers among those that a head learns from.
+LEAST_OF_CLASS = 5
 
 Fit = Callable[["Answers", int], Calibration]
 RowIndices = Int[np.ndarray, "_"]  #: places of some answers
@@ -62,6 +49,7 @@ class CalibrationAnswers:
     states: Mapping[str, Float[np.ndarray, "answers width"]]  #: by "position.layer"
     correct: Bool[np.ndarray, " answers"]
     questions: Int[np.ndarray, " answers"]  #: equal where the question is the same
+    sets: Int[np.ndarray, " answers"] | None = None  #: number of its set of questions; None where all are of one
 
     def __len__(self) -> int:
         return len(self.correct)
@@ -69,7 +57,8 @@ class CalibrationAnswers:
     def at(self, rows: RowIndices | Bool[np.ndarray, " answers"]) -> CalibrationAnswers:
         """Return the answers of these rows."""
         states = {key: values[rows] for key, values in self.states.items()}
-        return CalibrationAnswers(self.names, self.scores[rows], states, self.correct[rows], self.questions[rows])
+        sets = None if self.sets is None else self.sets[rows]
+        return CalibrationAnswers(self.names, self.scores[rows], states, self.correct[rows], self.questions[rows], sets)
 
     def columns(self, names: Sequence[str]) -> Float[np.ndarray, "answers some"]:
         """Return the scores of these names, one column each."""
@@ -95,6 +84,32 @@ def split_folds(answers: CalibrationAnswers, n: int, seed: int) -> list[RowIndic
     fold = np.empty(len(unique), int)
     fold[order] = np.arange(len(unique)) % n
     return [np.flatnonzero(fold[place] == i) for i in range(n)]
+
+
+def list_sets(answers: CalibrationAnswers) -> list[RowIndices]:
+    """Return the rows of each set of questions that can be left out; none where fewer than two can.
+
+    Right and wrong answers must be in it, and among those that then remain.
+    """
+    if answers.sets is None:
+        return []
+    rows_of_sets = [np.flatnonzero(answers.sets == i) for i in np.unique(answers.sets)]
+    usable = [
+        rows
+        for (rest, _), rows in zip(leave_each_out(answers, rows_of_sets), rows_of_sets, strict=True)
+        if min(*rest.classes, *answers.at(rows).classes) >= LEAST_OF_CLASS
+    ]
+    return usable if len(usable) > 1 else []
+
+
+def split_inside(answers: CalibrationAnswers, seed: int) -> list[RowIndices]:
+    """Return the rows that are left out in turn to choose what a head reads: each set of questions, else few folds.
+
+    So of several sets the choice is of what transfers. There are none where a class has fewer than two questions.
+    """
+    if min(answers.classes) < 2:
+        return []
+    return list_sets(answers) or split_folds(answers, INNER_FOLDS, seed)
 
 
 def leave_each_out(
@@ -130,15 +145,19 @@ def predict(head: Calibration, answers: CalibrationAnswers) -> Probabilities:
 
 def fit_one_score(answers: CalibrationAnswers, seed: int, names: Sequence[str]) -> Calibration:
     """Fit isotonic regression on the score with the least held-out log loss; with too few answers, on the first."""
+    inner = split_inside(answers, seed) if len(names) > 1 else []
     best, least = names[0], np.inf
-    if len(names) > 1 and min(answers.classes) >= 2:
-        inner = split_folds(answers, INNER_FOLDS, seed)
-        for name in names:
-            p = predict_held_out(answers, inner, lambda rest, _, name=name: fit_isotonic(rest, name), seed)  # type: ignore[misc]
-            loss = log_losses(p, answers.correct).mean()
-            if loss < least - 1e-12:
-                best, least = name, loss
+    for name in names if inner else ():
+        p = predict_held_out(answers, inner, lambda rest, _, name=name: fit_isotonic(rest, name), seed)  # type: ignore[misc]
+        loss = mean_over(log_losses(p, answers.correct), inner)
+        if loss < least - 1e-12:
+            best, least = name, loss
     return fit_isotonic(answers, best)
+
+
+def mean_over(values: Float[np.ndarray, " answers"], groups: Sequence[RowIndices]) -> float:
+    """Return the mean over groups of the mean of their values."""
+    return float(np.mean([values[rows].mean() for rows in groups]))
 
 
 def fit_isotonic(answers: CalibrationAnswers, name: str) -> Calibration:
@@ -158,38 +177,34 @@ def fit_logistic(answers: CalibrationAnswers, seed: int, names: Sequence[str], k
     """Fit logistic regression on scores, and on the best of some hidden states.
 
     Strength of the penalty on scores, the state and the strength of its own penalty are chosen in this order by
-    held-out log loss, the latter two within one standard error of the best: the first position of ``PREFERRED`` and
-    the strongest penalty. Both gain little less than the best on questions like these, and lose far less on others.
-    Standardisation and principal components, which look at no judgement, are made once for all inner folds.
+    held-out log loss (``split_inside``). Standardisation and principal components, which look at no judgement, are made
+    once for all inner folds.
     """
     raw = answers.columns(names)
     scores = _Standard(_twice(raw))
-    enough = min(answers.classes) >= 2
-    inner = split_folds(answers, INNER_FOLDS, seed) if enough else []
+    inner = split_inside(answers, seed)
 
-    def loss(design: Float[np.ndarray, "answers columns"], c: float) -> Probabilities:
+    def loss(design: Float[np.ndarray, "answers columns"], c: float) -> float:
         losses = np.empty(len(answers))
         for rows in inner:
             rest = ~np.isin(answers.questions, answers.questions[rows])
             p = _learner(c).fit(design[rest], answers.correct[rest]).predict_proba(design[rows])[:, 1]
             losses[rows] = log_losses(p, answers.correct[rows])
-        return losses
+        return mean_over(losses, inner)
 
     def build_design(state: _Standard, size: float) -> Float[np.ndarray, "answers columns"]:
         return np.hstack([scores.values, state.values * (size / np.sqrt(state.width))])
 
-    strength = min(SCORE_C, key=lambda c: loss(scores.values, c).mean()) if enough else SCORE_C[1]
+    strength = min(SCORE_C, key=lambda c: loss(scores.values, c)) if inner else SCORE_C[1]
     design, blocks, key = scores.values, [(scores, 1.0)], ""
     if keys:
         key, size = keys[0], STATE_SIZES[0]
-        if len(keys) > 1 and enough:
+        if len(keys) > 1 and inner:
             small = {k: _Standard(answers.states[k], FIRST_COMPONENTS, seed) for k in keys}
-            key = _preferred({k: loss(build_design(state, USUAL_SIZE), strength) for k, state in small.items()})
+            key = min(keys, key=lambda k: loss(build_design(small[k], USUAL_SIZE), strength))
         state = _Standard(answers.states[key], COMPONENTS, seed)
-        if enough:
-            tried = [loss(build_design(state, s), strength) for s in STATE_SIZES]
-            best = min(tried, key=lambda t: t.mean())
-            size = next(s for s, t in zip(STATE_SIZES, tried, strict=True) if is_within_one_error(t, best))
+        if inner:
+            size = min(STATE_SIZES, key=lambda s: loss(build_design(state, s), strength))
         design = build_design(state, size)
         blocks.append((state, size / np.sqrt(state.width)))
 
@@ -209,17 +224,6 @@ def fit_logistic(answers: CalibrationAnswers, seed: int, names: Sequence[str], k
     ranges = tuple(zip(raw.min(0).tolist(), raw.max(0).tolist(), strict=True))
     logs, linear = weights[0][: len(names)], weights[0][len(names) :]
     return Calibration("logistic", tuple(names), logs, linear, bias, ranges, state=head)
-
-
-def _preferred(loss: Mapping[str, Probabilities]) -> str:
-    """Choose the best state of the first position that comes within one standard error of the best of all."""
-    best = min(loss, key=lambda key: loss[key].mean())
-    for position in PREFERRED:
-        keys = [key for key in loss if StateKey.parse(key).position == position]
-        first = min(keys, key=lambda key: loss[key].mean(), default=best)
-        if keys and is_within_one_error(loss[first], loss[best]):
-            return first
-    return best
 
 
 def _learner(c: float) -> Any:

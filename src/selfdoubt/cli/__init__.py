@@ -22,6 +22,7 @@ from selfdoubt.cli.chat import chat
 from selfdoubt.cli.compare import compare
 from selfdoubt.cli.evaluate import evaluate
 from selfdoubt.cli.export import export
+from selfdoubt.cli.prepare import prepare
 from selfdoubt.cli.report import report
 from selfdoubt.cli.score import score
 from selfdoubt.cli.serve import serve
@@ -34,7 +35,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (ask, chat, serve, score, train, evaluate, calibrate, report, compare, export):
+for command in (ask, chat, serve, score, prepare, train, evaluate, calibrate, report, compare, export):
     app.command()(command)
 
 

@@ -46,6 +46,7 @@ def calibrate(
 ) -> int:
     """Fit the probability that an answer is right on judged answers, and the threshold below which to abstain.
 
+    Of several runs, each with questions of its own, the head is chosen by what transfers to the run that was left out.
     Each run's report is written again, with the probabilities of heads that had not seen the answer.
     """
     require("sklearn", "qa")
@@ -55,7 +56,7 @@ def calibrate(
     def load(run: Run) -> RiskAwareLM:
         adapter = None if run.adapter is None else Path(run.adapter)
         wrapper, dtype = run.wrapper or "auto", run.dtype or "auto"
-        return flags.load_lm(run.model, adapter, wrapper, dtype, run.quantize, None, trust_remote_code)
+        return flags.load_lm(run.model, adapter, wrapper, dtype, run.quantize, None, trust_remote_code, run.answer_from)
 
     result = workflow.calibrate(
         runs,

@@ -39,7 +39,10 @@ def export(
     ] = False,
     model: Annotated[
         str | None,
-        typer.Option(help="The base model. [default: the one that the adapter names]", show_default=False),
+        typer.Option(
+            help="The base model: a folder, a GGUF file or a hub name. [default: the one that the adapter names]",
+            show_default=False,
+        ),
     ] = None,
     dtype: Annotated[str, typer.Option(help="--merge: auto, float32, bfloat16, float16 or float64.")] = "auto",
     push: Annotated[

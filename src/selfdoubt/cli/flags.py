@@ -23,8 +23,8 @@ else:
 ModelFlag = Annotated[
     str | None,
     typer.Option(
-        help="A model folder, a hub name, or 'pocket' for the one inside this package. [default: the adapter's base, "
-        "or pocket]",
+        help="A model folder, a GGUF file (org/name:file.gguf for one on the hub), a hub name, or 'pocket' for the one "
+        "inside this package. [default: the adapter's base, or pocket]",
         show_default=False,
     ),
 ]
@@ -34,7 +34,17 @@ WrapperText = Annotated[
     typer.Option(
         help="auto, none, vote, sample or sculpt, with settings if you like: 'vote:n_voters=5,rank=8'. "
         "auto takes what comes with the adapter or the pocket model, and leaves any other model as it is. "
-        "One that you name is untrained, and changes the answers."
+        "One that you name is untrained: the model itself answers, and its members only disagree."
+    ),
+]
+AnswerFromFlag = Annotated[
+    str | None,
+    typer.Option(
+        "--answer-from",
+        help="base: the model itself answers, and voters or samples only say how far they disagree; mean: their mean "
+        "answers. [default: the adapter's; base for a --wrapper, whose members are untrained]",
+        metavar="base|mean",
+        show_default=False,
     ),
 ]
 Dtype = Annotated[
@@ -109,6 +119,9 @@ def load_lm(
     quantize: str | None,
     risk: str | None,
     remote: bool,
+    answer_from: str | None = None,
+    *,
+    show_note: bool = True,
 ) -> RiskAwareLM:
     """Load the model that the flags name, and print its note, if it has one, as one line on standard error."""
     silence_output()
@@ -126,8 +139,9 @@ def load_lm(
             quantize=quantize,  # type: ignore[arg-type]
             trust_remote_code=remote,
             risk=risk or DEFAULT_RISK,
+            answer_from=answer_from,  # type: ignore[arg-type]
         )
-    if lm.note is not None:
+    if show_note and lm.note is not None:
         print(f"selfdoubt: note: {lm.note}", file=sys.stderr)
     return lm
 

@@ -34,6 +34,7 @@ def score(
     quantize: flags.Quantize = None,
     risk: flags.RiskName = None,
     trust_remote_code: flags.RemoteCode = False,
+    answer_from: flags.AnswerFromFlag = None,
     as_json: flags.AsJson = False,
 ) -> int:
     """Colour existing text by its risk; or score answers of any other system, one per line."""
@@ -45,7 +46,7 @@ def score(
         from selfdoubt.eval.rescore import read_answer_rows, rescore
 
         rows = read_answer_rows(file, out, question_column)
-        lm = flags.load_lm(model, adapter, wrapper, dtype, quantize, risk, trust_remote_code)
+        lm = flags.load_lm(model, adapter, wrapper, dtype, quantize, risk, trust_remote_code, answer_from)
         failed = rescore(
             lm, rows, out, question_column=question_column, answer_column=answer_column, batch_size=batch_size
         )
@@ -56,7 +57,7 @@ def score(
         return 1 if failed else 0
     flags.check_whole_texts(question)
     text = _read(file)
-    lm = flags.load_lm(model, adapter, wrapper, dtype, quantize, risk, trust_remote_code)
+    lm = flags.load_lm(model, adapter, wrapper, dtype, quantize, risk, trust_remote_code, answer_from)
     answer = lm.score(text, question)
     build_printer(as_json=as_json).whole(question, answer)
     return 0

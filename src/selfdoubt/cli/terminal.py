@@ -106,6 +106,8 @@ def summarize_answer(answer: Answer) -> str:
     if answer.percentile is not None:
         text += f", riskier than {_percent(answer)} of the reference answers"
     text += f"; {_chance(answer)}" if _chance(answer) else ""
+    if answer.p_answerable is not None:
+        text += f"; from the question alone {answer.p_answerable:.0%}"
     return text + (", cut at max tokens" if answer.finish == "length" else "")
 
 

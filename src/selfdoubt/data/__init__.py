@@ -14,13 +14,15 @@ if TYPE_CHECKING:
     from selfdoubt.data.question_sets import load_questions, read_column
     from selfdoubt.data.questions import Columns, Question
     from selfdoubt.data.readers import read_file
+    from selfdoubt.data.unlabelled import load_unlabelled
 
-__all__ = ["Columns", "Question", "load_questions", "read_chats", "read_column", "read_file"]
+__all__ = ["Columns", "Question", "load_questions", "load_unlabelled", "read_chats", "read_column", "read_file"]
 
 _HOMES = {
     "Question": "questions",
     "Columns": "questions",
     "load_questions": "question_sets",
+    "load_unlabelled": "unlabelled",
     "read_column": "question_sets",
     "read_chats": "chats",
     "read_file": "readers",

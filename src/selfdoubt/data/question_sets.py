@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -33,6 +34,10 @@ class HubSet:
     config: str | None = None
     split: str = "validation"
     columns: Columns = AS_USUAL
+
+
+#: Parser of placed rows: it gets the source, for messages, its rows and the columns that the caller names.
+RowParser = Callable[[str, Sequence[Placed], Columns], list[Draft]]
 
 
 class ReadOptions(TypedDict, total=False):
@@ -76,7 +81,7 @@ def load_questions(
         MissingExtraError: If a set is on the hub and the package ``datasets`` is not installed.
     """
     check_limit(limit)
-    drafts = _read(os.fspath(source), **options)
+    drafts = read_drafts(os.fspath(source), **options)
     return [question for question, _ in choose_subset(drafts, limit, options.get("seed", 0))]
 
 
@@ -92,15 +97,16 @@ def read_column(source: str | os.PathLike[str], name: str, **options: Unpack[Rea
     Raises:
         DataError: As ``load_questions``, and if the set lacks the column.
     """
-    drafts = _read(os.fspath(source), **options)
+    drafts = read_drafts(os.fspath(source), **options)
     if not any(name in row for _, row in drafts):
         raise DataError(f"{source} has no column {name!r}; it has {', '.join(map(repr, drafts[0][1]))}")
     return {question.id: row.get(name) for question, row in drafts}
 
 
-def _read(
+def read_drafts(
     source: str,
     *,
+    parse: RowParser | None = None,
     task: str | None = None,
     seed: int = 0,
     columns: Columns = AS_USUAL,
@@ -109,6 +115,23 @@ def _read(
     split: str | None = None,
     revision: str | None = None,
 ) -> list[Draft]:
+    """Read all questions of a set with the rows that they come from; see ``load_questions``.
+
+    Args:
+        source: As in ``load_questions``.
+        parse: Parser of the rows of a file, or of a set on the hub; None finds columns of questions and answers.
+        task: See ``ReadOptions``, as all that follows.
+        seed: See ``ReadOptions``.
+        columns: See ``ReadOptions``.
+        separator: See ``ReadOptions``.
+        config: See ``ReadOptions``.
+        split: See ``ReadOptions``.
+        revision: See ``ReadOptions``.
+
+    Raises:
+        DataError: As ``load_questions``.
+        ConfigError: If the task is unknown.
+    """
     path = Path(source).expanduser()
     if source == POCKET:
         path = Path(str(files("selfdoubt") / "pocket" / "evaluation.jsonl"))
@@ -121,6 +144,8 @@ def _read(
     rows = _rows(source, path, config, split, revision)
     if source in KNOWN and columns == AS_USUAL:
         columns = KNOWN[source].columns
+    if parse is not None:
+        return assign_ids(source, parse(source, rows, columns))
     first = rows[0][1]
     if path.is_file() and columns == AS_USUAL and (truthfulqa.is_generation(first) or truthfulqa.is_choice(first)):
         return assign_ids(source, truthfulqa.read_files(path, task, seed))

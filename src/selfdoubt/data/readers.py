@@ -60,6 +60,15 @@ def read_json_lines(path: Path) -> Iterator[Placed]:
     yield from _from_lines(path, _text(path))
 
 
+def read_text_lines(path: Path) -> list[str]:
+    """Return the lines of a text file.
+
+    Raises:
+        DataError: If it cannot be read, or is not UTF-8.
+    """
+    return _text(path).splitlines()
+
+
 def read_file_rows(path: Path) -> list[Placed]:
     """Return all rows of a question file, at least one.
 

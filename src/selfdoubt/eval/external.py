@@ -162,6 +162,7 @@ def _record(place: str, row: Row, system: str, question: Question) -> Record:
         verdict.grade if grade is None and verdict.grade not in (0.0, 1.0) else grade,
         _text(place, "note", row.get("note")),
         _text(place, "p_correct_note", row.get("p_correct_note")),
+        _number(place, "p_answerable", row.get("p_answerable"), share=True),
     )
 
 

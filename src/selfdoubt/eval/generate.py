@@ -91,6 +91,7 @@ def _record(question: Question, answer: Answer, config: EvaluationConfig) -> Rec
         p_correct=None if answer.p_correct is None else _short(answer.p_correct),
         p_correct_note=answer.p_correct_note,
         abstain=answer.abstain,
+        p_answerable=None if answer.p_answerable is None else _short(answer.p_answerable),
     )
 
 

@@ -44,6 +44,7 @@ class Record:
     grade: float | None = None  #: the judge's number where it has one: F1, ROUGE difference, MC2's share
     note: str | None = None  #: why there is no answer or no judgement
     p_correct_note: str | None = None  #: why a calibrated model has no p_correct here
+    p_answerable: float | None = None  #: by the question alone
 
     def to_json(self) -> dict[str, Any]:
         """Return plain data, flat.

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 #: Keys that scoring writes into a row, in place of earlier ones.
 WRITTEN = (
-    "scores", "tokens", "question_tokens", "percentile", "p_correct", "p_correct_note", "abstain", "finish", "note"
+    "scores", "tokens", "question_tokens", "percentile", "p_correct", "p_correct_note", "abstain", "p_answerable",
+    "finish", "note",
 )  # fmt: skip
 
 
@@ -118,5 +119,6 @@ def _entries(answer: Answer) -> dict[str, Any]:
         "p_correct": answer.p_correct,
         "p_correct_note": answer.p_correct_note,
         "abstain": answer.abstain,
+        "p_answerable": answer.p_answerable,
         "finish": answer.finish,
     }

@@ -17,6 +17,7 @@ from selfdoubt.data.questions import Question
 from selfdoubt.errors import ConfigError, DataError, PromptError
 from selfdoubt.eval.config import EvaluationConfig
 from selfdoubt.eval.generate import AnsweredBatch, ask_batch
+from selfdoubt.eval.progress import build_progress
 from selfdoubt.eval.prompts import STOP
 from selfdoubt.eval.scores.agreement import build_equivalence
 from selfdoubt.eval.settings import Cost, Run
@@ -27,8 +28,6 @@ from selfdoubt.lm.text.prompt import encode
 from selfdoubt.members import innermost
 
 if TYPE_CHECKING:
-    from rich.progress import Progress
-
     from selfdoubt.lm.model import RiskAwareLM
 
 
@@ -69,7 +68,7 @@ def ask_questions(
         **({} if run is None else run.to_json()),
         **asdict(config),
         "layers": list(lm.layers),
-        "questions": _digest(questions),
+        "questions": digest_questions(questions),
     }
     if rank == 0:
         shards = Shards(out, whole)
@@ -79,7 +78,7 @@ def ask_questions(
         shards = Shards(out, whole)
     share = range(rank, len(batches), world)
     alike = build_equivalence(config.clusters)
-    with _progress(quiet=rank > 0) as progress:
+    with build_progress(quiet=rank > 0) as progress:
         done = sum(len(batches[b]) for b in share if shards.has(b))
         task = progress.add_task("asking", total=sum(len(batches[b]) for b in share), completed=done)
         for b in share:
@@ -180,21 +179,10 @@ def _by_length(lm: RiskAwareLM, questions: Sequence[Question], config: Evaluatio
     return sorted(range(len(questions)), key=lambda i: (-lengths[i], i))
 
 
-def _digest(questions: Sequence[Question]) -> str:
+def digest_questions(questions: Sequence[Question]) -> str:
+    """Return the number of questions and a hash of all of them: another digest, other questions."""
     text = json.dumps([asdict(q) for q in questions], ensure_ascii=False, sort_keys=True)
     return f"{len(questions)}, {hashlib.sha256(text.encode('utf-8', 'backslashreplace')).hexdigest()[:16]}"
-
-
-def _progress(*, quiet: bool) -> Progress:
-    from rich import progress
-    from rich.console import Console
-
-    columns = (
-        progress.TextColumn("{task.description}"), progress.BarColumn(), progress.MofNCompleteColumn(),
-        progress.TimeElapsedColumn(), progress.TextColumn("left"), progress.TimeRemainingColumn(),
-    )  # fmt: skip
-    console = Console(stderr=True)
-    return progress.Progress(*columns, console=console, disable=quiet or not console.is_terminal)
 
 
 def _join(

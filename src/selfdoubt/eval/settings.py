@@ -24,12 +24,13 @@ class Run:
     Keys of other versions are kept in ``more`` and written back.
     """
 
-    model: str | None = None  #: a folder, a hub name or "pocket"
+    model: str | None = None  #: a folder, a GGUF file, a hub name or "pocket"
     adapter: str | None = None  #: a folder
     wrapper: str | None = None  #: as ``--wrapper`` takes it
     dtype: str | None = None
     quantize: str | None = None
     risk: str | None = None  #: name of the answer score that is the risk, also of samples
+    answer_from: str | None = None  #: "base" or "mean", where it was asked for
     data: str | None = None
     task: str | None = None
     seed: int | None = None

@@ -42,17 +42,11 @@ class Shards:
 
     def __init__(self, out: Path, about: Mapping[str, Any]) -> None:
         self.folder = out / SHARDS_FOLDER
-        file = self.folder / SHARDS_SETTINGS
-        text = json.dumps(about, indent=1, sort_keys=True, ensure_ascii=False)
-        if file.is_file():
-            differs = _difference(_read(file), json.loads(text))
-            if differs:
-                raise ConfigError(
-                    f"{out} holds answers of another run ({differs}); give another --out, or remove the folder"
-                )
-        else:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            write_file(file, text.encode("utf-8", "backslashreplace"))
+        differs = keep_settings(self.folder / SHARDS_SETTINGS, about)
+        if differs:
+            raise ConfigError(
+                f"{out} holds answers of another run ({differs}); give another --out, or remove the folder"
+            )
 
     def has(self, batch: int) -> bool:
         """Return whether a batch is finished."""
@@ -84,6 +78,23 @@ class Shards:
 
     def _path(self, batch: int, kind: str) -> Path:
         return self.folder / f"{batch:05d}.{kind}"
+
+
+def keep_settings(file: Path, about: Mapping[str, Any]) -> str:
+    """Write the settings of work that may be cut off, or compare them with those that are there.
+
+    Returns:
+        The first difference, in words; empty if there is none.
+
+    Raises:
+        DataError: If the file is broken.
+    """
+    text = json.dumps(about, indent=1, sort_keys=True, ensure_ascii=False)
+    if file.is_file():
+        return _difference(_read(file), json.loads(text))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_file(file, text.encode("utf-8", "backslashreplace"))
+    return ""
 
 
 def _read(path: Path) -> dict[str, Any]:

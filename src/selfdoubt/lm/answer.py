@@ -73,6 +73,8 @@ class Answer:
     abstain: bool | None = None  #: p_correct is below the calibrated threshold; None without a threshold
     states: AnswerStates | None = field(default=None, repr=False, compare=False)  #: of the layers that were asked for
     p_correct_note: str | None = None  #: why a calibrated model has no p_correct here, or a caveat; one line
+    #: Calibrated probability, from the question alone, that the model's own answer is right; None if not known here.
+    p_answerable: float | None = None
 
     @property
     def most_doubtful(self) -> Token | None:
@@ -106,6 +108,7 @@ class Answer:
             "p_correct": self.p_correct,
             "p_correct_note": self.p_correct_note,
             "abstain": self.abstain,
+            "p_answerable": self.p_answerable,
             "finish": self.finish,
             "scores": dict(self.scores),
         }

@@ -67,4 +67,16 @@ class AnswerScorer:
             abstain=estimate.abstain,
             states=states,
             p_correct_note=estimate.note,
+            p_answerable=self.estimate_answerable(scores, states, origin),
         )
+
+    def estimate_answerable(
+        self, scores: Mapping[str, float], states: AnswerStates | None, origin: Origin
+    ) -> float | None:
+        """Return the probability, from the question alone, that the model's own answer to it is right.
+
+        None without a calibration of it, or where that does not hold; see ``Calibration.estimate_answerable``.
+        """
+        if self.calibration is None or self.misfit is not None:
+            return None
+        return self.calibration.estimate_answerable(scores, states, origin)

@@ -118,6 +118,8 @@ class Calibration:
     promise: Mapping[str, Any] | None = None  #: the threshold's guarantee: target_accuracy, confidence, coverage, ...
     about: Mapping[str, Any] = field(default_factory=dict)  #: quality of the fit, for people who read the file
     conditions: Conditions | None = None  #: of the calibration answers; None in files made earlier
+    #: A head on the question alone, see ``estimate_answerable``; None in files made earlier.
+    answerable: Calibration | None = None
 
     def estimate(
         self,
@@ -156,6 +158,27 @@ class Calibration:
             return ConfidenceEstimate(None, note or self._why_not(scores, states), self.abstains(None))
         p *= math.exp(-gap)
         return ConfidenceEstimate(p, NO_RECORD if conditions is None else None, self.abstains(p))
+
+    def estimate_answerable(
+        self, scores: Mapping[str, float], states: AnswerStates | None, origin: Origin
+    ) -> float | None:
+        """Return the probability, from the question alone, that the model's own answer to it is right.
+
+        It is the same however this answer's tokens are chosen, and known before its first token. None without a head
+        for it, for prompts of another form than the calibration's, and far from its questions.
+
+        Args:
+            scores: Scores of the question, by name; others may be among them.
+            states: Hidden states, of which only those before the first token are read.
+            origin: Form of the prompt, and the way in which its answer is made.
+
+        Raises:
+            NonFiniteError: If a score or the state is not a finite number.
+            LoadError: If the state has another width than this was learnt for.
+        """
+        if self.answerable is None or (self.conditions is not None and self.conditions.refuse_question(origin)):
+            return None
+        return self.answerable.p_correct(scores, states)
 
     def _why_not(self, scores: Mapping[str, float], states: AnswerStates | None) -> str:
         """Return why ``p_correct`` is None."""
@@ -232,7 +255,8 @@ class Calibration:
     @property
     def layers(self) -> tuple[int, ...]:
         """The decoder layers whose hidden states it reads."""
-        return () if self.state is None else (self.state.layer,)
+        layers = () if self.state is None else (self.state.layer,)
+        return layers if self.answerable is None else (*layers, *self.answerable.layers)
 
     def misfit(self, model: nn.Module) -> str | None:
         """Return why answers of this model have no p_correct; None if the model is the calibrated one."""
@@ -247,7 +271,9 @@ class Calibration:
         state = None
         if self.state is not None:  # infinite limits are left out: JSON has no infinity
             state = {k: v for k, v in asdict(self.state).items() if v not in (math.inf, ())}
-        return {**asdict(self), "state": state, "conditions": self.conditions and self.conditions.to_json()}
+        entries = {**asdict(self), "state": state, "conditions": self.conditions and self.conditions.to_json()}
+        del entries["answerable"]
+        return entries if self.answerable is None else {**entries, "answerable": self.answerable.to_json()}
 
     @classmethod
     def from_json(cls, entry: Mapping[str, Any]) -> Calibration:
@@ -262,6 +288,8 @@ class Calibration:
                 fields["state"] = StateHead(**fields["state"])
             if fields.get("conditions") is not None:
                 fields["conditions"] = Conditions(**fields["conditions"])
+            if fields.get("answerable") is not None:
+                fields["answerable"] = cls.from_json(fields["answerable"])
             calibration = cls(**fields)
             _check_fits(calibration)
         except FieldError as error:

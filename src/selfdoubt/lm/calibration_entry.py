@@ -37,5 +37,5 @@ CALIBRATION_ENTRY = record(
         )),
         "about": table(anything),
     },
-    {"conditions": optional(CONDITIONS_ENTRY)},
+    {"conditions": optional(CONDITIONS_ENTRY), "answerable": optional(table(anything))},
 )  # fmt: skip

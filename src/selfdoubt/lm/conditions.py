@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from selfdoubt import storage
+from selfdoubt import density, storage
 from selfdoubt.compat import is_beneath_adapter, is_lora_weight
 from selfdoubt.fields import anything, choice, listing, nonempty, number, optional, record, string, table, whole
 from selfdoubt.lm.text.prompt_form import CHAT, RAW, TEXT
@@ -28,6 +28,8 @@ Made = Literal["greedy", "sampled", "choice", "given"]
 SAMPLED, TOLERANCE = 16, 5e-3
 #: Settings of a wrapper that change no number.
 _SILENT = ("verbose", "symbolic_trace")
+#: The meaning of settings that are None, or missing in conditions of an earlier version.
+_IMPLIED = {"answer_from": "mean"}
 _AGAIN = "run `selfdoubt evaluate` and `selfdoubt calibrate` with this model"
 
 
@@ -71,21 +73,31 @@ class Conditions:
             return f"the calibration was made for another base model; {_AGAIN}"
         return None
 
+    def refuse_question(self, origin: Origin) -> str | None:
+        """Return why this calibration says nothing about a question that is asked so; None where it does.
+
+        The question alone does not say how its answer is chosen: of greedy answers, it is about the greedy one.
+        """
+        if origin.form not in self.forms:
+            return _of_form(origin.form, self.forms)
+        drawn = origin.made == "sampled" and (origin.temperature, origin.top_p) == (self.temperature, self.top_p)
+        if self.made == "sampled" and not drawn:
+            return (
+                f"the calibration learnt from answers drawn at temperature {self.temperature:g} and top_p "
+                f"{self.top_p:g}; ask with the same"
+            )
+        if "choice" in (self.made, origin.made) and self.made != origin.made:
+            return f"the calibration learnt from {_MADE[self.made]}, not from {_MADE[origin.made]}; {_AGAIN}"
+        return None
+
     def refuse_answer(self, origin: Origin, finish: str, tokens: int) -> str | None:
         """Return why this calibration says nothing about an answer of this origin; None where it does.
 
         ``Calibration.estimate`` checks that the answer is near the one that the model itself would give.
         """
-        if origin.form not in self.forms:
-            return _of_form(origin.form, self.forms)
-        if self.made == "sampled":
-            drawn = origin.made == "sampled" and (origin.temperature, origin.top_p) == (self.temperature, self.top_p)
-            if not drawn:
-                return (
-                    f"the calibration learnt from answers drawn at temperature {self.temperature:g} and top_p "
-                    f"{self.top_p:g}; ask with the same"
-                )
-        elif self.made != origin.made and ("choice" in (self.made, origin.made) or self.made == "given"):
+        if note := self.refuse_question(origin):
+            return note
+        if self.made == "given" != origin.made:
             return f"the calibration learnt from {_MADE[self.made]}, not from {_MADE[origin.made]}; {_AGAIN}"
         if origin.stop is not None and origin.stop not in self.stops:
             return f"the answer was ended by {origin.stop!r}, which the calibration has not seen; ask without this stop"
@@ -142,11 +154,16 @@ _MADE: dict[str, str] = {
 
 
 def read_wrapper_settings(model: nn.Module) -> tuple[dict[str, Any], ...]:
-    """Return the wrappers' settings as plain data, from the innermost outwards."""
+    """Return the wrappers' settings as plain data, from the innermost outwards; without a density's.
+
+    A density changes no answer, and none of their other scores.
+    """
     wrappers: list[dict[str, Any]] = []
     while isinstance(model, Wrapped):
         settings = storage.to_json(model.spec)
-        wrappers.append({k: list(v) if isinstance(v, tuple) else v for k, v in settings.items() if k not in _SILENT})
+        if not isinstance(model.spec, density.Wrapper):
+            settings = {k: list(v) if isinstance(v, tuple) else v for k, v in settings.items() if k not in _SILENT}
+            wrappers.append({k: _IMPLIED.get(k) if v is None else v for k, v in settings.items()})
         model = model.module
     return tuple(reversed(wrappers))
 
@@ -199,9 +216,12 @@ def _near(a: Sequence[float], b: Sequence[float]) -> bool:
 
 def _alike(ours: Sequence[Mapping[str, Any]], theirs: Sequence[Mapping[str, Any]]) -> bool:
     """Return whether wrappers have the same settings; one that a version of this program does not know may differ."""
-    return len(ours) == len(theirs) and all(
-        all(a[key] == b[key] for key in a.keys() & b.keys()) for a, b in zip(ours, theirs, strict=True)
-    )
+
+    def same(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
+        known = all(a[key] == b[key] for key in a.keys() & b.keys())
+        return known and all(a.get(key, meaning) == b.get(key, meaning) for key, meaning in _IMPLIED.items())
+
+    return len(ours) == len(theirs) and all(same(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
 def _of_form(form: str, forms: Sequence[str]) -> str:

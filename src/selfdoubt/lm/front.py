@@ -33,6 +33,7 @@ class LMFront:
     name: str | None = None  #: a folder, or a name on the hub; None where the model's config has none
     revision: str | None = None  #: revision of the model on the hub
     reference: Mapping[str, Sequence[float]] = field(default_factory=dict)  #: ascending quantiles of scores, by name
+    reference_size: int | None = None  #: number of answers that these are of; None if it is not known
     calibration: Calibration | None = None
     misfit: str | None = None  #: why no answer of this model has a p_correct; None if the calibration fits the model
     layers: tuple[int, ...] = ()  #: decoder layers whose hidden states come with an answer; 0 is the first

@@ -23,6 +23,7 @@ from selfdoubt.lm.options import Options, list_stop_texts, read_number, read_sam
 from selfdoubt.lm.prefill import prefill_in_chunks, run_to_end
 from selfdoubt.lm.probes import build_stepper
 from selfdoubt.lm.sampling import Sampling
+from selfdoubt.lm.scores import compute_answer_scores
 from selfdoubt.lm.text.detokenizer import Detokenizer
 from selfdoubt.lm.text.prompt import Prompt, encode
 from selfdoubt.lm.text.stops import StopFinder
@@ -49,6 +50,7 @@ class AnswerInProgress:
         state: Hidden states at the question's end; None if no layers are asked for.
         before: Token ids that the answer's text continues; empty if it stands by itself.
         origin: Origin of the answer, as far as it is known before its end.
+        first: Hidden states in which the first token is chosen; None if no layers are asked for.
     """
 
     def __init__(
@@ -59,6 +61,7 @@ class AnswerInProgress:
         state: Float[Tensor, "layers width"] | None = None,
         before: Sequence[int] = (),
         origin: Origin = GREEDY,
+        first: Float[Tensor, "layers width"] | None = None,
     ) -> None:
         self._front = front
         self._origin = origin
@@ -73,13 +76,15 @@ class AnswerInProgress:
         self._ending: list[_Held] = []  # ended the answer, and is not part of it
         self._attention: list[Tensor | None] = []  # of the tokens
         self._question_state = state
-        self._first: Tensor | None = None
+        self._first = first
         self._sum: Tensor | None = None
+        #: Probability, from the question alone, that the model's own answer is right; None if it is not known.
+        self.p_answerable = front.scorer.estimate_answerable(
+            compute_answer_scores([], question), self._states(), origin
+        )
 
     def add(self, event: TokenEvent) -> list[Token]:
         """Add the next event; return the tokens that are certain now. After a stop text ``finish`` is set."""
-        if self._first is None:
-            self._first = event.states
         self.finish = event.finish
         cut = None
         if event.token is not None:
@@ -244,15 +249,22 @@ def start_batch(
     for ids, prompt in zip(scored, prompts.values(), strict=True):
         questions.append((yield from front.tokens.build_question_in_chunks(ids, prompt)))
     states = [None] * len(prompts) if pool is None or pool.means is None else [means[0] for means in pool.means]
-    answers = [
-        AnswerInProgress(
-            front, questions[row], request.stops, states[row], find_unscored_tokens(request.prompt), request.origin
-        )
-        for row, request in zip(rows, requests, strict=True)
-    ]
     if len(prompts) < len(requests):
         stepper.keep(rows)
         next_logits = next_logits.select(rows)
+    firsts = [None] * len(rows) if next_logits.states is None else list(next_logits.states[0])
+    answers = [
+        AnswerInProgress(
+            front,
+            questions[row],
+            request.stops,
+            states[row],
+            find_unscored_tokens(request.prompt),
+            request.origin,
+            first,
+        )
+        for row, request, first in zip(rows, requests, firsts, strict=True)
+    ]
     room = stepper.context or 2**62
     sequences = [TokenSequence(r.name, r.sampling, r.seed, room - len(r.prompt.ids)) for r in requests]
     return answers, DecodeBatch(stepper, next_logits, sequences)
@@ -304,6 +316,14 @@ class Stream(Iterator[Token]):
     def question(self) -> list[Token]:
         """The user's tokens of the question."""
         return self._progress.question
+
+    @property
+    def p_answerable(self) -> float | None:
+        """Probability, from the question alone, that the model's own answer is right; known before the first token.
+
+        None without a calibration of it, or where it does not hold.
+        """
+        return self._progress.p_answerable
 
     @property
     def answer(self) -> Answer:

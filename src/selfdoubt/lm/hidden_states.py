@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from selfdoubt.errors import ConfigError
 
 #: Positions of hidden states: the last user token; where the answer's first token is chosen; and the mean over all
-#: positions where a token of the answer is chosen. Each is the mean over members.
+#: positions where a token of the answer is chosen. Each is the base's where that answers, else the mean over members.
 Position = Literal["question", "first", "mean"]
 POSITIONS: tuple[Position, ...] = get_args(Position)
 

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from selfdoubt import compat
-from selfdoubt.errors import ConfigError, LoadError, require
+from selfdoubt.errors import ConfigError, LoadError, SelfdoubtError, require
+from selfdoubt.lm.gguf import choose_gguf, fetch_gguf, find_gguf, load_gguf, read_gguf_config
 from selfdoubt.members import innermost
 
 POCKET = "pocket"
@@ -31,30 +32,37 @@ def load_model(
 ) -> tuple[nn.Module, Any]:
     """Load a Hugging Face causal language model, frozen and in evaluation mode, and its tokenizer.
 
-    Only safetensors weights are read, never pickles.
+    Only safetensors weights are read, never pickles; or a GGUF file, whose weights are dequantised.
 
     Args:
-        name: A folder, a name on the hub, or "pocket" for the small model inside this package.
+        name: A folder, a name on the hub, a GGUF file (also ``org/name:file.gguf`` on the hub), or "pocket" for the
+            small model inside this package.
         tokenizer: A folder with another tokenizer than the model's own.
-        dtype: "auto" takes the checkpoint's own, but bfloat16 for float16 on a CPU.
+        dtype: "auto" takes the checkpoint's own, but bfloat16 for float16 on a CPU and for quantised GGUF weights.
         device: None takes a GPU where there is one.
-        quantize: "nf4" loads 4-bit weights by bitsandbytes (double quantisation, bfloat16 compute).
+        quantize: "nf4" loads 4-bit weights by bitsandbytes (double quantisation, bfloat16 compute); not of a GGUF file.
         revision: A branch, tag or commit on the hub.
         trust_remote_code: Run code that comes with the model.
         token: A hub token for gated models; None takes ``HF_TOKEN``.
 
     Raises:
         LoadError: If the model is missing, gated, has no safetensors weights, or cannot be read.
-        ConfigError: If an option is unknown.
-        MissingExtraError: If transformers or bitsandbytes is not installed.
+        ConfigError: If an option is unknown, or 4-bit weights are asked of a GGUF file.
+        MissingExtraError: If transformers, gguf or bitsandbytes is not installed.
     """
     transformers = require("transformers", "lm")
     source = resolve_model(name)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    token = token or os.environ.get("HF_TOKEN")
+    if quantize is not None and find_gguf(source) is not None:
+        raise ConfigError(
+            f"{name} is a GGUF file, whose weights are dequantised: quantize={quantize!r} takes a folder, which "
+            "load_model(file)[0].save_pretrained(folder) and [1].save_pretrained(folder) write"
+        )
     common: dict[str, Any] = {
         "revision": revision,
         "trust_remote_code": trust_remote_code,
-        "token": token or os.environ.get("HF_TOKEN"),
+        "token": token,
         "local_files_only": Path(source).is_dir(),
     }
     options = dict(common, dtype=_dtype(dtype), use_safetensors=True)
@@ -62,9 +70,17 @@ def load_model(
         options |= _quantized(quantize, device)
     transformers.utils.logging.disable_progress_bar()
     try:
-        local = common if tokenizer is None else {"local_files_only": True}
-        words = transformers.AutoTokenizer.from_pretrained(source if tokenizer is None else tokenizer, **local)
-        model = transformers.AutoModelForCausalLM.from_pretrained(source, **options)
+        file = fetch_gguf(source, revision=revision, token=token)
+        if file is not None:
+            model, words = load_gguf(file, dtype=options["dtype"], with_tokenizer=tokenizer is None)
+            model.config.name_or_path = source
+        else:
+            model = transformers.AutoModelForCausalLM.from_pretrained(source, **options)
+            words = None if tokenizer is not None else transformers.AutoTokenizer.from_pretrained(source, **common)
+        if tokenizer is not None:
+            words = transformers.AutoTokenizer.from_pretrained(tokenizer, local_files_only=True)
+    except SelfdoubtError:
+        raise
     except Exception as error:
         raise LoadError(_why(str(name), error)) from error
     compat.forbid_repacking(model)
@@ -178,24 +194,31 @@ def load_skeleton(
     """
     transformers = require("transformers", "lm")
     source = resolve_model(name)
+    token = os.environ.get("HF_TOKEN")
     common = {"trust_remote_code": trust_remote_code}
     try:
-        config = transformers.AutoConfig.from_pretrained(
-            source, revision=revision, token=os.environ.get("HF_TOKEN"), local_files_only=Path(source).is_dir(),
-            **common,
+        file = fetch_gguf(source, revision=revision, token=token)
+        config = read_gguf_config(file) if file is not None else transformers.AutoConfig.from_pretrained(
+            source, revision=revision, token=token, local_files_only=Path(source).is_dir(), **common
         )  # fmt: skip
         with torch.device("meta"):
             model: nn.Module = transformers.AutoModelForCausalLM.from_config(config, **common)
+    except SelfdoubtError:
+        raise
     except Exception as error:
         raise LoadError(_why(str(name), error)) from error
     return model
 
 
 def resolve_model(name: str | os.PathLike[str]) -> str:
-    """Return the folder or hub name to load.
+    """Return the folder, GGUF file or hub name to load.
+
+    Args:
+        name: A model folder; a GGUF file, ``folder:file.gguf``, or a folder with one GGUF file; a hub name, with
+            ``:file.gguf`` for a GGUF file there; or "pocket".
 
     Raises:
-        LoadError: If it looks like a folder and is not there, or is not a model folder.
+        LoadError: If it looks like a folder or file and is not there, or is not a model.
     """
     text = os.fspath(name)
     if text == POCKET and not Path(text).is_dir():
@@ -204,11 +227,20 @@ def resolve_model(name: str | os.PathLike[str]) -> str:
         return str(pocket.folder())
     path = Path(text).expanduser()
     if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise LoadError(f"{text} is not a model folder: it has no config.json; give a Hugging Face model folder")
-        return str(path)
+        gguf = None if (path / "config.json").is_file() else choose_gguf(path)
+        if gguf is None and not (path / "config.json").is_file():
+            raise LoadError(
+                f"{text} is not a model folder: it has no config.json and no GGUF file; "
+                "give a Hugging Face model folder"
+            )
+        return str(gguf or path)
+    file = find_gguf(text)
+    if file is not None:
+        return file
     if path.is_absolute() or text.startswith((".", "~")) or text.count("/") > 1 or path.exists() or not text:
-        raise LoadError(f"no model folder at {text!r}; give a folder with config.json, a hub name, or 'pocket'")
+        raise LoadError(
+            f"no model folder at {text!r}; give a folder with config.json, a GGUF file, a hub name, or 'pocket'"
+        )
     return text
 
 
@@ -256,11 +288,16 @@ def _why(name: str, error: Exception) -> str:
     if "RepositoryNotFound" in text or "is not a valid model identifier" in text:
         return f"no model named {name!r} on the hub, or it is private: check the name, or set HF_TOKEN"
     if "safetensors" in text and ("no file named" in text or "does not appear to have" in text):
-        return f"{name} has no safetensors weights, and pickled ones are never read: convert it with save_pretrained"
+        return (
+            f"{name} has no safetensors weights, and pickled ones are never read: convert it with save_pretrained, or "
+            "name its GGUF file where it has one"
+        )
     if "trust_remote_code" in text:
         return f"{name} comes with its own code: read it, then pass trust_remote_code=True to run it"
     if any(
         w in text for w in ("ConnectionError", "ConnectError", "LocalEntryNotFound", "OfflineMode", "couldn't connect")
     ):
         return f"{name!r} is not on this machine and the hub cannot be reached: give a folder, or check the network"
+    if "EntryNotFound" in text or ("config.json" in text and "does not appear to have" in text):
+        return f"{name} has no such file, or no config.json: for a GGUF file on the hub give org/name:file.gguf"
     return f"{name} cannot be loaded ({type(error).__name__}: {first})"

@@ -16,15 +16,17 @@ from torch import nn
 from selfdoubt import storage
 from selfdoubt.errors import ConfigError, UntrainedWarning
 from selfdoubt.lm import defaults
-from selfdoubt.lm.adapters.adapter import check_adapter, save_adapter
+from selfdoubt.lm.adapters.adapter import REFERENCE_SIZE, check_adapter, save_adapter
 from selfdoubt.lm.answer import Answer
+from selfdoubt.lm.answer_from import AnswerFrom, check_answer_from, protect_answers, set_answer_from
 from selfdoubt.lm.calibration import Calibration
 from selfdoubt.lm.confidence import confidence_order
 from selfdoubt.lm.front import LMFront
 from selfdoubt.lm.generation import Stream, build_requests, generate_answers
 from selfdoubt.lm.inputs import PromptLike, check_question, is_chat, list_pairs, list_questions
 from selfdoubt.lm.load import POCKET, Quantization, choose_dtype, find_pocket_voters, load_model, name_base
-from selfdoubt.lm.notes import PLAIN_NOTE, explain_untrained
+from selfdoubt.lm.noise_search import search_noise
+from selfdoubt.lm.notes import PLAIN_NOTE, explain_uncalibrated, explain_untrained
 from selfdoubt.lm.options import Options, read_number, read_options, read_seed
 from selfdoubt.lm.scores import DEFAULT_RISK, RANK_SCORES, TOKEN_RISK, Score, Signal
 from selfdoubt.lm.scoring import score_teacher_forced
@@ -88,7 +90,7 @@ class RiskAwareLM:
 
     @property
     def name(self) -> str | None:
-        """The model's folder, or its name on the hub; None where its config has none."""
+        """The model's folder or GGUF file, or its name on the hub; None where its config has none."""
         return self._front.name
 
     @property
@@ -113,7 +115,16 @@ class RiskAwareLM:
 
     @reference.setter
     def reference(self, reference: Mapping[str, Sequence[float]]) -> None:
-        self._front = replace(self._front, reference=dict(reference))
+        self.set_reference(reference)
+
+    def set_reference(self, reference: Mapping[str, Sequence[float]], answers: int | None = None) -> None:
+        """Replace the reference quantiles.
+
+        Args:
+            reference: Ascending quantiles of answer scores, by name.
+            answers: Number of answers that they are of; None if it is not known.
+        """
+        self._front = replace(self._front, reference=dict(reference), reference_size=answers)
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -148,14 +159,16 @@ class RiskAwareLM:
         token: str | None = None,
         risk: str = DEFAULT_RISK,
         layers: Sequence[int] = (),
+        answer_from: AnswerFrom | None = None,
     ) -> RiskAwareLM:
         """Load a model and make it aware of its risk.
 
         Args:
-            name: A folder, a name on the hub, or "pocket"; None takes the adapter's base, or "pocket".
+            name: A folder, a GGUF file, a name on the hub, or "pocket"; None takes the adapter's base, or "pocket".
             wrapper: A ``vote``, ``sample`` or ``sculpt`` wrapper, untrained; None leaves the model plain. "auto" takes
                 what comes with the adapter or the pocket model, and leaves any other model plain: its answers are
-                its own, and its risk is its own surprisal and entropy.
+                its own, and its risk is its own surprisal and entropy. A wrapper with noise of size "auto" gets the
+                largest that keeps the model's answers to a few questions (see ``search_noise``), which takes a while.
             adapter: An adapter folder, which brings its own wrapper; or LoRA of plain PEFT, which goes with any.
             dtype: "auto" takes the checkpoint's own, or float32 on a CPU that only emulates bfloat16.
             device: None takes a GPU where there is one.
@@ -165,18 +178,24 @@ class RiskAwareLM:
             token: A hub token for gated models; None takes ``HF_TOKEN``.
             risk: Name of the answer score that is the risk.
             layers: Decoder layers whose hidden states come with an answer.
+            answer_from: "base" lets the base model answer in a row of its own, while voters or samples only say how
+                far they disagree with it; "mean" answers with their mean. None takes the base for a ``wrapper`` that
+                leaves it open, as its members are untrained, and what an adapter says for the adapter's.
 
         Raises:
             LoadError: If the model or the adapter cannot be read.
             BaseMismatchError: If the adapter was made for another model.
-            ConfigError: If an option is out of range, or a wrapper is given to an adapter that brings its own.
+            ConfigError: If an option is out of range, or a wrapper is given to an adapter that brings its own, or
+                ``answer_from`` to a model without members.
 
         Warns:
-            UntrainedWarning: If a wrapper is given: its members change the answers, and nothing has trained them.
+            UntrainedWarning: If a wrapper is given: nothing has trained its members.
         """
+        check_answer_from(answer_from)
         given = None if wrapper == "auto" else wrapper
         if given is not None:
             check_spec(given)
+            given = protect_answers(given, answer_from)
         # The adapter is read and checked once, before a large model loads.
         added = None if adapter is None else check_adapter(adapter, given)
         if name is None:
@@ -195,20 +214,35 @@ class RiskAwareLM:
             with torch.random.fork_rng():  # fresh parameters are the same each time, so that answers can be repeated
                 torch.manual_seed(0)
                 model = given(model)  # type: ignore[operator]
+        if answer_from is not None:
+            set_answer_from(model, answer_from)
         note = None
         if given is not None:
             note = explain_untrained(given)
             warnings.warn(note, UntrainedWarning, stacklevel=2)
-        elif wrapper == "auto" and (added is None or added.manifest is None):
+        elif added is not None and added.manifest is not None:
+            if added.calibration is None:
+                note = explain_uncalibrated(added.reference_size, has_reference=bool(added.reference))
+        elif wrapper == "auto":
             note = PLAIN_NOTE
         reference, calibration = (None, None) if added is None else (added.reference, added.calibration)
         lm = cls(
             model.eval(), tokenizer, reference=reference, calibration=calibration, risk=risk, layers=layers, note=note
         )
-        lm._front = replace(lm._front, revision=revision)
+        size = None if added is None else added.reference_size
+        lm._front = replace(lm._front, revision=revision, reference_size=size)
+        if given is not None and getattr(given, "seeks_noise", False):
+            search_noise(lm)
         return lm
 
-    def save(self, folder: str | os.PathLike[str], *, base: str | None = None, revision: str | None = None) -> Path:
+    def save(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        base: str | None = None,
+        revision: str | None = None,
+        about: Mapping[str, Any] | None = None,
+    ) -> Path:
         """Write all that was added to the base model: wrappers, LoRA, reference answers, calibration and tokenizer.
 
         ``RiskAwareLM.load(adapter=folder)`` then gives the same answers, percentiles and p_correct. The base model
@@ -218,23 +252,31 @@ class RiskAwareLM:
             folder: Folder to write, made if missing; an adapter in it is replaced.
             base: Name or folder of the base model; None takes the model's own.
             revision: Revision of the base model.
+            about: More entries for ``selfdoubt.json``, for people who read the file.
 
         Returns:
             The folder.
 
         Raises:
-            WrapError: If nothing was added to the base model.
+            WrapError: If nothing was added to the base model, not even reference answers or a calibration.
         """
         front = self._front
-        extra: dict[str, Any] = {}
+        extra: dict[str, Any] = dict(about or {})
         if front.reference:
             extra["reference"] = {name: list(quantiles) for name, quantiles in front.reference.items()}
+            extra |= {} if front.reference_size is None else {REFERENCE_SIZE: front.reference_size}
         if front.calibration is not None:
             extra["calibration"] = front.calibration.to_json()
         return save_adapter(
             self.model, folder, base=base or name_base(front.name), revision=revision or front.revision,
             extra=extra, tokenizer=front.tokenizer,
         )  # fmt: skip
+
+    def replace_model(self, model: nn.Module) -> None:
+        """Answer with another wrapping of the same base model from now on."""
+        self.model = model
+        self._front = replace(self._front, architecture=str(model))
+        storage.register_owner(model, self)
 
     def learnt(self) -> frozenset[str]:
         """Return the entries that this model has in addition to its weights: "reference", "calibration"."""

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from selfdoubt import risk
+from selfdoubt import density, risk
 from selfdoubt.errors import PromptError, WrapError
 from selfdoubt.lm import cache
 from selfdoubt.lm.chunks import ChunkSizer
@@ -33,8 +33,10 @@ class StepOutput:
     """The output of one step: logits, and what else was computed at each position."""
 
     logits: Float[Tensor, "members batch *t classes"]
-    scale: Float[Tensor, "members batch *t classes"] | None = None  #: predicted deviations; None without a sculpt
-    states: Float[Tensor, "1 batch *t layers width"] | None = None  #: mean over members; None unless asked for
+    #: Predicted deviations, of those members that answer; None without a sculpt.
+    scale: Float[Tensor, "answering batch *t classes"] | None = None
+    #: The base's where it answers, else the mean over members; None unless asked for.
+    states: Float[Tensor, "1 batch *t layers width"] | None = None
     #: Attention of each position on itself, of the row that answers; None unless asked for.
     attention: Float[Tensor, "1 batch *t layers heads"] | None = None
     #: Signals of a position that depend on no chosen token, by name (see ``scores.Signal``); all grow with doubt.
@@ -147,8 +149,11 @@ class HFStepper:
         self._probes = list(probes)
         self._sizer = sizer
         self.members = model.spec.members(training=False) if isinstance(model, Wrapped) else 1
-        self._has_base = isinstance(model, Wrapped) and getattr(model.spec, "answer_from", None) == "base"
+        self._has_base = isinstance(model, Wrapped) and model.spec.has_base
         self._model = model
+        measured = density.find_measured_leaf(model)
+        # What is pooled over positions is no signal of a token.
+        self._measured = measured if measured is not None and measured.is_fitted and not measured.pooled else None
         base = innermost(model)
         self._blocks = [find_decoder_layer(base, layer) for layer in layers]
         self._config = base.config.get_text_config()  # type: ignore[union-attr, operator]
@@ -296,11 +301,25 @@ class HFStepper:
         if scales is not None:
             assert isinstance(self._model, Wrapped)
             std = self._model.distribution.std((output.logits, scales.logits))
-            scale = unfold(std, self.members)
+            scale = self.pick_answering(std)
         states = None
         if captured:
-            states = torch.stack([unfold(h.detach(), self.members).float().mean(0, keepdim=True) for h in captured], -2)
-        result = StepOutput(unfold(output.logits, self.members), scale, states, has_base=self._has_base)
+            by_member = [self.pick_answering(h.detach()) for h in captured]
+            states = torch.stack([h.float().mean(0, keepdim=True) for h in by_member], -2)
+        logits = unfold(output.logits, self.members)
+        result = StepOutput(logits, scale, states, signals=self._measure(), has_base=self._has_base)
         for probe in self._probes:
             result = probe.read(result)
         return result
+
+    def _measure(self) -> dict[str, Float[Tensor, "1 batch t"]]:
+        """Return the density of the positions that just ran: the base's where it answers, or the mean over members."""
+        if self._measured is None:
+            return {}
+        rows = self.pick_answering(self._measured.read_features())
+        return {"density": self._measured.compute_distances(rows).mean(0, keepdim=True)}
+
+    def pick_answering(self, rows: Float[Tensor, "rows *rest"]) -> Float[Tensor, "members batch *rest"]:
+        """Return the rows of the members that answer: the base's alone where there is one."""
+        members = unfold(rows, self.members)
+        return members[:1] if self._has_base else members

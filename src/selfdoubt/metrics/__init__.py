@@ -1,4 +1,4 @@
-"""Metrics of risk scores: selective accuracy, ranking, calibration, and their confidence intervals.
+"""Metrics of risk scores: selective accuracy, ranking, calibration, abstention, and their confidence intervals.
 
 Pure functions of numpy arrays, usable alone: nothing here imports torch. ``docs/metrics.md`` explains each metric and
 gives its names in other libraries.
@@ -6,6 +6,16 @@ gives its names in other libraries.
 
 from __future__ import annotations
 
+from selfdoubt.metrics.abstention import (
+    ABSTENTION_METRICS,
+    DecisionCounts,
+    abstention_f1,
+    abstention_precision,
+    abstention_recall,
+    estimate_abstention,
+    hallucination_rate,
+    omniscience_index,
+)
 from selfdoubt.metrics.bootstrap import (
     Comparison,
     SystemComparison,
@@ -36,16 +46,32 @@ from selfdoubt.metrics.selective import (
     excess_aurc,
     prr,
 )
+from selfdoubt.metrics.utility import (
+    PRICES,
+    BestThreshold,
+    abstain_at_price,
+    estimate_best_utility,
+    find_best_threshold,
+    utility,
+)
 
 __all__ = [
+    "ABSTENTION_METRICS",
     "METRICS",
+    "PRICES",
+    "BestThreshold",
     "Comparison",
     "Curve",
+    "DecisionCounts",
     "Estimate",
     "JudgedAnswers",
     "Metric",
     "Reliability",
     "SystemComparison",
+    "abstain_at_price",
+    "abstention_f1",
+    "abstention_precision",
+    "abstention_recall",
     "accuracy_at",
     "accuracy_coverage",
     "auarc",
@@ -60,14 +86,20 @@ __all__ = [
     "coverage_at",
     "drop_unjudged",
     "ece",
+    "estimate_abstention",
+    "estimate_best_utility",
     "estimate_mean",
     "estimate_over_seeds",
     "estimate_share",
     "excess_aurc",
+    "find_best_threshold",
+    "hallucination_rate",
     "log_losses",
     "nll",
+    "omniscience_index",
     "paired_difference",
     "prr",
     "reliability",
+    "utility",
     "wilson_interval",
 ]

@@ -12,6 +12,7 @@ from selfdoubt.eval.repetition import is_repeating
 from selfdoubt.eval.scores.agreement import AGREEMENT_SCORES
 from selfdoubt.eval.settings import Cost, Run
 from selfdoubt.metrics import Estimate, estimate_share
+from selfdoubt.report.abstention import measure_abstention, measure_utilities
 from selfdoubt.report.best_of_n import measure_samples
 from selfdoubt.report.metric_entries import (
     BINS,
@@ -25,11 +26,9 @@ from selfdoubt.report.metric_entries import (
     validate_best_score,
 )
 from selfdoubt.report.results import (
-    Abstention,
     AnswerCounts,
     BestScoreTest,
     Measurements,
-    NoAbstention,
     ProbabilityResults,
     Repetition,
     Report,
@@ -41,6 +40,8 @@ from selfdoubt.report.summary import conclude, find_best_score, find_common_scor
 
 #: The score that others are compared with: minus the log of the sequence's probability, which any model gives.
 BASELINE = "sum_nll"
+#: Probabilities of being right that a calibration learnt: by the answer, and by the question alone.
+PROBABILITIES = ("p_correct", "p_answerable")
 
 
 def list_costs(score: str) -> tuple[str, ...]:
@@ -90,15 +91,17 @@ def measure_answers(records: Sequence[Record], run: Run, *, draws: int = 1000, s
         probabilities=_measure_probabilities(judged, bootstrap),
         topics=_measure_topics(judged, [name for name in shown if name], bootstrap),
         samples=measure_samples(records, run, bootstrap),
-        abstention=_measure_abstention(records, run),
+        abstention=measure_abstention(records, run, bootstrap),
+        utilities=measure_utilities(records, bootstrap),
     )
     return Report(**vars(measured), verdict=conclude(measured))
 
 
 def get_risk(record: Record, name: str) -> float | None:
-    """Return a score of a record by name; ``p_correct`` counts as 1 - p_correct, so that it grows with doubt too."""
-    if name == "p_correct":
-        return None if record.p_correct is None else 1 - record.p_correct
+    """Return a score of a record by name; probabilities count as 1 - p, so that they grow with doubt too."""
+    if name in PROBABILITIES:
+        probability: float | None = getattr(record, name)
+        return None if probability is None else 1 - probability
     return record.scores.get(name)
 
 
@@ -137,8 +140,8 @@ def _measure_scores(
     judged: Sequence[Record], bootstrap: Bootstrap, costs: Mapping[str, Cost]
 ) -> tuple[dict[str, ScoreResults], dict[str, str]]:
     names = {name: None for r in judged for name in r.scores}
-    if any(r.p_correct is not None for r in judged):
-        names = {"p_correct": None, **names}
+    learnt = [name for name in PROBABILITIES if any(getattr(r, name) is not None for r in judged)]
+    names = {**dict.fromkeys(learnt), **names}
     left_out: dict[str, str] = {}
     if BASELINE not in names:
         left_out[BASELINE] = "no judged answer has it, so nothing is compared with it"
@@ -241,24 +244,3 @@ def _measure_topics(judged: Sequence[Record], shown: Sequence[str], bootstrap: B
 def _measure_alone(records: Sequence[Record], name: str, bootstrap: Bootstrap) -> Mapping[str, Estimate]:
     values, correct = _pair(records, name)
     return measure_scores({name: values}, correct, None, bootstrap, ["prr", "coverage_at_90"])[name].metrics
-
-
-def _measure_abstention(records: Sequence[Record], run: Run) -> Abstention | NoAbstention:
-    decided = [r for r in records if r.abstain is not None]
-    if not decided:
-        return NoAbstention("no threshold was set: `selfdoubt calibrate --target-accuracy` sets one")
-    answered = [bool(r.correct) for r in decided if not r.abstain and r.correct is not None]
-    abstained = [bool(r.correct) for r in decided if r.abstain and r.correct is not None]
-    return Abstention(
-        threshold=run.threshold,
-        promise=run.promise,
-        decided=len(decided),
-        answered=sum(not r.abstain for r in decided),
-        coverage=estimate_share([not r.abstain for r in decided], level=LEVEL),
-        accuracy=estimate_share(answered, level=LEVEL)
-        if answered
-        else Estimate.missing("no answer that was given is judged"),
-        accuracy_abstained=estimate_share(abstained, level=LEVEL)
-        if abstained
-        else Estimate.missing("no answer that was abstained from is judged"),
-    )

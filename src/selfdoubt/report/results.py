@@ -179,6 +179,21 @@ class Abstention:
     coverage: Estimate
     accuracy: Estimate  #: accuracy of the answered ones
     accuracy_abstained: Estimate = field(metadata={"key": "accuracy_withheld"})
+    metrics: Mapping[str, Estimate] | None = field(default=None, metadata=_IN_ONE_FORM)  #: ``ABSTENTION_METRICS``
+
+
+@dataclass(frozen=True)
+class UtilityResults:
+    """The worth per question at one price of a wrong answer: a right answer counts 1, an abstention 0."""
+
+    price: float  #: in right answers
+    answer_all: Estimate
+    threshold: Estimate | None  #: of the run's own decisions; None if not all answers were decided on
+    rule: Estimate  #: answering where p_correct > price / (1 + price)
+    rule_coverage: float  #: share answered by that rule
+    best: Estimate  #: at the threshold that is best on these very answers: a bound
+    best_threshold: float | None  #: least p_correct that is answered there; None: nothing is
+    best_coverage: float
 
 
 @dataclass(frozen=True)
@@ -212,6 +227,7 @@ class Measurements:
     topics: tuple[TopicResults, ...]
     samples: SampleResults | NoSamples
     abstention: Abstention | NoAbstention
+    utilities: tuple[UtilityResults, ...] = field(default=(), kw_only=True, metadata=_IN_ONE_FORM)  #: by price
 
 
 @dataclass(frozen=True)

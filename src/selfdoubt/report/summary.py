@@ -10,6 +10,7 @@ from selfdoubt.report.results import Abstention, Conclusion, Finding, Measuremen
 
 LABELS = {
     "p_correct": "calibrated p_correct",
+    "p_answerable": "calibrated p_answerable, from the question alone",
     "sum_nll": "sequence probability",
     "mean_nll": "perplexity",
     "max_nll": "least probable token",
@@ -58,7 +59,7 @@ def conclude(report: Measurements) -> Conclusion:
         ``beats_baseline``: the same of its PRR less the baseline's, around 0; None without a comparison.
     """
     best = find_best_score(report.scores)
-    remarks = [*_describe_guarantee(report.abstention), *_warn(report)]
+    remarks = [*_describe_guarantee(report.abstention), *_describe_worth(report), *_warn(report)]
     if best is None:
         cannot = f"The claim cannot be checked on these answers: {_explain_undefined(report)}."
         return Conclusion(None, None, "open", None, (cannot, *remarks))
@@ -100,6 +101,30 @@ def _describe_guarantee(abstention: Abstention | NoAbstention) -> list[str]:
         f"The threshold{at} answers {abstention.answered} of {abstention.decided} questions; {right}. "
         f"It promises {promise}."
     ]
+
+
+def _describe_worth(report: Measurements) -> list[str]:
+    """Return sentences on what abstaining is worth: the Omniscience index, and the utility at the highest price."""
+    sentences = []
+    metrics = report.abstention.metrics if isinstance(report.abstention, Abstention) else None
+    if metrics is not None:
+        rate = metrics["hallucination_rate"]
+        wrong = "" if rate.value is None else f"; hallucination rate {format_estimate(rate)}"
+        everything = report.counts.right - report.counts.wrong
+        sentences.append(
+            f"Omniscience index (right less wrong, abstaining 0): {format_estimate(metrics['omniscience_index'])}, "
+            f"answering all {everything / report.counts.judged:+.3f}{wrong}."
+        )
+    if report.utilities:
+        dearest = max(report.utilities, key=lambda entry: entry.price)
+        least, share = dearest.price / (1 + dearest.price), format_percent(dearest.rule_coverage)
+        sentences.append(
+            f"If a wrong answer costs {dearest.price:g} right ones, answering where p_correct is above {least:.3g} "
+            f"({share} of the questions) is worth "
+            f"{format_estimate(dearest.rule, signed=True)} per question, answering all "
+            f"{format_estimate(dearest.answer_all, signed=True)}."
+        )
+    return sentences
 
 
 def _warn(report: Measurements) -> list[str]:

@@ -43,7 +43,9 @@ class TrainConfig:
 
     data: str = setting(MISSING, "A JSON, JSONL, CSV, TSV or Parquet file, or a data set's name on the hub.")
     out: str = setting(MISSING, "The adapter folder to write.")
-    model: str = setting("pocket", "A model folder, a hub name, or 'pocket'.")
+    model: str = setting(
+        "pocket", "A model folder, a GGUF file (org/name:file.gguf for one on the hub), a hub name, or 'pocket'."
+    )
     wrapper: WrapperSettings | None = field(default_factory=_default_wrapper)
 
     voter_batch: Literal["split", "repeat"] = setting(

@@ -17,6 +17,7 @@ from selfdoubt.lm.adapters import lora
 from selfdoubt.lm.adapters.adapter import check_adapter, save_adapter
 from selfdoubt.lm.adapters.new_folder import check_free
 from selfdoubt.lm.answer import Answer
+from selfdoubt.lm.gguf import fetch_gguf, read_gguf_header
 from selfdoubt.lm.load import load_skeleton, resolve_model
 from selfdoubt.lm.model import RiskAwareLM
 from selfdoubt.lm.scores import reference_quantiles
@@ -223,8 +224,12 @@ def write_model_card(config: TrainConfig, history: History, answered: int) -> st
 
 
 def find_licence(config: TrainConfig) -> str:
-    """Return the licence that the base model's card names, or "unknown"."""
-    folder = Path(resolve_model(config.model))
+    """Return the licence that the base model's card or GGUF metadata names, or "unknown"."""
+    source = resolve_model(config.model)
+    file = fetch_gguf(source, revision=config.revision)
+    if file is not None:
+        return read_gguf_header(file).licence or "unknown"
+    folder = Path(source)
     text = ""
     if (folder / CARD).is_file():
         text = (folder / CARD).read_text(encoding="utf-8", errors="replace")

@@ -17,7 +17,8 @@ from torch import nn
 from selfdoubt import storage, vote
 from selfdoubt.calibration import heads
 from selfdoubt.calibration.arrays import calibration_arrays
-from selfdoubt.calibration.fit import CANDIDATES, fit_calibration, store_calibration
+from selfdoubt.calibration.candidates import CANDIDATES
+from selfdoubt.calibration.fit import fit_calibration, store_calibration
 from selfdoubt.calibration.quality import measure_quality
 from selfdoubt.errors import ConfigError, DataError, LoadError
 from selfdoubt.eval.records import Question, Record

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -49,17 +51,18 @@ def test_the_pocket_by_its_name_keeps_its_trained_voters():
 
 
 @pytest.mark.parametrize(
-    ("wrapper", "said"),
+    ("wrapper", "answers", "note"),
     [
-        (vote.Wrapper(n_voters=2, rank=2), "this vote is untrained, and its members make .* answers worse"),
-        (sample.Wrapper(n_samples=2), "this sample is untrained, and its members make .* answers worse"),
-        (sculpt.Wrapper(), "this sculpt is untrained: its scale says nothing yet"),
+        (vote.Wrapper(n_voters=2, rank=2), "base", "this vote is untrained: the answers are the base model's own"),
+        (sample.Wrapper(n_samples=2), "base", "this sample is untrained: the answers are the base model's own"),
+        (sample.Wrapper(answer_from="mean"), "mean", "this sample is untrained, and its members make .* answers worse"),
+        (sculpt.Wrapper(), None, "this sculpt is untrained: its scale says nothing yet"),
     ],
 )
-def test_an_untrained_wrapper_works_when_asked_for_and_warns(wrapper, said):
-    with pytest.warns(UntrainedWarning, match=said):
+def test_an_untrained_wrapper_works_when_asked_for_and_warns(wrapper, answers, note):
+    with pytest.warns(UntrainedWarning, match=note):
         lm = RiskAwareLM.load(pocket.folder(), wrapper=wrapper)
-    assert lm.model.spec == wrapper
+    assert lm.model.spec == (wrapper if answers is None else replace(wrapper, answer_from=answers))
     assert lm.generate(QUESTIONS[0], max_tokens=3).tokens
     assert lm.note == lm.front.note
 

@@ -95,7 +95,7 @@ def test_an_unknown_folder(name):
 
 
 def test_a_folder_that_holds_no_model(tmp_path):
-    with pytest.raises(LoadError, match=r"is not a model folder: it has no config\.json; .*folder$"):
+    with pytest.raises(LoadError, match=r"is not a model folder: it has no config\.json and no GGUF file; .*folder$"):
         load_model(tmp_path)
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import average_precision_score, brier_score_loss, log_loss, roc_auc_score
 
+from selfdoubt import metrics
 from selfdoubt.errors import DataError
 from selfdoubt.eval.records import add_scores
 from selfdoubt.metrics import selective
@@ -202,6 +203,45 @@ def test_abstention_is_counted_over_all_and_accuracy_over_the_judged():
     assert found["coverage"]["value"] == len(given) / 80
     assert found["accuracy"]["value"] == pytest.approx(np.mean([r.correct for r in given if r.correct is not None]))
     assert found["threshold"] == 0.7
+
+
+def test_what_abstaining_is_worth():
+    records = [replace(r, abstain=r.p_correct < 0.7) for r in judged()]
+    records += [record("unjudged", None, abstain=False, p_correct=0.9), record("no p", True, abstain=True)]
+    found = measured(records, {"threshold": 0.7}, **FEW)
+    known = [r for r in records if r.correct is not None]
+    away, right = [r.abstain for r in known], [r.correct for r in known]
+    entries = found["abstention"]["metrics"]
+    assert entries == {
+        name: e.to_json() for name, e in metrics.estimate_abstention(away, right, draws=FEW["draws"]).items()
+    }
+    assert entries["omniscience_index"]["value"] == metrics.omniscience_index(away, right)
+    p, right, away = (np.array(x) for x in zip(*[
+        (r.p_correct, r.correct, r.abstain) for r in known if r.p_correct is not None], strict=True))  # fmt: skip
+    assert [entry["price"] for entry in found["utilities"]] == list(metrics.PRICES)
+    for entry in found["utilities"]:
+        worth = {"price": entry["price"]}
+        rule = metrics.abstain_at_price(p, **worth)
+        best = metrics.find_best_threshold(1 - p, right, **worth)
+        assert entry["answer_all"]["value"] == metrics.utility(np.zeros_like(right), right, **worth)
+        assert entry["threshold"]["value"] == metrics.utility(away, right, **worth)
+        assert entry["rule"]["value"] == metrics.utility(rule, right, **worth)
+        assert entry["rule_coverage"] == pytest.approx(1 - rule.mean())
+        assert (entry["best"]["value"], entry["best_coverage"]) == (best.utility, best.coverage)
+        assert np.mean(p >= entry["best_threshold"] - 1e-12) == pytest.approx(best.coverage)
+        assert entry["best"]["low"] <= entry["best"]["value"] <= entry["best"]["high"]
+    said = " ".join(found["verdict"]["sentences"])
+    assert f"Omniscience index (right less wrong, abstaining 0): {entries['omniscience_index']['value']:.3f}" in said
+    assert "If a wrong answer costs 9 right ones, answering where p_correct is above 0.9 (" in said
+
+
+def test_a_price_needs_a_probability_and_no_threshold():
+    found = measured(judged(), **FEW)
+    assert found["abstention"].keys() == {"why"}
+    assert [entry["threshold"] for entry in found["utilities"]] == [None] * len(metrics.PRICES)
+    bare = measured(judged(calibrated=False), **FEW)
+    assert bare["utilities"] == []
+    assert "If a wrong answer costs" not in " ".join(bare["verdict"]["sentences"])
 
 
 def test_samples_are_chosen_by_risk_by_number_and_by_chance():

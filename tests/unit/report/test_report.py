@@ -139,6 +139,29 @@ def test_the_guarantee_of_a_calibration_is_printed_in_the_verdict_and_on_the_pag
         assert not any("promises" in s for s in measure_answers(records, run, draws=5).verdict.sentences)
 
 
+def test_a_report_from_before_there_were_utilities_is_still_read(records):
+    old = measure_answers([replace(r, abstain=r.p_correct < 0.7) for r in records], Run(), draws=20).to_json()
+    assert old.pop("utilities")
+    assert old["abstention"].pop("metrics")
+    report = Report.parse(old)
+    assert report.utilities == ()
+    assert report.abstention.metrics is None
+    assert "Worth per question" not in render_page(records, report)
+
+
+def test_the_page_shows_what_abstaining_is_worth(records):
+    decided = [replace(r, abstain=r.p_correct < 0.7) for r in records]
+    report = measure_answers(decided, Run(threshold=0.7), draws=20)
+    page = render_page(decided, report)
+    assert f"{report.abstention.metrics['omniscience_index'].value:.3f}" in page
+    assert f"{report.utilities[-1].rule.value:+.3f}" in page
+    assert "At the<br>threshold" in page
+    undecided = [replace(r, abstain=None) for r in records]
+    plain = render_page(undecided, measure_answers(undecided, Run(), draws=20))
+    assert "Worth per question" in plain
+    assert "At the<br>threshold" not in plain
+
+
 def test_percentiles_of_a_report_are_called_confidence_percentiles(records, report):
     text = re.sub(r"<script.*?</script>|<style.*?</style>", "", render_page(records, report), flags=re.S)
     assert text.count("percentile") == text.count("confidence percentile") > 3

@@ -24,6 +24,9 @@ from selfdoubt.lm.adapters import lora, peft_config
 from selfdoubt.lm.calibration import Calibration, read_calibration
 from selfdoubt.members import Spec
 
+#: Entry of the manifest: the number of answers that the reference quantiles are of.
+REFERENCE_SIZE = "reference_size"
+
 
 def save_adapter(
     model: nn.Module,
@@ -87,6 +90,16 @@ class AdapterFolder:
     def reference(self) -> Mapping[str, list[float]] | None:
         """Reference quantiles by score; None where there are none."""
         return None if self.manifest is None else self.manifest.get("reference")
+
+    @property
+    def reference_size(self) -> int | None:
+        """Number of reference answers; None where the folder does not say it."""
+        return None if self.manifest is None else self.manifest.get(REFERENCE_SIZE)
+
+    @property
+    def has_weights(self) -> bool:
+        """True if it adds weights to its base: wrappers or LoRA. Others bring reference answers or a calibration."""
+        return self.has_lora or bool(self.manifest is not None and self.manifest["wrappers"])
 
     @property
     def tokenizer(self) -> Path | None:

@@ -14,9 +14,9 @@ from torch import nn
 from selfdoubt import storage
 from selfdoubt.errors import ConfigError, WrapError
 from selfdoubt.lm.adapters import lora, peft_config, voters
-from selfdoubt.lm.adapters.adapter import check_adapter, save_adapter
+from selfdoubt.lm.adapters.adapter import AdapterFolder, check_adapter, save_adapter
 from selfdoubt.lm.adapters.new_folder import new_folder
-from selfdoubt.lm.load import load_model
+from selfdoubt.lm.load import load_model, resolve_model
 from selfdoubt.members import Wrapped
 from selfdoubt.rows import list_added_names
 
@@ -63,6 +63,7 @@ def export_peft(
         else:
             folder = Path(source)
             checked = check_adapter(folder)
+            _check_weights(checked)
             if checked.has_lora and not checked.has_voters:
                 for file in (peft_config.WEIGHTS, peft_config.CONFIG):
                     shutil.copyfile(folder / file, new / file)
@@ -106,11 +107,12 @@ def export_merged(
     """
     folder, out = Path(adapter), Path(out)
     source = check_adapter(folder)
+    _check_weights(source)
     if not source.has_lora:
         raise WrapError(f"{folder} has no LoRA to merge; voters become PEFT adapters instead: selfdoubt export --peft")
     manifest = source.manifest or {"wrappers": []}
     base, revision = source.choose_base(base, revision)
-    with new_folder(out, {"kind": "merged", "base": base}, (folder, base)) as new:
+    with new_folder(out, {"kind": "merged", "base": base}, (folder, resolve_model(base))) as new:
         model, tokenizer = load_model(
             base, tokenizer=source.tokenizer, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code
         )
@@ -122,6 +124,15 @@ def export_merged(
         if isinstance(merged, Wrapped) or storage.LEARNT & set(extra):
             save_adapter(merged, new / ADAPTER, base=name or str(out), extra=extra)
     return out
+
+
+def _check_weights(adapter: AdapterFolder) -> None:
+    """Raise ``WrapError`` if an adapter adds no weights to its base."""
+    if not adapter.has_weights:
+        raise WrapError(
+            f"{adapter.path} adds no weights to its base model, only reference answers or a calibration, so there is "
+            "nothing to export; other tools can use the base model as it is"
+        )
 
 
 def _merged(wrapped: nn.Module, model: nn.Module, folder: Path, manifest: Mapping[str, Any]) -> nn.Module:

@@ -71,7 +71,7 @@ def check_free(out: Path, sources: tuple[str | os.PathLike[str], ...] = ()) -> N
         )
     for source in sources:
         path = Path(source).expanduser()
-        if path.is_dir() and out in (path.resolve(), *path.resolve().parents):
+        if path.exists() and out in (path.resolve(), *path.resolve().parents):
             raise ConfigError(f"{out} holds {source}, which is read to write it; give another folder")
 
 

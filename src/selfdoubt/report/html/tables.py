@@ -11,6 +11,13 @@ from selfdoubt.metrics import Estimate
 from selfdoubt.report.results import NoAbstention, NoSamples, Report, ScoreResults, UntilConfident
 from selfdoubt.report.summary import LABELS, describe_promise
 
+_DECISIONS = {
+    "omniscience_index": "Omniscience index (right less wrong)",
+    "hallucination_rate": "hallucination rate (wrong of the not right)",
+    "abstention_precision": "precision of abstaining",
+    "abstention_recall": "recall of abstaining",
+    "abstention_f1": "F1 of abstaining",
+}
 #: Rows of scores that are visible before a click.
 SHOWN_SCORES = 12
 #: Key, title of the column, True for a share in percent, True if less is better.
@@ -180,7 +187,7 @@ def render_topics(report: Report) -> str:
 
 def _render_share(part: int, whole: int) -> str:
     """Return a table cell of a share without an interval; a dash where there is nothing to share."""
-    return _render_number(part / whole, format_percent_html(part / whole)) if whole else _render_number(None, "-")
+    return _render_share_alone(part / whole) if whole else _render_number(None, "-")
 
 
 def render_samples(report: Report) -> str:
@@ -221,10 +228,11 @@ def _describe_until_confident(until: UntilConfident) -> str:
 
 
 def render_abstention(report: Report) -> str:
-    """Return the section on the threshold and its guarantee; empty without a threshold."""
+    """Return the section on the threshold, its guarantee and the worth of abstaining; empty without a p_correct."""
     abstention = report.abstention
     if isinstance(abstention, NoAbstention):
-        return ""
+        worth = render_utilities(report)
+        return f"<section><h2>Abstention</h2>{worth}</section>" if worth else ""
     shares = {
         "answered": abstention.coverage,
         "right of the answered": abstention.accuracy,
@@ -234,11 +242,43 @@ def render_abstention(report: Report) -> str:
     promise = describe_promise(abstention)
     promised = "" if promise is None else f" It promises {escape(promise).replace(' %', '&nbsp;%')}."
     text = f"The threshold{at} answers {abstention.answered} of {abstention.decided} questions.{promised}"
-    return f"<section><h2>Abstention</h2><p>{text}</p>{_render_small_table('Share', shares)}</section>"
+    tables = _render_small_table("Share", shares)
+    if abstention.metrics is not None:
+        tables += _render_small_table("Value", {_DECISIONS[k]: e for k, e in abstention.metrics.items()}, share=False)
+    return f"<section><h2>Abstention</h2><p>{text}</p>{tables}{render_utilities(report)}</section>"
 
 
-def _render_small_table(title: str, shares: Mapping[str, Estimate]) -> str:
-    rows = "".join(f'<tr><th scope="row">{text}</th>{render_cell(e, share=True)}</tr>' for text, e in shares.items())
+def render_utilities(report: Report) -> str:
+    """Return a table of the worth per question by price of a wrong answer; empty without a p_correct."""
+    if not report.utilities:
+        return ""
+    decided = any(entry.threshold is not None for entry in report.utilities)
+    titles = ["Price of<br>a wrong answer", "Answer<br>all", *(["At the<br>threshold"] if decided else [])]
+    titles += ["p_correct above<br>price / (1 + price)", "answered", "Best threshold<br>on these answers", "answered"]
+    rows = []
+    for entry in report.utilities:
+        cells = [render_cell(entry.answer_all, signed=True)]
+        if decided:
+            cells += [
+                _render_number(None, "-") if entry.threshold is None else render_cell(entry.threshold, signed=True)
+            ]
+        cells += [render_cell(entry.rule, signed=True), _render_share_alone(entry.rule_coverage)]
+        cells += [render_cell(entry.best, signed=True), _render_share_alone(entry.best_coverage)]
+        rows.append(f'<tr><th scope="row">{entry.price:g}</th>{"".join(cells)}</tr>')
+    head = "".join(f'<th scope="col">{title}</th>' for title in titles)
+    table = f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+    return (
+        "<p>Worth per question: a right answer counts 1, none 0, a wrong one minus its price.</p>"
+        f"{wrap_scrolling('Utility', table)}"
+    )
+
+
+def _render_share_alone(share: float) -> str:
+    return _render_number(share, format_percent_html(share))
+
+
+def _render_small_table(title: str, shares: Mapping[str, Estimate], *, share: bool = True) -> str:
+    rows = "".join(f'<tr><th scope="row">{text}</th>{render_cell(e, share=share)}</tr>' for text, e in shares.items())
     head = f'<tr><td></td><th scope="col">{title}</th></tr>'
     return f"<table><thead>{head}</thead><tbody>{rows}</tbody></table>"
 

@@ -69,11 +69,11 @@ def mount_page(
 
 
 def get_display_name(front: LMFront) -> str:
-    """Return a model's name, or the last part of its folder."""
+    """Return a model's name, or the last part of its folder or file."""
     if is_pocket(front):
         return POCKET
     name = front.name or "a model"
-    return Path(name).name if Path(name).is_dir() else name
+    return Path(name).name if Path(name).exists() else name
 
 
 def is_pocket(front: LMFront) -> bool:
@@ -151,11 +151,11 @@ class ChatPage:
         knows = self.calibration is not None or bool(self.engine.front.reference)
         note = "0 always answers. "
         if not knows:
-            note = "This model has neither a calibration nor reference answers: selfdoubt calibrate gives it both."
+            note = "This model has neither reference answers nor a calibration: see selfdoubt prepare and calibrate."
         elif self.recommended is not None:
             note += f"Calibrated threshold: {phrases.format_share(self.recommended)}."
         else:
-            note += "Without a calibration this counts reference answers that are riskier."
+            note += "Not calibrated: this counts the reference answers that are riskier."
         sure = gr.Slider(
             0, 100, 0, step=1, label="Answer only when at least … % sure", info=note, interactive=knows,
             elem_id="sd-sure", buttons=[], elem_classes=[] if self.recommended is None else ["marked"],

@@ -54,6 +54,8 @@ def describe_answer(answer: Answer, calibration: Calibration | None, *, short: b
     phrases = [describe_chance(answer)] if describe_chance(answer) else []
     if (answer.p_correct is not None or answer.p_correct_note is not None) and answer.percentile is not None:
         phrases.append(f"riskier than {format_share(answer.percentile)} of the reference answers")
+    if answer.p_answerable is not None:
+        phrases.append(f"from the question alone {format_share(answer.p_answerable)}")
     if not short and answer.abstain is not None and calibration is not None and calibration.threshold is not None:
         does = "would abstain" if answer.abstain else "lets it pass"
         phrases.append(f"the calibrated threshold of {format_share(calibration.threshold)} {does}")

@@ -81,6 +81,7 @@ class Started(NamedTuple):
     """The update that a prompt was read; it comes once, before all others."""
 
     question: list[Token]  #: the user's tokens of the question
+    p_answerable: float | None = None  #: as ``Answer.p_answerable``
 
 
 class TokensAdded(NamedTuple):

@@ -226,7 +226,7 @@ class Scheduler:
                 continue
             answer.progress = progress
             if answer.handle not in started:
-                answer.handle.publish(Started(progress.question))
+                answer.handle.publish(Started(progress.question, progress.p_answerable))
                 started.add(answer.handle)
         batch.drop({sequence.name for sequence in batch.sequences} - self._answers.keys())
         if batch.sequences:

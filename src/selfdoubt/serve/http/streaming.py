@@ -107,7 +107,9 @@ async def stream_events(
 
     def format_update(place: int, update: Update) -> list[dict[str, Any]]:
         if isinstance(update, Started):
-            return [c for i in range(n) for c in formatter.format_start(place * n + i, update.question)]
+            return [
+                c for i in range(n) for c in formatter.format_start(place * n + i, update.question, update.p_answerable)
+            ]
         index = place * n + update.choice
         before = sent.setdefault(index, "")
         if isinstance(update, TokensAdded):

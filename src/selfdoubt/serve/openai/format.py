@@ -69,13 +69,15 @@ class ResponseFormatter:
         """Return whether an answer is replaced, because the model abstains from it and the request asks for that."""
         return self.params.hide_abstained and answer.abstained
 
-    def format_start(self, index: int, question: Sequence[Token]) -> Iterator[dict[str, Any]]:
-        """Yield the chunk before an answer's first token: the role, and the question's risk."""
+    def format_start(
+        self, index: int, question: Sequence[Token], p_answerable: float | None
+    ) -> Iterator[dict[str, Any]]:
+        """Yield the chunk before an answer's first token: the role, the question's risk and p_answerable."""
+        start = {"question": risks.format_question_risk(self.front, question), "p_answerable": p_answerable}
         if self.params.chat:
-            start = {"question": risks.format_question_risk(self.front, question)}
             yield self._chunk(index, {"role": "assistant", "content": "", "refusal": None}, start)
         elif self.params.risk:
-            yield self._chunk(index, "", {"question": risks.format_question_risk(self.front, question)})
+            yield self._chunk(index, "", start)
 
     def format_tokens(self, index: int, tokens: Sequence[Token], offset: int) -> Iterator[dict[str, Any]]:
         """Yield one chunk per token; ``offset`` is the length of the text before them."""

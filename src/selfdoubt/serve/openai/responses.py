@@ -6,6 +6,10 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+P_ANSWERABLE = (
+    "Probability, from the question alone, that the model's own answer is right; null without a calibration of it, or "
+    "where it does not hold."
+)
 P_CORRECT_NOTE = "One line: why a calibrated model has no p_correct for this answer, or a caveat; null otherwise."
 
 
@@ -53,6 +57,7 @@ class StartRisk(StrictReply):
     """The doubt that is known before an answer begins."""
 
     question: QuestionRisk | None
+    p_answerable: float | None = Field(description=P_ANSWERABLE)
 
 
 class EndRisk(StartRisk):
@@ -219,6 +224,7 @@ class TextScore(StrictReply):
     p_correct: float | None
     p_correct_note: str | None = Field(description=P_CORRECT_NOTE)
     abstain: bool | None
+    p_answerable: float | None = Field(description=P_ANSWERABLE)
     scores: dict[str, float]
     tokens: list[TokenRisk]
     question: QuestionRisk | None

@@ -51,4 +51,5 @@ def format_answer_risk(front: LMFront, answer: Answer) -> dict[str, Any]:
         "abstain": answer.abstain,
         "withheld": False,
         "question": format_question_risk(front, answer.question),
+        "p_answerable": answer.p_answerable,
     }

@@ -104,6 +104,7 @@ def format_score(front: LMFront, index: int, answer: Answer) -> dict[str, Any]:
         "p_correct": answer.p_correct,
         "p_correct_note": answer.p_correct_note,
         "abstain": answer.abstain,
+        "p_answerable": answer.p_answerable,
         "scores": dict(answer.scores),
         "tokens": [risks.format_token_risk(front, token) for token in answer.tokens],
         "question": risks.format_question_risk(front, answer.question),

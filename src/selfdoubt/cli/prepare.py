@@ -1,0 +1,68 @@
+"""``selfdoubt prepare``: every setting of ``PreparationConfig`` is a flag."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from selfdoubt.cli import flags
+from selfdoubt.cli.from_dataclass import build_config, with_flags
+from selfdoubt.errors import require
+from selfdoubt.preparation.config import PreparationConfig
+
+if TYPE_CHECKING:
+    import typer
+
+    from selfdoubt.data.question_sets import ReadOptions
+else:
+    typer = require("typer", "lm")
+
+
+@with_flags(PreparationConfig)
+def prepare(
+    out: Annotated[Path, typer.Option(help="The adapter folder to write; an interrupted run resumes.")],
+    model: flags.ModelFlag = None,
+    adapter: flags.Adapter = None,
+    questions: Annotated[
+        str | None,
+        typer.Option(
+            help="A file like those of evaluate --data, without labels if you like, or a .txt with one question per "
+            "line. [default: a list of this package, on many subjects]",
+            show_default=False,
+        ),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Ask a random subset of this size.", show_default=False)] = None,
+    question_column: Annotated[
+        str | None, typer.Option(help="Column of the question, where its name does not say it.", show_default=False)
+    ] = None,
+    context_column: Annotated[
+        str | None, typer.Option(help="Column of a passage to read first.", show_default=False)
+    ] = None,
+    split: flags.Split = None,
+    dtype: flags.Dtype = "auto",
+    quantize: flags.Quantize = None,
+    trust_remote_code: flags.RemoteCode = False,
+    **settings: Any,
+) -> int:
+    """Make a model risk-aware without labels and without training: answer questions, and keep the scores' quantiles.
+
+    With the adapter, ask, chat and serve show percentiles: the share of these answers that were less risky.
+    """
+    flags.silence_output()
+    from selfdoubt.data.questions import Columns
+    from selfdoubt.preparation.run import prepare as run
+
+    config = build_config(PreparationConfig, settings)
+    reading: ReadOptions = {}
+    if question_column is not None or context_column is not None:
+        reading["columns"] = Columns(question=question_column, context=context_column)
+    if split is not None:
+        reading["split"] = split
+    sources = tuple(path for path in (adapter, model) if path is not None)
+    load = partial(
+        flags.load_lm, model, adapter, "auto", dtype, quantize, None, trust_remote_code, show_note=False
+    )  # fmt: skip
+    for text in run(load, out, questions, config=config, limit=limit, sources=sources, **reading).lines():
+        print(text)
+    return 0

@@ -1,0 +1,266 @@
+"""Searches the largest size of noise that leaves a model's predictions as they are.
+
+Members that nothing has trained must stay near the model: deviations of voters and the noise of samples grow, with
+their draws fixed, to the largest size at which members still predict as the base model does, by a bisection on the
+logarithm of one size for all leaves. ``noise_fit.py`` runs it on any module, ``lm/noise_search.py`` on language models.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from selfdoubt import risk
+from selfdoubt.errors import ConfigError, NonFiniteError, WrapError
+from selfdoubt.members import Wrapped
+
+#: Smallest size that is tried, and the steps of the bisection: up to 1, the result is within 4 % of the largest.
+SMALLEST, STEPS = 1e-4, 8
+
+
+@dataclass(frozen=True)
+class NoiseLimits:
+    """The largest change of predictions that noise may make.
+
+    Raises:
+        ConfigError: If one is not above 0.
+    """
+
+    flip_rate: float = 0.01  #: share of predictions whose most probable class changes, over members
+    divergence: float = 0.01  #: mean KL(base || member), nats
+    change: float = 0.01  #: of values: root mean square of members' distances from the base, relative to the base's own
+
+    def __post_init__(self) -> None:
+        for name in ("flip_rate", "divergence", "change"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"{name} must be above 0, got {getattr(self, name)!r}; try {name}=0.01")
+
+
+@dataclass(frozen=True)
+class NoiseTrial:
+    """One size that was tried. A size that failed may have been given up before all predictions were made."""
+
+    alpha: float
+    flip_rate: float
+    divergence: float
+    change: float
+    passed: bool
+
+
+@dataclass(frozen=True)
+class NoiseSearch:
+    """The largest size of noise that keeps a model's predictions, and how far it moves them."""
+
+    alpha: float  #: ``alpha`` of voters; ``std`` or ``p`` of samples
+    flip_rate: float  #: share of members' predictions whose most probable class is not the base's, in [0, 1]
+    divergence: float  #: mean KL(base || member), nats
+    tried: tuple[NoiseTrial, ...]  #: in the order of the search
+    change: float = 0.0  #: of values: root mean square distance from the base, relative to the base's own
+
+
+@runtime_checkable
+class NoisySpec(Protocol):
+    """The interface of wrappers whose noise has one size: vote and sample."""
+
+    @property
+    def largest_noise(self) -> float:
+        """The largest size that a search tries."""
+
+    @property
+    def seeks_noise(self) -> bool:
+        """True if the size of the noise is still to be searched."""
+
+    def with_noise(self, size: float) -> Any:
+        """Return the settings with noise of this size."""
+
+
+@runtime_checkable
+class NoisyModule(Protocol):
+    """The interface of replaced leaves whose noise has a size."""
+
+    def set_noise(self, size: float) -> None:
+        """Set the size of the noise."""
+
+
+@dataclass
+class NoiseTally:
+    """Sums over predictions of how far members are from the base."""
+
+    count: int = 0  #: predictions of classes, times members
+    flips: float = 0.0
+    divergence: float = 0.0
+    squares: float = 0.0  #: of values: mean over members of their squared distances from the base
+    own_squares: float = 0.0  #: of values: the base's own squares
+
+    def add_logits(self, base: Float[Tensor, "*batch classes"], members: Float[Tensor, "m *batch classes"]) -> None:
+        """Add predictions of classes.
+
+        Raises:
+            NonFiniteError: If a logit is NaN or infinite.
+        """
+        wide = risk.wide_dtype(base)
+        base_logp, member_logp = base.to(wide).log_softmax(-1), members.to(wide).log_softmax(-1)
+        divergence = (base_logp.exp() * (base_logp - member_logp)).sum(-1).clamp_min(0)
+        self.count += divergence.numel()
+        self.flips += float((members.argmax(-1) != base.argmax(-1)).double().sum())
+        self.divergence += check_finite(float(divergence.double().sum()))
+
+    def add_values(self, base: Float[Tensor, "*batch"], members: Float[Tensor, "m *batch"]) -> None:
+        """Add predictions of values.
+
+        Raises:
+            NonFiniteError: If a value is NaN or infinite.
+        """
+        distance = members.double() - base.double()
+        self.squares += check_finite(float(distance.square().sum()) / len(members))
+        self.own_squares += float(base.double().square().sum())
+
+    @property
+    def change(self) -> float:
+        """Root mean square distance of the members' values from the base's, relative to these."""
+        if self.squares == 0:
+            return 0.0
+        return math.sqrt(self.squares / self.own_squares) if self.own_squares else math.inf
+
+    def exceeds(self, limits: NoiseLimits, total: int | None = None) -> bool:
+        """Return whether a limit is exceeded; ``total`` is the number of predictions in the end, if that is known."""
+        count = max(total or self.count, 1)
+        return (
+            self.flips > limits.flip_rate * count
+            or self.divergence > limits.divergence * count
+            or self.change > limits.change
+        )
+
+    def judge(self, alpha: float, limits: NoiseLimits) -> NoiseTrial:
+        """Return the result of a trial of this size."""
+        count = max(self.count, 1)
+        passed = not self.exceeds(limits)
+        return NoiseTrial(alpha, self.flips / count, self.divergence / count, self.change, passed)
+
+
+def search_largest(check: Callable[[float], bool], low: float, high: float, steps: int = STEPS) -> float | None:
+    """Return the largest value that was checked and passed, by bisection on the logarithm; None if ``low`` fails.
+
+    The result always passed its check, also where the check is not monotone. ``high`` is checked second.
+
+    Args:
+        check: A check that small values pass.
+        low: Smallest value, above 0.
+        high: Largest value.
+        steps: Halvings of the range: the result is below the first failing value by a factor of at most
+            ``(high / low) ** (2 ** -steps)``.
+
+    Raises:
+        ConfigError: If the range is empty, or ``steps`` is negative.
+
+    Example:
+        >>> largest = search_largest(lambda x: x <= 0.3, 0.01, 1.0, steps=20)
+        >>> 0.2999 < largest <= 0.3
+        True
+    """
+    if not 0 < low <= high < math.inf or steps < 0:
+        raise ConfigError(f"a search needs 0 < low <= high and steps >= 0, got {low}, {high} and {steps}")
+    if not check(low):
+        return None
+    if check(high):
+        return high
+    passing, failing = low, high
+    for _ in range(steps):
+        middle = math.sqrt(passing * failing)
+        if check(middle):
+            passing = middle
+        else:
+            failing = middle
+    return passing
+
+
+def find_noisy(model: nn.Module) -> Wrapped:
+    """Return the wrapper of a model whose noise has a size.
+
+    Raises:
+        WrapError: If there is none.
+    """
+    inside = model
+    while isinstance(inside, Wrapped):
+        if isinstance(inside.spec, NoisySpec):
+            return inside
+        inside = inside.module
+    raise WrapError("only voters and samples have noise whose size can be searched; wrap with vote or sample")
+
+
+def set_noise(wrapped: Wrapped, size: float) -> None:
+    """Set the size of the noise in all leaves and in the settings: ``alpha`` of voters, ``std`` or ``p`` of samples.
+
+    Raises:
+        WrapError: If the wrapper's noise has no size.
+    """
+    noisy = find_noisy(wrapped)
+    assert isinstance(noisy.spec, NoisySpec)
+    for module in noisy.modules():
+        if isinstance(module, NoisyModule):
+            module.set_noise(size)
+    noisy.spec = noisy.spec.with_noise(size)
+
+
+def search_size(
+    wrapped: nn.Module,
+    measure: Callable[[], NoiseTally],
+    limits: NoiseLimits,
+    *,
+    low: float = SMALLEST,
+    high: float | None = None,
+    steps: int = STEPS,
+) -> NoiseSearch:
+    """Set the noise to the largest size at which members keep the base's predictions, and return it.
+
+    Args:
+        wrapped: A model with voters or samples.
+        measure: Function that runs the model and compares its members with its base; it may give up where a limit is
+            exceeded.
+        limits: Limits of the change.
+        low: Smallest size.
+        high: Largest size; None takes the wrapper's ``largest_noise``.
+        steps: Steps of the bisection.
+
+    Raises:
+        ConfigError: If even ``low`` changes too much; the noise is then ``low``.
+        WrapError: If the model has neither voters nor samples.
+    """
+    noisy = find_noisy(wrapped)
+    tried: list[NoiseTrial] = []
+
+    def check(size: float) -> bool:
+        set_noise(noisy, size)
+        tried.append(measure().judge(size, limits))
+        return tried[-1].passed
+
+    assert isinstance(noisy.spec, NoisySpec)
+    largest = search_largest(check, low, noisy.spec.largest_noise if high is None else high, steps)
+    set_noise(noisy, low if largest is None else largest)
+    if largest is None:
+        first = tried[0]
+        raise ConfigError(
+            f"even noise of size {low:g} changes the answers ({first.flip_rate:.1%} flips, KL {first.divergence:.2g} "
+            f"nats, change {first.change:.2g}); use a wider dtype, e.g. float32, or other layers with param_filter"
+        )
+    best = next(trial for trial in tried if trial.alpha == largest)
+    return NoiseSearch(largest, best.flip_rate, best.divergence, tuple(tried), best.change)
+
+
+def check_finite(value: float) -> float:
+    """Return a sum over a model's outputs.
+
+    Raises:
+        NonFiniteError: If it is NaN or infinite.
+    """
+    if not math.isfinite(value):
+        raise NonFiniteError(
+            "an output of the model is NaN or infinite, so that noise cannot be measured; check the model's weights, "
+            "its inputs and its dtype"
+        )
+    return value
