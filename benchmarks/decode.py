@@ -21,6 +21,7 @@ from benchmarks import results
 from selfdoubt import sample, sculpt, vote
 from selfdoubt.lm.decode import decode
 from selfdoubt.lm.prefill import prefill
+from selfdoubt.lm.probes import find_probes
 from selfdoubt.lm.sampling import Sampling
 from selfdoubt.lm.stepper import HFStepper, StepOutput
 
@@ -44,7 +45,9 @@ SHAPES: dict[str, dict[str, Any]] = {
 PROMPT = 32
 NAMES = {
     "hf": "Hugging Face `generate`, no risk",
-    "plain": "selfdoubt, no wrapper (entropies only)",
+    "plain": "selfdoubt, no wrapper (scores of the distribution only)",
+    "free": "selfdoubt, no wrapper, all free scores (RAUQ and late layers, too)",
+    "bare": "the same steps without any score",
     "vote3": "vote, 3 voters of rank 16 on q and v",
     "sample5": "sample, 5 samples on q and v",
     "sculpt": "sculpt",
@@ -113,6 +116,15 @@ def arms(model: nn.Module) -> dict[str, Callable[[list[int], int], object]]:
 
         return run
 
+    def bare(prompt: list[int], tokens: int) -> object:
+        now = HFStepper(model)
+        following = list(now.start([prompt]))[-1][1].at(-1)
+        for n in range(tokens):
+            ids = following.logits[0].argmax(-1)
+            if n + 1 < tokens:
+                following = now.step(ids)
+        return ids
+
     def hf(prompt: list[int], tokens: int) -> object:
         ids = torch.tensor([prompt], device=next(model.parameters()).device)
         with torch.inference_mode():
@@ -129,7 +141,9 @@ def arms(model: nn.Module) -> dict[str, Callable[[list[int], int], object]]:
     scales = sculpt.Wrapper()(model)
     return {
         "hf": hf,
+        "bare": bare,
         "plain": ours(lambda: HFStepper(model)),
+        "free": ours(lambda: HFStepper(model, probes=find_probes(model))),
         "vote3": ours(lambda: HFStepper(voters)),
         "sample5": ours(lambda: HFStepper(samples)),
         "sculpt": ours(lambda: HFStepper(scales)),

@@ -132,9 +132,7 @@ def confidence_scores(logits: Float[Tensor, "*batch classes"]) -> ConfidenceScor
         (1.0, 0.0)
     """
     logp = _wide(logits).log_softmax(-1)
-    first, second = logp.topk(2, -1).values.exp().unbind(-1)
-    divergence = -math.log(logp.shape[-1]) - logp.mean(-1)
-    return ConfidenceScores((1 - (first - second)).clamp(0, 1), -divergence.clamp_min(0))
+    return _confidence(logp, logp.argmax(-1))
 
 
 def token_scores(
@@ -178,8 +176,12 @@ def score_among(
         ShapeError: If the member axis is missing.
         NonFiniteError: If a logit is NaN or infinite.
     """
-    scores, logp = _scores(logits, chosen, has_base)
-    mean = logp[0] if logits.shape[0] == 1 or has_base else mixed
+    scores, logp, _ = _scores(logits, chosen, has_base)
+    return _fit(scores, logp[0] if logits.shape[0] == 1 or has_base else mixed, chosen, others)
+
+
+def _fit(scores: TokenScores, mean: Tensor, chosen: Tensor, others: Tensor) -> tuple[TokenScores, Tensor]:
+    """Return scores and the others' log-probabilities, whose sum is at most 1 whatever the rounding."""
     chosen_logp = mean.gather(-1, chosen.unsqueeze(-1)).double().clamp_max(0)
     rest = mean.gather(-1, others).double().clamp_max(0)
     apart = (others != chosen.unsqueeze(-1)).all(-1, keepdim=True)
@@ -187,6 +189,38 @@ def score_among(
     whole = rest.exp().sum(-1, keepdim=True) + chosen_logp.exp() * apart
     excess = (whole.log() + 4e-15).clamp_min(0)  # the margin is for sums in another order
     return scores._replace(logprob=(chosen_logp - excess).squeeze(-1)), rest - excess
+
+
+def score_answer_tokens(
+    logits: Float[Tensor, "members *batch classes"],
+    chosen: Int[Tensor, "*batch"],
+    mixed: Float[Tensor, "*batch classes"],
+    others: Int[Tensor, "*batch k"] | None = None,
+    *,
+    has_base: bool = False,
+) -> tuple[TokenScores, ConfidenceScores, Float[Tensor, "*batch k"] | None]:
+    """Return ``token_scores`` (or ``score_among``) and ``confidence_scores`` of the mixture, in fewer passes.
+
+    Args:
+        logits: Unnormalised scores, one slice per member.
+        chosen: Index of the class that was taken.
+        mixed: The ``mixture`` of the logits.
+        others: Indices of classes whose log-probabilities are returned, too, see ``score_among``.
+        has_base: Member 0 is the base model.
+
+    Raises:
+        ShapeError: If the member axis is missing.
+        NonFiniteError: If a logit is NaN or infinite.
+    """
+    scores, logp, top = _scores(logits, chosen, has_base)
+    alone = logits.shape[0] == 1 or has_base
+    mean = logp[0] if alone else mixed
+    logprobs = None
+    if others is not None:
+        scores, logprobs = _fit(scores, mean, chosen, others)
+    # The mixture of several members has log-probabilities already, but for rounding.
+    confidence = _confidence(mean, top[0]) if alone else _confidence(mean.log_softmax(-1), mean.argmax(-1))
+    return scores, confidence, logprobs
 
 
 def percentile(value: float, reference: Sequence[float], *, linear: bool = False) -> float:
@@ -221,8 +255,16 @@ def percentile(value: float, reference: Sequence[float], *, linear: bool = False
     return (place - 1 + (value - low) / (high - low)) / (len(reference) - 1)
 
 
-def _scores(logits: Tensor, chosen: Tensor, has_base: bool = False) -> tuple[TokenScores, Tensor]:
-    """Return token scores, and the members' log-probabilities, which are large."""
+def _confidence(logp: Tensor, top: Tensor) -> ConfidenceScores:
+    """Return the scores of a distribution, given as log-probabilities, whose most probable class is ``top``."""
+    index = top.unsqueeze(-1)
+    first, second = logp.gather(-1, index).squeeze(-1).exp(), logp.scatter(-1, index, -torch.inf).amax(-1).exp()
+    divergence = -math.log(logp.shape[-1]) - logp.mean(-1)
+    return ConfidenceScores((1 - (first - second)).clamp(0, 1), -divergence.clamp_min(0))
+
+
+def _scores(logits: Tensor, chosen: Tensor, has_base: bool = False) -> tuple[TokenScores, Tensor, Tensor]:
+    """Return token scores, the members' log-probabilities, which are large, and their most probable classes."""
     _check(logits)
     if has_base:
         return _scores_from_base(logits, chosen)
@@ -230,6 +272,7 @@ def _scores(logits: Tensor, chosen: Tensor, has_base: bool = False) -> tuple[Tok
     logp = wide.log_softmax(-1)
     probs = logp.exp()
     h_total, h_aleatoric, h_epistemic = _entropies_of(logp, probs)
+    top = wide.argmax(-1)
     index = chosen.unsqueeze(-1)
     member_probs = probs.gather(-1, index.expand(probs.shape[0], *index.shape)).squeeze(-1)
     member_logp = logp.gather(-1, index.expand(logp.shape[0], *index.shape)).squeeze(-1)
@@ -239,21 +282,21 @@ def _scores(logits: Tensor, chosen: Tensor, has_base: bool = False) -> tuple[Tok
         total=h_total,
         aleatoric=h_aleatoric,
         epistemic=h_epistemic,
-        disagreement=(wide.argmax(-1) != chosen).to(h_total.dtype).mean(0),
+        disagreement=(top != chosen).to(h_total.dtype).mean(0),
         spread=member_probs.std(0, correction=0).clamp_max(0.5),
     )
-    return scores, logp
+    return scores, logp, top
 
 
-def _scores_from_base(logits: Tensor, chosen: Tensor) -> tuple[TokenScores, Tensor]:
+def _scores_from_base(logits: Tensor, chosen: Tensor) -> tuple[TokenScores, Tensor, Tensor]:
     """Return token scores of the base (member 0) and of the others' disagreement; and all log-probabilities."""
     if len(logits) < 2:
         raise ShapeError("a base row needs at least one more member to disagree with it, got one row")
-    base, base_logp = _scores(logits[:1], chosen)
-    others, other_logp = _scores(logits[1:], chosen)
+    base, base_logp, base_top = _scores(logits[:1], chosen)
+    others, other_logp, other_top = _scores(logits[1:], chosen)
     divergence = (base_logp.exp() * (base_logp - other_logp)).sum(-1).mean(0).clamp_min(0)
     scores = others._replace(logprob=base.logprob, total=base.total, divergence=divergence)
-    return scores, torch.cat([base_logp, other_logp])
+    return scores, torch.cat([base_logp, other_logp]), torch.cat([base_top, other_top])
 
 
 def _entropies(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -268,6 +311,11 @@ def _entropies_of(logp: Tensor, probs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     Raises:
         NonFiniteError: If a logit was NaN or infinite.
     """
+    if len(logp) == 1:  # the mean is the member
+        h = -(probs[0] * logp[0]).sum(-1)
+        _check_finite(h)
+        h = h.clamp(0, math.log(logp.shape[-1]) * (1 - torch.finfo(h.dtype).eps))
+        return h, h, torch.zeros_like(h)
     mean = probs.mean(0)
     # x log x at x = 0 is 0; the clamp keeps the logarithm finite there.
     h_total = -(mean * mean.clamp_min(torch.finfo(mean.dtype).tiny).log()).sum(-1)

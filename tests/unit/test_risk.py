@@ -75,11 +75,9 @@ def test_one_member_comes_back_as_it_is():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_sums_over_classes_run_in_float32(dtype):
     logits = random_logits(3, 2, 5000, dtype=dtype)
-    for found, exact in zip(
-        risk.token_scores(logits, torch.tensor([1, 2])),
-        risk.token_scores(logits.double(), torch.tensor([1, 2])),
-        strict=True,
-    ):
+    chosen = torch.tensor([1, 2])
+    scores = risk.token_scores(logits, chosen), risk.token_scores(logits.double(), chosen)
+    for found, exact in zip(*(s[:-1] for s in scores), strict=True):
         assert found.dtype == torch.float32
         assert_close(found, exact.float(), rtol=1e-4, atol=1e-5)
 
@@ -168,3 +166,22 @@ def test_confidence_scores_against_scipy():
     assert_close(scores.margin, torch.from_numpy(1 - (largest[:, -1] - largest[:, -2])))
     expected = stats.entropy(np.full_like(p, 1 / 9), p, axis=-1)
     assert_close(scores.self_certainty, torch.from_numpy(-expected))
+
+
+@pytest.mark.parametrize("members", [1, 2, 3])
+@pytest.mark.parametrize("has_base", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_all_scores_in_one_go_are_the_scores_one_by_one(members, has_base, dtype):
+    if has_base and members == 1:
+        return
+    logits = (random_logits(members, 4, 300) * 4).to(dtype)
+    chosen, mixed = torch.tensor([0, 5, 7, 299]), risk.mixture(logits, has_base=has_base)
+    others = mixed.topk(3).indices
+    scores, confidence, logprobs = risk.score_answer_tokens(logits, chosen, mixed, others, has_base=has_base)
+    expected = risk.score_among(logits, chosen, others, mixed, has_base=has_base)
+    for a, b in zip(scores, expected[0], strict=True):
+        assert (a is None and b is None) or torch.equal(a, b)
+    assert torch.equal(logprobs, expected[1])
+    for a, b in zip(confidence, risk.confidence_scores(mixed), strict=True):
+        assert torch.equal(a, b)
+    assert risk.score_answer_tokens(logits, chosen, mixed, has_base=has_base)[2] is None

@@ -30,7 +30,9 @@ class EvaluationConfig:
         metavar="N",
     )
     temperature: float = setting(1.0, "Temperature of the drawn answers.")
-    clusters: str = setting("exact", "Rule by which drawn answers mean the same: exact, f1:SHARE, or nli:MODEL.")
+    clusters: str = setting(
+        "exact", "Rule by which drawn answers mean the same: exact, f1:SHARE, nli:MODEL, or embed:ENCODER[:COSINE]."
+    )
     p_true: bool = setting(False, "Also ask the model whether its answer is true.")
     seed: int = setting(0, "Seed of the subset, the order of choices, shots and drawn answers.")
 

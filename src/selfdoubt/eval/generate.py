@@ -120,7 +120,7 @@ def _draw(
             answers = drawn[i * n : (i + 1) * n]
             texts = [extract_answer(a.text, config.how) for a in answers]
             nlls = [a.scores["sum_nll"] for a in answers]
-            scores = agreement_scores(record.answer or "", texts, nlls, alike, record.question.text)
+            scores = agreement_scores(record.answer or "", texts, nlls, alike, record.question.text, record.scores)
             samples = tuple(Sample(t, _short(a.risk), a.percentile) for t, a in zip(texts, answers, strict=True))
             batch.records[i] = replace(add_scores(record, scores), samples=samples)
 

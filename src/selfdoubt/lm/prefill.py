@@ -168,27 +168,34 @@ def score_ids(
             distributions are not scored.
     """
     has_base = next_logits.has_base
-    options = torch.empty(*chosen.shape, 0, dtype=torch.float64, device=chosen.device)
-    others = options
+    options: Tensor | None = None
+    others: Tensor | None = None
+    is_answer, confidence = mixed is not None, {}
     if alternatives:
         mixed = next_logits.mixture if mixed is None else mixed
-        top = mixed.topk(min(alternatives, mixed.shape[-1]), -1).indices
-        scores, others = risk.score_among(next_logits.logits, chosen, top, mixed, has_base=has_base)
-        options = top.double()
+        options = mixed.topk(min(alternatives, mixed.shape[-1]), -1).indices
+    if mixed is not None:
+        confidence["gap"] = mixed.amax(-1) - mixed.gather(-1, chosen[..., None]).squeeze(-1)
+    if is_answer and mixed is not None:
+        scores, sure, others = risk.score_answer_tokens(next_logits.logits, chosen, mixed, options, has_base=has_base)
+        confidence |= sure._asdict()
+    elif options is not None and mixed is not None:
+        scores, others = risk.score_among(next_logits.logits, chosen, options, mixed, has_base=has_base)
     else:
         scores = risk.token_scores(next_logits.logits, chosen, has_base=has_base)
     columns = {name: column for name, column in scores._asdict().items() if column is not None}
     if next_logits.scale is not None:
         index = chosen[None, ..., None].expand(len(next_logits.scale), -1, -1, 1)
         columns["scale"] = next_logits.scale.gather(-1, index).squeeze(-1).double().square().mean(0).sqrt()
-    if mixed is not None:
-        columns["gap"] = mixed.amax(-1) - mixed.gather(-1, chosen[..., None]).squeeze(-1)
-        columns |= risk.confidence_scores(mixed)._asdict()
+    columns |= confidence
     known = {name: signal[0] for name, signal in next_logits.signals.items()}
-    columns |= {name: x for name, x in known.items() if mixed is not None or name not in ANSWER_SIGNALS}
+    columns |= {name: x for name, x in known.items() if is_answer or name not in ANSWER_SIGNALS}
     numbers = torch.stack([chosen.double(), *(column.double() for column in columns.values())], -1)
-    half = options.shape[-1]
-    table = torch.cat([numbers, options, others.double()], -1).tolist()
+    half = 0
+    if options is not None and others is not None:
+        half = options.shape[-1]
+        numbers = torch.cat([numbers, options.double(), others], -1)
+    table = numbers.tolist()
 
     def token(row: list[float]) -> ScoredId:
         named: dict[str, Any] = dict(zip(columns, row[1:], strict=False))

@@ -25,7 +25,7 @@ def compute_rauq(
 
     Example:
         >>> round(compute_rauq(np.log([0.5, 0.25]), np.ones((2, 1, 1))), 4)
-        0.745
+        0.7458
     """
     logprobs, weights = logprobs.astype(np.float64), attention[1:].astype(np.float64)
     layers = np.arange(attention.shape[1])

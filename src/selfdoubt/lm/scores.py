@@ -114,9 +114,21 @@ ANSWER_SCORES: dict[str, AnswerScore] = {
     for score in (Score(p, o, s) for p in get_args(Part) for o in get_args(Pool) for s in get_args(Signal))
     if score.part == "answer" or score.signal not in ANSWER_SIGNALS
 } | {"rauq": RauqScore()}
+_ASKED = (ANSWER_SCORES["question_mean_nll"], 1 / 3)
+_HALVES = {
+    "rank_nll_total": ("sum_nll", "mean_total"),
+    "rank_nll_rauq": ("sum_nll", "rauq"),
+    "rank_total_rauq": ("mean_total", "rauq"),
+    "rank_nll_density": ("sum_nll", "mean_density"),
+    "rank_total_density": ("mean_total", "mean_density"),
+    "rank_rauq_density": ("rauq", "mean_density"),
+}
 #: Scores that weigh others by their rank among reference answers, in [0, 1]; ranks compare what sums cannot.
 RANK_SCORES: dict[str, tuple[tuple[AnswerScore, float], ...]] = {
-    "rank_nll": ((Score("answer", "sum", "nll"), 2 / 3), (Score("question", "mean", "nll"), 1 / 3)),
+    "rank_nll": ((ANSWER_SCORES["sum_nll"], 2 / 3), _ASKED),
+    "rank_total": ((ANSWER_SCORES["mean_total"], 2 / 3), _ASKED),
+    "rank_rauq": ((ANSWER_SCORES["rauq"], 2 / 3), _ASKED),
+    **{name: tuple((ANSWER_SCORES[score], 1 / 2) for score in pair) for name, pair in _HALVES.items()},
 }
 
 

@@ -17,12 +17,14 @@ from selfdoubt.eval.scores.agreement import (
     agreement_scores,
     build_equivalence,
     cluster_answers,
+    dissimilarity,
     lexical_dissimilarity,
     self_consistency,
     semantic_entropy,
     semantic_entropy_weighted,
 )
 from selfdoubt.eval.scores.entailment import SameMeaning
+from tests import oracles
 
 answers = st.lists(
     st.sampled_from(["Paris", "paris.", "the Paris", "Rome", "Rome in Italy", "Oslo", ""]), min_size=1, max_size=10
@@ -39,7 +41,8 @@ def test_equal_answers_have_no_doubt():
         "n_clusters": 1.0,
         "lexical_dissimilarity": pytest.approx((0 + 1 / 3 + 1 / 3) / 3),  # words differ: an article
     }
-    assert set(found) == set(AGREEMENT_SCORES)
+    doubts = {"sum_nll": 1.0, "mean_nll": 0.5, "mean_total": 0.7, "max_nll": 1.0}
+    assert set(agreement_scores("Paris", ["Rome", "Oslo"], [1.0, 2.0], doubts=doubts)) == set(AGREEMENT_SCORES)
 
 
 def test_answers_that_all_differ_have_the_most_doubt():
@@ -138,3 +141,29 @@ def test_what_cannot_be_scored_is_an_error_and_never_a_number():
         semantic_entropy_weighted([0, 1], [1.0])
     with pytest.raises(NonFiniteError):
         semantic_entropy_weighted([0, 1], [1.0, float("nan")])
+
+
+@pytest.mark.parametrize(("name", "theirs"), [("sum_nll", "MSP"), ("mean_nll", "PPL"), ("mean_total", "MTE")])
+def test_cocoa_against_lm_polygraph(name, theirs):
+    oracles.load_alone("lm_polygraph.utils.common")
+    estimator = getattr(oracles.load_alone("lm_polygraph.estimators.cocoa"), f"Cocoa{theirs}")()
+    greedy, samples = "in the city of Paris", ["Paris", "Rome", "the city Paris", "in the city of Paris", "Rome"]
+    logprobs, entropies = np.array([-0.5, -1.25, -0.1]), np.array([0.3, 0.7, 0.2])
+    rule = SameWords()
+    similarity = np.array(rule.similarity([(greedy, sample) for sample in samples]))
+    known = {
+        "greedy_sentence_similarity": [similarity], "greedy_log_likelihoods": [logprobs], "entropy": [entropies],
+    }  # fmt: skip
+    doubts = {"sum_nll": -logprobs.sum(), "mean_nll": -logprobs.mean(), "mean_total": entropies.mean()}
+    found = agreement_scores(greedy, samples, None, rule, doubts=doubts)
+    assert found[f"cocoa_{name}"] == pytest.approx(estimator(known)[0])
+    assert 0 < found[f"cocoa_{name}"] < doubts[name]
+
+
+def test_without_degrees_dissimilarity_is_self_consistency():
+    samples = ["Paris", "Rome", "paris."]
+    assert dissimilarity("Paris", samples) == self_consistency("Paris", samples) == pytest.approx(1 / 3)
+    assert dissimilarity("x b", ["x c", "x b"], SameWords()) == pytest.approx(0.25)
+    assert agreement_scores("Paris", samples, doubts={"sum_nll": 3.0})["cocoa_sum_nll"] == pytest.approx(1.0)
+    with pytest.raises(ConfigError, match="at least 1 sample"):
+        dissimilarity("Paris", [], SameWords())

@@ -18,7 +18,7 @@ from selfdoubt.eval.config import EvaluationConfig
 from selfdoubt.eval.judges.verdict import Verdict
 from selfdoubt.eval.settings import Run
 from selfdoubt.lm.adapters.export import export_merged, export_peft
-from selfdoubt.lm.scores import RANK_SCORES
+from selfdoubt.lm.scores import DEFAULT_RISK
 from selfdoubt.preparation import PreparationConfig, prepare
 from tests.zoo import talker, tokenizer
 
@@ -56,7 +56,7 @@ def test_a_percentile_is_the_share_of_the_answers_with_a_lower_risk(prepared, mo
         np.testing.assert_allclose(lm.reference[name], np.sort(values), rtol=1e-4)  # 101 quantiles of 101 answers
     answers = lm.generate(QUESTIONS, max_tokens=4)
     risks = np.array([a.risk for a in answers])
-    assert {a.risk_name for a in answers} == set(RANK_SCORES)
+    assert {a.risk_name for a in answers} == {DEFAULT_RISK}
     for answer in answers:
         share = ((risks < answer.risk).sum() / len(risks), (risks <= answer.risk).sum() / len(risks))
         assert share[0] - 0.02 <= answer.percentile <= share[1] + 0.02

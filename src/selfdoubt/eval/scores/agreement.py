@@ -1,28 +1,44 @@
 """Doubt from several sampled answers to the same question: how far they agree, in meaning or in words. Pure functions.
 
-Every score grows with doubt. Two answers are the same by a rule (``Same``): equal in normal form, alike in words, or
-each entailing the other by an NLI model (``selfdoubt.eval.scores.entailment``).
+Every score grows with doubt. Two answers are the same by a rule (``Same``): equal in normal form, alike in words,
+each entailing the other by an NLI model (``selfdoubt.eval.scores.entailment``), or close by a sentence encoder
+(``selfdoubt.eval.scores.embedding``).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
+from typing import Protocol, runtime_checkable
 
 from selfdoubt.errors import ConfigError, NonFiniteError, ShapeError
 from selfdoubt.eval.judges.text import check_f1_threshold, make_same_key, parse_f1_threshold, rouge_l, token_f1
 
+#: Scores of the answer itself that ``cocoa`` weighs by the samples' dissimilarity to it.
+COCOA_DOUBTS = ("sum_nll", "mean_nll", "mean_total")
 #: Names of the scores here; they need further answers to the same question.
 AGREEMENT_SCORES = (
     "self_consistency", "semantic_entropy", "semantic_entropy_weighted", "n_clusters", "lexical_dissimilarity",
+    *(f"cocoa_{name}" for name in COCOA_DOUBTS),
 )  # fmt: skip
 
 
 #: A rule that says which pairs of answers to a question mean the same: one truth value per pair. The order within a
 #: pair does not matter.
 Same = Callable[[Sequence[tuple[str, str]], str], list[bool]]
+
+
+@runtime_checkable
+class GradedSame(Protocol):
+    """A rule that also knows how similar two answers are."""
+
+    def __call__(self, pairs: Sequence[tuple[str, str]], question: str, /) -> list[bool]:
+        """Compare each pair."""
+
+    def similarity(self, pairs: Sequence[tuple[str, str]], question: str, /) -> list[float]:
+        """Return the similarity of each pair, in [0, 1]."""
 
 
 @dataclass(frozen=True)
@@ -47,12 +63,16 @@ class SameWords:
         """Compare each pair."""
         return [token_f1(a, b) >= self.threshold for a, b in pairs]
 
+    def similarity(self, pairs: Sequence[tuple[str, str]], _question: str = "", /) -> list[float]:
+        """Return the token F1 of each pair; equal texts are alike, even without words."""
+        return [1.0 if a == b else token_f1(a, b) for a, b in pairs]
+
 
 _SAME_TEXT = SameText()
 
 
 def build_equivalence(spec: str) -> Same:
-    """Build a rule by name: exact, f1, f1:0.5, or nli:FOLDER_OR_HUB_NAME.
+    """Build a rule by name: exact, f1, f1:0.5, nli:FOLDER_OR_HUB_NAME, or embed:FOLDER_OR_HUB_NAME, embed:FOLDER:0.7.
 
     Raises:
         ConfigError: If the name is unknown, or its setting is wrong.
@@ -66,7 +86,13 @@ def build_equivalence(spec: str) -> Same:
         from selfdoubt.eval.scores.entailment import SameMeaning
 
         return SameMeaning(setting)
-    raise ConfigError(f"no rule is called {spec!r}; choose one of exact, f1:0.5, nli:FOLDER_OR_HUB_NAME")
+    if name == "embed" and setting:
+        from selfdoubt.eval.scores.embedding import parse_encoder
+
+        return parse_encoder(setting)
+    raise ConfigError(
+        f"no rule is called {spec!r}; choose one of exact, f1:0.5, nli:FOLDER_OR_HUB_NAME, embed:FOLDER_OR_HUB_NAME"
+    )
 
 
 def cluster_answers(texts: Sequence[str], alike: Same = _SAME_TEXT, question: str = "") -> list[int]:
@@ -164,14 +190,45 @@ def lexical_dissimilarity(samples: Sequence[str], measure: str = "rouge") -> flo
     return max(0.0, 1 - math.fsum(1.0 if a == b else measures[measure](a, b) for a, b in pairs) / len(pairs))
 
 
+def dissimilarity(greedy: str, samples: Sequence[str], alike: Same = _SAME_TEXT, question: str = "") -> float:
+    """Return one minus the mean similarity of samples to the answer, in [0, 1].
+
+    A rule without degrees (``GradedSame``) gives 1 or 0 for each: then this is ``self_consistency``.
+
+    Raises:
+        ConfigError: If there are no samples.
+    """
+    if not isinstance(alike, GradedSame):
+        return self_consistency(greedy, samples, alike, question)
+    _at_least(1, samples)
+    apart = [text for text in dict.fromkeys(samples) if text != greedy]
+    known = dict(zip(apart, alike.similarity([(greedy, text) for text in apart], question), strict=True))
+    return math.fsum(1 - known.get(text, 1.0) for text in samples) / len(samples)
+
+
+def cocoa(doubt: float, dissimilarity: float) -> float:
+    """Return CoCoA: the doubt of an answer times the samples' dissimilarity to it (Vashurin et al., 2025, equation 8).
+
+    Args:
+        doubt: A score of the answer itself, at least 0: see ``COCOA_DOUBTS``.
+        dissimilarity: The mean over samples of one minus their similarity to the answer, in [0, 1].
+
+    Example:
+        >>> cocoa(2.0, 0.25)
+        0.5
+    """
+    return doubt * dissimilarity
+
+
 def agreement_scores(
     greedy: str,
     samples: Sequence[str],
     nll: Sequence[float] | None = None,
     alike: Same = _SAME_TEXT,
     question: str = "",
+    doubts: Mapping[str, float] | None = None,
 ) -> dict[str, float]:
-    """Return all scores by the names in ``AGREEMENT_SCORES``; without ``nll``, or for one sample, some are absent.
+    """Return all scores by the names in ``AGREEMENT_SCORES``; without ``nll``, ``doubts`` or a second sample, fewer.
 
     Args:
         greedy: The answer whose doubt is measured.
@@ -179,6 +236,7 @@ def agreement_scores(
         nll: ``sum_nll`` of each sample, nats.
         alike: Rule for answers of the same meaning.
         question: The question; only an NLI model reads it.
+        doubts: Scores of the answer itself, by name; those in ``COCOA_DOUBTS`` count.
 
     Raises:
         ConfigError: If there are no samples.
@@ -195,6 +253,9 @@ def agreement_scores(
         scores["semantic_entropy_weighted"] = semantic_entropy_weighted(clusters, nll)
     if len(samples) > 1:
         scores["lexical_dissimilarity"] = lexical_dissimilarity(samples)
+    if doubts:
+        apart = dissimilarity(greedy, samples, alike, question)
+        scores |= {f"cocoa_{name}": cocoa(doubts[name], apart) for name in COCOA_DOUBTS if name in doubts}
     return scores
 
 

@@ -42,6 +42,11 @@ class TokenRisk(StrictReply):
     total: float
     epistemic: float
     aleatoric: float
+    divergence: float | None = Field(description="mean KL(base || member); null unless the base answers for members")
+    margin: float | None = Field(description="1 - (largest - second largest probability); null in a question")
+    self_certainty: float | None = Field(description="-KL(uniform || distribution); null in a question")
+    layer_disagreement: float | None = Field(description="divergence of late layers' distributions; null in a question")
+    density: float | None = Field(description="Mahalanobis distance of the features; null without their statistics")
     percentile: float | None
 
 

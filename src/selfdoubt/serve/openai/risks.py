@@ -22,6 +22,11 @@ def format_token_risk(front: LMFront, token: Token) -> dict[str, Any]:
         "total": token.total,
         "epistemic": token.epistemic,
         "aleatoric": token.aleatoric,
+        "divergence": token.divergence,
+        "margin": token.margin,
+        "self_certainty": token.self_certainty,
+        "layer_disagreement": token.layer_disagreement,
+        "density": token.density,
         "percentile": None if reference is None else percentile(token.risk, reference),
     }
 
