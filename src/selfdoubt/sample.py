@@ -282,7 +282,8 @@ class NoisyLeaf(Replacement):
     @torch.no_grad()
     def set_noise(self, size: float) -> None:
         """Set ``p`` or ``std`` of the noise."""
-        self.parameter.fill_(self.distribution.with_noise(size).initial())
+        self.distribution = self.distribution.with_noise(size)
+        self.parameter.fill_(self.distribution.initial())
 
     def _make_noisy(self, x: Tensor) -> Tensor:
         """Return rows times their noise; the base model's stay as they are."""
