@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Int
 
 from selfdoubt.errors import require
 from selfdoubt.lm.calibration import FLOOR, Calibration, StateHead
-from selfdoubt.lm.hidden_states import StateKey
+from selfdoubt.lm.hidden_states import Position, StateKey
 from selfdoubt.metrics import log_losses
 
 #: Inverse strengths of the penalty on standardised scores (scikit-learn's C).
@@ -25,6 +25,9 @@ SCORE_C = (0.01, 0.1, 1.0)
 #: Sizes of a whole standardised hidden state relative to one standardised score, at any width. (SmolLM2's answers to
 #: WebQuestions need 4 to 8; 2 and less lose .02 AUROC. See experiments/LOG.md.)
 STATE_SIZES = (0.5, 2.0, 4.0, 8.0, 16.0)
+#: Position that is read unless another one is better by more than one standard error. (SmolLM2, 1,000 answers to
+#: WebQuestions and to NQ: its state is best like these and from one set to the other; see experiments/LOG.md.)
+PREFERRED: Position = "mean"
 #: At this size layers and positions are compared, by their first principal components: the ranking is the same.
 USUAL_SIZE = 4.0
 FIRST_COMPONENTS = 64
@@ -184,13 +187,16 @@ def fit_logistic(answers: CalibrationAnswers, seed: int, names: Sequence[str], k
     scores = _Standard(_twice(raw))
     inner = split_inside(answers, seed)
 
-    def loss(design: Float[np.ndarray, "answers columns"], c: float) -> float:
-        losses = np.empty(len(answers))
+    def losses_of(design: Float[np.ndarray, "answers columns"], c: float) -> Probabilities:
+        losses = np.full(len(answers), np.nan)
         for rows in inner:
             rest = ~np.isin(answers.questions, answers.questions[rows])
             p = _learner(c).fit(design[rest], answers.correct[rest]).predict_proba(design[rows])[:, 1]
             losses[rows] = log_losses(p, answers.correct[rows])
-        return mean_over(losses, inner)
+        return losses
+
+    def loss(design: Float[np.ndarray, "answers columns"], c: float) -> float:
+        return mean_over(losses_of(design, c), inner)
 
     def build_design(state: _Standard, size: float) -> Float[np.ndarray, "answers columns"]:
         return np.hstack([scores.values, state.values * (size / np.sqrt(state.width))])
@@ -201,7 +207,8 @@ def fit_logistic(answers: CalibrationAnswers, seed: int, names: Sequence[str], k
         key, size = keys[0], STATE_SIZES[0]
         if len(keys) > 1 and inner:
             small = {k: _Standard(answers.states[k], FIRST_COMPONENTS, seed) for k in keys}
-            key = min(keys, key=lambda k: loss(build_design(small[k], USUAL_SIZE), strength))
+            tried = {k: losses_of(build_design(small[k], USUAL_SIZE), strength) for k in keys}
+            key = _choose_state(tried, inner)
         state = _Standard(answers.states[key], COMPONENTS, seed)
         if inner:
             size = min(STATE_SIZES, key=lambda s: loss(build_design(state, s), strength))
@@ -224,6 +231,15 @@ def fit_logistic(answers: CalibrationAnswers, seed: int, names: Sequence[str], k
     ranges = tuple(zip(raw.min(0).tolist(), raw.max(0).tolist(), strict=True))
     logs, linear = weights[0][: len(names)], weights[0][len(names) :]
     return Calibration("logistic", tuple(names), logs, linear, bias, ranges, state=head)
+
+
+def _choose_state(losses: Mapping[str, Probabilities], inner: Sequence[RowIndices]) -> str:
+    """Choose the state of least loss, or the best of the preferred position within one standard error of it."""
+    best = min(losses, key=lambda key: mean_over(losses[key], inner))
+    preferred = [key for key in losses if StateKey.parse(key).position == PREFERRED]
+    first = min(preferred, key=lambda key: mean_over(losses[key], inner), default=best)
+    seen = np.unique(np.concatenate(inner))
+    return first if is_within_one_error(losses[first][seen], losses[best][seen]) else best
 
 
 def _learner(c: float) -> Any:
