@@ -128,9 +128,7 @@ def read_gguf_header(path: Path) -> GgufHeader:
     return header
 
 
-def load_gguf(
-    path: Path, name: str, *, dtype: torch.dtype | str, with_tokenizer: bool = True
-) -> tuple[nn.Module, Any]:
+def load_gguf(path: Path, name: str, *, dtype: torch.dtype | str, with_tokenizer: bool = True) -> tuple[nn.Module, Any]:
     """Load a GGUF file's model, its weights dequantised, and the tokenizer that its metadata describes.
 
     Args:
