@@ -128,11 +128,12 @@ def read_gguf_header(path: Path) -> GgufHeader:
     return header
 
 
-def load_gguf(path: Path, *, dtype: torch.dtype | str, with_tokenizer: bool = True) -> tuple[nn.Module, Any]:
+def load_gguf(path: Path, name: str, *, dtype: torch.dtype | str, with_tokenizer: bool = True) -> tuple[nn.Module, Any]:
     """Load a GGUF file's model, its weights dequantised, and the tokenizer that its metadata describes.
 
     Args:
         path: The file.
+        name: Name under which it is found again: ``config.name_or_path`` of the model.
         dtype: Type of the weights; "auto" takes the file's own, or bfloat16 where they are quantised.
         with_tokenizer: False gives None for the tokenizer.
 
@@ -158,7 +159,8 @@ def load_gguf(path: Path, *, dtype: torch.dtype | str, with_tokenizer: bool = Tr
             "give the model's own folder or hub name instead"
         )
     if tokenizer is not None:
-        tokenizer.name_or_path = str(path)
+        tokenizer.name_or_path = name
+    model.config.name_or_path = name
     return model, tokenizer
 
 

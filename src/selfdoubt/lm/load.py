@@ -72,8 +72,7 @@ def load_model(
     try:
         file = fetch_gguf(source, revision=revision, token=token)
         if file is not None:
-            model, words = load_gguf(file, dtype=options["dtype"], with_tokenizer=tokenizer is None)
-            model.config.name_or_path = source
+            model, words = load_gguf(file, source, dtype=options["dtype"], with_tokenizer=tokenizer is None)
         else:
             model = transformers.AutoModelForCausalLM.from_pretrained(source, **options)
             words = None if tokenizer is not None else transformers.AutoTokenizer.from_pretrained(source, **common)

@@ -71,9 +71,9 @@ def test_the_tokens_are_those_of_the_model_that_transformers_loads(packed):
     assert lm.stop_ids == {words.eos_token_id}
     for question in QUESTIONS:
         answer = lm.generate(question, max_tokens=12)
-        chat = words.apply_chat_template(
-            [{"role": "user", "content": question}], add_generation_prompt=True, return_tensors="pt"
-        )["input_ids"]
+        messages = [{"role": "user", "content": question}]
+        text = words.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        chat = words(text, add_special_tokens=False, return_tensors="pt").input_ids
         ids = model.generate(chat, max_new_tokens=12, do_sample=False)[0, chat.shape[1] :].tolist()
         assert [t.id for t in answer.tokens] == [i for i in ids if i != words.eos_token_id]
 

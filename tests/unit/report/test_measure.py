@@ -216,16 +216,17 @@ def test_what_abstaining_is_worth():
         name: e.to_json() for name, e in metrics.estimate_abstention(away, right, draws=FEW["draws"]).items()
     }
     assert entries["omniscience_index"]["value"] == metrics.omniscience_index(away, right)
-    p, right, away = (np.array(x) for x in zip(*[
-        (r.p_correct, r.correct, r.abstain) for r in known if r.p_correct is not None], strict=True))  # fmt: skip
+    scored = [r for r in known if r.p_correct is not None]
+    p, judgements = np.array([r.p_correct for r in scored]), np.array([r.correct for r in scored])
+    decisions = np.array([r.abstain for r in scored])
     assert [entry["price"] for entry in found["utilities"]] == list(metrics.PRICES)
     for entry in found["utilities"]:
         worth = {"price": entry["price"]}
         rule = metrics.abstain_at_price(p, **worth)
-        best = metrics.find_best_threshold(1 - p, right, **worth)
-        assert entry["answer_all"]["value"] == metrics.utility(np.zeros_like(right), right, **worth)
-        assert entry["threshold"]["value"] == metrics.utility(away, right, **worth)
-        assert entry["rule"]["value"] == metrics.utility(rule, right, **worth)
+        best = metrics.find_best_threshold(1 - p, judgements, **worth)
+        assert entry["answer_all"]["value"] == metrics.utility(np.zeros_like(judgements), judgements, **worth)
+        assert entry["threshold"]["value"] == metrics.utility(decisions, judgements, **worth)
+        assert entry["rule"]["value"] == metrics.utility(rule, judgements, **worth)
         assert entry["rule_coverage"] == pytest.approx(1 - rule.mean())
         assert (entry["best"]["value"], entry["best_coverage"]) == (best.utility, best.coverage)
         assert np.mean(p >= entry["best_threshold"] - 1e-12) == pytest.approx(best.coverage)
