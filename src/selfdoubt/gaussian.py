@@ -7,7 +7,7 @@ Distance of features x to a Gaussian with mean m and covariance S (Mahalanobis, 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,6 +24,8 @@ _SINGULAR = 1e12
 class Moments:
     """Sums over features from which mean, covariance and shrinkage follow, in float64; ``merge`` adds two.
 
+    The sums are over z = x - origin, with an origin near the mean, as digits would be lost far from it.
+
     Example:
         >>> halves = Moments.sum(torch.eye(2)), Moments.sum(2 * torch.eye(2))
         >>> merge(*halves).mean.tolist()
@@ -31,10 +33,11 @@ class Moments:
     """
 
     count: Float[Tensor, ""]  #: number of features
-    total: Float[Tensor, " width"]  #: sum of x
-    products: Float[Tensor, "width width"]  #: sum of x x'
-    cubes: Float[Tensor, " width"]  #: sum of |x|^2 x
-    quartics: Float[Tensor, ""]  #: sum of |x|^4
+    origin: Float[Tensor, " width"]
+    total: Float[Tensor, " width"]  #: sum of z
+    products: Float[Tensor, "width width"]  #: sum of z z'
+    cubes: Float[Tensor, " width"]  #: sum of |z|^2 z
+    quartics: Float[Tensor, ""]  #: sum of |z|^4
 
     @classmethod
     def sum(cls, features: Float[Tensor, "n width"]) -> Moments:
@@ -47,14 +50,32 @@ class Moments:
             raise NonFiniteError("features have NaN or infinite numbers, and no statistics; check the model's inputs")
         device = "cpu" if features.device.type == "mps" else features.device  # Apple's GPUs have no float64
         x = features.detach().to(device, torch.float64)
-        norms = x.square().sum(-1)
+        origin = x.mean(0) if len(x) else x.new_zeros(x.shape[1])
+        z = x - origin
+        norms = z.square().sum(-1)
         count = torch.tensor(len(x), dtype=torch.float64, device=x.device)
-        return cls(count, x.sum(0), x.T @ x, norms @ x, norms.square().sum())
+        return cls(count, origin, z.sum(0), z.T @ z, norms @ z, norms.square().sum())
 
     @property
     def mean(self) -> Float[Tensor, " width"]:
         """The mean."""
-        return self.total / self.count
+        return self.origin + self.total / self.count
+
+    def move(self, origin: Float[Tensor, " width"]) -> Moments:
+        """Return the sums about another origin."""
+        shift = self.origin - origin
+        norm, product = shift @ shift, self.products @ shift
+        along, trace = shift @ self.total, self.products.trace()
+        outer = torch.outer(self.total, shift)
+        return Moments(
+            self.count,
+            origin,
+            self.total + self.count * shift,
+            self.products + outer + outer.T + self.count * torch.outer(shift, shift),
+            self.cubes + 2 * product + norm * self.total + (trace + 2 * along + self.count * norm) * shift,
+            self.quartics + 4 * shift @ (product + self.cubes) + 2 * norm * (trace + 2 * along)
+            + self.count * norm.square(),
+        )  # fmt: skip
 
     def compute_covariance(self, shrinkage: float | None = 0.0) -> Float[Tensor, "width width"]:
         """Return the unbiased covariance S, shrunk towards a multiple of the identity: (1 - s) S + s tr(S)/width I.
@@ -65,28 +86,25 @@ class Moments:
         Raises:
             DataError: If there are fewer than two features.
         """
-        covariance = self._covariance * self.count / (self.count - 1)
+        covariance = self._center().products / (self.count - 1)
         share = self.compute_shrinkage() if shrinkage is None else shrinkage
         identity = torch.eye(len(covariance), dtype=torch.float64, device=covariance.device)
         return (1 - share) * covariance + share * covariance.trace() / len(covariance) * identity
 
     def compute_shrinkage(self) -> float:
-        """Return the share of the identity by Ledoit & Wolf, 2004, "A well-conditioned estimator for large-dimensional
-        covariance matrices": the expected error of the covariance, relative to its distance from the identity.
+        """Return the share of the identity that is expected to give the best covariance, in [0, 1].
+
+        It is the expected error of the covariance, relative to its distance from the identity (Ledoit & Wolf, 2004,
+        "A well-conditioned estimator for large-dimensional covariance matrices").
 
         Raises:
             DataError: If there are fewer than two features.
         """
-        covariance, mean, width = self._covariance, self.mean, len(self.total)
-        norm = mean @ mean
-        # The sum of |x - mean|^4, multiplied out.
-        quartics = (
-            self.quartics - 4 * mean @ self.cubes + 2 * norm * self.products.trace() + 4 * mean @ self.products @ mean
-            - 4 * norm * (mean @ self.total) + self.count * norm.square()
-        )  # fmt: skip
-        scale = covariance.trace() / width
-        distance = covariance.square().sum() - width * scale.square()
-        error = (quartics / self.count - covariance.square().sum()) / self.count
+        centered = self._center()
+        covariance = centered.products / self.count
+        square = covariance.square().sum()
+        distance = square - covariance.trace().square() / len(covariance)
+        error = (centered.quartics / self.count - square) / self.count
         if not distance > 0 or not error > 0:
             return 0.0
         return float((error / distance).clamp_max(1.0))
@@ -96,22 +114,31 @@ class Moments:
         distributed = torch.distributed
         if not (distributed.is_available() and distributed.is_initialized()):
             return self
-        sums: dict[str, Any] = {f.name: getattr(self, f.name).clone() for f in fields(self)}
+        origin = self.origin.clone()
+        distributed.broadcast(origin, 0)
+        sums = {name: value.clone() for name, value in vars(self.move(origin)).items() if name != "origin"}
         for tensor in sums.values():
             distributed.all_reduce(tensor)
-        return Moments(**sums)
+        return Moments(origin=origin, **sums)
 
-    @property
-    def _covariance(self) -> Tensor:
-        """The mean of (x - m)(x - m)'."""
+    def _center(self) -> Moments:
+        """Return the sums about the mean."""
         if self.count < 2:
             raise DataError(f"a covariance needs at least two features, got {int(self.count)}; give more data")
-        return self.products / self.count - torch.outer(self.mean, self.mean)
+        return self.move(self.mean)
 
 
 def merge(first: Moments, second: Moments) -> Moments:
     """Return the moments of both sets of features together."""
-    return Moments(*(getattr(first, f.name) + getattr(second, f.name) for f in fields(Moments)))
+    moved = second.move(first.origin)
+    return Moments(
+        first.count + second.count,
+        first.origin,
+        first.total + moved.total,
+        first.products + moved.products,
+        first.cubes + moved.cubes,
+        first.quartics + moved.quartics,
+    )
 
 
 class Gaussian(nn.Module):
