@@ -76,7 +76,7 @@ class Moments:
 
         Raises:
             DataError: If there are fewer than two features.
-        """  # noqa: D205
+        """
         covariance, mean, width = self._covariance, self.mean, len(self.total)
         norm = mean @ mean
         # The sum of |x - mean|^4, multiplied out.

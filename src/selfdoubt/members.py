@@ -114,8 +114,8 @@ class Wrapped(nn.Module):
         Args:
             *args: The model's own inputs. Tensors as long as the first one share its batch axis.
             return_risk: Return ``(output, risk)``; the risk has the output's structure: the standard deviation over
-                members (around the base, where that answers), sculpt's scale, or density's distance. It is None where an
-                output has none.
+                members (around the base, where that answers), sculpt's scale, or density's distance. It is None where
+                an output has none.
             training: None follows ``self.training``. True: vote splits the batch over its voters, sample runs once.
             **kwargs: The model's own keyword inputs.
 

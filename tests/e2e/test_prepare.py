@@ -111,7 +111,7 @@ def test_export_says_that_there_are_no_weights(prepared, tmp_path, monkeypatch, 
     for how in ("--peft", "--merge"):
         assert in_process(monkeypatch, "export", str(prepared), str(tmp_path / "out"), how) == 2
         shown = capfd.readouterr().err
-        assert "adds no weights to its base model, only reference answers or a calibration" in shown
+        assert "adds no weights to its base model, only statistics, reference answers or a calibration" in shown
         assert shown.count("\n") == 1
 
 

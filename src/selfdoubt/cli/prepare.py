@@ -10,6 +10,7 @@ from selfdoubt.cli import flags
 from selfdoubt.cli.from_dataclass import build_config, with_flags
 from selfdoubt.errors import require
 from selfdoubt.preparation.config import PreparationConfig
+from selfdoubt.wrapper_text import parse_wrapper_text
 
 if TYPE_CHECKING:
     import typer
@@ -24,6 +25,19 @@ def prepare(
     out: Annotated[Path, typer.Option(help="The adapter folder to write; an interrupted run resumes.")],
     model: flags.ModelFlag = None,
     adapter: flags.Adapter = None,
+    wrapper: Annotated[
+        str,
+        typer.Option(
+            help="none; or vote or sample, with settings if you like: untrained members with the largest noise that "
+            "keeps the model's own answers, which it still gives itself."
+        ),
+    ] = "none",
+    density: Annotated[
+        bool,
+        typer.Option(
+            "--density/--no-density", help="Fit statistics of the features on the answers: how unusual is a token's?"
+        ),
+    ] = True,
     questions: Annotated[
         str | None,
         typer.Option(
@@ -53,7 +67,8 @@ def prepare(
     from selfdoubt.data.questions import Columns
     from selfdoubt.preparation.run import prepare as run
 
-    config = build_config(PreparationConfig, settings)
+    config = build_config(PreparationConfig, settings, density=density)
+    members = _parse_members(wrapper)
     reading: ReadOptions = {}
     if question_column is not None or context_column is not None:
         reading["columns"] = Columns(question=question_column, context=context_column)
@@ -63,6 +78,22 @@ def prepare(
     load = partial(
         flags.load_lm, model, adapter, "auto", dtype, quantize, None, trust_remote_code, show_note=False
     )  # fmt: skip
-    for text in run(load, out, questions, config=config, limit=limit, sources=sources, **reading).lines():
+    for text in run(
+        load, out, questions, wrapper=members, config=config, limit=limit, sources=sources, **reading
+    ).lines():
         print(text)
     return 0
+
+
+def _parse_members(text: str) -> Any:
+    """Return the wrapper to add, whose noise is searched unless the text says how much; None for "none"."""
+    parsed = parse_wrapper_text(text, "none")
+    if isinstance(parsed, str):
+        return None
+    from selfdoubt.storage import from_json
+
+    defaults: dict[str, dict[str, Any]] = {
+        "vote": {"rank": 16, "weight_noise": "auto"},
+        "sample": {"distribution": {"name": "Bernoulli", "p": "auto"}},
+    }
+    return from_json({**defaults.get(parsed["method"], {}), **parsed})
