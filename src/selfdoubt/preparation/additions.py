@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import chain, repeat
 from typing import TYPE_CHECKING
 
 import torch
@@ -47,7 +48,7 @@ def add_members(lm: RiskAwareLM, spec: Spec, prompts: Sequence[BuiltPrompt], pro
         ConfigError: If the model has a wrapper, or even the smallest noise changes too many answers.
     """
     if isinstance(lm.model, Wrapped):
-        raise ConfigError("the model has a wrapper already, so prepare cannot add another one; leave --wrapper out")
+        raise ConfigError("the model has a wrapper already, so prepare cannot add another one; leave the wrapper out")
     given = protect_answers(spec, None)
     with torch.random.fork_rng():  # fresh parameters are the same each time
         torch.manual_seed(0)
@@ -84,7 +85,7 @@ def add_density(
     try:
         fit_density(lm, pairs, batch_size=batch_size)
     except (DataError, WrapError) as error:
-        raise ConfigError(f"{error}; or go without a density: --no-density") from None
+        raise ConfigError(f"{error}; or prepare without a density: --no-density, density=False in Python") from None
     progress.update(task, description="measuring the density", completed=0, total=len(pairs))
     measured = list(answers)
     for first in range(0, len(pairs), batch_size):
@@ -97,9 +98,10 @@ def add_density(
 
 
 def _join_density(answer: Answer, scored: Answer) -> Answer:
-    """Return an answer with the scores that it lacked, and its tokens with their density."""
-    tokens = answer.tokens
-    if [token.id for token in tokens] == [token.id for token in scored.tokens]:  # else its text reads otherwise
-        pairs = zip(tokens, scored.tokens, strict=True)
-        tokens = tuple(replace(token, density=other.density) for token, other in pairs)
-    return replace(answer, tokens=tokens, scores={**scored.scores, **answer.scores})
+    """Return an answer with the scores that it lacked, and its tokens with a density.
+
+    A text may be encoded otherwise than it was generated. For quantiles it is the same which token has which density.
+    """
+    densities = chain((token.density for token in scored.tokens), repeat(None))
+    tokens = (replace(token, density=density) for token, density in zip(answer.tokens, densities, strict=False))
+    return replace(answer, tokens=tuple(tokens), scores={**scored.scores, **answer.scores})
