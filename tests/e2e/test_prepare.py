@@ -89,7 +89,7 @@ def test_what_cannot_be_prepared_is_one_line(prepared, tmp_path, monkeypatch, ca
         (("--out", new, "--questions", str(tmp_path / "empty.txt")), "holds no questions; write one per line"),
         (("--out", new, "--questions", str(questions)), "no column that looks like the question"),
         (("--out", new, "--questions", str(questions), "--question-column", "q"), "has no column 'q'"),
-        (("--out", new, "--question-column", "q"), "columns say how to read a file; give one as questions"),
+        (("--out", new, "--question-column", "q"), "columns and split say how to read a file of questions"),
         (("--out", str(tmp_path / "full")), "is not empty, and nothing exported it"),
         (("--out", str(pocket.folder())), "is not empty, and nothing exported it"),
         (("--out", str(pocket.voters_folder())), "is an adapter already, which was not made by prepare"),

@@ -14,8 +14,6 @@ from selfdoubt.wrapper_text import parse_wrapper_text
 
 if TYPE_CHECKING:
     import typer
-
-    from selfdoubt.data.question_sets import ReadOptions
 else:
     typer = require("typer", "lm")
 
@@ -69,18 +67,15 @@ def prepare(
 
     config = build_config(PreparationConfig, settings, density=density)
     members = _parse_members(wrapper)
-    reading: ReadOptions = {}
-    if question_column is not None or context_column is not None:
-        reading["columns"] = Columns(question=question_column, context=context_column)
-    if split is not None:
-        reading["split"] = split
+    columns = Columns(question=question_column, context=context_column)
     sources = tuple(path for path in (adapter, model) if path is not None)
     load = partial(
         flags.load_lm, model, adapter, "auto", dtype, quantize, None, trust_remote_code, show_note=False
     )  # fmt: skip
-    for text in run(
-        load, out, questions, wrapper=members, config=config, limit=limit, sources=sources, **reading
-    ).lines():
+    result = run(
+        load, out, questions, wrapper=members, config=config, limit=limit, columns=columns, split=split, sources=sources
+    )
+    for text in result.lines():
         print(text)
     return 0
 

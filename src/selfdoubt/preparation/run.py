@@ -7,13 +7,12 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import TYPE_CHECKING, Any
 
 from selfdoubt import storage
 from selfdoubt.compat import is_lora_weight
 from selfdoubt.data.order import Draft, assign_ids, check_limit, choose_subset
-from selfdoubt.data.question_sets import ReadOptions
-from selfdoubt.data.questions import Question
+from selfdoubt.data.questions import AS_USUAL, Columns, Question
 from selfdoubt.data.unlabelled import load_unlabelled, strip_answers
 from selfdoubt.errors import ConfigError, DataError, LoadError, PromptError
 from selfdoubt.eval.progress import build_progress
@@ -72,8 +71,9 @@ def prepare(
     wrapper: Spec | None = None,
     config: PreparationConfig | None = None,
     limit: int | None = None,
+    columns: Columns = AS_USUAL,
+    split: str | None = None,
     sources: Sequence[str | os.PathLike[str]] = (),
-    **reading: Unpack[ReadOptions],
 ) -> Preparation:
     """Make a model risk-aware without labels: answer questions, and keep the quantiles of the scores in an adapter.
 
@@ -90,8 +90,9 @@ def prepare(
             largest that keeps the answers. None adds none: on real models untrained members say little.
         config: Settings; None takes the defaults.
         limit: Size of a random subset to ask; None asks all.
+        columns: Columns of question and passage in a file; None in a field finds them by usual names.
+        split: A split on the hub; None takes the usual one.
         sources: Folders that are read, and must not lie in ``out``, e.g. the model's adapter.
-        **reading: Options that say how a file is read, e.g. ``columns``.
 
     Raises:
         ConfigError: If an option is out of range, ``out`` holds something else, or the model is calibrated already.
@@ -105,7 +106,7 @@ def prepare(
     check_members(wrapper)
     out = Path(out).expanduser().resolve()
     check_out(out, tuple(sources))
-    asked = _list_questions(questions, limit, config.seed, reading)
+    asked = _list_questions(questions, limit, config.seed, columns, split)
     lm = _load(model)
     if lm.calibration is not None:
         raise ConfigError(
@@ -186,14 +187,14 @@ def _list_questions(
     questions: str | os.PathLike[str] | Sequence[str | Question] | None,
     limit: int | None,
     seed: int,
-    reading: ReadOptions,
+    columns: Columns,
+    split: str | None,
 ) -> list[Question]:
+    is_named = isinstance(questions, (str, os.PathLike))
+    if not is_named and (columns != AS_USUAL or split is not None):
+        raise ConfigError("columns and split say how to read a file of questions; give its name as questions")
     if questions is None or isinstance(questions, (str, os.PathLike)):
-        if questions is None and reading:
-            raise ConfigError(f"{', '.join(reading)} say how to read a file; give one as questions")
-        return load_unlabelled(questions, limit=limit, seed=seed, **reading)
-    if reading:
-        raise ConfigError(f"{', '.join(reading)} say how to read a file, and the questions are a list; leave them out")
+        return load_unlabelled(questions, limit=limit, seed=seed, columns=columns, split=split)
     check_limit(limit)
     listed = [Question("", item) if isinstance(item, str) else strip_answers(item) for item in questions]
     if not listed:

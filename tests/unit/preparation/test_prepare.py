@@ -88,15 +88,17 @@ def test_the_result_says_what_it_is_relative_to(prepared):
 
 
 def test_a_run_that_was_cut_off_goes_on_and_ends_the_same(prepared, model_folder, tmp_path, monkeypatch):
-    out, asked = tmp_path / "adapter", []
+    out = tmp_path / "adapter"
+    asked: list[int] = []
     generate = RiskAwareLM.generate
 
     def count(lm, prompts, **options):
-        if len(asked) == 3:
+        if len(asked) == most:
             raise KilledError
         asked.append(len(prompts))
         return generate(lm, prompts, **options)
 
+    most = 3
     monkeypatch.setattr(RiskAwareLM, "generate", count)
     with pytest.raises(KilledError):
         prepare(model_folder, out, QUESTIONS, config=CONFIG)
@@ -106,7 +108,7 @@ def test_a_run_that_was_cut_off_goes_on_and_ends_the_same(prepared, model_folder
     assert len(kept) == 3
     (work / "00003.json.part").write_text("[{", encoding="utf-8")  # cut off while it was written
 
-    monkeypatch.setattr(RiskAwareLM, "generate", lambda lm, prompts, **o: asked.append(1) or generate(lm, prompts, **o))
+    most = 100
     prepare(model_folder, out, QUESTIONS, config=CONFIG)
     assert len(asked) == 7  # batches: none was asked twice
     assert files(out) == files(prepared.folder)
@@ -307,8 +309,8 @@ def test_questions_without_room_are_left_out_and_counted(model_folder, tmp_path)
         ([], {}, DataError, "there are no questions"),
         (["Who?", " "], {}, DataError, "question 1 of the list is empty"),
         (["Who?"], {"limit": 0}, ConfigError, "the limit must be at least 1"),
-        (["Who?"], {"split": "test"}, ConfigError, "split say how to read a file, and the questions are a list"),
-        (None, {"columns": Columns(question="x")}, ConfigError, "columns say how to read a file; give one"),
+        (["Who?"], {"split": "test"}, ConfigError, "columns and split say how to read a file of questions"),
+        (None, {"columns": Columns(question="x")}, ConfigError, "columns and split say how to read a file of"),
         ("missing.txt", {}, DataError, "missing.txt cannot be read"),
     ],
 )
