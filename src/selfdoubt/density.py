@@ -78,6 +78,7 @@ class Wrapper:
     output: ClassVar[Literal["auto", "values", "logits"]] = "auto"
     goes_inside: ClassVar[bool] = True
     has_base: ClassVar[bool] = False
+    newer: ClassVar[frozenset[str]] = frozenset()  #: settings that older files lack
     kinds: ClassVar[Mapping[str, FieldCheck]] = {
         "pooled": flag,
         "rank": optional(whole(1, WIDTH)),
@@ -105,7 +106,9 @@ class Wrapper:
         """
         if isinstance(model, nn.Module) and find_measured_leaf(model) is not None:
             raise WrapError("the model has a density already; fit that one again")
-        leaves = targets.find_heads(model) if self.param_filter is None else targets.find_leaves(model, self.param_filter)
+        leaves = (
+            targets.find_heads(model) if self.param_filter is None else targets.find_leaves(model, self.param_filter)
+        )
         if len(leaves) > 1:
             names = ", ".join(leaf.name for leaf in leaves[:3])
             raise WrapError(f"density measures the input of one layer, got {len(leaves)} ({names}, ...); name one")
@@ -125,7 +128,9 @@ class Wrapper:
         leaf = find_measured_leaf(wrapped)
         assert leaf is not None
         distances = leaf.measure(leaf.read_features(mask))
-        return tree_map(lambda x: distances if isinstance(x, Tensor) and x.ndim and len(x) == len(distances) else None, y)
+        return tree_map(
+            lambda x: distances if isinstance(x, Tensor) and x.ndim and len(x) == len(distances) else None, y
+        )
 
     def freezes(self) -> bool:
         """Return True: what trains would make the statistics stale."""
@@ -348,7 +353,12 @@ def _find_width(leaf: Leaf) -> tuple[int, int]:
     if isinstance(base, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
         return base.in_channels, 1
     weight = getattr(base, "weight", None)
-    if "Norm" in type(base).__name__ and not isinstance(base, _BatchNorm) and isinstance(weight, Tensor) and weight.ndim == 1:
+    if (
+        "Norm" in type(base).__name__
+        and not isinstance(base, _BatchNorm)
+        and isinstance(weight, Tensor)
+        and weight.ndim == 1
+    ):
         return len(weight), -1
     raise WrapError(
         f"density measures the input of a linear or convolution layer, or of a norm over the last axis, and {leaf.name} "

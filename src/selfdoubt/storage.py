@@ -336,10 +336,10 @@ def _check_fits(folder: Path, wrapped: nn.Module, tensors: dict[str, Tensor], ba
                 f"{folder} was made for another base model than this ({base['name']}): {name} is "
                 f"{tuple(tensor.shape)}, and this base wants {tuple(state[name].shape)}"
             )
-    name = find_difference(wrapped, base["fingerprint"])
-    if name is not None:
+    differing = find_difference(wrapped, base["fingerprint"])
+    if differing is not None:
         raise BaseMismatchError(
-            f"{folder} was made for another base model than this: {name} differs; load it onto {base['name']}"
+            f"{folder} was made for another base model than this: {differing} differs; load it onto {base['name']}"
         )
 
 

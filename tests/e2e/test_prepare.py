@@ -53,6 +53,7 @@ def test_ask_then_has_percentiles_and_says_that_they_are_no_probability(prepared
     assert answer["risk_name"] == "rank_nll"
     assert 0 <= answer["percentile"] <= 0.5
     assert answer["p_correct"] is None
+    assert answer["scores"]["mean_density"] > 0
     (note,) = done.stderr.splitlines()
     assert note.startswith("selfdoubt: note: percentiles are relative to 40 answers of this model")
     assert "its risk is not calibrated: `selfdoubt evaluate --adapter A --data ...` and `selfdoubt calibrate`" in note
@@ -88,11 +89,13 @@ def test_what_cannot_be_prepared_is_one_line(prepared, tmp_path, monkeypatch, ca
         (("--out", new, "--questions", str(tmp_path / "empty.txt")), "holds no questions; write one per line"),
         (("--out", new, "--questions", str(questions)), "no column that looks like the question"),
         (("--out", new, "--questions", str(questions), "--question-column", "q"), "has no column 'q'"),
-        (("--out", new, "--question-column", "q"), "columns say how to read a file; give one as questions"),
+        (("--out", new, "--question-column", "q"), "columns and split say how to read a file of questions"),
         (("--out", str(tmp_path / "full")), "is not empty, and nothing exported it"),
         (("--out", str(pocket.folder())), "is not empty, and nothing exported it"),
         (("--out", str(pocket.voters_folder())), "is an adapter already, which was not made by prepare"),
         (("--out", str(prepared), "--adapter", str(prepared)), "which is read to write it"),
+        (("--out", new, "--wrapper", "sculpt"), "prepare adds vote or sample"),
+        (("--out", new, "--wrapper", "votes"), "--wrapper must be none, vote"),
         (("--out", new, "--max-tokens", "0"), "max_tokens must be at least 1"),
         (("--out", new, "--limit", "0"), "the limit must be at least 1"),
         ((), "Missing option '--out'"),
@@ -111,8 +114,22 @@ def test_export_says_that_there_are_no_weights(prepared, tmp_path, monkeypatch, 
     for how in ("--peft", "--merge"):
         assert in_process(monkeypatch, "export", str(prepared), str(tmp_path / "out"), how) == 2
         shown = capfd.readouterr().err
-        assert "adds no weights to its base model, only reference answers or a calibration" in shown
+        assert "adds no weights to its base model, only statistics, reference answers or a calibration" in shown
         assert shown.count("\n") == 1
+
+
+def test_voters_that_keep_the_answers_can_be_added(tmp_path):
+    out = str(tmp_path / "A")
+    done = run(*BARE[:-1], "8", "--wrapper", "vote:n_voters=2", "--no-density", "--out", out, OMP_NUM_THREADS="1")
+    assert (done.returncode, done.stderr) == (0, "")
+    (wrapper,) = storage.read_manifest(out)["wrappers"]
+    assert (wrapper["n_voters"], wrapper["rank"], wrapper["answer_from"]) == (2, 16, "base")
+    assert wrapper["weight_noise"] == 1  # found: alpha is its size, relative to the output of each layer
+    assert 0 < wrapper["alpha"] < 1
+    done = run("ask", "--adapter", out, "--json", QUESTION)
+    answer = json.loads(done.stdout.splitlines()[-1])
+    assert answer["text"] == "The capital of France is Paris."
+    assert answer["scores"]["sum_epistemic"] > 0
 
 
 @pytest.mark.slow

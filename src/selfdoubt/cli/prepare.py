@@ -10,11 +10,10 @@ from selfdoubt.cli import flags
 from selfdoubt.cli.from_dataclass import build_config, with_flags
 from selfdoubt.errors import require
 from selfdoubt.preparation.config import PreparationConfig
+from selfdoubt.wrapper_text import parse_wrapper_text
 
 if TYPE_CHECKING:
     import typer
-
-    from selfdoubt.data.question_sets import ReadOptions
 else:
     typer = require("typer", "lm")
 
@@ -24,6 +23,19 @@ def prepare(
     out: Annotated[Path, typer.Option(help="The adapter folder to write; an interrupted run resumes.")],
     model: flags.ModelFlag = None,
     adapter: flags.Adapter = None,
+    wrapper: Annotated[
+        str,
+        typer.Option(
+            help="none; or vote or sample, with settings if you like: untrained members with the largest noise that "
+            "keeps the model's own answers, which it still gives itself."
+        ),
+    ] = "none",
+    density: Annotated[
+        bool,
+        typer.Option(
+            "--density/--no-density", help="Fit statistics of the features on the answers: how unusual is a token's?"
+        ),
+    ] = True,
     questions: Annotated[
         str | None,
         typer.Option(
@@ -53,16 +65,30 @@ def prepare(
     from selfdoubt.data.questions import Columns
     from selfdoubt.preparation.run import prepare as run
 
-    config = build_config(PreparationConfig, settings)
-    reading: ReadOptions = {}
-    if question_column is not None or context_column is not None:
-        reading["columns"] = Columns(question=question_column, context=context_column)
-    if split is not None:
-        reading["split"] = split
+    config = build_config(PreparationConfig, settings, density=density)
+    members = _parse_members(wrapper)
+    columns = Columns(question=question_column, context=context_column)
     sources = tuple(path for path in (adapter, model) if path is not None)
     load = partial(
         flags.load_lm, model, adapter, "auto", dtype, quantize, None, trust_remote_code, show_note=False
     )  # fmt: skip
-    for text in run(load, out, questions, config=config, limit=limit, sources=sources, **reading).lines():
+    result = run(
+        load, out, questions, wrapper=members, config=config, limit=limit, columns=columns, split=split, sources=sources
+    )
+    for text in result.lines():
         print(text)
     return 0
+
+
+def _parse_members(text: str) -> Any:
+    """Return the wrapper to add, whose noise is searched unless the text says how much; None for "none"."""
+    parsed = parse_wrapper_text(text, "none")
+    if isinstance(parsed, str):
+        return None
+    from selfdoubt.storage import from_json
+
+    defaults: dict[str, dict[str, Any]] = {
+        "vote": {"rank": 16, "weight_noise": "auto"},
+        "sample": {"distribution": {"name": "Bernoulli", "p": "auto"}},
+    }
+    return from_json({**defaults.get(parsed["method"], {}), **parsed})

@@ -37,6 +37,7 @@ def load_unlabelled(
         ConfigError: If the limit is below 1.
     """
     check_limit(limit)
+    drafts: list[Draft]
     if source is None:
         drafts = [(question, {}) for question in list_shipped()]
     elif Path(source).suffix.lower() == TEXT_SUFFIX:

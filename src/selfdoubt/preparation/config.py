@@ -22,6 +22,9 @@ class PreparationConfig:
     batch_size: int = setting(defaults.BATCH_SIZE, "Questions per batch.")
     seed: int = setting(defaults.SEED, "Seed of the subset that --limit takes.")
 
+    #: Fit statistics of the features on the answers, so that tokens have the signal ``density``.
+    density: bool = True
+
     def __post_init__(self) -> None:
         for name in ("max_tokens", "batch_size"):
             if getattr(self, name) < 1:

@@ -7,13 +7,12 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Unpack
+from typing import TYPE_CHECKING, Any
 
 from selfdoubt import storage
 from selfdoubt.compat import is_lora_weight
 from selfdoubt.data.order import Draft, assign_ids, check_limit, choose_subset
-from selfdoubt.data.question_sets import ReadOptions
-from selfdoubt.data.questions import Question
+from selfdoubt.data.questions import AS_USUAL, Columns, Question
 from selfdoubt.data.unlabelled import load_unlabelled, strip_answers
 from selfdoubt.errors import ConfigError, DataError, LoadError, PromptError
 from selfdoubt.eval.progress import build_progress
@@ -24,10 +23,14 @@ from selfdoubt.lm.answer import Answer
 from selfdoubt.lm.model import RiskAwareLM
 from selfdoubt.lm.scores import reference_quantiles
 from selfdoubt.lm.text.prompt import encode
-from selfdoubt.members import Wrapped
+from selfdoubt.members import Spec, Wrapped
+from selfdoubt.preparation.additions import add_density, add_members, check_members
 from selfdoubt.preparation.config import PreparationConfig
 from selfdoubt.preparation.work import WorkFolder
 from selfdoubt.rows import list_added_names
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 #: Entry of the manifest with what a preparation was made from, and value of ``kind`` in the mark of its folder.
 PREPARED = "prepared"
@@ -65,10 +68,12 @@ def prepare(
     out: str | os.PathLike[str],
     questions: str | os.PathLike[str] | Sequence[str | Question] | None = None,
     *,
+    wrapper: Spec | None = None,
     config: PreparationConfig | None = None,
     limit: int | None = None,
+    columns: Columns = AS_USUAL,
+    split: str | None = None,
     sources: Sequence[str | os.PathLike[str]] = (),
-    **reading: Unpack[ReadOptions],
 ) -> Preparation:
     """Make a model risk-aware without labels: answer questions, and keep the quantiles of the scores in an adapter.
 
@@ -76,14 +81,18 @@ def prepare(
     are in a folder next to ``out``, and the result is the same.
 
     Args:
-        model: The model, which answers as it is; a folder or name on the hub to load; or a function that loads it.
+        model: The model, which answers as it is; a folder or name on the hub to load; or a function that loads it. It
+            gets all that the adapter has, in place.
         out: The adapter folder to write: missing, empty, or prepared before.
         questions: A file (see ``selfdoubt.data.load_unlabelled``), the name of a set, or a list of questions; None
             takes those that ship with this package.
+        wrapper: Untrained ``vote`` or ``sample`` to add; the model itself still answers. Noise "auto" is searched: the
+            largest that keeps the answers. None adds none: on real models untrained members say little.
         config: Settings; None takes the defaults.
         limit: Size of a random subset to ask; None asks all.
+        columns: Columns of question and passage in a file; None in a field finds them by usual names.
+        split: A split on the hub; None takes the usual one.
         sources: Folders that are read, and must not lie in ``out``, e.g. the model's adapter.
-        **reading: Options that say how a file is read, e.g. ``columns``.
 
     Raises:
         ConfigError: If an option is out of range, ``out`` holds something else, or the model is calibrated already.
@@ -94,9 +103,10 @@ def prepare(
         ``selfdoubt.prepare("HuggingFaceTB/SmolLM2-135M-Instruct", "prepared").folder``
     """
     config = config or PreparationConfig()
+    check_members(wrapper)
     out = Path(out).expanduser().resolve()
     check_out(out, tuple(sources))
-    asked = _list_questions(questions, limit, config.seed, reading)
+    asked = _list_questions(questions, limit, config.seed, columns, split)
     lm = _load(model)
     if lm.calibration is not None:
         raise ConfigError(
@@ -112,15 +122,21 @@ def prepare(
             f"none of the {len(asked)} questions leaves room for an answer in the model's {lm.front.context} tokens; "
             "give shorter ones"
         )
-    work = WorkFolder(out, {**_describe_model(lm), **asdict(config), "questions": digest_questions(asked)})
-    batches = [order[i : i + config.batch_size] for i in range(0, len(order), config.batch_size)]
-    answers = _answer(lm, [[prompts[i] for i in batch] for batch in batches], config, work)
-    reference = reference_quantiles(answers)
+    used = [prompts[i] for i in order]
+    members = {} if wrapper is None else {"members": storage.to_json(wrapper)}
+    about = {**_describe_model(lm), **members, **asdict(config), "questions": digest_questions(asked)}
+    work = WorkFolder(out, {key: value for key, value in about.items() if key != "density"})
+    with build_progress() as progress:
+        if wrapper is not None:
+            add_members(lm, wrapper, used, progress)
+        answers = _answer(lm, used, config, work, progress)
+        if config.density:
+            answers = add_density(lm, used, answers, config.batch_size, progress)
     prepared = {
         "questions": len(answers), "max_tokens": config.max_tokens,
         "source": os.fspath(questions) if isinstance(questions, (str, os.PathLike)) else None,
     }  # fmt: skip
-    lm.set_reference(reference, len(answers))
+    lm.set_reference(reference_quantiles(answers), len(answers))
     with new_folder(out, {"kind": PREPARED}, tuple(sources)) as folder:
         lm.save(folder, about={PREPARED: prepared})
     work.remove()
@@ -171,14 +187,14 @@ def _list_questions(
     questions: str | os.PathLike[str] | Sequence[str | Question] | None,
     limit: int | None,
     seed: int,
-    reading: ReadOptions,
+    columns: Columns,
+    split: str | None,
 ) -> list[Question]:
+    is_named = isinstance(questions, (str, os.PathLike))
+    if not is_named and (columns != AS_USUAL or split is not None):
+        raise ConfigError("columns and split say how to read a file of questions; give its name as questions")
     if questions is None or isinstance(questions, (str, os.PathLike)):
-        if questions is None and reading:
-            raise ConfigError(f"{', '.join(reading)} say how to read a file; give one as questions")
-        return load_unlabelled(questions, limit=limit, seed=seed, **reading)
-    if reading:
-        raise ConfigError(f"{', '.join(reading)} say how to read a file, and the questions are a list; leave them out")
+        return load_unlabelled(questions, limit=limit, seed=seed, columns=columns, split=split)
     check_limit(limit)
     listed = [Question("", item) if isinstance(item, str) else strip_answers(item) for item in questions]
     if not listed:
@@ -200,16 +216,16 @@ def _count_tokens(lm: RiskAwareLM, prompt: BuiltPrompt) -> int | None:
 
 
 def _answer(
-    lm: RiskAwareLM, batches: Sequence[Sequence[BuiltPrompt]], config: PreparationConfig, work: WorkFolder
+    lm: RiskAwareLM, prompts: Sequence[BuiltPrompt], config: PreparationConfig, work: WorkFolder, progress: Progress
 ) -> list[Answer]:
     """Answer the batches that are not finished; return the answers of all, as they were written."""
-    with build_progress() as progress:
-        done = sum(len(batch) for b, batch in enumerate(batches) if work.has(b))
-        task = progress.add_task("answering", total=sum(map(len, batches)), completed=done)
-        for b, batch in enumerate(batches):
-            if not work.has(b):
-                work.put(b, lm.generate(batch, max_tokens=config.max_tokens, batch_size=len(batch)))
-                progress.advance(task, len(batch))
+    batches = [prompts[first : first + config.batch_size] for first in range(0, len(prompts), config.batch_size)]
+    done = sum(len(batch) for b, batch in enumerate(batches) if work.has(b))
+    task = progress.add_task("answering", total=len(prompts), completed=done)
+    for b, batch in enumerate(batches):
+        if not work.has(b):
+            work.put(b, lm.generate(batch, max_tokens=config.max_tokens, batch_size=len(batch)))
+            progress.advance(task, len(batch))
     return [answer for b in range(len(batches)) for answer in work.get(b)]
 
 

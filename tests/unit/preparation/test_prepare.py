@@ -6,23 +6,24 @@ import copy
 import json
 import re
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 import selfdoubt
-from selfdoubt import RiskAwareLM, storage, vote
+from selfdoubt import RiskAwareLM, sample, sculpt, storage, vote
 from selfdoubt.data.questions import Columns, Question
 from selfdoubt.errors import BaseMismatchError, ConfigError, DataError, WrapError
 from selfdoubt.eval.config import EvaluationConfig
 from selfdoubt.eval.judges.verdict import Verdict
 from selfdoubt.eval.settings import Run
 from selfdoubt.lm.adapters.export import export_merged, export_peft
-from selfdoubt.lm.scores import DEFAULT_RISK
-from selfdoubt.preparation import PreparationConfig, prepare
+from selfdoubt.lm.scores import DEFAULT_RISK, RANK_SCORES
+from selfdoubt.preparation import PreparationConfig, additions, prepare
 from tests.zoo import talker, tokenizer
 
-CONFIG = PreparationConfig(max_tokens=4, batch_size=16)
+CONFIG = PreparationConfig(max_tokens=4, batch_size=16, density=False)
 QUESTIONS = [f"What is {i} and {i * i}?" for i in range(101)]
 
 
@@ -87,15 +88,17 @@ def test_the_result_says_what_it_is_relative_to(prepared):
 
 
 def test_a_run_that_was_cut_off_goes_on_and_ends_the_same(prepared, model_folder, tmp_path, monkeypatch):
-    out, asked = tmp_path / "adapter", []
+    out = tmp_path / "adapter"
+    asked: list[int] = []
     generate = RiskAwareLM.generate
 
     def count(lm, prompts, **options):
-        if len(asked) == 3:
+        if len(asked) == most:
             raise KilledError
         asked.append(len(prompts))
         return generate(lm, prompts, **options)
 
+    most = 3
     monkeypatch.setattr(RiskAwareLM, "generate", count)
     with pytest.raises(KilledError):
         prepare(model_folder, out, QUESTIONS, config=CONFIG)
@@ -105,23 +108,75 @@ def test_a_run_that_was_cut_off_goes_on_and_ends_the_same(prepared, model_folder
     assert len(kept) == 3
     (work / "00003.json.part").write_text("[{", encoding="utf-8")  # cut off while it was written
 
-    monkeypatch.setattr(RiskAwareLM, "generate", lambda lm, prompts, **o: asked.append(1) or generate(lm, prompts, **o))
+    most = 100
     prepare(model_folder, out, QUESTIONS, config=CONFIG)
     assert len(asked) == 7  # batches: none was asked twice
     assert files(out) == files(prepared.folder)
     assert not work.exists()
 
 
-def test_a_killed_run_with_other_settings_is_refused(model_folder, tmp_path, monkeypatch):
-    def fail(*_, **__):
-        raise KilledError
-
+def test_a_density_ranks_answers_and_changes_none(model_folder, tmp_path, monkeypatch):
+    config, out = replace(CONFIG, density=True), tmp_path / "A"
     with monkeypatch.context() as patched:
-        patched.setattr(RiskAwareLM, "generate", fail)
+        patched.setattr(additions, "fit_density", lambda *_, **__: raise_killed())
+        with pytest.raises(KilledError):
+            prepare(model_folder, out, QUESTIONS[:30], config=config)
+    with monkeypatch.context() as patched:  # all answers are there
+        patched.setattr(RiskAwareLM, "generate", lambda *_, **__: raise_killed())
+        prepare(model_folder, out, QUESTIONS[:30], config=config)
+    bare, lm = RiskAwareLM.load(model_folder, wrapper=None), RiskAwareLM.load(adapter=out)
+    plain, dense = (model.generate(QUESTIONS[:30], max_tokens=4) for model in (bare, lm))
+    for a, b in zip(plain, dense, strict=True):
+        assert [(t.id, t.logprob) for t in a.tokens] == [(t.id, t.logprob) for t in b.tokens]
+        assert all(t.density is not None for t in b.tokens)
+        assert a.scores.items() <= b.scores.items()
+    # The reference was measured on given texts, these while decoding. Not all texts have the tokens of their answer.
+    values = sorted(a.scores["mean_density"] for a in dense)
+    assert np.median(lm.reference["mean_density"]) == pytest.approx(np.median(values), rel=0.1)
+    assert lm.reference["token_density"][0] >= 0
+    assert lm.note.startswith("percentiles are relative to 30 answers of this model")
+    with pytest.raises(WrapError, match="only statistics, reference answers or a calibration, so there is nothing"):
+        export_peft(out, tmp_path / "out")
+
+
+def test_a_density_needs_features(model_folder, tmp_path):
+    with pytest.raises(ConfigError, match="prepare without a density: --no-density, density=False in Python") as raised:
+        prepare(model_folder, tmp_path / "A", ["Who?"], config=PreparationConfig(max_tokens=1))
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("spec", [vote.Wrapper(n_voters=2, rank=2, weight_noise="auto"), sample.Wrapper(n_samples=2)])
+def test_untrained_members_are_added_and_the_model_still_answers(model_folder, tmp_path, spec):
+    out = tmp_path / "A"
+    prepare(model_folder, out, QUESTIONS[:12], wrapper=spec, config=CONFIG)
+    bare, lm = RiskAwareLM.load(model_folder, wrapper=None), RiskAwareLM.load(adapter=out)
+    assert lm.model.spec.answer_from == "base"
+    assert not lm.model.spec.seeks_noise
+    assert lm.note.startswith("percentiles are relative to 12 answers")
+    for a, b in zip(*(model.generate(QUESTIONS[:6], max_tokens=4) for model in (bare, lm)), strict=True):
+        assert [t.id for t in a.tokens] == [t.id for t in b.tokens]
+        assert b.scores["sum_epistemic"] > 0
+    assert lm.reference["sum_epistemic"][-1] > 0
+    with pytest.raises(ConfigError, match="the model has a wrapper already, so prepare cannot add another one"):
+        prepare(lm, tmp_path / "B", QUESTIONS[:3], wrapper=spec, config=CONFIG)
+
+
+def test_a_wrapper_that_must_be_trained_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"prepare adds vote or sample, .* got selfdoubt\.sculpt"):
+        prepare("missing", tmp_path / "A", wrapper=sculpt.Wrapper())
+
+
+def raise_killed():
+    raise KilledError
+
+
+def test_a_killed_run_with_other_settings_is_refused(model_folder, tmp_path, monkeypatch):
+    with monkeypatch.context() as patched:
+        patched.setattr(RiskAwareLM, "generate", lambda *_, **__: raise_killed())
         with pytest.raises(KilledError):
             prepare(model_folder, tmp_path / "a", QUESTIONS[:3], config=CONFIG)
     for questions, config, differs in (
-        (QUESTIONS[:3], PreparationConfig(max_tokens=5, batch_size=16), "max_tokens was 4, and is 5"),
+        (QUESTIONS[:3], PreparationConfig(max_tokens=5, batch_size=16, density=False), "max_tokens was 4, and is 5"),
         (QUESTIONS[:4], CONFIG, "questions was 3, "),
     ):
         with pytest.raises(ConfigError, match=rf"\.a\.prepare holds answers of another preparation \({differs}"):
@@ -254,8 +309,8 @@ def test_questions_without_room_are_left_out_and_counted(model_folder, tmp_path)
         ([], {}, DataError, "there are no questions"),
         (["Who?", " "], {}, DataError, "question 1 of the list is empty"),
         (["Who?"], {"limit": 0}, ConfigError, "the limit must be at least 1"),
-        (["Who?"], {"split": "test"}, ConfigError, "split say how to read a file, and the questions are a list"),
-        (None, {"columns": Columns(question="x")}, ConfigError, "columns say how to read a file; give one"),
+        (["Who?"], {"split": "test"}, ConfigError, "columns and split say how to read a file of questions"),
+        (None, {"columns": Columns(question="x")}, ConfigError, "columns and split say how to read a file of"),
         ("missing.txt", {}, DataError, "missing.txt cannot be read"),
     ],
 )

@@ -98,8 +98,9 @@ class AdapterFolder:
 
     @property
     def has_weights(self) -> bool:
-        """True if it adds weights to its base: wrappers or LoRA. Others bring reference answers or a calibration."""
-        return self.has_lora or bool(self.manifest is not None and self.manifest["wrappers"])
+        """True if it changes its base: LoRA, or a wrapper that is more than a density's statistics."""
+        wrappers = () if self.manifest is None else self.manifest["wrappers"]
+        return self.has_lora or any(entry["method"] != "density" for entry in wrappers)
 
     @property
     def tokenizer(self) -> Path | None:

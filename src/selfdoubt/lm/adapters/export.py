@@ -130,8 +130,8 @@ def _check_weights(adapter: AdapterFolder) -> None:
     """Raise ``WrapError`` if an adapter adds no weights to its base."""
     if not adapter.has_weights:
         raise WrapError(
-            f"{adapter.path} adds no weights to its base model, only reference answers or a calibration, so there is "
-            "nothing to export; other tools can use the base model as it is"
+            f"{adapter.path} adds no weights to its base model, only statistics, reference answers or a calibration, "
+            "so there is nothing to export; other tools can use the base model as it is"
         )
 
 
