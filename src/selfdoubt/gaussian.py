@@ -100,24 +100,11 @@ class Moments:
         Raises:
             DataError: If there are fewer than two features.
         """
-<<<<<<< HEAD
         centered = self._center()
         covariance = centered.products / self.count
         square = covariance.square().sum()
         distance = square - covariance.trace().square() / len(covariance)
         error = (centered.quartics / self.count - square) / self.count
-=======
-        covariance, mean, width = self._covariance, self.mean, len(self.total)
-        norm = mean @ mean
-        # The sum of |x - mean|^4, multiplied out.
-        quartics = (
-            self.quartics - 4 * mean @ self.cubes + 2 * norm * self.products.trace() + 4 * mean @ self.products @ mean
-            - 4 * norm * (mean @ self.total) + self.count * norm.square()
-        )  # fmt: skip
-        scale = covariance.trace() / width
-        distance = covariance.square().sum() - width * scale.square()
-        error = (quartics / self.count - covariance.square().sum()) / self.count
->>>>>>> wip-prepare
         if not distance > 0 or not error > 0:
             return 0.0
         return float((error / distance).clamp_max(1.0))

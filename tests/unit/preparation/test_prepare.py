@@ -19,7 +19,7 @@ from selfdoubt.eval.config import EvaluationConfig
 from selfdoubt.eval.judges.verdict import Verdict
 from selfdoubt.eval.settings import Run
 from selfdoubt.lm.adapters.export import export_merged, export_peft
-from selfdoubt.lm.scores import DEFAULT_RISK, RANK_SCORES
+from selfdoubt.lm.scores import DEFAULT_RISK
 from selfdoubt.preparation import PreparationConfig, additions, prepare
 from tests.zoo import talker, tokenizer
 
