@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from selfdoubt.density import MeasuredLeaf
 from selfdoubt.lm.hidden_states import capture_outputs, find_decoder_layers
 from selfdoubt.lm.stepper import StepOutput
 
@@ -137,6 +138,8 @@ def _agree(mine: Tensor, theirs: Tensor) -> bool:
 def find_late_layers(base: nn.Module) -> LateLayerProbe | None:
     """Build the probe of a Hugging Face causal language model; None without a norm and a plain head."""
     head = base.get_output_embeddings()  # type: ignore[operator]
+    while isinstance(head, MeasuredLeaf):  # a density changes nothing of its layer
+        head = head.leaf
     stack = find_decoder_layers(base)
     owner = next(module for module in base.modules() if any(child is stack for child in module.children()))
     norms = [child for child in owner.children() if "norm" in type(child).__name__.lower()]

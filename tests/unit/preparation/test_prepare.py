@@ -6,13 +6,12 @@ import copy
 import json
 import re
 import shutil
-from dataclasses import replace
 
 import numpy as np
 import pytest
 
 import selfdoubt
-from selfdoubt import RiskAwareLM, sample, sculpt, storage, vote
+from selfdoubt import RiskAwareLM, pocket, sample, sculpt, storage, vote
 from selfdoubt.data.questions import Columns, Question
 from selfdoubt.errors import BaseMismatchError, ConfigError, DataError, WrapError
 from selfdoubt.eval.config import EvaluationConfig
@@ -25,6 +24,12 @@ from tests.zoo import talker, tokenizer
 
 CONFIG = PreparationConfig(max_tokens=4, batch_size=16, density=False)
 QUESTIONS = [f"What is {i} and {i * i}?" for i in range(101)]
+
+
+COUNTRIES = (
+    "France", "Japan", "Estonia", "Peru", "Kenya", "Norway", "Chad", "Nepal", "Cuba", "Laos", "Italy", "Egypt", "Fiji",
+    "Chile", "Ghana", "India", "Zorbelheim", "Canada", "Mali", "Oman",
+)  # fmt: skip
 
 
 class KilledError(Exception):
@@ -115,26 +120,31 @@ def test_a_run_that_was_cut_off_goes_on_and_ends_the_same(prepared, model_folder
     assert not work.exists()
 
 
-def test_a_density_ranks_answers_and_changes_none(model_folder, tmp_path, monkeypatch):
-    config, out = replace(CONFIG, density=True), tmp_path / "A"
+def test_a_density_ranks_answers_and_changes_none(tmp_path, monkeypatch):
+    config, out = PreparationConfig(max_tokens=6, batch_size=16), tmp_path / "A"
+    questions = [f"What is the capital of {name}?" for name in COUNTRIES]
+    lm = RiskAwareLM.load(pocket.folder(), wrapper=None, dtype="float32")
+    plain = lm.generate(questions, max_tokens=6)
     with monkeypatch.context() as patched:
         patched.setattr(additions, "fit_density", lambda *_, **__: raise_killed())
         with pytest.raises(KilledError):
-            prepare(model_folder, out, QUESTIONS[:30], config=config)
+            prepare(lm, out, questions, config=config)
     with monkeypatch.context() as patched:  # all answers are there
         patched.setattr(RiskAwareLM, "generate", lambda *_, **__: raise_killed())
-        prepare(model_folder, out, QUESTIONS[:30], config=config)
-    bare, lm = RiskAwareLM.load(model_folder, wrapper=None), RiskAwareLM.load(adapter=out)
-    plain, dense = (model.generate(QUESTIONS[:30], max_tokens=4) for model in (bare, lm))
+        prepare(lm, out, questions, config=config)
+    lm = RiskAwareLM.load(adapter=out, dtype="float32")
+    dense = lm.generate(questions, max_tokens=6)
     for a, b in zip(plain, dense, strict=True):
-        assert [(t.id, t.logprob) for t in a.tokens] == [(t.id, t.logprob) for t in b.tokens]
+        assert [(t.id, t.logprob) for t in a.tokens] == [(t.id, pytest.approx(t.logprob, abs=1e-4)) for t in b.tokens]
         assert all(t.density is not None for t in b.tokens)
-        assert a.scores.items() <= b.scores.items()
-    # The reference was measured on given texts, these while decoding. Not all texts have the tokens of their answer.
-    values = sorted(a.scores["mean_density"] for a in dense)
-    assert np.median(lm.reference["mean_density"]) == pytest.approx(np.median(values), rel=0.1)
-    assert lm.reference["token_density"][0] >= 0
-    assert lm.note.startswith("percentiles are relative to 30 answers of this model")
+        assert a.scores.keys() <= b.scores.keys()
+    # Measured there on given texts, here while decoding.
+    for name, values in (
+        ("mean_density", [a.scores["mean_density"] for a in dense]),
+        ("token_density", [t.density for a in dense for t in a.tokens]),
+    ):
+        np.testing.assert_allclose(lm.reference[name][::25], np.quantile(values, [0, 0.25, 0.5, 0.75, 1]), atol=0.02)
+    assert lm.note.startswith(f"percentiles are relative to {len(COUNTRIES)} answers of this model")
     with pytest.raises(WrapError, match="only statistics, reference answers or a calibration, so there is nothing"):
         export_peft(out, tmp_path / "out")
 
