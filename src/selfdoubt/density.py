@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from selfdoubt import compat, targets
-from selfdoubt.errors import ConfigError, DataError, ShapeError, WrapError
+from selfdoubt.errors import ConfigError, DataError, WrapError
 from selfdoubt.fields import SHARED, WIDTH, FieldCheck, check_settings, flag, number, optional, resolve_compile, whole
 from selfdoubt.gaussian import Gaussian, Moments, merge
 from selfdoubt.members import Wrapped, wrap
@@ -105,7 +105,9 @@ class Wrapper:
         """
         if isinstance(model, nn.Module) and find_measured_leaf(model) is not None:
             raise WrapError("the model has a density already; fit that one again")
-        leaves = targets.find_heads(model) if self.param_filter is None else targets.find_leaves(model, self.param_filter)
+        leaves = (
+            targets.find_heads(model) if self.param_filter is None else targets.find_leaves(model, self.param_filter)
+        )
         if len(leaves) > 1:
             names = ", ".join(leaf.name for leaf in leaves[:3])
             raise WrapError(f"density measures the input of one layer, got {len(leaves)} ({names}, ...); name one")
@@ -125,7 +127,9 @@ class Wrapper:
         leaf = find_measured_leaf(wrapped)
         assert leaf is not None
         distances = leaf.measure(leaf.read_features(mask))
-        return tree_map(lambda x: distances if isinstance(x, Tensor) and x.ndim and len(x) == len(distances) else None, y)
+        return tree_map(
+            lambda x: distances if isinstance(x, Tensor) and x.ndim and len(x) == len(distances) else None, y
+        )
 
     def freezes(self) -> bool:
         """Return True: what trains would make the statistics stale."""
@@ -167,6 +171,11 @@ class MeasuredLeaf(Replacement):
         """True if the statistics of usual features are there."""
         return bool(self.counts[0])
 
+    @property
+    def has_background(self) -> bool:
+        """True if the statistics of a background are there."""
+        return bool(self.counts[1])
+
     def read_features(self, mask: Tensor | None = None, *, members: int = 1) -> Tensor:
         """Return the features of the last call, ``(rows, *positions, width)``; pooled ones ``(rows, width)``.
 
@@ -199,10 +208,6 @@ class MeasuredLeaf(Replacement):
         """
         if not self.is_fitted:
             raise ConfigError(f"this density has no statistics yet; {_REPAIR}")
-        return self.compute_distances(features)
-
-    def compute_distances(self, features: Tensor) -> Tensor:
-        """Return distances as ``measure`` does; of a fitted density, without reading back from the device."""
         # A background that was not fitted is 0 everywhere.
         distances: Tensor = self.usual(features) - self.background(features)
         return distances
@@ -280,7 +285,7 @@ def insert(spec: Wrapper, model: nn.Module) -> Wrapped:
     outer._modules = dict(model._modules)
     outer.module = inner = spec(model.module)
     # The copies of the leaves that the outer wrapper replaced share a context of their own, which it must use.
-    replaced = inner.module.get_submodule(model.leaf_names[0])
+    replaced: Any = inner.module.get_submodule(model.leaf_names[0])
     outer.call = (replaced.leaf if isinstance(replaced, MeasuredLeaf) else replaced).call
     outer.leaf_names = [f"module.{name}" for name in model.leaf_names]
     outer._batch_norms = [m for m in outer.modules() if isinstance(m, _BatchNorm)]
@@ -348,9 +353,14 @@ def _find_width(leaf: Leaf) -> tuple[int, int]:
     if isinstance(base, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
         return base.in_channels, 1
     weight = getattr(base, "weight", None)
-    if "Norm" in type(base).__name__ and not isinstance(base, _BatchNorm) and isinstance(weight, Tensor) and weight.ndim == 1:
+    if (
+        "Norm" in type(base).__name__
+        and not isinstance(base, _BatchNorm)
+        and isinstance(weight, Tensor)
+        and weight.ndim == 1
+    ):
         return len(weight), -1
     raise WrapError(
-        f"density measures the input of a linear or convolution layer, or of a norm over the last axis, and {leaf.name} "
-        f"is {type(base).__name__}; name another with param_filter"
+        "density measures the input of a linear or convolution layer, or of a norm over the last axis, and "
+        f"{leaf.name} is {type(base).__name__}; name another with param_filter"
     )

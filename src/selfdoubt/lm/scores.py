@@ -16,7 +16,7 @@ Part = Literal["answer", "question", "both"]
 Pool = Literal["sum", "mean", "max"]
 Signal = Literal[
     "nll", "total", "aleatoric", "epistemic", "disagreement", "spread", "scale", "divergence", "margin",
-    "self_certainty", "layer_disagreement", "density",
+    "self_certainty", "layer_disagreement", "density", "relative_density",
 ]  # fmt: skip
 
 #: The score that is an answer's risk, and the signal that is a token's. Without reference answers, or without a
