@@ -86,6 +86,7 @@ ANSWER_SCORES: dict[str, Score] = {
 #: Scores that weigh others by their rank among reference answers, in [0, 1]; ranks compare what sums cannot.
 RANK_SCORES: dict[str, tuple[tuple[Score, float], ...]] = {
     "rank_nll": ((Score("answer", "sum", "nll"), 2 / 3), (Score("question", "mean", "nll"), 1 / 3)),
+    "rank_density": ((Score("answer", "sum", "nll"), 2 / 3), (Score("answer", "mean", "relative_density"), 1 / 3)),
 }
 
 

@@ -108,12 +108,14 @@ def test_answers_stay_the_models_and_have_the_densities_of_scoring():
 def test_a_saved_density_gives_the_same_answers(tmp_path, model_folder):
     lm = RiskAwareLM.load(model_folder)
     fit_density(lm, PAIRS, wrapper=density.Wrapper(**SETTINGS))
-    lm.reference = {"mean_density": [-1.0, 0.0, 1.0]}
+    lm.reference = {"sum_nll": [0.0, 1000.0], "mean_relative_density": [-100.0, 100.0]}
     lm.save(tmp_path / "adapter")
     loaded = RiskAwareLM.load(model_folder, adapter=tmp_path / "adapter")
     answer = lm.generate("Where is Tartu?", max_tokens=8)
     assert loaded.generate("Where is Tartu?", max_tokens=8) == answer
     assert isinstance(loaded.model.spec, density.Wrapper)
+    ranks = answer.scores["sum_nll"] / 1000, (answer.scores["mean_relative_density"] + 100) / 200
+    assert answer.scores["rank_density"] == pytest.approx((2 * ranks[0] + ranks[1]) / 3)
 
 
 @pytest.mark.parametrize(
