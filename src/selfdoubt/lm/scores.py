@@ -20,7 +20,7 @@ Part = Literal["answer", "question", "both"]
 Pool = Literal["sum", "mean", "max"]
 Signal = Literal[
     "nll", "total", "aleatoric", "epistemic", "disagreement", "spread", "scale", "divergence", "margin",
-    "self_certainty", "layer_disagreement", "density",
+    "self_certainty", "layer_disagreement", "density", "relative_density",
 ]  # fmt: skip
 
 #: The score that is an answer's risk, and the signal that is a token's. Without reference answers, or without a
@@ -119,9 +119,9 @@ _HALVES = {
     "rank_nll_total": ("sum_nll", "mean_total"),
     "rank_nll_rauq": ("sum_nll", "rauq"),
     "rank_total_rauq": ("mean_total", "rauq"),
-    "rank_nll_density": ("sum_nll", "mean_density"),
-    "rank_total_density": ("mean_total", "mean_density"),
-    "rank_rauq_density": ("rauq", "mean_density"),
+    "rank_nll_density": ("sum_nll", "mean_relative_density"),
+    "rank_total_density": ("mean_total", "mean_relative_density"),
+    "rank_rauq_density": ("rauq", "mean_relative_density"),
 }
 #: Scores that weigh others by their rank among reference answers, in [0, 1]; ranks compare what sums cannot.
 RANK_SCORES: dict[str, tuple[tuple[AnswerScore, float], ...]] = {
