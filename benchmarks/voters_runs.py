@@ -64,7 +64,8 @@ ARMS: dict[str, Arm] = {
         }, row_share=1 / 3,
     ),
     "vote-wide": Arm(
-        "three voters of rank 16 on all linear layers of the decoder, split", _voters(param_filter=targets.DECODER_FILTER)
+        "three voters of rank 16 on all linear layers of the decoder, split",
+        _voters(param_filter=targets.DECODER_FILTER),
     ),
     "vote-noise": Arm("three voters of rank 16 on q and v, initial noise 0.2 (the default), split",
                       _voters(weight_noise=0.2)),
@@ -103,7 +104,8 @@ def draw_sample(
     """Draw questions at random, those that the plain model answered right before more often than the others.
 
     A small model answers few questions right: drawn evenly, most of a small sample would be wrong answers, and
-    intervals wide. With the weights a mean over the sample estimates the mean over the set (Horvitz and Thompson, 1952).
+    intervals wide. With the weights a mean over the sample estimates the mean over the set (Horvitz and Thompson,
+    1952).
 
     Args:
         questions: The set.
@@ -190,9 +192,9 @@ def ask(lm: RiskAwareLM, sample: Sample, out: Path, budget: Budget) -> list[Reco
 def add_base_scores(base: RiskAwareLM, records: Sequence[Record], file: Path, budget: Budget) -> list[Record]:
     """Add what the plain base thinks of the same answers, unless ``file`` holds it: the cost of one more row.
 
-    ``base_nll`` and ``base_total`` are the sums of surprisal and entropy under the base, nats; ``base_gain`` is how much
-    more probable the answer is than under the base, log p(answer) - log p_base(answer): one draw from the divergence
-    between the two.
+    ``base_nll`` and ``base_total`` are the sums of surprisal and entropy under the base, nats; ``base_gain`` is
+    log p(answer) - log p_base(answer): how much more probable the answer is than under the base, one draw from the
+    divergence between the two.
     """
     if not file.is_file():
         config = resolve_config(EvaluationConfig(how=HOW), base)
