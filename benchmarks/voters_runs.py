@@ -172,7 +172,7 @@ def tune(arm: Arm, model: str, file: Path, out: Path, budget: Budget, device: st
     steps = round(budget.steps * arm.steps)
     return fit(
         TrainConfig(
-            data=str(file), out=str(out), model=model, seed=budget.seed, max_length=96, val_share=0.02, val_every=1.0,
+            data=str(file), out=str(out), model=model, seed=budget.seed, max_length=96, val_share=0.01, val_every=1.0,
             epochs=1000, max_steps=steps, batch_size=round(budget.step_rows * arm.row_share), lr=budget.lr,
             schedule="cosine", warmup=steps // 20, dtype="bfloat16", accelerator="cpu" if device == "cpu" else "gpu",
             loggers="csv", reference=0, progress=False, **settings,
