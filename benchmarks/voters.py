@@ -99,7 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def write(rows: list[results.Row], samples: Mapping[str, Sample], chosen: argparse.Namespace) -> None:
     """Write the rows so far, and the settings that they were measured with."""
-    settings = {k: v for k, v in vars(chosen).items() if k not in ("data", "runs", "known", "model", "arms")}
+    settings = {k: v for k, v in vars(chosen).items() if k not in ("data", "runs", "known", "model", "name", "arms")}
     settings |= {"questions": {name: len(sample.questions) for name, sample in samples.items()}}
     settings |= {"arms": {name: ARMS[name].about for name in ARMS}, "balanced": chosen.known is not None}
     print(results.write("voters", rows, **settings), flush=True)
