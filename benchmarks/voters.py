@@ -16,7 +16,7 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +71,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--sets", nargs="+", choices=list(voters_runs.FILES), default=list(voters_runs.FILES))
     parser.add_argument("--easy", type=int, default=250, help="questions of a set that the plain model gets right")
     parser.add_argument("--others", type=int, default=250, help="further questions of a set")
-    parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--choices", type=int, default=200, help="questions of the set with choices")
+    parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--step-rows", type=int, default=12, help="row passes of a training step")
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--max-tokens", type=int, default=20)
@@ -80,11 +81,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--draws", type=int, default=1000)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--without-base", action="store_true", help="leave out what the plain base tells of answers")
+    parser.add_argument(
+        "--stored", action="store_true", help="measure what lies in the folder of runs, and ask nothing"
+    )
     chosen = parser.parse_args(arguments)
     budget = Budget(chosen.steps, chosen.step_rows, chosen.max_tokens, chosen.batch_size, chosen.seed, chosen.lr)
     samples = {
-        name: voters_runs.read_sample(name, chosen.data, chosen.known, chosen.easy, chosen.others)
-        for name in chosen.sets
+        name: voters_runs.read_sample(name, chosen.data, chosen.known, *_sizes(name, chosen)) for name in chosen.sets
     }
     rows: list[results.Row] = []
     for trained_on in chosen.train_on:
@@ -97,9 +100,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
             write(rows, samples, chosen)
 
 
+def _sizes(name: str, chosen: argparse.Namespace) -> tuple[int, int]:
+    return (0, chosen.choices) if name == "trivia" else (chosen.easy, chosen.others)
+
+
 def write(rows: list[results.Row], samples: Mapping[str, Sample], chosen: argparse.Namespace) -> None:
     """Write the rows so far, and the settings that they were measured with."""
-    settings = {k: v for k, v in vars(chosen).items() if k not in ("data", "runs", "known", "model", "name", "arms")}
+    settings = {
+        k: v for k, v in vars(chosen).items() if k not in ("data", "runs", "known", "model", "name", "arms", "stored")
+    }
     settings |= {"questions": {name: len(sample.questions) for name, sample in samples.items()}}
     settings |= {"arms": {name: ARMS[name].about for name in ARMS}, "balanced": chosen.known is not None}
     print(results.write("voters", rows, **settings), flush=True)
@@ -109,25 +118,32 @@ def gather(
     arm: str, trained_on: str, samples: Mapping[str, Sample], budget: Budget, chosen: argparse.Namespace
 ) -> dict[str, list[Record]]:
     """Return an arm's judged answers by set; trained and asked where that has not been done."""
+    out = chosen.runs / PLAIN if arm == PLAIN else chosen.runs / trained_on / arm
     load = partial(RiskAwareLM.load, chosen.model, dtype="bfloat16", device=chosen.device)
-    if arm == PLAIN:
-        out = chosen.runs / PLAIN
-        lm = load(wrapper=None)
-    else:
-        out = chosen.runs / trained_on / arm
+
+    @cache
+    def load_base() -> RiskAwareLM:
+        return load(wrapper=None)
+
+    @cache
+    def load_arm() -> RiskAwareLM:
+        if arm == PLAIN:
+            return load_base()
         file = voters_runs.write_training_file(trained_on, chosen.data, chosen.runs)
         adapter = voters_runs.tune(ARMS[arm], chosen.model, file, out / "adapter", budget, chosen.device)
         voters_runs.clean(adapter)
-        lm = load(adapter=adapter)
-    answered = {name: voters_runs.ask(lm, sample, out / name, budget) for name, sample in samples.items()}
-    if arm == PLAIN or chosen.without_base:
-        return answered
-    del lm
-    base = load(wrapper=None)
-    return {
-        name: voters_runs.add_base_scores(base, records, out / f"{name}-base.jsonl", budget)
-        for name, records in answered.items()
-    }
+        return load(adapter=adapter)
+
+    answered: dict[str, list[Record]] = {}
+    for name, sample in samples.items():
+        if chosen.stored and not (out / f"{name}.jsonl").is_file():
+            continue
+        records = voters_runs.ask(load_arm, sample, out / name, budget)
+        file = out / f"{name}-base.jsonl"
+        if arm != PLAIN and (file.is_file() or not (chosen.without_base or chosen.stored)):
+            records = voters_runs.add_base_scores(load_base, records, file, budget)
+        answered[name] = records
+    return answered
 
 
 def measure(
@@ -139,7 +155,7 @@ def measure(
     for arm, by_set in answers.items():
         of_arm = {**about, "arm": arm}
         for name, records in by_set.items():
-            others = {a: answers[a][name] for a in (PLAIN, CONTROL) if a in answers and a != arm}
+            others = {a: answers[a][name] for a in (PLAIN, CONTROL) if a != arm and name in answers.get(a, {})}
             rows += accuracy_rows({**of_arm, "tested on": name}, records, others, samples[name].weights, draws)
             scores = {s: np.array([r.scores.get(s, math.nan) for r in records]) for s in LABEL_FREE}
             scores = {s: v for s, v in scores.items() if not np.isnan(v).all() and np.nanstd(v) > 1e-6}
@@ -149,8 +165,10 @@ def measure(
             place = {**of_arm, "fitted on": learnt, "tested on": tested, "kind": "head"}
             rows += score_rows(place, by_head, by_set[tested], draws, baseline=WITHOUT)
     for arm in doubts:
-        if arm != CONTROL and CONTROL in doubts and arm != PLAIN:
+        if arm not in (CONTROL, PLAIN):
             for pair, by_head in doubts[arm].items():
+                if pair not in doubts.get(CONTROL, {}):
+                    continue
                 place = {**about, "arm": arm, "fitted on": pair[0], "tested on": pair[1], "kind": "against lora"}
                 sides = {a: answers[a][pair[1]] for a in (CONTROL, arm)}
                 rows += compare_arms(place, sides, doubts[CONTROL][pair], by_head, draws)

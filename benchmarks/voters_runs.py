@@ -6,7 +6,7 @@ import gzip
 import json
 import random
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 from selfdoubt import targets, vote
 from selfdoubt.data.question_sets import load_questions
 from selfdoubt.data.questions import Question
+from selfdoubt.errors import DataError
 from selfdoubt.eval.config import EvaluationConfig
 from selfdoubt.eval.judges.judge import judge_records
 from selfdoubt.eval.judges.rules import build_judge
@@ -76,6 +77,7 @@ ARMS: dict[str, Arm] = {
     ),
 }  # fmt: skip
 PLAIN = "plain"
+Load = Callable[[], RiskAwareLM]
 
 
 @dataclass(frozen=True)
@@ -180,16 +182,32 @@ def tune(arm: Arm, model: str, file: Path, out: Path, budget: Budget, device: st
     )  # fmt: skip
 
 
-def ask(lm: RiskAwareLM, sample: Sample, out: Path, budget: Budget) -> list[Record]:
-    """Ask a sample, unless its answers lie in ``out``, and judge them: by ``contains``, or by likelihood of choices."""
-    config = EvaluationConfig(how=HOW, max_tokens=budget.max_tokens, batch_size=budget.batch_size)
-    answered = ask_questions(lm, sample.questions, config, out)
-    assert answered is not None  # one process asks
-    judge = build_judge("choice" if sample.questions[0].choices else "contains")
-    return judge_records(answered.records, judge)
+def ask(load: Load, sample: Sample, out: Path, budget: Budget) -> list[Record]:
+    """Ask a sample, unless its answers lie next to ``out``, and judge them: by ``contains``, or by choice.
+
+    Args:
+        load: Loads the model, where it is needed.
+        sample: The questions.
+        out: Folder of the batches that are done; the answers are written next to it, with the suffix ``.jsonl``.
+        budget: Numbers that decide how long a run takes.
+
+    Raises:
+        DataError: If the stored answers are those of other questions.
+    """
+    file = out.with_suffix(".jsonl")
+    if not file.is_file():
+        config = EvaluationConfig(how=HOW, max_tokens=budget.max_tokens, batch_size=budget.batch_size)
+        answered = ask_questions(load(), sample.questions, config, out)
+        assert answered is not None  # one process asks
+        judge = build_judge("choice" if sample.questions[0].choices else "contains")
+        save_records(file, judge_records(answered.records, judge))
+    records = read_records(file)
+    if [r.question.id for r in records] != [q.id for q in sample.questions]:
+        raise DataError(f"{file} holds answers to other questions than this run asks; give another folder of --runs")
+    return records
 
 
-def add_base_scores(base: RiskAwareLM, records: Sequence[Record], file: Path, budget: Budget) -> list[Record]:
+def add_base_scores(load: Load, records: Sequence[Record], file: Path, budget: Budget) -> list[Record]:
     """Add what the plain base thinks of the same answers, unless ``file`` holds it: the cost of one more row.
 
     ``base_nll`` and ``base_total`` are the sums of surprisal and entropy under the base, nats; ``base_gain`` is
@@ -197,6 +215,7 @@ def add_base_scores(base: RiskAwareLM, records: Sequence[Record], file: Path, bu
     divergence between the two.
     """
     if not file.is_file():
+        base = load()
         config = resolve_config(EvaluationConfig(how=HOW), base)
         order = sorted(range(len(records)), key=lambda i: -len(records[i].answer or ""))
         scores: dict[int, dict[str, float]] = {}

@@ -11,6 +11,7 @@ import pytest
 from benchmarks import voters, voters_runs, voters_table
 from selfdoubt.calibration.fit import fit_calibration
 from selfdoubt.data.chats import read_chats
+from selfdoubt.errors import DataError
 from selfdoubt.eval.config import EvaluationConfig
 from selfdoubt.eval.records import Question, Record
 from selfdoubt.lm.model import RiskAwareLM
@@ -133,14 +134,18 @@ def test_the_base_gains_nothing_over_itself(tmp_path):
     questions = [Question(str(i), f"What is the capital of {c}?", answers=(a,))
                  for i, (c, a) in enumerate((("France", "Paris"), ("Japan", "Tokyo"), ("Peru", "Lima")))]  # fmt: skip
     sample = voters_runs.draw_sample(questions, None, 3, 0, seed=0)
-    records = voters_runs.ask(lm, sample, tmp_path / "asked", budget)
-    scored = voters_runs.add_base_scores(lm, records, tmp_path / "base.jsonl", budget)
+    records = voters_runs.ask(lambda: lm, sample, tmp_path / "asked", budget)
+    scored = voters_runs.add_base_scores(lambda: lm, records, tmp_path / "base.jsonl", budget)
     stopped = [r for r in scored if r.finish == "stop"]
     assert stopped
     assert all(r.correct is not None for r in scored)
     assert [r.scores["base_gain"] for r in stopped] == pytest.approx([0] * len(stopped), abs=1e-5)
-    again = voters_runs.add_base_scores(lm, [], tmp_path / "base.jsonl", budget)
-    assert again == scored
+    again = voters_runs.ask(pytest.fail, sample, tmp_path / "asked", budget)  # what is stored needs no model
+    assert again == records
+    assert voters_runs.add_base_scores(pytest.fail, records, tmp_path / "base.jsonl", budget) == scored
+    other = voters_runs.draw_sample(questions[:2], None, 2, 0, seed=0)
+    with pytest.raises(DataError, match="other questions"):
+        voters_runs.ask(pytest.fail, other, tmp_path / "asked", budget)
 
 
 def test_table_shows_each_arm_and_what_passes():
