@@ -38,6 +38,9 @@ from selfdoubt.metrics.bootstrap import compare_systems
 #: Arms in the order in which they are worth their time.
 USUAL = (PLAIN, "lora", "vote", "vote-all")
 CONTROL = "lora"
+#: A text that contains an accepted answer is right; or one that is about as long as it. The first favours long answers:
+#: a sentence of twenty tokens holds more names than a name alone.
+JUDGES = ("contains", "f1:0.5")
 #: Scores without labels that are shown, where a model has them.
 LABEL_FREE = (
     "sum_nll", "mean_nll", "sum_total", "mean_total", "both_mean_total", "question_mean_nll", "sum_epistemic",
@@ -94,9 +97,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         answers: dict[str, dict[str, list[Record]]] = {}
         for arm in chosen.arms:
             answers[arm] = gather(arm, trained_on, samples, budget, chosen)
-            about = {"model": chosen.name, "trained on": trained_on}
+            if chosen.stored and arm != chosen.arms[-1]:
+                continue  # nothing takes long between two arms
             rows = [r for r in rows if r["trained on"] != trained_on]
-            rows += measure(answers, samples, about, chosen.draws)
+            for judge in JUDGES:
+                about = {"model": chosen.name, "trained on": trained_on, "judge": judge}
+                rows += measure(voters_runs.judge_again(answers, judge), samples, about, chosen.draws)
             write(rows, samples, chosen)
 
 

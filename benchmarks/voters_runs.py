@@ -207,6 +207,20 @@ def ask(load: Load, sample: Sample, out: Path, budget: Budget) -> list[Record]:
     return records
 
 
+def judge_again(answers: Mapping[str, Mapping[str, list[Record]]], judge: str) -> dict[str, dict[str, list[Record]]]:
+    """Return the records of all arms and sets with the verdicts of another judge; choices keep theirs."""
+    chosen = build_judge(judge)
+    return {
+        arm: {
+            name: records
+            if records[0].question.choices
+            else judge_records([replace(r, correct=None, grade=None, note=None) for r in records], chosen)
+            for name, records in by_set.items()
+        }
+        for arm, by_set in answers.items()
+    }
+
+
 def add_base_scores(load: Load, records: Sequence[Record], file: Path, budget: Budget) -> list[Record]:
     """Add what the plain base thinks of the same answers, unless ``file`` holds it: the cost of one more row.
 

@@ -22,8 +22,8 @@ SHOWN = (
 
 def table(record: Mapping[str, Any]) -> str:
     """Return accuracy of each arm, scores without labels, heads with and without members, and arms against LoRA."""
-    rows, settings = record["rows"], record["settings"]
-    arms = "; ".join(f"`{name}`: {settings['arms'][name]}" for name in _names(rows, "arm") if name in settings["arms"])
+    every, settings = record["rows"], record["settings"]
+    arms = "; ".join(f"`{name}`: {settings['arms'][name]}" for name in _names(every, "arm") if name in settings["arms"])
     asked = ", ".join(f"{n} of {name}" for name, n in settings["questions"].items())
     drawn = (
         " Samples hold all questions that the plain model had answered right before, and some of the others; "
@@ -36,7 +36,11 @@ def table(record: Mapping[str, Any]) -> str:
         f"{asked}.{drawn} Intervals are 95 % bootstrap intervals over questions; commit {record['commit']}, "
         f"{record['device']}."
     )
-    parts = [_accuracy(rows), _label_free(rows), _heads(rows), _against_lora(rows), _verdict(rows), note]
+    parts = [note]
+    for judge in _names(every, "judge"):
+        rows = select_rows(every, judge=judge)
+        parts += [f"**Judged by `{judge}`**", _accuracy(rows), _label_free(rows), _heads(rows), _against_lora(rows)]
+        parts += [_verdict(rows)]
     return "\n\n".join(part for part in parts if part)
 
 

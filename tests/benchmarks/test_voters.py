@@ -148,14 +148,24 @@ def test_the_base_gains_nothing_over_itself(tmp_path):
         voters_runs.ask(pytest.fail, other, tmp_path / "asked", budget)
 
 
+def test_another_judge_looks_at_the_same_answers():
+    question = Question("1", "Where?", answers=("Rome",))
+    choice = Question("2", "Which?", choices=("A", "B"), right=(0,))
+    long = Record(question, "It is Rome, I believe, or maybe some other town", correct=True, grade=1.0)
+    chosen = Record(choice, "B", correct=False)
+    again = voters_runs.judge_again({"plain": {"nq": [long], "trivia": [chosen]}}, "f1:0.5")
+    assert again["plain"]["nq"][0].correct is False
+    assert voters_runs.judge_again(again, "contains")["plain"]["nq"][0].correct is True
+    assert again["plain"]["trivia"] == [chosen]
+
+
 def test_table_shows_each_arm_and_what_passes():
     records = {"webquestions": make_records(200, 1, 1.0), "nq": make_records(200, 2, 1.0)}
     samples = {
         name: voters_runs.draw_sample([r.question for r in part], None, 200, 0, 0) for name, part in records.items()
     }
-    rows = voters.measure(
-        {"plain": records, "vote": records}, samples, {"model": "m", "trained on": "webquestions"}, 50
-    )
+    about = {"model": "m", "trained on": "webquestions", "judge": "contains"}
+    rows = voters.measure({"plain": records, "vote": records}, samples, about, 50)
     settings = {
         "arms": {"vote": "three voters"}, "steps": 1, "step_rows": 12, "lr": 1e-3, "questions": {"nq": 200},
         "balanced": False,
