@@ -248,7 +248,7 @@ def _is_usual(name: str) -> bool:
     if name.startswith(("base_", "choice_", "rank_")):
         return False
     score = Score.parse(name)
-    return score.signal in ("nll", "total") and score.part in ("answer", "question")
+    return str(score) != "rauq" and score.signal in ("nll", "total") and score.part in ("answer", "question")
 
 
 def compare_arms(

@@ -16,7 +16,7 @@ from selfdoubt.lm.scores import Score
 #: surprisal and entropy, the question's too, members' scores too, and one hidden state too.
 CANDIDATES = ("score", "answer", "question", "members", "state")
 #: Signals that only members (or a sculpt) have.
-OF_MEMBERS = ("epistemic", "aleatoric", "disagreement", "spread", "scale")
+OF_MEMBERS = ("epistemic", "aleatoric", "disagreement", "spread", "divergence", "scale")
 #: The scores of these signals that a head reads. All of them together add noise: on the pocket (see experiments/LOG.md)
 #: the members' disagreement over the question adds to the other scores, that over the answer does not.
 MEMBER_SCORES = ("question_mean_epistemic", "sum_scale")
