@@ -199,7 +199,7 @@ def score_answer_tokens(
     *,
     has_base: bool = False,
 ) -> tuple[TokenScores, ConfidenceScores, Float[Tensor, "*batch k"] | None]:
-    """Return ``token_scores`` (with ``others``: ``score_among``) and ``confidence_scores`` of ``mixed``, in fewer passes.
+    """Return ``token_scores`` (or ``score_among``) and ``confidence_scores`` of ``mixed``, in fewer passes.
 
     The arguments, and the errors raised, are those of ``score_among``.
     """
