@@ -82,7 +82,8 @@ def list_question_candidates(answers: CalibrationAnswers, allowed: Sequence[str]
 
 def _split_names(answers: CalibrationAnswers) -> tuple[list[str], list[str]]:
     """Return the names of the scores that need no members, and of those that do."""
-    of_members = [Score.parse(name).signal in OF_MEMBERS for name in answers.names]
+    scores = [Score.parse(name) for name in answers.names]
+    of_members = [isinstance(score, Score) and score.signal in OF_MEMBERS for score in scores]
     pairs = list(zip(answers.names, of_members, strict=True))
     return [name for name, is_of in pairs if not is_of], [name for name, is_of in pairs if is_of]
 
