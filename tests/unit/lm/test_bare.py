@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from selfdoubt import RiskAwareLM, Wrapped, pocket, sample, sculpt, vote
 from selfdoubt.errors import ConfigError, UntrainedWarning
+from selfdoubt.lm.answer_from import check_answer_from
 from selfdoubt.lm.text.prompt import encode
 from tests import real
 
@@ -114,6 +115,6 @@ def test_who_answers_is_chosen_for_an_adapter_and_is_an_error_without_members(an
             RiskAwareLM.load(pocket.folder(), wrapper=wrapper, answer_from=answer_from)
 
 
-def test_another_word_for_who_answers_is_refused_before_anything_loads():
+def test_another_word_for_who_answers_is_refused():
     with pytest.raises(ConfigError, match="answer_from must be 'base' or 'mean', or left out, got 'voters'"):
-        RiskAwareLM.load("no/such/model", answer_from="voters")
+        check_answer_from("voters")
