@@ -76,7 +76,7 @@ class _Text:
     predictions: int  #: number of last tokens whose predictions are compared
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class _BaseModel:
     """The base model, while its replaced leaves run without noise, with the front of the whole."""
 
