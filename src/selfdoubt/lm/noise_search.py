@@ -26,7 +26,7 @@ from selfdoubt.noise_fit import add_base_row, run_base, scale_open_noise
 from selfdoubt.rows import expand, unfold
 
 #: Most tokens of an answer that is compared.
-MAX_TOKENS = 24
+_MAX_TOKENS = 24
 #: Texts on which the outputs of leaves are measured.
 _MEASURED = 16
 #: Logits of one pass are at most this many numbers (128 MiB in float32).
@@ -76,7 +76,7 @@ class _Text:
     predictions: int  #: number of last tokens whose predictions are compared
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class _BaseModel:
     """The base model, while its replaced leaves run without noise, with the front of the whole."""
 
@@ -90,7 +90,7 @@ def search_noise(
     *,
     answers: Sequence[Answer] | None = None,
     limits: NoiseLimits | None = None,
-    max_tokens: int = MAX_TOKENS,
+    max_tokens: int = _MAX_TOKENS,
     low: float = SMALLEST,
     high: float | None = None,
     steps: int = STEPS,
