@@ -285,8 +285,10 @@ def insert(spec: Wrapper, model: nn.Module) -> Wrapped:
     outer._modules = dict(model._modules)
     outer.module = inner = spec(model.module)
     # The copies of the leaves that the outer wrapper replaced share a context of their own, which it must use.
-    replaced: Any = inner.module.get_submodule(model.leaf_names[0])
-    outer.call = (replaced.leaf if isinstance(replaced, MeasuredLeaf) else replaced).call
+    replaced = inner.module.get_submodule(model.leaf_names[0])
+    replaced = replaced.leaf if isinstance(replaced, MeasuredLeaf) else replaced
+    assert isinstance(replaced, Replacement)
+    outer.call = replaced.call
     outer.leaf_names = [f"module.{name}" for name in model.leaf_names]
     outer._batch_norms = [m for m in outer.modules() if isinstance(m, _BatchNorm)]
     outer._graph = None
