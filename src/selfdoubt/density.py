@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from selfdoubt import compat, targets
+from selfdoubt import targets
 from selfdoubt.errors import ConfigError, DataError, WrapError
 from selfdoubt.fields import SHARED, WIDTH, FieldCheck, check_settings, flag, number, optional, resolve_compile, whole
 from selfdoubt.gaussian import Gaussian, Moments, merge
@@ -152,7 +152,7 @@ class MeasuredLeaf(Replacement):
 
     def __init__(self, leaf: Leaf, call: ForwardContext, spec: Wrapper) -> None:
         super().__init__(leaf.module, call)
-        width, self.axis = _find_width(leaf)
+        width, self.axis = targets.find_input_width(leaf)
         self.pooled, self.shrinkage = spec.pooled, spec.shrinkage
         self.usual = Gaussian(width, spec.rank)
         self.background = Gaussian(width, spec.rank)
@@ -286,9 +286,10 @@ def insert(spec: Wrapper, model: nn.Module) -> Wrapped:
     outer._modules = dict(model._modules)
     outer.module = inner = spec(model.module)
     # The copies of the leaves that the outer wrapper replaced share a context of their own, which it must use.
-    replaced: Any = inner.module.get_submodule(model.leaf_names[0])
-    context: Any = (replaced.leaf if isinstance(replaced, MeasuredLeaf) else replaced).call
-    outer.call = context
+    replaced = inner.module.get_submodule(model.leaf_names[0])
+    replaced = replaced.leaf if isinstance(replaced, MeasuredLeaf) else replaced
+    assert isinstance(replaced, Replacement)
+    outer.call = replaced.call
     outer.leaf_names = [f"module.{name}" for name in model.leaf_names]
     outer._batch_norms = [m for m in outer.modules() if isinstance(m, _BatchNorm)]
     outer._graph = None
@@ -336,33 +337,3 @@ def _lift(leaf: Leaf, model: nn.Module) -> Leaf:
     if child != "leaf" or not isinstance(outer, Replacement) or id(outer.call) in inside:
         return leaf
     return _lift(Leaf(name, outer, tuple(f"leaf.{param}" for param in leaf.params)), model)
-
-
-def _find_width(leaf: Leaf) -> tuple[int, int]:
-    """Return the width of a layer's input, and its axis.
-
-    Raises:
-        WrapError: If the kind of layer does not say.
-    """
-    module = leaf.module
-    while isinstance(module, Replacement):
-        module = module.leaf
-    base: Any = compat.get_base_layer(module)
-    if compat.is_transposed(base):
-        return int(base.weight.shape[0]), -1
-    if isinstance(base, nn.Linear):
-        return base.in_features, -1
-    if isinstance(base, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-        return base.in_channels, 1
-    weight = getattr(base, "weight", None)
-    if (
-        "Norm" in type(base).__name__
-        and not isinstance(base, _BatchNorm)
-        and isinstance(weight, Tensor)
-        and weight.ndim == 1
-    ):
-        return len(weight), -1
-    raise WrapError(
-        "density measures the input of a linear or convolution layer, or of a norm over the last axis, and "
-        f"{leaf.name} is {type(base).__name__}; name another with param_filter"
-    )

@@ -11,8 +11,10 @@ import re
 from dataclasses import dataclass
 from dataclasses import replace as replace_fields
 from difflib import SequenceMatcher
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.parametrize import is_parametrized
 
 from selfdoubt.compat import get_base_layer, get_output_head, has_output_head, is_adapter_layer, is_transposed
@@ -89,6 +91,36 @@ def is_head(leaf: Leaf) -> bool:
     """Return True for a linear or convolution layer, also within an adapter layer."""
     base = get_base_layer(leaf.module)
     return isinstance(base, (nn.Linear, nn.Conv1d, nn.Conv2d)) or is_transposed(base)
+
+
+def find_input_width(leaf: Leaf) -> tuple[int, int]:
+    """Return the width of a layer's input, and its axis.
+
+    Raises:
+        WrapError: If the kind of layer does not say.
+    """
+    module = leaf.module
+    while isinstance(module, Replacement):
+        module = module.leaf
+    base: Any = get_base_layer(module)
+    if is_transposed(base):
+        return int(base.weight.shape[0]), -1
+    if isinstance(base, nn.Linear):
+        return base.in_features, -1
+    if isinstance(base, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        return base.in_channels, 1
+    weight = getattr(base, "weight", None)
+    if (
+        "Norm" in type(base).__name__
+        and not isinstance(base, _BatchNorm)
+        and isinstance(weight, Tensor)
+        and weight.ndim == 1
+    ):
+        return len(weight), -1
+    raise WrapError(
+        "only the input of a linear or convolution layer, or of a norm over the last axis, can be measured, and "
+        f"{leaf.name} is {type(base).__name__}; name another with param_filter"
+    )
 
 
 def join_nested_leaves(leaves: list[Leaf]) -> list[Leaf]:

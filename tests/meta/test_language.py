@@ -16,7 +16,7 @@ PYTHON = [
 #: Names that are a part of a stored or a served format: they stay as they are written.
 STORED_WORDS = {"withhold", "withheld"}
 #: A command and the function that it calls; a distribution of two wrappers (the tutorial's names).
-HOMONYMS = {"calibrate", "evaluate", "prepare", "Normal"}
+HOMONYMS = {"calibrate", "evaluate", "fit", "prepare", "Normal"}
 
 
 def parse(name: str) -> ast.Module:

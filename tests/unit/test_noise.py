@@ -303,6 +303,7 @@ def test_a_model_that_no_size_leaves_as_it_is_gets_the_smallest():
     wrapped = vote.Wrapper(weight_noise="auto")(mlp())
     with pytest.raises(ConfigError, match=r"even noise of size 0\.5 changes the answers .* use a wider dtype"):
         fit_noise(wrapped, [torch.randn(9, 4, dtype=torch.float64)], low=0.5)
+    assert isinstance(wrapped.spec, vote.Wrapper)
     assert wrapped.spec.alpha == wrapped.module[0].alpha == 0.5
 
 

@@ -152,7 +152,7 @@ class HFStepper:
         self._has_base = isinstance(model, Wrapped) and model.spec.has_base
         self._model = model
         measured = density.find_measured_leaf(model)
-        # What is pooled over positions is no signal of a token.
+        # A distance that is pooled over positions is not one of a token.
         self._measured = measured if measured is not None and measured.is_fitted and not measured.pooled else None
         self._has_background = self._measured is not None and self._measured.has_background
         base = innermost(model)
