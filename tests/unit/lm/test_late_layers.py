@@ -75,7 +75,7 @@ def test_members_are_averaged_before_they_are_compared(first_layer):
     values = []
     for m in (model, same, differ):
         _, now = prefill(
-            HFStepper(m, probes=[find_late_layers(causal("llama") if m is model else m.module)]), prompts(5)
+            HFStepper(m, probes=[probe_of(causal("llama") if m is model else m.module)]), prompts(5)
         )
         values.append(now.signals["layer_disagreement"].item())
     assert values[0] == pytest.approx(values[1], abs=1e-6)
