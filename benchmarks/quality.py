@@ -13,7 +13,7 @@ What is trained or answered lies in the folder of runs and is not done again.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ import numpy as np
 from torch import Tensor
 
 from benchmarks import quality_tables, results
+from benchmarks.score_rows import BASELINE, score_rows
 from recipes.pocket import evaluation, voters
 from selfdoubt import pocket, sample, sculpt, targets
 from selfdoubt.calibration.fit import fit_calibration
@@ -35,15 +36,12 @@ from selfdoubt.eval.run import ask_questions
 from selfdoubt.lm.adapters.adapter import save_adapter
 from selfdoubt.lm.model import RiskAwareLM
 from selfdoubt.lm.scores import reference_quantiles
-from selfdoubt.metrics import Estimate, compare_scores
 from selfdoubt.train.config import WrapperSettings
 
 ARMS = ("plain", "vote", "sample", "sculpt")
 #: Arms that are also asked again and again, and about their own answers.
 PEERS = ("plain", "vote")
 HEADS = ("score", "answer", "question", "members", "state")
-BASELINE = "sum_nll"
-METRICS = ("auroc", "prr")
 #: Accuracy of the surest 1, 8, 9 and 35 %, and of all.
 SUREST = ("accuracy_at_1", "accuracy_at_8", "accuracy_at_9", "accuracy_at_35", "accuracy")
 
@@ -178,7 +176,7 @@ def label_free(arm: str, found: Found, draws: int, only: Sequence[str] | None = 
         own = [r for r, u in zip(found.records, use, strict=True) if u]
         scores = {name: np.array([r.scores[name] for r in own]) for name in only or sorted(own[0].scores)}
         scores = {name: values for name, values in scores.items() if np.ptp(values) > 0}
-        rows += _rows(arm, domain, "questions" if only is None else "sampled", scores, own, draws)
+        rows += score_rows(_about(arm, domain, "questions" if only is None else "sampled"), scores, own, draws)
     return rows
 
 
@@ -203,21 +201,24 @@ def heads(arm: str, found: Found, again: Found, draws: int) -> list[results.Row]
     mix = mixed(found)
     for domain, p in (("in domain", inside), ("other relations", outside)):
         doubt = {f"p_correct: {head}": 1 - values for head, values in p.items()}
-        rows += _rows(arm, domain, "questions", {BASELINE: base, "mean_nll": perplexity, **doubt}, found.records, draws)
+        about = _about(arm, domain, "questions")
+        rows += score_rows(about, {BASELINE: base, "mean_nll": perplexity, **doubt}, found.records, draws)
         if "p_correct: members" in doubt:  # do the members add to the same head without them?
             more = {name: p[name] for name in ("question", "members")}
             more = {name: 1 - values for name, values in more.items()}
-            rows += _rows(arm, f"{domain}, members", "questions", more, found.records, draws, baseline="question")
+            about = _about(arm, f"{domain}, members", "questions")
+            rows += score_rows(about, more, found.records, draws, baseline="question")
         place = {(r.question.id, s): i for i, (r, s) in enumerate(zip(found.records, found.seed, strict=True))}
         at = [place[r.question.id, s] for r, s in zip(again.records, again.seed, strict=True)]
         for peer in quality_tables.PEERS:
             values = np.array([r.scores[peer] for r in again.records])
             against = {peer: values, **{name: own[at] for name, own in doubt.items()}}
-            rows += _rows(arm, f"{domain}, against {peer}", "sampled", against, again.records, draws, baseline=peer)
+            about = _about(arm, f"{domain}, against {peer}", "sampled")
+            rows += score_rows(about, against, again.records, draws, baseline=peer)
         surest = {BASELINE: base[mix], "rank_nll": _scores(found, "rank_nll")[mix]}
         surest |= {name: own[mix] for name, own in doubt.items()}
         own_mix = [r for r, u in zip(found.records, mix, strict=True) if u]
-        rows += _rows(arm, f"mix, {domain}", "questions", surest, own_mix, draws, metrics=SUREST)
+        rows += score_rows(_about(arm, f"mix, {domain}", "questions"), surest, own_mix, draws, metrics=SUREST)
     rows.append({
         "model": "pocket", "arm": arm, "domain": "cost", "score": "one answer", "metric": "seconds",
         "value": round(found.seconds, 5), **{f"times {name}": round(v, 2) for name, v in again.passes.items()},
@@ -236,41 +237,8 @@ def mixed(found: Found) -> np.ndarray:
     return np.array(use)
 
 
-def _rows(
-    arm: str,
-    domain: str,
-    part: str,
-    scores: Mapping[str, np.ndarray],
-    records: Sequence[Record],
-    draws: int,
-    baseline: str = BASELINE,
-    metrics: Sequence[str] = METRICS,
-) -> list[results.Row]:
-    right = np.array([bool(r.correct) for r in records])
-    defined = ~np.any([np.isnan(v) for v in scores.values()], axis=0)
-    ids = [r.question.id for r, d in zip(records, defined, strict=True) if d]
-    used = {name: values[defined] for name, values in scores.items()}
-    found = compare_scores(used, right[defined], metrics, baseline=baseline, draws=draws, clusters=ids)
-    rows = []
-    for (name, metric), own in found.items():
-        value, interval = _rounded(own.estimate)
-        row: results.Row = {
-            "model": "pocket", "arm": arm, "domain": domain, "part": part, "score": name, "metric": metric,
-            "value": value, "interval": interval, "answers": int(defined.sum()),
-        }  # fmt: skip
-        if own.difference is not None:
-            row["against"] = baseline
-            row["gain"], row["gain_interval"] = _rounded(own.difference)
-        rows.append(row)
-    return rows
-
-
-def _rounded(estimate: Estimate) -> tuple[float, list[float]]:
-    """Return an estimate's value and interval, to four places."""
-    value, low, high = estimate.value, estimate.low, estimate.high
-    if value is None or low is None or high is None:
-        raise ValueError(f"an estimate has no number: {estimate.note}; ask more questions")
-    return round(value, 4), [round(low, 4), round(high, 4)]
+def _about(arm: str, domain: str, part: str) -> results.Row:
+    return {"model": "pocket", "arm": arm, "domain": domain, "part": part}
 
 
 def _scores(found: Found, name: str) -> np.ndarray:

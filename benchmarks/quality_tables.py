@@ -38,13 +38,13 @@ def _accuracy(accuracy: Mapping[str, Mapping[str, float]]) -> str:
 def _label_free(rows: list[dict[str, Any]]) -> str:
     lines = []
     for arm in dict.fromkeys(r["arm"] for r in rows):
-        own = _by(rows, arm=arm, part="questions")
+        own = select_rows(rows, arm=arm, part="questions")
         best = max((r for r in own if r["domain"] == "all" and r["metric"] == "prr"), key=lambda r: r["value"])["score"]
         for score in dict.fromkeys((*SHOWN, best)):
-            found = [_pick(own, score=score, domain=d, metric="prr") for d in DOMAINS]
-            auroc = _pick(own, score=score, domain="all", metric="auroc")
+            found = [pick_row(own, score=score, domain=d, metric="prr") for d in DOMAINS]
+            auroc = pick_row(own, score=score, domain="all", metric="auroc")
             if auroc is not None:
-                lines.append([f"{arm}: `{score}`", _value(auroc), *(_value(r, gain=True) for r in found)])
+                lines.append([f"{arm}: `{score}`", format_value(auroc), *(format_value(r, gain=True) for r in found)])
     head = ["arm: score, no labels", "AUROC", *(f"PRR, {d}" for d in DOMAINS)]
     return results.markdown(head, lines) + (
         "\n\nIn brackets: the interval of AUROC; the difference in PRR to the same model's sequence probability "
@@ -55,15 +55,15 @@ def _label_free(rows: list[dict[str, Any]]) -> str:
 def _peers(rows: list[dict[str, Any]]) -> str:
     lines = []
     for arm in dict.fromkeys(r["arm"] for r in rows if r.get("part") == "sampled"):
-        own = _by(rows, arm=arm, part="sampled", domain="all")
-        cost = _pick(rows, arm=arm, domain="cost")
+        own = select_rows(rows, arm=arm, part="sampled", domain="all")
+        cost = pick_row(rows, arm=arm, domain="cost")
         for score in ("sum_nll", "mean_nll", *PEERS):
-            row = _pick(own, score=score, metric="prr")
+            row = pick_row(own, score=score, metric="prr")
             if row is not None and cost is not None:
                 extra = "p_true" if score == "p_false" else "samples"
                 times = 1 + (cost[f"times {extra}"] if score in PEERS else 0)
-                auroc = _pick(own, score=score, metric="auroc")
-                lines.append([f"{arm}: `{score}`", _value(auroc), _value(row, gain=True), f"{times:.2f}x"])
+                auroc = pick_row(own, score=score, metric="auroc")
+                lines.append([f"{arm}: `{score}`", format_value(auroc), format_value(row, gain=True), f"{times:.2f}x"])
     return results.markdown(["peers, on part of the questions", "AUROC", "PRR", "cost"], lines)
 
 
@@ -71,19 +71,20 @@ def _heads(rows: list[dict[str, Any]]) -> str:
     lines = []
     for domain in ("in domain", "other relations"):
         for arm in dict.fromkeys(r["arm"] for r in rows if r["domain"] == domain):
-            own = _by(rows, arm=arm, domain=domain)
+            own = select_rows(rows, arm=arm, domain=domain)
             for score in dict.fromkeys(r["score"] for r in own):
-                prr = _pick(own, score=score, metric="prr")
-                auroc = _pick(own, score=score, metric="auroc")
-                lines.append([f"{domain}, {arm}: {score}", _value(auroc), _value(prr, gain=True)])
+                prr = pick_row(own, score=score, metric="prr")
+                auroc = pick_row(own, score=score, metric="auroc")
+                lines.append([f"{domain}, {arm}: {score}", format_value(auroc), format_value(prr, gain=True)])
         lines += [
-            [f"{domain}, {row['arm']}: members' scores, to the head without", "", _value(row, gain=True)]
-            for row in _by(rows, domain=f"{domain}, members", score="members", metric="prr")
+            [f"{domain}, {row['arm']}: members' scores, to the head without", "", format_value(row, gain=True)]
+            for row in select_rows(rows, domain=f"{domain}, members", score="members", metric="prr")
         ]
         for peer in PEERS:
-            found = _by(rows, domain=f"{domain}, against {peer}", score="p_correct: question", metric="prr")
+            found = select_rows(rows, domain=f"{domain}, against {peer}", score="p_correct: question", metric="prr")
             lines += [
-                [f"{domain}, {r['arm']}: p_correct (question), to `{peer}`", "", _value(r, gain=True)] for r in found
+                [f"{domain}, {r['arm']}: p_correct (question), to `{peer}`", "", format_value(r, gain=True)]
+                for r in found
             ]
     return results.markdown(["calibrated head", "AUROC", "PRR (difference)"], lines)
 
@@ -92,25 +93,25 @@ def _mix(rows: list[dict[str, Any]]) -> str:
     lines = []
     for domain in ("mix, in domain", "mix, other relations"):
         for arm in dict.fromkeys(r["arm"] for r in rows if r["domain"] == domain):
-            own = _by(rows, arm=arm, domain=domain)
+            own = select_rows(rows, arm=arm, domain=domain)
             for score in dict.fromkeys(r["score"] for r in own):
                 cells = [
-                    _pick(own, score=score, metric=m)
+                    pick_row(own, score=score, metric=m)
                     for m in (*(f"accuracy_at_{c}" for c in (1, 8, 9, 35)), "accuracy")
                 ]
-                lines.append([f"{domain}, {arm}: {score}", *(_value(c) for c in cells)])
+                lines.append([f"{domain}, {arm}: {score}", *(format_value(c) for c in cells)])
     return results.markdown(["right among the surest", "1 %", "8 %", "9 %", "35 %", "all"], lines)
 
 
-def _by(rows: list[dict[str, Any]], **wanted: Any) -> list[dict[str, Any]]:
+def select_rows(rows: list[dict[str, Any]], **wanted: Any) -> list[dict[str, Any]]:
     return [r for r in rows if all(r.get(name) == value for name, value in wanted.items())]
 
 
-def _pick(rows: list[dict[str, Any]], **wanted: Any) -> dict[str, Any] | None:
-    return next(iter(_by(rows, **wanted)), None)
+def pick_row(rows: list[dict[str, Any]], **wanted: Any) -> dict[str, Any] | None:
+    return next(iter(select_rows(rows, **wanted)), None)
 
 
-def _value(row: Mapping[str, Any] | None, *, gain: bool = False) -> str:
+def format_value(row: Mapping[str, Any] | None, *, gain: bool = False) -> str:
     if row is None:
         return "-"
     if gain:

@@ -48,13 +48,13 @@ def write(name: str, rows: list[Row], **settings: Any) -> Path:
 
 def tables() -> None:
     """Put each table between its marks in README.md."""
-    from benchmarks import decode, quality, real_measure, serve, serve_memory, train
+    from benchmarks import decode, quality, real_measure, serve, serve_memory, train, voters_table
 
     readme = HERE / "README.md"
     text = readme.read_text()
     makers: dict[str, Callable[[dict[str, Any]], str]] = {
         "decode": decode.table, "quality": quality.table, "train": train.table, "serve": serve.table,
-        "memory": serve_memory.table, "real": real_measure.table,
+        "memory": serve_memory.table, "real": real_measure.table, "voters": voters_table.table,
     }  # fmt: skip
     for name, table in makers.items():
         parts = [table(json.loads(p.read_text())) for p in sorted(FOLDER.glob(f"{name}-*.json"))]

@@ -172,6 +172,11 @@ class MeasuredLeaf(Replacement):
         """True if the statistics of usual features are there."""
         return bool(self.counts[0])
 
+    @property
+    def has_background(self) -> bool:
+        """True if the statistics of a background are there."""
+        return bool(self.counts[1])
+
     def read_features(self, mask: Tensor | None = None, *, members: int = 1) -> Tensor:
         """Return the features of the last call, ``(rows, *positions, width)``; pooled ones ``(rows, width)``.
 
@@ -204,10 +209,6 @@ class MeasuredLeaf(Replacement):
         """
         if not self.is_fitted:
             raise ConfigError(f"this density has no statistics yet; {_REPAIR}")
-        return self.compute_distances(features)
-
-    def compute_distances(self, features: Tensor) -> Tensor:
-        """Return distances as ``measure`` does; of a fitted density, without reading back from the device."""
         # A background that was not fitted is 0 everywhere.
         distances: Tensor = self.usual(features) - self.background(features)
         return distances
@@ -285,8 +286,9 @@ def insert(spec: Wrapper, model: nn.Module) -> Wrapped:
     outer._modules = dict(model._modules)
     outer.module = inner = spec(model.module)
     # The copies of the leaves that the outer wrapper replaced share a context of their own, which it must use.
-    replaced = inner.module.get_submodule(model.leaf_names[0])
-    outer.call = (replaced.leaf if isinstance(replaced, MeasuredLeaf) else replaced).call
+    replaced: Any = inner.module.get_submodule(model.leaf_names[0])
+    context: Any = (replaced.leaf if isinstance(replaced, MeasuredLeaf) else replaced).call
+    outer.call = context
     outer.leaf_names = [f"module.{name}" for name in model.leaf_names]
     outer._batch_norms = [m for m in outer.modules() if isinstance(m, _BatchNorm)]
     outer._graph = None
@@ -361,6 +363,6 @@ def _find_width(leaf: Leaf) -> tuple[int, int]:
     ):
         return len(weight), -1
     raise WrapError(
-        f"density measures the input of a linear or convolution layer, or of a norm over the last axis, and {leaf.name} "
-        f"is {type(base).__name__}; name another with param_filter"
+        "density measures the input of a linear or convolution layer, or of a norm over the last axis, and "
+        f"{leaf.name} is {type(base).__name__}; name another with param_filter"
     )

@@ -199,7 +199,7 @@ class Gaussian(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> Gaussian:
         """Move to a device and keep the type: a whitening factor in bfloat16 would be worth nothing."""
         kept = dict(self.named_buffers())
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, buffer in kept.items():
             moved = getattr(self, name)
             setattr(self, name, moved.float() if buffer.is_meta else buffer.to(moved.device))

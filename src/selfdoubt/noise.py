@@ -19,8 +19,8 @@ from selfdoubt import risk
 from selfdoubt.errors import ConfigError, NonFiniteError, WrapError
 from selfdoubt.members import Wrapped
 
-#: Smallest size that is tried, and the steps of the bisection: up to 1, the result is within 4 % of the largest.
-SMALLEST, STEPS = 1e-4, 8
+#: Smallest size that is tried, and the steps of the bisection: the result is within 5 % of the largest.
+SMALLEST, STEPS = 1e-5, 4
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,10 @@ class NoiseSearch:
 @runtime_checkable
 class NoisySpec(Protocol):
     """The interface of wrappers whose noise has one size: vote and sample."""
+
+    @property
+    def start_noise(self) -> float:
+        """The first size that a search tries."""
 
     @property
     def largest_noise(self) -> float:
@@ -143,33 +147,43 @@ class NoiseTally:
         return NoiseTrial(alpha, self.flips / count, self.divergence / count, self.change, passed)
 
 
-def search_largest(check: Callable[[float], bool], low: float, high: float, steps: int = STEPS) -> float | None:
-    """Return the largest value that was checked and passed, by bisection on the logarithm; None if ``low`` fails.
+def search_largest(
+    check: Callable[[float], bool], low: float, high: float, *, start: float, steps: int = STEPS
+) -> float | None:
+    """Return the largest value that was checked and passed; None if none down to ``low`` passed.
 
-    The result always passed its check, also where the check is not monotone. ``high`` is checked second.
+    From ``start`` the value doubles until one fails, or halves until one passes; then a bisection on the logarithm goes
+    on between the two. The result always passed its check, also where the check is not monotone.
 
     Args:
         check: A check that small values pass.
         low: Smallest value, above 0.
         high: Largest value.
-        steps: Halvings of the range: the result is below the first failing value by a factor of at most
-            ``(high / low) ** (2 ** -steps)``.
+        start: First value.
+        steps: Halvings of the last range: the first failing value is larger than the result by a factor of at most
+            ``2 ** (2 ** -steps)``, if values up to ``high`` fail.
 
     Raises:
-        ConfigError: If the range is empty, or ``steps`` is negative.
+        ConfigError: If the range is empty or does not hold ``start``, or ``steps`` is negative.
 
     Example:
-        >>> largest = search_largest(lambda x: x <= 0.3, 0.01, 1.0, steps=20)
+        >>> largest = search_largest(lambda x: x <= 0.3, 0.01, 1.0, start=0.1, steps=12)
         >>> 0.2999 < largest <= 0.3
         True
     """
-    if not 0 < low <= high < math.inf or steps < 0:
-        raise ConfigError(f"a search needs 0 < low <= high and steps >= 0, got {low}, {high} and {steps}")
-    if not check(low):
-        return None
-    if check(high):
-        return high
-    passing, failing = low, high
+    if not 0 < low <= start <= high < math.inf or steps < 0:
+        raise ConfigError(
+            f"a search needs 0 < low <= start <= high and steps >= 0, got {low}, {start}, {high} and {steps}"
+        )
+    value, up = start, check(start)
+    while True:
+        following = min(2 * value, high) if up else max(value / 2, low)
+        if following == value:  # at the end of the range
+            return value if up else None
+        before, value = value, following
+        if check(value) is not up:
+            break
+    passing, failing = (before, value) if up else (value, before)
     for _ in range(steps):
         middle = math.sqrt(passing * failing)
         if check(middle):
@@ -215,6 +229,7 @@ def search_size(
     low: float = SMALLEST,
     high: float | None = None,
     steps: int = STEPS,
+    progress: Callable[[NoiseTrial], None] | None = None,
 ) -> NoiseSearch:
     """Set the noise to the largest size at which members keep the base's predictions, and return it.
 
@@ -226,6 +241,7 @@ def search_size(
         low: Smallest size.
         high: Largest size; None takes the wrapper's ``largest_noise``.
         steps: Steps of the bisection.
+        progress: Function that is called after each trial.
 
     Raises:
         ConfigError: If even ``low`` changes too much; the noise is then ``low``.
@@ -237,13 +253,17 @@ def search_size(
     def check(size: float) -> bool:
         set_noise(noisy, size)
         tried.append(measure().judge(size, limits))
+        if progress is not None:
+            progress(tried[-1])
         return tried[-1].passed
 
     assert isinstance(noisy.spec, NoisySpec)
-    largest = search_largest(check, low, noisy.spec.largest_noise if high is None else high, steps)
+    high = noisy.spec.largest_noise if high is None else high
+    start = min(max(noisy.spec.start_noise, low), high)
+    largest = search_largest(check, low, high, start=start, steps=steps)
     set_noise(noisy, low if largest is None else largest)
     if largest is None:
-        first = tried[0]
+        first = tried[-1]
         raise ConfigError(
             f"even noise of size {low:g} changes the answers ({first.flip_rate:.1%} flips, KL {first.divergence:.2g} "
             f"nats, change {first.change:.2g}); use a wider dtype, e.g. float32, or other layers with param_filter"

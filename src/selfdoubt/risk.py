@@ -199,18 +199,9 @@ def score_answer_tokens(
     *,
     has_base: bool = False,
 ) -> tuple[TokenScores, ConfidenceScores, Float[Tensor, "*batch k"] | None]:
-    """Return ``token_scores`` (or ``score_among``) and ``confidence_scores`` of the mixture, in fewer passes.
+    """Return ``token_scores`` (or ``score_among``) and ``confidence_scores`` of ``mixed``, in fewer passes.
 
-    Args:
-        logits: Unnormalised scores, one slice per member.
-        chosen: Index of the class that was taken.
-        mixed: The ``mixture`` of the logits.
-        others: Indices of classes whose log-probabilities are returned, too, see ``score_among``.
-        has_base: Member 0 is the base model.
-
-    Raises:
-        ShapeError: If the member axis is missing.
-        NonFiniteError: If a logit is NaN or infinite.
+    The arguments, and the errors raised, are those of ``score_among``.
     """
     scores, logp, top = _scores(logits, chosen, has_base)
     alone = logits.shape[0] == 1 or has_base

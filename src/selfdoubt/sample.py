@@ -223,6 +223,11 @@ class Wrapper:
         return False
 
     @property
+    def start_noise(self) -> float:
+        """The first ``p`` or ``std`` that a search tries."""
+        return START_DROPOUT if isinstance(self.distribution, Bernoulli) else START_STD
+
+    @property
     def largest_noise(self) -> float:
         """The largest ``p`` or ``std`` that a search tries."""
         return 0.5 if isinstance(self.distribution, Bernoulli) else 1.0

@@ -103,7 +103,9 @@ class Wrapper:
     symbolic_trace: InitVar[bool | None] = None
 
     goes_inside: ClassVar[bool] = False
-    largest_noise: ClassVar[float] = 1.0  #: largest size that a search tries
+    #: First and largest size that a search tries.
+    start_noise: ClassVar[float] = START_NOISE
+    largest_noise: ClassVar[float] = 1.0
     kinds: ClassVar[Mapping[str, FieldCheck]] = {
         "n_voters": whole(1, MEMBERS),
         "rank": optional(whole(1, WIDTH)),

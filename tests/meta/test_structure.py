@@ -57,6 +57,8 @@ ARROWS = {
     "kernels": {"errors", "compat", "rows", "targets", "tree"},
     "members": CORE - {"kernels", "formatting", "gaussian"},
     **dict.fromkeys(sorted(WRAPPERS), CORE),
+    "noise": CORE,
+    "noise_fit": CORE | {"noise", "vote"},
     "wrapper_text": {"errors"},
     "manifest": {"errors", "fields", "members", "wrapper_text"},
     "storage": CORE | {"manifest"},

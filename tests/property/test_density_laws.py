@@ -20,7 +20,9 @@ widths = st.integers(1, 8)
 
 def draw(seed: int, n: int, width: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
-    mix = torch.eye(width, dtype=torch.float64) + 0.3 * torch.randn(width, width, generator=generator, dtype=torch.float64)
+    mix = torch.eye(width, dtype=torch.float64) + 0.3 * torch.randn(
+        width, width, generator=generator, dtype=torch.float64
+    )
     return torch.randn(n, width, generator=generator, dtype=torch.float64) @ mix + 2
 
 

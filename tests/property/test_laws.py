@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -187,3 +188,38 @@ def test_what_is_saved_is_what_is_loaded(tmp_path_factory, seed, name):
     again, x = selfdoubt.load(folder, base), batch(seed)
     for found, expected in zip(again(x, return_risk=True), wrapped(x, return_risk=True), strict=True):
         assert torch.equal(found, expected)
+
+
+@given(logits(min_members=3), st.randoms())
+def test_permuting_members_around_a_base_changes_nothing(x, random):
+    order = random.sample(range(1, len(x)), len(x) - 1)
+    mixed = torch.cat([x[:1], x[order]])
+    chosen = x[0].argmax(-1)
+    for ours, theirs in zip(
+        risk.token_scores(x, chosen, has_base=True), risk.token_scores(mixed, chosen, has_base=True), strict=True
+    ):
+        assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+    one, other = (Forecast(rows[1:], kind="logits", base=rows[0]) for rows in (x, mixed))
+    for name in ("mean", "std", "total", "aleatoric", "epistemic"):
+        assert_close(getattr(one, name), getattr(other, name), rtol=1e-9, atol=1e-9)
+    assert torch.equal(one.mean, x[0])
+
+
+@given(seeds, st.sampled_from([None, 1, 3]))
+def test_a_voter_of_zero_beside_the_base_is_the_base_without_risk(seed, rank):
+    base, x = mlp(), batch(seed)
+    wrapped = vote.Wrapper(n_voters=1, weight_noise=0.0, rank=rank, answer_from="base")(base)
+    y, spread = wrapped(x, return_risk=True)
+    assert_close(y, base(x), rtol=0, atol=1e-14)
+    assert_close(spread, torch.zeros_like(y), rtol=0, atol=1e-14)
+
+
+@given(seeds, st.integers(1, 5))
+def test_the_base_answers_and_the_spread_is_around_it(seed, n):
+    base, x = mlp(), batch(seed)
+    for spec in (vote.Wrapper(n_voters=n, seed=seed), sample.Wrapper(n_samples=n, seed=seed)):
+        wrapped = replace(spec, answer_from="base")(base)
+        y, spread = wrapped(x, return_risk=True, training=False)
+        found = spec(base).forecast(x).members
+        assert torch.equal(y, base(expand(x, n + 1))[: len(x)])
+        assert_close(spread, (found - base(x)).square().mean(0).sqrt())

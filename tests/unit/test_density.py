@@ -241,7 +241,7 @@ def test_fitting_leaves_modes_and_gradients_as_they_were():
     model[0].eval()
     wrapped = density.Wrapper()(model)
     density.fit(wrapped, [inputs()])
-    assert [m.training for m in wrapped.module] == [False, True, True]
+    assert [m.training for m in wrapped.module.children()] == [False, True, True]
     again = density.Wrapper()(copy.deepcopy(model).eval())
     density.fit(again, [inputs()])
     assert torch.equal(density.find_measured_leaf(wrapped).usual.mean, density.find_measured_leaf(again).usual.mean)

@@ -8,6 +8,7 @@ import torch
 from scipy.spatial.distance import mahalanobis
 from sklearn.covariance import EmpiricalCovariance, ledoit_wolf
 from sklearn.decomposition import PCA
+from torch.multiprocessing.spawn import start_processes
 from torch.testing import assert_close
 
 from selfdoubt.errors import DataError, NonFiniteError
@@ -132,7 +133,7 @@ def _reduce(rank: int, folder: str) -> None:
 
 
 def test_processes_get_the_moments_of_all(tmp_path):
-    torch.multiprocessing.start_processes(_reduce, args=(str(tmp_path),), nprocs=2, start_method="fork")
+    start_processes(_reduce, args=(str(tmp_path),), nprocs=2, start_method="fork")
     together = Moments.sum(features(31))
     for rank in range(2):
         moments = Moments(**torch.load(tmp_path / f"{rank}.pt"))

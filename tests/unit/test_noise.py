@@ -29,31 +29,41 @@ AUTO = {
 }
 
 
-@given(st.floats(1e-3, 0.9), st.integers(0, 12))
-def test_the_largest_passing_value_is_found_within_the_last_step(limit, steps):
-    largest = search_largest(lambda x: x <= limit, 1e-3, 1.0, steps)
-    assert largest <= limit < largest * 1000 ** (2.0**-steps) * (1 + 1e-9)
+@given(st.floats(1e-3, 0.9), st.floats(1e-3, 1.0), st.integers(0, 12))
+def test_the_largest_passing_value_is_found_within_the_last_step(limit, start, steps):
+    largest = search_largest(lambda x: x <= limit, 1e-3, 1.0, start=start, steps=steps)
+    assert largest <= limit < largest * 2 ** (2.0**-steps) * (1 + 1e-9)
 
 
-@given(st.randoms(use_true_random=False), st.integers(0, 10))
-def test_what_is_found_was_checked_and_passed_and_no_larger_value_that_was_checked_did(random, steps):
+@given(st.randoms(use_true_random=False), st.floats(0.01, 10.0), st.integers(0, 10))
+def test_what_is_found_was_checked_and_passed_and_no_larger_value_that_was_checked_did(random, start, steps):
     results: dict[float, bool] = {}
 
     def check(value):  # not monotone at all
         return results.setdefault(value, random.random() < 0.5)
 
-    largest = search_largest(check, 0.01, 10.0, steps)
+    largest = search_largest(check, 0.01, 10.0, start=start, steps=steps)
     passed = [value for value, good in results.items() if good]
     if largest is None:
-        assert results == {0.01: False}
+        assert not passed
+        assert min(results) == 0.01
     else:
         assert largest == max(passed)
 
 
-@pytest.mark.parametrize(("low", "high", "steps"), [(0.0, 1.0, 3), (2.0, 1.0, 3), (1.0, 2.0, -1), (1.0, math.inf, 3)])
-def test_an_empty_range_is_refused(low, high, steps):
-    with pytest.raises(ConfigError, match="a search needs 0 < low <= high and steps >= 0"):
-        search_largest(lambda _: True, low, high, steps)
+@pytest.mark.parametrize(
+    ("low", "start", "high", "steps"),
+    [(0.0, 0.5, 1.0, 3), (2.0, 1.5, 1.0, 3), (1.0, 3.0, 2.0, 3), (1.0, 1.0, 2.0, -1), (1.0, 2.0, math.inf, 3)],
+)
+def test_an_empty_range_is_refused(low, start, high, steps):
+    with pytest.raises(ConfigError, match="a search needs 0 < low <= start <= high and steps >= 0"):
+        search_largest(lambda _: True, low, high, start=start, steps=steps)
+
+
+def test_ends_of_the_range():
+    assert search_largest(lambda _: True, 1e-3, 0.7, start=0.01) == 0.7
+    assert search_largest(lambda _: False, 1e-3, 0.7, start=0.01) is None
+    assert search_largest(lambda x: x <= 1e-3, 1e-3, 0.7, start=0.01, steps=0) == 1e-3
 
 
 def flipping_sizes(wrapped, x):

@@ -25,6 +25,8 @@ WRAPPERS = {
     "sculpt": lambda model: sculpt.Wrapper(distribution=sculpt.Laplace, rank=3)(model),
     "vote-sculpt": lambda model: vote.Wrapper(n_voters=2)(sculpt.Wrapper()(model)),
     "sample-sculpt": lambda model: sample.Wrapper(n_samples=2)(sculpt.Wrapper()(model)),
+    "vote-base": lambda model: vote.Wrapper(n_voters=2, antithetic=True, answer_from="base")(model),
+    "sample-base": lambda model: sample.Wrapper(n_samples=2, answer_from="base")(model),
 }
 MODELS = {"mlp": mlp, "cnn": cnn, "llama": lambda: causal("llama")}
 INPUTS = {
@@ -59,6 +61,22 @@ def test_what_is_loaded_gives_what_was_saved(tmp_path, name, model):
     assert manifest["base"]["name"] == "me/base"
     assert manifest["reference"] == {"a": [1.0]}
     assert sorted(f.name for f in folder.iterdir()) == ["added.safetensors", "selfdoubt.json"]
+
+
+@pytest.mark.parametrize("spec", [vote.Wrapper(n_voters=2), sample.Wrapper(n_samples=2)], ids=["vote", "sample"])
+def test_a_manifest_of_an_earlier_version_means_what_it_meant(tmp_path, spec):
+    base, x = mlp(), INPUTS["mlp"]
+    wrapped = spec(base)
+    selfdoubt.save(wrapped, tmp_path)
+    manifest = json.loads((tmp_path / "selfdoubt.json").read_text())
+    for name in ("answer_from", "antithetic"):
+        manifest["wrappers"][0].pop(name, None)
+    del manifest["checksums"]
+    (tmp_path / "selfdoubt.json").write_text(json.dumps(manifest))
+    again = selfdoubt.load(tmp_path, base)
+    assert again.spec == spec
+    assert torch.equal(again(x, training=False), wrapped(x, training=False))
+    assert again.forecast(x).base is None
 
 
 def test_only_what_was_added_is_written(tmp_path):

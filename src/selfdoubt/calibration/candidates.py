@@ -16,7 +16,7 @@ from selfdoubt.lm.scores import Score
 #: surprisal and entropy, the question's too, members' scores too, and one hidden state too.
 CANDIDATES = ("score", "answer", "question", "members", "state")
 #: Signals that only members (or a sculpt) have.
-OF_MEMBERS = ("epistemic", "aleatoric", "disagreement", "spread", "scale")
+OF_MEMBERS = ("epistemic", "aleatoric", "disagreement", "spread", "divergence", "scale")
 #: The scores of these signals that a head reads. All of them together add noise: on the pocket (see experiments/LOG.md)
 #: the members' disagreement over the question adds to the other scores, that over the answer does not.
 MEMBER_SCORES = ("question_mean_epistemic", "sum_scale")
@@ -82,7 +82,8 @@ def list_question_candidates(answers: CalibrationAnswers, allowed: Sequence[str]
 
 def _split_names(answers: CalibrationAnswers) -> tuple[list[str], list[str]]:
     """Return the names of the scores that need no members, and of those that do."""
-    of_members = [Score.parse(name).signal in OF_MEMBERS for name in answers.names]
+    scores = [Score.parse(name) for name in answers.names]
+    of_members = [isinstance(score, Score) and score.signal in OF_MEMBERS for score in scores]
     pairs = list(zip(answers.names, of_members, strict=True))
     return [name for name, is_of in pairs if not is_of], [name for name, is_of in pairs if is_of]
 

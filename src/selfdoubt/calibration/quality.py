@@ -13,7 +13,7 @@ from selfdoubt.calibration.threshold import AccuracyGuarantee
 from selfdoubt.metrics import auroc, brier, ece, log_losses, prr
 
 #: Columns of the table of heads, and the fields of ``Quality`` that they show.
-COLUMNS = {"log loss": "log_loss", "AUROC": "auroc", "PRR": "prr", "ECE": "ece"}
+QUALITY_COLUMNS = {"log loss": "log_loss", "AUROC": "auroc", "PRR": "prr", "ECE": "ece"}
 
 
 @dataclass(frozen=True)
@@ -112,15 +112,15 @@ class CalibrationReport:
         return self._table(self.candidates, self.chosen)
 
     def _table(self, candidates: Sequence[CandidateReport], chosen: str) -> tuple[list[str], list[list[str]]]:
-        head = ["head", "reads", *COLUMNS]
+        head = ["head", "reads", *QUALITY_COLUMNS]
         if any(c.outside is not None for c in candidates):
-            head += [f"{name}, other {'sets' if self.sets else 'topics'}" for name in COLUMNS]
+            head += [f"{name}, other {'sets' if self.sets else 'topics'}" for name in QUALITY_COLUMNS]
         table = []
         for c in candidates:
             reads = c.features[0] if len(c.features) == 1 else f"{len(c.features)} scores"
             row = [c.name + " *" * (c.name == chosen), reads + (f", state {c.state}" if c.state else "")]
             for quality in (c.inside, c.outside):
-                row += [] if quality is None else [f"{getattr(quality, name):.3f}" for name in COLUMNS.values()]
+                row += [] if quality is None else [f"{getattr(quality, name):.3f}" for name in QUALITY_COLUMNS.values()]
             table.append(row)
         return head, table
 

@@ -127,7 +127,6 @@ def load_lm(
     silence_output()
     from selfdoubt.errors import UntrainedWarning
     from selfdoubt.lm.model import RiskAwareLM
-    from selfdoubt.lm.scores import DEFAULT_RISK
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UntrainedWarning)  # the note says it, in one line
@@ -138,7 +137,7 @@ def load_lm(
             dtype=dtype,
             quantize=quantize,  # type: ignore[arg-type]
             trust_remote_code=remote,
-            risk=risk or DEFAULT_RISK,
+            risk=risk or None,
             answer_from=answer_from,  # type: ignore[arg-type]
         )
     if show_note and lm.note is not None:

@@ -46,7 +46,8 @@ class Token:
     margin: float | None = None  #: 1 - (largest - second largest probability), in [0, 1]; None in a question
     self_certainty: float | None = None  #: minus KL(uniform || distribution), nats, <= 0; None in a question
     layer_disagreement: float | None = None  #: disagreement of late layers on the most probable tokens, nats
-    density: float | None = None  #: (relative) Mahalanobis distance of the features; None without their statistics
+    density: float | None = None  #: distance of the state from all usual ones; None without their statistics
+    relative_density: float | None = None  #: distance from the states of usual answers, less ``density``
 
     @property
     def nll(self) -> float:

@@ -1,4 +1,4 @@
-"""Who answers: the base model in a row of its own, or the mean over members."""
+"""Chooses the rows that answer: the base model, in a row of its own, or the mean over members."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ AnswerFrom = Literal["base", "mean"]
 
 
 def check_answer_from(answer_from: Any) -> None:
-    """Check that a value says who answers; None leaves it open.
+    """Check a choice of the rows that answer; None leaves it open.
 
     Raises:
         ConfigError: If it is something else.

@@ -36,17 +36,18 @@ def fit_density(
     wrapper: density.Wrapper | None = None,
     batch_size: int = defaults.BATCH_SIZE,
 ) -> None:
-    """Fit the density of a language model, so that its tokens have the signal ``density``; in place, without labels.
+    """Fit the density of a language model, in place and without labels, so that its tokens have two more signals.
 
-    The usual features are those in which the tokens of the answers were chosen. Of a background those of all tokens
-    count, the user's and the answers'. Measured on SmolLM2 (``experiments/LOG.md``): against the answers' own questions
-    and themselves the distance separates right from wrong answers; the plain distance orders them the wrong way round.
+    ``density`` is the distance of the state in which a token was chosen from those of all tokens, the user's and the
+    answers' (of the background, if one is given): it grows where a question is of another kind. ``relative_density`` is
+    the distance from the states in which answers' tokens were chosen, less ``density``: it grows where an answer is
+    wrong. By ``experiments/LOG.md`` neither does the other's task.
 
     Args:
         lm: The model. Without a density it gets one, beneath a wrapper with members; with one, that is fitted again.
         answers: Questions and the model's own answers to them, e.g. of ``generate``; None as a question for any text.
         background: Texts of any kind, with the questions that they answer or None: the distance is relative to them.
-            None takes the answers and their questions; an empty list gives the plain distance.
+            None takes the answers and their questions; with an empty list ``density`` is the distance from answers.
         wrapper: Settings of the density; None takes the defaults.
         batch_size: Number of texts in one batch.
 
@@ -70,9 +71,7 @@ def fit_density(
     leaf.take(usual, _sum_features(lm, leaf, others, batch_size) if texts else None)
 
 
-def _find_places(
-    lm: RiskAwareLM, pairs: Sequence[tuple[PromptLike | None, str]], *, whole: bool
-) -> list[_Places]:
+def _find_places(lm: RiskAwareLM, pairs: Sequence[tuple[PromptLike | None, str]], *, whole: bool) -> list[_Places]:
     """Return where tokens are chosen: the answer's; with ``whole`` the user's, too, but not the template's."""
     texts = []
     for text in encode_teacher_forced(lm.tokenizer, pairs, raw=False) if pairs else ():

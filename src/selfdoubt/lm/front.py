@@ -12,7 +12,7 @@ from torch import nn
 from selfdoubt.lm.answer_scorer import AnswerScorer
 from selfdoubt.lm.calibration import Calibration
 from selfdoubt.lm.load import count_token_ids, find_stop_ids
-from selfdoubt.lm.scores import DEFAULT_RISK, TOKEN_RISK, Signal, check_score, check_signal
+from selfdoubt.lm.scores import DEFAULT_RISK, TOKEN_RISK, Signal, check_score, check_signal, choose_default_risk
 from selfdoubt.lm.stepper import HFStepper
 from selfdoubt.lm.tokens import TokenBuilder
 from selfdoubt.members import get_source
@@ -54,7 +54,7 @@ class LMFront:
         reference: Mapping[str, Sequence[float]] | None = None,
         calibration: Calibration | None = None,
         layers: Sequence[int] = (),
-        risk: str = DEFAULT_RISK,
+        risk: str | None = None,
         token_risk: Signal = TOKEN_RISK,
         note: str | None = None,
     ) -> LMFront:
@@ -74,7 +74,7 @@ class LMFront:
             calibration=calibration,
             misfit=None if calibration is None else calibration.misfit(model),
             layers=tuple(sorted({*layers, *(() if calibration is None else calibration.layers)})),
-            risk=risk,
+            risk=choose_default_risk(reference or {}) if risk is None else risk,
             token_risk=token_risk,
             note=note,
         )
@@ -94,7 +94,9 @@ class LMFront:
 class ModelWithFront(Protocol):
     """The interface that generation and scoring need: a model and its front; ``RiskAwareLM`` has it."""
 
-    model: nn.Module
+    @property
+    def model(self) -> nn.Module:
+        """The model, wrapped or plain."""
 
     @property
     def front(self) -> LMFront:

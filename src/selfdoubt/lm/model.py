@@ -28,7 +28,7 @@ from selfdoubt.lm.load import POCKET, Quantization, choose_dtype, find_pocket_vo
 from selfdoubt.lm.noise_search import search_noise
 from selfdoubt.lm.notes import PLAIN_NOTE, explain_uncalibrated, explain_untrained
 from selfdoubt.lm.options import Options, read_number, read_options, read_seed
-from selfdoubt.lm.scores import DEFAULT_RISK, RANK_SCORES, TOKEN_RISK, Score, Signal
+from selfdoubt.lm.scores import RANK_SCORES, TOKEN_RISK, Score, Signal
 from selfdoubt.lm.scoring import score_teacher_forced
 from selfdoubt.lm.until import Attempts, generate_until
 from selfdoubt.members import Spec, check_spec
@@ -51,7 +51,7 @@ class RiskAwareLM:
         *,
         reference: Mapping[str, Sequence[float]] | None = None,
         calibration: Calibration | None = None,
-        risk: str = DEFAULT_RISK,
+        risk: str | None = None,
         token_risk: Signal = TOKEN_RISK,
         layers: Sequence[int] = (),
         note: str | None = None,
@@ -63,7 +63,7 @@ class RiskAwareLM:
             tokenizer: Its tokenizer.
             reference: Ascending quantiles of answer scores, by name: they turn a risk into a percentile.
             calibration: Calibration that turns scores into ``p_correct``, and may have a threshold to abstain below.
-            risk: Name of the answer score that is the risk.
+            risk: Name of the answer score that is the risk; None chooses by the reference answers.
             token_risk: Name of the token signal that is a token's risk.
             layers: Decoder layers whose hidden states come with an answer (``Answer.states``); 0 is the first.
             note: One line on what this model's risk lacks, e.g. that its members are untrained.
@@ -157,7 +157,7 @@ class RiskAwareLM:
         revision: str | None = None,
         trust_remote_code: bool = False,
         token: str | None = None,
-        risk: str = DEFAULT_RISK,
+        risk: str | None = None,
         layers: Sequence[int] = (),
         answer_from: AnswerFrom | None = None,
     ) -> RiskAwareLM:
@@ -176,7 +176,7 @@ class RiskAwareLM:
             revision: A branch, tag or commit on the hub.
             trust_remote_code: Run code that comes with the model.
             token: A hub token for gated models; None takes ``HF_TOKEN``.
-            risk: Name of the answer score that is the risk.
+            risk: Name of the answer score that is the risk; None chooses by the reference answers.
             layers: Decoder layers whose hidden states come with an answer.
             answer_from: "base" lets the base model answer in a row of its own, while voters or samples only say how
                 far they disagree with it; "mean" answers with their mean. None takes the base for a ``wrapper`` that

@@ -21,12 +21,12 @@ from selfdoubt.lm.generation import generate_answers
 from selfdoubt.lm.inputs import PromptLike
 from selfdoubt.lm.text.prompt import encode
 from selfdoubt.members import Wrapped, innermost
-from selfdoubt.noise import SMALLEST, STEPS, NoiseLimits, NoiseSearch, NoiseTally, find_noisy, search_size
+from selfdoubt.noise import SMALLEST, STEPS, NoiseLimits, NoiseSearch, NoiseTally, NoiseTrial, find_noisy, search_size
 from selfdoubt.noise_fit import add_base_row, run_base, scale_open_noise
 from selfdoubt.rows import expand, unfold
 
 #: Most tokens of an answer that is compared.
-MAX_TOKENS = 24
+_MAX_TOKENS = 24
 #: Texts on which the outputs of leaves are measured.
 _MEASURED = 16
 #: Logits of one pass are at most this many numbers (128 MiB in float32).
@@ -76,7 +76,7 @@ class _Text:
     predictions: int  #: number of last tokens whose predictions are compared
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class _BaseModel:
     """The base model, while its replaced leaves run without noise, with the front of the whole."""
 
@@ -90,11 +90,11 @@ def search_noise(
     *,
     answers: Sequence[Answer] | None = None,
     limits: NoiseLimits | None = None,
-    max_tokens: int = MAX_TOKENS,
+    max_tokens: int = _MAX_TOKENS,
     low: float = SMALLEST,
     high: float | None = None,
     steps: int = STEPS,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[NoiseTrial], None] | None = None,
 ) -> NoiseSearch:
     """Set the noise of a model's untrained members to the largest size that keeps its answers, in place.
 
@@ -110,7 +110,7 @@ def search_noise(
         low: Smallest size.
         high: Largest size; None takes the wrapper's ``largest_noise``.
         steps: Steps of the bisection.
-        progress: Function that is called after each trial with the trials done and the most that there will be.
+        progress: Function that is called after each trial, of which there are about ``steps + 2``.
 
     Raises:
         ConfigError: If there are no questions, or even the smallest size changes too many answers.
@@ -134,19 +134,13 @@ def search_noise(
             _read(base, [text], 1)
 
     scale_open_noise(model, run)
-    done = 0
 
     @torch.inference_mode()
     def measure() -> NoiseTally:
-        nonlocal done
         with add_base_row(noisy):
-            tally = _compare(model, texts, limits)
-        done += 1
-        if progress is not None:
-            progress(done, steps + 2)
-        return tally
+            return _compare(model, texts, limits)
 
-    return search_size(model, measure, limits, low=low, high=high, steps=steps)
+    return search_size(model, measure, limits, low=low, high=high, steps=steps, progress=progress)
 
 
 def _join(prompt: list[int], answer: Answer, max_tokens: int) -> _Text:

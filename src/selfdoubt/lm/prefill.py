@@ -38,6 +38,7 @@ class ScoredId(NamedTuple):
     self_certainty: float | None = None
     layer_disagreement: float | None = None
     density: float | None = None
+    relative_density: float | None = None
 
 
 def prefill_in_chunks(

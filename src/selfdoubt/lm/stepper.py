@@ -154,6 +154,7 @@ class HFStepper:
         measured = density.find_measured_leaf(model)
         # What is pooled over positions is no signal of a token.
         self._measured = measured if measured is not None and measured.is_fitted and not measured.pooled else None
+        self._has_background = self._measured is not None and self._measured.has_background
         base = innermost(model)
         self._blocks = [find_decoder_layer(base, layer) for layer in layers]
         self._config = base.config.get_text_config()  # type: ignore[union-attr, operator]
@@ -313,11 +314,18 @@ class HFStepper:
         return result
 
     def _measure(self) -> dict[str, Float[Tensor, "1 batch t"]]:
-        """Return the density of the positions that just ran: the base's where it answers, or the mean over members."""
+        """Return the densities of the positions that just ran: the base's where it answers, or the mean over members.
+
+        The Gaussian of answers is the usual one of the measured leaf, and that of all tokens its background.
+        """
         if self._measured is None:
             return {}
         rows = self.pick_answering(self._measured.read_features())
-        return {"density": self._measured.compute_distances(rows).mean(0, keepdim=True)}
+        usual = self._measured.usual(rows).mean(0, keepdim=True)
+        if not self._has_background:
+            return {"density": usual}
+        background = self._measured.background(rows).mean(0, keepdim=True)
+        return {"density": background, "relative_density": usual - background}
 
     def pick_answering(self, rows: Float[Tensor, "rows *rest"]) -> Float[Tensor, "members batch *rest"]:
         """Return the rows of the members that answer: the base's alone where there is one."""

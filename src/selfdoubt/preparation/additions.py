@@ -57,10 +57,7 @@ def add_members(lm: RiskAwareLM, spec: Spec, prompts: Sequence[BuiltPrompt], pro
         return
     task = progress.add_task("searching the noise", total=None)
     step = max(1, len(prompts) // SEARCHED)
-    search_noise(
-        lm, list(prompts[::step])[:SEARCHED],
-        progress=lambda done, most: progress.update(task, completed=done, total=most),
-    )  # fmt: skip
+    search_noise(lm, list(prompts[::step])[:SEARCHED], progress=lambda _: progress.advance(task))
     progress.remove_task(task)
 
 

@@ -109,6 +109,9 @@ class RiskAwareModule(lightning.LightningModule):
         members = self.members
         rows = _repeat(batch, members)
         head_input = run_trunk(self.model, _inputs(rows), rows.labels >= 0, training=False)
+        if isinstance(self.model, Wrapped) and self.model.spec.has_base:  # which does not train
+            head_input = head_input._replace(hidden=head_input.hidden[len(head_input.hidden) // members :])
+            members -= 1
         nll, right = compute_mixture_losses(head_input, get_head(self.model), batch.labels[batch.labels >= 0], members)
         self.val_loss.update(nll.mean(), nll.numel())
         self.val_accuracy.update(right.float().mean(), nll.numel())

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from selfdoubt import RiskAwareLM, vote
-from selfdoubt.calibration.adapter import NO_CONDITIONS
+from selfdoubt.calibration.adapter import NO_CONDITIONS, write_adapter
 from selfdoubt.errors import ConfigError, DataError
 from selfdoubt.eval import run_folder
 from selfdoubt.eval.config import EvaluationConfig
@@ -18,6 +18,7 @@ from selfdoubt.eval.prompts import Prompting
 from selfdoubt.eval.records import Question
 from selfdoubt.eval.run import ask_questions, describe_conditions
 from selfdoubt.eval.settings import Run
+from selfdoubt.lm.adapters.adapter import load_adapter
 from selfdoubt.lm.calibration import read_calibration
 from selfdoubt.workflow import calibrate
 from tests.zoo import talker, tokenizer
@@ -137,3 +138,13 @@ def test_a_calibrated_run_reports_the_guarantee_of_its_threshold(model, tmp_path
     )  # fmt: skip
     assert "threshold" not in json.loads((tmp_path / "run" / "run.json").read_text(encoding="utf-8"))
     assert "why" in json.loads((tmp_path / "run" / "report.json").read_text(encoding="utf-8"))["abstention"]
+
+
+@pytest.mark.parametrize("answer_from", [None, "base"])
+def test_a_calibrated_adapter_answers_as_its_calibrated_answers_were_made(model, tmp_path, answer_from):
+    lm = RiskAwareLM(model, tokenizer())
+    folder = lm.save(tmp_path / "voters", base="talker")
+    head = RiskAwareLM.load("pocket").calibration
+    written = write_adapter(head, Run(adapter=str(folder), answer_from=answer_from), [], tmp_path / "out", lambda _: lm)
+    spec = load_adapter(talker(), written.parent).spec
+    assert spec == replace(model.spec, answer_from=answer_from)

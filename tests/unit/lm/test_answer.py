@@ -53,7 +53,10 @@ def test_scores_that_cannot_be_are_absent():
 
 
 def test_every_score_has_one_name():
-    signals = {"divergence": 0.1, "margin": 0.5, "self_certainty": -2.0, "layer_disagreement": 0.2, "density": 3.0}
+    signals = {
+        "divergence": 0.1, "margin": 0.5, "self_certainty": -2.0, "layer_disagreement": 0.2, "density": 3.0,
+        "relative_density": -0.5,
+    }  # fmt: skip
     full = replace(token(1, 1.0), **signals)
     attention = np.full((1, 2, 3), 0.5, dtype=np.float32)
     assert set(compute_answer_scores([full], [full], attention)) == set(ANSWER_SCORES)

@@ -76,8 +76,8 @@ def test_the_model_s_output_is_the_same_to_the_bit(family, lengths):
     model, starts = causal(family), prompts(*lengths)
     plain, probed = HFStepper(model), HFStepper(model, probes=find_probes(model))
     configs = [find_attention(layer).config for layer in find_decoder_layers(model)]
-    for a, b in zip(plain.start(starts), probed.start(starts), strict=True):
-        assert torch.equal(a[1].logits, b[1].logits)
+    for (_, a), (_, b) in zip(plain.start(starts), probed.start(starts), strict=True):
+        assert torch.equal(a.logits, b.logits)
     ids = torch.tensor([5] * len(lengths))
     assert torch.equal(plain.step(ids).logits, probed.step(ids).logits)
     ((_, a),), ((_, b),) = plain.extend(starts), probed.extend(starts)

@@ -9,7 +9,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from selfdoubt import RiskAwareLM, Wrapped, pocket, sample, sculpt, vote
-from selfdoubt.errors import UntrainedWarning
+from selfdoubt.errors import ConfigError, UntrainedWarning
+from selfdoubt.lm.answer_from import check_answer_from
 from selfdoubt.lm.text.prompt import encode
 from tests import real
 
@@ -70,3 +71,50 @@ def test_an_untrained_wrapper_works_when_asked_for_and_warns(wrapper, answers, n
 def test_who_asks_for_a_plain_model_is_told_nothing(recwarn):
     assert RiskAwareLM.load(pocket.folder(), wrapper=None).note is None
     assert not recwarn.list
+
+
+def assert_plain_tokens(folder, questions, max_tokens, wrapper, **options):
+    """The base row's tokens are the plain model's; its surprisals are those of the plain model to rounding."""
+    with pytest.warns(UntrainedWarning):
+        lm = RiskAwareLM.load(folder, wrapper=wrapper, **options)
+    plain = RiskAwareLM.load(folder, wrapper=None, **options)
+    ours, theirs = (m.generate(questions, max_tokens=max_tokens) for m in (lm, plain))
+    for answer, expected in zip(ours, theirs, strict=True):
+        assert [t.id for t in answer.tokens] == [t.id for t in expected.tokens]
+        assert answer.scores["sum_nll"] == pytest.approx(expected.scores["sum_nll"], rel=1e-3, abs=1e-3)
+        assert answer.scores["max_divergence"] > 0
+
+
+@pytest.mark.parametrize("wrapper", [vote.Wrapper(rank=16), sample.Wrapper()], ids=["vote", "sample"])
+def test_untrained_members_leave_the_pockets_tokens_as_they_are(wrapper):
+    assert_plain_tokens(pocket.folder(), QUESTIONS, 12, wrapper)
+
+
+def test_untrained_members_leave_a_real_models_tokens_as_they_are():
+    assert_plain_tokens(real.model("smollm2"), QUESTIONS, 8, vote.Wrapper(rank=16), dtype=torch.float32)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("wrapper", [vote.Wrapper(rank=16), sample.Wrapper()], ids=["vote", "sample"])
+def test_untrained_members_leave_a_thousand_answers_as_they_are(real, wrapper):
+    from selfdoubt.data.question_sets import load_questions
+    from tests.real import model
+
+    questions = [q.text for q in load_questions(real("webquestions/test.json"), limit=1000)]
+    assert_plain_tokens(model("smollm2"), questions, 24, wrapper, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("answer_from", ["base", "mean"])
+def test_who_answers_is_chosen_for_an_adapter_and_is_an_error_without_members(answer_from):
+    lm = RiskAwareLM.load("pocket", answer_from=answer_from)
+    assert lm.model.spec.answer_from == answer_from
+    token = lm.generate(QUESTIONS[0], max_tokens=2).tokens[0]
+    assert (token.divergence is not None) == (answer_from == "base")
+    for wrapper, kind in ((None, "plain"), (sculpt.Wrapper(), "sculpt")):
+        with pytest.raises(ConfigError, match=rf"^answer_from='{answer_from}' chooses .* has none \({kind}\)"):
+            RiskAwareLM.load(pocket.folder(), wrapper=wrapper, answer_from=answer_from)
+
+
+def test_another_word_for_who_answers_is_refused():
+    with pytest.raises(ConfigError, match="answer_from must be 'base' or 'mean', or left out, got 'voters'"):
+        check_answer_from("voters")

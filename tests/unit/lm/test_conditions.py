@@ -182,6 +182,23 @@ def test_merged_lora_leaves_the_base_the_same():
     assert conditions.refuse_model(model) is None
 
 
+def test_a_calibration_knows_whether_the_base_or_the_mean_answered(lm):
+    based = RiskAwareLM.load("pocket", dtype=torch.float32, answer_from="base")
+    assert has_no_number(based.generate(QUESTION), "another wrapper")
+    mean = RiskAwareLM.load("pocket", dtype=torch.float32, answer_from="mean")
+    assert mean.generate(QUESTION).p_correct == lm.generate(QUESTION).p_correct
+    conditions = Conditions.of_model(based.model)
+    assert conditions.refuse_model(based.model) is None
+    for other in (lm, mean):
+        assert "another wrapper" in conditions.refuse_model(other.model)
+        earlier = replace(
+            conditions,
+            wrappers=tuple({k: v for k, v in w.items() if k != "answer_from"} for w in conditions.wrappers),
+        )
+        assert earlier.refuse_model(other.model) is None
+        assert "another wrapper" in earlier.refuse_model(based.model)
+
+
 def test_settings_that_change_no_number_may_differ():
     one = vote.Wrapper(n_voters=2, rank=2)(zoo.causal("llama"))
     told = vote.Wrapper(n_voters=2, rank=2, symbolic_trace=True)(zoo.causal("llama"))

@@ -52,19 +52,27 @@ def fit_gaussian(states):
 
 @pytest.mark.parametrize("background", ["themselves", "others", "none"])
 def test_densities_are_distances_of_the_states_in_which_tokens_were_chosen(background):
-    others = {"themselves": PAIRS, "others": [(PAIRS[0][0], "No idea, but it is a nice town in the south.")], "none": []}
+    others = {
+        "themselves": PAIRS,
+        "others": [(PAIRS[0][0], "No idea, but it is a nice town in the south.")],
+        "none": [],
+    }
     pairs = others[background]
     lm = RiskAwareLM(talker(), tokenizer())
     given = None if background == "themselves" else pairs
     fit_density(lm, PAIRS, given, wrapper=density.Wrapper(**SETTINGS), batch_size=2)
-    usual = fit_gaussian(read_states(PAIRS, whole=False))
     states = read_states([("Why?", "It just is.")], whole=False)
-    expected = usual(states)
-    if pairs:
-        expected = expected - fit_gaussian(read_states(pairs, whole=True))(states)
+    answers = fit_gaussian(read_states(PAIRS, whole=False))(states)
     (answer,) = lm.score_batch([("Why?", "It just is.")])
-    assert_close(torch.tensor([t.density for t in answer.tokens]), expected.float(), rtol=1e-4, atol=1e-4)
-    assert answer.scores["mean_density"] == pytest.approx(float(expected.mean()), rel=1e-4)
+    expected = {"density": fit_gaussian(read_states(pairs, whole=True))(states) if pairs else answers}
+    expected |= {"relative_density": answers - expected["density"]} if pairs else {}
+    for signal in ("density", "relative_density"):
+        measured = [getattr(t, signal) for t in answer.tokens]
+        if signal not in expected:
+            assert measured == [None] * len(measured)
+            continue
+        assert_close(torch.tensor(measured, dtype=torch.float64), expected[signal], rtol=1e-4, atol=1e-4)
+        assert answer.scores[f"mean_{signal}"] == pytest.approx(float(expected[signal].mean()), rel=1e-3, abs=1e-4)
     assert len(answer.question) > 0
     assert None not in [t.density for t in answer.question]
 
@@ -76,6 +84,7 @@ def test_a_batch_gives_what_each_text_gives_alone():
         (alone,) = lm.score_batch([pair])
         for a, b in zip((*answer.question, *answer.tokens), (*alone.question, *alone.tokens), strict=True):
             assert a.density == pytest.approx(b.density, rel=1e-6)
+            assert a.relative_density == pytest.approx(b.relative_density, rel=1e-5, abs=1e-6)
 
 
 def test_answers_stay_the_models_and_have_the_densities_of_scoring():
@@ -85,28 +94,36 @@ def test_answers_stay_the_models_and_have_the_densities_of_scoring():
     assert [t.id for t in answer.tokens] == [t.id for t in expected.tokens]
     assert [t.logprob for t in answer.tokens] == [t.logprob for t in expected.tokens]
     assert "mean_density" not in expected.scores
-    assert {"mean_density", "sum_density", "max_density", "question_mean_density", "both_max_density"} <= set(answer.scores)
+    assert {"mean_density", "sum_density", "max_density", "question_mean_density", "both_max_density"} <= set(
+        answer.scores
+    )
     ids = [*encode(tokenizer(), "Where is Tartu?").ids, *(t.id for t in answer.tokens)]
     with torch.no_grad():
         hidden = talker().model(input_ids=torch.tensor([ids])).last_hidden_state[0]
     distances = density.find_measured_leaf(lm.model).measure(hidden[-len(answer.tokens) - 1 : -1])
-    assert_close(torch.tensor([t.density for t in answer.tokens]).double(), distances, rtol=1e-5, atol=1e-5)
+    measured = torch.tensor([t.relative_density for t in answer.tokens], dtype=torch.float64)
+    assert_close(measured, distances, rtol=1e-5, atol=1e-5)
 
 
 def test_a_saved_density_gives_the_same_answers(tmp_path, model_folder):
     lm = RiskAwareLM.load(model_folder)
     fit_density(lm, PAIRS, wrapper=density.Wrapper(**SETTINGS))
-    lm.reference = {"mean_density": [-1.0, 0.0, 1.0]}
+    lm.reference = {"sum_nll": [0.0, 1000.0], "mean_relative_density": [-100.0, 100.0]}
     lm.save(tmp_path / "adapter")
     loaded = RiskAwareLM.load(model_folder, adapter=tmp_path / "adapter")
     answer = lm.generate("Where is Tartu?", max_tokens=8)
     assert loaded.generate("Where is Tartu?", max_tokens=8) == answer
     assert isinstance(loaded.model.spec, density.Wrapper)
+    ranks = answer.scores["sum_nll"] / 1000, (answer.scores["mean_relative_density"] + 100) / 200
+    assert answer.scores["rank_density"] == pytest.approx((2 * ranks[0] + ranks[1]) / 3)
 
 
 @pytest.mark.parametrize(
     "wrapper",
-    [vote.Wrapper(n_voters=3, rank=2, weight_noise=0.5), sculpt.Wrapper(), lambda m: vote.Wrapper(n_voters=2)(sculpt.Wrapper()(m))],
+    [
+        vote.Wrapper(n_voters=3, rank=2, weight_noise=0.5), sculpt.Wrapper(),
+        lambda m: vote.Wrapper(n_voters=2)(sculpt.Wrapper()(m)),
+    ],
     ids=["vote", "sculpt", "both"],
 )  # fmt: skip
 def test_a_density_changes_no_other_score(wrapper, tmp_path):
@@ -135,7 +152,8 @@ def test_members_have_the_mean_of_their_distances():
         lm.model.forecast(input_ids=torch.tensor([[*prompt.ids, *ids]]))
     leaf = density.find_measured_leaf(lm.model)
     distances = leaf.measure(leaf.read_features()[:, len(prompt.ids) - 1 : -1]).mean(0)
-    assert_close(torch.tensor([t.density for t in answer.tokens]).double(), distances, rtol=1e-5, atol=1e-5)
+    measured = torch.tensor([t.relative_density for t in answer.tokens], dtype=torch.float64)
+    assert_close(measured, distances, rtol=1e-5, atol=1e-5)
 
 
 def test_fitting_again_replaces_the_statistics():
@@ -191,5 +209,7 @@ def test_a_real_model():
     answer = lm.generate("What is the capital of France?", max_tokens=8)
     assert answer.text == expected.text
     assert {n: v for n, v in answer.scores.items() if not n.endswith("density")} == expected.scores
-    seen, other = (lm.score_batch([pair])[0].scores["mean_density"] for pair in (PAIRS[1], ("Why?", "x = [1, 2][::-1]")))
+    seen, other = (
+        lm.score_batch([pair])[0].scores["mean_density"] for pair in (PAIRS[1], ("Why?", "x = [1, 2][::-1]"))
+    )
     assert seen < other  # what it was fitted on is nearer

@@ -29,16 +29,22 @@ def test_jensen_shannon_against_scipy():
     assert jensen_shannon(first, first).abs().max() < 1e-12
 
 
-def slow(model, ids, members=1):
+def slow(model, ids):
     """The signal at the last position, from all hidden states of one whole reading."""
     output = model(torch.tensor([ids]), output_hidden_states=True)
-    inner, (place,) = model.base_model, [1]  # two layers: the first is the late one
-    inner = getattr(inner, "decoder", inner)
+    inner = getattr(model.base_model, "decoder", model.base_model)
     norm = next(m for n, m in inner.named_children() if "norm" in type(m).__name__.lower())
-    late = model.get_output_embeddings()(norm(output.hidden_states[place]))[0, -1]
+    # Two layers: the first is the late one.
+    late = model.get_output_embeddings()(norm(output.hidden_states[1]))[0, -1]
     final = output.logits[0, -1]
     top = final.topk(min(32, len(final))).indices
     return distance.jensenshannon(final[top].softmax(-1), late[top].softmax(-1)) ** 2
+
+
+def probe_of(model):
+    probe = find_late_layers(innermost(model))
+    assert probe is not None
+    return probe
 
 
 @pytest.fixture
@@ -51,7 +57,7 @@ def first_layer(monkeypatch):
 def test_the_signal_against_all_hidden_states(family, chunk, first_layer, monkeypatch):
     monkeypatch.setattr(late_layers, "_CHUNK", chunk)
     model, starts, texts = causal(family), prompts(6, 4), prompts(3, 3, seed=1)
-    stepper = HFStepper(model, probes=[find_late_layers(model)])
+    stepper = HFStepper(model, probes=[probe_of(model)])
     with torch.inference_mode():
         _, now = prefill(stepper, starts)
         ((_, piece),) = stepper.extend(texts)
@@ -81,7 +87,7 @@ def test_it_is_absent_where_a_head_does_more(what, first_layer):
     model = copy.deepcopy(causal("llama"))
     if what == "cap":
         model.lm_head.register_forward_hook(lambda _m, _i, output: 2 * torch.tanh(output / 2))
-        _, now = prefill(HFStepper(model, probes=[find_late_layers(model)]), prompts(5))
+        _, now = prefill(HFStepper(model, probes=[probe_of(model)]), prompts(5))
         assert "layer_disagreement" not in now.signals
     else:
         model.set_output_embeddings(nn.Sequential(model.lm_head))

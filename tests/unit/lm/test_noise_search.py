@@ -11,7 +11,7 @@ from selfdoubt import RiskAwareLM, sample, sculpt, vote
 from selfdoubt.errors import ConfigError, UntrainedWarning, WrapError
 from selfdoubt.lm.noise_search import search_noise
 from selfdoubt.lm.text.prompt import encode
-from selfdoubt.noise import NoiseLimits, set_noise
+from selfdoubt.noise import NoiseLimits, NoiseTrial, set_noise
 from tests.ladder.rungs import noisy, voter
 from tests.zoo import talker, tokenizer
 
@@ -85,12 +85,10 @@ def test_answers_that_are_there_are_not_given_again():
     )
 
 
-def test_progress_counts_trials():
-    seen: list[tuple[int, int]] = []
-    result = search_noise(
-        build(), QUESTIONS[:2], limits=LIMITS, max_tokens=3, steps=2, progress=lambda *step: seen.append(step)
-    )
-    assert seen == [(i + 1, 4) for i in range(len(result.tried))]
+def test_progress_sees_each_trial():
+    seen: list[NoiseTrial] = []
+    result = search_noise(build(), QUESTIONS[:2], limits=LIMITS, max_tokens=3, steps=2, progress=seen.append)
+    assert tuple(seen) == result.tried
 
 
 @pytest.mark.parametrize(

@@ -77,6 +77,19 @@ def test_the_validation_loss_is_that_of_the_mixture(family, name, piece, monkeyp
     assert torch.equal(right, whole.argmax(-1) == batch.labels[loss_mask])
 
 
+def test_the_validation_loss_is_that_of_the_voters_also_where_the_base_answers():
+    from selfdoubt.train.config import TrainConfig
+    from selfdoubt.train.module import RiskAwareModule
+
+    losses = []
+    for answer_from in ("mean", "base"):
+        spec = vote.Wrapper(n_voters=2, rank=2, weight_noise=0.5, answer_from=answer_from)
+        module = RiskAwareModule(spec(causal("llama")), TrainConfig(wrapper=spec))
+        module.validation_step(rows(), 0)
+        losses.append((module.val_loss.compute(), module.val_accuracy.compute()))
+    assert_close(losses[0], losses[1])
+
+
 @pytest.mark.parametrize("piece", [2**24, 300])
 def test_the_closed_likelihood_of_random_logits_is_near_their_mean(piece, monkeypatch):
     """Against 4,000 draws, whose own error is below 0.01 nats a token; the approximation is within a tenth."""
