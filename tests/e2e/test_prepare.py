@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from selfdoubt import pocket, storage
+from selfdoubt.lm.scores import DEFAULT_RISK
 from tests import real
 from tests.e2e.test_cli import QUESTION, in_process, run
 from tests.e2e.test_evaluate import command, environment
@@ -50,7 +51,7 @@ def test_ask_then_has_percentiles_and_says_that_they_are_no_probability(prepared
     assert done.returncode == 0
     answer = json.loads(done.stdout.splitlines()[-1])
     assert answer["text"] == "The capital of France is Paris."
-    assert answer["risk_name"] == "rank_nll"
+    assert answer["risk_name"] == DEFAULT_RISK
     assert 0 <= answer["percentile"] <= 0.5
     assert answer["p_correct"] is None
     assert answer["scores"]["mean_density"] > 0

@@ -77,7 +77,7 @@ class AttentionProbe:
             torch.stack(tensors) if tensors else _weigh_diagonal([x for x in each if isinstance(x, _Inputs)], rows)
         )
         # (layers, members * batch, heads, columns) -> (1, batch, columns, layers, heads)
-        weights = weights.view(len(weights), -1, batch, *weights.shape[2:]).mean(1).permute(1, 3, 0, 2)[None]
+        weights = weights.detach().view(len(weights), -1, batch, *weights.shape[2:]).mean(1).permute(1, 3, 0, 2)[None]
         return replace(output, attention=F.pad(weights, (0, 0, 0, 0, columns - weights.shape[2], 0)))
 
     def record(
