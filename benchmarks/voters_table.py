@@ -97,6 +97,7 @@ def _against_lora(rows: Rows) -> str:
         [f"{r['trained on']}, {r['arm']}, {r['fitted on']} -> {r['tested on']}: {r['score']}", r["against"],
          format_value(r, gain=True)]
         for r in select_rows(rows, kind="against lora", metric="prr")
+        if r["score"] in (WITHOUT, "members", "base") and r["fitted on"] != r["tested on"]
     ]  # fmt: skip
     head = ["trained on, arm, head fitted on -> tested on: it reads", "against", "PRR (difference)"]
     return results.markdown(head, cells) if cells else ""
