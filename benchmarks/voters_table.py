@@ -26,7 +26,7 @@ def table(record: Mapping[str, Any]) -> str:
     arms = "; ".join(f"`{name}`: {settings['arms'][name]}" for name in _names(every, "arm") if name in settings["arms"])
     asked = ", ".join(f"{n} of {name}" for name, n in settings["questions"].items())
     drawn = (
-        " Samples hold all questions that the plain model had answered right before, and some of the others; "
+        " Samples hold more of the questions that the plain model had answered right before than of the others; "
         "accuracies are weighted back to the whole set, ranking metrics are of the sample."
         if settings["balanced"]
         else ""
