@@ -26,7 +26,7 @@ def table(record: Mapping[str, Any]) -> str:
     arms = "; ".join(f"`{name}`: {settings['arms'][name]}" for name in _names(every, "arm") if name in settings["arms"])
     asked = ", ".join(f"{n} of {name}" for name, n in settings["questions"].items())
     drawn = (
-        " Samples hold all questions that the plain model had answered right before, and some of the others; "
+        " Samples hold more of the questions that the plain model had answered right before than of the others; "
         "accuracies are weighted back to the whole set, ranking metrics are of the sample."
         if settings["balanced"]
         else ""
@@ -97,6 +97,7 @@ def _against_lora(rows: Rows) -> str:
         [f"{r['trained on']}, {r['arm']}, {r['fitted on']} -> {r['tested on']}: {r['score']}", r["against"],
          format_value(r, gain=True)]
         for r in select_rows(rows, kind="against lora", metric="prr")
+        if r["score"] in (WITHOUT, "members", "base") and r["fitted on"] != r["tested on"]
     ]  # fmt: skip
     head = ["trained on, arm, head fitted on -> tested on: it reads", "against", "PRR (difference)"]
     return results.markdown(head, cells) if cells else ""

@@ -8,7 +8,8 @@ import math
 import numpy as np
 import pytest
 
-from benchmarks import score_rows, voters, voters_runs, voters_table
+from benchmarks import voters, voters_runs, voters_table
+from benchmarks.score_rows import score_rows
 from selfdoubt.calibration.fit import fit_calibration
 from selfdoubt.data.chats import read_chats
 from selfdoubt.errors import DataError
@@ -78,7 +79,7 @@ def test_a_score_of_members_that_knows_more_passes_and_noise_does_not():
     for member, useful in ((1.0, True), (0.0, False)):
         by_set = {"webquestions": make_records(400, 1, member), "nq": make_records(400, 2, member)}
         doubts = voters.predict_doubts(by_set)["webquestions", "nq"]
-        rows = score_rows.score_rows({}, doubts, by_set["nq"], 300, baseline="question", metrics=("prr",))
+        rows = score_rows({}, doubts, by_set["nq"], 300, baseline="question", metrics=("prr",))
         (gain,) = [row for row in rows if row["score"] == "members"]
         assert voters_table.passes(gain) is useful
 
