@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 #: Number of questions whose answers members must keep.
 SEARCHED = 48
+#: Most answers that a density is fitted on: with more, reading them takes longer than all answers took.
+FITTED = 128
 
 
 def check_members(spec: Spec | None) -> None:
@@ -64,7 +66,7 @@ def add_members(lm: RiskAwareLM, spec: Spec, prompts: Sequence[BuiltPrompt], pro
 def add_density(
     lm: RiskAwareLM, prompts: Sequence[BuiltPrompt], answers: Sequence[Answer], batch_size: int, progress: Progress
 ) -> list[Answer]:
-    """Fit the density of a model on its own answers, in place, and return these with their density's scores.
+    """Fit the density of a model on at most ``FITTED`` of its answers, in place, and give these its scores.
 
     Args:
         lm: The model.
@@ -78,6 +80,7 @@ def add_density(
     """
     task = progress.add_task("fitting the density", total=None)
     places = [i for i, answer in enumerate(answers) if answer.text.strip()]
+    places = places[:: -(-len(places) // FITTED) or 1]  # of all lengths: they are in the order of their prompts'
     pairs = [(prompts[i], answers[i].text) for i in places]
     try:
         fit_density(lm, pairs, batch_size=batch_size)
