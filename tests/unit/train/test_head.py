@@ -84,7 +84,7 @@ def test_the_validation_loss_is_that_of_the_voters_also_where_the_base_answers()
     losses = []
     for answer_from in ("mean", "base"):
         spec = vote.Wrapper(n_voters=2, rank=2, weight_noise=0.5, answer_from=answer_from)
-        module = RiskAwareModule(spec(causal("llama")), TrainConfig(wrapper=spec))
+        module = RiskAwareModule(spec(causal("llama")), TrainConfig(data="", out="", wrapper=spec))
         module.validation_step(rows(), 0)
         losses.append((module.val_loss.compute(), module.val_accuracy.compute()))
     assert_close(losses[0], losses[1])
