@@ -28,7 +28,7 @@ class TokenEvent(NamedTuple):
     finish: EndReason | None
     states: Float[Tensor, "layers width"] | None = None  #: hidden states in which the token was chosen
     end: ScoredId | None = None  #: the stop token that ended it: not part of the answer
-    attention: Float[Tensor, "layers heads"] | None = None  #: attention of the position on itself, see ``StepOutput``
+    attention: Float[Tensor, "attended heads"] | None = None  #: attention of the position on itself, see ``StepOutput``
 
 
 @dataclass(eq=False)
@@ -65,7 +65,7 @@ class TokenSequence:
         self,
         token: ScoredId,
         states: Float[Tensor, "layers width"] | None,
-        attention: Float[Tensor, "layers heads"] | None = None,
+        attention: Float[Tensor, "attended heads"] | None = None,
     ) -> TokenEvent:
         """Append a token; return its event."""
         self._draw = None

@@ -37,7 +37,7 @@ class _Held(NamedTuple):
 
     token: Token
     states: Float[Tensor, "layers width"] | None
-    attention: Float[Tensor, "layers heads"] | None
+    attention: Float[Tensor, "attended heads"] | None
 
 
 class AnswerInProgress:

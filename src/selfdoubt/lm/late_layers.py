@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from selfdoubt.compat import get_output_head
 from selfdoubt.density import MeasuredLeaf
 from selfdoubt.lm.hidden_states import capture_outputs, find_decoder_layers
 from selfdoubt.lm.stepper import StepOutput
@@ -137,7 +138,7 @@ def _agree(mine: Tensor, theirs: Tensor) -> bool:
 
 def find_late_layers(base: nn.Module) -> LateLayerProbe | None:
     """Build the probe of a Hugging Face causal language model; None without a norm and a plain head."""
-    head = base.get_output_embeddings()  # type: ignore[operator]
+    head = get_output_head(base)
     while isinstance(head, MeasuredLeaf):  # a density changes nothing of its layer
         head = head.leaf
     stack = find_decoder_layers(base)

@@ -104,7 +104,7 @@ def teacher_force_in_chunks(
     alternatives: int = 0,
     pool: HiddenStatePooler | None = None,
     ends: Collection[int] = (),
-    attention: list[Float[Tensor, "batch t layers heads"]] | None = None,
+    attention: list[Float[Tensor, "batch t attended heads"]] | None = None,
 ) -> Generator[None, None, list[list[ScoredId]]]:
     """Score a text after each prompt that was read, piece by piece. No token can be chosen afterwards.
 

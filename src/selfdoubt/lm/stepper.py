@@ -38,7 +38,7 @@ class StepOutput:
     #: The base's where it answers, else the mean over members; None unless asked for.
     states: Float[Tensor, "1 batch *t layers width"] | None = None
     #: Attention of each position on itself, of the row that answers; None unless asked for.
-    attention: Float[Tensor, "1 batch *t layers heads"] | None = None
+    attention: Float[Tensor, "1 batch *t attended heads"] | None = None
     #: Signals of a position that depend on no chosen token, by name (see ``scores.Signal``); all grow with doubt.
     signals: Mapping[str, Float[Tensor, "1 batch *t"]] = field(default_factory=dict)
     has_base: bool = False  #: member 0 is the base model, which alone answers

@@ -15,6 +15,7 @@ from selfdoubt.lm import late_layers
 from selfdoubt.lm.late_layers import find_late_layers, find_top, jensen_shannon
 from selfdoubt.lm.prefill import prefill
 from selfdoubt.lm.stepper import HFStepper
+from selfdoubt.members import innermost
 from tests.zoo import causal, prompts
 
 
@@ -74,9 +75,7 @@ def test_members_are_averaged_before_they_are_compared(first_layer):
     differ = vote.Wrapper(n_voters=2, weight_noise=1.0, rank=2)(model)
     values = []
     for m in (model, same, differ):
-        _, now = prefill(
-            HFStepper(m, probes=[probe_of(causal("llama") if m is model else m.module)]), prompts(5)
-        )
+        _, now = prefill(HFStepper(m, probes=[probe_of(causal("llama") if m is model else m.module)]), prompts(5))
         values.append(now.signals["layer_disagreement"].item())
     assert values[0] == pytest.approx(values[1], abs=1e-6)
     assert abs(values[0] - values[2]) > 1e-5
