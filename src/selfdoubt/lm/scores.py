@@ -120,22 +120,16 @@ ANSWER_SCORES: dict[str, AnswerScore] = {
     for score in (Score(p, o, s) for p in get_args(Part) for o in get_args(Pool) for s in get_args(Signal))
     if score.part == "answer" or score.signal not in ANSWER_SIGNALS
 } | {"rauq": RauqScore()}
-_ASKED = (ANSWER_SCORES["question_mean_nll"], 1 / 3)
-_HALVES = {
-    "rank_nll_total": ("sum_nll", "mean_total"),
-    "rank_nll_rauq": ("sum_nll", "rauq"),
-    "rank_total_rauq": ("mean_total", "rauq"),
-    "rank_nll_density": ("sum_nll", "mean_relative_density"),
-    "rank_total_density": ("mean_total", "mean_relative_density"),
-    "rank_rauq_density": ("rauq", "mean_relative_density"),
-}
 #: Scores that weigh others by their rank among reference answers, in [0, 1]; ranks compare what sums cannot.
 RANK_SCORES: dict[str, tuple[tuple[AnswerScore, float], ...]] = {
-    "rank_joint": ((ANSWER_SCORES["sum_nll"], 1 / 2), (ANSWER_SCORES["question_sum_nll"], 1 / 2)),
-    "rank_nll": ((ANSWER_SCORES["sum_nll"], 2 / 3), _ASKED),
-    "rank_total": ((ANSWER_SCORES["mean_total"], 2 / 3), _ASKED),
-    "rank_rauq": ((ANSWER_SCORES["rauq"], 2 / 3), _ASKED),
-    **{name: tuple((ANSWER_SCORES[score], 1 / 2) for score in pair) for name, pair in _HALVES.items()},
+    name: tuple((ANSWER_SCORES[score], weight) for score, weight in weighted.items())
+    for name, weighted in {
+        "rank_joint": {"sum_nll": 1 / 2, "question_sum_nll": 1 / 2},
+        "rank_nll": {"sum_nll": 2 / 3, "question_mean_nll": 1 / 3},
+        "rank_nll_total": {"sum_nll": 1 / 2, "mean_total": 1 / 2},
+        "rank_nll_rauq": {"sum_nll": 1 / 2, "rauq": 1 / 2},
+        "rank_density": {"sum_nll": 2 / 3, "mean_relative_density": 1 / 3},
+    }.items()
 }
 
 
@@ -165,10 +159,10 @@ def compute_rank_scores(scores: Mapping[str, float], reference: Mapping[str, Seq
 def choose_default_risk(reference: Mapping[str, Sequence[float]]) -> str:
     """Choose the score that is the risk where none is named, by the reference quantiles that there are.
 
-    It is ``DEFAULT_RISK``, but ``rank_nll`` for reference quantiles that know only that one: those of the pocket model,
-    on whose questions it is better, and of adapters made earlier.
+    It is ``DEFAULT_RISK`` where the reference answers know it. Else it is ``rank_nll``: the pocket model's, on whose
+    questions it is better, and that of adapters made earlier; without reference answers ``sum_nll`` takes its place.
     """
-    return "rank_nll" if "rank_nll" in reference and DEFAULT_RISK not in reference else DEFAULT_RISK
+    return DEFAULT_RISK if DEFAULT_RISK in reference else "rank_nll"
 
 
 def check_score(name: str) -> None:
