@@ -141,9 +141,15 @@ def test_a_config_file_and_flags(geography, tmp_path):
         (["train", "--data", "{data}", "--out", "{tmp}/x", "--resume"], "train without --resume first"),
         (["train", "--data", "{data}", "--out", "{tmp}/x", "--lr", "hot"], "--lr"),
         (["train", "--data", "{data}", "--out", "{tmp}/x", "--wrapper", "guess"], "--wrapper"),
-        (["train", "--data", "{data}", "--out", "{tmp}/x", "--batch-size", "7"], "use batch_size=9"),
+        (
+            ["train", "--data", "{data}", "--out", "{tmp}/x", "--wrapper", "vote", "--batch-size", "7"],
+            "use batch_size=9",
+        ),
         (["train", "--data", "{data}", "--out", "{tmp}/x", "--model", "./nowhere"], "no model folder at"),
-        (["train", "--data", "{data}", "--out", "{tmp}/x", "--batch-size", "300"], "lower batch_size"),
+        (
+            ["train", "--data", "{data}", "--out", "{tmp}/x", "--wrapper", "vote", "--batch-size", "300"],
+            "lower batch_size",
+        ),
         (["train", "--data", "{data}", "--out", "{tmp}/x", "--max-length", "9000"], "reads at most 512"),
         (["train", "--data", "{data}", "--out", "{tmp}/x", "--param-filter", "nothing_like_it"], "nearest"),
         (["train", "--data", "{data}", "--out", "{tmp}/x", "--strategy", "magic"], "--strategy"),

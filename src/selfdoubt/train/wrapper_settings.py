@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -28,9 +29,10 @@ class WrapperFlags:
     """Settings of wrappers with a flag of their own; all others are in the text of ``--wrapper``."""
 
     wrapper: str = setting(
-        "vote",
-        "The method that learns: voters (vote), or LoRA with sampling noise (sample), with a scale branch (sculpt), or "
-        "alone (none); with settings as in 'sample:distribution=Normal(0.1, trainable=true)' or 'sculpt:rank=8'.",
+        "none",
+        "The method that learns: LoRA alone (none), with sampling noise (sample) or with a scale branch (sculpt); or "
+        "voters (vote), which a flag of theirs means, too; with settings as in 'sample:distribution=Normal(0.1, "
+        "trainable=true)' or 'sculpt:rank=8'.",
     )
     n_voters: int = setting(3, "vote: number of voters.")
     rank: int = setting(RANK, "vote: rank of a deviation; 0 for full ones.")
@@ -63,7 +65,7 @@ def choose_wrapper(values: dict[str, Any], flags: dict[str, Any], *, seed: Any) 
     """
     of_file = {name: values.pop(name) for name in FLAG_NAMES if name in values}
     of_flags = {name: flags.pop(name) for name in FLAG_NAMES if name in flags}
-    start = of_file.pop("wrapper", "vote")
+    start = of_file.pop("wrapper") if "wrapper" in of_file else _choose_method({*of_file, *of_flags})
     if isinstance(start, Mapping) and of_file:
         raise ConfigError(f"{next(iter(of_file))} stands next to [wrapper]; put it into that table")
     table = _parse(start)
@@ -78,6 +80,11 @@ def choose_wrapper(values: dict[str, Any], flags: dict[str, Any], *, seed: Any) 
     if isinstance(seed, int):
         table.setdefault("seed", seed)
     return table
+
+
+def _choose_method(settings: AbstractSet[str]) -> str:
+    """Return the first method that has one of these settings; "none" without any: LoRA alone."""
+    return next((_METHODS_OF[name][0] for name in _METHODS_OF if name in settings), "none")
 
 
 def build_wrapper(table: Mapping[str, Any] | None) -> Any:

@@ -20,7 +20,10 @@ def config(**settings):
 
 def test_the_tutorials_settings_are_the_defaults():
     c = config()
-    assert c.wrapper == vote.Wrapper(n_voters=3, weight_noise=0.2, alpha=1.0, rank=16)
+    assert c.wrapper is None  # LoRA alone; the tutorial's voters are a flag away
+    assert load_config(None, HERE | {"n_voters": 3}).wrapper == vote.Wrapper(
+        n_voters=3, weight_noise=0.2, alpha=1.0, rank=16
+    )
     assert (c.lora_r, c.lora_alpha, c.lora_dropout) == (64, 64.0, 0.0)
     assert (c.lr, c.epochs, c.clip, c.precision, c.max_length, c.val_every) == (2e-4, 5, 1.0, "bf16-mixed", 400, 0.25)
 
@@ -29,13 +32,16 @@ def test_the_tutorials_settings_are_the_defaults():
     ("settings", "wanted"),
     [
         ({"n_voters": 0}, "n_voters must be a whole number from 1 to 1000000, found 0"),
-        ({"wrapper": "sample", "noise": 1.0}, "distribution.p must be a finite number above 0 and below 1, found 1.0"),
+        (
+            {"wrapper": "sample", "noise": 1.0},
+            "distribution.p must be a finite number above 0 and below 1, or 'auto', found 1.0",
+        ),
         ({"wrapper": "sculpt:depth=3"}, "the key 'depth'"),
         ({"wrapper": "vote:rank"}, "settings look like n_voters=5,rank=8, got 'rank'"),
         ({"wrapper": "vote:compile=true"}, "leave compile out"),
         ({"wrapper": "vote:symbolic_trace=true"}, "leave compile out"),
-        ({"batch_size": 10}, "use batch_size=12, or voter_batch='repeat'"),
-        ({"wrapper": "guess"}, "--wrapper must be none, vote, sample, sculpt, got 'guess'"),
+        ({"wrapper": "vote", "batch_size": 10}, "use batch_size=12, or voter_batch='repeat'"),
+        ({"wrapper": "guess"}, "--wrapper must be none, vote, sample, sculpt, density, got 'guess'"),
         ({"lr": 2}, "lr must be between 0 and 1"),
         ({"lr": float("nan")}, "lr must be float, got nan"),
         ({"lr": "fast"}, "lr must be float, got 'fast'"),
@@ -45,7 +51,7 @@ def test_the_tutorials_settings_are_the_defaults():
         ({"val_every": 0}, "val_every is a share"),
         ({"quantize": "nf4", "rank": 0}, "use a rank"),
         ({"quantize": "int3"}, "quantize must be"),
-        ({"merge": True}, "voters cannot be merged"),
+        ({"merge": True, "wrapper": "vote"}, "voters cannot be merged"),
         ({"merge": True, "wrapper": "none", "quantize": "nf4"}, "cannot be merged into 4-bit"),
         ({"loggers": "csv,mlflow"}, "loggers must be csv, tensorboard, wandb or none, got mlflow"),
         ({"limit": 1}, "limit must be at least 2"),
@@ -132,7 +138,7 @@ def test_a_file_of_an_earlier_version_has_all_wrappers_settings_side_by_side(tmp
 
 def test_flags_of_wrappers_are_settings_of_wrappers():
     """Types and defaults are repeated there, because torch is not imported to list flags."""
-    specs = {"vote": config().wrapper, "sample": sample.Wrapper(), "sculpt": sculpt.Wrapper()}
+    specs = {"vote": vote.Wrapper(rank=16), "sample": sample.Wrapper(), "sculpt": sculpt.Wrapper()}
     for flag in fields(WrapperFlags):
         for method in flag.metadata["help"].partition(":")[0].split(", ") if flag.name != "wrapper" else ():
             default = getattr(specs[method], flag.name) if flag.name != "noise" else specs[method].distribution.p
@@ -140,6 +146,21 @@ def test_flags_of_wrappers_are_settings_of_wrappers():
             assert type(flag.default).__name__ in flag.type or flag.default is None
             chosen = load_config(None, HERE | {"wrapper": method, flag.name: flag.default})
             assert chosen.wrapper == specs[method]
+
+
+@pytest.mark.parametrize(
+    ("flags", "method"),
+    [
+        ({}, "none"),
+        ({"rank": 4}, "vote"),
+        ({"alpha": 0.5}, "vote"),
+        ({"n_samples": 2}, "sample"),
+        ({"n_layers": 1}, "sculpt"),
+    ],
+)
+def test_a_flag_of_a_wrapper_means_that_wrapper(flags, method):
+    assert load_config(None, HERE | flags).method == method
+    assert load_config(None, HERE | flags | {"wrapper": "none"}).method == "none"
 
 
 @pytest.mark.parametrize(
