@@ -3,7 +3,7 @@
     python -m benchmarks.real answer --models smollm2=FOLDER gemma=FOLDER qwen=FOLDER   # as long as it takes
     python -m benchmarks.real answer --models llama=FOLDER --device cuda --minutes 8    # goes on where it stopped
     python -m benchmarks.real rescore --models smollm2=FOLDER                           # new scores of old answers
-    python -m benchmarks.real measure                                                   # the table
+    python -m benchmarks.real measure --adapters smollm2=FOLDER                         # the table
 
 Arms: ``plain`` is the model as it is; ``prepared``, ``vote`` and ``sample`` are the adapters that ``selfdoubt prepare``
 made of it (``--adapters smollm2=FOLDER``, in which there are ``prepared``, ``vote``, ...); ``peers`` draws ten answers
@@ -47,7 +47,7 @@ def main() -> None:
     parser.add_argument("--draws", type=int, default=1000)
     chosen = parser.parse_args()
     if chosen.task == "measure":
-        print(real_measure.measure(chosen.runs, chosen.draws))
+        print(real_measure.measure(chosen.runs, parse_models(chosen.adapters), chosen.draws))
         return
     until = None if chosen.minutes is None else time.monotonic() + 60 * chosen.minutes
     adapters = parse_models(chosen.adapters)

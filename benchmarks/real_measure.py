@@ -12,10 +12,11 @@ import numpy as np
 
 from benchmarks import results
 from benchmarks.real_answers import SETS, AnswerFile, list_files
+from selfdoubt import storage
 from selfdoubt.calibration.fit import fit_calibration
 from selfdoubt.errors import ConfigError, DataError
-from selfdoubt.eval.records import Record
-from selfdoubt.lm.scores import DEFAULT_RISK
+from selfdoubt.eval.records import Record, add_scores
+from selfdoubt.lm.scores import DEFAULT_RISK, compute_rank_scores, reference_quantiles
 from selfdoubt.metrics import Estimate, compare_scores, estimate_share, paired_difference
 from selfdoubt.metrics.bootstrap import estimate_mean
 
@@ -37,24 +38,64 @@ PEERS = (
 LEARNT = ("webquestions", "nq", "squad2", "truthfulqa")
 
 
-def measure(runs: Path, draws: int) -> Path:
-    """Measure all answers of a folder, and write the results and the tables."""
+def measure(runs: Path, adapters: Mapping[str, str], draws: int) -> Path:
+    """Measure all answers of a folder, and write the results and the tables.
+
+    Args:
+        runs: Folder of answers.
+        adapters: By model, a folder in which there is a ``prepared`` adapter: its reference quantiles rank the answers.
+        draws: Resamples of each interval.
+    """
     files = {(f.model, f.set, f.arm): f for f in list_files(runs)}
     records = {key: file.read() for key, file in files.items()}
     rows: list[results.Row] = []
     for (model, name, arm), answered in records.items():
         about: results.Row = {"model": model, "set": name, "arm": arm}
-        plain = records.get((model, name, "plain"), []) if arm != "plain" else []
-        rows += measure_accuracy(about, answered, plain, draws)
-        rows += measure_scores(about, answered, draws)
+        if not arm.endswith("-rescored"):
+            plain = records.get((model, name, "plain"), []) if arm != "plain" else []
+            rows += measure_accuracy(about, answered, plain, draws)
+        if arm == "peers":
+            rows += measure_scores(about, answered, draws)
         seconds = files[model, name, arm].read_seconds()
         rows += [about | {"metric": f"seconds, {kind}", "value": round(s, 4)} for kind, s in seconds.items()]
+    for model, name in dict.fromkeys((model, name) for model, name, arm in records if arm == "plain"):
+        whole = choose_fullest([records.get((model, name, f"{arm}-rescored"), []) for arm in ("prepared", "plain")],
+                                  records[model, name, "plain"])  # fmt: skip
+        about = {"model": model, "set": name}
+        rows += measure_scores(about | {"arm": "plain"}, [drop_ranks(r) for r in whole], draws)
+        if name in LEARNT:
+            rows += measure_scores(about | {"arm": "own questions"}, rank_by_other_half(whole), draws)
+            if model in adapters:
+                manifest = storage.read_manifest(Path(adapters[model]) / "prepared")
+                ranked = [rank(r, manifest["reference"]) for r in whole]
+                rows += measure_scores(about | {"arm": "prepared"}, ranked, draws)
     for model in dict.fromkeys(model for model, _, _ in records):
-        for arm in dict.fromkeys(arm for m, _, arm in records if m == model and arm != "peers"):
-            parts = [files[model, name, arm] for name in LEARNT if (model, name, arm) in files]
-            rows += measure_heads({"model": model, "arm": arm}, parts, draws)
+        parts = [files[model, name, "plain"] for name in LEARNT if (model, name, "plain") in files]
+        rows += measure_heads({"model": model, "arm": "plain"}, parts, draws)
     rows += average(rows)
     return results.write("real", rows, draws=draws, default=DEFAULT_RISK)
+
+
+def choose_fullest(rescored: Sequence[Sequence[Record]], plain: Sequence[Record]) -> Sequence[Record]:
+    """Return the first answers with new scores that lack none of the plain ones, else the plain ones."""
+    return next((records for records in rescored if len(records) == len(plain)), plain)
+
+
+def drop_ranks(record: Record) -> Record:
+    """Return a record without the rank scores that another version computed."""
+    return replace(record, scores={n: v for n, v in record.scores.items() if not n.startswith("rank_")})
+
+
+def rank(record: Record, reference: Mapping[str, Sequence[float]]) -> Record:
+    """Return a record with its rank scores among reference answers."""
+    return add_scores(drop_ranks(record), compute_rank_scores(record.scores, reference))
+
+
+def rank_by_other_half(records: Sequence[Record]) -> list[Record]:
+    """Return records ranked among the answers to the other half of the questions, as if prepared on questions alike."""
+    halves = [list(records[side::2]) for side in (0, 1)]
+    references = [reference_quantiles([drop_ranks(r) for r in half]) for half in halves]
+    return [rank(record, references[1 - i % 2]) for i, record in enumerate(records)]
 
 
 def measure_accuracy(
@@ -90,7 +131,7 @@ def measure_scores(about: results.Row, answered: Sequence[Record], draws: int) -
     rows: list[results.Row] = []
     for (name, metric), entry in compare_scores(scores, right, METRICS, draws=draws).items():
         rows.append(about | {"score": name, "metric": metric, "answers": len(judged), **round_estimate(entry.estimate)})
-    for name in [n for n in scores if n == DEFAULT_RISK or n.startswith("rank_") or n == "both_mean_total"]:
+    for name in [n for n in scores if n.startswith("rank_")]:
         for baseline in BASELINES:
             gain = paired_difference("prr", scores[name], scores[baseline], right, draws=draws)
             rows.append(
@@ -212,14 +253,13 @@ def _points(interval: Sequence[float]) -> str:
 
 def _score_table(rows: Sequence[results.Row]) -> str:
     lines = []
-    own = [r for r in rows if "score" in r and "head" not in r and r["metric"] in METRICS and r["arm"] != "peers"]
-    for model, name in _cells(own):
-        for score in dict.fromkeys(r["score"] for r in own):
-            cells = {
-                r["metric"]: r for r in own if (r["model"], r["set"], r["score"]) == (model, name, score)
-            }  # the last arm's, which has most scores
-            if cells:
-                lines.append([f"{model}, {name}", f"`{score}`", *(_value(cells[m]) for m in METRICS)])
+    own = [r for r in rows if "score" in r and "head" not in r and r["metric"] in METRICS]
+    own = [r for r in own if r["arm"] == "plain" or r["score"].startswith("rank_") or r["score"] in PEERS]
+    for key in dict.fromkeys((r["model"], r["set"], r["arm"], r["score"]) for r in own):
+        cells = {r["metric"]: r for r in own if (r["model"], r["set"], r["arm"], r["score"]) == key}
+        model, name, arm, score = key
+        by = "" if arm == "plain" else f", {arm}"
+        lines.append([f"{model}, {name}", f"`{score}`{by}", *(_value(cells[m]) for m in METRICS)])
     return results.markdown(["model, set", "score, no labels", "AUROC", "PRR"], lines)
 
 

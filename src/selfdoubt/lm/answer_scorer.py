@@ -47,7 +47,8 @@ class AnswerScorer:
             attention: Attention where each token was predicted (without tokens, each of ``ending``).
         """
         scores = compute_answer_scores(tokens or ending, question, attention)
-        scores |= compute_rank_scores(scores, self.reference)
+        if origin.made != "choice":  # ranks among free answers say nothing about a choice
+            scores |= compute_rank_scores(scores, self.reference)
         value, name = pick_risk(scores, self.risk)
         reference = self.reference.get(name)
         estimate = ConfidenceEstimate()
