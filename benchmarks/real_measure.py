@@ -70,7 +70,12 @@ def measure(runs: Path, adapters: Mapping[str, str], draws: int) -> Path:
                 ranked = [rank(r, manifest["reference"]) for r in whole]
                 rows += measure_scores(about | {"arm": "prepared"}, ranked, draws)
     for model in dict.fromkeys(model for model, _, _ in records):
-        parts = [files[model, name, "plain"] for name in LEARNT if (model, name, "plain") in files]
+        parts = [
+            files[model, name, "plain" if arm is None else arm]
+            for name in LEARNT
+            if (model, name, "plain") in files
+            for arm in [_choose_arm(records, model, name)]
+        ]
         rows += measure_heads({"model": model, "arm": "plain"}, parts, draws)
     rows += average(rows)
     return results.write("real", rows, draws=draws, default=DEFAULT_RISK)
@@ -79,6 +84,13 @@ def measure(runs: Path, adapters: Mapping[str, str], draws: int) -> Path:
 def choose_fullest(rescored: Sequence[Sequence[Record]], plain: Sequence[Record]) -> Sequence[Record]:
     """Return the first answers with new scores that lack none of the plain ones, else the plain ones."""
     return next((records for records in rescored if len(records) == len(plain)), plain)
+
+
+def _choose_arm(records: Mapping[tuple[str, str, str], Sequence[Record]], model: str, name: str) -> str | None:
+    """Return the arm that scored all of the plain answers again, whose hidden states are whole; None without one."""
+    plain = len(records[model, name, "plain"])
+    arms = ("prepared-rescored", "plain-rescored")
+    return next((arm for arm in arms if len(records.get((model, name, arm), ())) == plain), None)
 
 
 def drop_ranks(record: Record) -> Record:

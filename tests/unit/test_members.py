@@ -312,7 +312,7 @@ def test_only_modules_can_be_wrapped(thing):
 @pytest.mark.parametrize("outer", WRAPPERS)
 @pytest.mark.parametrize("inner", ["vote", "sample"])
 def test_wrapping_members_again_is_refused(inner, outer):
-    with pytest.raises(WrapError, match=r"put sculpt inside: vote\.Wrapper\(\.\.\.\)\(sculpt\.Wrapper"):
+    with pytest.raises(WrapError, match=r"put it inside: vote\.Wrapper\(\.\.\.\)\(sculpt\.Wrapper"):
         WRAPPERS[outer](WRAPPERS[inner](mlp()))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -93,9 +94,12 @@ def find_decoder_layer(base: nn.Module, layer: int) -> nn.Module:
 def capture_outputs(layers: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
     """Capture the outputs of these modules while the block runs, in the order of ``layers``."""
     captured: list[Any] = [None] * len(layers)
+    thread = threading.get_ident()  # another thread may run the same model
 
     def hook(place: int) -> Any:
         def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            if threading.get_ident() != thread:
+                return
             captured[place] = output[0] if isinstance(output, tuple) else output
 
         return keep

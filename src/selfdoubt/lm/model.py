@@ -28,7 +28,7 @@ from selfdoubt.lm.load import POCKET, Quantization, choose_dtype, find_pocket_vo
 from selfdoubt.lm.noise_search import search_noise
 from selfdoubt.lm.notes import PLAIN_NOTE, explain_uncalibrated, explain_untrained
 from selfdoubt.lm.options import Options, read_number, read_options, read_seed
-from selfdoubt.lm.scores import RANK_SCORES, TOKEN_RISK, Score, Signal
+from selfdoubt.lm.scores import RANK_SCORES, TOKEN_RISK, Score, Signal, choose_default_risk
 from selfdoubt.lm.scoring import score_teacher_forced
 from selfdoubt.lm.until import Attempts, generate_until
 from selfdoubt.members import Spec, check_spec
@@ -72,6 +72,7 @@ class RiskAwareLM:
             ConfigError: If the risk is unknown.
         """
         self.model = model
+        self._names_risk = risk is not None
         self._front = LMFront.read(
             model, tokenizer, reference=reference, calibration=calibration, layers=layers, risk=risk,
             token_risk=token_risk, note=note,

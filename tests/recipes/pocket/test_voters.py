@@ -47,9 +47,10 @@ def test_the_voters_are_trained_by_fit_and_written_with_their_calibration(tiny_f
     assert voters.main(["--atlas", str(tiny_folder), "--out", str(out), "--steps", "2"]) == 0
     assert sorted(file.name for file in out.iterdir()) == ["added.safetensors", "selfdoubt.json"]
     made, shipped = (read_manifest(folder) for folder in (out, pocket.voters_folder()))
-    assert made["wrappers"] == shipped["wrappers"]
+    known = [{key: entry[key] for key in old} for entry, old in zip(made["wrappers"], shipped["wrappers"], strict=True)]
+    assert known == shipped["wrappers"]  # which were written before newer settings, and mean their defaults
     assert made["base"] == shipped["base"]
-    assert made["reference"].keys() == shipped["reference"].keys()
+    assert made["reference"].keys() >= shipped["reference"].keys()
     made_tensors, shipped_tensors = (load_file(f / "added.safetensors") for f in (out, pocket.voters_folder()))
     assert {n: (t.shape, t.dtype) for n, t in made_tensors.items()} == {
         n: (t.shape, t.dtype) for n, t in shipped_tensors.items()
