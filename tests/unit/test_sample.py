@@ -215,7 +215,10 @@ def test_attention_of_torch_is_refused():
     ("make", "words"),
     [
         (lambda: sample.Wrapper(n_samples=0), r"n_samples must be .* from 1 to 1000000, got 0; try n_samples=5"),
-        (lambda: sample.Bernoulli(0.0), r"p must be a finite number above 0 and below 1, or 'auto', got 0\.0; try p=0\.1"),
+        (
+            lambda: sample.Bernoulli(0.0),
+            r"p must be a finite number above 0 and below 1, or 'auto', got 0\.0; try p=0\.1",
+        ),
         (lambda: sample.Bernoulli(1.0), r".* got 1\.0; try"),
         (lambda: sample.Bernoulli(math.nan), r".* got nan; try"),
         (lambda: sample.Normal(0.0), r"std must be a finite number above 0 .*, got 0\.0; try std=0\.3"),

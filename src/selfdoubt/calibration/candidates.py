@@ -15,6 +15,9 @@ from selfdoubt.lm.scores import Score
 #: From the simplest head to the richest. "score": isotonic on one score; the others are logistic on the answer's
 #: surprisal and entropy, the question's too, members' scores too, and one hidden state too.
 CANDIDATES = ("score", "answer", "question", "members", "state")
+#: Signals of one pass that heads read. Margin, self-certainty and the disagreement of late layers are noise next to
+#: them (see experiments/LOG.md): with these, too, a head of 250 pocket answers keeps no threshold that it kept before.
+OF_ONE_PASS = ("nll", "total")
 #: Signals that only members (or a sculpt) have.
 OF_MEMBERS = ("epistemic", "aleatoric", "disagreement", "spread", "divergence", "scale")
 #: The scores of these signals that a head reads. All of them together add noise: on the pocket (see experiments/LOG.md)
@@ -81,11 +84,10 @@ def list_question_candidates(answers: CalibrationAnswers, allowed: Sequence[str]
 
 
 def _split_names(answers: CalibrationAnswers) -> tuple[list[str], list[str]]:
-    """Return the names of the scores that need no members, and of those that do."""
-    scores = [Score.parse(name) for name in answers.names]
-    of_members = [isinstance(score, Score) and score.signal in OF_MEMBERS for score in scores]
-    pairs = list(zip(answers.names, of_members, strict=True))
-    return [name for name, is_of in pairs if not is_of], [name for name, is_of in pairs if is_of]
+    """Return the names of the surprisals and entropies, and of the scores that need members."""
+    scores = [score for score in map(Score.parse, answers.names) if isinstance(score, Score)]
+    plain = [str(score) for score in scores if score.signal in OF_ONE_PASS]
+    return plain, [str(score) for score in scores if score.signal in OF_MEMBERS]
 
 
 def _is_another(answers: CalibrationAnswers, name: str, names: Sequence[str]) -> bool:

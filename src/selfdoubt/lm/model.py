@@ -125,7 +125,8 @@ class RiskAwareLM:
             reference: Ascending quantiles of answer scores, by name.
             answers: Number of answers that they are of; None if it is not known.
         """
-        self._front = replace(self._front, reference=dict(reference), reference_size=answers)
+        risk = self._front.risk if self._names_risk else choose_default_risk(reference)
+        self._front = replace(self._front, reference=dict(reference), reference_size=answers, risk=risk)
 
     @property
     def layers(self) -> tuple[int, ...]:
