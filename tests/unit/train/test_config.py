@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from typing import Any
 
 import pytest
 
@@ -138,7 +139,7 @@ def test_a_file_of_an_earlier_version_has_all_wrappers_settings_side_by_side(tmp
 
 def test_flags_of_wrappers_are_settings_of_wrappers():
     """Types and defaults are repeated there, because torch is not imported to list flags."""
-    specs = {"vote": vote.Wrapper(rank=16), "sample": sample.Wrapper(), "sculpt": sculpt.Wrapper()}
+    specs: dict[str, Any] = {"vote": vote.Wrapper(rank=16), "sample": sample.Wrapper(), "sculpt": sculpt.Wrapper()}
     for flag in fields(WrapperFlags):
         for method in flag.metadata["help"].partition(":")[0].split(", ") if flag.name != "wrapper" else ():
             default = getattr(specs[method], flag.name) if flag.name != "noise" else specs[method].distribution.p
