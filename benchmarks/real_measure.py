@@ -12,6 +12,7 @@ import numpy as np
 
 from benchmarks import results
 from benchmarks.real_answers import SETS, AnswerFile, list_files
+from benchmarks.score_rows import METRICS, round_estimate
 from selfdoubt import storage
 from selfdoubt.calibration.fit import fit_calibration
 from selfdoubt.errors import ConfigError, DataError
@@ -20,13 +21,12 @@ from selfdoubt.lm.scores import DEFAULT_RISK, compute_rank_scores, reference_qua
 from selfdoubt.metrics import Estimate, compare_scores, estimate_share, paired_difference
 from selfdoubt.metrics.bootstrap import estimate_mean
 
-METRICS = ("auroc", "prr")
 #: The scores that any library has: the default has to beat them.
 BASELINES = ("sum_nll", "mean_nll", "mean_total")
 #: Scores that need no labels and no second answer.
 SHOWN = (
     *BASELINES, "max_nll", "sum_total", "question_mean_nll", "both_mean_total", "mean_margin", "mean_self_certainty",
-    "rauq", "mean_layer_disagreement", "mean_density", "pooled_density", "question_mean_density", "choice_nll",
+    "rauq", "mean_layer_disagreement", "mean_density", "question_mean_density", "choice_nll",
     "choice_entropy", "sum_epistemic", "mean_epistemic", "mean_divergence", "question_mean_epistemic",
 )  # fmt: skip
 #: Scores of ten more answers, or of a question about the answer.
@@ -115,11 +115,11 @@ def measure_accuracy(
 ) -> list[results.Row]:
     """Return the share of right answers, and its paired difference to the plain model's on the same questions."""
     judged = [r for r in answered if r.correct is not None]
-    row = about | {"metric": "accuracy", **round_estimate(estimate_share([bool(r.correct) for r in judged]))}
+    row = about | {"metric": "accuracy", **_entries(estimate_share([bool(r.correct) for r in judged]))}
     row["answers"] = len(judged)
     if about["set"] == "mc2":
         grades = [float(r.grade) for r in judged if r.grade is not None]
-        row |= {"metric": "mc2", **round_estimate(estimate_mean(grades, draws=draws))}
+        row |= {"metric": "mc2", **_entries(estimate_mean(grades, draws=draws))}
     known = {r.question.id: r for r in plain}
     pairs = [(r, known[r.question.id]) for r in judged if r.question.id in known]
     if len(pairs) > 1:
@@ -142,13 +142,13 @@ def measure_scores(about: results.Row, answered: Sequence[Record], draws: int) -
     scores = {name: values for name, values in scores.items() if np.ptp(values) > 0}
     rows: list[results.Row] = []
     for (name, metric), entry in compare_scores(scores, right, METRICS, draws=draws).items():
-        rows.append(about | {"score": name, "metric": metric, "answers": len(judged), **round_estimate(entry.estimate)})
+        rows.append(about | {"score": name, "metric": metric, "answers": len(judged), **_entries(entry.estimate)})
     for name in [n for n in scores if n.startswith("rank_")]:
         for baseline in BASELINES:
             gain = paired_difference("prr", scores[name], scores[baseline], right, draws=draws)
             rows.append(
                 about | {"score": name, "metric": f"prr less {baseline}'s", "answers": len(judged),
-                         **round_estimate(gain)}
+                         **_entries(gain)}
             )  # fmt: skip
     return rows
 
@@ -201,7 +201,7 @@ def _measure_candidates(
         ).items():
             if score == "p_correct":
                 row = about | {"set": name, "score": score, "head": report.chosen, "metric": metric}
-                rows.append(row | {"answers": int(use.sum()), **round_estimate(entry.estimate)})
+                rows.append(row | {"answers": int(use.sum()), **_entries(entry.estimate)})
     return rows
 
 
@@ -225,11 +225,10 @@ def average(rows: Sequence[results.Row]) -> list[results.Row]:
     return averaged
 
 
-def round_estimate(estimate: Estimate) -> dict[str, Any]:
-    """Return value and interval, to four places."""
-    if estimate.value is None or estimate.low is None or estimate.high is None:
-        raise ValueError(f"an estimate has no number: {estimate.note}; ask more questions")
-    return {"value": round(estimate.value, 4), "interval": [round(estimate.low, 4), round(estimate.high, 4)]}
+def _entries(estimate: Estimate) -> dict[str, Any]:
+    """Return the entries ``value`` and ``interval`` of a row."""
+    value, interval = round_estimate(estimate)
+    return {"value": value, "interval": interval}
 
 
 def table(record: Mapping[str, Any]) -> str:
