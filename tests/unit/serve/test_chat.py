@@ -149,7 +149,8 @@ def test_a_plot_is_well_formed_and_within_its_frame(parts, times):
         assert all(-100 <= float(n) <= max(100, len(found)) for n in numbers.split())
     bars = sum(p.get("d").count("M") for p in paths if "bar" in p.get("class"))
     assert bars == len(found)
-    assert len([p for p in paths if "line" in p.get("class")]) == (2 if found else 0)
+    lines = (len(found) > 0) + any(t.epistemic for t in found)
+    assert len([p for p in paths if "line" in p.get("class")]) == lines
 
 
 def test_a_plot_draws_each_bar_at_its_height_in_the_colour_of_its_level():
@@ -159,6 +160,12 @@ def test_a_plot_draws_each_bar_at_its_height_in_the_colour_of_its_level():
     assert "v-66.7" in paths["bar b4"]  # of 3 nats
     assert paths["line total"] == "M0 100.0h1V0.0h1"
     assert paths["line epistemic"] == "M0 100.0h1V50.0h1"
+
+
+def test_a_plot_of_one_member_has_no_epistemic_part():
+    drawn = render_risk_plot([token(epistemic=0.0), token(epistemic=0.0)])
+    assert "epistemic" not in drawn
+    assert "epistemic" in render_risk_plot([token(epistemic=0.0), token(epistemic=0.1)])
 
 
 def test_a_plot_tells_in_words_where_doubt_was_highest():

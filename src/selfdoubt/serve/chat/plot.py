@@ -17,6 +17,8 @@ CROWDED_TOKENS = 120
 def render_risk_plot(tokens: Sequence[Token], place: str = "") -> str:
     """Draw bars of the tokens' risks in their colours, a line of total doubt and a dashed one of the epistemic part.
 
+    There is no epistemic part where all is zero: one member cannot disagree with itself.
+
     Args:
         tokens: Tokens of one answer; without any the picture is empty.
         place: Name of the place of these tokens, so that the page can point at one.
@@ -27,7 +29,11 @@ def render_risk_plot(tokens: Sequence[Token], place: str = "") -> str:
         f'<path class="bar b{rank}" d="{d}"/>' for rank in range(len(COLOURS)) if (d := _bars(tokens, rank, top))
     )
     shapes += f'<path class="line total" d="{_steps([t.total for t in tokens], top)}"/>' if n else ""
-    shapes += f'<path class="line epistemic" d="{_steps([t.epistemic for t in tokens], top)}"/>' if n else ""
+    epistemic = [t.epistemic for t in tokens]
+    key = ""
+    if any(epistemic):
+        shapes += f'<path class="line epistemic" d="{_steps(epistemic, top)}"/>'
+        key = '<span><i class="key epistemic"></i>epistemic</span>'
     ticks = "".join(f'<span style="bottom:{share:.0%}">{share * top:g}</span>' for share in (0.0, 0.5, 1.0))
     return (
         f'<figure class="plot{" crowded" if n > CROWDED_TOKENS else ""}" data-of="{place}" data-n="{n}">'
@@ -37,7 +43,7 @@ def render_risk_plot(tokens: Sequence[Token], place: str = "") -> str:
         f"{shapes}</svg></div></div>"
         f'<figcaption><span class="axis">nats, token 1 to {max(n, 1)}</span>'
         '<span><i class="key bar"></i>risk of the token</span><span><i class="key total"></i>total</span>'
-        '<span><i class="key epistemic"></i>epistemic</span></figcaption></figure>'
+        f"{key}</figcaption></figure>"
     )
 
 
@@ -68,7 +74,9 @@ def _describe(tokens: Sequence[Token]) -> str:
     if not tokens:
         return "Risk along the answer: no token yet"
     worst = max(range(len(tokens)), key=lambda i: tokens[i].risk)
-    return (
+    epistemic = max(t.epistemic for t in tokens)
+    text = (
         f"Risk along the answer: {len(tokens)} tokens, the highest {tokens[worst].risk:.2f} nats at token {worst + 1}, "
-        f"total doubt up to {max(t.total for t in tokens):.2f}, epistemic up to {max(t.epistemic for t in tokens):.2f}"
+        f"total doubt up to {max(t.total for t in tokens):.2f}"
     )
+    return f"{text}, epistemic up to {epistemic:.2f}" if epistemic else text
