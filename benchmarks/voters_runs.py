@@ -68,6 +68,7 @@ ARMS: dict[str, Arm] = {
         "three voters of rank 16 on all linear layers of the decoder, split",
         _voters(param_filter=targets.DECODER_FILTER),
     ),
+    "vote-rank": Arm("three voters of rank 64 on q and v, split", _voters(rank=64)),
     "vote-noise": Arm("three voters of rank 16 on q and v, initial noise 0.2 (the default), split",
                       _voters(weight_noise=0.2)),
     "vote-long": Arm("as vote, three times the steps", _voters(), steps=3.0),
