@@ -6,7 +6,7 @@ import json
 import platform
 import re
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -30,20 +30,73 @@ def device_name() -> str:
 
 def write(name: str, rows: list[Row], **settings: Any) -> Path:
     """Write results beside what they were measured with, and renew the tables."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=HERE).stdout
-    FOLDER.mkdir(exist_ok=True)
+    path = find_path(name)
+    _write(path, rows, settings)
+    tables()
+    return path
+
+
+def find_path(name: str) -> Path:
+    """Return the file of a benchmark's results on this device."""
     short = "gpu-" + re.sub(r"\W+", "-", device_name()).lower() if torch.cuda.is_available() else "cpu"
-    path = FOLDER / f"{name}-{short}.json"
+    return FOLDER / f"{name}-{short}.json"
+
+
+def read_commit() -> str:
+    """Return the short name of the commit that is measured; empty outside a repository."""
+    try:
+        shown = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=HERE)
+    except FileNotFoundError:
+        return ""
+    return shown.stdout.strip()
+
+
+def _write(path: Path, rows: list[Row], settings: dict[str, Any]) -> None:
     record = {
         "device": device_name(),
-        "commit": commit.strip(),
+        "commit": read_commit(),
         "versions": {p: version(p) for p in PACKAGES},
         "settings": settings,
         "rows": rows,
     }
+    path.parent.mkdir(exist_ok=True, parents=True)
     path.write_text(json.dumps(record, indent=1) + "\n")
-    tables()
-    return path
+
+
+class RowFile:
+    """Rows of a benchmark, written one by one: a run that was cut off goes on where it stopped.
+
+    Args:
+        name: Name of the benchmark.
+        keys: Names of the fields that say what a row measures.
+        folder: Folder of the results; None is that of the repository.
+        again: Measure again what this commit has measured already.
+        settings: Settings that all rows share; rows of other settings are measured again.
+    """
+
+    def __init__(
+        self, name: str, keys: Sequence[str], folder: Path | None = None, *, again: bool = False, **settings: Any
+    ) -> None:
+        self.path = find_path(name) if folder is None else folder / find_path(name).name
+        self._keys, self._settings = tuple(keys), settings
+        self._commit = read_commit()
+        before = json.loads(self.path.read_text()) if self.path.is_file() else {"rows": []}
+        same = before.get("settings") == json.loads(json.dumps(settings)) and before.get("device") == device_name()
+        self.rows: list[Row] = before["rows"] if same else []
+        self._measured = set() if again else {self._name(r) for r in self.rows if r.get("commit") == self._commit}
+
+    def _name(self, row: Row) -> tuple[Any, ...]:
+        return tuple(row[key] for key in self._keys)
+
+    def has(self, **about: Any) -> bool:
+        """Return whether this commit has measured this row."""
+        return self._name(about) in self._measured
+
+    def add(self, row: Row) -> None:
+        """Write a row, in the place of an earlier one of the same name."""
+        self.rows = [r for r in self.rows if self._name(r) != self._name(row)] + [{**row, "commit": self._commit}]
+        self._measured.add(self._name(row))
+        _write(self.path, self.rows, self._settings)
 
 
 def tables() -> None:
