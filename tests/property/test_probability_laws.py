@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from selfdoubt import risk
-from selfdoubt.lm.prefill import score_ids
+from selfdoubt.lm.token_table import score_ids
 from selfdoubt.lm.sampling import Sampling, choose_tokens
 from selfdoubt.lm.stepper import StepOutput
 from tests.strategies import seeds
