@@ -113,12 +113,12 @@ def teacher_force_in_chunks(
             pool.add(first, piece.states[0])
         keep_attention(attention, piece)
         columns = piece.logits.shape[2]
-        mixed = piece.mixture
         chosen = ids[:, first + 1 : first + 1 + columns]
         for row, text in enumerate(texts) if last else ():
             if 0 <= (place := len(text) - 1 - first) < columns:
-                chosen[row, place] = last[int(mixed[row, place, last].argmax())]
-        for tokens, more in zip(scored, score_ids(piece, chosen, alternatives, mixed), strict=True):
+                mixed = piece.select([row]).at(place).mixture
+                chosen[row, place] = last[int(mixed[0, last].argmax())]
+        for tokens, more in zip(scored, score_ids(piece, chosen, alternatives, is_answer=True), strict=True):
             tokens += more
         if first + columns < width - 1:
             yield

@@ -10,6 +10,7 @@ from torch.testing import assert_close
 
 from selfdoubt import risk
 from selfdoubt.errors import NonFiniteError
+from selfdoubt.lm import token_table
 from selfdoubt.lm.stepper import StepOutput
 from selfdoubt.lm.token_table import TokenTable, read_table, score_ids, tabulate
 from tests.plain import run
@@ -168,3 +169,17 @@ def test_logits_that_are_not_finite_show_in_the_table(kind, member, bad, is_answ
     fine[1, 2] = 0
     assert_close(others, fine, rtol=0, atol=1e-6)
     assert len(read_table(TokenTable(others, table.names, table.alternatives))) == 2
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("is_answer", [False, True])
+@pytest.mark.parametrize("alternatives", [0, 5])
+@pytest.mark.parametrize("positions", [1, 2, 4])
+def test_blocks_of_positions_are_all_positions(kind, is_answer, alternatives, positions, monkeypatch):
+    step, chosen = step_of(kind), chosen_ids()
+    expected = tabulate(step, chosen, alternatives, mixed_of(step, is_answer))
+    monkeypatch.setattr(token_table, "_BLOCK", positions * CLASSES * len(step.logits))
+    for mixed in (mixed_of(step, is_answer), None):
+        table = tabulate(step, chosen, alternatives, mixed, is_answer=is_answer)
+        assert (table.names, table.alternatives) == (expected.names, expected.alternatives)
+        assert torch.equal(table.numbers, expected.numbers)
