@@ -9,6 +9,7 @@ from jaxtyping import Shaped
 from torch import Tensor
 
 from selfdoubt import risk
+from selfdoubt.distributions import wide_dtype
 
 OutputKind = Literal["values", "logits"]
 
@@ -51,7 +52,7 @@ class Forecast:
         """
         if not self.members.is_floating_point():
             return (self.members != self.mean).float().mean(0)
-        wide = self.members.to(risk.wide_dtype(self.members))
+        wide = self.members.to(wide_dtype(self.members))
         variance = wide.var(0, correction=0) if self.base is None else (wide - self.base).square().mean(0)
         if self.scale_std is not None:
             variance = variance + self.scale_std.to(variance.dtype).square().mean(0)

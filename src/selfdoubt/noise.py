@@ -15,7 +15,7 @@ from typing import Any, Protocol, runtime_checkable
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from selfdoubt import risk
+from selfdoubt.distributions import wide_dtype
 from selfdoubt.errors import ConfigError, NonFiniteError, WrapError
 from selfdoubt.members import Wrapped
 
@@ -107,7 +107,7 @@ class NoiseTally:
         Raises:
             NonFiniteError: If a logit is NaN or infinite.
         """
-        wide = risk.wide_dtype(base)
+        wide = wide_dtype(base)
         base_logp, member_logp = base.to(wide).log_softmax(-1), members.to(wide).log_softmax(-1)
         divergence = (base_logp.exp() * (base_logp - member_logp)).sum(-1).clamp_min(0)
         self.count += divergence.numel()

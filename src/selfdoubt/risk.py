@@ -18,6 +18,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from selfdoubt.distributions import (
+    Distributions,
+    compute_divergence,
+    compute_entropy_of_mean,
+    compute_uniform_divergence,
+    find_top,
+    wide_dtype,
+)
 from selfdoubt.errors import NonFiniteError, ShapeError
 
 
@@ -55,7 +63,7 @@ def mix(logits: Float[Tensor, "members *batch classes"]) -> Float[Tensor, "*batc
     _check(logits)
     if logits.shape[0] == 1:
         return logits[0]
-    wide = _wide(logits)
+    wide = logits.to(wide_dtype(logits))
     lse = wide.logsumexp(-1, keepdim=True)
     mixed = (wide - lse).logsumexp(0) - math.log(logits.shape[0]) + lse.mean(0)
     return mixed.to(logits.dtype)
@@ -75,7 +83,7 @@ def mixture(
     _check(logits)
     if logits.shape[0] == 1 or has_base:
         return logits[0]
-    return _wide(logits).log_softmax(-1).logsumexp(0) - math.log(logits.shape[0])
+    return logits.to(wide_dtype(logits)).log_softmax(-1).logsumexp(0) - math.log(logits.shape[0])
 
 
 def total(logits: Float[Tensor, "members *batch classes"]) -> Float[Tensor, "*batch"]:
@@ -131,12 +139,15 @@ def confidence_scores(logits: Float[Tensor, "*batch classes"]) -> ConfidenceScor
         >>> scores.margin.item(), round(abs(scores.self_certainty.item()), 4)
         (1.0, 0.0)
     """
-    logp = _wide(logits).log_softmax(-1)
-    return _confidence(logp, logp.argmax(-1))
+    return _confidence(Distributions.measure(logits))
 
 
 def token_scores(
-    logits: Float[Tensor, "members *batch classes"], chosen: Int[Tensor, "*batch"], *, has_base: bool = False
+    logits: Float[Tensor, "members *batch classes"],
+    chosen: Int[Tensor, "*batch"],
+    *,
+    has_base: bool = False,
+    check: bool = True,
 ) -> TokenScores:
     """Return all token scores in one pass over the classes.
 
@@ -144,12 +155,13 @@ def token_scores(
         logits: Unnormalised scores, one slice per member.
         chosen: Index of the class that was taken.
         has_base: Member 0 is the base model, which answers alone; there must be others.
+        check: False leaves NaN in ``total`` or ``aleatoric`` where a logit is NaN or infinite, and waits for nothing.
 
     Raises:
         ShapeError: If the member axis is missing.
         NonFiniteError: If a logit is NaN or infinite.
     """
-    return _scores(logits, chosen, has_base)[0]
+    return _scores(logits, chosen, has_base, check)[0]
 
 
 def score_among(
@@ -159,6 +171,7 @@ def score_among(
     mixed: Float[Tensor, "*batch classes"],
     *,
     has_base: bool = False,
+    check: bool = True,
 ) -> tuple[TokenScores, Float[Tensor, "*batch k"]]:
     """Return token scores, and the log-probabilities of other classes in the chosen one's place, float64.
 
@@ -171,19 +184,26 @@ def score_among(
         others: Indices of classes, all different; the chosen one may be among them.
         mixed: The ``mixture`` of the logits.
         has_base: Member 0 is the base model.
+        check: As for ``token_scores``.
 
     Raises:
         ShapeError: If the member axis is missing.
         NonFiniteError: If a logit is NaN or infinite.
     """
-    scores, logp, _ = _scores(logits, chosen, has_base)
-    return _fit(scores, logp[0] if logits.shape[0] == 1 or has_base else mixed, chosen, others)
+    scores, each = _scores(logits, chosen, has_base, check)
+    return _fit(scores, each.select(0) if logits.shape[0] == 1 or has_base else mixed, chosen, others)
 
 
-def _fit(scores: TokenScores, mean: Tensor, chosen: Tensor, others: Tensor) -> tuple[TokenScores, Tensor]:
+def _fit(
+    scores: TokenScores, mean: Distributions | Tensor, chosen: Tensor, others: Tensor
+) -> tuple[TokenScores, Tensor]:
     """Return scores and the others' log-probabilities, whose sum is at most 1 whatever the rounding."""
-    chosen_logp = mean.gather(-1, chosen.unsqueeze(-1)).double().clamp_max(0)
-    rest = mean.gather(-1, others).double().clamp_max(0)
+
+    def logprobs(classes: Tensor) -> Tensor:
+        each = mean.logprobs(classes) if isinstance(mean, Distributions) else mean.gather(-1, classes)
+        return each.double().clamp_max(0)
+
+    chosen_logp, rest = logprobs(chosen.unsqueeze(-1)), logprobs(others)
     apart = (others != chosen.unsqueeze(-1)).all(-1, keepdim=True)
     # Rounding of the normaliser may bring the sum a little above 1: the probabilities are scaled to fit.
     whole = rest.exp().sum(-1, keepdim=True) + chosen_logp.exp() * apart
@@ -198,20 +218,33 @@ def score_answer_tokens(
     others: Int[Tensor, "*batch k"] | None = None,
     *,
     has_base: bool = False,
+    check: bool = True,
 ) -> tuple[TokenScores, ConfidenceScores, Float[Tensor, "*batch k"] | None]:
     """Return ``token_scores`` (or ``score_among``) and ``confidence_scores`` of ``mixed``, in fewer passes.
 
     The arguments, and the errors raised, are those of ``score_among``.
     """
-    scores, logp, top = _scores(logits, chosen, has_base)
-    alone = logits.shape[0] == 1 or has_base
-    mean = logp[0] if alone else mixed
+    scores, each = _scores(logits, chosen, has_base, check)
+    alone = each.select(0) if logits.shape[0] == 1 or has_base else None
     logprobs = None
     if others is not None:
-        scores, logprobs = _fit(scores, mean, chosen, others)
+        scores, logprobs = _fit(scores, mixed if alone is None else alone, chosen, others)
     # The mixture of several members has log-probabilities already, but for rounding.
-    confidence = _confidence(mean, top[0]) if alone else _confidence(mean.log_softmax(-1), mean.argmax(-1))
-    return scores, confidence, logprobs
+    return scores, _confidence(Distributions.measure(mixed) if alone is None else alone), logprobs
+
+
+def check_finite(entropy: Float[Tensor, "*batch"]) -> None:
+    """Check the total entropies of scores; one NaN or infinite logit makes its position's entropy NaN.
+
+    Raises:
+        NonFiniteError: If one is NaN or infinite.
+    """
+    finite = entropy.isfinite()
+    if not finite.all():
+        raise NonFiniteError(
+            f"{int((~finite).sum())} of {entropy.numel()} positions have NaN or infinite logits; a risk cannot be "
+            "computed from them: check the model's weights and dtype (float16 overflows; try bfloat16 or float32)"
+        )
 
 
 def percentile(value: float, reference: Sequence[float], *, linear: bool = False) -> float:
@@ -246,88 +279,67 @@ def percentile(value: float, reference: Sequence[float], *, linear: bool = False
     return (place - 1 + (value - low) / (high - low)) / (len(reference) - 1)
 
 
-def _confidence(logp: Tensor, top: Tensor) -> ConfidenceScores:
-    """Return the scores of a distribution, given as log-probabilities, whose most probable class is ``top``."""
-    index = top.unsqueeze(-1)
-    first, second = logp.gather(-1, index).squeeze(-1).exp(), logp.scatter(-1, index, -torch.inf).amax(-1).exp()
-    divergence = -math.log(logp.shape[-1]) - logp.mean(-1)
-    return ConfidenceScores((1 - (first - second)).clamp(0, 1), -divergence.clamp_min(0))
+def _confidence(distribution: Distributions) -> ConfidenceScores:
+    """Return the scores of a distribution."""
+    largest = distribution.probs.gather(-1, find_top(distribution.centred, 2))
+    margin = 1 - (largest[..., 0] - largest[..., 1])
+    return ConfidenceScores(margin.clamp(0, 1), -compute_uniform_divergence(distribution).clamp_min(0))
 
 
-def _scores(logits: Tensor, chosen: Tensor, has_base: bool = False) -> tuple[TokenScores, Tensor, Tensor]:
-    """Return token scores, the members' log-probabilities, which are large, and their most probable classes."""
+def _scores(logits: Tensor, chosen: Tensor, has_base: bool, check: bool) -> tuple[TokenScores, Distributions]:
+    """Return token scores, and the members' distributions, which are large."""
     _check(logits)
+    if has_base and len(logits) < 2:
+        raise ShapeError("a base row needs at least one more member to disagree with it, got one row")
+    each = Distributions.measure(logits)
     if has_base:
-        return _scores_from_base(logits, chosen)
-    wide = _wide(logits)
-    logp = wide.log_softmax(-1)
-    probs = logp.exp()
-    h_total, h_aleatoric, h_epistemic = _entropies_of(logp, probs)
-    top = wide.argmax(-1)
-    index = chosen.unsqueeze(-1)
-    member_probs = probs.gather(-1, index.expand(probs.shape[0], *index.shape)).squeeze(-1)
-    member_logp = logp.gather(-1, index.expand(logp.shape[0], *index.shape)).squeeze(-1)
-    scores = TokenScores(
+        base, others = each.select(slice(1)), each.select(slice(1, None))
+        divergence = compute_divergence(base.select(0), others).mean(0).clamp_min(0)
+        answer = _score(base, chosen)
+        scores = _score(others, chosen)._replace(logprob=answer.logprob, total=answer.total, divergence=divergence)
+    else:
+        scores = _score(each, chosen)
+    if check:
+        check_finite(scores.total + scores.aleatoric)
+    return scores, each
+
+
+def _score(each: Distributions, chosen: Tensor) -> TokenScores:
+    """Return the scores of members that all answer."""
+    members, index = len(each.probs), chosen.unsqueeze(-1)
+    index = index.expand(members, *index.shape)
+    h_total, h_aleatoric, h_epistemic = _entropies_of(each)
+    return TokenScores(
         # Rounding may bring the mean of near certainties above 1.
-        logprob=(member_logp.logsumexp(0) - math.log(logits.shape[0])).clamp_max(0),
+        logprob=(each.logprobs(index).squeeze(-1).logsumexp(0) - math.log(members)).clamp_max(0),
         total=h_total,
         aleatoric=h_aleatoric,
         epistemic=h_epistemic,
-        disagreement=(top != chosen).to(h_total.dtype).mean(0),
-        spread=member_probs.std(0, correction=0).clamp_max(0.5),
+        disagreement=(each.top != chosen).to(h_total.dtype).mean(0),
+        spread=each.probs.gather(-1, index).squeeze(-1).std(0, correction=0).clamp_max(0.5),
     )
-    return scores, logp, top
-
-
-def _scores_from_base(logits: Tensor, chosen: Tensor) -> tuple[TokenScores, Tensor, Tensor]:
-    """Return token scores of the base (member 0) and of the others' disagreement; and all log-probabilities."""
-    if len(logits) < 2:
-        raise ShapeError("a base row needs at least one more member to disagree with it, got one row")
-    base, base_logp, base_top = _scores(logits[:1], chosen)
-    others, other_logp, other_top = _scores(logits[1:], chosen)
-    divergence = (base_logp.exp() * (base_logp - other_logp)).sum(-1).mean(0).clamp_min(0)
-    scores = others._replace(logprob=base.logprob, total=base.total, divergence=divergence)
-    return scores, torch.cat([base_logp, other_logp]), torch.cat([base_top, other_top])
 
 
 def _entropies(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     _check(logits)
-    logp = _wide(logits).log_softmax(-1)
-    return _entropies_of(logp, logp.exp())
+    entropies = _entropies_of(Distributions.measure(logits))
+    check_finite(entropies[0])
+    return entropies
 
 
-def _entropies_of(logp: Tensor, probs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _entropies_of(each: Distributions) -> tuple[Tensor, Tensor, Tensor]:
     """Return total, aleatoric and epistemic entropy, each within its bounds whatever the rounding.
 
-    Raises:
-        NonFiniteError: If a logit was NaN or infinite.
+    One NaN or infinite logit of any member makes its position's total NaN.
     """
-    if len(logp) == 1:  # the mean is the member
-        h = -(probs[0] * logp[0]).sum(-1)
-        _check_finite(h)
-        h = h.clamp(0, math.log(logp.shape[-1]) * (1 - torch.finfo(h.dtype).eps))
-        return h, h, torch.zeros_like(h)
-    mean = probs.mean(0)
-    # x log x at x = 0 is 0; the clamp keeps the logarithm finite there.
-    h_total = -(mean * mean.clamp_min(torch.finfo(mean.dtype).tiny).log()).sum(-1)
-    h_aleatoric = -(probs * logp).sum(-1).mean(0)
-    # One infinite or NaN logit makes its row's entropy NaN: checking the small result checks the large tensor.
-    _check_finite(h_total + h_aleatoric)
-    members, classes = logp.shape[0], logp.shape[-1]
-    inside = 1 - torch.finfo(mean.dtype).eps  # so that a bound is kept in any wider type, too
-    h_aleatoric = h_aleatoric.clamp(0, math.log(classes) * inside)
-    h_epistemic = (h_total - h_aleatoric).clamp(0, math.log(members) * inside)
+    members, classes = len(each.probs), each.probs.shape[-1]
+    inside = 1 - torch.finfo(each.probs.dtype).eps  # so that a bound is kept in any wider type, too
+    h_aleatoric = each.entropy().mean(0).clamp(0, math.log(classes) * inside)
+    if members == 1:  # the mean is the member
+        return h_aleatoric, h_aleatoric, torch.zeros_like(h_aleatoric)
+    h_epistemic = (compute_entropy_of_mean(each.probs) - h_aleatoric).clamp(0, math.log(members) * inside)
     h_total = (h_aleatoric + h_epistemic).clamp_max(math.log(classes) * inside)
     return h_total, h_aleatoric, torch.minimum(h_epistemic, (h_total - h_aleatoric).clamp_min(0))
-
-
-def wide_dtype(x: Tensor) -> torch.dtype:
-    """Return the dtype in which sums over ``x`` run: float32, or float64 where ``x`` has it."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def _wide(logits: Tensor) -> Tensor:
-    return logits.to(wide_dtype(logits))
 
 
 def _check(logits: Tensor) -> None:
@@ -335,13 +347,4 @@ def _check(logits: Tensor) -> None:
         raise ShapeError(
             f"logits must be (members, ..., classes), got shape {tuple(logits.shape)}; "
             "for a single model add the axis with logits[None]"
-        )
-
-
-def _check_finite(entropy: Tensor) -> None:
-    finite = entropy.isfinite()
-    if not finite.all():
-        raise NonFiniteError(
-            f"{int((~finite).sum())} of {entropy.numel()} positions have NaN or infinite logits; a risk cannot be "
-            "computed from them: check the model's weights and dtype (float16 overflows; try bfloat16 or float32)"
         )

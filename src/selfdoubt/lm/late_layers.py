@@ -8,11 +8,12 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from selfdoubt.compat import get_output_head
 from selfdoubt.density import MeasuredLeaf
+from selfdoubt.distributions import find_top
 from selfdoubt.lm.hidden_states import capture_outputs, find_decoder_layers
 from selfdoubt.lm.stepper import StepOutput
 
@@ -22,8 +23,6 @@ TOKENS = 32
 DEPTHS = (3 / 4, 5 / 6, 11 / 12)
 #: Rows of the head that are gathered at a time are at most this many numbers.
 _CHUNK = 2**22
-#: Numbers in a block of ``find_top``.
-_BLOCK = 64
 
 
 def jensen_shannon(
@@ -39,22 +38,6 @@ def jensen_shannon(
     middle = torch.logaddexp(first, second) - math.log(2)
     sides = [(p.exp() * (p - middle)).masked_fill(p == -torch.inf, 0).sum(-1) for p in (first, second)]
     return ((sides[0] + sides[1]) / 2).clamp(0, math.log(2))
-
-
-def find_top(x: Float[Tensor, "*batch classes"], k: int) -> Int[Tensor, "*batch k"]:
-    """Return the places of the ``k`` largest values, in any order of equal ones, as ``topk`` does but faster on a CPU.
-
-    The ``k`` largest lie in the ``k`` blocks with the largest maxima.
-    """
-    count = x.shape[-1] // _BLOCK
-    if x.device.type != "cpu" or count < 2 * k:
-        return x.topk(k).indices
-    blocks = x[..., : count * _BLOCK].unflatten(-1, (count, _BLOCK))  # type: ignore[no-untyped-call]
-    chosen = blocks.amax(-1).topk(k).indices
-    places = (chosen[..., None] * _BLOCK + torch.arange(_BLOCK)).flatten(-2)
-    rest = torch.arange(count * _BLOCK, x.shape[-1]).expand(*places.shape[:-1], -1)
-    places = torch.cat([places, rest], -1)
-    return places.gather(-1, x.gather(-1, places).topk(k).indices)
 
 
 class LateLayerProbe:
