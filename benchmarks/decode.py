@@ -1,219 +1,213 @@
-"""What a risk costs: time per token with risk against plain Hugging Face ``generate``.
+"""What a risk costs: time per token with risk against plain Hugging Face ``generate``, one sequence.
 
-Same model, same run: the arms take turns, round by round, and each round gives every arm one time. A time per token is
-``(t(n + 1 tokens) - t(1 token)) / n``, so that reading the prompt does not count; reading is ``t(1 token)``.
+Same model, same run: the arms (``benchmarks.arms``) take turns, round by round, and each round gives every arm one
+time. Reading the prompt is the time until the first token. Rows are written after each round, so that a run that is cut
+off loses nothing and goes on where it stopped.
 
     python -m benchmarks.decode [--models pocket 135m 1b] [--tokens 32] [--rounds 7]
+    python -m benchmarks.decode --models 1b --members 1 2 3 5 8 16 --modes captured   # cost against members, and a plot
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from statistics import median, quantiles
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import Tensor, nn
 
-from benchmarks import results
-from selfdoubt import sample, sculpt, vote
-from selfdoubt.lm.decode import decode
-from selfdoubt.lm.prefill import prefill
-from selfdoubt.lm.probes import find_probes
-from selfdoubt.lm.sampling import Sampling
-from selfdoubt.lm.stepper import HFStepper, StepOutput
+from benchmarks import arms, results
+from selfdoubt.lm.hardware import measure_bandwidth
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-SHAPES: dict[str, dict[str, Any]] = {
-    "135m": {
-        "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
-        "num_attention_heads": 9, "num_key_value_heads": 3,
-    },
-    "1b": {
-        "vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
-        "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64,
-    },
-    "3b": {
-        "vocab_size": 128256, "hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 28,
-        "num_attention_heads": 24, "num_key_value_heads": 8, "head_dim": 128,
-    },
-}  # fmt: skip
-PROMPT = 32
-NAMES = {
-    "hf": "Hugging Face `generate`, no risk",
-    "plain": "selfdoubt, no wrapper (scores of the distribution only)",
-    "free": "selfdoubt, no wrapper, all free scores (RAUQ and late layers, too)",
-    "bare": "the same steps without any score",
-    "vote3": "vote, 3 voters of rank 16 on q and v",
-    "sample5": "sample, 5 samples on q and v",
-    "sculpt": "sculpt",
-    "separate3": "3 separate passes (naive)",
-}
+KEYS = ("model", "arm", "batch", "prompt")
+#: Arms by default: on a GPU graphs are what counts, on a CPU they do not exist.
+CPU_ARMS = ("hf", "hf-rows", "bare", "plain", "free", "vote3", "vote3-late", "vote3-answer", "sample5", "sculpt",
+            "separate3")  # fmt: skip
+GPU_ARMS = (
+    "hf", "hf-static", "plain", "plain+captured", "free+captured", "vote3", "vote3+captured", "vote3+compiled",
+    "vote3-late+captured", "vote3-answer+captured", "sample5+captured", "sculpt+captured", "separate3",
+)  # fmt: skip
+#: Arms without a risk, the fastest of which a risk is compared with, too.
+PLAIN_ARMS = ("hf", "hf-rows", "hf-static")
 
 
-def build(name: str) -> PreTrainedModel:
-    """The pocket model, or a model of a known shape with random weights, in bfloat16."""
-    from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+@dataclass(frozen=True)
+class Cell:
+    """One size at which all arms are measured."""
 
-    from selfdoubt import pocket
-
-    model: Any
-    if name == "pocket":
-        model = AutoModelForCausalLM.from_pretrained(pocket.folder(), dtype=torch.bfloat16)
-    else:
-        torch.manual_seed(0)
-        before = torch.get_default_dtype()
-        torch.set_default_dtype(torch.bfloat16)
-        model = LlamaForCausalLM(LlamaConfig(**SHAPES[name], tie_word_embeddings=True, max_position_embeddings=2048))
-        torch.set_default_dtype(before)
-    model.generation_config.eos_token_id = None
-    built: PreTrainedModel = model.to("cuda" if torch.cuda.is_available() else "cpu").eval().requires_grad_(False)
-    return built
+    model: str
+    batch: int = 1
+    prompt: int = 32
+    tokens: int = 32
+    rounds: int = 7
 
 
-class Separate:
-    """The naive ensemble: as many whole passes as members, one after the other."""
+def measure(cell: Cell, names: Sequence[str], rows: results.RowFile, until: float | None = None) -> None:
+    """Measure a cell's arms in turns, and write their rows after each round.
 
-    context = None
+    An arm that fails (out of memory, say) gets a row that says why.
 
-    def __init__(self, model: nn.Module, members: int) -> None:
-        self.passes = [HFStepper(model) for _ in range(members)]
-
-    def start(self, prompts: Sequence[Sequence[int]]) -> Iterator[tuple[int, StepOutput]]:
-        for pieces in zip(*(p.start(prompts) for p in self.passes), strict=True):
-            yield pieces[0][0], self._join([piece for _, piece in pieces])
-
-    def step(self, ids: Tensor) -> StepOutput:
-        return self._join([p.step(ids) for p in self.passes])
-
-    def keep(self, sequences: Sequence[int]) -> None:
-        for p in self.passes:
-            p.keep(sequences)
-
-    def extend(self, texts: Sequence[Sequence[int]]) -> Iterator[tuple[int, StepOutput]]:
-        raise NotImplementedError("only decoding is timed")
-
-    def join(self, other: Any) -> None:
-        raise NotImplementedError("only one batch is timed")
-
-    @staticmethod
-    def _join(pieces: list[StepOutput]) -> StepOutput:
-        return StepOutput(torch.cat([p.logits for p in pieces]), None)
-
-
-def arms(model: nn.Module) -> dict[str, Callable[[list[int], int], object]]:
-    """Each arm answers a prompt with so many tokens."""
-
-    def ours(stepper: Callable[[], Any]) -> Callable[[list[int], int], object]:
-        def run(prompt: list[int], tokens: int) -> object:
-            now = stepper()
-            _, following = prefill(now, [prompt])
-            return list(decode(now, following, [len(prompt)], Sampling(max_tokens=tokens), [0]))
-
-        return run
-
-    def bare(prompt: list[int], tokens: int) -> object:
-        now = HFStepper(model)
-        following = list(now.start([prompt]))[-1][1].at(-1)
-        for n in range(tokens):
-            ids = following.logits[0].argmax(-1)
-            if n + 1 < tokens:
-                following = now.step(ids)
-        return ids
-
-    def hf(prompt: list[int], tokens: int) -> object:
-        ids = torch.tensor([prompt], device=next(model.parameters()).device)
-        with torch.inference_mode():
-            return model.generate(  # type: ignore[operator]
-                ids,
-                attention_mask=torch.ones_like(ids),
-                max_new_tokens=tokens,
-                do_sample=False,
-                pad_token_id=0,
-            )
-
-    voters = vote.Wrapper(n_voters=3, rank=16)(model)
-    samples = sample.Wrapper(n_samples=5)(model)
-    scales = sculpt.Wrapper()(model)
-    return {
-        "hf": hf,
-        "bare": bare,
-        "plain": ours(lambda: HFStepper(model)),
-        "free": ours(lambda: HFStepper(model, probes=find_probes(model))),
-        "vote3": ours(lambda: HFStepper(voters)),
-        "sample5": ours(lambda: HFStepper(samples)),
-        "sculpt": ours(lambda: HFStepper(scales)),
-        "separate3": ours(lambda: Separate(model, 3)),
-    }
+    Args:
+        cell: The sizes.
+        names: Names of the arms; "hf" comes first, as all others are compared with it.
+        rows: Where rows go; nothing is measured if all arms are there already.
+        until: Time after which no round begins.
+    """
+    about = {"model": cell.model, "batch": cell.batch, "prompt": cell.prompt}
+    known = [rows.find(arm=name, **about) for name in names]
+    if all(row is not None and ("error" in row or row["rounds"] >= cell.rounds) for row in known):
+        return
+    model = arms.build(cell.model)
+    runs = {name: arms.build_run(arms.parse_arm(name), model) for name in names}
+    floor = arms.count_bytes(model) / measure_bandwidth(arms.choose_device())
+    draw = torch.Generator().manual_seed(1)
+    prompts = torch.randint(10, int(model.config.vocab_size), (cell.batch, cell.prompt), generator=draw).tolist()
+    times: dict[str, list[arms.Times]] = {name: [] for name in names}
+    for turn in range(cell.rounds + 1):
+        for name in list(runs):
+            if until is not None and time.monotonic() > until:
+                return
+            try:
+                seconds = runs[name](prompts, cell.tokens + 1)
+            except (RuntimeError, TypeError, ValueError) as error:
+                rows.add({**about, "arm": name, "error": " ".join(str(error).split())[:300]})
+                del runs[name], times[name]
+                _free()
+                continue
+            if turn:  # the first round warms up, compiles and captures
+                times[name].append(seconds)
+        for name in runs if turn else ():
+            rows.add({**about, "arm": name, **summarize(name, times, cell, floor)})
+        print(about, turn, {a: f"{t[-1].token * 1e3:.2f} ms" for a, t in times.items() if t}, flush=True)
+    del runs, model
+    _free()
 
 
-def measure(name: str, tokens: int, rounds: int) -> list[results.Row]:
-    """Rows of one model."""
-    model = build(name)
-    runs = arms(model)
-    vocabulary = int(model.config.vocab_size)
-    prompt = torch.randint(10, vocabulary, (PROMPT,), generator=torch.Generator().manual_seed(1)).tolist()
-    times: dict[str, dict[str, list[float]]] = {arm: {"token": [], "prompt": []} for arm in runs}
-    for turn in range(rounds + 1):
-        for arm, run in runs.items():
-            spent = []
-            for n in (1, tokens + 1):
-                begin = time.perf_counter()
-                run(prompt, n)
-                spent.append(time.perf_counter() - begin)
-            if turn:  # the first round warms up
-                times[arm]["prompt"].append(spent[0])
-                times[arm]["token"].append((spent[1] - spent[0]) / tokens)
-        print(
-            name,
-            turn,
-            {arm: f"{t['token'][-1] * 1e3:.1f} ms" for arm, t in times.items() if t["token"]},
-            flush=True,
-        )
-    rows = []
-    for arm, t in times.items():
-        # Ratios of one round share the machine's mood: their median is steadier than a ratio of medians.
-        ratio = median(a / b for a, b in zip(t["token"], times["hf"]["token"], strict=True))
-        reading = median(a / b for a, b in zip(t["prompt"], times["hf"]["prompt"], strict=True))
-        low, _, high = quantiles(t["token"], n=4)
-        rows.append({
-            "model": name, "arm": arm, "ratio": round(ratio, 3), "median": median(t["token"]),
-            "spread": [low, high], "prompt_ratio": round(reading, 3), "unit": "seconds per token",
-        })  # fmt: skip
-    return rows
+def _free() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def summarize(name: str, times: dict[str, list[arms.Times]], cell: Cell, floor: float) -> results.Row:
+    """Return medians, and ratios to plain arms; ``floor`` is the time of reading all weights once, seconds."""
+    mine = times[name]
+    # Ratios of one round share the machine's mood: their median is steadier than a ratio of medians.
+    row: results.Row = {"median": median(t.token for t in mine), "rounds": len(mine), "unit": "seconds per token"}
+    row["spread"] = quantiles([t.token for t in mine], n=4)[::2] if len(mine) > 1 else [mine[0].token] * 2
+    row["tokens per second"] = round(cell.batch / row["median"], 1)
+    row["floor"] = floor
+    if times.get("hf"):
+        row["ratio"] = round(median(a.token / b.token for a, b in zip(mine, times["hf"], strict=True)), 3)
+        row["prompt_ratio"] = round(median(a.prompt / b.prompt for a, b in zip(mine, times["hf"], strict=True)), 3)
+        best = [
+            min(t.token for t in turn) for turn in zip(*(times[p] for p in PLAIN_ARMS if times.get(p)), strict=True)
+        ]
+        row["ratio_to_best"] = round(median(a.token / b for a, b in zip(mine, best, strict=True)), 3)
+    row["prompt"] = cell.prompt
+    row["prompt_median"] = median(t.prompt for t in mine)
+    return row
 
 
 def table(record: dict[str, Any]) -> str:
-    """The rows of one device as Markdown."""
+    """Return the rows of one device as Markdown."""
     lines = []
     for row in record["rows"]:
+        about = f"{row['model']}: {arms.parse_arm(row['arm']).about}"
+        if "error" in row:
+            lines.append([about, row["error"][:60], "", "", "", ""])
+            continue
         low, high = row["spread"]
-        lines.append([
-            f"{row['model']}: {NAMES[row['arm']]}", f"{row['median'] * 1e3:.2f}",
-            f"{low * 1e3:.2f}-{high * 1e3:.2f}", f"{row['ratio']:.2f}x", f"{row['prompt_ratio']:.2f}x",
-        ])  # fmt: skip
-    head = ["model: arm", "ms per token, median", "quartiles", "to `generate`", "reading the prompt"]
-    settings = record["settings"]
-    about = (
-        f"{record['device']}; bfloat16, one sequence, {settings['prompt']} tokens of prompt, {settings['tokens']} of "
-        f"answer, {settings['rounds']} rounds; commit {record['commit']}, torch {record['versions']['torch']}, "
-        f"transformers {record['versions']['transformers']}."
-    )
-    return results.markdown(head, lines) + "\n\n" + about
+        ratios = [f"{row[key]:.2f}x" if key in row else "" for key in ("ratio", "ratio_to_best", "prompt_ratio")]
+        lines.append([about, f"{row['median'] * 1e3:.2f}", f"{low * 1e3:.2f}-{high * 1e3:.2f}", *ratios])
+    head = ["model: arm", "ms per token, median", "quartiles", "to `generate`", "to the faster of its forms",
+            "first token"]  # fmt: skip
+    rounds = sorted({row["rounds"] for row in record["rows"] if "rounds" in row})
+    text = (
+        f"{record['device']}; bfloat16, one sequence, {record['settings']['prompt']} tokens of prompt, "
+        f"{record['settings']['tokens']} of answer, {'-'.join(map(str, {rounds[0], rounds[-1]}))} rounds; commit "
+        f"{record['commit']}, torch {record['versions']['torch']}, transformers {record['versions']['transformers']}. "
+        "The floor, all weights read once at the bandwidth of a large copy: "
+        + ", ".join(f"{model} {floor * 1e3:.2f} ms" for model, floor in _floors(record).items()) + "."
+    )  # fmt: skip
+    return results.markdown(head, lines) + "\n\n" + text
+
+
+def _floors(record: dict[str, Any]) -> dict[str, float]:
+    return {row["model"]: row["floor"] for row in record["rows"] if "floor" in row}
+
+
+def table_members(record: dict[str, Any]) -> str:
+    """Return the cost of members on one device as Markdown: their table, and a picture that is drawn next to it."""
+    picture = results.FOLDER / (results.name_device(record["device"], "members") + ".png")
+    shown = f"![Cost of a step against the number of members](results/{picture.name})\n\n"
+    return (shown if plot_members(record, picture) else "") + table(record)
+
+
+def plot_members(record: dict[str, Any], path: Path) -> bool:
+    """Draw the cost of a step against the number of members, with the floor of the bandwidth; False without rows."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    curves: dict[tuple[str, str, str], dict[int, float]] = {}
+    for row in record["rows"]:
+        arm = arms.parse_arm(row["arm"])
+        if "median" in row and arm.kind in ("vote", "sample", "separate") and not arm.place:
+            curves.setdefault((row["model"], arm.kind, arm.mode), {})[arm.members] = row["median"] * 1e3
+    models = sorted({model for (model, _, _), points in curves.items() if len(points) > 2})
+    if not models:
+        return False
+    figure, axes = plt.subplots(1, len(models), figsize=(5 * len(models), 4), squeeze=False, layout="constrained")
+    for axis, model in zip(axes[0], models, strict=True):
+        for (of, kind, mode), points in sorted(curves.items()):
+            if of == model and len(points) > 2:
+                counts = sorted(points)
+                axis.plot(counts, [points[n] for n in counts], marker="o", label=f"{kind}, {mode}")
+        axis.axhline(_floors(record)[model] * 1e3, color="0.5", linestyle="--", label="weights read once")
+        for row in record["rows"]:
+            if row["model"] == model and row["arm"] == "hf" and "median" in row:
+                axis.axhline(row["median"] * 1e3, color="0.2", linestyle=":", label="Hugging Face `generate`, no risk")
+        axis.set(title=model, xlabel="members", ylabel="ms per token", ylim=(0, None))
+        axis.legend(fontsize="small")
+    figure.suptitle(record["device"], fontsize="small")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+    return True
+
+
+def name_sweep(members: Sequence[int], modes: Sequence[str]) -> list[str]:
+    """Return the names of arms with these numbers of voters in these modes, after plain ``generate``."""
+    suffixes = ["" if mode == "eager" else f"+{mode}" for mode in modes]
+    return ["hf", *(f"vote{n}{suffix}" for suffix in suffixes for n in members)]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--models", nargs="+", default=["pocket", "135m", "1b"], choices=["pocket", *SHAPES])
+    parser.add_argument("--models", nargs="+", default=["pocket", "135m", "1b"], choices=["pocket", *arms.SHAPES])
+    parser.add_argument("--arms", nargs="+", default=GPU_ARMS if torch.cuda.is_available() else CPU_ARMS)
+    parser.add_argument("--members", nargs="+", type=int, default=[], help="numbers of voters to compare instead")
+    parser.add_argument("--modes", nargs="+", default=["eager"], help="of --members: eager, static, captured, compiled")
     parser.add_argument("--tokens", type=int, default=32)
+    parser.add_argument("--prompt", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--minutes", type=float, default=None, help="begin no round after this time")
+    parser.add_argument("--again", action="store_true", help="measure again what this commit has measured")
     chosen = parser.parse_args()
-    rows = [row for name in chosen.models for row in measure(name, chosen.tokens, chosen.rounds)]
-    print(results.write("decode", rows, prompt=PROMPT, tokens=chosen.tokens, rounds=chosen.rounds))
+    until = None if chosen.minutes is None else time.monotonic() + 60 * chosen.minutes
+    names = name_sweep(chosen.members, chosen.modes) if chosen.members else list(chosen.arms)
+    name = "members" if chosen.members else "decode"
+    rows = results.RowFile(name, KEYS, again=chosen.again, prompt=chosen.prompt, tokens=chosen.tokens)
+    for model in chosen.models:
+        measure(Cell(model, 1, chosen.prompt, chosen.tokens, chosen.rounds), names, rows, until)
+    results.tables()
+    print(rows.path)
 
 
 if __name__ == "__main__":

@@ -38,8 +38,13 @@ def write(name: str, rows: list[Row], **settings: Any) -> Path:
 
 def find_path(name: str) -> Path:
     """Return the file of a benchmark's results on this device."""
-    short = "gpu-" + re.sub(r"\W+", "-", device_name()).lower() if torch.cuda.is_available() else "cpu"
-    return FOLDER / f"{name}-{short}.json"
+    return FOLDER / f"{name_device(device_name(), name)}.json"
+
+
+def name_device(device: str, name: str) -> str:
+    """Return the name of a benchmark's files on a device."""
+    is_cpu = device.endswith("threads")
+    return f"{name}-cpu" if is_cpu else f"{name}-gpu-" + re.sub(r"\W+", "-", device).lower()
 
 
 def read_commit() -> str:
@@ -85,12 +90,17 @@ class RowFile:
         self.rows: list[Row] = before["rows"] if same else []
         self._measured = set() if again else {self._name(r) for r in self.rows if r.get("commit") == self._commit}
 
+    def find(self, **about: Any) -> Row | None:
+        """Return the row of this name that this commit has measured; None where there is none."""
+        name = self._name(about)
+        return next((r for r in self.rows if self._name(r) == name), None) if name in self._measured else None
+
     def _name(self, row: Row) -> tuple[Any, ...]:
         return tuple(row[key] for key in self._keys)
 
     def has(self, **about: Any) -> bool:
         """Return whether this commit has measured this row."""
-        return self._name(about) in self._measured
+        return self.find(**about) is not None
 
     def add(self, row: Row) -> None:
         """Write a row, in the place of an earlier one of the same name."""
@@ -101,13 +111,13 @@ class RowFile:
 
 def tables() -> None:
     """Put each table between its marks in README.md."""
-    from benchmarks import decode, quality, real_measure, serve, serve_memory, train, voters_table
+    from benchmarks import batch, decode, quality, real_measure, serve, serve_memory, train, voters_table
 
     readme = HERE / "README.md"
     text = readme.read_text()
     makers: dict[str, Callable[[dict[str, Any]], str]] = {
         "decode": decode.table, "quality": quality.table, "train": train.table, "serve": serve.table,
-        "memory": serve_memory.table, "real": real_measure.table, "voters": voters_table.table,
+        "batch": batch.table, "members": decode.table_members, "memory": serve_memory.table, "real": real_measure.table, "voters": voters_table.table,
     }  # fmt: skip
     for name, table in makers.items():
         parts = [table(json.loads(p.read_text())) for p in sorted(FOLDER.glob(f"{name}-*.json"))]

@@ -44,11 +44,11 @@ def build_folder(model: str, folder: Path) -> Path:
     """Write the model to a folder without an end-of-text token, so that every answer is as long as it may be."""
     from transformers import AutoTokenizer
 
-    from benchmarks import decode
+    from benchmarks import arms
     from selfdoubt import pocket
 
     tokenizer = AutoTokenizer.from_pretrained(pocket.folder())
-    network: Any = decode.build(model)
+    network: Any = arms.build(model)
     network.float()
     network.resize_token_embeddings(len(tokenizer), mean_resizing=False)  # a token without letters is no event
     network.generation_config.eos_token_id = network.config.eos_token_id = None

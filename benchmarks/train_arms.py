@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from benchmarks import memory
-from benchmarks.decode import SHAPES
+from benchmarks.arms import SHAPES
 from selfdoubt import vote
 
 Record = dict[str, str]
