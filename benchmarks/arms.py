@@ -1,7 +1,7 @@
 """Ways to answer a prompt, with a risk and without: what ``decode`` and ``batch`` compare.
 
-An arm's name says what runs: ``hf`` and ``hf-static`` are Hugging Face ``generate``; ``plain``, ``bare`` and ``free`` are
-selfdoubt without members; ``vote3`` has three voters, ``sample5`` five samples; ``-late`` means members in the last
+An arm's name says what runs: ``hf`` and ``hf-static`` are Hugging Face ``generate``; ``plain``, ``bare`` and ``free``
+are selfdoubt without members; ``vote3`` has three voters, ``sample5`` five samples; ``-late`` means members in the last
 quarter of the layers only, ``-answer`` voters that act from the answer on; ``separate3`` is three whole passes.
 ``+static``, ``+captured`` and ``+compiled`` run the same steps over a static cache, as CUDA graphs, or compiled.
 """
@@ -15,15 +15,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from selfdoubt.lm.hardware import synchronize
+from selfdoubt.lm.static_decoder import StaticDecoder
 from torch import Tensor, nn
 
 from selfdoubt import sample, sculpt, vote
 from selfdoubt.lm.decode import DecodeBatch, TokenSequence, decode_batch
-from selfdoubt.lm.hardware import synchronize
 from selfdoubt.lm.prefill import prefill
 from selfdoubt.lm.probes import find_probes
 from selfdoubt.lm.sampling import Sampling
-from selfdoubt.lm.static_decoder import StaticDecoder
 from selfdoubt.lm.stepper import HFStepper, StepOutput
 
 if TYPE_CHECKING:

@@ -20,9 +20,9 @@ from statistics import median, quantiles
 from typing import Any
 
 import torch
+from selfdoubt.lm.hardware import measure_bandwidth
 
 from benchmarks import arms, results
-from selfdoubt.lm.hardware import measure_bandwidth
 
 KEYS = ("model", "arm", "batch", "prompt")
 #: Arms by default: on a GPU graphs are what counts, on a CPU they do not exist.

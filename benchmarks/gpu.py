@@ -33,64 +33,24 @@ class Stage(NamedTuple):
 def build_stages(models: tuple[str, str, str], tests: str) -> list[Stage]:
     """Return the stages, for a small, a middle and a large model."""
     small, middle, large = models
-    module = ("-m", "benchmarks.decode")
-    batch = ("-m", "benchmarks.batch", "--models", small)
+
+    def decode(model: str, more: str = "") -> tuple[str, ...]:
+        return ("-m", "benchmarks.decode", "--models", model, "--rounds", "3", *more.split())
+
+    def batch(more: str) -> tuple[str, ...]:
+        return ("-m", "benchmarks.batch", "--models", small, "--rounds", "2", *more.split())
+
+    pytest = ("-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", tests)
     return [
-        Stage("tests", 2.5, ("-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", tests), takes_minutes=False),
-        Stage("decode-small", 1.5, (*module, "--models", small, "--rounds", "3")),
-        Stage(
-            "decode-large",
-            1.5,
-            (
-                *module,
-                "--models",
-                large,
-                "--rounds",
-                "3",
-                "--arms",
-                "hf",
-                "plain+captured",
-                "vote3",
-                "vote3+captured",
-                "sample5+captured",
-            ),
-        ),  # fmt: skip
-        Stage("batch", 1.5, (*batch, "--batches", "32", "128", "--rounds", "2")),
-        Stage(
-            "train",
-            2.0,
-            (
-                "-m",
-                "benchmarks.train",
-            ),
-        ),
-        Stage(
-            "members",
-            1.0,
-            (
-                *module,
-                "--models",
-                small,
-                "--rounds",
-                "3",
-                "--members",
-                "1",
-                "2",
-                "3",
-                "5",
-                "8",
-                "16",
-                "--modes",
-                "captured",
-            ),
-        ),  # fmt: skip
-        Stage("decode-middle", 1.5, (*module, "--models", middle, "--rounds", "3")),
-        Stage("contexts", 2.0, (*batch, "--batches", "1", "8", "--prompts", "2048", "8192", "--rounds", "2")),
-        Stage(
-            "compiled-large",
-            3.0,
-            (*module, "--models", large, "--rounds", "3", "--arms", "hf", "hf-static", "vote3+compiled"),
-        ),  # fmt: skip
+        Stage("tests", 2.5, pytest, takes_minutes=False),
+        Stage("decode-small", 1.5, decode(small)),
+        Stage("decode-large", 1.5, decode(large, "--arms hf plain+captured vote3 vote3+captured sample5+captured")),
+        Stage("batch", 1.5, batch("--batches 32 128")),
+        Stage("train", 2.0, ("-m", "benchmarks.train")),
+        Stage("members", 1.0, decode(small, "--members 1 2 3 5 8 16 --modes captured")),
+        Stage("decode-middle", 1.5, decode(middle)),
+        Stage("contexts", 2.0, batch("--batches 1 8 --prompts 2048 8192")),
+        Stage("compiled-large", 3.0, decode(large, "--arms hf hf-static vote3+compiled")),
     ]
 
 

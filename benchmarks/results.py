@@ -116,8 +116,9 @@ def tables() -> None:
     readme = HERE / "README.md"
     text = readme.read_text()
     makers: dict[str, Callable[[dict[str, Any]], str]] = {
-        "decode": decode.table, "quality": quality.table, "train": train.table, "serve": serve.table,
-        "batch": batch.table, "members": decode.table_members, "memory": serve_memory.table, "real": real_measure.table, "voters": voters_table.table,
+        "decode": decode.table, "members": decode.table_members, "batch": batch.table, "quality": quality.table,
+        "train": train.table, "serve": serve.table, "memory": serve_memory.table, "real": real_measure.table,
+        "voters": voters_table.table,
     }  # fmt: skip
     for name, table in makers.items():
         parts = [table(json.loads(p.read_text())) for p in sorted(FOLDER.glob(f"{name}-*.json"))]
