@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from selfdoubt.lm.hardware import synchronize
 from selfdoubt.lm.static_decoder import StaticDecoder
+from selfdoubt.lm.step_modes import check_step_mode, choose_step_mode
 from torch import Tensor, nn
 
 from selfdoubt import sample, sculpt, vote
@@ -169,7 +170,7 @@ def build_run(arm: Arm, model: PreTrainedModel) -> Run:
 
     decoder: StaticDecoder | None = None
     if arm.mode != "eager":
-        decoder = StaticDecoder(stepper, arm.mode)  # type: ignore[arg-type]
+        decoder = StaticDecoder(stepper, choose_step_mode(check_step_mode(arm.mode), model.device))
     return _run_ours(stepper, decoder)
 
 

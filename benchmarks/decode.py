@@ -23,6 +23,7 @@ import torch
 from selfdoubt.lm.hardware import measure_bandwidth
 
 from benchmarks import arms, results
+from selfdoubt.errors import SelfdoubtError
 
 KEYS = ("model", "arm", "batch", "prompt")
 #: Arms by default: on a GPU graphs are what counts, on a CPU they do not exist.
@@ -63,7 +64,7 @@ def measure(cell: Cell, names: Sequence[str], rows: results.RowFile, until: floa
     if all(row is not None and ("error" in row or row["rounds"] >= cell.rounds) for row in known):
         return
     model = arms.build(cell.model)
-    runs = {name: arms.build_run(arms.parse_arm(name), model) for name in names}
+    runs: dict[str, arms.Run | None] = dict.fromkeys(names)  # built at their first turn
     floor = arms.count_bytes(model) / measure_bandwidth(arms.choose_device())
     draw = torch.Generator().manual_seed(1)
     prompts = torch.randint(10, int(model.config.vocab_size), (cell.batch, cell.prompt), generator=draw).tolist()
@@ -73,8 +74,9 @@ def measure(cell: Cell, names: Sequence[str], rows: results.RowFile, until: floa
             if until is not None and time.monotonic() > until:
                 return
             try:
-                seconds = runs[name](prompts, cell.tokens + 1)
-            except (RuntimeError, TypeError, ValueError) as error:
+                runs[name] = run = runs[name] or arms.build_run(arms.parse_arm(name), model)
+                seconds = run(prompts, cell.tokens + 1)
+            except (RuntimeError, TypeError, ValueError, SelfdoubtError) as error:
                 rows.add({**about, "arm": name, "error": " ".join(str(error).split())[:300]})
                 del runs[name], times[name]
                 _free()
