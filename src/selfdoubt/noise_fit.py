@@ -88,7 +88,7 @@ def fit_noise(
     scale_open_noise(wrapped, run)
 
     @torch.no_grad()
-    def measure() -> NoiseTally:
+    def measure(limits: NoiseLimits) -> NoiseTally:  # noqa: ARG001
         tally = NoiseTally()
         with add_base_row(noisy):
             for args, kwargs in batches:

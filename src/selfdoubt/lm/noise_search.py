@@ -1,7 +1,8 @@
 """Searches the largest size of noise at which voters or samples keep a language model's own greedy answers.
 
 The base model answers questions; then members read its answers, teacher-forced, beside a base row. A size passes if at
-most 1 % of their most probable tokens differ from the base's, and KL(base || member) is at most 0.01 nats a token.
+most 1 % of their most probable tokens differ from the base's, and KL(base || member) is at most 0.01 nats per token,
+beyond what rounding alone does in the model's dtype.
 """
 
 from __future__ import annotations
@@ -136,9 +137,9 @@ def search_noise(
     scale_open_noise(model, run)
 
     @torch.inference_mode()
-    def measure() -> NoiseTally:
+    def measure(most: NoiseLimits) -> NoiseTally:
         with add_base_row(noisy):
-            return _compare(model, texts, limits)
+            return _compare(model, texts, most)
 
     return search_size(model, measure, limits, low=low, high=high, steps=steps, progress=progress)
 

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from selfdoubt import RiskAwareLM, sample, sculpt, vote
+from selfdoubt import RiskAwareLM, pocket, sample, sculpt, vote
 from selfdoubt.errors import ConfigError, UntrainedWarning, WrapError
 from selfdoubt.lm.noise_search import search_noise
 from selfdoubt.lm.text.prompt import encode
@@ -120,3 +121,18 @@ def test_nothing_to_search():
     for model in (talker(), sculpt.Wrapper()(talker())):
         with pytest.raises(WrapError, match="only voters and samples have noise"):
             search_noise(RiskAwareLM(model, tokenizer()), QUESTIONS)
+
+
+def test_rounding_in_a_narrow_dtype_is_not_taken_for_noise():
+    limits = NoiseLimits()
+    model = AutoModelForCausalLM.from_pretrained(pocket.folder(), dtype=torch.bfloat16)
+    wrapper = vote.Wrapper(n_voters=2, rank=8, weight_noise="auto", antithetic=True)
+    lm = RiskAwareLM(wrapper(model).eval(), AutoTokenizer.from_pretrained(pocket.folder()))
+    result = search_noise(lm, max_tokens=12, steps=2)
+    rounding, *others = result.tried
+    assert rounding.flip_rate > 0
+    assert rounding.divergence < 1e-3
+    assert result.alpha > 1e-3
+    for trial in others:
+        assert trial.passed == (trial.flip_rate <= limits.flip_rate + rounding.flip_rate)
+    assert result.flip_rate <= limits.flip_rate + rounding.flip_rate
