@@ -15,7 +15,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -46,13 +46,15 @@ class AttentionProbe:
     def __init__(self, modules: Sequence[nn.Module]) -> None:
         self._modules = list(modules)
         self._columns = 0
+        self._places: Tensor | None = None
         self._thread = 0
         self._recorded: dict[nn.Module, _Inputs | Tensor] = {}
 
     @contextmanager
-    def capture(self, columns: int) -> Iterator[None]:
-        """Record the last ``columns`` positions while the model runs."""
-        self._columns, self._thread, self._recorded = columns, threading.get_ident(), {}
+    def capture(self, columns: int, places: Int[Tensor, " rows"] | None = None) -> Iterator[None]:
+        """Record the last ``columns`` positions while the model runs; see ``stepper.Probe``."""
+        self._columns, self._places, self._recorded = columns, places, {}
+        self._thread = threading.get_ident()
         kind = getattr(getattr(self._modules[0], "config", None), "_attn_implementation", None)
         with ExitStack() as stack:
             for module in self._modules:
@@ -74,7 +76,9 @@ class AttentionProbe:
             return output
         tensors = [x[:rows].float() for x in each if isinstance(x, Tensor)]
         weights = (
-            torch.stack(tensors) if tensors else _weigh_diagonal([x for x in each if isinstance(x, _Inputs)], rows)
+            torch.stack(tensors)
+            if tensors
+            else _weigh_diagonal([x for x in each if isinstance(x, _Inputs)], rows, self._places)
         )
         # (layers, members * batch, heads, columns) -> (1, batch, columns, layers, heads)
         weights = weights.detach().view(len(weights), -1, batch, *weights.shape[2:]).mean(1).permute(1, 3, 0, 2)[None]
@@ -103,8 +107,12 @@ class AttentionProbe:
         weights = output[1] if isinstance(output, tuple) and len(output) > 1 else None
         if isinstance(weights, Tensor) and weights.ndim == 4 and threading.get_ident() == self._thread:
             t = weights.shape[3]
-            last = weights[:, :, -self._columns :, t - self._columns :]
-            self._recorded[module] = last.diagonal(dim1=-2, dim2=-1).clone()
+            last = weights[:, :, -self._columns :]
+            if self._places is None:
+                last = last[..., t - self._columns :].diagonal(dim1=-2, dim2=-1).clone()
+            else:
+                last = _gather_places(last, self._places)
+            self._recorded[module] = last
 
 
 class _RecordedConfig:
@@ -158,7 +166,9 @@ def _register() -> None:
         AttentionInterface.register(_NAME, _recorded_sdpa)
 
 
-def _weigh_diagonal(calls: Sequence[_Inputs], rows: int) -> Float[Tensor, "layers rows heads columns"]:
+def _weigh_diagonal(
+    calls: Sequence[_Inputs], rows: int, places: Int[Tensor, " all_rows"] | None = None
+) -> Float[Tensor, "layers rows heads columns"]:
     """Return softmax(q k^T scale + mask) of the first rows on their own positions, in float32."""
     scores = []
     for query, key, mask, scaling in calls:
@@ -167,12 +177,23 @@ def _weigh_diagonal(calls: Sequence[_Inputs], rows: int) -> Float[Tensor, "layer
         s = (grouped @ key[:rows].transpose(-1, -2)).float().view(rows, heads, columns, -1) * scaling
         if mask is not None:
             mask = mask[:rows]
-            s = s.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else s + mask
+            s = s.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else s + mask.to(s.dtype)
         scores.append(s)
     longest = max(s.shape[-1] for s in scores)  # a sliding window keeps fewer keys
     stacked = torch.stack([F.pad(s, (longest - s.shape[-1], 0), value=-torch.inf) for s in scores])
-    diagonal = stacked[..., longest - stacked.shape[-2] :].diagonal(dim1=-2, dim2=-1)
+    if places is None:
+        diagonal = stacked[..., longest - stacked.shape[-2] :].diagonal(dim1=-2, dim2=-1)
+    else:
+        diagonal = _gather_places(stacked, places[:rows])
     return (diagonal - stacked.logsumexp(-1)).exp()
+
+
+def _gather_places(
+    weights: Float[Tensor, "*layers rows heads 1 t"], places: Int[Tensor, " rows"]
+) -> Float[Tensor, "*layers rows heads 1"]:
+    """Return each row's weight at its own place, of a single column."""
+    index = places[:, None, None, None].expand(*weights.shape[:-1], 1)
+    return weights.gather(-1, index).squeeze(-1)
 
 
 def _count_rows(recorded: _Inputs | Tensor) -> int:

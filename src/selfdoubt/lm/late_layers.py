@@ -81,8 +81,8 @@ class LateLayerProbe:
         self._captured: list[Tensor] = []
 
     @contextmanager
-    def capture(self, columns: int) -> Iterator[None]:
-        """Record the last ``columns`` positions while the model runs."""
+    def capture(self, columns: int, places: Int[Tensor, " rows"] | None = None) -> Iterator[None]:  # noqa: ARG002
+        """Record the last ``columns`` positions while the model runs; see ``stepper.Probe``."""
         layers = self._layers if self._fits is None else self._layers[:-1]
         with capture_outputs([] if self._fits is False else layers) as captured:
             yield

@@ -118,8 +118,11 @@ class Probe(Protocol):
     ``capture`` surrounds a run of the model, and ``read`` follows it.
     """
 
-    def capture(self, columns: int) -> AbstractContextManager[None]:
-        """Record while the model runs within the block; only the last ``columns`` positions count."""
+    def capture(self, columns: int, places: Int[Tensor, " rows"] | None = None) -> AbstractContextManager[None]:
+        """Record while the model runs within the block; only the last ``columns`` positions count.
+
+        ``places`` are the columns at which a static cache has each row's last position; None where that is the last.
+        """
 
     def read(self, output: StepOutput) -> StepOutput:
         """Return the output, ``(members, batch, t, ...)``, with what was recorded, or as it is where nothing was."""
@@ -157,9 +160,9 @@ class HFStepper:
         self._has_background = self._measured is not None and self._measured.has_background
         base = innermost(model)
         self._blocks = [find_decoder_layer(base, layer) for layer in layers]
-        self._config = base.config.get_text_config()  # type: ignore[union-attr, operator]
+        self.config = base.config.get_text_config()  # type: ignore[union-attr, operator]
         self._device = next(base.parameters()).device
-        self._takes_positions = "position_ids" in inspect.signature(base.forward).parameters
+        self.takes_positions = "position_ids" in inspect.signature(base.forward).parameters
         self._cache: Any = None
         self._mask: Tensor | None = None
         self._rows = 0
@@ -167,7 +170,7 @@ class HFStepper:
     @property
     def context(self) -> int | None:
         """Most tokens in a sequence, or None."""
-        limit = getattr(self._config, "max_position_embeddings", None)
+        limit = getattr(self.config, "max_position_embeddings", None)
         return limit if isinstance(limit, int) and limit > 0 else None
 
     @torch.inference_mode()
@@ -218,7 +221,7 @@ class HFStepper:
         self, rows: Int[Tensor, "rows t"], before: int, probed: int | None = None
     ) -> Iterator[tuple[int, StepOutput]]:
         """Read as many columns at a time as their logits fit; ``before`` columns are read already."""
-        largest, width, first = max(1, _CHUNK // (len(rows) * self._config.vocab_size)), rows.shape[1], 0
+        largest, width, first = max(1, _CHUNK // (len(rows) * self.config.vocab_size)), rows.shape[1], 0
         while first < width:
             columns = min(largest, width - first)
             if self._sizer is not None:
@@ -253,7 +256,7 @@ class HFStepper:
         Raises:
             WrapError: If the model's cache is of a kind that cannot be joined.
         """
-        mine, theirs = self._lengths(), other._lengths()
+        mine, theirs = self.count_tokens(), other.count_tokens()
         self._cache = cache.join_caches(self._cache, other._cache, self.members)
         self._rows += other._rows
         width = self._cache.get_seq_length()
@@ -261,7 +264,17 @@ class HFStepper:
         self._mask = expand(used.long(), self.members)
         self._trim()
 
-    def _lengths(self) -> Int[Tensor, " batch"]:
+    @property
+    def cache(self) -> Any:
+        """The key-value cache; None before a prompt was read."""
+        return self._cache
+
+    @property
+    def base(self) -> nn.Module:
+        """The model inside all wrappers."""
+        return innermost(self._model)
+
+    def count_tokens(self) -> Int[Tensor, " batch"]:
         """Return the number of tokens that each sequence has in the cache."""
         batch = self._rows // self.members
         if self._mask is None:
@@ -285,18 +298,34 @@ class HFStepper:
         if self._mask is not None:
             mask = self._mask[:, : first + rows.shape[1]]
             inputs["attention_mask"] = mask
-            if self._takes_positions:
+            if self.takes_positions:
                 inputs["position_ids"] = (mask.cumsum(1) - 1).clamp_min(0)[:, first:]
+        result, self._cache = self.run_model(inputs, probed)
+        return result
+
+    def run_model(
+        self, inputs: Mapping[str, Any], probed: int, places: Int[Tensor, " rows"] | None = None
+    ) -> tuple[StepOutput, Any]:
+        """Run the model on member-major rows; return its output, and the cache that it filled.
+
+        Args:
+            inputs: Keyword inputs of the model.
+            probed: Number of the last positions that probes read.
+            places: Columns of a static cache that hold each row's last position, see ``Probe.capture``.
+
+        Raises:
+            WrapError: If the model keeps no key-value cache.
+        """
         with ExitStack() as stack:
             captured = stack.enter_context(capture_outputs(self._blocks))
             for probe in self._probes:
-                stack.enter_context(probe.capture(probed))
+                stack.enter_context(probe.capture(probed, places))
             if isinstance(self._model, Wrapped):
                 output, scales = self._model.forward_rows(**inputs)
             else:
                 output, scales = self._model(**inputs), None
-        self._cache = getattr(output, "past_key_values", None)
-        if self._cache is None:
+        filled = getattr(output, "past_key_values", None)
+        if filled is None:
             raise WrapError(f"{type(self._model).__name__} keeps no key-value cache, which decoding needs")
         scale = None
         if scales is not None:
@@ -311,7 +340,7 @@ class HFStepper:
         result = StepOutput(logits, scale, states, signals=self._measure(), has_base=self._has_base)
         for probe in self._probes:
             result = probe.read(result)
-        return result
+        return result, filled
 
     def _measure(self) -> dict[str, Float[Tensor, "1 batch t"]]:
         """Return the densities of the positions that just ran: the base's where it answers, or the mean over members.
