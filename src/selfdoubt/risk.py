@@ -136,7 +136,11 @@ def confidence_scores(logits: Float[Tensor, "*batch classes"]) -> ConfidenceScor
 
 
 def token_scores(
-    logits: Float[Tensor, "members *batch classes"], chosen: Int[Tensor, "*batch"], *, has_base: bool = False
+    logits: Float[Tensor, "members *batch classes"],
+    chosen: Int[Tensor, "*batch"],
+    *,
+    has_base: bool = False,
+    check: bool = True,
 ) -> TokenScores:
     """Return all token scores in one pass over the classes.
 
@@ -144,12 +148,14 @@ def token_scores(
         logits: Unnormalised scores, one slice per member.
         chosen: Index of the class that was taken.
         has_base: Member 0 is the base model, which answers alone; there must be others.
+        check: False leaves NaN in ``total`` or ``aleatoric`` where a logit is NaN or infinite, instead of an error that
+            the host has to wait for; see ``check_finite``.
 
     Raises:
         ShapeError: If the member axis is missing.
         NonFiniteError: If a logit is NaN or infinite.
     """
-    return _scores(logits, chosen, has_base)[0]
+    return _scores(logits, chosen, has_base, check)[0]
 
 
 def score_among(
@@ -159,6 +165,7 @@ def score_among(
     mixed: Float[Tensor, "*batch classes"],
     *,
     has_base: bool = False,
+    check: bool = True,
 ) -> tuple[TokenScores, Float[Tensor, "*batch k"]]:
     """Return token scores, and the log-probabilities of other classes in the chosen one's place, float64.
 
@@ -171,12 +178,13 @@ def score_among(
         others: Indices of classes, all different; the chosen one may be among them.
         mixed: The ``mixture`` of the logits.
         has_base: Member 0 is the base model.
+        check: As for ``token_scores``.
 
     Raises:
         ShapeError: If the member axis is missing.
         NonFiniteError: If a logit is NaN or infinite.
     """
-    scores, logp, _ = _scores(logits, chosen, has_base)
+    scores, logp, _ = _scores(logits, chosen, has_base, check)
     return _fit(scores, logp[0] if logits.shape[0] == 1 or has_base else mixed, chosen, others)
 
 
@@ -198,12 +206,13 @@ def score_answer_tokens(
     others: Int[Tensor, "*batch k"] | None = None,
     *,
     has_base: bool = False,
+    check: bool = True,
 ) -> tuple[TokenScores, ConfidenceScores, Float[Tensor, "*batch k"] | None]:
     """Return ``token_scores`` (or ``score_among``) and ``confidence_scores`` of ``mixed``, in fewer passes.
 
     The arguments, and the errors raised, are those of ``score_among``.
     """
-    scores, logp, top = _scores(logits, chosen, has_base)
+    scores, logp, top = _scores(logits, chosen, has_base, check)
     alone = logits.shape[0] == 1 or has_base
     mean = logp[0] if alone else mixed
     logprobs = None
@@ -212,6 +221,20 @@ def score_answer_tokens(
     # The mixture of several members has log-probabilities already, but for rounding.
     confidence = _confidence(mean, top[0]) if alone else _confidence(mean.log_softmax(-1), mean.argmax(-1))
     return scores, confidence, logprobs
+
+
+def check_finite(entropy: Float[Tensor, "*batch"]) -> None:
+    """Check the total entropies of scores; one NaN or infinite logit makes its position's entropy NaN.
+
+    Raises:
+        NonFiniteError: If one is NaN or infinite.
+    """
+    finite = entropy.isfinite()
+    if not finite.all():
+        raise NonFiniteError(
+            f"{int((~finite).sum())} of {entropy.numel()} positions have NaN or infinite logits; a risk cannot be "
+            "computed from them: check the model's weights and dtype (float16 overflows; try bfloat16 or float32)"
+        )
 
 
 def percentile(value: float, reference: Sequence[float], *, linear: bool = False) -> float:
@@ -254,15 +277,17 @@ def _confidence(logp: Tensor, top: Tensor) -> ConfidenceScores:
     return ConfidenceScores((1 - (first - second)).clamp(0, 1), -divergence.clamp_min(0))
 
 
-def _scores(logits: Tensor, chosen: Tensor, has_base: bool = False) -> tuple[TokenScores, Tensor, Tensor]:
+def _scores(logits: Tensor, chosen: Tensor, has_base: bool, check: bool) -> tuple[TokenScores, Tensor, Tensor]:
     """Return token scores, the members' log-probabilities, which are large, and their most probable classes."""
     _check(logits)
     if has_base:
-        return _scores_from_base(logits, chosen)
+        return _scores_from_base(logits, chosen, check)
     wide = _wide(logits)
     logp = wide.log_softmax(-1)
     probs = logp.exp()
     h_total, h_aleatoric, h_epistemic = _entropies_of(logp, probs)
+    if check:
+        check_finite(h_total)
     top = wide.argmax(-1)
     index = chosen.unsqueeze(-1)
     member_probs = probs.gather(-1, index.expand(probs.shape[0], *index.shape)).squeeze(-1)
@@ -279,12 +304,14 @@ def _scores(logits: Tensor, chosen: Tensor, has_base: bool = False) -> tuple[Tok
     return scores, logp, top
 
 
-def _scores_from_base(logits: Tensor, chosen: Tensor) -> tuple[TokenScores, Tensor, Tensor]:
+def _scores_from_base(logits: Tensor, chosen: Tensor, check: bool) -> tuple[TokenScores, Tensor, Tensor]:
     """Return token scores of the base (member 0) and of the others' disagreement; and all log-probabilities."""
     if len(logits) < 2:
         raise ShapeError("a base row needs at least one more member to disagree with it, got one row")
-    base, base_logp, base_top = _scores(logits[:1], chosen)
-    others, other_logp, other_top = _scores(logits[1:], chosen)
+    base, base_logp, base_top = _scores(logits[:1], chosen, has_base=False, check=False)
+    others, other_logp, other_top = _scores(logits[1:], chosen, has_base=False, check=False)
+    if check:
+        check_finite(base.total + others.total)
     divergence = (base_logp.exp() * (base_logp - other_logp)).sum(-1).mean(0).clamp_min(0)
     scores = others._replace(logprob=base.logprob, total=base.total, divergence=divergence)
     return scores, torch.cat([base_logp, other_logp]), torch.cat([base_top, other_top])
@@ -293,26 +320,24 @@ def _scores_from_base(logits: Tensor, chosen: Tensor) -> tuple[TokenScores, Tens
 def _entropies(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     _check(logits)
     logp = _wide(logits).log_softmax(-1)
-    return _entropies_of(logp, logp.exp())
+    entropies = _entropies_of(logp, logp.exp())
+    check_finite(entropies[0])
+    return entropies
 
 
 def _entropies_of(logp: Tensor, probs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return total, aleatoric and epistemic entropy, each within its bounds whatever the rounding.
 
-    Raises:
-        NonFiniteError: If a logit was NaN or infinite.
+    One NaN or infinite logit of any member makes its position's total NaN.
     """
     if len(logp) == 1:  # the mean is the member
         h = -(probs[0] * logp[0]).sum(-1)
-        _check_finite(h)
         h = h.clamp(0, math.log(logp.shape[-1]) * (1 - torch.finfo(h.dtype).eps))
         return h, h, torch.zeros_like(h)
     mean = probs.mean(0)
     # x log x at x = 0 is 0; the clamp keeps the logarithm finite there.
     h_total = -(mean * mean.clamp_min(torch.finfo(mean.dtype).tiny).log()).sum(-1)
     h_aleatoric = -(probs * logp).sum(-1).mean(0)
-    # One infinite or NaN logit makes its row's entropy NaN: checking the small result checks the large tensor.
-    _check_finite(h_total + h_aleatoric)
     members, classes = logp.shape[0], logp.shape[-1]
     inside = 1 - torch.finfo(mean.dtype).eps  # so that a bound is kept in any wider type, too
     h_aleatoric = h_aleatoric.clamp(0, math.log(classes) * inside)
@@ -335,13 +360,4 @@ def _check(logits: Tensor) -> None:
         raise ShapeError(
             f"logits must be (members, ..., classes), got shape {tuple(logits.shape)}; "
             "for a single model add the axis with logits[None]"
-        )
-
-
-def _check_finite(entropy: Tensor) -> None:
-    finite = entropy.isfinite()
-    if not finite.all():
-        raise NonFiniteError(
-            f"{int((~finite).sum())} of {entropy.numel()} positions have NaN or infinite logits; a risk cannot be "
-            "computed from them: check the model's weights and dtype (float16 overflows; try bfloat16 or float32)"
         )

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from selfdoubt import risk
-from selfdoubt.lm.prefill import score_ids
 from selfdoubt.lm.sampling import Sampling, choose_tokens
 from selfdoubt.lm.stepper import StepOutput
+from selfdoubt.lm.token_table import score_ids
 from tests.strategies import seeds
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)

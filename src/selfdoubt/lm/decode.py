@@ -13,9 +13,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from selfdoubt.lm.prefill import ScoredId, score_ids
 from selfdoubt.lm.sampling import Sampling, choose_tokens
 from selfdoubt.lm.stepper import StepOutput, Stepper
+from selfdoubt.lm.token_table import ScoredId, score_ids
 
 EndReason = Literal["stop", "length"]
 

@@ -6,39 +6,17 @@ It knows no text and no model library.
 from __future__ import annotations
 
 from collections.abc import Collection, Generator, Sequence
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import TypeVar, cast
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
-from selfdoubt import risk
 from selfdoubt.lm.hidden_states import HiddenStatePooler
-from selfdoubt.lm.scores import ANSWER_SIGNALS
 from selfdoubt.lm.stepper import StepOutput, Stepper
+from selfdoubt.lm.token_table import ScoredId, score_ids
 
 T = TypeVar("T")
-
-
-class ScoredId(NamedTuple):
-    """A token id with its scores (see ``risk.TokenScores``) and the most probable ids in its place."""
-
-    id: int
-    logprob: float
-    total: float
-    aleatoric: float
-    epistemic: float
-    disagreement: float
-    spread: float
-    scale: float | None = None
-    gap: float = 0.0  #: log-probability of the most probable id less this one's, nats, >= 0; 0 for ids of a prompt
-    alternatives: tuple[tuple[int, float], ...] = ()  #: (id, log-probability), the most probable first
-    divergence: float | None = None
-    margin: float | None = None  #: None for ids of a prompt, as the following
-    self_certainty: float | None = None
-    layer_disagreement: float | None = None
-    density: float | None = None
-    relative_density: float | None = None
 
 
 def prefill_in_chunks(
@@ -151,57 +129,3 @@ def keep_attention(kept: list[Tensor] | None, piece: StepOutput) -> None:
     """Append the attention of a piece to those that are kept, on the host."""
     if kept is not None and piece.attention is not None:
         kept.append(piece.attention[0].cpu())
-
-
-def score_ids(
-    next_logits: StepOutput,
-    chosen: Int[Tensor, "batch t"],
-    alternatives: int,
-    mixed: Float[Tensor, "batch t classes"] | None = None,
-) -> list[list[ScoredId]]:
-    """Return the scores of chosen tokens, moved to the host in one go.
-
-    Args:
-        next_logits: Logits of the positions where they were chosen.
-        chosen: The chosen ids.
-        alternatives: Number of the most probable tokens that come with each token.
-        mixed: The mixture of the logits, if it is computed already; without it the ids are a prompt's, whose
-            distributions are not scored.
-    """
-    has_base = next_logits.has_base
-    options: Tensor | None = None
-    others: Tensor | None = None
-    is_answer, confidence = mixed is not None, {}
-    if alternatives:
-        mixed = next_logits.mixture if mixed is None else mixed
-        options = mixed.topk(min(alternatives, mixed.shape[-1]), -1).indices
-    if mixed is not None:
-        confidence["gap"] = mixed.amax(-1) - mixed.gather(-1, chosen[..., None]).squeeze(-1)
-    if is_answer and mixed is not None:
-        scores, sure, others = risk.score_answer_tokens(next_logits.logits, chosen, mixed, options, has_base=has_base)
-        confidence |= sure._asdict()
-    elif options is not None and mixed is not None:
-        scores, others = risk.score_among(next_logits.logits, chosen, options, mixed, has_base=has_base)
-    else:
-        scores = risk.token_scores(next_logits.logits, chosen, has_base=has_base)
-    columns = {name: column for name, column in scores._asdict().items() if column is not None}
-    if next_logits.scale is not None:
-        index = chosen[None, ..., None].expand(len(next_logits.scale), -1, -1, 1)
-        columns["scale"] = next_logits.scale.gather(-1, index).squeeze(-1).double().square().mean(0).sqrt()
-    columns |= confidence
-    known = {name: signal[0] for name, signal in next_logits.signals.items()}
-    columns |= {name: x for name, x in known.items() if is_answer or name not in ANSWER_SIGNALS}
-    numbers = torch.stack([chosen.double(), *(column.double() for column in columns.values())], -1)
-    half = 0
-    if options is not None and others is not None:
-        half = options.shape[-1]
-        numbers = torch.cat([numbers, options.double(), others], -1)
-    table = numbers.tolist()
-
-    def token(row: list[float]) -> ScoredId:
-        named: dict[str, Any] = dict(zip(columns, row[1:], strict=False))
-        first = 1 + len(columns)
-        pairs = zip(row[first : first + half], row[first + half :], strict=True)
-        return ScoredId(int(row[0]), **named, alternatives=tuple((int(i), p) for i, p in pairs))
-
-    return [[token(row) for row in rows] for rows in table]

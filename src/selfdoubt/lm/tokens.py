@@ -7,10 +7,10 @@ from collections.abc import Generator, Sequence
 from typing import Any
 
 from selfdoubt.lm.answer import Alternative, Token
-from selfdoubt.lm.prefill import ScoredId
 from selfdoubt.lm.scores import TOKEN_RISK, Signal
 from selfdoubt.lm.text.detokenizer import TEXTS, TextsBetween, detokenize_in_chunks
 from selfdoubt.lm.text.prompt import Prompt
+from selfdoubt.lm.token_table import ScoredId
 
 
 class TokenBuilder:

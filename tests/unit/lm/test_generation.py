@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from selfdoubt.lm.decode import TokenEvent
 from selfdoubt.lm.generation import AnswerInProgress
-from selfdoubt.lm.prefill import ScoredId
 from selfdoubt.lm.text.prompt import encode
+from selfdoubt.lm.token_table import ScoredId
 from selfdoubt.serve.openai.params import decode_ids
 from tests.speakers import speaker, words
 
