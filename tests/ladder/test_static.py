@@ -202,12 +202,15 @@ def test_a_slot_is_clean_after_a_sequence_that_was_not_a_number():
 
 
 def test_a_model_with_recurrent_layers_says_why_it_cannot():
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
     config = transformers.AutoConfig.for_model(
-        "mamba", vocab_size=61, hidden_size=16, num_hidden_layers=2, state_size=4, pad_token_id=0
-    )
-    torch.manual_seed(1)
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float64).eval()
-    with pytest.raises(WrapError, match="cannot have a static cache|keeps no key-value cache"):
-        stepper = static(model)
-        prefill(stepper, prompts(3))
+        "qwen3_next", **sizes, vocab_size=61, intermediate_size=16, moe_intermediate_size=16, num_experts=2,
+        num_experts_per_tok=1, shared_expert_intermediate_size=16, head_dim=4, linear_num_value_heads=2,
+        linear_num_key_heads=2, linear_key_head_dim=4, linear_value_head_dim=4, pad_token_id=0,
+        layer_types=["linear_attention", "full_attention"],
+    )  # fmt: skip
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    stepper = static(model)
+    prefill(stepper, prompts(3))
+    with pytest.raises(WrapError, match="cannot have a static cache: its cache has a Linear"):
         stepper.step(torch.tensor([5]))

@@ -1,8 +1,8 @@
 """A static key-value cache in slots: each sequence has a slot for every member, and a position of its own in it.
 
 The tensors keep their shapes and addresses from step to step, so that a step can be compiled or captured as a CUDA
-graph. ``rows = members * slots``, member-major, as everywhere. A sequence starts at column 0 of its slot; columns beyond
-its position are masked.
+graph. ``rows = members * slots``, member-major, as everywhere. A sequence starts at column 0 of its slot; columns
+beyond its position are masked.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _ROOM = 256
 
 
 def choose_bucket(needed: int, first: int, doubled: int, most: int | None = None) -> int:
-    """Return the smallest bucket of at least this size: ``first`` times 1, 2, 4, ..., from ``doubled`` on also 1.5 times.
+    """Return the smallest bucket of at least this size: ``first`` times 1, 2, 4, ..., later also 1.5 times these.
 
     Args:
         needed: Size that must fit.
