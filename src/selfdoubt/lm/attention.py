@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -48,30 +48,37 @@ class AttentionProbe:
         self._columns = 0
         self._places: Tensor | None = None
         self._thread = 0
-        self._recorded: dict[nn.Module, _Inputs | Tensor] = {}
+        self._recorded: list[_Inputs | Tensor | None] = [None] * len(self._modules)
+        self._hooks = [self._build_hook(place) for place in range(len(self._modules))]
+        self._configs: list[_RecordedConfig] = []
 
     @contextmanager
-    def capture(self, columns: int, places: Int[Tensor, " rows"] | None = None) -> Iterator[None]:
+    def capture(self, columns: int, places: Int[Tensor, " batch"] | None = None) -> Iterator[None]:
         """Record the last ``columns`` positions while the model runs; see ``stepper.Probe``."""
-        self._columns, self._places, self._recorded = columns, places, {}
+        self._columns, self._places = columns, places
+        self._recorded[:] = [None] * len(self._modules)
         self._thread = threading.get_ident()
         kind = getattr(getattr(self._modules[0], "config", None), "_attn_implementation", None)
         with ExitStack() as stack:
-            for module in self._modules:
-                if kind == "eager":
-                    stack.enter_context(module.register_forward_hook(self._keep_weights))
-                elif kind in ("sdpa", _NAME):  # the latter while another thread runs the same model
-                    stack.enter_context(_record_calls(module, self))
+            if kind == "eager":
+                for module, hook in zip(self._modules, self._hooks, strict=True):
+                    stack.enter_context(module.register_forward_hook(hook))
+            elif kind in ("sdpa", _NAME):  # the latter while another thread runs the same model
+                self._configs = self._configs or [
+                    _RecordedConfig(module, self, place) for place, module in enumerate(self._modules)
+                ]
+                for module, config in zip(self._modules, self._configs, strict=True):
+                    stack.enter_context(_replace_config(module, config))
             yield
 
     def read(self, output: StepOutput) -> StepOutput:
         """Return the output with the attention that was recorded."""
-        recorded, self._recorded = self._recorded, {}
-        if len(recorded) < len(self._modules):
+        each = [recorded for recorded in self._recorded if recorded is not None]
+        self._recorded[:] = [None] * len(self._modules)
+        if len(each) < len(self._modules):
             return output
         members, batch, columns = output.logits.shape[:3]
         rows = batch if output.has_base else members * batch
-        each = [recorded[module] for module in self._modules]
         if len({_count_heads(x) for x in each}) > 1 or any(_count_rows(x) != members * batch for x in each):
             return output
         tensors = [x[:rows].float() for x in each if isinstance(x, Tensor)]
@@ -85,10 +92,10 @@ class AttentionProbe:
         return replace(output, attention=F.pad(weights, (0, 0, 0, 0, columns - weights.shape[2], 0)))
 
     def record(
-        self, module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, scaling: float | None, **more: Any
+        self, place: int, query: Tensor, key: Tensor, mask: Tensor | None, scaling: float | None, **more: Any
     ) -> None:
         """Record the call of a module, if its weights can be computed from it."""
-        if threading.get_ident() != self._thread or any(more.get(name) is not None for name in _UNSUPPORTED):
+        if not self._is_mine() or any(more.get(name) is not None for name in _UNSUPPORTED):
             return
         columns, t = self._columns, key.shape[2]
         if mask is not None and mask.ndim != 4:
@@ -100,19 +107,26 @@ class AttentionProbe:
         if columns < query.shape[2]:
             query = query[:, :, -columns:].clone()  # a view would keep all of it
         mask = None if mask is None else mask[:, :, -columns:, :t]
-        self._recorded[module] = _Inputs(query, key, mask, query.shape[-1] ** -0.5 if scaling is None else scaling)
+        self._recorded[place] = _Inputs(query, key, mask, query.shape[-1] ** -0.5 if scaling is None else scaling)
 
-    def _keep_weights(self, module: nn.Module, _inputs: Any, output: Any) -> None:
-        """Keep the diagonal of the weights that eager attention returns."""
-        weights = output[1] if isinstance(output, tuple) and len(output) > 1 else None
-        if isinstance(weights, Tensor) and weights.ndim == 4 and threading.get_ident() == self._thread:
+    def _is_mine(self) -> bool:
+        """Return whether the run is that of the thread that captures."""
+        return torch.compiler.is_compiling() or threading.get_ident() == self._thread
+
+    def _build_hook(self, place: int) -> Callable[[nn.Module, Any, Any], None]:
+        def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            """Keep the diagonal of the weights that eager attention returns."""
+            weights = output[1] if isinstance(output, tuple) and len(output) > 1 else None
+            if not isinstance(weights, Tensor) or weights.ndim != 4 or not self._is_mine():
+                return
             t = weights.shape[3]
             last = weights[:, :, -self._columns :]
             if self._places is None:
-                last = last[..., t - self._columns :].diagonal(dim1=-2, dim2=-1).clone()
+                self._recorded[place] = last[..., t - self._columns :].diagonal(dim1=-2, dim2=-1).clone()
             else:
-                last = _gather_places(last, self._places)
-            self._recorded[module] = last
+                self._recorded[place] = _gather_places(last, self._places)
+
+        return keep
 
 
 class _RecordedConfig:
@@ -120,9 +134,16 @@ class _RecordedConfig:
 
     _attn_implementation = _NAME
 
-    def __init__(self, config: Any, probe: AttentionProbe) -> None:
-        self.original = config
-        self.probe = probe
+    def __init__(self, module: nn.Module, probe: AttentionProbe, place: int) -> None:
+        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+        config = module.config
+        self.original = config.original if isinstance(config, _RecordedConfig) else config
+        self.probe, self.place = probe, place
+        # A model's file may have functions of its own.
+        self.functions = getattr(
+            sys.modules[type(module).__module__], "ALL_ATTENTION_FUNCTIONS", ALL_ATTENTION_FUNCTIONS
+        )
 
     def __getattr__(self, name: str) -> Any:
         if name == "original":  # not set yet, in a copy
@@ -131,31 +152,28 @@ class _RecordedConfig:
 
 
 @contextmanager
-def _record_calls(module: nn.Module, probe: AttentionProbe) -> Iterator[None]:
+def _replace_config(module: nn.Module, config: _RecordedConfig) -> Iterator[None]:
     """Let a probe see the calls of one module, and no other part of the model."""
     _register()
-    config: Any = module.config
-    original = config.original if isinstance(config, _RecordedConfig) else config
-    module.config = _RecordedConfig(original, probe)  # type: ignore[assignment]
+    module.config = config  # type: ignore[assignment]
     try:
         yield
     finally:
-        module.config = original
+        module.config = config.original
 
 
 def _recorded_sdpa(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
 ) -> Any:
     """Run ``sdpa`` attention as the model would, and let the module's probe see its inputs."""
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-    # A model's file may have functions of its own.
-    functions = getattr(sys.modules[type(module).__module__], "ALL_ATTENTION_FUNCTIONS", ALL_ATTENTION_FUNCTIONS)
     config = module.config
-    if isinstance(config, _RecordedConfig):
-        more = {name: x for name, x in options.items() if name != "scaling"}
-        config.probe.record(module, query, key, attention_mask, options.get("scaling"), **more)
-    return functions["sdpa"](module, query, key, value, attention_mask, **options)
+    if not isinstance(config, _RecordedConfig):  # another thread's probe has just left
+        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+        return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, **options)
+    more = {name: x for name, x in options.items() if name != "scaling"}
+    config.probe.record(config.place, query, key, attention_mask, options.get("scaling"), **more)
+    return config.functions["sdpa"](module, query, key, value, attention_mask, **options)
 
 
 def _register() -> None:
@@ -167,7 +185,7 @@ def _register() -> None:
 
 
 def _weigh_diagonal(
-    calls: Sequence[_Inputs], rows: int, places: Int[Tensor, " all_rows"] | None = None
+    calls: Sequence[_Inputs], rows: int, places: Int[Tensor, " batch"] | None = None
 ) -> Float[Tensor, "layers rows heads columns"]:
     """Return softmax(q k^T scale + mask) of the first rows on their own positions, in float32."""
     scores = []
@@ -184,15 +202,17 @@ def _weigh_diagonal(
     if places is None:
         diagonal = stacked[..., longest - stacked.shape[-2] :].diagonal(dim1=-2, dim2=-1)
     else:
-        diagonal = _gather_places(stacked, places[:rows])
+        diagonal = _gather_places(stacked, places)
     return (diagonal - stacked.logsumexp(-1)).exp()
 
 
 def _gather_places(
-    weights: Float[Tensor, "*layers rows heads 1 t"], places: Int[Tensor, " rows"]
+    weights: Float[Tensor, "*layers rows heads 1 t"], places: Int[Tensor, " batch"]
 ) -> Float[Tensor, "*layers rows heads 1"]:
-    """Return each row's weight at its own place, of a single column."""
-    index = places[:, None, None, None].expand(*weights.shape[:-1], 1)
+    """Return each row's weight at its sequence's place, of a single column; places beyond the last are the last."""
+    rows, t = weights.shape[-4], weights.shape[-1]
+    of_rows = places.clamp_max(t - 1).repeat(rows // len(places))
+    index = of_rows[:, None, None, None].expand(*weights.shape[:-1], 1)
     return weights.gather(-1, index).squeeze(-1)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args
@@ -90,26 +90,46 @@ def find_decoder_layer(base: nn.Module, layer: int) -> nn.Module:
     return stack[layer]
 
 
-@contextmanager
-def capture_outputs(layers: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
-    """Capture the outputs of these modules while the block runs, in the order of ``layers``."""
-    captured: list[Any] = [None] * len(layers)
-    thread = threading.get_ident()  # another thread may run the same model
+class OutputRecorder:
+    """A recorder of the outputs of some modules.
 
-    def hook(place: int) -> Any:
+    Its hooks are the same objects each time, so that a compiled graph that holds them stays valid.
+
+    Args:
+        layers: The modules, in the order in which their outputs are returned.
+    """
+
+    def __init__(self, layers: Sequence[nn.Module]) -> None:
+        self._layers = list(layers)
+        self._captured: list[Any] = [None] * len(self._layers)
+        self._hooks = [self._build_hook(place) for place in range(len(self._layers))]
+        self._thread = 0
+
+    @contextmanager
+    def record(self) -> Iterator[None]:
+        """Record while the block runs."""
+        self._thread = threading.get_ident()  # another thread may run the same model
+        self._captured[:] = [None] * len(self._layers)
+        pairs = zip(self._layers, self._hooks, strict=True)
+        handles = [layer.register_forward_hook(hook) for layer, hook in pairs]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def take(self) -> list[Any]:
+        """Return the outputs of the last run, None for a module that did not run, and forget them."""
+        captured = list(self._captured)
+        self._captured[:] = [None] * len(captured)
+        return captured
+
+    def _build_hook(self, place: int) -> Callable[[nn.Module, Any, Any], None]:
         def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
-            if threading.get_ident() != thread:
-                return
-            captured[place] = output[0] if isinstance(output, tuple) else output
+            if torch.compiler.is_compiling() or threading.get_ident() == self._thread:
+                self._captured[place] = output[0] if isinstance(output, tuple) else output
 
         return keep
-
-    handles = [layer.register_forward_hook(hook(place)) for place, layer in enumerate(layers)]
-    try:
-        yield captured
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 class HiddenStatePooler:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from selfdoubt.compat import get_output_head
 from selfdoubt.density import MeasuredLeaf
-from selfdoubt.lm.hidden_states import capture_outputs, find_decoder_layers
+from selfdoubt.lm.hidden_states import OutputRecorder, find_decoder_layers
 from selfdoubt.lm.stepper import StepOutput
 
 #: Tokens that are compared, the most probable ones.
@@ -78,19 +78,23 @@ class LateLayerProbe:
         self._norm = norm
         self._head = head
         self._fits: bool | None = None  #: None until a first reading
-        self._captured: list[Tensor] = []
+        self._all, self._late = OutputRecorder(self._layers), OutputRecorder(self._layers[:-1])
+        self._columns = 0
 
     @contextmanager
-    def capture(self, columns: int, places: Int[Tensor, " rows"] | None = None) -> Iterator[None]:  # noqa: ARG002
+    def capture(self, columns: int, places: Int[Tensor, " batch"] | None = None) -> Iterator[None]:  # noqa: ARG002
         """Record the last ``columns`` positions while the model runs; see ``stepper.Probe``."""
-        layers = self._layers if self._fits is None else self._layers[:-1]
-        with capture_outputs([] if self._fits is False else layers) as captured:
+        self._columns = columns
+        if self._fits is False:
             yield
-        self._captured = [x[:, -columns:].detach() for x in captured if isinstance(x, Tensor) and x.ndim == 3]
+            return
+        with (self._all if self._fits is None else self._late).record():
+            yield
 
     def read(self, output: StepOutput) -> StepOutput:
         """Return the output with the signal."""
-        captured, self._captured = self._captured, []
+        outputs = [] if self._fits is False else (self._all if self._fits is None else self._late).take()
+        captured = [x[:, -self._columns :].detach() for x in outputs if isinstance(x, Tensor) and x.ndim == 3]
         members, batch, t = output.logits.shape[:3]
         if len(captured) < len(self._layers) - 1 or len(captured[0]) != members * batch:
             return output

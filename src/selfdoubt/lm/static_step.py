@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 from jaxtyping import Float, Int
@@ -60,16 +61,24 @@ class StaticStep:
 
         Logits are ``(members, slots, classes)``. Everything happens on the device, in place.
         """
+        with self.probing():
+            return self.run_probed(ids)
+
+    def probing(self) -> AbstractContextManager[None]:
+        """Return a context in which probes record ``run_probed``."""
+        return self.stepper.probing(1, self.cache.positions)
+
+    def run_probed(self, ids: Int[Tensor, " slots"]) -> StepOutput:
+        """Run the model as ``run`` does, within a block of ``probing``. It can be compiled as one graph."""
         members, columns = self.stepper.members, self.cache.begin_step()
-        rows = expand(columns, members)
         inputs = {
             "input_ids": expand(ids[:, None], members),
-            "position_ids": rows[:, None],
+            "position_ids": expand(columns[:, None], members),
             "attention_mask": self._build_masks(),
             "past_key_values": self._presented,
             "use_cache": True,
         }
-        output, _ = self.stepper.run_model(inputs, 1, rows)
+        output, _ = self.stepper.run_probed(inputs)
         self.cache.positions.add_(1)
         return output.at(-1)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -40,10 +40,17 @@ class SlotAllocator:
         cache: An empty cache.
         buckets: Sizes that it may have.
         context: Most tokens in a sequence; None without a limit.
+        on_move: Function that is called with the slots whose sequences move to the first slots, in this order.
     """
 
-    def __init__(self, cache: SlotCache, buckets: Buckets, context: int | None) -> None:
-        self.cache, self._buckets, self._context = cache, buckets, context
+    def __init__(
+        self,
+        cache: SlotCache,
+        buckets: Buckets,
+        context: int | None,
+        on_move: Callable[[Sequence[int]], None] | None = None,
+    ) -> None:
+        self.cache, self._buckets, self._context, self._on_move = cache, buckets, context, on_move
         self.slots: list[int] = []  #: slot of each sequence
         self.lengths: list[int] = []  #: tokens of each sequence in the cache
 
@@ -61,6 +68,8 @@ class SlotAllocator:
         columns = columns if columns > self.cache.length or shrinks else self.cache.length
         if (slots, columns) != (self.cache.slots, self.cache.length):
             self.cache.resize(slots, columns, self.slots)
+            if self._on_move is not None:
+                self._on_move(self.slots)
             self.slots = list(range(len(self.slots)))
 
     def admit(self, stepper: HFStepper) -> list[int]:
@@ -73,30 +82,29 @@ class SlotAllocator:
         self.lengths += lengths
         return slots
 
-    def copy(self, other: SlotAllocator) -> None:
-        """Copy the sequences of another static cache of the same model into free slots."""
+    def copy(self, other: SlotAllocator) -> list[int]:
+        """Copy the sequences of another static cache of the same model into free slots; return these."""
         self.reserve(len(other.slots), max(other.lengths) + 1)
         slots = self._free[: len(other.slots)]
         self.cache.copy_from(other.cache, other.slots, slots)
         self.slots += slots
         self.lengths += other.lengths
+        return slots
 
     def keep(self, sequences: Sequence[int]) -> None:
         """Keep only these sequences; one that is named twice is kept twice."""
-        slots, lengths = [self.slots[i] for i in sequences], [self.lengths[i] for i in sequences]
-        first = {slot: place for place, slot in reversed(list(enumerate(slots)))}
-        again = [place for place, slot in enumerate(slots) if first[slot] != place]
-        self.slots, self.lengths = [slots[place] for place in sorted(first.values())], lengths
+        distinct = list(dict.fromkeys(sequences))
+        again = [place for place, i in enumerate(sequences) if i in sequences[:place]]
+        lengths = [self.lengths[i] for i in sequences]
+        self.slots, self.lengths = [self.slots[i] for i in distinct], [self.lengths[i] for i in distinct]
         if again:
-            distinct = sorted(first.values())
-            self.lengths = [lengths[place] for place in distinct]
             self.reserve(len(again), 1)
-            moved = dict(zip((slots[place] for place in distinct), self.slots, strict=True))
+            slot_of = dict(zip(distinct, self.slots, strict=True))
             free = self._free[: len(again)]
-            self.cache.copy_from(self.cache, [moved[slots[place]] for place in again], free)
+            self.cache.copy_from(self.cache, [slot_of[sequences[place]] for place in again], free)
             copies = dict(zip(again, free, strict=True))
-            self.slots = [copies.get(place, moved[slot]) for place, slot in enumerate(slots)]
-            self.lengths = lengths
+            self.slots = [copies.get(place, slot_of[i]) for place, i in enumerate(sequences)]
+        self.lengths = lengths
 
     def advance(self) -> None:
         """Count one more token of every sequence."""
@@ -190,9 +198,12 @@ class StaticStepper:
         return self._allocator, self._step
 
 
-def build_allocator(stepper: HFStepper, buckets: Buckets) -> SlotAllocator:
-    """Build an empty static cache for the sequences that a stepper has read."""
+def build_allocator(
+    stepper: HFStepper, buckets: Buckets, on_move: Callable[[Sequence[int]], None] | None = None
+) -> SlotAllocator:
+    """Build an empty static cache for the sequences that a stepper has read; see ``SlotAllocator``."""
     lengths = stepper.count_tokens()
     slots = buckets.choose_slots(len(lengths))
     columns = buckets.choose_length(int(lengths.max()) + 1, stepper.context)
-    return SlotAllocator(SlotCache.like(stepper.cache, len(lengths), slots, columns), buckets, stepper.context)
+    cache = SlotCache.like(stepper.cache, len(lengths), slots, columns)
+    return SlotAllocator(cache, buckets, stepper.context, on_move)

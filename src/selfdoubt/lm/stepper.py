@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from selfdoubt import density, risk
 from selfdoubt.errors import PromptError, WrapError
 from selfdoubt.lm import cache
+from selfdoubt.lm.attention_backends import steady_attention
 from selfdoubt.lm.chunks import ChunkSizer
-from selfdoubt.lm.hidden_states import capture_outputs, find_decoder_layer
+from selfdoubt.lm.hidden_states import OutputRecorder, find_decoder_layer
 from selfdoubt.members import Wrapped, innermost
 from selfdoubt.rows import expand, unfold
 
@@ -115,13 +116,14 @@ class Stepper(Protocol):
 class Probe(Protocol):
     """The interface of a reader of a model's inside, which adds to the output of each step.
 
-    ``capture`` surrounds a run of the model, and ``read`` follows it.
+    ``capture`` surrounds a run of the model, and ``read`` follows the run, inside or outside of it.
     """
 
-    def capture(self, columns: int, places: Int[Tensor, " rows"] | None = None) -> AbstractContextManager[None]:
+    def capture(self, columns: int, places: Int[Tensor, " batch"] | None = None) -> AbstractContextManager[None]:
         """Record while the model runs within the block; only the last ``columns`` positions count.
 
-        ``places`` are the columns at which a static cache has each row's last position; None where that is the last.
+        ``places`` are the columns at which a static cache has each sequence's last position, or beyond its last column,
+        which counts then; None where it is the last column of all. They may change in place until ``read``.
         """
 
     def read(self, output: StepOutput) -> StepOutput:
@@ -159,7 +161,7 @@ class HFStepper:
         self._measured = measured if measured is not None and measured.is_fitted and not measured.pooled else None
         self._has_background = self._measured is not None and self._measured.has_background
         base = innermost(model)
-        self._blocks = [find_decoder_layer(base, layer) for layer in layers]
+        self._recorder = OutputRecorder([find_decoder_layer(base, layer) for layer in layers])
         self.config = base.config.get_text_config()  # type: ignore[union-attr, operator]
         self._device = next(base.parameters()).device
         self.takes_positions = "position_ids" in inspect.signature(base.forward).parameters
@@ -304,26 +306,36 @@ class HFStepper:
         return result
 
     def run_model(
-        self, inputs: Mapping[str, Any], probed: int, places: Int[Tensor, " rows"] | None = None
+        self, inputs: Mapping[str, Any], probed: int, places: Int[Tensor, " batch"] | None = None
     ) -> tuple[StepOutput, Any]:
         """Run the model on member-major rows; return its output, and the cache that it filled.
 
         Args:
             inputs: Keyword inputs of the model.
             probed: Number of the last positions that probes read.
-            places: Columns of a static cache that hold each row's last position, see ``Probe.capture``.
+            places: Columns of a static cache that hold each sequence's last position, see ``Probe.capture``.
 
         Raises:
             WrapError: If the model keeps no key-value cache.
         """
+        with steady_attention(), self.probing(probed, places):
+            return self.run_probed(inputs)
+
+    @contextmanager
+    def probing(self, probed: int, places: Int[Tensor, " batch"] | None = None) -> Iterator[None]:
+        """Let probes record while the block runs ``run_probed``; the arguments are those of ``run_model``."""
         with ExitStack() as stack:
-            captured = stack.enter_context(capture_outputs(self._blocks))
+            stack.enter_context(self._recorder.record())
             for probe in self._probes:
                 stack.enter_context(probe.capture(probed, places))
-            if isinstance(self._model, Wrapped):
-                output, scales = self._model.forward_rows(**inputs)
-            else:
-                output, scales = self._model(**inputs), None
+            yield
+
+    def run_probed(self, inputs: Mapping[str, Any]) -> tuple[StepOutput, Any]:
+        """Run the model as ``run_model`` does, within a block of ``probing``. It can be compiled as one graph."""
+        if isinstance(self._model, Wrapped):
+            output, scales = self._model.forward_rows(**inputs)
+        else:
+            output, scales = self._model(**inputs), None
         filled = getattr(output, "past_key_values", None)
         if filled is None:
             raise WrapError(f"{type(self._model).__name__} keeps no key-value cache, which decoding needs")
@@ -332,7 +344,7 @@ class HFStepper:
             assert isinstance(self._model, Wrapped)
             std = self._model.distribution.std((output.logits, scales.logits))
             scale = self.pick_answering(std)
-        states = None
+        states, captured = None, self._recorder.take()
         if captured:
             by_member = [self.pick_answering(h.detach()) for h in captured]
             states = torch.stack([h.float().mean(0, keepdim=True) for h in by_member], -2)

@@ -7,6 +7,7 @@ graph, or captured as a CUDA graph. Free slots run along; their results are igno
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
@@ -37,36 +38,63 @@ class TurnOutput:
 
 
 class TurnBuffers:
-    """The inputs of turns, at fixed addresses: the last token of each slot, the settings of its draws, and a draw.
+    """The inputs of turns, at fixed addresses: the last token of each slot, and the settings of its draw.
 
     Args:
         device: Device of the tensors.
-        room: Slots that there is room for.
     """
 
-    def __init__(self, device: torch.device, room: int = _ROOM) -> None:
-        self.room = room
-        self._ids = torch.zeros(room, dtype=torch.long, device=device)
-        self._settings = torch.zeros(3, room, dtype=torch.float64, device=device)
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._ids = torch.zeros(_ROOM, dtype=torch.long, device=device)
+        self._settings = torch.zeros(3, _ROOM, dtype=torch.float64, device=device)
+
+    @property
+    def address(self) -> int:
+        """Address that changes where those of the tensors do."""
+        return self._ids.data_ptr()
+
+    def make_room(self, slots: int) -> None:
+        """Make room for this many slots."""
+        if slots > len(self._ids):
+            ids, settings = self._ids, self._settings
+            self._ids, self._settings = ids.new_zeros(2 * slots), settings.new_zeros(3, 2 * slots)
+            self._ids[: len(ids)], self._settings[:, : len(ids)] = ids, settings
 
     def ids(self, slots: int) -> Int[Tensor, " slots"]:
         """Return the last token of each slot."""
         return self._ids[:slots]
 
     def settings(self, slots: int) -> Float[Tensor, "3 slots"]:
-        """Return temperature, top_p and draw of each slot."""
+        """Return temperature, top_p and draw of each slot, see ``describe_sampling``."""
         return self._settings[:, :slots]
 
-    def set_sampling(self, slots: Sequence[int], samplings: Sequence[Sampling]) -> None:
-        """Write the settings of the sequences in these slots."""
-        values = torch.tensor([[s.temperature for s in samplings], [s.top_p for s in samplings]], dtype=torch.float64)
-        self._settings[:2, list(slots)] = values.to(self._settings.device)
+    def put(self, slots: Sequence[int], ids: Int[Tensor, " batch"], settings: Float[Tensor, "3 batch"]) -> None:
+        """Write the last tokens and the settings of the sequences in these slots."""
+        index = torch.tensor(slots, device=self._device)
+        self._ids[index] = ids
+        self._settings[:, index] = settings
+
+    def put_draws(self, slots: Sequence[int], draws: Sequence[Tensor]) -> None:
+        """Write the draws of the sequences in these slots, without waiting for the device."""
+        row = torch.zeros(max(slots) + 1, dtype=torch.float64, pin_memory=self._device.type == "cuda")
+        row[list(slots)] = torch.stack(list(draws))
+        self._settings[2, : len(row)].copy_(row, non_blocking=True)
 
     def move(self, slots: Sequence[int]) -> None:
         """Move the entries of these slots to the first ones, in this order."""
-        index = torch.tensor(slots, dtype=torch.long, device=self._ids.device)
+        index = torch.tensor(slots, dtype=torch.long, device=self._device)
         self._ids[: len(slots)] = self._ids[index]
         self._settings[:, : len(slots)] = self._settings[:, index]
+
+
+def describe_sampling(samplings: Sequence[Sampling], draws: Sequence[Tensor] | None) -> Float[Tensor, "3 batch"]:
+    """Return temperature, top_p and draw of each sequence, on the host; the draw is 0 without ``draws``."""
+    uniform = torch.zeros(len(samplings), dtype=torch.float64) if draws is None else torch.stack(list(draws))
+    temperature, top_p = ([getattr(s, name) for s in samplings] for name in ("temperature", "top_p"))
+    return torch.stack(
+        [torch.tensor(temperature, dtype=torch.float64), torch.tensor(top_p, dtype=torch.float64), uniform]
+    )
 
 
 class Turn:
@@ -77,18 +105,45 @@ class Turn:
         buffers: The inputs.
         draws: Kind of draws.
         alternatives: Number of the most probable tokens that come with each token.
+        compiled: Compile the turn as one graph, at its first run.
     """
 
-    def __init__(self, step: StaticStep, buffers: TurnBuffers, draws: Draws, alternatives: int) -> None:
-        self._step, self._buffers, self._draws, self._alternatives = step, buffers, draws, alternatives
+    def __init__(
+        self, step: StaticStep, buffers: TurnBuffers, draws: Draws, alternatives: int, *, compiled: bool = False
+    ) -> None:
+        self._step, self._draws, self._alternatives = step, draws, alternatives
+        slots = step.cache.slots
+        self._ids, self._settings = buffers.ids(slots), buffers.settings(slots)
+        self._compute = torch.compile(self.compute, fullgraph=True, dynamic=False) if compiled else self.compute
 
     def __call__(self) -> TurnOutput:
         """Run the model on the last tokens, choose the next ones, and write them and the positions in place."""
-        slots = self._step.cache.slots
-        ids, settings = self._buffers.ids(slots), self._buffers.settings(slots)
-        output, chosen = choose_and_tabulate(self._step.run(ids), settings, self._draws, self._alternatives)
-        ids.copy_(chosen)
+        with self.probing():
+            return self.run_probed()
+
+    def probing(self) -> AbstractContextManager[None]:
+        """Return a context in which probes record ``run_probed``."""
+        return self._step.probing()
+
+    def run_probed(self) -> TurnOutput:
+        """Run the turn within a block of ``probing``, compiled or not."""
+        return self._compute()
+
+    def compute(self) -> TurnOutput:
+        """Compute the turn, within a block of ``probing``."""
+        step = self._step.run_probed(self._ids)
+        output, chosen = choose_and_tabulate(step, self._settings, self._draws, self._alternatives)
+        self._ids.copy_(chosen)
         return output
+
+    def save(self) -> tuple[Tensor, Tensor]:
+        """Return a copy of the tensors that a turn changes and does not write again: last tokens and positions."""
+        return self._ids.clone(), self._step.cache.positions.clone()
+
+    def restore(self, saved: tuple[Tensor, Tensor]) -> None:
+        """Set the sequences back to where they were."""
+        self._ids.copy_(saved[0])
+        self._step.cache.positions.copy_(saved[1])
 
 
 def choose_and_tabulate(
