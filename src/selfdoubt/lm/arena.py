@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from functools import partial
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from selfdoubt.lm.turn import Turn, TurnBuffers, TurnOutput, choose_and_tabulate
 from selfdoubt.lm.turn_results import TurnResult
 
 
+@runtime_checkable
 class Launcher(Protocol):
     """The interface of what runs turns: as they are, compiled, or captured as a CUDA graph."""
 
@@ -91,7 +92,7 @@ class Arena:
         if draws != "greedy":
             self.buffers.put_draws(slots, [sequence.draw(ahead) for sequence in self.sequences])
         most = max(sampling.alternatives for sampling in samplings)
-        key = (self.cache.slots, self.cache.length, draws, most, self.cache.address, self.buffers.address)
+        key = (self.cache.slots, self.cache.length, draws, most, self.cache.version, self.buffers.version)
         output = self._launch(key, partial(Turn, self._step, self.buffers, draws, most))
         self.allocator.advance()
         return TurnResult(output, {s.name: slot for s, slot in zip(self.sequences, slots, strict=True)})

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -79,6 +79,7 @@ class TokenSequence:
         return TokenEvent(self.name, few, finish, states, attention=attention)
 
 
+@runtime_checkable
 class Batch(Protocol):
     """The interface of sequences that are decoded side by side, and may come and go between tokens.
 

@@ -7,6 +7,7 @@ beyond its position are masked.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,6 +21,7 @@ from selfdoubt.compat import build_cache, find_cache_window
 FIRST_LENGTH = 256
 #: Sizes from which buckets grow by half, too: below, they double.
 DOUBLED_SLOTS, DOUBLED_LENGTH = 8, 1024
+_VERSIONS = itertools.count()
 #: Slots for which there is room in the tensors of one number per slot.
 _ROOM = 256
 
@@ -83,7 +85,7 @@ class SlotLayer:
     def allocate(self) -> None:
         """Lay out zeroed keys and values of the cache's size, in the memory that is there if it is enough.
 
-        Zeros matter: a masked column that holds NaN would spread it.
+        Where it is not, the cache gets a new ``version``. Zeros matter: a masked column that holds NaN would spread it.
         """
         rows, length = self.members * self._cache.slots, self._cache.length
         sizes = [rows * self._heads * length * width for width in self._widths]
@@ -91,6 +93,7 @@ class SlotLayer:
             # The old memory goes before the new one comes.
             self._storage = ()
             self.keys = self.values = torch.empty(0)
+            self._cache.version = next(_VERSIONS)
             self._storage = tuple(torch.zeros(size, dtype=self._dtype, device=self._cache.device) for size in sizes)
         else:
             for storage in self._storage:
@@ -104,11 +107,6 @@ class SlotLayer:
     def bytes(self) -> int:
         """Bytes of memory that the layer holds."""
         return sum(storage.nbytes for storage in self._storage)
-
-    @property
-    def address(self) -> int:
-        """Address of the memory, which changes where a larger one is needed."""
-        return self._storage[0].data_ptr()
 
     def by_slot(self) -> tuple[Tensor, Tensor]:
         """Return views of keys and values, ``(members, slots, heads, length, width)``."""
@@ -151,6 +149,7 @@ class SlotCache:
 
     def __init__(self, slots: int, length: int, device: torch.device) -> None:
         self.slots, self.length, self.device = slots, length, device
+        self.version = next(_VERSIONS)  #: a number that no other cache has, nor this one with tensors elsewhere
         self.layers: list[SlotLayer | None] = []  #: None for a layer that keeps nothing of its own
         self._positions = torch.zeros(max(_ROOM, slots), dtype=torch.long, device=device)
         self._index: dict[int, Tensor] = {}
@@ -190,11 +189,6 @@ class SlotCache:
     def bytes(self) -> int:
         """Bytes of memory that the keys and values hold."""
         return sum(layer.bytes for layer in self.kept)
-
-    @property
-    def address(self) -> tuple[int, int]:
-        """Addresses that change where any of the tensors' do, for the same size."""
-        return self.kept[0].address, self._positions.data_ptr()
 
     def present(self) -> Any:
         """Return the cache as Hugging Face models take it, as ``past_key_values``."""
@@ -266,6 +260,7 @@ class SlotCache:
             for target, source in zip(layer.by_slot(), moved, strict=True):
                 target[:, : len(kept), :, :columns] = source
         if len(self._positions) < slots:
+            self.version = next(_VERSIONS)
             self._positions = torch.zeros(slots, dtype=torch.long, device=self.device)
         self._positions.zero_()
         self.positions[: len(kept)] = positions

@@ -46,18 +46,15 @@ class TurnBuffers:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
+        self.version = 0  #: a number that grows where the tensors move elsewhere
         self._ids = torch.zeros(_ROOM, dtype=torch.long, device=device)
         self._settings = torch.zeros(3, _ROOM, dtype=torch.float64, device=device)
-
-    @property
-    def address(self) -> int:
-        """Address that changes where those of the tensors do."""
-        return self._ids.data_ptr()
 
     def make_room(self, slots: int) -> None:
         """Make room for this many slots."""
         if slots > len(self._ids):
             ids, settings = self._ids, self._settings
+            self.version += 1
             self._ids, self._settings = ids.new_zeros(2 * slots), settings.new_zeros(3, 2 * slots)
             self._ids[: len(ids)], self._settings[:, : len(ids)] = ids, settings
 
