@@ -42,9 +42,9 @@ class Arena:
     """
 
     def __init__(self, runner: HFStepper, first: HFStepper, buckets: Buckets, launch: Launcher) -> None:
-        self.allocator = build_allocator(first, buckets, self._move)
+        self.buffers = TurnBuffers(next(first.base.parameters()).device)
+        self.allocator = build_allocator(first, buckets, self.buffers.move)
         self.cache = self.allocator.cache
-        self.buffers = TurnBuffers(self.cache.device)
         self.sequences: list[TokenSequence] = []  #: in the order of the allocator
         self._step = StaticStep(runner, self.cache)
         self._launch = launch
@@ -100,8 +100,3 @@ class Arena:
     def clear(self) -> None:
         """Free all slots."""
         self.keep([])
-
-    def _move(self, slots: Sequence[int]) -> None:
-        """Follow the cache, whose sequences move to its first slots."""
-        self.buffers.make_room(self.cache.slots)
-        self.buffers.move(slots)

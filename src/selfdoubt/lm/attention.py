@@ -36,60 +36,25 @@ class _Inputs(NamedTuple):
     scaling: float
 
 
-class AttentionProbe:
-    """A probe of some attention modules, see ``stepper.Probe``; the output's ``attention`` is None where it fails.
+class _Recording:
+    """The calls of some attention modules in one run, in one thread."""
 
-    Args:
-        modules: Attention modules of a Hugging Face model, in the order of the layers.
-    """
-
-    def __init__(self, modules: Sequence[nn.Module]) -> None:
-        self._modules = list(modules)
-        self._columns = 0
-        self._places: Tensor | None = None
+    def __init__(self, count: int) -> None:
+        self.columns = 0  #: number of the last positions that count
+        self.places: Tensor | None = None  #: see ``stepper.Probe``
         self._thread = 0
-        self._recorded: list[_Inputs | Tensor | None] = [None] * len(self._modules)
-        self._hooks = [self._build_hook(place) for place in range(len(self._modules))]
-        self._configs: list[_RecordedConfig] = []
+        self._recorded: list[_Inputs | Tensor | None] = [None] * count
 
-    @contextmanager
-    def capture(self, columns: int, places: Int[Tensor, " batch"] | None = None) -> Iterator[None]:
-        """Record the last ``columns`` positions while the model runs; see ``stepper.Probe``."""
-        self._columns, self._places = columns, places
-        self._recorded[:] = [None] * len(self._modules)
-        self._thread = threading.get_ident()
-        kind = getattr(getattr(self._modules[0], "config", None), "_attn_implementation", None)
-        with ExitStack() as stack:
-            if kind == "eager":
-                for module, hook in zip(self._modules, self._hooks, strict=True):
-                    stack.enter_context(module.register_forward_hook(hook))
-            elif kind in ("sdpa", _NAME):  # the latter while another thread runs the same model
-                self._configs = self._configs or [
-                    _RecordedConfig(module, self, place) for place, module in enumerate(self._modules)
-                ]
-                for module, config in zip(self._modules, self._configs, strict=True):
-                    stack.enter_context(_replace_config(module, config))
-            yield
+    def begin(self, columns: int, places: Tensor | None) -> None:
+        """Prepare for a run of this thread."""
+        self.columns, self.places, self._thread = columns, places, threading.get_ident()
+        self._recorded[:] = [None] * len(self._recorded)
 
-    def read(self, output: StepOutput) -> StepOutput:
-        """Return the output with the attention that was recorded."""
-        each = [recorded for recorded in self._recorded if recorded is not None]
-        self._recorded[:] = [None] * len(self._modules)
-        if len(each) < len(self._modules):
-            return output
-        members, batch, columns = output.logits.shape[:3]
-        rows = batch if output.has_base else members * batch
-        if len({_count_heads(x) for x in each}) > 1 or any(_count_rows(x) != members * batch for x in each):
-            return output
-        tensors = [x[:rows].float() for x in each if isinstance(x, Tensor)]
-        weights = (
-            torch.stack(tensors)
-            if tensors
-            else _weigh_diagonal([x for x in each if isinstance(x, _Inputs)], rows, self._places)
-        )
-        # (layers, members * batch, heads, columns) -> (1, batch, columns, layers, heads)
-        weights = weights.detach().view(len(weights), -1, batch, *weights.shape[2:]).mean(1).permute(1, 3, 0, 2)[None]
-        return replace(output, attention=F.pad(weights, (0, 0, 0, 0, columns - weights.shape[2], 0)))
+    def take(self) -> list[_Inputs | Tensor]:
+        """Return what was recorded, and forget it."""
+        recorded = [x for x in self._recorded if x is not None]
+        self._recorded[:] = [None] * len(self._recorded)
+        return recorded
 
     def record(
         self, place: int, query: Tensor, key: Tensor, mask: Tensor | None, scaling: float | None, **more: Any
@@ -97,7 +62,7 @@ class AttentionProbe:
         """Record the call of a module, if its weights can be computed from it."""
         if not self._is_mine() or any(more.get(name) is not None for name in _UNSUPPORTED):
             return
-        columns, t = self._columns, key.shape[2]
+        columns, t = self.columns, key.shape[2]
         if mask is not None and mask.ndim != 4:
             return
         if mask is None and 1 < columns <= t:  # causal: the last row of a single column sees all keys
@@ -113,20 +78,68 @@ class AttentionProbe:
         """Return whether the run is that of the thread that captures."""
         return torch.compiler.is_compiling() or threading.get_ident() == self._thread
 
-    def _build_hook(self, place: int) -> Callable[[nn.Module, Any, Any], None]:
+    def build_hook(self, place: int) -> Callable[[nn.Module, Any, Any], None]:
+        """Build a hook that keeps the diagonal of the weights that the eager attention at this place returns."""
+
         def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
-            """Keep the diagonal of the weights that eager attention returns."""
             weights = output[1] if isinstance(output, tuple) and len(output) > 1 else None
             if not isinstance(weights, Tensor) or weights.ndim != 4 or not self._is_mine():
                 return
             t = weights.shape[3]
-            last = weights[:, :, -self._columns :]
-            if self._places is None:
-                self._recorded[place] = last[..., t - self._columns :].diagonal(dim1=-2, dim2=-1).clone()
+            last = weights[:, :, -self.columns :]
+            if self.places is None:
+                self._recorded[place] = last[..., t - self.columns :].diagonal(dim1=-2, dim2=-1).clone()
             else:
-                self._recorded[place] = _gather_places(last, self._places)
+                self._recorded[place] = _gather_places(last, self.places)
 
         return keep
+
+
+class AttentionProbe:
+    """A probe of some attention modules, see ``stepper.Probe``; the output's ``attention`` is None where it fails.
+
+    Args:
+        modules: Attention modules of a Hugging Face model, in the order of the layers.
+    """
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        self._modules = list(modules)
+        self._recording = _Recording(len(self._modules))
+        self._hooks = [self._recording.build_hook(place) for place in range(len(self._modules))]
+        self._configs: list[_RecordedConfig] = []
+
+    @contextmanager
+    def capture(self, columns: int, places: Int[Tensor, " batch"] | None = None) -> Iterator[None]:
+        """Record the last ``columns`` positions while the model runs; see ``stepper.Probe``."""
+        self._recording.begin(columns, places)
+        kind = getattr(getattr(self._modules[0], "config", None), "_attn_implementation", None)
+        with ExitStack() as stack:
+            if kind == "eager":
+                for module, hook in zip(self._modules, self._hooks, strict=True):
+                    stack.enter_context(module.register_forward_hook(hook))
+            elif kind in ("sdpa", _NAME):  # the latter while another thread runs the same model
+                self._configs = self._configs or [
+                    _RecordedConfig(module, self._recording, place) for place, module in enumerate(self._modules)
+                ]
+                for module, config in zip(self._modules, self._configs, strict=True):
+                    stack.enter_context(_replace_config(module, config))
+            yield
+
+    def read(self, output: StepOutput) -> StepOutput:
+        """Return the output with the attention that was recorded."""
+        each = self._recording.take()
+        if len(each) < len(self._modules):
+            return output
+        members, batch, columns = output.logits.shape[:3]
+        rows = batch if output.has_base else members * batch
+        if len({_count_heads(x) for x in each}) > 1 or any(_count_rows(x) != members * batch for x in each):
+            return output
+        tensors = [x[:rows].float() for x in each if isinstance(x, Tensor)]
+        calls = [x for x in each if isinstance(x, _Inputs)]
+        weights = torch.stack(tensors) if tensors else _weigh_diagonal(calls, rows, self._recording.places)
+        # (layers, members * batch, heads, columns) -> (1, batch, columns, layers, heads)
+        weights = weights.detach().view(len(weights), -1, batch, *weights.shape[2:]).mean(1).permute(1, 3, 0, 2)[None]
+        return replace(output, attention=F.pad(weights, (0, 0, 0, 0, columns - weights.shape[2], 0)))
 
 
 class _RecordedConfig:
@@ -134,12 +147,12 @@ class _RecordedConfig:
 
     _attn_implementation = _NAME
 
-    def __init__(self, module: nn.Module, probe: AttentionProbe, place: int) -> None:
+    def __init__(self, module: nn.Module, recording: _Recording, place: int) -> None:
         from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
         config = module.config
         self.original = config.original if isinstance(config, _RecordedConfig) else config
-        self.probe, self.place = probe, place
+        self.recording, self.place = recording, place
         # A model's file may have functions of its own.
         self.functions = getattr(
             sys.modules[type(module).__module__], "ALL_ATTENTION_FUNCTIONS", ALL_ATTENTION_FUNCTIONS
@@ -172,7 +185,7 @@ def _recorded_sdpa(
 
         return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, **options)
     more = {name: x for name, x in options.items() if name != "scaling"}
-    config.probe.record(config.place, query, key, attention_mask, options.get("scaling"), **more)
+    config.recording.record(config.place, query, key, attention_mask, options.get("scaling"), **more)
     return config.functions["sdpa"](module, query, key, value, attention_mask, **options)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -15,6 +14,14 @@ from selfdoubt.lm.probes import find_probes
 from selfdoubt.lm.static_decoder import StaticDecoder
 from selfdoubt.lm.step_modes import StepMode, choose_step_mode
 from selfdoubt.lm.stepper import HFStepper, StepOutput
+
+
+class StepMemory(NamedTuple):
+    """Memory that decoding keeps between steps, apart from the model and from caches that grow."""
+
+    cache_bytes: int = 0  #: of static key-value caches
+    graph_bytes: int = 0  #: of captured CUDA graphs
+    graphs: int = 0  #: number of captured graphs
 
 
 class _Known(NamedTuple):
@@ -40,10 +47,23 @@ def find_decoder(lm: ModelWithFront) -> StaticDecoder | None:
         return None
     known = _DECODERS.get(lm)
     if known is None or (known.model, known.layers, known.mode) != (lm.model, lm.front.layers, mode):
-        build = partial(HFStepper, lm.model, lm.front.layers, None)
-        decoder = StaticDecoder(lambda: build(find_probes(lm.model)), mode)
-        known = _DECODERS[lm] = _Known(lm.model, lm.front.layers, mode, decoder)
+        known = _DECODERS[lm] = _build_decoder(lm.model, lm.front.layers, mode)
     return known.decoder
+
+
+def _build_decoder(model: nn.Module, layers: tuple[int, ...], mode: StepMode) -> _Known:
+    """Build the decoder of a model; it holds the model, and not the ``RiskAwareLM`` around it."""
+    decoder = StaticDecoder(lambda: HFStepper(model, layers, None, find_probes(model)), mode)
+    return _Known(model, layers, mode, decoder)
+
+
+def measure_step_memory(lm: ModelWithFront) -> StepMemory:
+    """Return the memory that a model's static caches and captured graphs hold now."""
+    known = _DECODERS.get(lm)
+    if known is None:
+        return StepMemory()
+    decoder = known.decoder
+    return StepMemory(decoder.cache_bytes, decoder.graph_bytes, decoder.graphs)
 
 
 def start_decoding(

@@ -90,6 +90,23 @@ def find_decoder_layer(base: nn.Module, layer: int) -> nn.Module:
     return stack[layer]
 
 
+class _Outputs:
+    """Outputs of some modules, which the hooks of one thread fill."""
+
+    def __init__(self, count: int) -> None:
+        self.values: list[Any] = [None] * count
+        self.thread = 0
+
+    def build_hook(self, place: int) -> Callable[[nn.Module, Any, Any], None]:
+        """Build a hook that keeps the output of the module at this place."""
+
+        def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            if torch.compiler.is_compiling() or threading.get_ident() == self.thread:
+                self.values[place] = output[0] if isinstance(output, tuple) else output
+
+        return keep
+
+
 class OutputRecorder:
     """A recorder of the outputs of some modules.
 
@@ -101,15 +118,14 @@ class OutputRecorder:
 
     def __init__(self, layers: Sequence[nn.Module]) -> None:
         self._layers = list(layers)
-        self._captured: list[Any] = [None] * len(self._layers)
-        self._hooks = [self._build_hook(place) for place in range(len(self._layers))]
-        self._thread = 0
+        self._outputs = _Outputs(len(self._layers))
+        self._hooks = [self._outputs.build_hook(place) for place in range(len(self._layers))]
 
     @contextmanager
     def record(self) -> Iterator[None]:
         """Record while the block runs."""
-        self._thread = threading.get_ident()  # another thread may run the same model
-        self._captured[:] = [None] * len(self._layers)
+        self._outputs.thread = threading.get_ident()  # another thread may run the same model
+        self._outputs.values[:] = [None] * len(self._layers)
         pairs = zip(self._layers, self._hooks, strict=True)
         handles = [layer.register_forward_hook(hook) for layer, hook in pairs]
         try:
@@ -120,16 +136,9 @@ class OutputRecorder:
 
     def take(self) -> list[Any]:
         """Return the outputs of the last run, None for a module that did not run, and forget them."""
-        captured = list(self._captured)
-        self._captured[:] = [None] * len(captured)
-        return captured
-
-    def _build_hook(self, place: int) -> Callable[[nn.Module, Any, Any], None]:
-        def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
-            if torch.compiler.is_compiling() or threading.get_ident() == self._thread:
-                self._captured[place] = output[0] if isinstance(output, tuple) else output
-
-        return keep
+        values = list(self._outputs.values)
+        self._outputs.values[:] = [None] * len(values)
+        return values
 
 
 class HiddenStatePooler:

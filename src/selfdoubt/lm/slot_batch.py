@@ -53,6 +53,7 @@ class SlotBatch:
         self._current: list[TurnResult] = []  # of the tokens that ``choose`` returns next
         self._following: list[TurnResult] = []  # of the tokens after them
         self._ended: set[int] = set()
+        self._failure: Exception | None = None  # of a turn that was launched ahead
 
     @torch.inference_mode()
     def choose(self) -> list[TokenEvent]:
@@ -65,7 +66,10 @@ class SlotBatch:
         # Those whose last token this is end for certain: with them alone no turn is needed.
         goes_on = any(len(sequence.chosen) + 1 < sequence.room for sequence in self.sequences)
         if self._ahead and goes_on and not self._following:
-            self._following = [self._run(1)]
+            try:
+                self._following = [self._run(1)]
+            except Exception as error:  # it belongs to the next step: the tokens that are chosen are none the worse
+                self._failure = error
         chosen: dict[int, ChosenToken] = {}
         names = [sequence.name for sequence in self.sequences]
         for result in self._current:
@@ -78,6 +82,8 @@ class SlotBatch:
     @torch.inference_mode()
     def step(self, gone: Set[int] = frozenset()) -> None:
         """Run the model on the chosen tokens, for the sequences that have not ended and are not in ``gone``."""
+        if self._failure is not None:
+            raise self._failure
         self._leave(self._ended | gone)
         self._ended = set()
         if self.sequences and not self._current:

@@ -49,13 +49,29 @@ def choose_bucket(needed: int, first: int, doubled: int, most: int | None = None
     return size if most is None else min(size, most)
 
 
+class _Layout:
+    """The size of a cache, and the columns that a step writes to; layers share it."""
+
+    def __init__(self, slots: int, length: int, device: torch.device) -> None:
+        self.slots, self.length, self.device = slots, length, device
+        self.version = next(_VERSIONS)
+        self.columns = torch.zeros(slots, dtype=torch.long, device=device)
+        self.index: dict[int, Tensor] = {}
+
+    def index_rows(self, rows: int) -> Int[Tensor, "rows 1 1 1"]:
+        """Return the column that each row of a layer writes to."""
+        if rows not in self.index:
+            self.index[rows] = self.columns.repeat(rows // self.slots).view(-1, 1, 1, 1)
+        return self.index[rows]
+
+
 class SlotLayer:
     """The keys and values of one layer of a model, as Hugging Face's attention updates and reads them.
 
     ``compat.build_cache`` registers it as a ``transformers.cache_utils.CacheLayerMixin``.
 
     Args:
-        cache: The cache that it belongs to.
+        layout: Layout of the cache that it belongs to.
         heads: Key-value heads.
         widths: Features of a key, and of a value.
         members: Rows per slot, which may differ from layer to layer.
@@ -68,14 +84,14 @@ class SlotLayer:
 
     def __init__(
         self,
-        cache: SlotCache,
+        layout: _Layout,
         heads: int,
         widths: tuple[int, int],
         members: int,
         window: int | None,
         dtype: torch.dtype,
     ) -> None:
-        self._cache, self._heads, self._widths, self._dtype = cache, heads, widths, dtype
+        self._layout, self._heads, self._widths, self._dtype = layout, heads, widths, dtype
         self.members, self.window, self.is_sliding = members, window, window is not None
         self._storage: tuple[Tensor, ...] = ()
         self.keys: Tensor
@@ -87,14 +103,14 @@ class SlotLayer:
 
         Where it is not, the cache gets a new ``version``. Zeros matter: a masked column that holds NaN would spread it.
         """
-        rows, length = self.members * self._cache.slots, self._cache.length
+        rows, length = self.members * self._layout.slots, self._layout.length
         sizes = [rows * self._heads * length * width for width in self._widths]
         if not self._storage or self._storage[0].numel() < sizes[0]:
             # The old memory goes before the new one comes.
             self._storage = ()
             self.keys = self.values = torch.empty(0)
-            self._cache.version = next(_VERSIONS)
-            self._storage = tuple(torch.zeros(size, dtype=self._dtype, device=self._cache.device) for size in sizes)
+            self._layout.version = next(_VERSIONS)
+            self._storage = tuple(torch.zeros(size, dtype=self._dtype, device=self._layout.device) for size in sizes)
         else:
             for storage in self._storage:
                 storage.zero_()
@@ -120,22 +136,22 @@ class SlotLayer:
 
     def update(self, key_states: Tensor, value_states: Tensor, *_args: Any, **_kwargs: Any) -> tuple[Tensor, Tensor]:
         """Write each row's key and value at the row's own position; return those of all columns."""
-        index = self._cache.index_rows(len(key_states))
+        index = self._layout.index_rows(len(key_states))
         self.keys.scatter_(2, index.expand(key_states.shape), key_states)
         self.values.scatter_(2, index.expand(value_states.shape), value_states)
         return self.keys, self.values
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:  # noqa: ARG002
         """Return the number of columns that a mask extends over, and the first one."""
-        return self._cache.length, 0
+        return self._layout.length, 0
 
     def get_seq_length(self) -> int:
         """Return the number of columns: each row uses a number of its own."""
-        return self._cache.length
+        return self._layout.length
 
     def get_max_length(self) -> int:
         """Return the number of columns."""
-        return self._cache.length
+        return self._layout.length
 
 
 class SlotCache:
@@ -148,12 +164,9 @@ class SlotCache:
     """
 
     def __init__(self, slots: int, length: int, device: torch.device) -> None:
-        self.slots, self.length, self.device = slots, length, device
-        self.version = next(_VERSIONS)  #: a number that no other cache has, nor this one with tensors elsewhere
+        self._layout = _Layout(slots, length, device)
         self.layers: list[SlotLayer | None] = []  #: None for a layer that keeps nothing of its own
         self._positions = torch.zeros(max(_ROOM, slots), dtype=torch.long, device=device)
-        self._index: dict[int, Tensor] = {}
-        self._columns = self.positions
 
     @classmethod
     def like(cls, dynamic: Any, batch: int, slots: int, length: int) -> SlotCache:
@@ -167,8 +180,28 @@ class SlotCache:
             rows, heads, _, width = layer.keys.shape
             widths = (width, layer.values.shape[-1])
             window = find_cache_window(layer)
-            cache.layers.append(SlotLayer(cache, heads, widths, rows // batch, window, layer.keys.dtype))
+            cache.layers.append(SlotLayer(cache._layout, heads, widths, rows // batch, window, layer.keys.dtype))
         return cache
+
+    @property
+    def slots(self) -> int:
+        """Sequences that fit."""
+        return self._layout.slots
+
+    @property
+    def length(self) -> int:
+        """Columns of each slot."""
+        return self._layout.length
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the tensors."""
+        return self._layout.device
+
+    @property
+    def version(self) -> int:
+        """A number that no other cache has, nor this one with its tensors elsewhere."""
+        return self._layout.version
 
     @property
     def positions(self) -> Int[Tensor, " slots"]:
@@ -199,19 +232,13 @@ class SlotCache:
 
         A sequence that has ended may have no column left: it stays at its last one.
         """
-        self._index = {}
-        self._columns = self.positions.clamp_max(self.length - 1)
-        return self._columns
-
-    def index_rows(self, rows: int) -> Int[Tensor, "rows 1 1 1"]:
-        """Return the column that each row of a layer writes to."""
-        if rows not in self._index:
-            self._index[rows] = self._columns.repeat(rows // self.slots).view(-1, 1, 1, 1)
-        return self._index[rows]
+        self._layout.index = {}
+        self._layout.columns = self.positions.clamp_max(self.length - 1)
+        return self._layout.columns
 
     def build_mask(self, window: int | None, dtype: torch.dtype) -> Float[Tensor, "slots 1 1 length"]:
         """Build the summand of attention's scores: 0 up to each slot's position, within the window, else -inf."""
-        columns, last = torch.arange(self.length, device=self.device), self._columns[:, None]
+        columns, last = torch.arange(self.length, device=self.device), self._layout.columns[:, None]
         hidden = columns > last
         if window is not None:
             hidden = hidden | (columns <= last - window)
@@ -253,14 +280,14 @@ class SlotCache:
         """Change the size; the sequences of the slots ``kept`` move to the first slots, in this order."""
         origin = torch.tensor(kept, device=self.device, dtype=torch.long)
         columns, positions = min(self.length, length), self.positions[origin]
-        self.slots, self.length = slots, length
+        self._layout.slots, self._layout.length = slots, length
         for layer in self.kept:
             moved = [x[:, origin, :, :columns] for x in layer.by_slot()]
             layer.allocate()
             for target, source in zip(layer.by_slot(), moved, strict=True):
                 target[:, : len(kept), :, :columns] = source
         if len(self._positions) < slots:
-            self.version = next(_VERSIONS)
+            self._layout.version = next(_VERSIONS)
             self._positions = torch.zeros(slots, dtype=torch.long, device=self.device)
         self._positions.zero_()
         self.positions[: len(kept)] = positions

@@ -6,6 +6,7 @@ import time
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
+from weakref import WeakSet
 
 import torch
 
@@ -53,9 +54,15 @@ class StaticDecoder:
         self._ahead = self._device.type == "cuda" if ahead is None else ahead
         self._buckets = buckets or (Buckets(_COMPILED_LENGTH) if mode == "compiled" else Buckets())
         self._idle: Arena | None = None
+        self._arenas: WeakSet[Arena] = WeakSet()
         self._graphs = GraphCache(self._device) if self._device.type == "cuda" and mode != "static" else None
         self._compiled: OrderedDict[Hashable, Turn] = OrderedDict()
         self._is_checked, self.obstacle = False, ""  #: the reason why the model cannot have a static cache
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of memory that static caches hold."""
+        return sum(arena.cache.bytes for arena in list(self._arenas))
 
     @property
     def graph_bytes(self) -> int:
@@ -91,7 +98,10 @@ class StaticDecoder:
 
     def _open(self, stepper: HFStepper) -> Arena:
         arena, self._idle = self._idle, None
-        return Arena(self._runner, stepper, self._buckets, self._launch) if arena is None else arena
+        if arena is None:
+            arena = Arena(self._runner, stepper, self._buckets, self._launch)
+            self._arenas.add(arena)
+        return arena
 
     def _close(self, arena: Arena) -> None:
         arena.clear()

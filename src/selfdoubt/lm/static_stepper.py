@@ -40,7 +40,8 @@ class SlotAllocator:
         cache: An empty cache.
         buckets: Sizes that it may have.
         context: Most tokens in a sequence; None without a limit.
-        on_move: Function that is called with the slots whose sequences move to the first slots, in this order.
+        on_move: Function that is called with the slots whose sequences move to the first slots, in this order, and the
+            new number of slots.
     """
 
     def __init__(
@@ -48,7 +49,7 @@ class SlotAllocator:
         cache: SlotCache,
         buckets: Buckets,
         context: int | None,
-        on_move: Callable[[Sequence[int]], None] | None = None,
+        on_move: Callable[[Sequence[int], int], None] | None = None,
     ) -> None:
         self.cache, self._buckets, self._context, self._on_move = cache, buckets, context, on_move
         self.slots: list[int] = []  #: slot of each sequence
@@ -69,7 +70,7 @@ class SlotAllocator:
         if (slots, columns) != (self.cache.slots, self.cache.length):
             self.cache.resize(slots, columns, self.slots)
             if self._on_move is not None:
-                self._on_move(self.slots)
+                self._on_move(self.slots, slots)
             self.slots = list(range(len(self.slots)))
 
     def admit(self, stepper: HFStepper) -> list[int]:
@@ -199,7 +200,7 @@ class StaticStepper:
 
 
 def build_allocator(
-    stepper: HFStepper, buckets: Buckets, on_move: Callable[[Sequence[int]], None] | None = None
+    stepper: HFStepper, buckets: Buckets, on_move: Callable[[Sequence[int], int], None] | None = None
 ) -> SlotAllocator:
     """Build an empty static cache for the sequences that a stepper has read; see ``SlotAllocator``."""
     lengths = stepper.count_tokens()

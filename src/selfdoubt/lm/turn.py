@@ -78,8 +78,9 @@ class TurnBuffers:
         row[list(slots)] = torch.stack(list(draws))
         self._settings[2, : len(row)].copy_(row, non_blocking=True)
 
-    def move(self, slots: Sequence[int]) -> None:
-        """Move the entries of these slots to the first ones, in this order."""
+    def move(self, slots: Sequence[int], size: int) -> None:
+        """Move the entries of these slots to the first of ``size`` ones, in this order."""
+        self.make_room(size)
         index = torch.tensor(slots, dtype=torch.long, device=self._device)
         self._ids[: len(slots)] = self._ids[index]
         self._settings[:, : len(slots)] = self._settings[:, index]
@@ -111,7 +112,7 @@ class Turn:
         self._step, self._draws, self._alternatives = step, draws, alternatives
         slots = step.cache.slots
         self._ids, self._settings = buffers.ids(slots), buffers.settings(slots)
-        self._compute = torch.compile(self.compute, fullgraph=True, dynamic=False) if compiled else self.compute
+        self._compiled = torch.compile(self.compute, fullgraph=True, dynamic=False) if compiled else None
 
     def __call__(self) -> TurnOutput:
         """Run the model on the last tokens, choose the next ones, and write them and the positions in place."""
@@ -124,7 +125,7 @@ class Turn:
 
     def run_probed(self) -> TurnOutput:
         """Run the turn within a block of ``probing``, compiled or not."""
-        return self._compute()
+        return self.compute() if self._compiled is None else self._compiled()
 
     def compute(self) -> TurnOutput:
         """Compute the turn, within a block of ``probing``."""

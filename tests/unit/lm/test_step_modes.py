@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ import transformers
 from selfdoubt import RiskAwareLM
 from selfdoubt.errors import ConfigError, FallbackWarning
 from selfdoubt.lm.attention_backends import steady_attention
-from selfdoubt.lm.decoding import find_decoder, start_decoding
+from selfdoubt.lm.decoding import StepMemory, find_decoder, measure_step_memory, start_decoding
 from selfdoubt.lm.slots import choose_bucket
 from selfdoubt.lm.static_check import find_difference
 from selfdoubt.lm.static_decoder import StaticDecoder
@@ -35,8 +37,6 @@ def test_auto_captures_on_a_gpu_only():
         choose_step_mode("captured", torch.device("cpu"))
     with pytest.raises(ConfigError, match=r"step must be one of auto, eager, static, captured, compiled, got 'fast'"):
         check_step_mode("fast")
-    with pytest.raises(ConfigError, match="step must be one of"):
-        RiskAwareLM.load("pocket", step="fast")
 
 
 def test_buckets_grow_by_half_at_most_from_some_size_on():
@@ -101,6 +101,24 @@ def test_a_decoder_is_built_once_for_a_model_and_its_layers():
     assert (decoder.graphs, decoder.graph_bytes) == (0, 0)
     lm.layers = [1]
     assert find_decoder(lm) is not decoder
+
+
+def test_a_decoder_goes_with_its_model():
+    lm = speaker(step="static")
+    lm.generate("What?", max_tokens=3)
+    decoder = weakref.ref(find_decoder(lm))
+    assert measure_step_memory(lm) == StepMemory()  # the batch has ended, and nothing is kept for a graph
+    del lm
+    gc.collect()
+    assert decoder() is None
+
+
+def test_the_memory_of_running_batches_is_known():
+    lm = speaker(step="static")
+    stream = lm.stream("What?", max_tokens=8)
+    next(stream), next(stream)
+    layers, heads, width = 2, 2, 4
+    assert measure_step_memory(lm) == StepMemory(2 * layers * heads * width * 256 * 8)
 
 
 def test_streams_leave_no_slot_behind():
