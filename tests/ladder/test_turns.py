@@ -18,7 +18,7 @@ from selfdoubt.lm.static_decoder import StaticDecoder
 from selfdoubt.lm.static_step import StaticStep
 from selfdoubt.lm.static_stepper import Buckets, build_allocator
 from selfdoubt.lm.stepper import HFStepper
-from selfdoubt.lm.turn import Turn, TurnBuffers, describe_sampling
+from selfdoubt.lm.turn import DecodeTurn, TurnBuffers, describe_sampling
 from tests.ladder import test_joining
 from tests.ladder.test_joining import GUESTS, alone, same, sampling, together
 from tests.ladder.test_static import fitted
@@ -65,7 +65,7 @@ def prepared(model, draws="top_p", alternatives=3):
         samplings = [Sampling(), Sampling(temperature=0.7, top_p=0.9)]
         uniform = [torch.tensor(0.3, dtype=torch.float64)] * 2
         buffers.put(slots, torch.tensor([5, 6]), describe_sampling(samplings, uniform))
-        return Turn(step, buffers, draws, alternatives), allocator.cache
+        return DecodeTurn(step, buffers, draws, alternatives), allocator.cache
 
 
 def test_the_mode_finds_what_waits():

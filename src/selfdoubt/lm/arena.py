@@ -13,8 +13,9 @@ from selfdoubt.lm.decode import TokenSequence
 from selfdoubt.lm.sampling import find_draws
 from selfdoubt.lm.static_step import StaticStep
 from selfdoubt.lm.static_stepper import Buckets, build_allocator
-from selfdoubt.lm.stepper import HFStepper, StepOutput
-from selfdoubt.lm.turn import Turn, TurnBuffers, TurnOutput, choose_and_tabulate, describe_sampling
+from selfdoubt.lm.step_output import StepOutput
+from selfdoubt.lm.stepper import HFStepper
+from selfdoubt.lm.turn import DecodeTurn, TurnBuffers, TurnOutput, choose_and_tabulate, describe_sampling
 from selfdoubt.lm.turn_results import TurnResult
 
 
@@ -22,12 +23,12 @@ from selfdoubt.lm.turn_results import TurnResult
 class Launcher(Protocol):
     """The interface of what runs turns: as they are, compiled, or captured as a CUDA graph."""
 
-    def __call__(self, key: Hashable, build: Callable[..., Turn]) -> TurnOutput:
+    def __call__(self, key: Hashable, build: Callable[..., DecodeTurn]) -> TurnOutput:
         """Run a turn.
 
         Args:
             key: A key that differs wherever turns differ, in what they compute or in the addresses of their tensors.
-            build: Builder of the turn, see ``Turn``; ``compiled`` is the only argument that is left.
+            build: Builder of the turn, see ``DecodeTurn``; ``compiled`` is the only argument that is left.
         """
 
 
@@ -93,7 +94,7 @@ class Arena:
             self.buffers.put_draws(slots, [sequence.draw(ahead) for sequence in self.sequences])
         most = max(sampling.alternatives for sampling in samplings)
         key = (self.cache.slots, self.cache.length, draws, most, self.cache.version, self.buffers.version)
-        output = self._launch(key, partial(Turn, self._step, self.buffers, draws, most))
+        output = self._launch(key, partial(DecodeTurn, self._step, self.buffers, draws, most))
         self.allocator.advance()
         return TurnResult(output, {s.name: slot for s, slot in zip(self.sequences, slots, strict=True)})
 

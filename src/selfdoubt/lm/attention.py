@@ -19,7 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from selfdoubt.lm.stepper import StepOutput
+from selfdoubt.lm.step_output import StepOutput
 
 #: Name of the attention function that records, for transformers' registry.
 _NAME = "selfdoubt_recorded_sdpa"
@@ -41,7 +41,7 @@ class _Recording:
 
     def __init__(self, count: int) -> None:
         self.columns = 0  #: number of the last positions that count
-        self.places: Tensor | None = None  #: see ``stepper.Probe``
+        self.places: Tensor | None = None  #: see ``step_output.Probe``
         self._thread = 0
         self._recorded: list[_Inputs | Tensor | None] = [None] * count
 
@@ -96,7 +96,7 @@ class _Recording:
 
 
 class AttentionProbe:
-    """A probe of some attention modules, see ``stepper.Probe``; the output's ``attention`` is None where it fails.
+    """A probe of some attention modules, see ``step_output.Probe``; the output's ``attention`` is None where it fails.
 
     Args:
         modules: Attention modules of a Hugging Face model, in the order of the layers.
@@ -110,7 +110,7 @@ class AttentionProbe:
 
     @contextmanager
     def capture(self, columns: int, places: Int[Tensor, " batch"] | None = None) -> Iterator[None]:
-        """Record the last ``columns`` positions while the model runs; see ``stepper.Probe``."""
+        """Record the last ``columns`` positions while the model runs; see ``step_output.Probe``."""
         self._recording.begin(columns, places)
         kind = getattr(getattr(self._modules[0], "config", None), "_attn_implementation", None)
         with ExitStack() as stack:

@@ -15,7 +15,7 @@ def steady_attention() -> Iterator[None]:
     cuDNN builds a plan for each new shape. In decoding every step has one, and the plans took 62 % of the host's time
     on an H200; the other kernels need none.
     """
-    before = torch.backends.cuda.cudnn_sdp_enabled()
+    before: bool = torch.backends.cuda.cudnn_sdp_enabled()  # type: ignore[no-untyped-call]
     if not before:
         yield
         return

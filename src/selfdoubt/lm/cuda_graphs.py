@@ -9,7 +9,7 @@ from collections.abc import Callable, Hashable
 import torch
 
 from selfdoubt.lm.attention_backends import steady_attention
-from selfdoubt.lm.turn import Turn, TurnOutput
+from selfdoubt.lm.turn import DecodeTurn, TurnOutput
 
 #: Graphs that are kept for one batch; beyond, the one that was not used for the longest time goes.
 MAX_GRAPHS = 12
@@ -41,7 +41,7 @@ class GraphCache:
         """Bytes that were reserved for the captures of the graphs that are kept."""
         return sum(self._bytes.values())
 
-    def run(self, key: Hashable, build: Callable[[], Turn]) -> TurnOutput:
+    def run(self, key: Hashable, build: Callable[[], DecodeTurn]) -> TurnOutput:
         """Replay the graph of this key, or capture it first. The next run of the same graph overwrites the output.
 
         Raises:
@@ -67,8 +67,11 @@ class GraphCache:
         graph.reset()
         self._bytes.pop(key, None)
 
-    def _capture(self, key: Hashable, turn: Turn) -> tuple[torch.cuda.CUDAGraph, TurnOutput]:
-        """Capture a turn. The sequences are afterwards as they were: what warm-up wrote is written again."""
+    def _capture(self, key: Hashable, turn: DecodeTurn) -> tuple[torch.cuda.CUDAGraph, TurnOutput]:
+        """Capture a turn, and compare two replays with two turns that were not captured.
+
+        The sequences are afterwards as they were: keys and values beyond their positions are written again.
+        """
         saved = turn.save()
         with torch.cuda.device(self._device), turn.probing(), steady_attention():
             stream, current = torch.cuda.Stream(), torch.cuda.current_stream()
@@ -76,8 +79,7 @@ class GraphCache:
             try:
                 with torch.cuda.stream(stream):
                     for _ in range(_WARM_UP):
-                        turn.run_probed()
-                        turn.restore(saved)
+                        expected = turn.run_probed().table.numbers[:, 0, 0].clone()
             finally:
                 current.wait_stream(stream)
                 turn.restore(saved)
@@ -91,4 +93,11 @@ class GraphCache:
             with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 output = turn.run_probed()
             self._bytes[key] = max(0, torch.cuda.memory_reserved() - before)
+            for _ in range(_WARM_UP):
+                graph.replay()
+            # A value that the graph holds as a constant shows at the second turn. A near tie may go either way.
+            same = (output.table.numbers[:, 0, 0] == expected).double().mean()
+            turn.restore(saved)
+            if float(same) < 0.5:
+                raise RuntimeError("replays of the graph choose other tokens")
         return graph, output

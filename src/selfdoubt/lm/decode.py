@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from selfdoubt.lm.sampling import Sampling, choose_tokens
-from selfdoubt.lm.stepper import StepOutput, Stepper
+from selfdoubt.lm.step_output import StepOutput, Stepper
 from selfdoubt.lm.token_table import ScoredId, score_ids
 
 EndReason = Literal["stop", "length"]
@@ -80,7 +80,7 @@ class TokenSequence:
 
 
 @runtime_checkable
-class Batch(Protocol):
+class SequenceBatch(Protocol):
     """The interface of sequences that are decoded side by side, and may come and go between tokens.
 
     ``choose`` and ``step`` take turns; ``drop`` and ``join`` are for the time before ``choose``.
@@ -113,7 +113,7 @@ class Batch(Protocol):
 
 
 class DecodeBatch:
-    """A ``Batch`` that runs the model step by step through a ``Stepper``.
+    """A ``SequenceBatch`` that runs the model step by step through a ``Stepper``.
 
     Args:
         stepper: A stepper that has read the prompts.
@@ -211,7 +211,7 @@ def decode(
     yield from decode_batch(DecodeBatch(stepper, next_logits, sequences), closed)
 
 
-def decode_batch(batch: Batch, closed: Set[int] = frozenset()) -> Iterator[TokenEvent]:
+def decode_batch(batch: SequenceBatch, closed: Set[int] = frozenset()) -> Iterator[TokenEvent]:
     """Choose tokens until every sequence of a batch has ended; see ``decode``."""
     while batch.sequences:
         yield from batch.choose()

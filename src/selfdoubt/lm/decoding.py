@@ -8,12 +8,13 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
-from selfdoubt.lm.decode import Batch, DecodeBatch, TokenSequence
+from selfdoubt.lm.decode import DecodeBatch, SequenceBatch, TokenSequence
 from selfdoubt.lm.front import ModelWithFront
 from selfdoubt.lm.probes import find_probes
 from selfdoubt.lm.static_decoder import StaticDecoder
 from selfdoubt.lm.step_modes import StepMode, choose_step_mode
-from selfdoubt.lm.stepper import HFStepper, StepOutput
+from selfdoubt.lm.step_output import StepOutput
+from selfdoubt.lm.stepper import HFStepper
 
 
 class StepMemory(NamedTuple):
@@ -68,7 +69,7 @@ def measure_step_memory(lm: ModelWithFront) -> StepMemory:
 
 def start_decoding(
     lm: ModelWithFront, stepper: HFStepper, next_logits: StepOutput, sequences: Sequence[TokenSequence]
-) -> Batch:
+) -> SequenceBatch:
     """Start a batch of sequences whose prompts were read.
 
     Args:

@@ -15,7 +15,7 @@ from selfdoubt.errors import ConfigError
 from selfdoubt.lm.answer import Answer, Token
 from selfdoubt.lm.chunks import ChunkSizer
 from selfdoubt.lm.conditions import Made, Origin
-from selfdoubt.lm.decode import Batch, TokenEvent, TokenSequence, decode_batch
+from selfdoubt.lm.decode import SequenceBatch, TokenEvent, TokenSequence, decode_batch
 from selfdoubt.lm.decoding import start_decoding
 from selfdoubt.lm.front import LMFront, ModelWithFront
 from selfdoubt.lm.hidden_states import AnswerStates, HiddenStatePooler
@@ -229,7 +229,7 @@ def generate_answers(
 
 def start_batch(
     lm: ModelWithFront, requests: Sequence[SequenceRequest], sizer: ChunkSizer | None = None
-) -> Generator[None, None, tuple[list[AnswerInProgress], Batch]]:
+) -> Generator[None, None, tuple[list[AnswerInProgress], SequenceBatch]]:
     """Prefill the prompts in chunks; in the end there are answers in progress, and the batch that decodes them.
 
     A prompt that comes several times is read once. ``sizer`` chooses the sizes of the pieces; None reads as much at

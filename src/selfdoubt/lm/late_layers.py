@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from selfdoubt.compat import get_output_head
 from selfdoubt.density import MeasuredLeaf
 from selfdoubt.lm.hidden_states import OutputRecorder, find_decoder_layers
-from selfdoubt.lm.stepper import StepOutput
+from selfdoubt.lm.step_output import StepOutput
 
 #: Tokens that are compared, the most probable ones.
 TOKENS = 32
@@ -58,7 +58,7 @@ def find_top(x: Float[Tensor, "*batch classes"], k: int) -> Int[Tensor, "*batch 
 
 
 class LateLayerProbe:
-    """A probe of late layers, see ``stepper.Probe``: the signal ``layer_disagreement``.
+    """A probe of late layers, see ``step_output.Probe``: the signal ``layer_disagreement``.
 
     At each position it is the Jensen-Shannon divergence between two distributions over the 32 most probable tokens: the
     model's, and the one that its norm and head give for a late layer's hidden states; the mean over some late layers.
@@ -83,7 +83,7 @@ class LateLayerProbe:
 
     @contextmanager
     def capture(self, columns: int, places: Int[Tensor, " batch"] | None = None) -> Iterator[None]:  # noqa: ARG002
-        """Record the last ``columns`` positions while the model runs; see ``stepper.Probe``."""
+        """Record the last ``columns`` positions while the model runs; see ``step_output.Probe``."""
         self._columns = columns
         if self._fits is False:
             yield

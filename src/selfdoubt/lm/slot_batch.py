@@ -9,7 +9,8 @@ import torch
 
 from selfdoubt.lm.arena import Arena
 from selfdoubt.lm.decode import TokenEvent, TokenSequence
-from selfdoubt.lm.stepper import HFStepper, StepOutput
+from selfdoubt.lm.step_output import StepOutput
+from selfdoubt.lm.stepper import HFStepper
 from selfdoubt.lm.turn_results import ChosenToken, TurnResult
 
 
@@ -22,7 +23,7 @@ class _Newcomers(NamedTuple):
 
 
 class SlotBatch:
-    """A ``Batch`` over a static cache.
+    """A ``SequenceBatch`` over a static cache.
 
     With ``ahead`` a turn is launched before the results of the one before it are read: the host's work on a token
     then costs no time. A sequence that turns out to have ended has run for one turn more, whose result is forgotten.

@@ -18,7 +18,7 @@ _LENGTHS, _STEPS = (3, 6), 3
 
 
 @torch.inference_mode()
-def find_difference(runner: HFStepper, build: Callable[[], HFStepper]) -> str | None:
+def compare_static_step(runner: HFStepper, build: Callable[[], HFStepper]) -> str | None:
     """Return the reason why a model's static step is not right; None where it gives what other steps give.
 
     A model may read masks or positions in a way of its own: two sequences of different lengths show it.

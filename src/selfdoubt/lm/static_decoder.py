@@ -16,12 +16,13 @@ from selfdoubt.lm.attention_backends import steady_attention
 from selfdoubt.lm.cuda_graphs import GraphCache
 from selfdoubt.lm.decode import TokenSequence
 from selfdoubt.lm.slot_batch import SlotBatch
-from selfdoubt.lm.static_check import find_difference
+from selfdoubt.lm.static_check import compare_static_step
 from selfdoubt.lm.static_step import find_obstacle
 from selfdoubt.lm.static_stepper import Buckets
 from selfdoubt.lm.step_modes import StepMode
-from selfdoubt.lm.stepper import HFStepper, StepOutput
-from selfdoubt.lm.turn import Turn, TurnOutput
+from selfdoubt.lm.step_output import StepOutput
+from selfdoubt.lm.stepper import HFStepper
+from selfdoubt.lm.turn import DecodeTurn, TurnOutput
 from selfdoubt.messages import log
 
 #: Compiled turns that are kept, and columns of the smallest cache of a compiled step, which must not change often.
@@ -56,7 +57,7 @@ class StaticDecoder:
         self._idle: Arena | None = None
         self._arenas: WeakSet[Arena] = WeakSet()
         self._graphs = GraphCache(self._device) if self._device.type == "cuda" and mode != "static" else None
-        self._compiled: OrderedDict[Hashable, Turn] = OrderedDict()
+        self._compiled: OrderedDict[Hashable, DecodeTurn] = OrderedDict()
         self._is_checked, self.obstacle = False, ""  #: the reason why the model cannot have a static cache
 
     @property
@@ -91,7 +92,7 @@ class StaticDecoder:
     def _check(self, stepper: HFStepper) -> None:
         """Find out whether the model can have a static cache."""
         self._is_checked = True
-        self.obstacle = find_obstacle(stepper) or find_difference(self._runner, self._build) or ""
+        self.obstacle = find_obstacle(stepper) or compare_static_step(self._runner, self._build) or ""
         if self.obstacle:
             name = type(self._runner.base).__name__
             warnings.warn(f"{name} is decoded step by step: {self.obstacle}", FallbackWarning, stacklevel=2)
@@ -109,14 +110,19 @@ class StaticDecoder:
         if self.mode != "static" and self._idle is None:
             self._idle = arena
 
-    def _launch(self, key: Hashable, build: Callable[..., Turn]) -> TurnOutput:
-        if self._graphs is not None:
-            try:
-                return self._graphs.run(key, lambda: self._build_turn(key, build))
-            except RuntimeError as error:
-                if isinstance(error, torch.cuda.OutOfMemoryError):
-                    raise
-                self._give_up(error)
+    def _launch(self, key: Hashable, build: Callable[..., DecodeTurn]) -> TurnOutput:
+        if self._graphs is None:
+            return self._run_uncaptured(key, build)
+        try:
+            return self._graphs.run(key, lambda: self._build_turn(key, build))
+        except torch.cuda.OutOfMemoryError:
+            raise
+        except Exception as error:
+            output = self._run_uncaptured(key, build)  # raises an error of the model's own again
+            self._give_up(error)
+            return output
+
+    def _run_uncaptured(self, key: Hashable, build: Callable[..., DecodeTurn]) -> TurnOutput:
         with steady_attention():
             return self._build_turn(key, build)()
 
@@ -129,7 +135,7 @@ class StaticDecoder:
         name = type(self._runner.base).__name__
         warnings.warn(f"a step of {name} cannot be captured as a CUDA graph ({reason})", FallbackWarning, stacklevel=2)
 
-    def _build_turn(self, key: Hashable, build: Callable[..., Turn]) -> Turn:
+    def _build_turn(self, key: Hashable, build: Callable[..., DecodeTurn]) -> DecodeTurn:
         """Return the turn of this key; a compiled one is compiled at its first run."""
         if self.mode != "compiled":
             return build()
@@ -140,7 +146,7 @@ class StaticDecoder:
         self._compiled.move_to_end(key)
         return self._compiled[key]
 
-    def _compile(self, build: Callable[..., Turn]) -> Turn:
+    def _compile(self, build: Callable[..., DecodeTurn]) -> DecodeTurn:
         """Compile a turn, and report the time that it took; a turn that cannot be compiled runs as it is."""
         turn, began = build(compiled=True), time.perf_counter()
         saved = turn.save()

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from selfdoubt.compat import keeps_keys_only
 from selfdoubt.lm.slots import SlotCache
-from selfdoubt.lm.stepper import HFStepper, StepOutput
+from selfdoubt.lm.step_output import StepOutput
+from selfdoubt.lm.stepper import HFStepper
 from selfdoubt.rows import expand
 
 #: Attention functions that take a mask of summands.

@@ -12,7 +12,8 @@ from torch import Tensor
 from selfdoubt.errors import WrapError
 from selfdoubt.lm.slots import DOUBLED_LENGTH, DOUBLED_SLOTS, FIRST_LENGTH, SlotCache, choose_bucket
 from selfdoubt.lm.static_step import StaticStep, find_obstacle
-from selfdoubt.lm.stepper import HFStepper, StepOutput
+from selfdoubt.lm.step_output import StepOutput
+from selfdoubt.lm.stepper import HFStepper
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class Buckets:
     doubled_length: int = DOUBLED_LENGTH  #: columns from which sizes grow by half, too
 
     def choose_slots(self, needed: int) -> int:
-        """Return the number of slots for so many sequences."""
+        """Return the number of slots for a number of sequences."""
         return choose_bucket(needed, 1, DOUBLED_SLOTS)
 
     def choose_length(self, needed: int, context: int | None) -> int:
@@ -60,7 +61,7 @@ class SlotAllocator:
         return sorted(set(range(self.cache.slots)) - set(self.slots))
 
     def reserve(self, sequences: int, length: int) -> None:
-        """Make room for so many more sequences, and for this length of any sequence."""
+        """Make room for a number of further sequences, and for this length of any sequence."""
         needed = self._buckets.choose_slots(len(self.slots) + sequences)
         # Below a quarter of its slots, a cache shrinks: it would take the next size soon otherwise.
         slots = needed if needed > self.cache.slots or 4 * needed <= self.cache.slots else self.cache.slots

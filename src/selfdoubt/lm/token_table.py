@@ -11,7 +11,7 @@ from torch import Tensor
 
 from selfdoubt import risk
 from selfdoubt.lm.scores import ANSWER_SIGNALS
-from selfdoubt.lm.stepper import StepOutput
+from selfdoubt.lm.step_output import StepOutput
 
 
 class ScoredId(NamedTuple):

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from selfdoubt.lm.sampling import Draws, Sampling, choose_on_device
 from selfdoubt.lm.static_step import StaticStep
-from selfdoubt.lm.stepper import StepOutput
+from selfdoubt.lm.step_output import StepOutput
 from selfdoubt.lm.token_table import TokenTable, tabulate
 
 #: Slots that there is room for from the beginning.
@@ -95,7 +95,7 @@ def describe_sampling(samplings: Sequence[Sampling], draws: Sequence[Tensor] | N
     )
 
 
-class Turn:
+class DecodeTurn:
     """A turn for one size of the cache, one kind of draws and one number of alternatives.
 
     Args:

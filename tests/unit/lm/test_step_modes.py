@@ -15,7 +15,7 @@ from selfdoubt.errors import ConfigError, FallbackWarning
 from selfdoubt.lm.attention_backends import steady_attention
 from selfdoubt.lm.decoding import StepMemory, find_decoder, measure_step_memory, start_decoding
 from selfdoubt.lm.slots import choose_bucket
-from selfdoubt.lm.static_check import find_difference
+from selfdoubt.lm.static_check import compare_static_step
 from selfdoubt.lm.static_decoder import StaticDecoder
 from selfdoubt.lm.step_modes import check_step_mode, choose_step_mode
 from selfdoubt.lm.stepper import HFStepper
@@ -163,7 +163,7 @@ def test_a_model_that_reads_positions_in_a_way_of_its_own_is_found():
         if kwargs.get("position_ids") is not None and kwargs["input_ids"].shape[1] == 1 else None,
         with_kwargs=True,
     )  # fmt: skip
-    reason = find_difference(HFStepper(lm.model), lambda: HFStepper(lm.model))
+    reason = compare_static_step(HFStepper(lm.model), lambda: HFStepper(lm.model))
     assert "over a static cache its logits differ by" in reason
     with pytest.warns(FallbackWarning, match="its logits differ"):
         lm.generate("What?", max_tokens=4)

@@ -17,7 +17,7 @@ import torch
 
 from selfdoubt.errors import DeadlineError, NonFiniteError, SelfdoubtError, WrapError
 from selfdoubt.lm.chunks import ChunkSizer
-from selfdoubt.lm.decode import Batch, TokenEvent, TokenSequence
+from selfdoubt.lm.decode import SequenceBatch, TokenEvent, TokenSequence
 from selfdoubt.lm.decoding import start_decoding
 from selfdoubt.lm.generation import AnswerInProgress, SequenceRequest, start_batch
 from selfdoubt.lm.model import RiskAwareLM
@@ -60,8 +60,8 @@ class Scheduler:
         self._clock = clock
         self._step_took = 0.0  # seconds
         self._members = 1
-        self._batch: Batch | None = None
-        self._parked: deque[Batch] = deque()  # sequences that cannot join the batch, because no cache can
+        self._batch: SequenceBatch | None = None
+        self._parked: deque[SequenceBatch] = deque()  # sequences that cannot join the batch, because no cache can
         self._joins = True
         self._failed_steps = 0
         self._chosen_at: float | None = None  # when the batch last got tokens; None while there is none
@@ -77,7 +77,7 @@ class Scheduler:
         """Take a few steps with made-up prompts, and find out whether this model's batches can be joined."""
         self.consecutive_failures = 0
 
-        def start_one(name: int) -> Batch:
+        def start_one(name: int) -> SequenceBatch:
             stepper = build_stepper(self._lm)
             _, following = prefill(stepper, [[1] * (2 + name)])
             self._members = stepper.members
@@ -219,7 +219,7 @@ class Scheduler:
         ]
         return start_batch(self._lm, requests, self._sizer) if requests else None
 
-    def _start_answers(self, answers: list[AnswerInProgress], batch: Batch) -> None:
+    def _start_answers(self, answers: list[AnswerInProgress], batch: SequenceBatch) -> None:
         """Publish that prompts were read, and let their sequences join the batch."""
         started: set[RequestHandle] = set()
         for sequence, progress in zip(batch.sequences, answers, strict=True):
@@ -234,7 +234,7 @@ class Scheduler:
         if batch.sequences:
             self._join(batch)
 
-    def _join(self, batch: Batch) -> None:
+    def _join(self, batch: SequenceBatch) -> None:
         if self._batch is None:
             self._batch = batch
         elif not self._joins:
@@ -246,7 +246,7 @@ class Scheduler:
             except Exception as error:
                 self._restart(sequences, error)
 
-    def _step(self, batch: Batch) -> None:
+    def _step(self, batch: SequenceBatch) -> None:
         """Choose one token for every sequence."""
         batch.drop({sequence.name for sequence in batch.sequences} - self._answers.keys())
         size = len(batch.sequences)
