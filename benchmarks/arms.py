@@ -25,7 +25,8 @@ from selfdoubt.lm.decode import DecodeBatch, TokenSequence, decode_batch
 from selfdoubt.lm.prefill import prefill
 from selfdoubt.lm.probes import find_probes
 from selfdoubt.lm.sampling import Sampling
-from selfdoubt.lm.stepper import HFStepper, StepOutput
+from selfdoubt.lm.step_output import StepOutput
+from selfdoubt.lm.stepper import HFStepper
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -6,7 +6,7 @@ None of these packages is imported before a function needs it.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from threading import Lock
@@ -114,6 +114,27 @@ def is_joinable_cache_layer(layer: Any) -> bool:
     """Return True for a cache layer that keeps keys and values, and nothing else (a recurrent state, say)."""
     kinds = require("transformers.cache_utils", "lm")
     return type(layer) in (kinds.DynamicLayer, kinds.DynamicSlidingWindowLayer)
+
+
+def keeps_keys_only(layer: Any) -> bool:
+    """Return True for a layer of a dynamic cache that keeps keys and values, or nothing, because it reads another's."""
+    return is_joinable_cache_layer(layer) or type(layer) is require("transformers.cache_utils", "lm").DummyLayer
+
+
+def find_cache_window(layer: Any) -> int | None:
+    """Return the number of positions that a sliding layer of a dynamic cache attends to; None for a full one."""
+    return int(layer.sliding_window) if layer.is_sliding else None
+
+
+def build_cache(layers: Sequence[Any]) -> Any:
+    """Build a Hugging Face cache of layers that have the interface of ``CacheLayerMixin`` without being such.
+
+    None stands for a layer that keeps nothing, because it reads another layer's keys and values.
+    """
+    kinds = require("transformers.cache_utils", "lm")
+    for kind in {type(layer) for layer in layers if layer is not None}:
+        kinds.CacheLayerMixin.register(kind)
+    return kinds.Cache(layers=[kinds.DummyLayer() if layer is None else layer for layer in layers])
 
 
 _READS_GGUF = Lock()

@@ -105,6 +105,10 @@ class UntrainedWarning(UserWarning):
     """Members that nothing has trained answer together with the model: its answers change, mostly for the worse."""
 
 
+class FallbackWarning(UserWarning):
+    """A faster way to compute the same cannot be taken: results are right, and take longer."""
+
+
 def require(module: str, extra: str) -> ModuleType:
     """Import an optional dependency, or say in one line how to install it.
 

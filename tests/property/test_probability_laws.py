@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from selfdoubt import risk
 from selfdoubt.lm.sampling import Sampling, choose_tokens
-from selfdoubt.lm.stepper import StepOutput
+from selfdoubt.lm.step_output import StepOutput
 from selfdoubt.lm.token_table import score_ids
 from tests.strategies import seeds
 

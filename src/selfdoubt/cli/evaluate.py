@@ -34,6 +34,7 @@ def evaluate(
     risk: flags.RiskName = None,
     trust_remote_code: flags.RemoteCode = False,
     answer_from: flags.AnswerFromFlag = None,
+    step: flags.StepFlag = "auto",
     task: flags.TaskFlag = None,
     answer_separator: flags.AnswerSeparator = None,
     split: flags.Split = None,
@@ -73,7 +74,7 @@ def evaluate(
         judge, questions, judge_url, judge_model, out, lambda name: question_sets.read_column(data, name, **reading)
     )
     config = replace(config, shots=tuple(_choose_shots(shots, shots_from, questions, data, reading)))
-    lm = flags.load_lm(model, adapter, wrapper, dtype, quantize, risk, trust_remote_code, answer_from)
+    lm = flags.load_lm(model, adapter, wrapper, dtype, quantize, risk, trust_remote_code, answer_from, step)
     run = Run(
         model=model or ("pocket" if adapter is None else None),
         adapter=None if adapter is None else str(adapter),

@@ -47,6 +47,15 @@ AnswerFromFlag = Annotated[
         show_default=False,
     ),
 ]
+StepFlag = Annotated[
+    str,
+    typer.Option(
+        "--step",
+        help="How steps of decoding run: eager, static (a cache of fixed sizes), captured (CUDA graphs) or compiled. "
+        "auto captures on a GPU, and is eager elsewhere.",
+        metavar="auto|eager|static|captured|compiled",
+    ),
+]
 Dtype = Annotated[
     str,
     typer.Option(
@@ -120,6 +129,7 @@ def load_lm(
     risk: str | None,
     remote: bool,
     answer_from: str | None = None,
+    step: str = "auto",
     *,
     show_note: bool = True,
 ) -> RiskAwareLM:
@@ -127,6 +137,7 @@ def load_lm(
     silence_output()
     from selfdoubt.errors import UntrainedWarning
     from selfdoubt.lm.model import RiskAwareLM
+    from selfdoubt.lm.step_modes import check_step_mode
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UntrainedWarning)  # the note says it, in one line
@@ -139,6 +150,7 @@ def load_lm(
             trust_remote_code=remote,
             risk=risk or None,
             answer_from=answer_from,  # type: ignore[arg-type]
+            step=check_step_mode(step),
         )
     if show_note and lm.note is not None:
         print(f"selfdoubt: note: {lm.note}", file=sys.stderr)

@@ -32,6 +32,7 @@ def serve(
     risk: flags.RiskName = None,
     trust_remote_code: flags.RemoteCode = False,
     answer_from: flags.AnswerFromFlag = None,
+    step: flags.StepFlag = "auto",
     host: Annotated[str, typer.Option(help="Address to listen on; others than this machine's own need a key.")] = (
         "127.0.0.1"
     ),
@@ -102,7 +103,7 @@ def serve(
     access = "needs a key" if keys else "needs no key: only this machine can connect"
     page = f"; the page is at {url}/" if ui else ""
     message = f"selfdoubt serves {server_settings.name} at {url}/v1 ({access}){page}"
-    load = partial(_load, threads, model, adapter, wrapper, dtype, quantize, risk, trust_remote_code, answer_from)
+    load = partial(_load, threads, model, adapter, wrapper, dtype, quantize, risk, trust_remote_code, answer_from, step)
     if ray_address is not None:
         from selfdoubt.serve.ray.token import offer_token
 

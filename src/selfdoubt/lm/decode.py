@@ -5,16 +5,17 @@ All members follow the same tokens, those of the mean distribution.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from selfdoubt.lm.sampling import Sampling, choose_tokens
-from selfdoubt.lm.stepper import StepOutput, Stepper
+from selfdoubt.lm.step_output import StepOutput, Stepper
 from selfdoubt.lm.token_table import ScoredId, score_ids
 
 EndReason = Literal["stop", "length"]
@@ -48,18 +49,18 @@ class TokenSequence:
     room: int
     chosen: list[int] = field(default_factory=list)  #: without the token that ended it
     _generator: torch.Generator = field(init=False, repr=False)
-    _draw: Float[Tensor, ""] | None = None
+    _draws: deque[Float[Tensor, ""]] = field(init=False, repr=False, default_factory=deque)
 
     def __post_init__(self) -> None:
         # The seeds of several answers count on from a caller's; generators take 64 bits.
         self._generator = torch.Generator().manual_seed(self.seed - 2**64 if self.seed >= 2**64 else self.seed)
         self.room = min(self.room, self.sampling.max_tokens)
 
-    def draw(self) -> Float[Tensor, ""]:
-        """Return a number in [0, 1) for the next token: the same one until that token is taken."""
-        if self._draw is None:
-            self._draw = torch.rand((), generator=self._generator, dtype=torch.float64)
-        return self._draw
+    def draw(self, ahead: int = 0) -> Float[Tensor, ""]:
+        """Return a number in [0, 1) for the next token, or one ``ahead`` of it: the same one until a token is taken."""
+        while len(self._draws) <= ahead:
+            self._draws.append(torch.rand((), generator=self._generator, dtype=torch.float64))
+        return self._draws[ahead]
 
     def take(
         self,
@@ -68,7 +69,8 @@ class TokenSequence:
         attention: Float[Tensor, "attended heads"] | None = None,
     ) -> TokenEvent:
         """Append a token; return its event."""
-        self._draw = None
+        if self._draws:
+            self._draws.popleft()
         few = token._replace(alternatives=token.alternatives[: self.sampling.alternatives])
         if token.id in self.sampling.stop_ids:
             return TokenEvent(self.name, None, "stop", states, few, attention)
@@ -77,10 +79,41 @@ class TokenSequence:
         return TokenEvent(self.name, few, finish, states, attention=attention)
 
 
-class DecodeBatch:
-    """Sequences that are decoded side by side, and may come and go between tokens.
+@runtime_checkable
+class SequenceBatch(Protocol):
+    """The interface of sequences that are decoded side by side, and may come and go between tokens.
 
-    ``choose_tokens`` and ``step`` take turns; ``drop`` and ``join`` are for the time before ``choose_tokens``.
+    ``choose`` and ``step`` take turns; ``drop`` and ``join`` are for the time before ``choose``.
+    """
+
+    sequences: list[TokenSequence]
+
+    def choose(self) -> list[TokenEvent]:
+        """Choose the next token of every sequence, or its end.
+
+        Raises:
+            NonFiniteError: If a logit is not finite; nothing is chosen then. See ``find_non_finite``.
+        """
+
+    def step(self, gone: Set[int] = frozenset()) -> None:
+        """Run the model on the chosen tokens, for the sequences that have not ended and are not in ``gone``."""
+
+    def drop(self, gone: Set[int]) -> None:
+        """Remove sequences from the batch before their next token is chosen."""
+
+    def join(self, other: Any) -> None:
+        """Add the sequences of another batch of the same kind and model behind this batch's own.
+
+        Raises:
+            WrapError: If the model's cache cannot be joined.
+        """
+
+    def find_non_finite(self) -> set[int]:
+        """Return the names of the sequences whose next logits are NaN or infinite."""
+
+
+class DecodeBatch:
+    """A ``SequenceBatch`` that runs the model step by step through a ``Stepper``.
 
     Args:
         stepper: A stepper that has read the prompts.
@@ -178,7 +211,7 @@ def decode(
     yield from decode_batch(DecodeBatch(stepper, next_logits, sequences), closed)
 
 
-def decode_batch(batch: DecodeBatch, closed: Set[int] = frozenset()) -> Iterator[TokenEvent]:
+def decode_batch(batch: SequenceBatch, closed: Set[int] = frozenset()) -> Iterator[TokenEvent]:
     """Choose tokens until every sequence of a batch has ended; see ``decode``."""
     while batch.sequences:
         yield from batch.choose()

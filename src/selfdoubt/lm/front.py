@@ -13,6 +13,7 @@ from selfdoubt.lm.answer_scorer import AnswerScorer
 from selfdoubt.lm.calibration import Calibration
 from selfdoubt.lm.load import count_token_ids, find_stop_ids
 from selfdoubt.lm.scores import DEFAULT_RISK, TOKEN_RISK, Signal, check_score, check_signal, choose_default_risk
+from selfdoubt.lm.step_modes import StepMode
 from selfdoubt.lm.stepper import HFStepper
 from selfdoubt.lm.tokens import TokenBuilder
 from selfdoubt.members import get_source
@@ -101,3 +102,7 @@ class ModelWithFront(Protocol):
     @property
     def front(self) -> LMFront:
         """Everything about the model except its weights."""
+
+    @property
+    def step(self) -> StepMode:
+        """The way in which its steps run, see ``step_modes``."""

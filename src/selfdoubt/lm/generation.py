@@ -15,7 +15,8 @@ from selfdoubt.errors import ConfigError
 from selfdoubt.lm.answer import Answer, Token
 from selfdoubt.lm.chunks import ChunkSizer
 from selfdoubt.lm.conditions import Made, Origin
-from selfdoubt.lm.decode import DecodeBatch, TokenEvent, TokenSequence, decode_batch
+from selfdoubt.lm.decode import SequenceBatch, TokenEvent, TokenSequence, decode_batch
+from selfdoubt.lm.decoding import start_decoding
 from selfdoubt.lm.front import LMFront, ModelWithFront
 from selfdoubt.lm.hidden_states import AnswerStates, HiddenStatePooler
 from selfdoubt.lm.inputs import PromptLike
@@ -228,7 +229,7 @@ def generate_answers(
 
 def start_batch(
     lm: ModelWithFront, requests: Sequence[SequenceRequest], sizer: ChunkSizer | None = None
-) -> Generator[None, None, tuple[list[AnswerInProgress], DecodeBatch]]:
+) -> Generator[None, None, tuple[list[AnswerInProgress], SequenceBatch]]:
     """Prefill the prompts in chunks; in the end there are answers in progress, and the batch that decodes them.
 
     A prompt that comes several times is read once. ``sizer`` chooses the sizes of the pieces; None reads as much at
@@ -267,7 +268,7 @@ def start_batch(
     ]
     room = stepper.context or 2**62
     sequences = [TokenSequence(r.name, r.sampling, r.seed, room - len(r.prompt.ids)) for r in requests]
-    return answers, DecodeBatch(stepper, next_logits, sequences)
+    return answers, start_decoding(lm, stepper, next_logits, sequences)
 
 
 def generate_batch(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args
@@ -90,26 +90,55 @@ def find_decoder_layer(base: nn.Module, layer: int) -> nn.Module:
     return stack[layer]
 
 
-@contextmanager
-def capture_outputs(layers: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
-    """Capture the outputs of these modules while the block runs, in the order of ``layers``."""
-    captured: list[Any] = [None] * len(layers)
-    thread = threading.get_ident()  # another thread may run the same model
+class _Outputs:
+    """Outputs of some modules, which the hooks of one thread fill."""
 
-    def hook(place: int) -> Any:
+    def __init__(self, count: int) -> None:
+        self.values: list[Any] = [None] * count
+        self.thread = 0
+
+    def build_hook(self, place: int) -> Callable[[nn.Module, Any, Any], None]:
+        """Build a hook that keeps the output of the module at this place."""
+
         def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
-            if threading.get_ident() != thread:
-                return
-            captured[place] = output[0] if isinstance(output, tuple) else output
+            if torch.compiler.is_compiling() or threading.get_ident() == self.thread:
+                self.values[place] = output[0] if isinstance(output, tuple) else output
 
         return keep
 
-    handles = [layer.register_forward_hook(hook(place)) for place, layer in enumerate(layers)]
-    try:
-        yield captured
-    finally:
-        for handle in handles:
-            handle.remove()
+
+class OutputRecorder:
+    """A recorder of the outputs of some modules.
+
+    Its hooks are the same objects each time, so that a compiled graph that holds them stays valid.
+
+    Args:
+        layers: The modules, in the order in which their outputs are returned.
+    """
+
+    def __init__(self, layers: Sequence[nn.Module]) -> None:
+        self._layers = list(layers)
+        self._outputs = _Outputs(len(self._layers))
+        self._hooks = [self._outputs.build_hook(place) for place in range(len(self._layers))]
+
+    @contextmanager
+    def record(self) -> Iterator[None]:
+        """Record while the block runs."""
+        self._outputs.thread = threading.get_ident()  # another thread may run the same model
+        self._outputs.values[:] = [None] * len(self._layers)
+        pairs = zip(self._layers, self._hooks, strict=True)
+        handles = [layer.register_forward_hook(hook) for layer, hook in pairs]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def take(self) -> list[Any]:
+        """Return the outputs of the last run, None for a module that did not run, and forget them."""
+        values = list(self._outputs.values)
+        self._outputs.values[:] = [None] * len(values)
+        return values
 
 
 class HiddenStatePooler:

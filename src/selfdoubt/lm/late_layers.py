@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from selfdoubt.compat import get_output_head
 from selfdoubt.density import MeasuredLeaf
 from selfdoubt.distributions import find_top
-from selfdoubt.lm.hidden_states import capture_outputs, find_decoder_layers
-from selfdoubt.lm.stepper import StepOutput
+from selfdoubt.lm.hidden_states import OutputRecorder, find_decoder_layers
+from selfdoubt.lm.step_output import StepOutput
 
 #: Tokens that are compared, the most probable ones.
 TOKENS = 32
@@ -41,7 +41,7 @@ def jensen_shannon(
 
 
 class LateLayerProbe:
-    """A probe of late layers, see ``stepper.Probe``: the signal ``layer_disagreement``.
+    """A probe of late layers, see ``step_output.Probe``: the signal ``layer_disagreement``.
 
     At each position it is the Jensen-Shannon divergence between two distributions over the 32 most probable tokens: the
     model's, and the one that its norm and head give for a late layer's hidden states; the mean over some late layers.
@@ -61,19 +61,23 @@ class LateLayerProbe:
         self._norm = norm
         self._head = head
         self._fits: bool | None = None  #: None until a first reading
-        self._captured: list[Tensor] = []
+        self._all, self._late = OutputRecorder(self._layers), OutputRecorder(self._layers[:-1])
+        self._columns = 0
 
     @contextmanager
-    def capture(self, columns: int) -> Iterator[None]:
-        """Record the last ``columns`` positions while the model runs."""
-        layers = self._layers if self._fits is None else self._layers[:-1]
-        with capture_outputs([] if self._fits is False else layers) as captured:
+    def capture(self, columns: int, places: Int[Tensor, " batch"] | None = None) -> Iterator[None]:  # noqa: ARG002
+        """Record the last ``columns`` positions while the model runs; see ``step_output.Probe``."""
+        self._columns = columns
+        if self._fits is False:
             yield
-        self._captured = [x[:, -columns:].detach() for x in captured if isinstance(x, Tensor) and x.ndim == 3]
+            return
+        with (self._all if self._fits is None else self._late).record():
+            yield
 
     def read(self, output: StepOutput) -> StepOutput:
         """Return the output with the signal."""
-        captured, self._captured = self._captured, []
+        outputs = [] if self._fits is False else (self._all if self._fits is None else self._late).take()
+        captured = [x[:, -self._columns :].detach() for x in outputs if isinstance(x, Tensor) and x.ndim == 3]
         members, batch, t = output.logits.shape[:3]
         if len(captured) < len(self._layers) - 1 or len(captured[0]) != members * batch:
             return output

@@ -30,6 +30,7 @@ from selfdoubt.lm.notes import PLAIN_NOTE, explain_uncalibrated, explain_untrain
 from selfdoubt.lm.options import Options, read_number, read_options, read_seed
 from selfdoubt.lm.scores import RANK_SCORES, TOKEN_RISK, Score, Signal, choose_default_risk
 from selfdoubt.lm.scoring import score_teacher_forced
+from selfdoubt.lm.step_modes import StepMode, check_step_mode
 from selfdoubt.lm.until import Attempts, generate_until
 from selfdoubt.members import Spec, check_spec
 
@@ -55,6 +56,7 @@ class RiskAwareLM:
         token_risk: Signal = TOKEN_RISK,
         layers: Sequence[int] = (),
         note: str | None = None,
+        step: StepMode = "auto",
     ) -> None:
         """Combine a model and a tokenizer that you have built yourself; otherwise use ``load``.
 
@@ -67,11 +69,13 @@ class RiskAwareLM:
             token_risk: Name of the token signal that is a token's risk.
             layers: Decoder layers whose hidden states come with an answer (``Answer.states``); 0 is the first.
             note: One line on what this model's risk lacks, e.g. that its members are untrained.
+            step: Way in which steps of decoding run, see ``load``.
 
         Raises:
-            ConfigError: If the risk is unknown.
+            ConfigError: If the risk or the way is unknown.
         """
         self.model = model
+        self.step = check_step_mode(step)
         self._names_risk = risk is not None
         self._front = LMFront.read(
             model, tokenizer, reference=reference, calibration=calibration, layers=layers, risk=risk,
@@ -162,6 +166,7 @@ class RiskAwareLM:
         risk: str | None = None,
         layers: Sequence[int] = (),
         answer_from: AnswerFrom | None = None,
+        step: StepMode = "auto",
     ) -> RiskAwareLM:
         """Load a model and make it aware of its risk.
 
@@ -183,6 +188,9 @@ class RiskAwareLM:
             answer_from: "base" lets the base model answer in a row of its own, while voters or samples only say how
                 far they disagree with it; "mean" answers with their mean. None takes the base for a ``wrapper`` that
                 leaves it open, as its members are untrained, and what an adapter says for the adapter's.
+            step: Way in which steps of decoding run: "eager" over a cache that grows, "static" over one of fixed sizes,
+                "captured" as CUDA graphs of the static step, "compiled" by ``torch.compile``, and captured on a GPU.
+                "auto" captures on a GPU and is eager elsewhere. Answers are the same, but for rounding.
 
         Raises:
             LoadError: If the model or the adapter cannot be read.
@@ -194,6 +202,7 @@ class RiskAwareLM:
             UntrainedWarning: If a wrapper is given: nothing has trained its members.
         """
         check_answer_from(answer_from)
+        check_step_mode(step)
         given = None if wrapper == "auto" else wrapper
         if given is not None:
             check_spec(given)
@@ -229,8 +238,9 @@ class RiskAwareLM:
             note = PLAIN_NOTE
         reference, calibration = (None, None) if added is None else (added.reference, added.calibration)
         lm = cls(
-            model.eval(), tokenizer, reference=reference, calibration=calibration, risk=risk, layers=layers, note=note
-        )
+            model.eval(), tokenizer, reference=reference, calibration=calibration, risk=risk, layers=layers, note=note,
+            step=step,
+        )  # fmt: skip
         size = None if added is None else added.reference_size
         lm._front = replace(lm._front, revision=revision, reference_size=size)
         if given is not None and getattr(given, "seeks_noise", False):

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from selfdoubt.lm.hidden_states import HiddenStatePooler
-from selfdoubt.lm.stepper import StepOutput, Stepper
+from selfdoubt.lm.step_output import StepOutput, Stepper
 from selfdoubt.lm.token_table import ScoredId, score_ids
 
 T = TypeVar("T")

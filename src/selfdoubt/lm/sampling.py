@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -11,6 +12,9 @@ from torch import Tensor
 
 from selfdoubt.errors import ConfigError
 from selfdoubt.lm import defaults
+
+#: Draws that a batch needs: none, plain ones, or also ones with a ``top_p``, which cost a sort.
+Draws = Literal["greedy", "drawn", "top_p"]
 
 
 @dataclass(frozen=True)
@@ -61,29 +65,71 @@ def choose_tokens(
     for sorts in (False, True):
         rows = [row for row in drawn if (samplings[row].top_p < 1) == sorts]
         if rows:
-            chosen[rows] = _drawn(logits[rows], [samplings[row] for row in rows], uniform[rows].to(logits.device))
+            settings = uniform.new_tensor([[samplings[row].temperature, samplings[row].top_p] for row in rows])
+            draws = uniform[rows].to(logits.device)
+            settings = settings.to(logits.device)
+            chosen[rows] = _draw(logits[rows], settings[:, 0], settings[:, 1] if sorts else None, draws)
     return chosen
 
 
-def _drawn(
-    logits: Float[Tensor, "batch classes"], samplings: Sequence[Sampling], uniform: Float[Tensor, " batch"]
+def find_draws(samplings: Sequence[Sampling]) -> Draws:
+    """Return the kind of draws that sequences with these settings need together."""
+    drawn = [sampling for sampling in samplings if sampling.temperature > 0]
+    if not drawn:
+        return "greedy"
+    return "top_p" if any(sampling.top_p < 1 for sampling in drawn) else "drawn"
+
+
+def choose_on_device(
+    logits: Float[Tensor, "batch classes"],
+    temperature: Float[Tensor, " batch"],
+    top_p: Float[Tensor, " batch"],
+    uniform: Float[Tensor, " batch"],
+    draws: Draws,
 ) -> Int[Tensor, " batch"]:
-    """Draw for rows that all have a ``top_p`` below 1, or all have none."""
-    settings = uniform.new_tensor([[s.temperature, s.top_p] for s in samplings])
-    temperature, top_p = settings[:, :1], settings[:, 1:]
+    """Choose the tokens that ``choose_tokens`` chooses, with the settings in tensors: nothing depends on their values.
+
+    Logits that are not numbers give any token, and no error.
+
+    Args:
+        logits: Logits of the mean distribution.
+        temperature: Temperature of each row, float64.
+        top_p: Share of probability of each row, float64.
+        uniform: Draws in [0, 1), float64.
+        draws: Kind of draws that the rows need, see ``find_draws``.
+    """
+    chosen = logits.argmax(-1)
+    if draws == "greedy":
+        return chosen
+    is_drawn = temperature > 0
+    safe = torch.where(is_drawn, temperature, 1.0)
+    drawn = _draw(logits, safe, None, uniform)
+    if draws == "top_p":
+        drawn = torch.where(top_p < 1, _draw(logits, safe, top_p, uniform), drawn)
+    return torch.where(is_drawn, drawn, chosen)
+
+
+def _draw(
+    logits: Float[Tensor, "batch classes"],
+    temperature: Float[Tensor, " batch"],
+    top_p: Float[Tensor, " batch"] | None,
+    uniform: Float[Tensor, " batch"],
+) -> Int[Tensor, " batch"]:
+    """Draw a token of each row, from the most probable ones where there is a ``top_p``."""
     # In float64 first: a difference in bfloat16 is another distribution. And less the largest: then the coldest
     # temperature gives infinity in the right direction only.
     wide = logits.double()
-    probs = ((wide - wide.amax(-1, keepdim=True)) / temperature).softmax(-1)
+    probs = ((wide - wide.amax(-1, keepdim=True)) / temperature[:, None]).softmax(-1)
     order = None
-    if samplings[0].top_p < 1:
+    if top_p is not None:
         probs, order = probs.sort(stable=True, dim=-1, descending=True)
         below = probs.cumsum(-1) - probs
-        probs = probs.masked_fill(below >= top_p, 0)
+        probs = probs.masked_fill(below >= top_p[:, None], 0)
     cumulative = probs.cumsum(-1)
     whole = cumulative[:, -1:]
     # Strictly below the whole, whatever the rounding: then the place that is found has a probability.
     target = torch.minimum(uniform[:, None] * whole, whole.nextafter(torch.zeros_like(whole)))
-    index = torch.searchsorted(cumulative, target, right=True)
+    # The last place is for NaN, which has none.
+    index = torch.searchsorted(cumulative, target, right=True).clamp_max(logits.shape[-1] - 1)
     drawn: Tensor = (index if order is None else order.gather(-1, index)).squeeze(-1)
     return drawn

@@ -1,128 +1,31 @@
-"""Runs a model step by step, from token ids to logits of all members, with one key-value cache for the whole batch.
+"""Runs a Hugging Face model step by step, from token ids to logits of all members, with one key-value cache.
 
-``Stepper`` is what decoding needs of a model; ``HFStepper`` is the one for Hugging Face. Rows in the cache are
-member-major, as everywhere.
+Rows in the cache are member-major, as everywhere.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from selfdoubt import density, risk
+from selfdoubt import density
 from selfdoubt.errors import PromptError, WrapError
 from selfdoubt.lm import cache
+from selfdoubt.lm.attention_backends import steady_attention
 from selfdoubt.lm.chunks import ChunkSizer
-from selfdoubt.lm.hidden_states import capture_outputs, find_decoder_layer
+from selfdoubt.lm.hidden_states import OutputRecorder, find_decoder_layer
+from selfdoubt.lm.step_output import Probe, StepOutput
 from selfdoubt.members import Wrapped, innermost
 from selfdoubt.rows import expand, unfold
 
 #: Logits of a piece of prompt are at most this many numbers, whatever the vocabulary (128 MiB in float32).
 _CHUNK = 2**25
-
-
-@dataclass(frozen=True)
-class StepOutput:
-    """The output of one step: logits, and what else was computed at each position."""
-
-    logits: Float[Tensor, "members batch *t classes"]
-    #: Predicted deviations, of those members that answer; None without a sculpt.
-    scale: Float[Tensor, "answering batch *t classes"] | None = None
-    #: The base's where it answers, else the mean over members; None unless asked for.
-    states: Float[Tensor, "1 batch *t layers width"] | None = None
-    #: Attention of each position on itself, of the row that answers; None unless asked for.
-    attention: Float[Tensor, "1 batch *t attended heads"] | None = None
-    #: Signals of a position that depend on no chosen token, by name (see ``scores.Signal``); all grow with doubt.
-    signals: Mapping[str, Float[Tensor, "1 batch *t"]] = field(default_factory=dict)
-    has_base: bool = False  #: member 0 is the base model, which alone answers
-
-    @property
-    def mixture(self) -> Float[Tensor, "batch *t classes"]:
-        """The distribution that answers, see ``risk.mixture``: the members' mean, or the base's."""
-        return risk.mixture(self.logits, has_base=self.has_base)
-
-    def at(self, index: Any) -> StepOutput:
-        """Return the output at some places of the axis behind the batch."""
-        return self._each(lambda x: x[:, :, index])
-
-    def select(self, sequences: Sequence[int]) -> StepOutput:
-        """Return the outputs of these sequences."""
-        return self._each(lambda x: x[:, list(sequences)])
-
-    def join(self, other: StepOutput) -> StepOutput:
-        """Return the outputs of both batches, in this order. What only one of them has is left out."""
-
-        def cat(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-            return None if a is None or b is None else torch.cat([a, b], 1)
-
-        return StepOutput(
-            torch.cat([self.logits, other.logits], 1),
-            cat(self.scale, other.scale),
-            cat(self.states, other.states),
-            cat(self.attention, other.attention),
-            {name: torch.cat([x, other.signals[name]], 1) for name, x in self.signals.items() if name in other.signals},
-            self.has_base,
-        )
-
-    def _each(self, change: Callable[[Tensor], Tensor]) -> StepOutput:
-        """Return the output with a change made to each of its tensors."""
-
-        def optional(x: Tensor | None) -> Tensor | None:
-            return None if x is None else change(x)
-
-        return StepOutput(
-            change(self.logits),
-            optional(self.scale),
-            optional(self.states),
-            optional(self.attention),
-            {name: change(x) for name, x in self.signals.items()},
-            self.has_base,
-        )
-
-
-@runtime_checkable
-class Stepper(Protocol):
-    """The interface of a model that reads prompts, then one token per sequence and step."""
-
-    @property
-    def context(self) -> int | None:
-        """Most tokens in a sequence, or None."""
-
-    def start(self, prompts: Sequence[Sequence[int]]) -> Iterator[tuple[int, StepOutput]]:
-        """Read left-padded prompts in pieces; yield (first column, logits). Exhaust it before ``step``."""
-
-    def step(self, ids: Int[Tensor, " batch"]) -> StepOutput:
-        """Append one token to every sequence."""
-
-    def extend(self, texts: Sequence[Sequence[int]]) -> Iterator[tuple[int, StepOutput]]:
-        """Append a text to every sequence, right-padded, in pieces like ``start``; no step can follow."""
-
-    def keep(self, sequences: Sequence[int]) -> None:
-        """Keep only these sequences of the batch; one that is named twice is kept twice."""
-
-    def join(self, other: Any) -> None:
-        """Add the sequences of another stepper of the same kind and model behind this one's own."""
-
-
-@runtime_checkable
-class Probe(Protocol):
-    """The interface of a reader of a model's inside, which adds to the output of each step.
-
-    ``capture`` surrounds a run of the model, and ``read`` follows it.
-    """
-
-    def capture(self, columns: int) -> AbstractContextManager[None]:
-        """Record while the model runs within the block; only the last ``columns`` positions count."""
-
-    def read(self, output: StepOutput) -> StepOutput:
-        """Return the output, ``(members, batch, t, ...)``, with what was recorded, or as it is where nothing was."""
 
 
 class HFStepper:
@@ -156,10 +59,10 @@ class HFStepper:
         self._measured = measured if measured is not None and measured.is_fitted and not measured.pooled else None
         self._has_background = self._measured is not None and self._measured.has_background
         base = innermost(model)
-        self._blocks = [find_decoder_layer(base, layer) for layer in layers]
-        self._config = base.config.get_text_config()  # type: ignore[union-attr, operator]
+        self._recorder = OutputRecorder([find_decoder_layer(base, layer) for layer in layers])
+        self.config = base.config.get_text_config()  # type: ignore[union-attr, operator]
         self._device = next(base.parameters()).device
-        self._takes_positions = "position_ids" in inspect.signature(base.forward).parameters
+        self.takes_positions = "position_ids" in inspect.signature(base.forward).parameters
         self._cache: Any = None
         self._mask: Tensor | None = None
         self._rows = 0
@@ -167,7 +70,7 @@ class HFStepper:
     @property
     def context(self) -> int | None:
         """Most tokens in a sequence, or None."""
-        limit = getattr(self._config, "max_position_embeddings", None)
+        limit = getattr(self.config, "max_position_embeddings", None)
         return limit if isinstance(limit, int) and limit > 0 else None
 
     @torch.inference_mode()
@@ -218,7 +121,7 @@ class HFStepper:
         self, rows: Int[Tensor, "rows t"], before: int, probed: int | None = None
     ) -> Iterator[tuple[int, StepOutput]]:
         """Read as many columns at a time as their logits fit; ``before`` columns are read already."""
-        largest, width, first = max(1, _CHUNK // (len(rows) * self._config.vocab_size)), rows.shape[1], 0
+        largest, width, first = max(1, _CHUNK // (len(rows) * self.config.vocab_size)), rows.shape[1], 0
         while first < width:
             columns = min(largest, width - first)
             if self._sizer is not None:
@@ -253,7 +156,7 @@ class HFStepper:
         Raises:
             WrapError: If the model's cache is of a kind that cannot be joined.
         """
-        mine, theirs = self._lengths(), other._lengths()
+        mine, theirs = self.count_tokens(), other.count_tokens()
         self._cache = cache.join_caches(self._cache, other._cache, self.members)
         self._rows += other._rows
         width = self._cache.get_seq_length()
@@ -261,7 +164,17 @@ class HFStepper:
         self._mask = expand(used.long(), self.members)
         self._trim()
 
-    def _lengths(self) -> Int[Tensor, " batch"]:
+    @property
+    def cache(self) -> Any:
+        """The key-value cache; None before a prompt was read."""
+        return self._cache
+
+    @property
+    def base(self) -> nn.Module:
+        """The model inside all wrappers."""
+        return innermost(self._model)
+
+    def count_tokens(self) -> Int[Tensor, " batch"]:
         """Return the number of tokens that each sequence has in the cache."""
         batch = self._rows // self.members
         if self._mask is None:
@@ -285,25 +198,43 @@ class HFStepper:
         if self._mask is not None:
             mask = self._mask[:, : first + rows.shape[1]]
             inputs["attention_mask"] = mask
-            if self._takes_positions:
+            if self.takes_positions:
                 inputs["position_ids"] = (mask.cumsum(1) - 1).clamp_min(0)[:, first:]
+        with steady_attention(), self.probing(probed):
+            result, self._cache = self.run_probed(inputs)
+        return result
+
+    @contextmanager
+    def probing(self, probed: int, places: Int[Tensor, " batch"] | None = None) -> Iterator[None]:
+        """Let probes record the last ``probed`` positions while the block runs ``run_probed``."""
         with ExitStack() as stack:
-            captured = stack.enter_context(capture_outputs(self._blocks))
+            stack.enter_context(self._recorder.record())
             for probe in self._probes:
-                stack.enter_context(probe.capture(probed))
-            if isinstance(self._model, Wrapped):
-                output, scales = self._model.forward_rows(**inputs)
-            else:
-                output, scales = self._model(**inputs), None
-        self._cache = getattr(output, "past_key_values", None)
-        if self._cache is None:
+                stack.enter_context(probe.capture(probed, places))
+            yield
+
+    def run_probed(self, inputs: Mapping[str, Any]) -> tuple[StepOutput, Any]:
+        """Run the model on member-major rows, within a block of ``probing``; it can be compiled as one graph.
+
+        Returns:
+            Its output, and the cache that it filled.
+
+        Raises:
+            WrapError: If the model keeps no key-value cache.
+        """
+        if isinstance(self._model, Wrapped):
+            output, scales = self._model.forward_rows(**inputs)
+        else:
+            output, scales = self._model(**inputs), None
+        filled = getattr(output, "past_key_values", None)
+        if filled is None:
             raise WrapError(f"{type(self._model).__name__} keeps no key-value cache, which decoding needs")
         scale = None
         if scales is not None:
             assert isinstance(self._model, Wrapped)
             std = self._model.distribution.std((output.logits, scales.logits))
             scale = self.pick_answering(std)
-        states = None
+        states, captured = None, self._recorder.take()
         if captured:
             by_member = [self.pick_answering(h.detach()) for h in captured]
             states = torch.stack([h.float().mean(0, keepdim=True) for h in by_member], -2)
@@ -311,7 +242,7 @@ class HFStepper:
         result = StepOutput(logits, scale, states, signals=self._measure(), has_base=self._has_base)
         for probe in self._probes:
             result = probe.read(result)
-        return result
+        return result, filled
 
     def _measure(self) -> dict[str, Float[Tensor, "1 batch t"]]:
         """Return the densities of the positions that just ran: the base's where it answers, or the mean over members.

@@ -12,7 +12,7 @@ from torch import Tensor
 from selfdoubt import risk
 from selfdoubt.distributions import find_top, wide_dtype
 from selfdoubt.lm.scores import ANSWER_SIGNALS
-from selfdoubt.lm.stepper import StepOutput
+from selfdoubt.lm.step_output import StepOutput
 
 #: Logits of a block of positions on a CPU are about this many numbers (2 MiB in float32).
 _BLOCK = 2**19

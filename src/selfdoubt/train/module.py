@@ -16,6 +16,7 @@ from selfdoubt import sculpt
 from selfdoubt.compat import find_eight_bit_adamw
 from selfdoubt.errors import ConfigError, NonFiniteError
 from selfdoubt.lm.adapters.lora import leave_casts_to_autocast
+from selfdoubt.lm.attention_backends import steady_attention
 from selfdoubt.members import Wrapped, innermost
 from selfdoubt.rows import expand
 from selfdoubt.train.batches import Batch
@@ -80,7 +81,8 @@ class RiskAwareModule(lightning.LightningModule):
         voters = self.config.voters_per_row
         rows = _repeat(batch, voters) if voters > 1 else batch
         loss_mask = rows.labels >= 0
-        head_input = run_trunk(self.model, _inputs(rows), loss_mask, training=voters == 1)
+        with steady_attention():
+            head_input = run_trunk(self.model, _inputs(rows), loss_mask, training=voters == 1)
         head, labels = get_head(self.model), rows.labels[loss_mask]
         if isinstance(head, sculpt.ScaledHead):
             draws = self.config.draws if self.config.sculpt_loss == "draws" else None
@@ -104,11 +106,17 @@ class RiskAwareModule(lightning.LightningModule):
         self._remember(loss.detach())
         return loss
 
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Run the backward pass; where activations were not kept, attention runs again, as it ran forward."""
+        with steady_attention():
+            super().backward(loss, *args, **kwargs)
+
     def validation_step(self, batch: Batch, index: int) -> None:  # noqa: ARG002
         """Measure the surprisal of each token that counts under the mean of all members, and the accuracy."""
         members = self.members
         rows = _repeat(batch, members)
-        head_input = run_trunk(self.model, _inputs(rows), rows.labels >= 0, training=False)
+        with steady_attention():
+            head_input = run_trunk(self.model, _inputs(rows), rows.labels >= 0, training=False)
         if isinstance(self.model, Wrapped) and self.model.spec.has_base:  # which does not train
             head_input = head_input._replace(hidden=head_input.hidden[len(head_input.hidden) // members :])
             members -= 1

@@ -13,7 +13,7 @@ from selfdoubt.errors import ConfigError, NonFiniteError
 from selfdoubt.lm.decode import decode
 from selfdoubt.lm.prefill import prefill, run_to_end, teacher_force_in_chunks
 from selfdoubt.lm.sampling import Sampling, choose_tokens
-from selfdoubt.lm.stepper import StepOutput, Stepper
+from selfdoubt.lm.step_output import StepOutput, Stepper
 
 CLASSES, FALSE_ALARM = 11, 1e-10
 

@@ -12,7 +12,8 @@ from selfdoubt import sculpt, vote
 from selfdoubt.errors import PromptError, WrapError
 from selfdoubt.lm import stepper as module
 from selfdoubt.lm.prefill import prefill
-from selfdoubt.lm.stepper import HFStepper, Stepper
+from selfdoubt.lm.step_output import Stepper
+from selfdoubt.lm.stepper import HFStepper
 from tests.ladder.rungs import stepped
 from tests.zoo import CONTEXT, causal, prompts
 

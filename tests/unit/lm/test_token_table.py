@@ -11,7 +11,7 @@ from torch.testing import assert_close
 from selfdoubt import risk
 from selfdoubt.errors import NonFiniteError
 from selfdoubt.lm import token_table
-from selfdoubt.lm.stepper import StepOutput
+from selfdoubt.lm.step_output import StepOutput
 from selfdoubt.lm.token_table import TokenTable, read_table, score_ids, tabulate
 from tests.plain import run
 

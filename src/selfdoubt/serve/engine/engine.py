@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 from selfdoubt.errors import BusyError, EngineError
 from selfdoubt.lm.answer import Answer
+from selfdoubt.lm.decoding import StepMemory, measure_step_memory
 from selfdoubt.lm.front import LMFront
 from selfdoubt.lm.model import RiskAwareLM
 from selfdoubt.lm.scoring import TeacherForcedText, score_in_chunks
@@ -94,6 +95,11 @@ class Engine(EngineClient):
     def waiting(self) -> int:
         """Number of requests in the queue."""
         return len(self._queue)
+
+    @property
+    def step_memory(self) -> StepMemory:
+        """Memory of static caches and captured graphs."""
+        return measure_step_memory(self.lm)
 
     @property
     def front(self) -> LMFront:

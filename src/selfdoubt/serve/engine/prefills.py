@@ -7,13 +7,13 @@ from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import cast
 
-from selfdoubt.lm.decode import DecodeBatch
+from selfdoubt.lm.decode import SequenceBatch
 from selfdoubt.lm.generation import AnswerInProgress
 from selfdoubt.serve.engine.request import RequestHandle
 
 #: Groups that take turns, and the tokens of a long prompt. One place is kept for short ones.
 MAX_RUNNING_PREFILLS, LONG_TEXT = 4, 512
-PrefilledBatch = tuple[list[AnswerInProgress], DecodeBatch]
+PrefilledBatch = tuple[list[AnswerInProgress], SequenceBatch]
 PrefillChunks = Generator[None, None, PrefilledBatch]
 
 

@@ -17,7 +17,8 @@ import torch
 
 from selfdoubt.errors import DeadlineError, NonFiniteError, SelfdoubtError, WrapError
 from selfdoubt.lm.chunks import ChunkSizer
-from selfdoubt.lm.decode import DecodeBatch, TokenEvent, TokenSequence
+from selfdoubt.lm.decode import SequenceBatch, TokenEvent, TokenSequence
+from selfdoubt.lm.decoding import start_decoding
 from selfdoubt.lm.generation import AnswerInProgress, SequenceRequest, start_batch
 from selfdoubt.lm.model import RiskAwareLM
 from selfdoubt.lm.prefill import prefill, prefill_in_chunks
@@ -59,8 +60,8 @@ class Scheduler:
         self._clock = clock
         self._step_took = 0.0  # seconds
         self._members = 1
-        self._batch: DecodeBatch | None = None
-        self._parked: deque[DecodeBatch] = deque()  # sequences that cannot join the batch, because no cache can
+        self._batch: SequenceBatch | None = None
+        self._parked: deque[SequenceBatch] = deque()  # sequences that cannot join the batch, because no cache can
         self._joins = True
         self._failed_steps = 0
         self._chosen_at: float | None = None  # when the batch last got tokens; None while there is none
@@ -76,11 +77,11 @@ class Scheduler:
         """Take a few steps with made-up prompts, and find out whether this model's batches can be joined."""
         self.consecutive_failures = 0
 
-        def start_one(name: int) -> DecodeBatch:
+        def start_one(name: int) -> SequenceBatch:
             stepper = build_stepper(self._lm)
             _, following = prefill(stepper, [[1] * (2 + name)])
             self._members = stepper.members
-            return DecodeBatch(stepper, following, [TokenSequence(name, Sampling(max_tokens=2), 0, 2)])
+            return start_decoding(self._lm, stepper, following, [TokenSequence(name, Sampling(max_tokens=2), 0, 2)])
 
         batch = start_one(0)
         try:
@@ -89,6 +90,7 @@ class Scheduler:
             self._joins, batch = False, start_one(0)
         batch.choose()
         batch.step()
+        batch.drop({sequence.name for sequence in batch.sequences})
         for length in (2, min(32, (self._lm.front.context or 64) // 2)):
             chunks = prefill_in_chunks(build_stepper(self._lm, self._sizer), [[1] * length])
             for _ in range(length):
@@ -217,7 +219,7 @@ class Scheduler:
         ]
         return start_batch(self._lm, requests, self._sizer) if requests else None
 
-    def _start_answers(self, answers: list[AnswerInProgress], batch: DecodeBatch) -> None:
+    def _start_answers(self, answers: list[AnswerInProgress], batch: SequenceBatch) -> None:
         """Publish that prompts were read, and let their sequences join the batch."""
         started: set[RequestHandle] = set()
         for sequence, progress in zip(batch.sequences, answers, strict=True):
@@ -232,7 +234,7 @@ class Scheduler:
         if batch.sequences:
             self._join(batch)
 
-    def _join(self, batch: DecodeBatch) -> None:
+    def _join(self, batch: SequenceBatch) -> None:
         if self._batch is None:
             self._batch = batch
         elif not self._joins:
@@ -244,7 +246,7 @@ class Scheduler:
             except Exception as error:
                 self._restart(sequences, error)
 
-    def _step(self, batch: DecodeBatch) -> None:
+    def _step(self, batch: SequenceBatch) -> None:
         """Choose one token for every sequence."""
         batch.drop({sequence.name for sequence in batch.sequences} - self._answers.keys())
         size = len(batch.sequences)
@@ -324,4 +326,4 @@ class Scheduler:
             except Exception as failure:
                 self.end_request(answer.handle, failure)
             else:
-                self._join(DecodeBatch(stepper, following, [sequence]))
+                self._join(start_decoding(self._lm, stepper, following, [sequence]))

@@ -38,6 +38,8 @@ class Metrics:
             name("requests_active"), "Requests to /v1 that are not answered to the end", registry=registry
         )
         self._running = Gauge(name("sequences_running"), "Sequences in the batch", registry=registry)
+        self._cache_bytes = Gauge(name("static_cache_bytes"), "Memory of static key-value caches", registry=registry)
+        self._graph_bytes = Gauge(name("cuda_graph_bytes"), "Memory of captured CUDA graphs", registry=registry)
         self._batch = Histogram(name("batch_size"), "Sequences of a step", buckets=_SIZES, registry=registry)
         self._tokens = Counter(name("tokens"), "Tokens made; its rate is tokens per second", registry=registry)
         self._step = Histogram(
@@ -67,9 +69,12 @@ class Metrics:
             self._answers.labels(outcome)  # there from the start, as 0
 
     def watch(self, engine: object) -> None:
-        """Show the number of sequences that an engine decodes."""
+        """Show the number of sequences that an engine decodes, and the memory of its steps."""
         if hasattr(engine, "running"):
             self._running.set_function(lambda: int(engine.running))
+        if hasattr(engine, "step_memory"):
+            self._cache_bytes.set_function(lambda: int(engine.step_memory.cache_bytes))
+            self._graph_bytes.set_function(lambda: int(engine.step_memory.graph_bytes))
 
     def text(self) -> bytes:
         """Return all metrics in Prometheus' format."""
