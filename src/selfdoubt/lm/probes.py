@@ -10,7 +10,8 @@ from selfdoubt.lm.chunks import ChunkSizer
 from selfdoubt.lm.front import ModelWithFront
 from selfdoubt.lm.hidden_states import find_decoder_layers
 from selfdoubt.lm.late_layers import find_late_layers
-from selfdoubt.lm.stepper import HFStepper, Probe
+from selfdoubt.lm.probe import Probe
+from selfdoubt.lm.stepper import HFStepper
 from selfdoubt.members import Wrapped, innermost
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
@@ -21,6 +21,7 @@ from selfdoubt.errors import PromptError, WrapError
 from selfdoubt.lm import cache
 from selfdoubt.lm.chunks import ChunkSizer
 from selfdoubt.lm.hidden_states import capture_outputs, find_decoder_layer
+from selfdoubt.lm.probe import Probe
 from selfdoubt.members import Wrapped, innermost
 from selfdoubt.rows import expand, unfold
 
@@ -111,20 +112,6 @@ class Stepper(Protocol):
         """Add the sequences of another stepper of the same kind and model behind this one's own."""
 
 
-@runtime_checkable
-class Probe(Protocol):
-    """The interface of a reader of a model's inside, which adds to the output of each step.
-
-    ``capture`` surrounds a run of the model, and ``read`` follows it.
-    """
-
-    def capture(self, columns: int) -> AbstractContextManager[None]:
-        """Record while the model runs within the block; only the last ``columns`` positions count."""
-
-    def read(self, output: StepOutput) -> StepOutput:
-        """Return the output, ``(members, batch, t, ...)``, with what was recorded, or as it is where nothing was."""
-
-
 class HFStepper:
     """A wrapped (or plain) Hugging Face causal language model with a key-value cache over all members.
 
@@ -149,7 +136,7 @@ class HFStepper:
         self._probes = list(probes)
         self._sizer = sizer
         self.members = model.spec.members(training=False) if isinstance(model, Wrapped) else 1
-        self._has_base = isinstance(model, Wrapped) and model.spec.has_base
+        self.has_base = isinstance(model, Wrapped) and model.spec.has_base
         self._model = model
         measured = density.find_measured_leaf(model)
         # A distance that is pooled over positions is not one of a token.
@@ -165,6 +152,11 @@ class HFStepper:
         self._rows = 0
 
     @property
+    def model(self) -> nn.Module:
+        """The model."""
+        return self._model
+
+    @property
     def context(self) -> int | None:
         """Most tokens in a sequence, or None."""
         limit = getattr(self._config, "max_position_embeddings", None)
@@ -177,6 +169,11 @@ class HFStepper:
         Raises:
             PromptError: If a prompt is empty or does not fit the context.
         """
+        yield from self._pieces(self.begin(prompts), 0, probed=1)
+
+    @torch.inference_mode()
+    def begin(self, prompts: Sequence[Sequence[int]]) -> Int[Tensor, "rows t"]:
+        """Prepare to ``read`` prompts; return their ids, left-padded, for all members. Raises as ``start`` does."""
         width = max(len(p) for p in prompts)
         if not min(len(p) for p in prompts):
             raise PromptError("a prompt needs at least one token, got an empty one")
@@ -190,7 +187,17 @@ class HFStepper:
         # Without padding, models run faster (and just as right) when they are given no mask at all.
         self._mask = expand(mask, self.members) if min(len(p) for p in prompts) < width else None
         self._cache = None
-        yield from self._pieces(expand(padded, self.members), 0, probed=1)
+        return expand(padded, self.members)
+
+    @torch.inference_mode()
+    def read(self, rows: Int[Tensor, "rows t"], first: int, keep: Callable[..., None]) -> StepOutput:
+        """Read the next columns of prompts, from ``first`` on, and return the output at the last one.
+
+        ``keep`` gets logits, scale, states and signals of all that the model returned them for, see ``StepOutput``.
+        """
+        if not first:
+            self._cache = None
+        return self._forward(rows, first, 1, keep).at(-1)
 
     @torch.inference_mode()
     def extend(self, texts: Sequence[Sequence[int]]) -> Iterator[tuple[int, StepOutput]]:
@@ -220,11 +227,13 @@ class HFStepper:
         """Read as many columns at a time as their logits fit; ``before`` columns are read already."""
         largest, width, first = max(1, _CHUNK // (len(rows) * self._config.vocab_size)), rows.shape[1], 0
         while first < width:
-            columns = min(largest, width - first)
-            if self._sizer is not None:
-                columns = self._sizer.columns(len(rows), before + first, columns)
+            columns = self.size_piece(len(rows), before + first, min(largest, width - first))
             yield first, self._forward(rows[:, first : first + columns], before + first, probed or columns)
             first += columns
+
+    def size_piece(self, rows: int, before: int, most: int) -> int:
+        """Choose the columns of a piece of prompts or texts, at most ``most``, after the ``before`` ones."""
+        return most if self._sizer is None else self._sizer.columns(rows, before, most)
 
     @torch.inference_mode()
     def step(self, ids: Int[Tensor, " batch"]) -> StepOutput:
@@ -278,7 +287,9 @@ class HFStepper:
         if self._mask.all():
             self._mask = None
 
-    def _forward(self, rows: Int[Tensor, "rows t"], first: int, probed: int) -> StepOutput:
+    def _forward(
+        self, rows: Int[Tensor, "rows t"], first: int, probed: int, keep: Callable[..., None] | None = None
+    ) -> StepOutput:
         """Run the model on these columns; probes read the last ``probed`` of them."""
         self._rows = len(rows)
         inputs: dict[str, Any] = {"input_ids": rows, "past_key_values": self._cache, "use_cache": True}
@@ -307,8 +318,12 @@ class HFStepper:
         if captured:
             by_member = [self.pick_answering(h.detach()) for h in captured]
             states = torch.stack([h.float().mean(0, keepdim=True) for h in by_member], -2)
-        logits = unfold(output.logits, self.members)
-        result = StepOutput(logits, scale, states, signals=self._measure(), has_base=self._has_base)
+        logits, signals = unfold(output.logits, self.members), self._measure()
+        if keep is not None:
+            keep(logits, scale, states, signals)
+            logits, signals = logits[:, :, -1:], {name: x[:, :, -1:] for name, x in signals.items()}
+            scale, states = (None if x is None else x[:, :, -1:] for x in (scale, states))
+        result = StepOutput(logits, scale, states, signals=signals, has_base=self.has_base)
         for probe in self._probes:
             result = probe.read(result)
         return result
@@ -330,4 +345,4 @@ class HFStepper:
     def pick_answering(self, rows: Float[Tensor, "rows *rest"]) -> Float[Tensor, "members batch *rest"]:
         """Return the rows of the members that answer: the base's alone where there is one."""
         members = unfold(rows, self.members)
-        return members[:1] if self._has_base else members
+        return members[:1] if self.has_base else members
