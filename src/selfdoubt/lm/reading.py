@@ -31,7 +31,7 @@ _BLOCK = 2**24
 
 #: How a head runs: by itself on places, within the model on columns, or within it on everything.
 HeadRun = Literal["apart", "columns", "whole"]
-#: What was seen of heads. A model is not changed behind its head.
+#: How the heads of models were seen to run.
 _RUNS: WeakKeyDictionary[nn.Module, HeadRun] = WeakKeyDictionary()
 
 
@@ -81,7 +81,6 @@ def read_prompts(
     yield from _read_with_tap(stepper, tap, prompts, places)
 
 
-@torch.inference_mode()
 def _read_with_tap(
     stepper: HFStepper, tap: HeadTap, prompts: Sequence[Sequence[int]], places: Bool[Tensor, "batch width"]
 ) -> Iterator[PromptPiece]:
@@ -119,12 +118,12 @@ class HeadTap:
         while isinstance(head, MeasuredLeaf):  # a density changes nothing of its layer
             head = head.leaf
         self._members, self._has_base = stepper.members, stepper.has_base
-        self._head = head
+        self._base, self._head = base, head
         config = base.config.get_text_config()  # type: ignore[union-attr, operator]
         hidden = getattr(config, "hidden_size", 1)
         self._widths = max(4 * hidden, getattr(config, "intermediate_size", None) or 1), config.vocab_size
         #: How the head runs; None until it is seen.
-        self.run: HeadRun | None = "whole" if head is None or _is_compiled(stepper.model) else _RUNS.get(head)
+        self.run: HeadRun | None = "whole" if head is None or _is_compiled(stepper.model) else _RUNS.get(base)
         if isinstance(head, Replacement) and self.run is None:
             self.run = "columns"
         self._places = torch.zeros(0, 0, dtype=torch.bool)
@@ -191,7 +190,6 @@ class HeadTap:
     def update(self) -> bool:
         """Take note of how the head can run; return False if the run that was captured has to be made again."""
         assert self._whole is not None
-        assert self._head is not None
         if self.run is not None:
             return True
         logits, own = self._whole.logits.flatten(0, 1), self._logits
@@ -201,7 +199,7 @@ class HeadTap:
             self.run = "apart"
         else:
             self.run = "columns"
-        _RUNS[self._head] = self.run
+        _RUNS[self._base] = self.run
         return self.run != "columns"
 
     @property
@@ -218,7 +216,6 @@ class HeadTap:
             return _select(self._whole, inside, first, self._columns, has_base=self._has_base)
         return self._run_head(first)
 
-    @torch.inference_mode()
     def _run_head(self, first: int) -> Iterator[Block]:
         whole, kept, head = self._whole, self._kept, self._head
         assert whole is not None
@@ -231,7 +228,8 @@ class HeadTap:
         for start in range(0, len(sequences), max(32, size)):
             span = slice(start, start + max(32, size))
             hidden = kept[:, span]
-            logits = head(hidden.flatten(0, 1)[None])[0].to(whole.logits.dtype)
+            with torch.inference_mode():
+                logits = head(hidden.flatten(0, 1)[None])[0].to(whole.logits.dtype)
             at = sequences[span].to(kept.device), columns[span].to(kept.device)
             output = StepOutput(
                 logits.unflatten(0, hidden.shape[:2]),

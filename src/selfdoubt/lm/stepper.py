@@ -171,7 +171,6 @@ class HFStepper:
         """
         yield from self._pieces(self.begin(prompts), 0, probed=1)
 
-    @torch.inference_mode()
     def begin(self, prompts: Sequence[Sequence[int]]) -> Int[Tensor, "rows t"]:
         """Prepare to ``read`` prompts; return their ids, left-padded, for all members. Raises as ``start`` does."""
         width = max(len(p) for p in prompts)
