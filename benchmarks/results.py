@@ -28,12 +28,17 @@ def device_name() -> str:
     return f"{found[1].strip() if found else platform.processor()}, {torch.get_num_threads()} threads"
 
 
+def locate(name: str) -> Path:
+    """Return the path of a benchmark's results on this device."""
+    short = "gpu-" + re.sub(r"\W+", "-", device_name()).lower() if torch.cuda.is_available() else "cpu"
+    return FOLDER / f"{name}-{short}.json"
+
+
 def write(name: str, rows: list[Row], **settings: Any) -> Path:
     """Write results beside what they were measured with, and renew the tables."""
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=HERE).stdout
     FOLDER.mkdir(exist_ok=True)
-    short = "gpu-" + re.sub(r"\W+", "-", device_name()).lower() if torch.cuda.is_available() else "cpu"
-    path = FOLDER / f"{name}-{short}.json"
+    path = locate(name)
     record = {
         "device": device_name(),
         "commit": commit.strip(),
@@ -48,13 +53,13 @@ def write(name: str, rows: list[Row], **settings: Any) -> Path:
 
 def tables() -> None:
     """Put each table between its marks in README.md."""
-    from benchmarks import decode, quality, real_measure, serve, serve_memory, train, voters_table
+    from benchmarks import decode, prefill, quality, real_measure, serve, serve_memory, train, voters_table
 
     readme = HERE / "README.md"
     text = readme.read_text()
     makers: dict[str, Callable[[dict[str, Any]], str]] = {
-        "decode": decode.table, "quality": quality.table, "train": train.table, "serve": serve.table,
-        "memory": serve_memory.table, "real": real_measure.table, "voters": voters_table.table,
+        "decode": decode.table, "prefill": prefill.table, "quality": quality.table, "train": train.table,
+        "serve": serve.table, "memory": serve_memory.table, "real": real_measure.table, "voters": voters_table.table,
     }  # fmt: skip
     for name, table in makers.items():
         parts = [table(json.loads(p.read_text())) for p in sorted(FOLDER.glob(f"{name}-*.json"))]

@@ -169,7 +169,8 @@ class HeadTap:
                 self._kept = by_member[:, sequences, columns]
                 self._columns = [t - 1]
                 chosen = hidden[:, -1:]
-            return (chosen, *inputs[1:])
+            # Of a strided input, a linear layer would copy its weights once per row.
+            return (chosen.contiguous(), *inputs[1:])
 
         def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
             if threading.get_ident() == thread:
