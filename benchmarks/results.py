@@ -111,14 +111,14 @@ class RowFile:
 
 def tables() -> None:
     """Put each table between its marks in README.md."""
-    from benchmarks import batch, decode, quality, real_measure, serve, serve_memory, train, voters_table
+    from benchmarks import batch, decode, prefill, quality, real_measure, serve, serve_memory, train, voters_table
 
     readme = HERE / "README.md"
     text = readme.read_text()
     makers: dict[str, Callable[[dict[str, Any]], str]] = {
-        "decode": decode.table, "members": decode.table_members, "batch": batch.table, "quality": quality.table,
-        "train": train.table, "serve": serve.table, "memory": serve_memory.table, "real": real_measure.table,
-        "voters": voters_table.table,
+        "decode": decode.table, "members": decode.table_members, "batch": batch.table, "prefill": prefill.table,
+        "quality": quality.table, "train": train.table, "serve": serve.table, "memory": serve_memory.table,
+        "real": real_measure.table, "voters": voters_table.table,
     }  # fmt: skip
     for name, table in makers.items():
         parts = [table(json.loads(p.read_text())) for p in sorted(FOLDER.glob(f"{name}-*.json"))]

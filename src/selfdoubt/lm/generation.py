@@ -245,7 +245,10 @@ def start_batch(
         if front.layers
         else None
     )
-    scored, next_logits = yield from prefill_in_chunks(stepper, [list(ids) for ids in prompts], pool=pool)
+    questions_only = [prompt.is_user_token for prompt in prompts.values()]
+    scored, next_logits = yield from prefill_in_chunks(
+        stepper, [list(ids) for ids in prompts], pool=pool, scored=questions_only
+    )
     questions = []
     for ids, prompt in zip(scored, prompts.values(), strict=True):
         questions.append((yield from front.tokens.build_question_in_chunks(ids, prompt)))

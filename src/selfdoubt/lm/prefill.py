@@ -9,61 +9,93 @@ from collections.abc import Collection, Generator, Sequence
 from typing import TypeVar, cast
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from selfdoubt.lm.hidden_states import HiddenStatePooler
+from selfdoubt.lm.reading import read_prompts
 from selfdoubt.lm.step_output import StepOutput, Stepper
-from selfdoubt.lm.token_table import ScoredId, score_ids
+from selfdoubt.lm.token_table import ScoredId, read_table, score_ids, tabulate
 
 T = TypeVar("T")
 
 
 def prefill_in_chunks(
-    stepper: Stepper, prompts: Sequence[Sequence[int]], alternatives: int = 0, pool: HiddenStatePooler | None = None
+    stepper: Stepper,
+    prompts: Sequence[Sequence[int]],
+    alternatives: int = 0,
+    pool: HiddenStatePooler | None = None,
+    scored: Sequence[Sequence[bool]] | None = None,
 ) -> Generator[None, None, tuple[list[list[ScoredId | None]], StepOutput]]:
-    """Read prompts piece by piece, and score every token except the first, which nothing predicts (None).
+    """Read prompts piece by piece, and score their tokens.
 
     Args:
         stepper: A stepper without sequences in progress.
         prompts: Token ids of each prompt.
         alternatives: Number of the most probable tokens that come with each token.
         pool: Pooler of the hidden states, if the stepper has them.
+        scored: For each token of each prompt, True to score it; None scores all. The head of the model runs only where
+            it is needed for them.
 
     Yields:
         Nothing, after each piece but the last.
 
     Returns:
-        The scored tokens of each prompt, and the logits after it, ``(members, batch, classes)``.
+        The tokens of each prompt, None where one is not scored, as the first, which nothing predicts; and the logits
+        after the prompts, ``(members, batch, classes)``.
     """
     width = max(len(p) for p in prompts)
-    scored: list[list[ScoredId | None]] = [[None] for _ in prompts]
     ids = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts])
+    places = _find_places(prompts, scored)
+    tokens: list[list[ScoredId | None]] = [[None] * len(p) for p in prompts]
     last: StepOutput | None = None
-    for first, piece in stepper.start(prompts):
-        columns = piece.logits.shape[2]
-        # Column c predicts the token at c + 1; the last column of all predicts the first new token.
-        known = min(columns, width - 1 - first)
-        if known > 0:
-            chosen = ids[:, first + 1 : first + 1 + known].to(piece.logits.device)
-            now = piece.at(slice(known))
-            for sequence, tokens in enumerate(score_ids(now, chosen, alternatives)):
-                start = width - len(prompts[sequence])
-                scored[sequence] += [t for c, t in enumerate(tokens) if first + c >= start]
+    for piece in read_prompts(stepper, prompts, places):
+        tables = []
+        for block in piece.blocks:
+            # Column c predicts the token at c + 1.
+            chosen = ids[block.sequences, block.columns + 1].to(block.output.logits.device)
+            tables.append((block, tabulate(block.output.at(None), chosen[:, None], alternatives)))
+        for block, table in tables:
+            for sequence, column, (token,) in zip(
+                block.sequences.tolist(), block.columns.tolist(), read_table(table), strict=True
+            ):
+                tokens[sequence][column + 1 - width + len(prompts[sequence])] = token
         if pool is not None and piece.states is not None:
-            pool.add(first, piece.states[0])
-        last = piece.at(-1)
-        if first + columns < width:
+            pool.add(piece.first, piece.states[0])
+        last = piece.last
+        if piece.first + piece.columns < width:
             yield
     assert last is not None
-    return scored, last
+    return tokens, last
+
+
+def _find_places(
+    prompts: Sequence[Sequence[int]], scored: Sequence[Sequence[bool]] | None
+) -> Bool[Tensor, "batch width"]:
+    """Return the columns of left-padded prompts that predict tokens to score."""
+    width = max(len(p) for p in prompts)
+    places = torch.zeros(len(prompts), width, dtype=torch.bool)
+    for row, prompt in enumerate(prompts):
+        if len(prompt) > 1:
+            start = width - len(prompt)
+            places[row, start:-1] = torch.tensor([True] * (len(prompt) - 1) if scored is None else scored[row][1:])
+    return places
 
 
 def prefill(
-    stepper: Stepper, prompts: Sequence[Sequence[int]], alternatives: int = 0, pool: HiddenStatePooler | None = None
+    stepper: Stepper,
+    prompts: Sequence[Sequence[int]],
+    alternatives: int = 0,
+    pool: HiddenStatePooler | None = None,
+    scored: Sequence[Sequence[bool]] | None = None,
 ) -> tuple[list[list[ScoredId | None]], StepOutput]:
     """Run ``prefill_in_chunks`` in one go."""
-    return run_to_end(prefill_in_chunks(stepper, prompts, alternatives, pool))
+    return run_to_end(prefill_in_chunks(stepper, prompts, alternatives, pool, scored))
+
+
+def skip_scores(prompts: Sequence[Sequence[int]]) -> list[list[bool]]:
+    """Return the argument ``scored`` that scores no token of the prompts."""
+    return [[False] * len(prompt) for prompt in prompts]
 
 
 def run_to_end(pieces: Generator[None, None, T]) -> T:

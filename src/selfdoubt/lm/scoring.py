@@ -142,7 +142,10 @@ def _score_answers(
     longest = max(len(prompt.ids) + len(i) for prompt, i in zip(encoded, ids, strict=True))
     room = stepper.context is None or longest <= stepper.context
     ends = front.stop_ids if front.calibration is not None and room else ()
-    prefilled, next_logits = yield from prefill_in_chunks(stepper, [list(i) for i in prompts], alternatives, asked)
+    questions_only = [prompt.is_user_token for prompt in prompts.values()]
+    prefilled, next_logits = yield from prefill_in_chunks(
+        stepper, [list(i) for i in prompts], alternatives, asked, questions_only
+    )
     questions = []
     for scored_prompt, prompt in zip(prefilled, prompts.values(), strict=True):
         questions.append((yield from front.tokens.build_question_in_chunks(scored_prompt, prompt)))

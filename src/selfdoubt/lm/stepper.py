@@ -6,7 +6,7 @@ Rows in the cache are member-major, as everywhere.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -52,7 +52,7 @@ class HFStepper:
         self._probes = list(probes)
         self._sizer = sizer
         self.members = model.spec.members(training=False) if isinstance(model, Wrapped) else 1
-        self._has_base = isinstance(model, Wrapped) and model.spec.has_base
+        self.has_base = isinstance(model, Wrapped) and model.spec.has_base
         self._model = model
         measured = density.find_measured_leaf(model)
         # A distance that is pooled over positions is not one of a token.
@@ -68,6 +68,11 @@ class HFStepper:
         self._rows = 0
 
     @property
+    def model(self) -> nn.Module:
+        """The model."""
+        return self._model
+
+    @property
     def context(self) -> int | None:
         """Most tokens in a sequence, or None."""
         limit = getattr(self.config, "max_position_embeddings", None)
@@ -80,6 +85,10 @@ class HFStepper:
         Raises:
             PromptError: If a prompt is empty or does not fit the context.
         """
+        yield from self._pieces(self.begin(prompts), 0, probed=1)
+
+    def begin(self, prompts: Sequence[Sequence[int]]) -> Int[Tensor, "rows t"]:
+        """Prepare to ``read`` prompts; return their ids, left-padded, for all members. Raises as ``start`` does."""
         width = max(len(p) for p in prompts)
         if not min(len(p) for p in prompts):
             raise PromptError("a prompt needs at least one token, got an empty one")
@@ -93,7 +102,17 @@ class HFStepper:
         # Without padding, models run faster (and just as right) when they are given no mask at all.
         self._mask = expand(mask, self.members) if min(len(p) for p in prompts) < width else None
         self._cache = None
-        yield from self._pieces(expand(padded, self.members), 0, probed=1)
+        return expand(padded, self.members)
+
+    @torch.inference_mode()
+    def read(self, rows: Int[Tensor, "rows t"], first: int, keep: Callable[..., None]) -> StepOutput:
+        """Read the next columns of prompts, from ``first`` on, and return the output at the last one.
+
+        ``keep`` gets logits, scale, states and signals of all that the model returned them for, see ``StepOutput``.
+        """
+        if not first:
+            self._cache = None
+        return self._forward(rows, first, 1, keep).at(-1)
 
     @torch.inference_mode()
     def extend(self, texts: Sequence[Sequence[int]]) -> Iterator[tuple[int, StepOutput]]:
@@ -123,11 +142,13 @@ class HFStepper:
         """Read as many columns at a time as their logits fit; ``before`` columns are read already."""
         largest, width, first = max(1, _CHUNK // (len(rows) * self.config.vocab_size)), rows.shape[1], 0
         while first < width:
-            columns = min(largest, width - first)
-            if self._sizer is not None:
-                columns = self._sizer.columns(len(rows), before + first, columns)
+            columns = self.size_piece(len(rows), before + first, min(largest, width - first))
             yield first, self._forward(rows[:, first : first + columns], before + first, probed or columns)
             first += columns
+
+    def size_piece(self, rows: int, before: int, most: int) -> int:
+        """Choose the columns of a piece of prompts or texts, at most ``most``, after the ``before`` ones."""
+        return most if self._sizer is None else self._sizer.columns(rows, before, most)
 
     @torch.inference_mode()
     def step(self, ids: Int[Tensor, " batch"]) -> StepOutput:
@@ -191,7 +212,9 @@ class HFStepper:
         if self._mask.all():
             self._mask = None
 
-    def _forward(self, rows: Int[Tensor, "rows t"], first: int, probed: int) -> StepOutput:
+    def _forward(
+        self, rows: Int[Tensor, "rows t"], first: int, probed: int, keep: Callable[..., None] | None = None
+    ) -> StepOutput:
         """Run the model on these columns; probes read the last ``probed`` of them."""
         self._rows = len(rows)
         inputs: dict[str, Any] = {"input_ids": rows, "past_key_values": self._cache, "use_cache": True}
@@ -201,7 +224,7 @@ class HFStepper:
             if self.takes_positions:
                 inputs["position_ids"] = (mask.cumsum(1) - 1).clamp_min(0)[:, first:]
         with steady_attention(), self.probing(probed):
-            result, self._cache = self.run_probed(inputs)
+            result, self._cache = self.run_probed(inputs, keep)
         return result
 
     @contextmanager
@@ -213,8 +236,12 @@ class HFStepper:
                 stack.enter_context(probe.capture(probed, places))
             yield
 
-    def run_probed(self, inputs: Mapping[str, Any]) -> tuple[StepOutput, Any]:
+    def run_probed(
+        self, inputs: Mapping[str, Any], keep: Callable[..., None] | None = None
+    ) -> tuple[StepOutput, Any]:
         """Run the model on member-major rows, within a block of ``probing``; it can be compiled as one graph.
+
+        With ``keep``, which gets the output at all positions (see ``read``), only that at the last one is returned.
 
         Returns:
             Its output, and the cache that it filled.
@@ -238,8 +265,12 @@ class HFStepper:
         if captured:
             by_member = [self.pick_answering(h.detach()) for h in captured]
             states = torch.stack([h.float().mean(0, keepdim=True) for h in by_member], -2)
-        logits = unfold(output.logits, self.members)
-        result = StepOutput(logits, scale, states, signals=self._measure(), has_base=self._has_base)
+        logits, signals = unfold(output.logits, self.members), self._measure()
+        if keep is not None:
+            keep(logits, scale, states, signals)
+            logits, signals = logits[:, :, -1:], {name: x[:, :, -1:] for name, x in signals.items()}
+            scale, states = (None if x is None else x[:, :, -1:] for x in (scale, states))
+        result = StepOutput(logits, scale, states, signals=signals, has_base=self.has_base)
         for probe in self._probes:
             result = probe.read(result)
         return result, filled
@@ -261,4 +292,4 @@ class HFStepper:
     def pick_answering(self, rows: Float[Tensor, "rows *rest"]) -> Float[Tensor, "members batch *rest"]:
         """Return the rows of the members that answer: the base's alone where there is one."""
         members = unfold(rows, self.members)
-        return members[:1] if self._has_base else members
+        return members[:1] if self.has_base else members

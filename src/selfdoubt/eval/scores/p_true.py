@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from selfdoubt import risk
 from selfdoubt.errors import ConfigError
 from selfdoubt.eval.records import Question
-from selfdoubt.lm.prefill import prefill
+from selfdoubt.lm.prefill import prefill, skip_scores
 from selfdoubt.lm.stepper import HFStepper
 from selfdoubt.lm.text.encoder import get_encoder
 from selfdoubt.lm.text.prompt import encode
@@ -41,7 +42,9 @@ def estimate_p_true(lm: RiskAwareLM, pairs: Sequence[tuple[Question, str]], conf
         raise ConfigError("no first token of this vocabulary separates true from false; ask without --p-true")
     shares: list[float] = []
     for first in range(0, len(prompts), config.batch_size):
-        _, following = prefill(HFStepper(lm.model), prompts[first : first + config.batch_size])
+        batch = prompts[first : first + config.batch_size]
+        _, following = prefill(HFStepper(lm.model), batch, scored=skip_scores(batch))
+        risk.total(following.logits)  # an error where they are NaN or infinite
         logp = following.mixture.double().log_softmax(-1)
         mass = [logp[:, sorted(ids - both)].logsumexp(-1) for ids in (true, false)]
         shares += torch.stack(mass, -1).softmax(-1)[:, 0].tolist()
