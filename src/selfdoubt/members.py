@@ -175,8 +175,17 @@ class Wrapped(nn.Module):
             forecast["logits"] = replace(logits, kind="logits")
         return forecast
 
-    def forward_rows(self, *args: Any, training: bool = False, **kwargs: Any) -> tuple[Any, Any]:
+    def forward_rows(
+        self, *args: Any, training: bool = False, same_weights: bool = False, **kwargs: Any
+    ) -> tuple[Any, Any]:
         """Run on rows that are already member-major.
+
+        Args:
+            *args: The model's own inputs.
+            training: True runs the members of training.
+            same_weights: True if no parameter has changed since the run before, as between the steps of an answer:
+                leaves go on with copies that they keep of parameters.
+            **kwargs: The model's own keyword inputs.
 
         Returns:
             The module's output on rows, and sculpt's scales in the same structure (None without a sculpt).
@@ -189,6 +198,10 @@ class Wrapped(nn.Module):
         self.call.training = training
         self.call.has_base = self.spec.has_base and not training
         self.call.reached = False
+        if not torch.compiler.is_compiling():  # a graph would be compiled again for each number
+            self.call.forwards += 1
+            if not same_weights:
+                self.call.epoch = self.call.forwards
         self.call.scales.clear()
         self.call.features.clear()
         if self.call.members > 1 and any(norm.training for norm in self._batch_norms):
@@ -197,7 +210,7 @@ class Wrapped(nn.Module):
                 "call .eval() on the BatchNorm layers, or use GroupNorm or LayerNorm"
             )
         if isinstance(self.module, Wrapped):
-            return self.module.forward_rows(*args, training=training, **kwargs)
+            return self.module.forward_rows(*args, training=training, same_weights=same_weights, **kwargs)
         fused = torch.backends.mha.get_fastpath_enabled()
         if self._has_fused_path:
             torch.backends.mha.set_fastpath_enabled(False)

@@ -30,7 +30,7 @@ from selfdoubt.noise import (
 )  # fmt: skip
 from selfdoubt.rows import ForwardContext
 from selfdoubt.tree import iter_tensors, tree_map
-from selfdoubt.vote import START_NOISE
+from selfdoubt.deviations import START_NOISE
 
 
 @runtime_checkable

@@ -46,6 +46,9 @@ class ForwardContext:
     training: bool = False
     has_base: bool = False  #: member 0 is the base model: leaves run its rows without deviation or noise
     reached: bool = False
+    forwards: int = 0  #: number of this run of the model
+    epoch: int = 0  #: number of the first run whose parameters are known to be those of this one
+    groups: dict[tuple[str, int], Any] = field(default_factory=dict)  #: leaves that may read the same input
     scales: list[tuple[Tensor, Tensor]] = field(default_factory=list)  #: (a head's output, its predicted scale)
     features: list[Tensor] = field(default_factory=list)  #: inputs of a measured leaf, without gradients
 

@@ -292,7 +292,7 @@ class HFStepper:
             for probe in self._probes:
                 stack.enter_context(probe.capture(probed))
             if isinstance(self._model, Wrapped):
-                output, scales = self._model.forward_rows(**inputs)
+                output, scales = self._model.forward_rows(same_weights=self._cache is not None, **inputs)
             else:
                 output, scales = self._model(**inputs), None
         self._cache = getattr(output, "past_key_values", None)
