@@ -105,6 +105,10 @@ class UntrainedWarning(UserWarning):
     """Members that nothing has trained answer together with the model: its answers change, mostly for the worse."""
 
 
+class SlowWarning(UserWarning):
+    """Something runs in a way that is right, and slower than it could be."""
+
+
 def require(module: str, extra: str) -> ModuleType:
     """Import an optional dependency, or say in one line how to install it.
 

@@ -176,7 +176,12 @@ class Wrapped(nn.Module):
         return forecast
 
     def forward_rows(
-        self, *args: Any, training: bool = False, same_weights: bool = False, **kwargs: Any
+        self,
+        *args: Any,
+        training: bool = False,
+        same_weights: bool = False,
+        only_base: bool = False,
+        **kwargs: Any,
     ) -> tuple[Any, Any]:
         """Run on rows that are already member-major.
 
@@ -185,6 +190,7 @@ class Wrapped(nn.Module):
             training: True runs the members of training.
             same_weights: True if no parameter has changed since the run before, as between the steps of an answer:
                 leaves go on with copies that they keep of parameters.
+            only_base: True runs the base model alone, on one row per entry of the batch.
             **kwargs: The model's own keyword inputs.
 
         Returns:
@@ -193,10 +199,10 @@ class Wrapped(nn.Module):
         Raises:
             WrapError: If BatchNorm in training mode would mix members, or if no replaced leaf was called.
         """
-        self.call.members = self.spec.members(training=training)
+        self.call.members = 1 if only_base else self.spec.members(training=training)
         self.call.rows = self._batch_size(args, kwargs)
         self.call.training = training
-        self.call.has_base = self.spec.has_base and not training
+        self.call.has_base = only_base or (self.spec.has_base and not training)
         self.call.reached = False
         if not torch.compiler.is_compiling():  # a graph would be compiled again for each number
             self.call.forwards += 1
@@ -210,7 +216,9 @@ class Wrapped(nn.Module):
                 "call .eval() on the BatchNorm layers, or use GroupNorm or LayerNorm"
             )
         if isinstance(self.module, Wrapped):
-            return self.module.forward_rows(*args, training=training, same_weights=same_weights, **kwargs)
+            return self.module.forward_rows(
+                *args, training=training, same_weights=same_weights, only_base=only_base, **kwargs
+            )
         fused = torch.backends.mha.get_fastpath_enabled()
         if self._has_fused_path:
             torch.backends.mha.set_fastpath_enabled(False)

@@ -15,6 +15,7 @@ from selfdoubt.compat import get_output_head
 from selfdoubt.density import MeasuredLeaf
 from selfdoubt.lm.hidden_states import capture_outputs, find_decoder_layers
 from selfdoubt.lm.stepper import StepOutput
+from selfdoubt.rows import expand
 
 #: Tokens that are compared, the most probable ones.
 TOKENS = 32
@@ -92,10 +93,11 @@ class LateLayerProbe:
         """Return the output with the signal."""
         captured, self._captured = self._captured, []
         members, batch, t = output.logits.shape[:3]
-        if len(captured) < len(self._layers) - 1 or len(captured[0]) != members * batch:
+        if len(captured) < len(self._layers) - 1 or any(len(x) not in (batch, members * batch) for x in captured):
             return output
         if output.has_base:
             captured, members = [x[:batch] for x in captured], 1
+        captured = [expand(x, members * batch // len(x)) for x in captured]  # below a late fork members are one row
         states = self._norm(torch.stack(captured))
         states = states.view(len(captured), members, batch, *states.shape[2:])
         columns = states.shape[3]
