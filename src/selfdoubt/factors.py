@@ -87,7 +87,7 @@ class FactorGroup:
         leaf = self._leaves[place]
         base = get_base_layer(leaf.leaf)
         # A hook of the frozen layer may have kept its output.
-        if torch.is_grad_enabled() or leaf.leaf._forward_hooks or not _is_linear(leaf, base):
+        if torch.is_grad_enabled() or call.active is not None or leaf.leaf._forward_hooks or not _is_linear(leaf, base):
             return False
         if torch.is_autocast_enabled(x.device.type) or not y.is_contiguous() or x.dtype != y.dtype:
             return False

@@ -72,6 +72,10 @@ class Wrapper:
         answer_from: "mean" answers with the mean over voters. "base" adds the base model as one more row at evaluation
             without deviation: it alone answers, and the voters only say how far they disagree with it. None is "mean"
             here; a language model that loads an untrained wrapper takes "base" instead.
+        start: The first token of a language model's text that voters read. "prompt": the first of all. "answer": the
+            last of the prompt, which predicts the answer's first; all before is read by the base model once for all
+            voters, so that a prompt costs what it costs without voters, and nothing says how far they disagree about
+            the question. Other models have no answer, and their voters read everything.
         symbolic_trace: Another name for ``compile``, as an argument only.
 
     Raises:
@@ -97,6 +101,7 @@ class Wrapper:
     verbose: int = 0
     seed: int = 0
     answer_from: Literal["base", "mean"] | None = None
+    start: Literal["prompt", "answer"] = "prompt"
     symbolic_trace: InitVar[bool | None] = None
 
     goes_inside: ClassVar[bool] = False
@@ -112,9 +117,11 @@ class Wrapper:
         "antithetic": flag,
         "output": choice("auto", "values", "logits"),
         "answer_from": optional(choice("base", "mean")),
+        "start": choice("prompt", "answer"),
         **SHARED,
     }
-    newer: ClassVar[frozenset[str]] = frozenset({"answer_from", "antithetic"})  #: settings that older files lack
+    #: Settings that older files lack.
+    newer: ClassVar[frozenset[str]] = frozenset({"answer_from", "antithetic", "start"})
 
     def __post_init__(self, symbolic_trace: bool | None) -> None:
         object.__setattr__(self, "compile", resolve_compile(self.compile, symbolic_trace))
@@ -209,7 +216,8 @@ class VotingLeaf(Replacement):
             kwargs = kwargs | {name: (x := self.call.per_row(value))}
         if self.kernel is None:
             has_base = self.call.has_base
-            return kernels.loop(self.leaf, self.deviations, self.alpha, args, kwargs, has_base=has_base)
+            moved = kernels.loop(self.leaf, self.deviations, self.alpha, args, kwargs, has_base=has_base)
+            return moved if self.call.active is None else self.call.choose_active(moved, self.leaf(*args, **kwargs))
         y = self.leaf(*args, **kwargs)
         if self.group.move(self.place, x, y, self.alpha, self.call):
             return y
@@ -217,6 +225,8 @@ class VotingLeaf(Replacement):
         theirs, voters = (x[first:], y[first:]) if first else (x, y)
         delta = self.kernel(compat.get_base_layer(self.leaf), self._as_deviation(theirs), self.deviations)
         moved = torch.add(voters, delta.to(y.dtype), alpha=self.alpha)
+        if self.call.active is not None:
+            moved = self.call.choose_active(moved, voters)
         # The base's rows are kept as they are: adding zero could change a bit (-0.0 + 0.0).
         return torch.cat([y[:first], moved]) if first else moved
 

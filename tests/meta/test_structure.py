@@ -36,6 +36,7 @@ CORE = {
     "factors",
     "deviations",
     "random_numbers",
+    "sharing",
     "members",
     "compat",
 }
@@ -61,6 +62,7 @@ ARROWS = {
     "factors": {"compat", "kernels", "rows"},
     "deviations": {"compat", "kernels", "targets"},
     "random_numbers": set(),
+    "sharing": {"compat", "errors", "rows"},
     "members": CORE - {"kernels", "factors", "deviations", "random_numbers", "formatting", "gaussian"},
     **dict.fromkeys(sorted(WRAPPERS), CORE),
     "noise": CORE,

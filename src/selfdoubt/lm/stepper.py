@@ -135,10 +135,8 @@ class HFStepper:
         sizer: Sizer of the pieces in which prompts and texts are read; None reads as much at once as memory for the
             logits allows.
         probes: Probes of the positions that predict an answer's tokens: of a prompt the last one.
-        fork: The layer from which on members are rows of their own, see ``late_fork``; "late" takes the first that
-            has members, where a check allows it, and None the first of all.
-        start: The first tokens that members read: the prompt's, or the answer's, where the prompt but its last token is
-            read by the base model alone, for all of them. None takes the wrapper's ``start``.
+        fork: The layer at which members become rows, see ``late_fork``; None: the first of all.
+        start: The first tokens that members read, see ``vote.Wrapper``; None takes the wrapper's.
 
     Raises:
         ConfigError: If the model has no such layer.
@@ -170,8 +168,8 @@ class HFStepper:
         self._cache: Any = None
         self._mask: Tensor | None = None  #: of each sequence, whatever the number of its rows
         self._batch = 0
-        spec_start = getattr(model.spec, "start", "prompt") if isinstance(model, Wrapped) else "prompt"
-        self._shares_prompt = self.members > 1 and (start or spec_start) == "answer"
+        start = start or getattr(getattr(model, "spec", None), "start", "prompt")
+        self._shares_prompt = self.members > 1 and start == "answer"
         self._fork = find_late_fork(model, lambda fork: HFStepper(model, fork=fork)) if fork == "late" else fork
 
     @property
@@ -296,9 +294,7 @@ class HFStepper:
         self._batch = len(ids)
         members = 1 if only_base else self.members
         rows = 1 if self._fork is not None else members  # of a sequence, in what the model gets
-        inputs: dict[str, Any] = {
-            "input_ids": expand(ids, rows), "past_key_values": self._cache, "use_cache": True
-        }  # fmt: skip
+        inputs: dict[str, Any] = {"input_ids": expand(ids, rows), "past_key_values": self._cache, "use_cache": True}
         if self._mask is not None:
             mask = expand(self._mask[:, : first + ids.shape[1]], rows)
             inputs["attention_mask"] = mask
