@@ -299,7 +299,9 @@ class NoisyLeaf(Replacement):
             shape = [1] * (x.ndim + 1)
             shape[0], shape[axis + 1] = members, x.shape[axis]
             # The base model's noise is 1, which changes no bit.
-            return (x.unflatten(0, (members, -1)) * self._keep_noise(x, axis).view(shape)).flatten(0, 1)
+            noise = self._keep_noise(x, axis).view(shape)
+            noisy: Tensor = (x.unflatten(0, (members, -1)) * noise).flatten(0, 1)  # type: ignore[no-untyped-call]
+            return noisy
         first = self.call.count_base(x)
         if not first:
             return x * self._noise(x)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import replace
 
 import pytest
@@ -118,7 +117,7 @@ def test_guests_join_and_leave(name):
             tokens += [event.token for event in batch.choose()]
             batch.step()
         alone.append(tokens)
-    found = [[], []]
+    found: list[list] = [[], []]
     batch = open_batch(0, first)
     for step in range(8):
         if step == 2:
@@ -162,9 +161,3 @@ def test_a_leaf_without_a_kernel_is_active_at_some_positions():
     with torch.no_grad():
         whole, _ = wrapped.forward_rows(input_ids=ids, use_cache=False, active=active)
     assert_close(whole.logits[:, None, 4:], ours, **CLOSE)
-
-
-def test_a_copy_and_an_older_setting():
-    wrapped = SPECS["low-rank"](causal("llama"))
-    assert copy.deepcopy(wrapped).spec.start == "answer"
-    assert vote.Wrapper().start == "prompt"

@@ -159,7 +159,12 @@ def test_no_late_fork_and_no_warning(spec):
 def test_it_is_checked_once_per_model(monkeypatch):
     model, checks = WRAPPERS["vote"](causal("llama")), []
     check = late_fork._check
-    monkeypatch.setattr(late_fork, "_check", lambda *args: (checks.append(args[0]), check(*args)))
+
+    def count(fork, *more):
+        checks.append(fork)
+        check(fork, *more)
+
+    monkeypatch.setattr(late_fork, "_check", count)
     first, second = HFStepper(model)._fork, HFStepper(model)._fork
     assert first is second is checks[0]
     assert len(checks) == 1
