@@ -16,8 +16,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from selfdoubt.lm.hardware import synchronize
-from selfdoubt.lm.static_decoder import StaticDecoder
-from selfdoubt.lm.step_modes import check_step_mode, choose_step_mode
 from torch import Tensor, nn
 
 from selfdoubt import sample, sculpt, vote
@@ -25,6 +23,8 @@ from selfdoubt.lm.decode import DecodeBatch, TokenSequence, decode_batch
 from selfdoubt.lm.prefill import prefill
 from selfdoubt.lm.probes import find_probes
 from selfdoubt.lm.sampling import Sampling
+from selfdoubt.lm.static_decoder import StaticDecoder
+from selfdoubt.lm.step_modes import check_step_mode, choose_step_mode
 from selfdoubt.lm.step_output import StepOutput
 from selfdoubt.lm.stepper import HFStepper
 

@@ -85,13 +85,17 @@ def read_prompts(
 def _read_with_tap(
     stepper: HFStepper, tap: HeadTap, prompts: Sequence[Sequence[int]], places: Bool[Tensor, "batch width"]
 ) -> Iterator[PromptPiece]:
-    rows = stepper.begin(prompts)
-    first, width = 0, rows.shape[1]
+    ids = stepper.begin(prompts)
+    first, width = 0, ids.shape[1]
+    shared = stepper.count_shared(width)
     while first < width:
-        columns = stepper.size_piece(len(rows), first, tap.count_columns(len(rows), places[:, first:]))
-        chosen = places[:, first : first + columns]
-        with tap.capture(chosen):
-            output = stepper.read(rows[:, first : first + columns], first, tap.keep)
+        is_shared = first < shared
+        rows = len(ids) * (1 if is_shared else stepper.members)
+        left = places[:, first : shared if is_shared else width]
+        columns = stepper.size_piece(rows, first, tap.count_columns(rows, left))
+        chosen = left[:, :columns]
+        with tap.capture(chosen, only_base=is_shared):
+            output = stepper.read(ids[:, first : first + columns], first, shared, tap.keep)
         if tap.update():
             yield PromptPiece(first, columns, tap.states, tap.blocks(first), output)
             first += columns
@@ -118,7 +122,8 @@ class HeadTap:
         head = get_output_head(base)
         while isinstance(head, MeasuredLeaf):  # a density changes nothing of its layer
             head = head.leaf
-        self._members, self._has_base = stepper.members, stepper.has_base
+        self._stepper = stepper
+        self._members, self._has_base = stepper.members, stepper.has_base  # of the piece
         self._base, self._head = base, head
         config = base.config.get_text_config()  # type: ignore[union-attr, operator]
         hidden = getattr(config, "hidden_size", 1)
@@ -148,8 +153,13 @@ class HeadTap:
         return min(most, few, left)
 
     @contextmanager
-    def capture(self, places: Bool[Tensor, "batch t"]) -> Iterator[None]:
-        """Keep what the head sees at these places while the model runs within the block."""
+    def capture(self, places: Bool[Tensor, "batch t"], *, only_base: bool = False) -> Iterator[None]:
+        """Keep what the head sees at these places while the model runs within the block.
+
+        With ``only_base`` all members are one row.
+        """
+        self._members = 1 if only_base else self._stepper.members
+        self._has_base = self._stepper.has_base and not only_base
         self._places, self._kept, self._logits, self._whole = places, None, None, None
         t = places.shape[1]
         self._columns = list(range(t))
