@@ -65,6 +65,12 @@ class TrainConfig:
     loss_on: Literal["response", "all"] = setting("response", "Tokens that count in the loss.")
     max_length: int = setting(400, "Longest example in tokens; longer ones are cut at their end.")
     pack: bool = setting(False, "Put several short examples into one row, with borders that attention respects.")
+    pad_to: int | Literal["auto"] = setting(
+        "auto",
+        "Pad rows to a multiple of this many tokens, so that few shapes occur; auto is 64 on a GPU, whose libraries "
+        "prepare each new shape for a while, and 1 on a CPU.",
+        metavar="N|auto",
+    )
     val_share: float = setting(0.02, "Share of the examples for validation and reference quantiles.")
     question_column: str | None = setting(None, "Column of the question, where its name does not say it.")
     answer_column: str | None = setting(None, "Column of the answer to learn, where its name does not say it.")
@@ -117,7 +123,7 @@ class TrainConfig:
         _check_wrapper(self.wrapper)
         for name, least in _AT_LEAST.items():
             value = getattr(self, name)
-            if value is not None and not value >= least:
+            if value is not None and value != "auto" and not value >= least:
                 raise ConfigError(f"{name} must be at least {least}, got {value}")
         if not 0 < self.lr < 1:
             raise ConfigError(f"lr must be between 0 and 1, got {self.lr}; try 2e-4")
@@ -186,7 +192,7 @@ class TrainConfig:
 _AT_LEAST = {
     "draws": 1, "lora_r": 1, "epochs": 1, "batch_size": 1, "accumulate": 1, "nodes": 1, "max_length": 8,
     "checkpoint_every": 1, "workers": 0, "warmup": 0, "devices": 0, "clip": 0, "weight_decay": 0, "limit": 2,
-    "reference": 0, "reference_tokens": 1, "max_steps": 1, "patience": 1,
+    "reference": 0, "reference_tokens": 1, "max_steps": 1, "patience": 1, "pad_to": 1,
 }  # fmt: skip
 
 

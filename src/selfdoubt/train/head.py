@@ -57,15 +57,21 @@ def takes_single_positions(head: nn.Module) -> bool:
     return not isinstance(head, Replacement) or isinstance(head, sculpt.ScaledHead)
 
 
-def run_trunk(
-    model: nn.Module, inputs: dict[str, Any], loss_mask: Bool[Tensor, "rows t"], *, training: bool
-) -> HeadInput:
-    """Run a model up to its head on the positions in ``loss_mask``; rows are member-major, or split in training."""
+def run_trunk(model: nn.Module, inputs: dict[str, Any], chosen: Int[Tensor, " n"], *, training: bool) -> HeadInput:
+    """Run a model up to its head on the chosen positions; rows are member-major, or split in training.
+
+    Args:
+        model: A causal language model, wrapped or plain.
+        inputs: Its inputs.
+        chosen: Indices of positions, row after row. They are numbers and no mask, so that the work needs no wait for a
+            GPU to count them.
+        training: True if a batch is split over the members.
+    """
     base, head = innermost(model), get_head(model)
     changes = any(getattr(base.config, name, None) not in (None, 1.0) for name in _AFTER_THE_HEAD)
     if not takes_single_positions(head):
-        return HeadInput(_forward(model, inputs, training=training)[loss_mask], True)
-    with _masked_head(head, loss_mask, runs=changes):
+        return HeadInput(_forward(model, inputs, training=training).flatten(0, 1).index_select(0, chosen), True)
+    with _choosing_head(head, chosen, runs=changes):
         hidden = _forward(model, inputs, training=training)
     return HeadInput(hidden.flatten(0, 1), changes)
 
@@ -76,17 +82,17 @@ def _forward(model: nn.Module, inputs: dict[str, Any], *, training: bool) -> Ten
 
 
 @contextmanager
-def _masked_head(head: nn.Module, loss_mask: Bool[Tensor, "rows t"], *, runs: bool) -> Iterator[None]:
-    """Let the head see only the positions of the mask, and pass them on unless it ``runs``."""
+def _choosing_head(head: nn.Module, chosen: Int[Tensor, " n"], *, runs: bool) -> Iterator[None]:
+    """Let the head see only the chosen positions, and pass them on unless it ``runs``."""
     forward_of_head = head.forward
 
     def forward(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
-        chosen = hidden[loss_mask][None]
+        picked = hidden.flatten(0, 1).index_select(0, chosen)[None]
         if runs:
-            return forward_of_head(chosen, *args, **kwargs)
+            return forward_of_head(picked, *args, **kwargs)
         if isinstance(head, Replacement):
             head.call.reached = True
-        return chosen
+        return picked
 
     head.forward = forward
     try:

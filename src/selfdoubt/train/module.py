@@ -13,7 +13,6 @@ from torch.distributed.tensor import DTensor
 from torchmetrics import MeanMetric
 
 from selfdoubt import sculpt
-from selfdoubt.compat import find_eight_bit_adamw
 from selfdoubt.errors import ConfigError, NonFiniteError
 from selfdoubt.lm.adapters.lora import leave_casts_to_autocast
 from selfdoubt.members import Wrapped, innermost
@@ -21,6 +20,7 @@ from selfdoubt.rows import expand
 from selfdoubt.train.batches import Batch
 from selfdoubt.train.config import TrainConfig
 from selfdoubt.train.head import compute_mixture_losses, get_head, run_trunk, sum_losses, sum_sculpted_losses
+from selfdoubt.train.optimizer import build_optimizer
 
 
 class RiskAwareModule(lightning.LightningModule):
@@ -49,7 +49,7 @@ class RiskAwareModule(lightning.LightningModule):
         self.strict_loading = False  # checkpoints hold what trains, not the frozen base
         self.val_loss, self.val_accuracy = MeanMetric(), MeanMetric()
         self.train_losses: list[float] = []  #: one per step, for the record
-        self._step_loss = 0.0
+        self._batch_losses: list[Tensor] = []  #: of the step so far, on the device
         self._random: dict[str, Any] | None = None
 
     @property
@@ -79,9 +79,8 @@ class RiskAwareModule(lightning.LightningModule):
         """Return the sum of the surprisals of the tokens that count, nats."""
         voters = self.config.voters_per_row
         rows = _repeat(batch, voters) if voters > 1 else batch
-        loss_mask = rows.labels >= 0
-        head_input = run_trunk(self.model, _inputs(rows), loss_mask, training=voters == 1)
-        head, labels = get_head(self.model), rows.labels[loss_mask]
+        head_input = run_trunk(self.model, _inputs(rows), rows.chosen, training=voters == 1)
+        head, labels = get_head(self.model), rows.labels.flatten()[rows.chosen]
         if isinstance(head, sculpt.ScaledHead):
             draws = self.config.draws if self.config.sculpt_loss == "draws" else None
             distribution = cast(Wrapped, self.model).distribution
@@ -89,30 +88,42 @@ class RiskAwareModule(lightning.LightningModule):
         return sum_losses(head_input, head, labels)
 
     def training_step(self, batch: Batch, index: int) -> Tensor:  # noqa: ARG002
-        """Return the loss of one batch, scaled so that a step is the mean over all its tokens.
+        """Return the loss of one batch, scaled so that a step is the mean over all its tokens."""
+        # Lightning divides by the accumulated batches, data parallelism by the devices.
+        shares = self.config.accumulate * self.trainer.world_size
+        loss = self.loss(batch) * (shares / (batch.step_tokens * self.config.voters_per_row))
+        self._batch_losses.append(loss.detach())
+        return loss
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:  # noqa: ARG002
+        """Check the loss of the step before it changes a weight, and keep it: the sum over batches, mean over devices.
+
+        It is read here, behind the backward pass, so that Python waits for a GPU once per step.
 
         Raises:
             NonFiniteError: If the loss is NaN or infinite.
         """
-        # Lightning divides by the accumulated batches, data parallelism by the devices.
-        shares = self.config.accumulate * self.trainer.world_size
-        loss = self.loss(batch) * (shares / (batch.step_tokens * self.config.voters_per_row))
+        loss = torch.stack(self._batch_losses).mean()
         if not math.isfinite(loss.item()):
             raise NonFiniteError(
                 f"the loss of step {self.global_step} is {loss.item()}; lower lr (now {self.config.lr}), or clip"
             )
-        self._remember(loss.detach())
-        return loss
+        if (self.trainer.fit_loop.epoch_loop.batch_idx + 1) % self.config.accumulate == 0:
+            self._batch_losses.clear()
+            mean = float(self.trainer.strategy.reduce(loss, reduce_op="mean"))
+            self.train_losses.append(mean)
+            self.log("train/loss", mean, prog_bar=True)
 
     def validation_step(self, batch: Batch, index: int) -> None:  # noqa: ARG002
         """Measure the surprisal of each token that counts under the mean of all members, and the accuracy."""
         members = self.members
         rows = _repeat(batch, members)
-        head_input = run_trunk(self.model, _inputs(rows), rows.labels >= 0, training=False)
+        head_input = run_trunk(self.model, _inputs(rows), rows.chosen, training=False)
         if isinstance(self.model, Wrapped) and self.model.spec.has_base:  # which does not train
             head_input = head_input._replace(hidden=head_input.hidden[len(head_input.hidden) // members :])
             members -= 1
-        nll, right = compute_mixture_losses(head_input, get_head(self.model), batch.labels[batch.labels >= 0], members)
+        labels = batch.labels.flatten()[batch.chosen]
+        nll, right = compute_mixture_losses(head_input, get_head(self.model), labels, members)
         self.val_loss.update(nll.mean(), nll.numel())
         self.val_accuracy.update(right.float().mean(), nll.numel())
 
@@ -125,11 +136,7 @@ class RiskAwareModule(lightning.LightningModule):
         """Build AdamW for the parameters that train, and the schedule."""
         config = self.config
         trained = [p for p in self.parameters() if p.requires_grad]
-        if config.optimizer == "adamw8bit":
-            make: Any = find_eight_bit_adamw()
-            optimizer = make(trained, lr=config.lr, weight_decay=config.weight_decay)
-        else:
-            optimizer = torch.optim.AdamW(trained, lr=config.lr, weight_decay=config.weight_decay)
+        optimizer = build_optimizer(config, trained)
         steps = int(self.trainer.estimated_stepping_batches)
 
         def share(step: int) -> float:
@@ -163,22 +170,14 @@ class RiskAwareModule(lightning.LightningModule):
                 torch.cuda.set_rng_state_all(self._random["cuda"])
             self._random = None
 
-    def _remember(self, loss: Tensor) -> None:
-        """Keep one loss per step: the sum over its batches, the mean over devices."""
-        self._step_loss += float(loss) / self.config.accumulate
-        if (self.trainer.fit_loop.epoch_loop.batch_idx + 1) % self.config.accumulate == 0:
-            whole = torch.tensor(self._step_loss, device=self.device)
-            mean = float(self.trainer.strategy.reduce(whole, reduce_op="mean"))
-            self._step_loss = 0.0
-            self.train_losses.append(mean)
-            self.log("train/loss", mean, prog_bar=True)
-
 
 def _repeat(batch: Batch, members: int) -> Batch:
     """Repeat a batch for every member."""
+    firsts = torch.arange(members, device=batch.chosen.device)[:, None] * batch.labels.numel()
     return batch._replace(
         ids=expand(batch.ids, members), positions=expand(batch.positions, members),
         segments=expand(batch.segments, members), labels=expand(batch.labels, members),
+        chosen=(firsts + batch.chosen).flatten(),
     )  # fmt: skip
 
 

@@ -21,10 +21,11 @@ from torch.distributed.tensor import DTensor
 from selfdoubt.errors import ConfigError, SelfdoubtError
 from selfdoubt.lm.adapters.export import export_merged
 from selfdoubt.lm.adapters.new_folder import check_upload, upload
-from selfdoubt.train.build import build_model, build_trainer, count_devices
+from selfdoubt.train.build import build_model, build_trainer
 from selfdoubt.train.checkpoint import SETTINGS, load_trained_state
 from selfdoubt.train.config import TrainConfig
 from selfdoubt.train.datamodule import InstructionData
+from selfdoubt.train.devices import count_devices
 from selfdoubt.train.encode import Splits, prepare_splits
 from selfdoubt.train.module import RiskAwareModule
 from selfdoubt.train.publish import MERGED, History, check_publishable, publish
