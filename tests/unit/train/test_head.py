@@ -118,8 +118,9 @@ def test_a_scale_of_nothing_is_the_plain_loss():
     batch = rows()
     loss_mask = batch.labels >= 0
     head_input = run_trunk(model, inputs(batch), batch.chosen, training=True)
-    plain = sum_losses(run_trunk(causal("llama"), inputs(batch), batch.chosen, training=True), get_head(causal("llama")),
-                        batch.labels[loss_mask])  # fmt: skip
+    base = causal("llama")
+    plain_input = run_trunk(base, inputs(batch), batch.chosen, training=True)
+    plain = sum_losses(plain_input, get_head(base), batch.labels[loss_mask])
     for draws in (None, 3):
         found = sum_sculpted_losses(
             head_input, get_head(model), batch.labels[loss_mask], distribution=sculpt.Normal, draws=draws
@@ -143,3 +144,28 @@ def test_the_head_is_as_it_was_afterwards(family):
     run_trunk(model, inputs(rows()), rows().chosen, training=True)
     assert "forward" not in vars(get_head(model))
     assert model(**inputs(rows())).logits.shape[-1] == 61
+
+
+@pytest.mark.parametrize("distribution", [sculpt.Normal, sculpt.Laplace])
+@pytest.mark.parametrize(("draws", "piece"), [(None, 2**24), (None, 300), (2, 2**24)])
+def test_gradients_of_pieces_are_those_of_all_positions_at_once(distribution, draws, piece, monkeypatch):
+    """Of the scale branch and of the hidden states, against torch's own operations on all logits."""
+    monkeypatch.setattr(heads, "PIECE", piece)
+    model = sculpt.Wrapper(distribution=distribution, initial_scale=0.8)(causal("llama"))
+    batch, head = rows(), get_head(model)
+    labels = batch.labels.flatten()[batch.chosen]
+    hidden = run_trunk(model, inputs(batch), batch.chosen, training=True).hidden.detach().requires_grad_()
+    branch = [*head.branch.parameters()]
+    torch.manual_seed(3)
+    fast = sum_sculpted_losses(heads.HeadInput(hidden, False), head, labels, distribution=distribution, draws=draws)
+    fast_grads = torch.autograd.grad(0.3 * fast, [hidden, *branch])
+    y, scale = head.leaf(hidden).float(), head.scale(hidden).float()
+    if draws is None:
+        std = distribution.std((y, scale))
+        slow = F.cross_entropy(y / (1 + math.pi / 8 * std.square()).sqrt(), labels, reduction="sum")
+    else:
+        torch.manual_seed(3)
+        drawn = [distribution.sample((y, scale)).log_softmax(-1).gather(-1, labels[:, None]) for _ in range(draws)]
+        slow = -(torch.cat(drawn, -1).logsumexp(-1) - math.log(draws)).sum()
+    assert_close(fast, slow, rtol=1e-5, atol=1e-5)
+    assert_close(fast_grads, torch.autograd.grad(0.3 * slow, [hidden, *branch]), rtol=1e-4, atol=1e-6)
