@@ -89,7 +89,7 @@ class StepSampler(Sampler[BatchRows]):
         self.padding = choose_padding(config)
         self.epoch = 0
         self.start = 0  #: batches of the epoch that were done before the run was cut off
-        self.rows_per_step = config.batch_size * config.accumulate * world
+        self.rows_per_step = config.rows * config.accumulate * world
         self.batches = len(self._steps(0)) * config.accumulate
         if not self.batches:
             raise ConfigError(
@@ -105,7 +105,7 @@ class StepSampler(Sampler[BatchRows]):
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[BatchRows]:
-        micro = self.config.batch_size // self.config.groups
+        micro = self.config.rows // self.config.groups
         start, self.start = self.start, 0
         number = 0
         for step in self._steps(self.epoch)[: self.batches // self.config.accumulate]:

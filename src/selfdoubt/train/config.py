@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 else:  # torch is imported where a config is made, not where the flags are listed
     WrapperSettings = Any
 
+#: Rows of a step on one device, by default; with ``batch_size="auto"`` times ``accumulate``.
+ROWS_OF_A_STEP = 12
+
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -82,7 +85,12 @@ class TrainConfig:
 
     epochs: int = setting(5, "Number of passes over the data.")
     max_steps: int | None = setting(None, "Largest number of steps.")
-    batch_size: int = setting(12, "Rows of a step on one device.")
+    batch_size: int | Literal["auto"] = setting(
+        ROWS_OF_A_STEP,
+        f"Rows of a batch on one device. auto: a step has {ROWS_OF_A_STEP} rows times --accumulate, of which as many "
+        "run at a time as fit the memory.",
+        metavar="N|auto",
+    )
     accumulate: int = setting(1, "Batches whose gradients are added before a step.")
     lr: float = setting(2e-4, "Highest learning rate.")
     schedule: Literal["constant", "cosine"] = setting("constant", "Schedule of the learning rate after warm-up.")
@@ -131,7 +139,7 @@ class TrainConfig:
             raise ConfigError(f"val_share must be at least 0 and below 1, got {self.val_share}; try 0.02")
         if not 0 < self.val_every <= 1:
             raise ConfigError(f"val_every is a share of an epoch, above 0 and at most 1, got {self.val_every}")
-        if self.batch_size % self.groups:
+        if self.batch_size != "auto" and self.batch_size % self.groups:
             near = -(-self.batch_size // self.groups) * self.groups
             raise ConfigError(
                 f"each of {self.groups} voters learns from its own share of a batch, and batch_size="
@@ -167,6 +175,11 @@ class TrainConfig:
     def groups(self) -> int:
         """Groups of rows that a training batch is split into, one per voter."""
         return int(getattr(self.wrapper, "n_voters", 1)) // self.voters_per_row
+
+    @property
+    def rows(self) -> int:
+        """Rows of a batch on one device; where memory is still to decide, those of a step."""
+        return ROWS_OF_A_STEP if self.batch_size == "auto" else self.batch_size
 
     def logger_names(self) -> tuple[str, ...]:
         """Return the loggers, one by one."""

@@ -54,7 +54,7 @@ class InstructionData(lightning.LightningDataModule):
             raise DataError(f"{len(self.splits.val)} validation examples on {world} devices; raise val_share")
         lengths = self.splits.val.with_format("torch")["length"][:]
         sampler = LengthSortedSampler(
-            lengths, self.config.batch_size, rank=rank, world=world, padding=choose_padding(self.config),
+            lengths, self.config.rows, rank=rank, world=world, padding=choose_padding(self.config),
             limit=self.config.max_length,
         )  # fmt: skip
         return build_loader(self.splits.val, sampler, self.config.workers)

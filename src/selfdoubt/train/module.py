@@ -77,15 +77,7 @@ class RiskAwareModule(lightning.LightningModule):
 
     def loss(self, batch: Batch) -> Tensor:
         """Return the sum of the surprisals of the tokens that count, nats."""
-        voters = self.config.voters_per_row
-        rows = _repeat(batch, voters) if voters > 1 else batch
-        head_input = run_trunk(self.model, _inputs(rows), rows.chosen, training=voters == 1)
-        head, labels = get_head(self.model), rows.labels.flatten()[rows.chosen]
-        if isinstance(head, sculpt.ScaledHead):
-            draws = self.config.draws if self.config.sculpt_loss == "draws" else None
-            distribution = cast(Wrapped, self.model).distribution
-            return sum_sculpted_losses(head_input, head, labels, distribution=distribution, draws=draws)
-        return sum_losses(head_input, head, labels)
+        return compute_loss(self.model, self.config, batch)
 
     def training_step(self, batch: Batch, index: int) -> Tensor:  # noqa: ARG002
         """Return the loss of one batch, scaled so that a step is the mean over all its tokens."""
@@ -169,6 +161,19 @@ class RiskAwareModule(lightning.LightningModule):
             if self._random["cuda"]:
                 torch.cuda.set_rng_state_all(self._random["cuda"])
             self._random = None
+
+
+def compute_loss(model: nn.Module, config: TrainConfig, batch: Batch) -> Tensor:
+    """Return the sum of the surprisals of the tokens that count, nats, as a model learns from a batch."""
+    voters = config.voters_per_row
+    rows = _repeat(batch, voters) if voters > 1 else batch
+    head_input = run_trunk(model, _inputs(rows), rows.chosen, training=voters == 1)
+    head, labels = get_head(model), rows.labels.flatten()[rows.chosen]
+    if isinstance(head, sculpt.ScaledHead):
+        draws = config.draws if config.sculpt_loss == "draws" else None
+        distribution = cast(Wrapped, model).distribution
+        return sum_sculpted_losses(head_input, head, labels, distribution=distribution, draws=draws)
+    return sum_losses(head_input, head, labels)
 
 
 def _repeat(batch: Batch, members: int) -> Batch:
