@@ -105,6 +105,9 @@ class TrainConfig:
     dtype: str = setting("auto", "Type of the base's weights; auto takes the checkpoint's own.")
     quantize: Literal["nf4"] | None = setting(None, "nf4 keeps the frozen base in 4 bits.")
     checkpointing: bool = setting(False, "Compute activations again in the backward pass: slower and smaller.")
+    compile: bool = setting(
+        False, "Compile the decoder layers: quicker steps, mostly on a GPU, after minutes in which they are compiled."
+    )
     strategy: Literal["auto", "ddp", "ddp_notebook", "fsdp", "deepspeed_stage_2", "deepspeed_stage_3"] = setting(
         "auto", "Strategy for several devices; auto takes ddp."
     )
@@ -157,6 +160,8 @@ class TrainConfig:
             )
         if self.quantize and self.strategy in ("fsdp", "deepspeed_stage_3"):
             raise ConfigError(f"4-bit weights cannot be sharded by {self.strategy}; use strategy='ddp'")
+        if self.compile and self.strategy not in ("auto", "ddp", "ddp_notebook"):
+            raise ConfigError(f"compiled layers cannot be sharded by {self.strategy}; leave compile out, or use ddp")
         unknown = set(self.logger_names()) - {"csv", "tensorboard", "wandb"}
         if unknown:
             raise ConfigError(f"loggers must be csv, tensorboard, wandb or none, got {', '.join(sorted(unknown))}")

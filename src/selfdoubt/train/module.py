@@ -18,6 +18,7 @@ from selfdoubt.lm.adapters.lora import leave_casts_to_autocast
 from selfdoubt.members import Wrapped, innermost
 from selfdoubt.rows import expand
 from selfdoubt.train.batches import Batch
+from selfdoubt.train.compiled import CompiledLayers
 from selfdoubt.train.config import TrainConfig
 from selfdoubt.train.head import compute_mixture_losses, get_head, run_trunk, sum_losses, sum_sculpted_losses
 from selfdoubt.train.optimizer import build_optimizer
@@ -51,6 +52,7 @@ class RiskAwareModule(lightning.LightningModule):
         self.train_losses: list[float] = []  #: one per step, for the record
         self._batch_losses: list[Tensor] = []  #: of the step so far, on the device
         self._random: dict[str, Any] | None = None
+        self._compiled = CompiledLayers(model) if config.compile else None
 
     @property
     def members(self) -> int:
@@ -86,6 +88,16 @@ class RiskAwareModule(lightning.LightningModule):
         loss = self.loss(batch) * (shares / (batch.step_tokens * self.config.voters_per_row))
         self._batch_losses.append(loss.detach())
         return loss
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:  # noqa: ARG002
+        """Run compiled layers in this step, if the config says so."""
+        if self._compiled is not None:
+            self._compiled.on()
+
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:  # noqa: ARG002
+        """Run plain layers outside training steps."""
+        if self._compiled is not None:
+            self._compiled.off()
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:  # noqa: ARG002
         """Check the loss of the step before it changes a weight, and keep it: the sum over batches, mean over devices.
