@@ -28,22 +28,35 @@ def device_name() -> str:
     return f"{found[1].strip() if found else platform.processor()}, {torch.get_num_threads()} threads"
 
 
-def write(name: str, rows: list[Row], **settings: Any) -> Path:
-    """Write results beside what they were measured with, and renew the tables."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=HERE).stdout
-    FOLDER.mkdir(exist_ok=True)
+def current_commit() -> str:
+    """Return the short name of the commit that is measured."""
+    done = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=HERE, check=False
+    )
+    return done.stdout.strip()
+
+
+def locate(name: str) -> Path:
+    """Return the file of a benchmark's results on this device."""
     short = "gpu-" + re.sub(r"\W+", "-", device_name()).lower() if torch.cuda.is_available() else "cpu"
-    path = FOLDER / f"{name}-{short}.json"
+    return FOLDER / f"{name}-{short}.json"
+
+
+def write(name: str, rows: list[Row], *, path: Path | None = None, **settings: Any) -> Path:
+    """Write results beside what they were measured with, and renew the tables; with a path of one's own no tables."""
+    target = path or locate(name)
+    target.parent.mkdir(parents=True, exist_ok=True)
     record = {
         "device": device_name(),
-        "commit": commit.strip(),
+        "commit": current_commit(),
         "versions": {p: version(p) for p in PACKAGES},
         "settings": settings,
         "rows": rows,
     }
-    path.write_text(json.dumps(record, indent=1) + "\n")
-    tables()
-    return path
+    target.write_text(json.dumps(record, indent=1) + "\n")
+    if path is None:
+        tables()
+    return target
 
 
 def tables() -> None:
