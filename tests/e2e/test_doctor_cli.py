@@ -38,7 +38,7 @@ def test_doctor_gives_programs_one_object() -> None:
         (["--dtype", "float8"], "dtype must be auto"),
         (["--wrapper", "vote:n_voters=0"], "n_voters"),
         (["--steps", "600"], "600 steps do not fit the model's context of 512 tokens"),
-        (["--batch", "0"], "0 is not in the range"),
+        (["--batch", "0"], "greater than or equal to 1"),
     ],
 )
 def test_bad_input_gets_one_line(arguments, message, monkeypatch, capsys) -> None:

@@ -62,8 +62,8 @@ def build_config(config: type[T], values: Mapping[str, Any], **more: Any) -> T:
     return config(**{**given, **more})
 
 
-def parse_number_or_word(text: str) -> Any:
-    """Return a whole number, or a text that is none as it is: the dataclass knows its words."""
+def parse_number_or_word(text: str | int) -> str | int:
+    """Return a whole number, or a text that is none as it is (the dataclass knows its words), or a default."""
     try:
         return int(text)
     except ValueError:

@@ -13,8 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from selfdoubt.compat import is_quantized, list_lora_layers, list_quantization_states
+from selfdoubt.compat import get_output_head, is_quantized, list_quantization_states
 from selfdoubt.errors import ConfigError
+from selfdoubt.kernels import count_features
+from selfdoubt.lm.adapters.lora import list_lora_names
 from selfdoubt.lm.decode import decode
 from selfdoubt.lm.front import ModelWithFront
 from selfdoubt.lm.hardware import Device, describe_device, synchronize
@@ -157,12 +159,7 @@ def measure_weights(model: nn.Module) -> tuple[WeightSizes, int, int, int]:
 
     A step reads one row of the embedding, unless it is the head, too.
     """
-    added = set(list_added_names(model))
-    layers = [name for name, _ in list_lora_layers(model)]
-    added |= {
-        name for name, _ in model.named_parameters()
-        if any(name.startswith(f"{layer}.") and ".base_layer." not in name[len(layer) :] for layer in layers)
-    }  # fmt: skip
+    added = set(list_added_names(model)) | list_lora_names(model)
     states = [t for state in list_quantization_states(model) for t in vars(state).values() if isinstance(t, Tensor)]
     kept = {id(t): t for name, t in (*model.named_parameters(), *model.named_buffers()) if name not in added}
     kept |= {id(t): t for t in states}
@@ -172,12 +169,14 @@ def measure_weights(model: nn.Module) -> tuple[WeightSizes, int, int, int]:
         name = str(tensor.dtype).removeprefix("torch.")
         by_dtype[name] = by_dtype.get(name, 0) + tensor.nbytes
     packed = [m for m in model.modules() if is_quantized(m)]
-    parameters = sum(p.numel() for i, p in kept.items() if isinstance(p, nn.Parameter))
-    parameters += sum(m.in_features * m.out_features - m.get_parameter("weight").numel() for m in packed)  # type: ignore[operator]
-    sizes = WeightSizes(int(parameters), sum(by_dtype.values()), by_dtype, bool(packed))
+    parameters = sum(p.numel() for p in kept.values() if isinstance(p, nn.Parameter))
+    for layer in packed:
+        fan_in, fan_out = count_features(layer)
+        parameters += fan_in * fan_out - layer.get_parameter("weight").numel()
+    sizes = WeightSizes(parameters, sum(by_dtype.values()), by_dtype, bool(packed))
     extra_bytes = sum(p.nbytes for p in extra.values())
     base: Any = innermost(model)
-    table, head = base.get_input_embeddings(), base.get_output_embeddings()
+    table, head = base.get_input_embeddings(), get_output_head(base)
     is_tied = head is not None and getattr(head, "weight", None) is getattr(table, "weight", None)
     unread = 0 if is_tied else sum(p.nbytes for p in table.parameters() if id(p) in kept)
     return sizes, sum(p.numel() for p in extra.values()), extra_bytes, sizes.bytes + extra_bytes - unread

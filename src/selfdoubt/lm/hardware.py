@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,7 +60,7 @@ def describe_device(device: torch.device) -> Device:
         free, total = torch.cuda.mem_get_info(device)
         name = torch.cuda.get_device_name(device)
         threads, cores = None, None
-        bf16 = ("tensor cores",) if torch.cuda.is_bf16_supported(including_emulation=False) else ()
+        bf16: tuple[str, ...] = ("tensor cores",) if torch.cuda.is_bf16_supported(including_emulation=False) else ()
     else:
         total, free = read_cpu_memory()
         info = _read_text("/proc/cpuinfo")
@@ -110,7 +111,7 @@ def list_attention_kernels(kind: str) -> tuple[str, ...]:
     """Return the kernels that ``scaled_dot_product_attention`` may choose on a kind of device."""
     if kind == "cpu":
         return ("flash", "math")
-    switches = {
+    switches: dict[str, Callable[[], bool]] = {
         "flash": torch.backends.cuda.flash_sdp_enabled,
         "mem-efficient": torch.backends.cuda.mem_efficient_sdp_enabled,
         "cudnn": torch.backends.cuda.cudnn_sdp_enabled,

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import move_data_to_device
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -66,7 +67,7 @@ def resolve_batch_size(
     def run(size: int) -> None:
         batch = build_longest_batch(config, examples, size)
         with torch.enable_grad(), _autocast(config, device):
-            total = loss(model, config, Batch(*(x.to(device) if isinstance(x, Tensor) else x for x in batch)))
+            total = loss(model, config, move_data_to_device(batch, device))
         total.backward()  # type: ignore[no-untyped-call]
 
     model.train()
@@ -117,17 +118,19 @@ def count_peak_bytes(run: Callable[[], None]) -> int:
 
     It counts what torch's operations return, on a CPU: not their own scratch memory, nor what allocators keep.
     """
-    with _AllocationCounter() as counter:
+    counter = _AllocationCounter()
+    with counter:
         run()
     return counter.peak
 
 
-class _AllocationCounter(TorchDispatchMode):
+class _AllocationCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """A mode in which the storages of all results are counted while they live."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.now = self.peak = 0
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.now = 0
+        self.peak = 0
         self._alive: dict[int, int] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -34,7 +34,7 @@ class CompiledLayers:
     def on(self) -> None:
         """Run the compiled forwards from now on, also where a backward pass runs a layer again."""
         for layer, forward in self._forwards:
-            layer.forward = forward  # type: ignore[assignment]
+            layer.forward = forward
 
     def off(self) -> None:
         """Run the plain forwards again."""

@@ -168,7 +168,7 @@ def sum_in_pieces(
         width: Numbers per position that the loss computes; a piece has at most ``PIECE``.
     """
     trained = [p for p in head.parameters() if p.requires_grad]
-    total: Tensor = _SumInPieces.apply(of_piece, max(1, PIECE // width), labels, hidden, *trained)
+    total: Tensor = _SumInPieces.apply(of_piece, max(1, PIECE // width), labels, hidden, *trained)  # type: ignore[no-untyped-call]
     return total
 
 

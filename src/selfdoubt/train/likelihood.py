@@ -15,12 +15,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 #: Numbers of a block on a CPU: five buffers of them fit a core's second-level cache. A GPU takes all rows at once.
-BLOCK = 2**16
+BLOCK_NUMBERS = 2**16
 
 
 def sum_surprisals(logits: Float[Tensor, "n classes"], labels: Int[Tensor, " n"]) -> Float[Tensor, ""]:
     """Return the sum of the labels' surprisals, nats: ``F.cross_entropy(logits.float(), labels, reduction="sum")``."""
-    total: Tensor = _Surprisals.apply(logits, None, labels, 0.0)
+    total: Tensor = _Surprisals.apply(logits, None, labels, 0.0)  # type: ignore[no-untyped-call]
     return total
 
 
@@ -41,7 +41,7 @@ def sum_expected_surprisals(
         labels: Classes.
         std_per_scale: Standard deviation of the distribution of scale 1: 1 for a normal one, ``sqrt(2)`` for Laplace's.
     """
-    total: Tensor = _Surprisals.apply(logits, raw_scales, labels, std_per_scale)
+    total: Tensor = _Surprisals.apply(logits, raw_scales, labels, std_per_scale)  # type: ignore[no-untyped-call]
     return total
 
 
@@ -58,7 +58,7 @@ class _Surprisals(torch.autograd.Function):
         total = torch.zeros((), device=y.device)
         has_grad = any(ctx.needs_input_grad[:2])
         grads = [None if x is None or not has_grad else torch.empty_like(x) for x in (y, s)]
-        rows = max(1, BLOCK // y.shape[1]) if y.device.type == "cpu" else max(1, len(y))
+        rows = max(1, BLOCK_NUMBERS // y.shape[1]) if y.device.type == "cpu" else max(1, len(y))
         buffers: list[Tensor] = []
         for first in range(0, len(y), rows):
             part = slice(first, first + rows)
@@ -90,18 +90,17 @@ def _run_block(
         z.mul_(r)
     highest = z.amax(-1, keepdim=True)
     at_label = z.gather(1, labels)
-    if grads[0] is None:
-        return (z.sub_(highest).exp_().sum(-1, keepdim=True).log_() + highest - at_label).sum()
     dy, ds = grads
+    if dy is None:
+        return (z.sub_(highest).exp_().sum(-1, keepdim=True).log_() + highest - at_label).sum()
     if s is not None:
-        assert ds is not None
         # -c k r^2 y std sigmoid(s), to be multiplied by p r; r y is z.
         slope = raw.sigmoid_().mul_(std).mul_(z).mul_(r).mul_(-_C * k)
     p = z.sub_(highest).exp_()
     mass = p.sum(-1, keepdim=True)
     p.div_(mass)
     p.scatter_add_(1, labels, torch.full_like(mass, -1.0))
-    if s is not None:
+    if ds is not None:
         p.mul_(r)
         ds.copy_(slope.mul_(p))
     dy.copy_(p)

@@ -30,7 +30,7 @@ def written_out(y, s, labels, std_per_scale):
 
 @pytest.fixture(params=[1, 2 * CLASSES, 2**16])
 def _blocks(request, monkeypatch):
-    monkeypatch.setattr(likelihood, "BLOCK", request.param)
+    monkeypatch.setattr(likelihood, "BLOCK_NUMBERS", request.param)
 
 
 @pytest.mark.usefixtures("_blocks")
