@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from selfdoubt.lm.hardware import synchronize
 from torch import Tensor, nn
 
 from selfdoubt import sample, sculpt, vote
 from selfdoubt.lm.decode import DecodeBatch, TokenSequence, decode_batch
+from selfdoubt.lm.hardware import synchronize
 from selfdoubt.lm.prefill import prefill
 from selfdoubt.lm.probes import find_probes
 from selfdoubt.lm.sampling import Sampling

@@ -28,12 +28,13 @@ def device_name() -> str:
     return f"{found[1].strip() if found else platform.processor()}, {torch.get_num_threads()} threads"
 
 
-def write(name: str, rows: list[Row], **settings: Any) -> Path:
-    """Write results beside what they were measured with, and renew the tables."""
-    path = find_path(name)
-    _write(path, rows, settings)
-    tables()
-    return path
+def write(name: str, rows: list[Row], *, path: Path | None = None, **settings: Any) -> Path:
+    """Write results beside what they were measured with, and renew the tables; with a path of one's own no tables."""
+    target = path or find_path(name)
+    _write(target, rows, settings)
+    if path is None:
+        tables()
+    return target
 
 
 def find_path(name: str) -> Path:

@@ -1,4 +1,4 @@
-"""Ways to train on the same records, each a LightningModule in a Trainer of its own, that take one step when told to.
+"""Ways to train on the same records, each a LightningModule in a Trainer of its own, that take one step at a time.
 
 The model has a known shape and random weights. The tokenizer is a byte-level BPE of 16,384 pieces at most, learnt from
 the records themselves: about 1.4 tokens a word, as real ones have. Its ids fill only the front of a large vocabulary,
@@ -27,8 +27,8 @@ from benchmarks.arms import SHAPES
 from selfdoubt import vote
 
 Record = dict[str, str]
-#: Puts records into a batch; says how many tokens of it are no padding.
-Collate = Callable[[Sequence[Record]], tuple[Any, int]]
+#: Puts rows, each of one or more records, into a batch; returns how many tokens of it are no padding, too.
+Collate = Callable[[Sequence[Sequence[Record]]], tuple[Any, int]]
 
 TINY: dict[str, Any] = {
     "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -88,9 +88,10 @@ def build(options: Options) -> nn.Module:
     shape = {**TINY, **SHAPES.get(options.shape, {}), "vocab_size": options.vocabulary}
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
-    model: Any = LlamaForCausalLM(LlamaConfig(**shape, tie_word_embeddings=True, max_position_embeddings=2048))
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):  # on the host it would take minutes
+        model: Any = LlamaForCausalLM(LlamaConfig(**shape, tie_word_embeddings=True, max_position_embeddings=2048))
     torch.set_default_dtype(before)
-    model = model.to("cuda" if torch.cuda.is_available() else "cpu").requires_grad_(False)
+    model.requires_grad_(False)
     if options.nf4:
         _pack(model)
     frozen: nn.Module = model.train()
@@ -99,7 +100,7 @@ def build(options: Options) -> nn.Module:
 
 
 def make(arm: str, options: Options) -> tuple[lightning.LightningModule, Collate]:
-    """An arm by name: ``tutorial-lora``, ``tutorial-vote``, ``peft`` or ``ours-WRAPPER``."""
+    """An arm by name: ``tutorial-lora``, ``tutorial-vote``, ``peft`` or ``ours-WRAPPER[-packed][-compiled]...``."""
     from transformers import AutoTokenizer
 
     torch.manual_seed(0)
@@ -110,9 +111,9 @@ def make(arm: str, options: Options) -> tuple[lightning.LightningModule, Collate
         return ours(arm.removeprefix("ours-"), model, tokenizer, options)
     padding = "longest" if arm == "peft" else "max_length"
 
-    def collate(records: Sequence[Record]) -> tuple[Any, int]:
+    def collate(rows: Sequence[Sequence[Record]]) -> tuple[Any, int]:
         encoded = tokenizer(
-            [text(r) + tokenizer.eos_token for r in records],
+            [text(record) + tokenizer.eos_token for row in rows for record in row],
             padding=padding, truncation=True, max_length=options.length, return_tensors="pt",
         )  # fmt: skip
         ids, mask = encoded["input_ids"], encoded["attention_mask"]
@@ -188,7 +189,7 @@ class Arm:
     """A LightningModule in a running Trainer that waits for the records of its next step."""
 
     def __init__(self, module: lightning.LightningModule, collate: Collate, steps: int) -> None:
-        self._records: queue.Queue[Sequence[Record]] = queue.Queue()
+        self._records: queue.Queue[Sequence[Sequence[Record]]] = queue.Queue()
         self._done: queue.Queue[float | BaseException | None] = queue.Queue()
         self._collate, self._steps, self._tokens = collate, steps, 0
         logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
@@ -198,9 +199,9 @@ class Arm:
         memory.forget_peak()
         self._before = memory.now()
 
-    def step(self, records: Sequence[Record]) -> tuple[float, int]:
+    def step(self, rows: Sequence[Sequence[Record]]) -> tuple[float, int]:
         """Take one step; returns its loss and how many tokens of the batch were no padding."""
-        self._records.put(records)
+        self._records.put(rows)
         loss = self._result()
         assert loss is not None
         return loss, self._tokens

@@ -71,6 +71,16 @@ def find_eight_bit_adamw() -> type:
     return optimizer
 
 
+def allow_clipping(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """Let Lightning clip the gradients of a fused optimiser, in place; for training without a scaler of gradients.
+
+    A fused optimiser can take the scale of float16's gradients away itself, so Lightning refuses to clip before it;
+    bfloat16 and float32 have no such scale.
+    """
+    vars(optimizer)["_step_supports_amp_scaling"] = False
+    return optimizer
+
+
 def get_base_layer(module: nn.Module) -> nn.Module:
     """Return the layer inside an adapter layer (PEFT), or the module itself."""
     inner = getattr(module, "base_layer", None)

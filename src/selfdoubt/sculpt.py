@@ -220,11 +220,16 @@ class ScaledHead(Replacement):
 
     def scale(self, h: Tensor) -> Tensor:
         """Predict the scale of the head's outputs for its inputs, above 0."""
-        # The branch may have been packed into 4 bits: its biases still have the dtype.
-        dtype = next((p.dtype for p in self.branch.parameters() if p.is_floating_point()), h.dtype)
-        scale: Tensor = self.branch(h if torch.is_autocast_enabled(h.device.type) else h.to(dtype))
+        scale = self.raw_scale(h)
         # A scale of exactly 0 would make every error infinitely unlikely.
         return F.softplus(scale) + torch.finfo(scale.dtype).tiny
+
+    def raw_scale(self, h: Tensor) -> Tensor:
+        """Predict the scale before its softplus, which makes it positive."""
+        # The branch may have been packed into 4 bits: its biases still have the dtype.
+        dtype = next((p.dtype for p in self.branch.parameters() if p.is_floating_point()), h.dtype)
+        raw: Tensor = self.branch(h if torch.is_autocast_enabled(h.device.type) else h.to(dtype))
+        return raw
 
 
 def _branch(head: nn.Module, spec: Wrapper) -> nn.Sequential:

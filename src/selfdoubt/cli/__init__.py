@@ -20,6 +20,7 @@ from selfdoubt.cli.ask import ask
 from selfdoubt.cli.calibrate import calibrate
 from selfdoubt.cli.chat import chat
 from selfdoubt.cli.compare import compare
+from selfdoubt.cli.doctor import doctor
 from selfdoubt.cli.evaluate import evaluate
 from selfdoubt.cli.export import export
 from selfdoubt.cli.prepare import prepare
@@ -35,7 +36,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (ask, chat, serve, score, prepare, train, evaluate, calibrate, report, compare, export):
+for command in (ask, chat, serve, score, prepare, train, evaluate, calibrate, report, compare, export, doctor):
     app.command()(command)
 
 

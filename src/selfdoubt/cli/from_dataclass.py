@@ -9,7 +9,8 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, Field, fields, is_dataclass
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_type_hints
+from types import NoneType, UnionType
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from selfdoubt.errors import require
 
@@ -61,6 +62,14 @@ def build_config(config: type[T], values: Mapping[str, Any], **more: Any) -> T:
     return config(**{**given, **more})
 
 
+def parse_number_or_word(text: str | int) -> str | int:
+    """Return a whole number, or a text that is none as it is (the dataclass knows its words), or a default."""
+    try:
+        return int(text)
+    except ValueError:
+        return text
+
+
 def _described(config: type) -> Iterator[tuple[str, Field[Any], Any]]:
     kinds = get_type_hints(config)
     for field in fields(config):
@@ -87,9 +96,19 @@ def _make_flag(name: str, field: Field[Any], kind: Any, optional: bool) -> inspe
         if kind is bool:
             names[0] += f"/--no-{names[0].removeprefix('--')}"
         kind, default = kind | None, None
+    choices = (
+        [each for each in get_args(kind) if each is not NoneType] if get_origin(kind) in (UnionType, Union) else []
+    )
+    parser = None
+    if len(choices) > 1:  # a number or a word, which typer has no type for
+        kind, parser = str | None if optional else str, parse_number_or_word
     # A name keeps typer from making up a negative flag of its own.
     option = typer.Option(
-        *names, help=text, metavar=field.metadata.get("metavar"), show_default=not optional and default is not None
+        *names,
+        parser=parser,
+        help=text,
+        metavar=field.metadata.get("metavar"),
+        show_default=not optional and default is not None,
     )
     return inspect.Parameter(
         name,

@@ -1,6 +1,7 @@
 """Batches of training examples: the sampler that groups rows by length, packing, collation and loaders.
 
-An optimiser step takes ``batch_size * accumulate * devices`` rows of about the same length. Each batch knows how many
+An optimiser step takes ``batch_size * accumulate * devices`` rows of about the same length, padded to a multiple of
+``pad_to`` tokens. Each batch knows how many
 tokens count in its whole step, so that every token of a step weighs the same, in whichever way its
 rows are split over members, accumulated batches and devices.
 """
@@ -17,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from selfdoubt.errors import ConfigError
 from selfdoubt.train.config import TrainConfig
+from selfdoubt.train.devices import choose_padding
 
 #: Rows are sorted by length within this many steps: long enough for little padding, short enough for good shuffling.
 STEPS_SORTED_TOGETHER = 16
@@ -29,16 +31,20 @@ class Batch(NamedTuple):
     positions: Int[Tensor, "rows t"]
     segments: Int[Tensor, "rows t"]  #: 0 is padding
     labels: Int[Tensor, "rows t"]  #: the next token where it counts, else -100
+    chosen: Int[Tensor, " n"]  #: positions that count, row after row: indices into ``labels.flatten()``
     step_tokens: int  #: tokens that count in the whole step, over all its batches and devices
     packed: bool
 
-    def mask(self) -> Bool[Tensor, "rows 1 t t"] | Int[Tensor, "rows t"] | None:
-        """Return the attention mask: None without padding, ones and zeros per row, with packing a square per row."""
-        if self.packed:
-            same = self.segments[:, None, :, None] == self.segments[:, None, None, :]
-            return same & torch.ones_like(same[0, 0]).tril()
-        real = self.segments > 0
-        return None if bool(real.all()) else real.long()
+    def mask(self) -> Bool[Tensor, "rows 1 t t"] | None:
+        """Return the attention mask: with packing a square per row, else None.
+
+        Padding on the right needs no mask in a causal model: no token sees what follows it. Without one, attention
+        runs its fastest kernels.
+        """
+        if not self.packed:
+            return None
+        same = self.segments[:, None, :, None] == self.segments[:, None, None, :]
+        return same & torch.ones_like(same[0, 0]).tril()
 
     @property
     def tokens(self) -> int:
@@ -51,7 +57,8 @@ class BatchRows(NamedTuple):
 
     rows: list[list[int]]
     step_tokens: int
-    width: int | None  #: with packing, rows are this long
+    width: int  #: tokens in a row, with its padding
+    packed: bool
 
 
 class StepSampler(Sampler[BatchRows]):
@@ -79,9 +86,10 @@ class StepSampler(Sampler[BatchRows]):
     ) -> None:
         self.lengths, self.counted, self.config = lengths, counted, config
         self.rank, self.world = rank, world
+        self.padding = choose_padding(config)
         self.epoch = 0
         self.start = 0  #: batches of the epoch that were done before the run was cut off
-        self.rows_per_step = config.batch_size * config.accumulate * world
+        self.rows_per_step = config.rows * config.accumulate * world
         self.batches = len(self._steps(0)) * config.accumulate
         if not self.batches:
             raise ConfigError(
@@ -97,8 +105,7 @@ class StepSampler(Sampler[BatchRows]):
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[BatchRows]:
-        micro = self.config.batch_size // self.config.groups
-        width = self.config.max_length if self.config.pack else None
+        micro = self.config.rows // self.config.groups
         start, self.start = self.start, 0
         number = 0
         for step in self._steps(self.epoch)[: self.batches // self.config.accumulate]:
@@ -109,8 +116,15 @@ class StepSampler(Sampler[BatchRows]):
             for k in range(self.config.accumulate):
                 if number >= start:
                     first = (k * self.world + self.rank) * micro
-                    yield BatchRows([row for group in groups for row in group[first : first + micro]], total, width)
+                    rows = [row for group in groups for row in group[first : first + micro]]
+                    yield BatchRows(rows, total, self._width(rows), self.config.pack)
                 number += 1
+
+    def _width(self, rows: list[list[int]]) -> int:
+        if self.config.pack:
+            return self.config.max_length
+        longest = max(int(self.lengths[row].sum()) for row in rows)
+        return round_up(longest, self.padding, self.config.max_length)
 
     def _steps(self, epoch: int) -> list[list[list[int]]]:
         """Return the rows of each whole step; those that fill none are left to another epoch's order."""
@@ -151,6 +165,11 @@ def pack_rows(order: Sequence[int], lengths: Tensor, width: int) -> list[list[in
     return rows
 
 
+def round_up(length: int, multiple: int, limit: int) -> int:
+    """Return the least multiple that holds a length, but no more than the limit, which the model may not read past."""
+    return min(-(-length // multiple) * multiple, max(limit, length))
+
+
 class BatchDataset(Dataset[Batch]):
     """A data set of batches by a sampler's rows. Texts stay in memory-mapped files, which workers share."""
 
@@ -159,13 +178,16 @@ class BatchDataset(Dataset[Batch]):
 
     def __getitem__(self, rows: BatchRows) -> Batch:
         """Return the tensors of some rows."""
-        return collate([[self.examples[i] for i in row] for row in rows.rows], rows.step_tokens, rows.width)
+        examples = [[self.examples[i] for i in row] for row in rows.rows]
+        return collate(examples, rows.step_tokens, rows.width, packed=rows.packed)
 
 
-def collate(rows: Sequence[Sequence[Any]], step_tokens: int, width: int | None = None) -> Batch:
-    """Return the tensors of rows of examples, padded on the right to the longest row (with packing, to ``width``)."""
-    longest = width or max(sum(len(e["ids"]) for e in row) for row in rows)
-    ids = torch.zeros(len(rows), longest, dtype=torch.long)
+def collate(
+    rows: Sequence[Sequence[Any]], step_tokens: int, width: int | None = None, *, packed: bool = False
+) -> Batch:
+    """Return the tensors of rows of examples, padded on the right to ``width``; None pads to the longest row."""
+    width = width or max(sum(len(e["ids"]) for e in row) for row in rows)
+    ids = torch.zeros(len(rows), width, dtype=torch.long)
     positions, segments = torch.zeros_like(ids), torch.zeros_like(ids)
     labels = torch.full_like(ids, -100)
     for r, row in enumerate(rows):
@@ -178,7 +200,9 @@ def collate(rows: Sequence[Sequence[Any]], step_tokens: int, width: int | None =
             predicted = torch.tensor(example["counts"])[1:]
             labels[r, start : end - 1] = tokens[1:].where(predicted, -100)
             start = end
-    return Batch(ids, positions, segments, labels, step_tokens, width is not None)
+    # Found here, on the CPU: to find them on a GPU would wait for all that runs there.
+    chosen = (labels.flatten() >= 0).nonzero().flatten()
+    return Batch(ids, positions, segments, labels, chosen, step_tokens, packed)
 
 
 def build_loader(examples: Any, sampler: Sampler[BatchRows], workers: int) -> DataLoader[Batch]:
@@ -197,7 +221,10 @@ def build_loader(examples: Any, sampler: Sampler[BatchRows], workers: int) -> Da
 class LengthSortedSampler(Sampler[BatchRows]):
     """Sampler of validation batches, sorted by length: every example once, equally many batches on each device."""
 
-    def __init__(self, lengths: Tensor, batch_size: int, *, rank: int = 0, world: int = 1) -> None:
+    def __init__(
+        self, lengths: Tensor, batch_size: int, *, rank: int = 0, world: int = 1, padding: int = 1, limit: int = 0
+    ) -> None:
+        self.lengths, self.padding, self.limit = lengths, padding, limit
         # The longest first, so that a lack of memory shows at once.
         order = [int(i) for i in torch.argsort(lengths, descending=True, stable=True)]
         largest = -(-len(order) // world)
@@ -210,4 +237,5 @@ class LengthSortedSampler(Sampler[BatchRows]):
 
     def __iter__(self) -> Iterator[BatchRows]:
         for batch in self.batches:
-            yield BatchRows([[int(i)] for i in batch], 0, None)
+            width = round_up(int(self.lengths[batch].max()), self.padding, self.limit)
+            yield BatchRows([[int(i)] for i in batch], 0, width, packed=False)

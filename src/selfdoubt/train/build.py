@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,6 +16,7 @@ from selfdoubt.lm.adapters.lora import add_lora
 from selfdoubt.lm.load import load_model
 from selfdoubt.members import innermost
 from selfdoubt.train.config import TrainConfig
+from selfdoubt.train.devices import choose_device, count_devices
 from selfdoubt.train.encode import prepare_tokenizer
 
 
@@ -30,7 +30,7 @@ def build_model(config: TrainConfig) -> tuple[nn.Module, Any]:
     base, tokenizer = load_model(
         config.model,
         dtype=config.dtype,
-        device=_device_of_packed(config) if config.quantize else "cpu",
+        device=choose_device(config) if config.quantize else "cpu",  # packed weights cannot be moved
         quantize=config.quantize,
         revision=config.revision,
         trust_remote_code=config.trust_remote_code,
@@ -75,11 +75,6 @@ def wrap_base(base: nn.Module, config: TrainConfig) -> nn.Module:
             base, r=config.lora_r, alpha=config.lora_alpha, dropout=config.lora_dropout, targets=config.lora_targets
         )
     return model if config.wrapper is None else config.wrapper(model)
-
-
-def count_devices(config: TrainConfig) -> int:
-    """Return the number of devices that train together."""
-    return (config.devices or max(1, torch.cuda.device_count())) * config.nodes
 
 
 def build_trainer(config: TrainConfig, run: Path, batches: int, *, has_validation: bool) -> lightning.Trainer:
@@ -130,12 +125,6 @@ def build_trainer(config: TrainConfig, run: Path, batches: int, *, has_validatio
         enable_model_summary=False,
         default_root_dir=run,
     )
-
-
-def _device_of_packed(config: TrainConfig) -> str:
-    """Return the device of packed weights, which cannot be moved; Lightning moves all else there."""
-    on_gpu = config.accelerator != "cpu" and torch.cuda.is_available()
-    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if on_gpu else "cpu"
 
 
 def _strategy(config: TrainConfig) -> Any:

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 else:  # torch is imported where a config is made, not where the flags are listed
     WrapperSettings = Any
 
+#: Rows of a step on one device, by default; with ``batch_size="auto"`` times ``accumulate``.
+ROWS_OF_A_STEP = 12
+
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -65,6 +68,12 @@ class TrainConfig:
     loss_on: Literal["response", "all"] = setting("response", "Tokens that count in the loss.")
     max_length: int = setting(400, "Longest example in tokens; longer ones are cut at their end.")
     pack: bool = setting(False, "Put several short examples into one row, with borders that attention respects.")
+    pad_to: int | Literal["auto"] = setting(
+        "auto",
+        "Pad rows to a multiple of this many tokens, so that few shapes occur; auto is 64 on a GPU, whose libraries "
+        "prepare each new shape for a while, and 1 on a CPU.",
+        metavar="N|auto",
+    )
     val_share: float = setting(0.02, "Share of the examples for validation and reference quantiles.")
     question_column: str | None = setting(None, "Column of the question, where its name does not say it.")
     answer_column: str | None = setting(None, "Column of the answer to learn, where its name does not say it.")
@@ -76,7 +85,12 @@ class TrainConfig:
 
     epochs: int = setting(5, "Number of passes over the data.")
     max_steps: int | None = setting(None, "Largest number of steps.")
-    batch_size: int = setting(12, "Rows of a step on one device.")
+    batch_size: int | Literal["auto"] = setting(
+        ROWS_OF_A_STEP,
+        f"Rows of a batch on one device. auto: a step has {ROWS_OF_A_STEP} rows times --accumulate, of which as many "
+        "run at a time as fit the memory.",
+        metavar="N|auto",
+    )
     accumulate: int = setting(1, "Batches whose gradients are added before a step.")
     lr: float = setting(2e-4, "Highest learning rate.")
     schedule: Literal["constant", "cosine"] = setting("constant", "Schedule of the learning rate after warm-up.")
@@ -91,6 +105,9 @@ class TrainConfig:
     dtype: str = setting("auto", "Type of the base's weights; auto takes the checkpoint's own.")
     quantize: Literal["nf4"] | None = setting(None, "nf4 keeps the frozen base in 4 bits.")
     checkpointing: bool = setting(False, "Compute activations again in the backward pass: slower and smaller.")
+    compile: bool = setting(
+        False, "Compile the decoder layers: quicker steps, mostly on a GPU, after minutes in which they are compiled."
+    )
     strategy: Literal["auto", "ddp", "ddp_notebook", "fsdp", "deepspeed_stage_2", "deepspeed_stage_3"] = setting(
         "auto", "Strategy for several devices; auto takes ddp."
     )
@@ -117,7 +134,7 @@ class TrainConfig:
         _check_wrapper(self.wrapper)
         for name, least in _AT_LEAST.items():
             value = getattr(self, name)
-            if value is not None and not value >= least:
+            if value is not None and value != "auto" and not value >= least:
                 raise ConfigError(f"{name} must be at least {least}, got {value}")
         if not 0 < self.lr < 1:
             raise ConfigError(f"lr must be between 0 and 1, got {self.lr}; try 2e-4")
@@ -125,7 +142,7 @@ class TrainConfig:
             raise ConfigError(f"val_share must be at least 0 and below 1, got {self.val_share}; try 0.02")
         if not 0 < self.val_every <= 1:
             raise ConfigError(f"val_every is a share of an epoch, above 0 and at most 1, got {self.val_every}")
-        if self.batch_size % self.groups:
+        if self.batch_size != "auto" and self.batch_size % self.groups:
             near = -(-self.batch_size // self.groups) * self.groups
             raise ConfigError(
                 f"each of {self.groups} voters learns from its own share of a batch, and batch_size="
@@ -148,6 +165,8 @@ class TrainConfig:
             )
         if self.quantize and self.strategy in ("fsdp", "deepspeed_stage_3"):
             raise ConfigError(f"4-bit weights cannot be sharded by {self.strategy}; use strategy='ddp'")
+        if self.compile and self.strategy not in ("auto", "ddp", "ddp_notebook"):
+            raise ConfigError(f"compiled layers cannot be sharded by {self.strategy}; leave compile out, or use ddp")
         unknown = set(self.logger_names()) - {"csv", "tensorboard", "wandb"}
         if unknown:
             raise ConfigError(f"loggers must be csv, tensorboard, wandb or none, got {', '.join(sorted(unknown))}")
@@ -166,6 +185,11 @@ class TrainConfig:
     def groups(self) -> int:
         """Groups of rows that a training batch is split into, one per voter."""
         return int(getattr(self.wrapper, "n_voters", 1)) // self.voters_per_row
+
+    @property
+    def rows(self) -> int:
+        """Rows of a batch on one device; where memory is still to decide, those of a step."""
+        return ROWS_OF_A_STEP if self.batch_size == "auto" else self.batch_size
 
     def logger_names(self) -> tuple[str, ...]:
         """Return the loggers, one by one."""
@@ -191,7 +215,7 @@ class TrainConfig:
 _AT_LEAST = {
     "draws": 1, "lora_r": 1, "epochs": 1, "batch_size": 1, "accumulate": 1, "nodes": 1, "max_length": 8,
     "checkpoint_every": 1, "workers": 0, "warmup": 0, "devices": 0, "clip": 0, "weight_decay": 0, "limit": 2,
-    "reference": 0, "reference_tokens": 1, "max_steps": 1, "patience": 1,
+    "reference": 0, "reference_tokens": 1, "max_steps": 1, "patience": 1, "pad_to": 1,
 }  # fmt: skip
 
 

@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader
 from selfdoubt.errors import DataError
 from selfdoubt.train.batches import Batch, LengthSortedSampler, StepSampler, build_loader
 from selfdoubt.train.config import TrainConfig
+from selfdoubt.train.devices import choose_padding
 from selfdoubt.train.encode import Splits
 
 
@@ -52,7 +53,10 @@ class InstructionData(lightning.LightningDataModule):
         if len(self.splits.val) < world:
             raise DataError(f"{len(self.splits.val)} validation examples on {world} devices; raise val_share")
         lengths = self.splits.val.with_format("torch")["length"][:]
-        sampler = LengthSortedSampler(lengths, self.config.batch_size, rank=rank, world=world)
+        sampler = LengthSortedSampler(
+            lengths, self.config.rows, rank=rank, world=world, padding=choose_padding(self.config),
+            limit=self.config.max_length,
+        )  # fmt: skip
         return build_loader(self.splits.val, sampler, self.config.workers)
 
     def state_dict(self) -> dict[str, Any]:

@@ -13,15 +13,16 @@ from torch.distributed.tensor import DTensor
 from torchmetrics import MeanMetric
 
 from selfdoubt import sculpt
-from selfdoubt.compat import find_eight_bit_adamw
 from selfdoubt.errors import ConfigError, NonFiniteError
 from selfdoubt.lm.adapters.lora import leave_casts_to_autocast
 from selfdoubt.lm.attention_backends import steady_attention
 from selfdoubt.members import Wrapped, innermost
 from selfdoubt.rows import expand
 from selfdoubt.train.batches import Batch
+from selfdoubt.train.compiled import CompiledLayers
 from selfdoubt.train.config import TrainConfig
 from selfdoubt.train.head import compute_mixture_losses, get_head, run_trunk, sum_losses, sum_sculpted_losses
+from selfdoubt.train.optimizer import build_optimizer
 
 
 class RiskAwareModule(lightning.LightningModule):
@@ -50,8 +51,9 @@ class RiskAwareModule(lightning.LightningModule):
         self.strict_loading = False  # checkpoints hold what trains, not the frozen base
         self.val_loss, self.val_accuracy = MeanMetric(), MeanMetric()
         self.train_losses: list[float] = []  #: one per step, for the record
-        self._step_loss = 0.0
+        self._batch_losses: list[Tensor] = []  #: of the step so far, on the device
         self._random: dict[str, Any] | None = None
+        self._compiled = CompiledLayers(model) if config.compile else None
 
     @property
     def members(self) -> int:
@@ -78,45 +80,44 @@ class RiskAwareModule(lightning.LightningModule):
 
     def loss(self, batch: Batch) -> Tensor:
         """Return the sum of the surprisals of the tokens that count, nats."""
-        voters = self.config.voters_per_row
-        rows = _repeat(batch, voters) if voters > 1 else batch
-        loss_mask = rows.labels >= 0
-        with steady_attention():
-            head_input = run_trunk(self.model, self._inputs(rows), loss_mask, training=voters == 1)
-        head, labels = get_head(self.model), rows.labels[loss_mask]
-        if isinstance(head, sculpt.ScaledHead):
-            draws = self.config.draws if self.config.sculpt_loss == "draws" else None
-            distribution = cast(Wrapped, self.model).distribution
-            return sum_sculpted_losses(head_input, head, labels, distribution=distribution, draws=draws)
-        return sum_losses(head_input, head, labels)
-
-    def _inputs(self, batch: Batch) -> dict[str, Any]:
-        """Return the model's inputs; where voters read the answer only, also the positions that predict it."""
-        inputs: dict[str, Any] = {"input_ids": batch.ids, "use_cache": False}
-        mask = batch.mask()
-        if mask is not None:
-            inputs["attention_mask"] = mask
-        if batch.packed:
-            inputs["position_ids"] = batch.positions
-        if isinstance(self.model, Wrapped) and getattr(self.model.spec, "start", "prompt") == "answer":
-            inputs["active"] = batch.labels >= 0
-        return inputs
+        return compute_loss(self.model, self.config, batch)
 
     def training_step(self, batch: Batch, index: int) -> Tensor:  # noqa: ARG002
-        """Return the loss of one batch, scaled so that a step is the mean over all its tokens.
+        """Return the loss of one batch, scaled so that a step is the mean over all its tokens."""
+        # Lightning divides by the accumulated batches, data parallelism by the devices.
+        shares = self.config.accumulate * self.trainer.world_size
+        loss = self.loss(batch) * (shares / (batch.step_tokens * self.config.voters_per_row))
+        self._batch_losses.append(loss.detach())
+        return loss
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:  # noqa: ARG002
+        """Run compiled layers in this step, if the config says so."""
+        if self._compiled is not None:
+            self._compiled.on()
+
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:  # noqa: ARG002
+        """Run plain layers outside training steps."""
+        if self._compiled is not None:
+            self._compiled.off()
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:  # noqa: ARG002
+        """Check the loss of the step before it changes a weight, and keep it: the sum over batches, mean over devices.
+
+        It is read here, behind the backward pass, so that Python waits for a GPU once per step.
 
         Raises:
             NonFiniteError: If the loss is NaN or infinite.
         """
-        # Lightning divides by the accumulated batches, data parallelism by the devices.
-        shares = self.config.accumulate * self.trainer.world_size
-        loss = self.loss(batch) * (shares / (batch.step_tokens * self.config.voters_per_row))
+        loss = torch.stack(self._batch_losses).mean()
         if not math.isfinite(loss.item()):
             raise NonFiniteError(
                 f"the loss of step {self.global_step} is {loss.item()}; lower lr (now {self.config.lr}), or clip"
             )
-        self._remember(loss.detach())
-        return loss
+        if (self.trainer.fit_loop.epoch_loop.batch_idx + 1) % self.config.accumulate == 0:
+            self._batch_losses.clear()
+            mean = float(self.trainer.strategy.reduce(loss, reduce_op="mean"))
+            self.train_losses.append(mean)
+            self.log("train/loss", mean, prog_bar=True)
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """Run the backward pass; where activations were not kept, attention runs again, as it ran forward."""
@@ -128,11 +129,12 @@ class RiskAwareModule(lightning.LightningModule):
         members = self.members
         rows = _repeat(batch, members)
         with steady_attention():
-            head_input = run_trunk(self.model, self._inputs(rows), rows.labels >= 0, training=False)
+            head_input = run_trunk(self.model, _build_inputs(self.model, rows), rows.chosen, training=False)
         if isinstance(self.model, Wrapped) and self.model.spec.has_base:  # which does not train
             head_input = head_input._replace(hidden=head_input.hidden[len(head_input.hidden) // members :])
             members -= 1
-        nll, right = compute_mixture_losses(head_input, get_head(self.model), batch.labels[batch.labels >= 0], members)
+        labels = batch.labels.flatten()[batch.chosen]
+        nll, right = compute_mixture_losses(head_input, get_head(self.model), labels, members)
         self.val_loss.update(nll.mean(), nll.numel())
         self.val_accuracy.update(right.float().mean(), nll.numel())
 
@@ -145,11 +147,7 @@ class RiskAwareModule(lightning.LightningModule):
         """Build AdamW for the parameters that train, and the schedule."""
         config = self.config
         trained = [p for p in self.parameters() if p.requires_grad]
-        if config.optimizer == "adamw8bit":
-            make: Any = find_eight_bit_adamw()
-            optimizer = make(trained, lr=config.lr, weight_decay=config.weight_decay)
-        else:
-            optimizer = torch.optim.AdamW(trained, lr=config.lr, weight_decay=config.weight_decay)
+        optimizer = build_optimizer(config, trained)
         steps = int(self.trainer.estimated_stepping_batches)
 
         def share(step: int) -> float:
@@ -183,20 +181,39 @@ class RiskAwareModule(lightning.LightningModule):
                 torch.cuda.set_rng_state_all(self._random["cuda"])
             self._random = None
 
-    def _remember(self, loss: Tensor) -> None:
-        """Keep one loss per step: the sum over its batches, the mean over devices."""
-        self._step_loss += float(loss) / self.config.accumulate
-        if (self.trainer.fit_loop.epoch_loop.batch_idx + 1) % self.config.accumulate == 0:
-            whole = torch.tensor(self._step_loss, device=self.device)
-            mean = float(self.trainer.strategy.reduce(whole, reduce_op="mean"))
-            self._step_loss = 0.0
-            self.train_losses.append(mean)
-            self.log("train/loss", mean, prog_bar=True)
+
+def compute_loss(model: nn.Module, config: TrainConfig, batch: Batch) -> Tensor:
+    """Return the sum of the surprisals of the tokens that count, nats, as a model learns from a batch."""
+    voters = config.voters_per_row
+    rows = _repeat(batch, voters) if voters > 1 else batch
+    with steady_attention():
+        head_input = run_trunk(model, _build_inputs(model, rows), rows.chosen, training=voters == 1)
+    head, labels = get_head(model), rows.labels.flatten()[rows.chosen]
+    if isinstance(head, sculpt.ScaledHead):
+        draws = config.draws if config.sculpt_loss == "draws" else None
+        distribution = cast(Wrapped, model).distribution
+        return sum_sculpted_losses(head_input, head, labels, distribution=distribution, draws=draws)
+    return sum_losses(head_input, head, labels)
 
 
 def _repeat(batch: Batch, members: int) -> Batch:
     """Repeat a batch for every member."""
+    firsts = torch.arange(members, device=batch.chosen.device)[:, None] * batch.labels.numel()
     return batch._replace(
         ids=expand(batch.ids, members), positions=expand(batch.positions, members),
         segments=expand(batch.segments, members), labels=expand(batch.labels, members),
+        chosen=(firsts + batch.chosen).flatten(),
     )  # fmt: skip
+
+
+def _build_inputs(model: nn.Module, batch: Batch) -> dict[str, Any]:
+    """Return the model's inputs; where voters read the answer only, also the positions that predict it."""
+    inputs: dict[str, Any] = {"input_ids": batch.ids, "use_cache": False}
+    mask = batch.mask()
+    if mask is not None:
+        inputs["attention_mask"] = mask
+    if batch.packed:
+        inputs["position_ids"] = batch.positions
+    if isinstance(model, Wrapped) and getattr(model.spec, "start", "prompt") == "answer":
+        inputs["active"] = batch.labels >= 0
+    return inputs

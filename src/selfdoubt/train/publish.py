@@ -112,7 +112,7 @@ def publish(config: TrainConfig, model: nn.Module, tokenizer: Any, out: Path, *,
 def answer_all(lm: RiskAwareLM, questions: list[list[dict[str, str]]], config: TrainConfig) -> list[Answer]:
     """Answer the questions that leave room for an answer."""
     fit = [question for question in questions if has_room(lm, question)]
-    return lm.generate(fit, max_tokens=config.reference_tokens, batch_size=config.batch_size) if fit else []
+    return lm.generate(fit, max_tokens=config.reference_tokens, batch_size=config.rows) if fit else []
 
 
 def has_room(lm: RiskAwareLM, question: list[dict[str, str]]) -> bool:

@@ -21,12 +21,14 @@ from torch.distributed.tensor import DTensor
 from selfdoubt.errors import ConfigError, SelfdoubtError
 from selfdoubt.lm.adapters.export import export_merged
 from selfdoubt.lm.adapters.new_folder import check_upload, upload
-from selfdoubt.train.build import build_model, build_trainer, count_devices
+from selfdoubt.train.batch_size import resolve_batch_size
+from selfdoubt.train.build import build_model, build_trainer
 from selfdoubt.train.checkpoint import SETTINGS, load_trained_state
 from selfdoubt.train.config import TrainConfig
 from selfdoubt.train.datamodule import InstructionData
+from selfdoubt.train.devices import count_devices
 from selfdoubt.train.encode import Splits, prepare_splits
-from selfdoubt.train.module import RiskAwareModule
+from selfdoubt.train.module import RiskAwareModule, compute_loss
 from selfdoubt.train.publish import MERGED, History, check_publishable, publish
 
 _ADVICE = (
@@ -69,6 +71,7 @@ def fit(config: TrainConfig, trainer: lightning.Trainer | None = None) -> Path:
     if _is_first():
         check_publishable(config, model, tokenizer, out)
     splits = prepare_splits(config, tokenizer, run / DATA)
+    config = resolve_batch_size(config, splits.train, compute_loss, model, run / SETTINGS)
     data = InstructionData(splits, config)
     with _quietly():
         batches = len(data.steps(count_devices(config)))

@@ -91,3 +91,24 @@ def test_fields_without_a_flag_come_from_the_caller():
     values = {"style": "short", "show_all": False, "number": 1, "share": None}
     assert build_config(Outer, values, hidden=("a",)).hidden == ("a",)
     assert build_config(Outer, {"number": 1, "share": None}, inner=Inner("long")).inner == Inner("long")
+
+
+@dataclass(frozen=True)
+class Sized:
+    size: int | Literal["auto"] = setting(12, "How many, or auto.", metavar="N|auto")
+
+
+@pytest.mark.parametrize(("text", "value"), [("7", 7), ("auto", "auto"), ("many", "many")])
+@pytest.mark.parametrize("optional", [False, True])
+def test_a_number_or_a_word_is_read_as_what_it_is(text: str, value: Any, optional: bool) -> None:
+    read: list[Any] = []
+
+    @with_flags(Sized, optional=optional)
+    def collect(**settings: Any) -> int:
+        read.append(settings["size"])
+        return 0
+
+    assert run(collect, "--size", text).exit_code == 0
+    assert run(collect).exit_code == 0
+    assert read == [value, None if optional else 12]
+    assert "N|auto" in help_of(collect)

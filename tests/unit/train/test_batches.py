@@ -115,13 +115,13 @@ def test_labels_are_the_next_tokens_that_count():
     batch = collate([[A], [B]], 2)
     assert batch.ids.tolist() == [[5, 6, 7], [8, 9, 0]]
     assert batch.labels.tolist() == [[-100, 7, -100], [9, -100, -100]]
-    assert batch.mask().tolist() == [[1, 1, 1], [1, 1, 0]]
+    assert batch.chosen.tolist() == [1, 3]
+    assert batch.mask() is None
     assert batch.tokens == 5
-    assert collate([[A], [A]], 2).mask() is None
 
 
 def test_packed_examples_do_not_see_each_other():
-    batch = collate([[A, B]], 2, 6)
+    batch = collate([[A, B]], 2, 6, packed=True)
     assert batch.ids.tolist() == [[5, 6, 7, 8, 9, 0]]
     assert batch.positions.tolist() == [[0, 1, 2, 0, 1, 0]]
     assert batch.labels.tolist() == [[-100, 7, -100, 9, -100, -100]]
@@ -129,3 +129,23 @@ def test_packed_examples_do_not_see_each_other():
     assert sees[4].tolist() == [False, False, False, True, True, False]
     assert sees[2].tolist() == [True, True, True, False, False, False]
     assert sees[5].any()  # padding sees itself: a row of a softmax cannot be empty
+
+
+@pytest.mark.parametrize("pad_to", [1, 8, 64])
+def test_rows_are_padded_to_few_widths_within_the_longest(pad_to):
+    batches = list(steps(pad_to=pad_to))
+    for batch in batches:
+        longest = max(int(LENGTHS[row].sum()) for row in batch.rows)
+        assert longest <= batch.width <= 32
+        assert batch.width == 32 or batch.width % pad_to == 0
+        assert batch.width - longest < pad_to
+    assert len({batch.width for batch in batches}) <= 32 // pad_to + 1
+
+
+def test_validation_is_padded_in_the_same_way():
+    widths = [batch.width for batch in LengthSortedSampler(LENGTHS, 4, padding=8, limit=30)]
+    assert set(widths) <= {8, 16, 24, 30}
+
+
+def test_auto_pads_to_the_longest_row_on_a_cpu():
+    assert [b.width for b in steps(accelerator="cpu")] == [b.width for b in steps(pad_to=1)]

@@ -56,6 +56,9 @@ def test_the_tutorials_settings_are_the_defaults():
         ({"merge": True, "wrapper": "none", "quantize": "nf4"}, "cannot be merged into 4-bit"),
         ({"loggers": "csv,mlflow"}, "loggers must be csv, tensorboard, wandb or none, got mlflow"),
         ({"limit": 1}, "limit must be at least 2"),
+        ({"batch_size": "all"}, "batch_size must be int or 'auto', got 'all'"),
+        ({"pad_to": 0}, "pad_to must be at least 1, got 0"),
+        ({"compile": True, "strategy": "fsdp"}, "compiled layers cannot be sharded by fsdp"),
     ],
 )
 def test_a_bad_setting_is_one_line(settings, wanted):

@@ -34,7 +34,12 @@ def rows(n=4, seed=0):
 
 
 def inputs(batch):
-    return {"input_ids": batch.ids, "attention_mask": batch.mask(), "use_cache": False}
+    return {"input_ids": batch.ids, "use_cache": False}
+
+
+def masked(batch):
+    """The same with a mask over the padding, which a causal model does not need."""
+    return inputs(batch) | {"attention_mask": (batch.segments > 0).long()}
 
 
 def trained(model):
@@ -49,10 +54,10 @@ def test_the_loss_is_that_of_all_logits(family, name, piece, monkeypatch):
     model = causal(family) if WRAPPERS[name] is None else WRAPPERS[name](causal(family))
     batch = rows()
     loss_mask = batch.labels >= 0
-    whole = model(**inputs(batch)) if name == "none" else model(**inputs(batch), training=True)
+    whole = model(**masked(batch)) if name == "none" else model(**masked(batch), training=True)
     slow = F.cross_entropy(whole.logits[loss_mask].float(), batch.labels[loss_mask], reduction="sum")
     fast = sum_losses(
-        run_trunk(model, inputs(batch), loss_mask, training=True), get_head(model), batch.labels[loss_mask]
+        run_trunk(model, inputs(batch), batch.chosen, training=True), get_head(model), batch.labels[loss_mask]
     )
     assert_close(fast, slow, rtol=1e-5, atol=1e-6)
     if name != "none":
@@ -69,9 +74,10 @@ def test_the_validation_loss_is_that_of_the_mixture(family, name, piece, monkeyp
     members = 1 if WRAPPERS[name] is None else model.spec.members(training=False)
     batch = rows()
     loss_mask = batch.labels >= 0
-    whole = (model if name == "none" else model.eval())(**inputs(batch)).logits[loss_mask]
+    whole = (model if name == "none" else model.eval())(**masked(batch)).logits[loss_mask]
     grown = {k: v.repeat(members, 1) if torch.is_tensor(v) else v for k, v in inputs(batch).items()}
-    head_input = run_trunk(model, grown, loss_mask.repeat(members, 1), training=False)
+    chosen = loss_mask.repeat(members, 1).flatten().nonzero().flatten()
+    head_input = run_trunk(model, grown, chosen, training=False)
     nll, right = compute_mixture_losses(head_input, get_head(model), batch.labels[loss_mask], members)
     assert_close(nll, F.cross_entropy(whole.float(), batch.labels[loss_mask], reduction="none"), rtol=1e-4, atol=1e-5)
     assert torch.equal(right, whole.argmax(-1) == batch.labels[loss_mask])
@@ -98,7 +104,7 @@ def test_the_closed_likelihood_of_random_logits_is_near_their_mean(piece, monkey
     batch = rows()
     loss_mask = batch.labels >= 0
     labels = batch.labels[loss_mask]
-    head_input = run_trunk(model, inputs(batch), loss_mask, training=True)
+    head_input = run_trunk(model, inputs(batch), batch.chosen, training=True)
     closed = sum_sculpted_losses(head_input, get_head(model), labels, distribution=sculpt.Normal, draws=None)
     monkeypatch.setattr(heads, "PIECE", 2**24)
     drawn = sum_sculpted_losses(head_input, get_head(model), labels, distribution=sculpt.Normal, draws=4000)
@@ -111,9 +117,10 @@ def test_a_scale_of_nothing_is_the_plain_loss():
     model = sculpt.Wrapper(initial_scale=1e-6)(causal("llama"))
     batch = rows()
     loss_mask = batch.labels >= 0
-    head_input = run_trunk(model, inputs(batch), loss_mask, training=True)
-    plain = sum_losses(run_trunk(causal("llama"), inputs(batch), loss_mask, training=True), get_head(causal("llama")),
-                        batch.labels[loss_mask])  # fmt: skip
+    head_input = run_trunk(model, inputs(batch), batch.chosen, training=True)
+    base = causal("llama")
+    plain_input = run_trunk(base, inputs(batch), batch.chosen, training=True)
+    plain = sum_losses(plain_input, get_head(base), batch.labels[loss_mask])
     for draws in (None, 3):
         found = sum_sculpted_losses(
             head_input, get_head(model), batch.labels[loss_mask], distribution=sculpt.Normal, draws=draws
@@ -134,6 +141,31 @@ def test_draws_average_probabilities_not_losses():
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_head_is_as_it_was_afterwards(family):
     model = causal(family)
-    run_trunk(model, inputs(rows()), rows().labels >= 0, training=True)
+    run_trunk(model, inputs(rows()), rows().chosen, training=True)
     assert "forward" not in vars(get_head(model))
     assert model(**inputs(rows())).logits.shape[-1] == 61
+
+
+@pytest.mark.parametrize("distribution", [sculpt.Normal, sculpt.Laplace])
+@pytest.mark.parametrize(("draws", "piece"), [(None, 2**24), (None, 300), (2, 2**24)])
+def test_gradients_of_pieces_are_those_of_all_positions_at_once(distribution, draws, piece, monkeypatch):
+    """Of the scale branch and of the hidden states, against torch's own operations on all logits."""
+    monkeypatch.setattr(heads, "PIECE", piece)
+    model = sculpt.Wrapper(distribution=distribution, initial_scale=0.8)(causal("llama"))
+    batch, head = rows(), get_head(model)
+    labels = batch.labels.flatten()[batch.chosen]
+    hidden = run_trunk(model, inputs(batch), batch.chosen, training=True).hidden.detach().requires_grad_()
+    branch = [*head.branch.parameters()]
+    torch.manual_seed(3)
+    fast = sum_sculpted_losses(heads.HeadInput(hidden, False), head, labels, distribution=distribution, draws=draws)
+    fast_grads = torch.autograd.grad(0.3 * fast, [hidden, *branch])
+    y, scale = head.leaf(hidden).float(), head.scale(hidden).float()
+    if draws is None:
+        std = distribution.std((y, scale))
+        slow = F.cross_entropy(y / (1 + math.pi / 8 * std.square()).sqrt(), labels, reduction="sum")
+    else:
+        torch.manual_seed(3)
+        drawn = [distribution.sample((y, scale)).log_softmax(-1).gather(-1, labels[:, None]) for _ in range(draws)]
+        slow = -(torch.cat(drawn, -1).logsumexp(-1) - math.log(draws)).sum()
+    assert_close(fast, slow, rtol=1e-5, atol=1e-5)
+    assert_close(fast_grads, torch.autograd.grad(0.3 * slow, [hidden, *branch]), rtol=1e-4, atol=1e-6)

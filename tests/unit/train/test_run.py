@@ -145,9 +145,24 @@ def test_packing_gives_the_losses_of_rows_apart(config, wrapper):
     chats = [[{"role": "user", "content": q}, {"role": "assistant", "content": q}] for q in ("What is it?", "Zürich")]
     examples = [encode_chat(words, chat, loss_on="all", max_length=64)._asdict() for chat in chats]
     voters = 3 if wrapper == "vote" else 1
-    together = module.loss(collate([examples] * voters, 1, 96))
+    together = module.loss(collate([examples] * voters, 1, 96, packed=True))
     separately = module.loss(collate([[e] for _ in range(voters) for e in examples], 1))
     assert_close(together, separately, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("wrapper", ["vote", "sculpt", "none"])
+def test_padding_to_few_shapes_changes_neither_losses_nor_gradients(config, tmp_path, wrapper):
+    gradients = []
+    for pad_to in (1, 64):
+        settings = replace(config, wrapper=WRAPPERS[wrapper], pad_to=pad_to)
+        model, _ = build_model(settings)
+        module = RiskAwareModule(model.eval().double(), settings)
+        batch = next(batches_of(settings, tmp_path))
+        loss = module.loss(batch)
+        gradients.append([loss, *torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad])])
+        widths = {b.ids.shape[1] for b, _ in zip(batches_of(settings, tmp_path), range(9), strict=False)}
+        assert len(widths) > 1 if pad_to == 1 else widths == {64}
+    assert_close(gradients[1], gradients[0])
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
