@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import warnings
-from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -94,7 +94,7 @@ def both(model, samplings, starts, steps=("captured", "eager")):
         _, following = prefill(stepper, starts)
         sequences = [TokenSequence(n, s, n, 60) for n, s in enumerate(samplings)]
         if step == "eager":
-            batch = DecodeBatch(stepper, following, sequences)
+            batch: Any = DecodeBatch(stepper, following, sequences)
         else:
             decoder = StaticDecoder(
                 lambda: HFStepper(model, (), None, find_probes(model)), step, buckets=Buckets(8, 16)
@@ -132,7 +132,7 @@ def test_captured_steps_against_eager_ones(name, dtype):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_is_captured(family):
     dtype = torch.float32
-    model = replace(WRAPPERS["vote"], rank=None)(causal(family, dtype)).to("cuda")
+    model = vote.Wrapper(n_voters=3, weight_noise=0.5)(causal(family, dtype)).to("cuda")
     try:
         ours, theirs = both(model, [Sampling(max_tokens=12)] * 2, prompts(5, 5))
     finally:
@@ -186,7 +186,7 @@ def test_an_engine_under_load_agrees_with_single_answers(pocket):
     pocket.step = "captured"
     engine = Engine(pocket, Limits(batch=7))
     engine.start(wait=True)
-    answers = [None] * len(options)
+    answers: list[Any] = [None] * len(options)
 
     def ask(i):
         (answers[i],) = engine.generate(QUESTIONS[i % 3], **options[i]).answers()

@@ -158,7 +158,7 @@ def test_the_cache_grows_and_shrinks():
     stepper = static(causal("llama"))
     prefill(stepper, prompts(3))
     assert stepper.size is None
-    sizes = []
+    sizes: list[tuple[int, int] | None] = []
     for step in range(40):
         if step == 2:
             for _ in range(5):

@@ -207,7 +207,7 @@ def test_batches_that_both_run_can_join(ahead):
         stepper = HFStepper(model)
         _, following = prefill(stepper, [starts[n] for n in names])
         parts.append(decoder.start(stepper, following, [TokenSequence(n, samplings[n], n, 40) for n in names]))
-    found = {n: [] for n in range(4)}
+    found: dict[int, list[int]] = {n: [] for n in range(4)}
     for batch in parts:
         for event in batch.choose():
             found[event.sequence].append(event.token.id)

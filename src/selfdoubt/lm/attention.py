@@ -155,7 +155,7 @@ class _RecordedConfig:
         from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
         config = module.config
-        self.original = config.original if isinstance(config, _RecordedConfig) else config
+        self.original: Any = config.original if isinstance(config, _RecordedConfig) else config
         self.recording, self.place = recording, place
         # A model's file may have functions of its own.
         self.functions = getattr(

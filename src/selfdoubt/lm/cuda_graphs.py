@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
+from typing import Any
 
 import torch
 
@@ -30,7 +31,7 @@ class GraphCache:
     def __init__(self, device: torch.device, most: int = MAX_GRAPHS) -> None:
         self._device, self._most = device, most
         self._graphs: OrderedDict[Hashable, tuple[torch.cuda.CUDAGraph, TurnOutput]] = OrderedDict()
-        self._pool: tuple[int, int] | None = None
+        self._pool: Any = None
         self._bytes: dict[Hashable, int] = {}
 
     def __len__(self) -> int:
@@ -74,7 +75,8 @@ class GraphCache:
         """
         saved = turn.save()
         with torch.cuda.device(self._device), turn.probing(), steady_attention():
-            stream, current = torch.cuda.Stream(), torch.cuda.current_stream()
+            stream: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+            current = torch.cuda.current_stream()
             stream.wait_stream(current)
             try:
                 with torch.cuda.stream(stream):

@@ -15,6 +15,8 @@ from selfdoubt.lm.static_decoder import StaticDecoder
 from selfdoubt.lm.step_modes import StepMode, choose_step_mode
 from selfdoubt.lm.step_output import StepOutput
 from selfdoubt.lm.stepper import HFStepper
+from selfdoubt.members import Wrapped
+from selfdoubt.rows import Replacement
 
 
 class StepMemory(NamedTuple):
@@ -28,9 +30,7 @@ class StepMemory(NamedTuple):
 class _Known(NamedTuple):
     """A decoder, and what it was made for."""
 
-    model: nn.Module
-    layers: tuple[int, ...]
-    mode: StepMode
+    purpose: tuple[object, ...]
     decoder: StaticDecoder
 
 
@@ -46,16 +46,24 @@ def find_decoder(lm: ModelWithFront) -> StaticDecoder | None:
     mode = choose_step_mode(lm.step, next(lm.model.parameters()).device)
     if mode == "eager":
         return None
-    known = _DECODERS.get(lm)
-    if known is None or (known.model, known.layers, known.mode) != (lm.model, lm.front.layers, mode):
-        known = _DECODERS[lm] = _build_decoder(lm.model, lm.front.layers, mode)
+    known, purpose = _DECODERS.get(lm), (id(lm.model), lm.front.layers, mode, *_describe(lm.model))
+    if known is None or known.purpose != purpose:
+        known = _DECODERS[lm] = _Known(purpose, _build_decoder(lm.model, lm.front.layers, mode))
     return known.decoder
 
 
-def _build_decoder(model: nn.Module, layers: tuple[int, ...], mode: StepMode) -> _Known:
+def _build_decoder(model: nn.Module, layers: tuple[int, ...], mode: StepMode) -> StaticDecoder:
     """Build the decoder of a model; it holds the model, and not the ``RiskAwareLM`` around it."""
-    decoder = StaticDecoder(lambda: HFStepper(model, layers, None, find_probes(model)), mode)
-    return _Known(model, layers, mode, decoder)
+    return StaticDecoder(lambda: HFStepper(model, layers, None, find_probes(model)), mode)
+
+
+def _describe(model: nn.Module) -> tuple[object, ...]:
+    """Return what a captured step holds as constants: settings of wrappers, and the addresses of all weights."""
+    specs = tuple(module.spec for module in model.modules() if isinstance(module, Wrapped))
+    scales = tuple(getattr(module, "alpha", None) for module in model.modules() if isinstance(module, Replacement))
+    measured = density.find_measured_leaf(model)
+    fitted = None if measured is None else (measured.is_fitted, measured.has_background)
+    return specs, scales, fitted, tuple(x.data_ptr() for x in (*model.parameters(), *model.buffers()))
 
 
 def measure_step_memory(lm: ModelWithFront) -> StepMemory:

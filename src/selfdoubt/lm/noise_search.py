@@ -20,6 +20,7 @@ from selfdoubt.lm.answer import Answer
 from selfdoubt.lm.front import LMFront, ModelWithFront
 from selfdoubt.lm.generation import generate_answers
 from selfdoubt.lm.inputs import PromptLike
+from selfdoubt.lm.step_modes import StepMode
 from selfdoubt.lm.text.prompt import encode
 from selfdoubt.members import Wrapped, innermost
 from selfdoubt.noise import SMALLEST, STEPS, NoiseLimits, NoiseSearch, NoiseTally, NoiseTrial, find_noisy, search_size
@@ -83,6 +84,7 @@ class _BaseModel:
 
     model: nn.Module
     front: LMFront
+    step: StepMode = "eager"
 
 
 def search_noise(

@@ -38,7 +38,7 @@ class TurnResult:
             copies = [self._copy(x) for x in (numbers, output.states, output.attention)]
             assert copies[0] is not None
             output = TurnOutput(replace(output.table, numbers=copies[0]), copies[1], copies[2])
-            self._event = torch.cuda.Event()
+            self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._event.record(torch.cuda.current_stream(numbers.device))
         self._output = output
 

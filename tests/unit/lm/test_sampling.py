@@ -39,5 +39,5 @@ def test_the_kind_of_draws_is_the_cheapest_that_serves_all():
 def test_logits_that_are_not_numbers_choose_a_token_that_there_is(draws):
     logits = torch.tensor([[torch.nan, 1.0], [torch.inf, -torch.inf], [torch.nan, torch.nan]])
     settings = torch.tensor([[1.0] * 3, [0.5] * 3, [0.7] * 3], dtype=torch.float64)
-    chosen = choose_on_device(logits, *settings, draws)
+    chosen = choose_on_device(logits, settings[0], settings[1], settings[2], draws)
     assert ((chosen >= 0) & (chosen < 2)).all()

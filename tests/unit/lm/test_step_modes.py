@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import warnings
 import weakref
@@ -10,8 +11,9 @@ import pytest
 import torch
 import transformers
 
-from selfdoubt import RiskAwareLM
+from selfdoubt import RiskAwareLM, vote
 from selfdoubt.errors import ConfigError, FallbackWarning
+from selfdoubt.lm.answer_from import set_answer_from
 from selfdoubt.lm.attention_backends import steady_attention
 from selfdoubt.lm.decoding import StepMemory, find_decoder, measure_step_memory, start_decoding
 from selfdoubt.lm.slots import choose_bucket
@@ -103,6 +105,22 @@ def test_a_decoder_is_built_once_for_a_model_and_its_layers():
     assert find_decoder(lm) is not decoder
 
 
+def test_a_decoder_is_built_again_for_other_settings_and_other_weights():
+    base = copy.deepcopy(zoo.talker())
+    lm = RiskAwareLM(vote.Wrapper(n_voters=2, rank=2)(base).eval(), zoo.tokenizer(), step="static")
+    seen = [find_decoder(lm)]
+    set_answer_from(lm.model, "base")
+    seen.append(find_decoder(lm))
+    for leaf in lm.model.modules():
+        if isinstance(leaf, vote.VotingLeaf):
+            leaf.set_noise(0.5)
+    seen.append(find_decoder(lm))
+    lm.model.float()
+    seen.append(find_decoder(lm))
+    assert len(set(map(id, seen))) == 4
+    assert find_decoder(lm) is seen[-1]
+
+
 def test_a_decoder_goes_with_its_model():
     lm = speaker(step="static")
     lm.generate("What?", max_tokens=3)
@@ -152,8 +170,6 @@ def test_a_recurrent_model_is_decoded_step_by_step_with_one_warning():
 
 
 def test_a_model_that_reads_positions_in_a_way_of_its_own_is_found():
-    import copy
-
     lm = speaker(step="static")
     lm.replace_model(copy.deepcopy(zoo.talker()))
     base = innermost(lm.model)

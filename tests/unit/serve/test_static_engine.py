@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import threading
 import time
+from typing import Any
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ QUESTIONS = [
         "Please name the currency of {}, and say why.",
     )
 ]
-OPTIONS = [
+OPTIONS: list[dict[str, Any]] = [
     {"temperature": 0.8 * (i % 2), "top_p": (1.0, 0.9, 0.8)[i % 3], "seed": i, "max_tokens": 2 + (5 * i) % 17}
     for i in range(len(QUESTIONS))
 ]
@@ -32,7 +33,8 @@ def serve_all(lm):
     """Answers of an engine to all questions, which come in from several threads; some clients go away."""
     engine = Engine(lm, Limits(batch=7))
     engine.start(wait=True)
-    answers, shuffled = [None] * len(QUESTIONS), random.Random(0)
+    answers: list[Any] = [None] * len(QUESTIONS)
+    shuffled = random.Random(0)
     waits = [shuffled.random() / 3 for _ in QUESTIONS]
 
     def ask(i):
