@@ -43,7 +43,7 @@ def test_ratios_are_to_the_same_way_of_the_same_model():
 
 def test_rows_of_another_commit_or_other_settings_are_measured_again(tmp_path):
     path = tmp_path / "rows.json"
-    now = results.current_commit()
+    now = results.read_commit()
     rows = [row("peft", 1.0) | {"commit": now}, row("ours-vote", 2.0) | {"commit": "0000000"}]
     path.write_text(json.dumps({"rows": rows, "settings": {"batch": 3, "nf4": False}}))
     assert [r["arm"] for r in read_rows(path, {"batch": 3, "nf4": False}, again=False)] == ["peft"]
