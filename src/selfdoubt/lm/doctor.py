@@ -150,7 +150,7 @@ def diagnose(lm: ModelWithFront, *, batch: int = 32, steps: int = 8) -> Diagnosi
     return Diagnosis(
         lm.front.name, _describe_wrapper(model), dtype, attention, weights, added_parameters, added_bytes, cache,
         count_graphs(device), times, here,
-        advise(here, dtype, attention, weights, cache, times),
+        advise(here, dtype, attention, weights, cache, times, added_bytes),
     )  # fmt: skip
 
 
@@ -235,7 +235,13 @@ def count_graphs(device: torch.device) -> GraphSizes:
 
 
 def advise(
-    device: Device, dtype: str, attention: str, weights: WeightSizes, cache: CacheSizes, steps: StepTimes
+    device: Device,
+    dtype: str,
+    attention: str,
+    weights: WeightSizes,
+    cache: CacheSizes,
+    steps: StepTimes,
+    added_bytes: int = 0,
 ) -> tuple[str, ...]:
     """Return what to change, the most important first: each a flag or a setting, and why."""
     advice = []
@@ -265,6 +271,11 @@ def advise(
         nf4 = "--quantize nf4, or " if device.kind == "cuda" and not weights.quantized else ""
         advice.append(
             f"{nf4}serve --batch {fitting}: {cache.batch} sequences of {enough} tokens do not fit the free memory"
+        )
+    if cache.members > 1 and added_bytes > 0.1 * weights.bytes:
+        advice.append(
+            f"deviations of low rank (--wrapper vote:rank=16): members add {added_bytes / weights.bytes:.0%} to what a "
+            "step reads"
         )
     if cache.members > 1 and steps.measured > 1.5 * steps.plain:
         advice.append(

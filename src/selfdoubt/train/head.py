@@ -26,8 +26,8 @@ from selfdoubt.members import Wrapped, innermost
 from selfdoubt.rows import Replacement
 from selfdoubt.train.likelihood import sum_expected_surprisals, sum_surprisals
 
-#: Logits of one piece are at most this many numbers (64 MiB in float32).
-PIECE = 2**24
+#: Logits of one piece are at most this many numbers (64 MiB in float32); on a GPU, whose products want many rows, more.
+PIECE, PIECE_ON_GPU = 2**24, 2**26
 
 #: Settings under which a family changes its logits after the head.
 _AFTER_THE_HEAD = ("final_logit_softcapping", "logit_scale", "logits_scaling", "logits_soft_cap", "lm_head_multiplier")
@@ -165,10 +165,11 @@ def sum_in_pieces(
         head: The layer that it runs; gradients of its parameters that train are summed over the pieces.
         hidden: Hidden states.
         labels: Labels.
-        width: Numbers per position that the loss computes; a piece has at most ``PIECE``.
+        width: Numbers per position that the loss computes; a piece has at most ``PIECE`` or ``PIECE_ON_GPU``.
     """
     trained = [p for p in head.parameters() if p.requires_grad]
-    total: Tensor = _SumInPieces.apply(of_piece, max(1, PIECE // width), labels, hidden, *trained)  # type: ignore[no-untyped-call]
+    largest = PIECE_ON_GPU if hidden.device.type == "cuda" else PIECE
+    total: Tensor = _SumInPieces.apply(of_piece, max(1, largest // width), labels, hidden, *trained)  # type: ignore[no-untyped-call]
     return total
 
 

@@ -146,6 +146,7 @@ STEPS = StepTimes(10**9, 0.8, 1.0, 1.1, 0.73, 100.0)
         ({"attention": "eager"}, "sdpa"),
         ({"cache": replace(CACHE, longest_in_batch=1024)}, "^serve --batch 8: 32 sequences of 4096 tokens"),
         ({"steps": replace(STEPS, measured=2.0)}, "fewer members .* 2.0 times"),
+        ({"added_bytes": 10**9}, "vote:rank=16.* 50% to what a step reads"),
         ({"device": GPU}, None),
         ({"device": GPU, "steps": replace(STEPS, share=0.1)}, "several requests at once .* 10%"),
         ({"device": replace(GPU, attention=("cudnn", "math"))}, "enable_cudnn_sdp"),
