@@ -20,6 +20,7 @@ from selfdoubt import density, risk
 from selfdoubt.errors import PromptError, WrapError
 from selfdoubt.lm import cache
 from selfdoubt.lm.chunks import ChunkSizer
+from selfdoubt.lm.few_rows import find_linears, use_few_rows
 from selfdoubt.lm.hidden_states import capture_outputs, find_decoder_layer
 from selfdoubt.lm.probe import Probe
 from selfdoubt.members import Wrapped, innermost
@@ -144,6 +145,7 @@ class HFStepper:
         self._has_background = self._measured is not None and self._measured.has_background
         base = innermost(model)
         self._blocks = [find_decoder_layer(base, layer) for layer in layers]
+        self._linears = find_linears(model)
         self._config = base.config.get_text_config()  # type: ignore[union-attr, operator]
         self._device = next(base.parameters()).device
         self._takes_positions = "position_ids" in inspect.signature(base.forward).parameters
@@ -299,6 +301,7 @@ class HFStepper:
                 inputs["position_ids"] = (mask.cumsum(1) - 1).clamp_min(0)[:, first:]
         with ExitStack() as stack:
             captured = stack.enter_context(capture_outputs(self._blocks))
+            stack.enter_context(use_few_rows(self._linears, rows.numel()))
             for probe in self._probes:
                 stack.enter_context(probe.capture(probed))
             if isinstance(self._model, Wrapped):

@@ -29,7 +29,7 @@ class ScoredId(NamedTuple):
     disagreement: float
     spread: float
     scale: float | None = None
-    gap: float = 0.0  #: log-probability of the most probable id less this one's, nats, >= 0; 0 for a prompt's without alternatives
+    gap: float = 0.0  #: log-probability of the most probable id less this one's, nats; 0 for a prompt's without others
     alternatives: tuple[tuple[int, float], ...] = ()  #: (id, log-probability), the most probable first
     divergence: float | None = None
     margin: float | None = None  #: None for ids of a prompt, as the following

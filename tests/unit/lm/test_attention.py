@@ -10,8 +10,9 @@ from selfdoubt import vote
 from selfdoubt.lm.attention import AttentionProbe, find_attention, middle_third
 from selfdoubt.lm.hidden_states import find_decoder_layers
 from selfdoubt.lm.prefill import prefill
+from selfdoubt.lm.probe import Probe
 from selfdoubt.lm.probes import find_probes
-from selfdoubt.lm.stepper import HFStepper, Probe
+from selfdoubt.lm.stepper import HFStepper
 from selfdoubt.members import innermost
 from tests.zoo import causal, prompts
 
