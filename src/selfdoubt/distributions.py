@@ -62,8 +62,7 @@ def compute_entropy_of_mean(probs: Float[Tensor, "members *batch classes"]) -> F
 def compute_divergence(base: Distributions, others: Distributions) -> Float[Tensor, "members *batch"]:
     """Return KL(base || other) for each member of ``others``, nats, up to rounding at least 0."""
     # Small differences of log-probabilities are not lost in their sums.
-    apart = _dot(base.probs.unsqueeze(0), base.centred.unsqueeze(0) - others.centred)
-    return apart + others.lognorm - base.lognorm
+    return _dot(base.probs.unsqueeze(0), base.centred.unsqueeze(0) - others.centred) + others.lognorm - base.lognorm
 
 
 def _dot(x: Tensor, y: Tensor) -> Tensor:
