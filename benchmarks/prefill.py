@@ -73,7 +73,7 @@ def build_arms(model: Any, lengths: Sequence[int]) -> dict[str, Run]:
     @torch.inference_mode()
     def floor() -> object:
         hidden = trunk()[places]
-        for block in hidden.split(128):
+        for block in torch.split(hidden, 128):
             logits = model.lm_head(block)
         return logits
 

@@ -36,7 +36,7 @@ class Distributions(NamedTuple):
 
     def entropy(self) -> Float[Tensor, "*batch"]:
         """Return the entropies, nats: -sum_i p_i log p_i = lognorm - sum_i p_i centred_i."""
-        return self.lognorm - torch.linalg.vecdot(self.probs, self.centred)
+        return self.lognorm - _dot(self.probs, self.centred)
 
     def logprobs(self, classes: Int[Tensor, "*batch k"]) -> Float[Tensor, "*batch k"]:
         """Return the log-probabilities of some classes."""
@@ -56,14 +56,19 @@ def compute_entropy_of_mean(probs: Float[Tensor, "members *batch classes"]) -> F
     """Return the entropy of the mean of distributions, nats."""
     mean = probs.mean(0)
     # x log x at x = 0 is 0; the clamp keeps the logarithm finite there.
-    return -torch.linalg.vecdot(mean, mean.clamp_min(torch.finfo(mean.dtype).tiny).log())
+    return -_dot(mean, mean.clamp_min(torch.finfo(mean.dtype).tiny).log())
 
 
 def compute_divergence(base: Distributions, others: Distributions) -> Float[Tensor, "members *batch"]:
     """Return KL(base || other) for each member of ``others``, nats, up to rounding at least 0."""
     # Small differences of log-probabilities are not lost in their sums.
-    apart = torch.linalg.vecdot(base.probs.unsqueeze(0), base.centred.unsqueeze(0) - others.centred)
-    return apart + others.lognorm - base.lognorm
+    return _dot(base.probs.unsqueeze(0), base.centred.unsqueeze(0) - others.centred) + others.lognorm - base.lognorm
+
+
+def _dot(x: Tensor, y: Tensor) -> Tensor:
+    """Return the scalar products along the last axis."""
+    product: Tensor = torch.linalg.vecdot(x, y)
+    return product
 
 
 def find_first(x: Float[Tensor, "*batch classes"]) -> Int[Tensor, "*batch"]:

@@ -127,7 +127,8 @@ class HeadTap:
         self._base, self._head = base, head
         config = base.config.get_text_config()  # type: ignore[union-attr, operator]
         hidden = getattr(config, "hidden_size", 1)
-        self._widths = max(4 * hidden, getattr(config, "intermediate_size", None) or 1), config.vocab_size
+        inside = getattr(config, "intermediate_size", None) or 1
+        self._widths: tuple[int, int] = max(4 * hidden, inside), config.vocab_size
         #: How the head runs; None until it is seen.
         self.run: HeadRun | None = "whole" if head is None or _is_compiled(stepper.model) else _RUNS.get(base)
         if isinstance(head, Replacement) and self.run is None:
@@ -148,8 +149,8 @@ class HeadTap:
             return min(most, left)
         if self.run == "columns":
             # One more than the columns with places: the last one always has logits.
-            fits = (places.any(0).cumsum(0) + 1 <= few).sum()
-            return min(most, left, max(1, int(fits)))
+            fits = int((places.any(0).cumsum(0) + 1 <= few).sum())
+            return min(most, left, max(1, fits))
         return min(most, few, left)
 
     @contextmanager

@@ -29,7 +29,7 @@ class ScoredId(NamedTuple):
     disagreement: float
     spread: float
     scale: float | None = None
-    gap: float = 0.0  #: log-probability of the most probable id less this one's, nats, >= 0; 0 for ids of a prompt
+    gap: float = 0.0  #: log-probability of the most probable id less this one's, nats; 0 for a prompt's without others
     alternatives: tuple[tuple[int, float], ...] = ()  #: (id, log-probability), the most probable first
     divergence: float | None = None
     margin: float | None = None  #: None for ids of a prompt, as the following
@@ -121,9 +121,10 @@ def _score_block(
         mixed = risk.mixture(logits, has_base=has_base)
     if alternatives and mixed is not None:
         options = find_top(mixed, min(alternatives, mixed.shape[-1]))
-    if is_answer and mixed is not None:
+    if mixed is not None:
         wide = wide_dtype(mixed)
         confidence["gap"] = mixed.amax(-1).to(wide) - mixed.gather(-1, chosen[:, None]).squeeze(-1).to(wide)
+    if is_answer and mixed is not None:
         scores, sure, others = risk.score_answer_tokens(logits, chosen, mixed, options, has_base=has_base, check=False)
         confidence |= dict(zip(risk.ConfidenceScores._fields, sure, strict=True))
     elif options is not None and mixed is not None:

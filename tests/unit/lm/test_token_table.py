@@ -62,14 +62,14 @@ def test_a_table_has_the_scores_one_by_one(kind, is_answer, alternatives):
             assert [i for i, _ in token.alternatives] == top.indices[row, t, :alternatives].tolist()
             expected = top.values[row, t, :alternatives].tolist()
             assert [p for _, p in token.alternatives] == pytest.approx(expected, abs=1e-5)
+            gap = float(top.values[row, t, 0]) - token.logprob if is_answer or alternatives else 0.0
+            assert token.gap == pytest.approx(gap, abs=1e-5)
             if is_answer:
                 assert token.margin == pytest.approx(float(sure.margin[row, t]), abs=1e-6)
                 assert token.self_certainty == pytest.approx(float(sure.self_certainty[row, t]), abs=1e-5)
-                assert token.gap == pytest.approx(float(top.values[row, t, 0]) - token.logprob, abs=1e-5)
                 assert token.layer_disagreement == pytest.approx(float(step.signals["layer_disagreement"][0, row, t]))
             else:
                 assert token.margin is token.self_certainty is token.layer_disagreement is None
-                assert token.gap == 0
 
 
 def test_a_table_is_traced_as_one_graph():
