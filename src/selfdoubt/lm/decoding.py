@@ -8,6 +8,7 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
+from selfdoubt import density
 from selfdoubt.lm.decode import DecodeBatch, SequenceBatch, TokenSequence
 from selfdoubt.lm.front import ModelWithFront
 from selfdoubt.lm.probes import find_probes
