@@ -7,7 +7,6 @@ leaves know that dimension 0 holds members. A wrapper (vote, sample, sculpt) cho
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -19,12 +18,12 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from selfdoubt import targets
-from selfdoubt.compat import list_quantization_states
 from selfdoubt.errors import CaptureError, ConfigError, ShapeError, WrapError
 from selfdoubt.forecast import Forecast, OutputKind
 from selfdoubt.messages import show_message
-from selfdoubt.rows import ForwardContext, Replacement, expand, list_added_names, unfold
+from selfdoubt.rows import ForwardContext, Replacement, expand, unfold
 from selfdoubt.scales import pair_scales
+from selfdoubt.sharing import share_module
 from selfdoubt.targets import Leaf
 from selfdoubt.tree import iter_tensors, tree_map
 
@@ -89,7 +88,7 @@ class Wrapped(nn.Module):
             )
         leaves = spec.find(model)
         self.call = ForwardContext()
-        self.module = _share(model, freeze=spec.freezes())
+        self.module = share_module(model, freeze=spec.freezes())
         self.leaf_names = [leaf.name for leaf in leaves]
         for index, leaf in reversed(list(enumerate(leaves))):  # leaves inside others first
             shared = replace(leaf, module=self.module.get_submodule(leaf.name))
@@ -175,8 +174,25 @@ class Wrapped(nn.Module):
             forecast["logits"] = replace(logits, kind="logits")
         return forecast
 
-    def forward_rows(self, *args: Any, training: bool = False, **kwargs: Any) -> tuple[Any, Any]:
+    def forward_rows(
+        self,
+        *args: Any,
+        training: bool = False,
+        same_weights: bool = False,
+        only_base: bool = False,
+        active: Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[Any, Any]:
         """Run on rows that are already member-major.
+
+        Args:
+            *args: The model's own inputs.
+            training: True runs the members of training.
+            same_weights: True if no parameter has changed since the run before, as between the steps of an answer:
+                leaves go on with copies that they keep of parameters.
+            only_base: True runs the base model alone, on one row per entry of the batch.
+            active: Positions at which voters deviate, ``(rows, t)``; None for all.
+            **kwargs: The model's own keyword inputs.
 
         Returns:
             The module's output on rows, and sculpt's scales in the same structure (None without a sculpt).
@@ -184,11 +200,16 @@ class Wrapped(nn.Module):
         Raises:
             WrapError: If BatchNorm in training mode would mix members, or if no replaced leaf was called.
         """
-        self.call.members = self.spec.members(training=training)
+        self.call.members = 1 if only_base else self.spec.members(training=training)
         self.call.rows = self._batch_size(args, kwargs)
         self.call.training = training
-        self.call.has_base = self.spec.has_base and not training
+        self.call.has_base = only_base or (self.spec.has_base and not training)
+        self.call.active = active
         self.call.reached = False
+        if not torch.compiler.is_compiling():  # a graph would be compiled again for each number
+            self.call.forwards += 1
+            if not same_weights:
+                self.call.epoch = self.call.forwards
         self.call.scales.clear()
         self.call.features.clear()
         if self.call.members > 1 and any(norm.training for norm in self._batch_norms):
@@ -197,7 +218,9 @@ class Wrapped(nn.Module):
                 "call .eval() on the BatchNorm layers, or use GroupNorm or LayerNorm"
             )
         if isinstance(self.module, Wrapped):
-            return self.module.forward_rows(*args, training=training, **kwargs)
+            return self.module.forward_rows(
+                *args, training=training, same_weights=same_weights, only_base=only_base, active=active, **kwargs
+            )
         fused = torch.backends.mha.get_fastpath_enabled()
         if self._has_fused_path:
             torch.backends.mha.set_fastpath_enabled(False)
@@ -308,26 +331,6 @@ def get_base_name(model: nn.Module, name: str) -> str:
             kept.append(part)
         module = getattr(module, part, None)
     return ".".join(kept)
-
-
-def _share(model: nn.Module, *, freeze: bool) -> nn.Module:
-    """Build a new tree of modules over the same parameters and buffers: the original keeps its own leaves.
-
-    Frozen parameters are views that do not train, so that the original's still do. Parameters of an inner wrapper stay
-    trainable.
-    """
-    memo: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
-    # Quantisation states belong to the packed weights, which both trees share.
-    memo |= {id(state): state for state in list_quantization_states(model)}
-    if freeze:
-        added = set(list_added_names(model))
-        for name, p in model.named_parameters():
-            if name not in added and p.requires_grad:
-                memo[id(p)] = nn.Parameter(p.detach(), requires_grad=False)
-    try:
-        return copy.deepcopy(model, memo)
-    except Exception as error:
-        raise WrapError(f"the structure of {type(model).__name__} cannot be copied: {error}") from error
 
 
 def _input_names(model: nn.Module) -> list[str]:

@@ -15,6 +15,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from selfdoubt.deviations import START_NOISE
 from selfdoubt.errors import ConfigError
 from selfdoubt.forecast import Forecast
 from selfdoubt.members import Wrapped
@@ -30,7 +31,6 @@ from selfdoubt.noise import (
 )  # fmt: skip
 from selfdoubt.rows import ForwardContext
 from selfdoubt.tree import iter_tensors, tree_map
-from selfdoubt.vote import START_NOISE
 
 
 @runtime_checkable

@@ -8,7 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from jaxtyping import Shaped
+import torch
+from jaxtyping import Bool, Shaped
 from torch import Tensor, nn
 
 from selfdoubt.errors import ShapeError
@@ -46,6 +47,10 @@ class ForwardContext:
     training: bool = False
     has_base: bool = False  #: member 0 is the base model: leaves run its rows without deviation or noise
     reached: bool = False
+    active: Bool[Tensor, "rows t"] | None = None  #: positions at which members deviate; None for all
+    forwards: int = 0  #: number of this run of the model
+    epoch: int = 0  #: number of the first run whose parameters are known to be those of this one
+    groups: dict[tuple[str, int], Any] = field(default_factory=dict)  #: leaves that may read the same input
     scales: list[tuple[Tensor, Tensor]] = field(default_factory=list)  #: (a head's output, its predicted scale)
     features: list[Tensor] = field(default_factory=list)  #: inputs of a measured leaf, without gradients
 
@@ -61,6 +66,22 @@ class ForwardContext:
     def count_base(self, x: Tensor) -> int:
         """Return the number of leading entries of a leaf's input that belong to the base model; 0 without its rows."""
         return len(x) // self.members if self.has_base else 0
+
+    def choose_active(self, moved: Any, base: Any) -> Any:
+        """Return a leaf's output with deviations where members are active, and without them elsewhere.
+
+        Raises:
+            ShapeError: If the output is not one tensor with the positions in dimension 1.
+        """
+        active = self.active
+        assert active is not None
+        if not isinstance(moved, Tensor) or moved.ndim < 2 or moved.shape[1] != active.shape[1]:
+            shape = tuple(moved.shape) if isinstance(moved, Tensor) else type(moved).__name__
+            raise ShapeError(
+                f"members that are active at some of {active.shape[1]} positions need them in dimension 1 of what a "
+                f"replaced layer gives, got {shape}; leave it out with param_filter, or use start='prompt'"
+            )
+        return torch.where(active[-len(moved) :].view(*moved.shape[:2], *[1] * (moved.ndim - 2)), moved, base)
 
     def per_row(self, x: Any) -> Any:
         """Return a leaf's input with one entry per row; a single entry (position ids, say) is repeated for every row.

@@ -39,6 +39,7 @@ from selfdoubt.fields import (
     whole,
 )
 from selfdoubt.members import Wrapped, wrap
+from selfdoubt.random_numbers import mix, uniforms
 from selfdoubt.rows import ForwardContext, Replacement
 from selfdoubt.targets import Leaf
 
@@ -264,9 +265,10 @@ class NoisyLeaf(Replacement):
         super().__init__(leaf.module, call)
         base = compat.get_base_layer(leaf.module)
         self.distribution = spec.distribution
-        self.key = int(_mix(torch.tensor(spec.seed * 1_000_003 + index)))
+        self.key = int(mix(torch.tensor(spec.seed * 1_000_003 + index)))
         self.looks_up = isinstance(base, nn.Embedding)
         self.feature_axis = 1 if isinstance(base, _CHANNELS_FIRST) else -1
+        self._kept: dict[tuple[Any, ...], tuple[tuple[int, int, int], Tensor]] = {}
         device = next(leaf.module.parameters()).device
         start = torch.tensor(spec.distribution.initial(), device=device)
         if spec.distribution.trainable:
@@ -292,10 +294,41 @@ class NoisyLeaf(Replacement):
 
     def _make_noisy(self, x: Tensor) -> Tensor:
         """Return rows times their noise; the base model's stay as they are."""
+        if not self.call.training and self._can_keep():
+            members, axis = self.call.members, self.feature_axis % x.ndim
+            shape = [1] * (x.ndim + 1)
+            shape[0], shape[axis + 1] = members, x.shape[axis]
+            # The base model's noise is 1, which changes no bit.
+            noise = self._keep_noise(x, axis).view(shape)
+            noisy: Tensor = (x.unflatten(0, (members, -1)) * noise).flatten(0, 1)  # type: ignore[no-untyped-call]
+            return noisy
         first = self.call.count_base(x)
         if not first:
             return x * self._noise(x)
         return torch.cat([x[:first], x[first:] * self._noise(x[first:])])
+
+    def _can_keep(self) -> bool:
+        """Return True where noise may outlive a call: no gradient is recorded, and a change of it can be seen."""
+        return not (torch.is_grad_enabled() or torch.compiler.is_compiling() or self.parameter.is_inference())
+
+    def _keep_noise(self, x: Tensor, axis: int) -> Float[Tensor, "members features"]:
+        """Return the members' noise of this type, made again where the parameter may have changed.
+
+        Its memory stays in its place, so that a captured graph reads what was made last.
+        """
+        members, first, features = self.call.members, int(self.call.has_base), x.shape[axis]
+        kind = members, first, features, x.dtype, x.device
+        trains = self.distribution.trainable
+        key = self.parameter._version, self.parameter.data_ptr(), self.call.epoch if trains else 0
+        known = self._kept.get(kind)
+        if known is not None and known[0] == key:
+            return known[1]
+        with torch.inference_mode(False), torch.no_grad():
+            noise = torch.ones(members, features, dtype=x.dtype, device=x.device) if known is None else known[1]
+            uniform = uniforms(self.key, members - first, features, x.device)
+            noise[first:].copy_(self.distribution.noise(self.parameter, uniform, soft=False))
+        self._kept[kind] = key, noise
+        return noise
 
     def _noise(self, x: Tensor) -> Tensor:
         """Return noise that broadcasts over ``x``: ``(rows, 1, ..., features, ...)``."""
@@ -311,23 +344,6 @@ class NoisyLeaf(Replacement):
         shape[0], shape[axis] = rows, features
         return noise.view(shape).to(x.dtype)
 
-
-def uniforms(key: int, members: int, features: int, device: torch.device) -> Float[Tensor, "members features"]:
-    """Draw uniform numbers in [0, 1) that depend on the key, the member and the feature only, alike on every device.
-
-    A counter-based generator: each cell's counter goes through a 64-bit finaliser twice (Salmon et al., 2011, "Parallel
-    random numbers: as easy as 1, 2, 3", for the idea; Steele et al., 2014, SplitMix64, for the finaliser).
-    """
-    member = torch.arange(members, device=device)[:, None]
-    feature = torch.arange(features, device=device)[None]
-    bits = _mix(_mix(member * 2**32 + feature + 1) ^ key)
-    # 24 bits: what a float32 in [0, 1) can hold.
-    return ((bits >> 40) & 0xFFFFFF).float() / 2**24
-
-
-def _mix(x: Tensor) -> Tensor:
-    """Apply SplitMix64's finaliser to int64, whose products wrap around; ``>>`` keeps the sign, hence the masks."""
-    x = x + -7046029254386353131
-    x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * -4658895280553007687
-    x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * -7723592293110705685
-    return x ^ ((x >> 31) & 0x1FFFFFFFF)
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the state without the noise that is kept, which copies make again."""
+        return self.__dict__ | {"_kept": {}}

@@ -12,8 +12,6 @@ leaves a model's answers as they are.
 
 from __future__ import annotations
 
-import copy
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import InitVar, dataclass, replace
 from typing import Any, ClassVar, Literal, ParamSpec, overload
@@ -22,7 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from selfdoubt import compat, kernels, targets
+from selfdoubt.deviations import START_NOISE, draw_deviations
 from selfdoubt.errors import ConfigError, WrapError
+from selfdoubt.factors import find_group
 from selfdoubt.fields import (
     MEMBERS,
     SCALE,
@@ -43,9 +43,6 @@ from selfdoubt.rows import ForwardContext, Replacement, expand
 from selfdoubt.targets import Leaf
 
 P = ParamSpec("P")
-
-#: Size of the deviations of ``weight_noise="auto"``, relative to the weights, until a search has found one.
-START_NOISE = 0.01
 
 
 @dataclass(frozen=True)
@@ -75,6 +72,10 @@ class Wrapper:
         answer_from: "mean" answers with the mean over voters. "base" adds the base model as one more row at evaluation
             without deviation: it alone answers, and the voters only say how far they disagree with it. None is "mean"
             here; a language model that loads an untrained wrapper takes "base" instead.
+        start: The first token of a language model's text that voters read. "prompt": the first of all. "answer": the
+            last of the prompt, which predicts the answer's first; all before is read by the base model once for all
+            voters, so that a prompt costs what it costs without voters, and nothing says how far they disagree about
+            the question. Other models have no answer, and their voters read everything.
         symbolic_trace: Another name for ``compile``, as an argument only.
 
     Raises:
@@ -100,6 +101,7 @@ class Wrapper:
     verbose: int = 0
     seed: int = 0
     answer_from: Literal["base", "mean"] | None = None
+    start: Literal["prompt", "answer"] = "prompt"
     symbolic_trace: InitVar[bool | None] = None
 
     goes_inside: ClassVar[bool] = False
@@ -115,9 +117,11 @@ class Wrapper:
         "antithetic": flag,
         "output": choice("auto", "values", "logits"),
         "answer_from": optional(choice("base", "mean")),
+        "start": choice("prompt", "answer"),
         **SHARED,
     }
-    newer: ClassVar[frozenset[str]] = frozenset({"answer_from", "antithetic"})  #: settings that older files lack
+    #: Settings that older files lack.
+    newer: ClassVar[frozenset[str]] = frozenset({"answer_from", "antithetic", "start"})
 
     def __post_init__(self, symbolic_trace: bool | None) -> None:
         object.__setattr__(self, "compile", resolve_compile(self.compile, symbolic_trace))
@@ -196,7 +200,9 @@ class VotingLeaf(Replacement):
         super().__init__(leaf.module, call)
         self.alpha = spec.alpha
         self.kernel = kernels.find_kernel(compat.get_base_layer(leaf.module))
-        self.deviations = nn.ParameterDict(_initial(leaf, spec, generator))
+        self.deviations = nn.ParameterDict(draw_deviations(leaf, spec, generator))
+        self.group = find_group(leaf.name, call.groups)
+        self.place = self.group.add(self)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the leaf on member-major rows, each voter with its own deviation and the base model with none."""
@@ -210,12 +216,17 @@ class VotingLeaf(Replacement):
             kwargs = kwargs | {name: (x := self.call.per_row(value))}
         if self.kernel is None:
             has_base = self.call.has_base
-            return kernels.loop(self.leaf, self.deviations, self.alpha, args, kwargs, has_base=has_base)
+            moved = kernels.loop(self.leaf, self.deviations, self.alpha, args, kwargs, has_base=has_base)
+            return moved if self.call.active is None else self.call.choose_active(moved, self.leaf(*args, **kwargs))
         y = self.leaf(*args, **kwargs)
+        if self.group.move(self.place, x, y, self.alpha, self.call):
+            return y
         first = self.call.count_base(x)
         theirs, voters = (x[first:], y[first:]) if first else (x, y)
         delta = self.kernel(compat.get_base_layer(self.leaf), self._as_deviation(theirs), self.deviations)
         moved = torch.add(voters, delta.to(y.dtype), alpha=self.alpha)
+        if self.call.active is not None:
+            moved = self.call.choose_active(moved, voters)
         # The base's rows are kept as they are: adding zero could change a bit (-0.0 + 0.0).
         return torch.cat([y[:first], moved]) if first else moved
 
@@ -255,91 +266,3 @@ class VotingLeaf(Replacement):
         dtype = next(iter(self.deviations.values())).dtype
         autocast = torch.is_autocast_enabled(x.device.type)
         return x if autocast or not x.is_floating_point() else x.to(dtype)
-
-
-def _initial(leaf: Leaf, spec: Wrapper, generator: torch.Generator) -> dict[str, nn.Parameter]:
-    """Draw the initial deviations of a leaf's matched parameters."""
-    base = compat.get_base_layer(leaf.module)
-    kernel = kernels.find_kernel(base)
-    if kernel is None:
-        # The loop puts changed parameters into the whole leaf, under their full names; a ParameterDict takes no dots.
-        parameters = {name.replace(".", "/"): leaf.module.get_parameter(name) for name in leaf.params}
-    else:
-        # Adapter layers: only the base layer's own parameters get deviations.
-        matched = {name.rpartition(".")[2] for name in leaf.params}
-        parameters = {n: p for n, p in base.named_parameters(recurse=False) if n in matched}
-    fresh = [_redrawn(base, parameters, generator) for _ in range(spec.n_voters)] if not spec.finetune else []
-    initial: dict[str, Tensor] = {}
-    for name, parameter in parameters.items():
-        if fresh:
-            start = torch.stack([(voter[name] - parameter.detach()) / spec.alpha for voter in fresh])
-            initial[name] = start.to(parameter.dtype)
-            continue
-        noise = START_NOISE if isinstance(spec.weight_noise, str) else spec.weight_noise
-        size = noise * _weight_std(base, parameter)
-        dtype = _float_dtype(base, parameter)
-        if spec.rank is not None and name == "weight" and kernel in (kernels.linear, kernels.embedding):
-            fan_in, fan_out = kernels.count_features(base)
-            # (A^T B)_ij sums `rank` products, and its standard deviation shall be `size`. The outputs of A have the
-            # size of its inputs: a row of inputs for a linear layer, one entry for an embedding.
-            looks_up = kernel is kernels.embedding
-            a_std = 1.0 if looks_up else 1 / math.sqrt(fan_in)
-            a = _normal((spec.n_voters, *((fan_in, spec.rank) if looks_up else (spec.rank, fan_in))), generator)
-            b = _normal((spec.n_voters, spec.rank, fan_out), generator)
-            if spec.antithetic:
-                _pair(a, 1)
-                _pair(b, -1)
-            initial["weight_a"] = (a * a_std).to(parameter.device, dtype)
-            initial["weight_b"] = (b * (size / (a_std * math.sqrt(spec.rank)))).to(parameter.device, dtype)
-        else:
-            full = _normal((spec.n_voters, *parameter.shape), generator) * size
-            if spec.antithetic:
-                _pair(full, -1)
-            initial[name] = full.to(parameter.device, dtype)
-    return {name: nn.Parameter(start) for name, start in initial.items()}
-
-
-def _normal(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    # Drawn on the CPU, so that a seed means the same voters on every device.
-    return torch.randn(shape, generator=generator)
-
-
-def _pair(draws: Tensor, sign: int) -> None:
-    """Give each second voter the draw of the one before it, times the sign, in place."""
-    draws[1::2] = sign * draws[: len(draws) // 2 * 2 : 2]
-
-
-def _float_dtype(base: nn.Module, parameter: Tensor) -> torch.dtype:
-    if parameter.is_floating_point() and not compat.is_quantized(base):
-        return parameter.dtype
-    return getattr(base, "compute_dtype", None) or torch.get_default_dtype()
-
-
-def _weight_std(base: nn.Module, parameter: Tensor) -> float:
-    """Return the standard deviation of the leaf's weight, the unit of ``weight_noise`` for all its parameters."""
-    weight = getattr(base, "weight", parameter)
-    if compat.is_quantized(base):
-        # Packed weights cannot be read without their library, but for x ~ N(0, 1) the mean of (W x)^2 is the
-        # sum of squares of a row of W.
-        x = torch.randn((256, kernels.count_features(base)[0]), generator=torch.Generator().manual_seed(0))
-        x = x.to(weight.device, _float_dtype(base, parameter))
-        with torch.no_grad():
-            y = base(x).float() - base(torch.zeros_like(x[:1])).float()
-        return float((y.square().mean() / x.shape[1]).sqrt())
-    # A norm's weight is constant when new: then its mean size is the unit.
-    std = float(weight.detach().float().std(correction=0)) if weight.numel() > 1 else 0.0
-    return std or float(weight.detach().float().abs().mean())
-
-
-def _redrawn(base: nn.Module, parameters: dict[str, nn.Parameter], generator: torch.Generator) -> dict[str, Tensor]:
-    """Draw the leaf's parameters again, by its own initialisation where it has one."""
-    if callable(getattr(base, "reset_parameters", None)):
-        new = copy.deepcopy(base)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(int(torch.randint(2**62, (1,), generator=generator)))
-            new.reset_parameters()  # type: ignore[operator]
-        return {name: new.get_parameter(name).detach() for name in parameters}
-    return {
-        name: _normal(tuple(p.shape), generator).to(p.device, p.dtype) * _weight_std(base, p)
-        for name, p in parameters.items()
-    }

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from selfdoubt import RiskAwareLM, sample, vote
-from selfdoubt.errors import FallbackWarning
+from selfdoubt.errors import SlowWarning
 from selfdoubt.lm.cuda_graphs import MAX_GRAPHS
 from selfdoubt.lm.decode import DecodeBatch, TokenSequence, decode_batch
 from selfdoubt.lm.decoding import find_decoder, measure_step_memory
@@ -43,7 +43,7 @@ CLOSE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 0.15}
 @pytest.fixture(autouse=True)
 def _no_fallback():
     with warnings.catch_warnings():
-        warnings.simplefilter("error", FallbackWarning)
+        warnings.simplefilter("error", SlowWarning)
         yield
 
 

@@ -12,7 +12,8 @@ from selfdoubt import sample
 from selfdoubt.lm.prefill import prefill
 from selfdoubt.lm.stepper import HFStepper
 from selfdoubt.members import Wrapped
-from selfdoubt.sample import NoisyLeaf, uniforms
+from selfdoubt.random_numbers import uniforms
+from selfdoubt.sample import NoisyLeaf
 from selfdoubt.vote import VotingLeaf
 
 

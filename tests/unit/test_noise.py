@@ -15,6 +15,7 @@ from torch.testing import assert_close
 
 import selfdoubt
 from selfdoubt import sample, sculpt, storage, vote
+from selfdoubt.deviations import START_NOISE
 from selfdoubt.errors import ConfigError, LoadError, NonFiniteError, WrapError
 from selfdoubt.noise import NoiseLimits, NoiseTally, search_largest, set_noise
 from selfdoubt.noise_fit import fit_noise, run_base, scale_to_outputs
@@ -163,8 +164,8 @@ def test_a_found_size_is_saved_and_loaded(tmp_path, name):
 @pytest.mark.parametrize("name", AUTO)
 def test_before_the_search_auto_is_a_small_size(tmp_path, name):
     small = {
-        "vote": vote.Wrapper(weight_noise=vote.START_NOISE),
-        "vote-low-rank": vote.Wrapper(weight_noise=vote.START_NOISE, rank=2),
+        "vote": vote.Wrapper(weight_noise=START_NOISE),
+        "vote-low-rank": vote.Wrapper(weight_noise=START_NOISE, rank=2),
         "normal": sample.Wrapper(distribution=sample.Normal(sample.START_STD)),
         "bernoulli": sample.Wrapper(distribution=sample.Bernoulli(sample.START_DROPOUT)),
     }

@@ -17,7 +17,7 @@ from torch.testing import assert_close
 
 from selfdoubt import sample
 from selfdoubt.errors import ConfigError, WrapError
-from selfdoubt.sample import uniforms
+from selfdoubt.random_numbers import uniforms
 from tests.zoo import causal, mlp, prompts
 
 CPU = torch.device("cpu")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 from selfdoubt.lm.answer import Answer, Finish, Token
 from selfdoubt.lm.calibration import Calibration, ConfidenceEstimate
@@ -21,6 +22,7 @@ class AnswerScorer:
     reference: Mapping[str, Sequence[float]] = field(default_factory=dict)  #: ascending quantiles by score
     calibration: Calibration | None = None
     misfit: str | None = None  #: why no answer of this model has a p_correct; None if the calibration fits the model
+    members_read: Literal["prompt", "answer"] = "prompt"  #: the first tokens that members read
 
     def score(
         self,
@@ -46,7 +48,7 @@ class AnswerScorer:
             origin: The way in which the tokens were chosen.
             attention: Attention where each token was predicted (without tokens, each of ``ending``).
         """
-        scores = compute_answer_scores(tokens or ending, question, attention)
+        scores = compute_answer_scores(tokens or ending, question, attention, members_read=self.members_read)
         if origin.made != "choice":  # ranks among free answers say nothing about a choice
             scores |= compute_rank_scores(scores, self.reference)
         value, name = pick_risk(scores, self.risk)

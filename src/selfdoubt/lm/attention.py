@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from selfdoubt.lm.step_output import StepOutput
+from selfdoubt.rows import expand
 
 #: Name of the attention function that records, for transformers' registry.
 _NAME = "selfdoubt_recorded_sdpa"
@@ -132,9 +133,12 @@ class AttentionProbe:
             return output
         members, batch, columns = output.logits.shape[:3]
         rows = batch if output.has_base else members * batch
-        if len({_count_heads(x) for x in each}) > 1 or any(_count_rows(x) != members * batch for x in each):
+        if len({_count_heads(x) for x in each}) > 1 or any(
+            _count_rows(x) not in (batch, members * batch) for x in each
+        ):
             return output
-        tensors = [x[:rows].float() for x in each if isinstance(x, Tensor)]
+        # Below a late fork all members are one row.
+        tensors = [_repeat(x[:rows].float(), rows) for x in each if isinstance(x, Tensor)]
         calls = [x for x in each if isinstance(x, _Inputs)]
         weights = torch.stack(tensors) if tensors else _weigh_diagonal(calls, rows, self._recording.places)
         # (layers, members * batch, heads, columns) -> (1, batch, columns, layers, heads)
@@ -203,13 +207,14 @@ def _weigh_diagonal(
     """Return softmax(q k^T scale + mask) of the first rows on their own positions, in float32."""
     scores = []
     for query, key, mask, scaling in calls:
-        _, heads, columns, width = query.shape
-        grouped = query[:rows].reshape(rows, key.shape[1], -1, width)  # heads that share a key, one after the other
-        s = (grouped @ key[:rows].transpose(-1, -2)).float().view(rows, heads, columns, -1) * scaling
+        query, key = query[:rows], key[:rows]
+        few, heads, columns, width = query.shape
+        grouped = query.reshape(few, key.shape[1], -1, width)  # heads that share a key, one after the other
+        s = (grouped @ key.transpose(-1, -2)).float().view(few, heads, columns, -1) * scaling
         if mask is not None:
             mask = mask[:rows]
             s = s.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else s + mask.to(s.dtype)
-        scores.append(s)
+        scores.append(_repeat(s, rows))
     longest = max(s.shape[-1] for s in scores)  # a sliding window keeps fewer keys
     stacked = torch.stack([F.pad(s, (longest - s.shape[-1], 0), value=-torch.inf) for s in scores])
     if places is None:
@@ -227,6 +232,11 @@ def _gather_places(
     of_rows = places.clamp_max(t - 1).repeat(rows // len(places))
     index = of_rows[:, None, None, None].expand(*weights.shape[:-1], 1)
     return weights.gather(-1, index).squeeze(-1)
+
+
+def _repeat(x: Tensor, rows: int) -> Tensor:
+    """Return one row per member of a layer below a late fork; of another layer its rows as they are."""
+    return expand(x, rows // len(x))
 
 
 def _count_rows(recorded: _Inputs | Tensor) -> int:

@@ -29,7 +29,7 @@ SAMPLED, TOLERANCE = 16, 5e-3
 #: Settings of a wrapper that change no number.
 _SILENT = ("verbose", "symbolic_trace")
 #: The meaning of settings that are None, or missing in conditions of an earlier version.
-_IMPLIED = {"answer_from": "mean"}
+_IMPLIED = {"answer_from": "mean", "start": "prompt"}
 _AGAIN = "run `selfdoubt evaluate` and `selfdoubt calibrate` with this model"
 
 

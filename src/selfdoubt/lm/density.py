@@ -100,7 +100,7 @@ def _read_features(
     counts = torch.zeros(len(texts), width, dtype=torch.bool)
     for row, text in enumerate(texts):
         counts[row, width - len(text.ids) :] = torch.tensor(text.counts)
-    stepper = HFStepper(lm.model)
+    stepper = HFStepper(lm.model, start="prompt")
     for column, piece in stepper.start([text.ids for text in texts]):
         features = stepper.pick_answering(leaf.read_features())
         used = counts[:, column : column + piece.logits.shape[2]].to(features.device)

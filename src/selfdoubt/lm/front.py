@@ -5,18 +5,28 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from torch import nn
 
+from selfdoubt.errors import ConfigError
 from selfdoubt.lm.answer_scorer import AnswerScorer
 from selfdoubt.lm.calibration import Calibration
 from selfdoubt.lm.load import count_token_ids, find_stop_ids
-from selfdoubt.lm.scores import DEFAULT_RISK, TOKEN_RISK, Signal, check_score, check_signal, choose_default_risk
+from selfdoubt.lm.scores import (
+    ANSWER_SCORES,
+    DEFAULT_RISK,
+    TOKEN_RISK,
+    Signal,
+    check_score,
+    check_signal,
+    choose_default_risk,
+    compares_members_on_question,
+)
 from selfdoubt.lm.step_modes import StepMode
 from selfdoubt.lm.stepper import HFStepper
 from selfdoubt.lm.tokens import TokenBuilder
-from selfdoubt.members import get_source
+from selfdoubt.members import Wrapped, get_source
 
 
 @dataclass(frozen=True)
@@ -41,10 +51,18 @@ class LMFront:
     risk: str = DEFAULT_RISK  #: name of the answer score that is the risk
     token_risk: Signal = TOKEN_RISK  #: name of the signal that is a token's risk
     note: str | None = None  #: one line on what this model's risk lacks
+    members_read: Literal["prompt", "answer"] = "prompt"  #: the first tokens that members read
 
     def __post_init__(self) -> None:
         check_score(self.risk)
         check_signal(self.token_risk)
+        score = ANSWER_SCORES.get(self.risk)
+        if self.members_read == "answer" and score is not None and compares_members_on_question(score):
+            of_answer = self.risk.removeprefix("question_").removeprefix("both_")
+            raise ConfigError(
+                f"risk={self.risk!r} compares members on the question, and with start='answer' these read the answer "
+                f"only; use risk={of_answer!r}, or voters with start='prompt'"
+            )
 
     @classmethod
     def read(
@@ -62,7 +80,7 @@ class LMFront:
         """Build the front of a model from the model's config and what was stored with it.
 
         Raises:
-            ConfigError: If the risk is unknown.
+            ConfigError: If the risk is unknown, or compares members on a question that they do not read.
         """
         return cls(
             tokenizer,
@@ -78,6 +96,7 @@ class LMFront:
             risk=choose_default_risk(reference or {}) if risk is None else risk,
             token_risk=token_risk,
             note=note,
+            members_read=getattr(model.spec, "start", "prompt") if isinstance(model, Wrapped) else "prompt",
         )
 
     @cached_property
@@ -88,7 +107,7 @@ class LMFront:
     @cached_property
     def scorer(self) -> AnswerScorer:
         """The scorer of answers."""
-        return AnswerScorer(self.risk, self.reference, self.calibration, self.misfit)
+        return AnswerScorer(self.risk, self.reference, self.calibration, self.misfit, self.members_read)
 
 
 @runtime_checkable

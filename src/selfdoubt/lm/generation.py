@@ -81,7 +81,7 @@ class AnswerInProgress:
         self._sum: Tensor | None = None
         #: Probability, from the question alone, that the model's own answer is right; None if it is not known.
         self.p_answerable = front.scorer.estimate_answerable(
-            compute_answer_scores([], question), self._states(), origin
+            compute_answer_scores([], question, members_read=front.members_read), self._states(), origin
         )
 
     def add(self, event: TokenEvent) -> list[Token]:

@@ -15,6 +15,7 @@ from selfdoubt.compat import get_output_head
 from selfdoubt.density import MeasuredLeaf
 from selfdoubt.lm.hidden_states import OutputRecorder, find_decoder_layers
 from selfdoubt.lm.step_output import StepOutput
+from selfdoubt.rows import expand
 
 #: Tokens that are compared, the most probable ones.
 TOKENS = 32
@@ -96,10 +97,11 @@ class LateLayerProbe:
         outputs = [] if self._fits is False else (self._all if self._fits is None else self._late).take()
         captured = [x[:, -self._columns :].detach() for x in outputs if isinstance(x, Tensor) and x.ndim == 3]
         members, batch, t = output.logits.shape[:3]
-        if len(captured) < len(self._layers) - 1 or len(captured[0]) != members * batch:
+        if len(captured) < len(self._layers) - 1 or any(len(x) not in (batch, members * batch) for x in captured):
             return output
         if output.has_base:
             captured, members = [x[:batch] for x in captured], 1
+        captured = [expand(x, members * batch // len(x)) for x in captured]  # below a late fork members are one row
         states = self._norm(torch.stack(captured))
         states = states.view(len(captured), members, batch, *states.shape[2:])
         columns = states.shape[3]

@@ -190,6 +190,10 @@ def _read(model: nn.Module, texts: Sequence[_Text], columns: int) -> Tensor:
             inputs["position_ids"] = expand((mask.cumsum(1) - 1).clamp_min(0), members)
     if "logits_to_keep" in accepted:
         inputs["logits_to_keep"] = columns
+    if isinstance(model, Wrapped) and getattr(model.spec, "start", "prompt") == "answer":
+        predictions = torch.tensor([text.predictions for text in texts], device=device)
+        active = torch.arange(width, device=device) >= width - predictions[:, None]
+        inputs["active"] = expand(active, members)
     output = model.forward_rows(**inputs)[0] if isinstance(model, Wrapped) else model(**inputs)
     logits: Tensor = output.logits
     return logits[:, -columns:]

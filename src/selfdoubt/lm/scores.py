@@ -114,6 +114,8 @@ class RauqScore:
 AnswerScore: TypeAlias = Score | RauqScore
 #: Signals that are not computed where a prompt is read: a question has none.
 ANSWER_SIGNALS: tuple[Signal, ...] = ("margin", "self_certainty", "layer_disagreement")
+#: Signals that compare members: of a single one they are 0, or another's equal.
+MEMBER_SIGNALS: tuple[Signal, ...] = ("aleatoric", "epistemic", "disagreement", "spread", "divergence")
 #: All scores by name.
 ANSWER_SCORES: dict[str, AnswerScore] = {
     str(score): score
@@ -134,15 +136,29 @@ RANK_SCORES: dict[str, tuple[tuple[AnswerScore, float], ...]] = {
 
 
 def compute_answer_scores(
-    answer: Sequence[Token], question: Sequence[Token], attention: Attention | None = None
+    answer: Sequence[Token],
+    question: Sequence[Token],
+    attention: Attention | None = None,
+    *,
+    members_read: Literal["prompt", "answer"] = "prompt",
 ) -> dict[str, float]:
-    """Return all scores by name; without a question, attention or a sculpt, some are absent."""
+    """Return all scores by name; without a question, attention or a sculpt, some are absent.
+
+    Where members read the answer only, none compares them on the question.
+    """
     scores = {}
     for name, score in ANSWER_SCORES.items():
+        if members_read == "answer" and compares_members_on_question(score):
+            continue
         value = score.compute(answer, question) if isinstance(score, Score) else score.compute(answer, attention)
         if value is not None:
             scores[name] = value
     return scores
+
+
+def compares_members_on_question(score: AnswerScore) -> bool:
+    """Return True for a score that needs members' distributions at the question's tokens."""
+    return score.needs_question and score.signal in MEMBER_SIGNALS
 
 
 def compute_rank_scores(scores: Mapping[str, float], reference: Mapping[str, Sequence[float]]) -> dict[str, float]:

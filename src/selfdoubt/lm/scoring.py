@@ -112,7 +112,8 @@ def _score_texts(
     ids = [text.ids for text in texts]
     lengths = [len(i) for i in ids]
     pool = HiddenStatePooler([[(n - 1, n)] for n in lengths], lengths) if front.layers else None
-    scored, _ = yield from prefill_in_chunks(HFStepper(lm.model, front.layers, sizer), ids, alternatives, pool)
+    stepper = HFStepper(lm.model, front.layers, sizer, start="prompt")  # the text is all there is
+    scored, _ = yield from prefill_in_chunks(stepper, ids, alternatives, pool)
     answers = []
     for row, text in enumerate(texts):
         end = None if pool is None or pool.means is None else pool.means[row, 0].cpu()

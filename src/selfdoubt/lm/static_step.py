@@ -71,15 +71,15 @@ class StaticStep:
 
     def run_probed(self, ids: Int[Tensor, " slots"]) -> StepOutput:
         """Run the model as ``run`` does, within a block of ``probing``. It can be compiled as one graph."""
-        members, columns = self.stepper.members, self.cache.begin_step()
+        rows, columns = self.stepper.rows_per_sequence, self.cache.begin_step()
         inputs = {
-            "input_ids": expand(ids[:, None], members),
-            "position_ids": expand(columns[:, None], members),
+            "input_ids": expand(ids[:, None], rows),
+            "position_ids": expand(columns[:, None], rows),
             "attention_mask": self._build_masks(),
             "past_key_values": self._presented,
             "use_cache": True,
         }
-        output, _ = self.stepper.run_probed(inputs)
+        output, _ = self.stepper.run_probed(inputs, self.cache.slots, same_weights=True)
         self.cache.positions.add_(1)
         return output.at(-1)
 
@@ -89,7 +89,7 @@ class StaticStep:
         return self._build_mask(self._windows)
 
     def _build_mask(self, window: int | None) -> Float[Tensor, "rows 1 1 length"]:
-        return expand(self.cache.build_mask(window, self._dtype), self.stepper.members)
+        return expand(self.cache.build_mask(window, self._dtype), self.stepper.rows_per_sequence)
 
 
 def name_windows(cache: SlotCache, kinds: Any) -> Mapping[str, int | None] | int | None:

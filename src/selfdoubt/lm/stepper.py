@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -20,6 +20,7 @@ from selfdoubt.lm import cache
 from selfdoubt.lm.attention_backends import steady_attention
 from selfdoubt.lm.chunks import ChunkSizer
 from selfdoubt.lm.hidden_states import OutputRecorder, find_decoder_layer
+from selfdoubt.lm.late_fork import LateFork, find_late_fork
 from selfdoubt.lm.step_output import Probe, StepOutput
 from selfdoubt.members import Wrapped, innermost
 from selfdoubt.rows import expand, unfold
@@ -37,6 +38,8 @@ class HFStepper:
         sizer: Sizer of the pieces in which prompts and texts are read; None reads as much at once as memory for the
             logits allows.
         probes: Probes of the positions that predict an answer's tokens: of a prompt the last one.
+        fork: The layer at which members become rows, see ``late_fork``; None: the first of all.
+        start: The first tokens that members read, see ``vote.Wrapper``; None takes the wrapper's.
 
     Raises:
         ConfigError: If the model has no such layer.
@@ -48,6 +51,8 @@ class HFStepper:
         layers: Sequence[int] = (),
         sizer: ChunkSizer | None = None,
         probes: Sequence[Probe] = (),
+        fork: LateFork | Literal["late"] | None = "late",
+        start: Literal["prompt", "answer"] | None = None,
     ) -> None:
         self._probes = list(probes)
         self._sizer = sizer
@@ -64,8 +69,11 @@ class HFStepper:
         self._device = next(base.parameters()).device
         self.takes_positions = "position_ids" in inspect.signature(base.forward).parameters
         self._cache: Any = None
-        self._mask: Tensor | None = None
-        self._rows = 0
+        self._mask: Tensor | None = None  #: of each sequence, whatever the number of its rows
+        self._batch = 0
+        start = start or getattr(getattr(model, "spec", None), "start", "prompt")
+        self._shares_prompt = self.members > 1 and start == "answer"
+        self._fork = find_late_fork(model, lambda fork: HFStepper(model, fork=fork)) if fork == "late" else fork
 
     @property
     def context(self) -> int | None:
@@ -91,9 +99,14 @@ class HFStepper:
         lengths = torch.tensor([len(p) for p in prompts], device=self._device)
         mask = (torch.arange(width, device=self._device) >= width - lengths[:, None]).long()
         # Without padding, models run faster (and just as right) when they are given no mask at all.
-        self._mask = expand(mask, self.members) if min(len(p) for p in prompts) < width else None
+        self._mask = mask if min(len(p) for p in prompts) < width else None
         self._cache = None
-        yield from self._pieces(expand(padded, self.members), 0, probed=1)
+        shared = width - 1 if self._shares_prompt else 0
+        if shared:
+            yield from self._pieces(padded[:, :shared], 0, probed=1, only_base=True)
+            cache.grow_cache(self._cache, len(padded), self.members, 0 if self._fork is None else self._fork.first)
+        for first, piece in self._pieces(padded[:, shared:], shared, probed=1):
+            yield shared + first, piece
 
     @torch.inference_mode()
     def extend(self, texts: Sequence[Sequence[int]]) -> Iterator[tuple[int, StepOutput]]:
@@ -105,28 +118,29 @@ class HFStepper:
         before, width = self._cache.get_seq_length(), max(len(t) for t in texts)
         padded = torch.tensor([list(t) + [0] * (width - len(t)) for t in texts], device=self._device)
         lengths = torch.tensor([len(t) for t in texts], device=self._device)
-        longest = int(((before if self._mask is None else self._mask[: len(texts)].sum(1)) + lengths).max())
+        longest = int(((before if self._mask is None else self._mask.sum(1)) + lengths).max())
         if self.context is not None and longest > self.context:
             raise PromptError(
                 f"prompt and text have {longest} tokens, and the model reads at most {self.context}; shorten them"
             )
-        rows = expand(padded, self.members)
         if min(len(t) for t in texts) < width or self._mask is not None:
-            new = expand((torch.arange(width, device=self._device) < lengths[:, None]).long(), self.members)
+            new = (torch.arange(width, device=self._device) < lengths[:, None]).long()
             old = new.new_ones(len(new), before) if self._mask is None else self._mask
             self._mask = torch.cat([old, new], dim=1)
-        yield from self._pieces(rows, before)
+        yield from self._pieces(padded, before)
 
     def _pieces(
-        self, rows: Int[Tensor, "rows t"], before: int, probed: int | None = None
+        self, ids: Int[Tensor, "batch t"], before: int, probed: int | None = None, *, only_base: bool = False
     ) -> Iterator[tuple[int, StepOutput]]:
         """Read as many columns at a time as their logits fit; ``before`` columns are read already."""
-        largest, width, first = max(1, _CHUNK // (len(rows) * self.config.vocab_size)), rows.shape[1], 0
+        rows = len(ids) * (1 if only_base else self.members)
+        largest, width, first = max(1, _CHUNK // (rows * self.config.vocab_size)), ids.shape[1], 0
         while first < width:
             columns = min(largest, width - first)
             if self._sizer is not None:
-                columns = self._sizer.columns(len(rows), before + first, columns)
-            yield first, self._forward(rows[:, first : first + columns], before + first, probed or columns)
+                columns = self._sizer.columns(rows, before + first, columns)
+            piece = ids[:, first : first + columns]
+            yield first, self._forward(piece, before + first, probed or columns, only_base=only_base)
             first += columns
 
     @torch.inference_mode()
@@ -135,18 +149,16 @@ class HFStepper:
         first = self._cache.get_seq_length()
         if self._mask is not None:
             self._mask = torch.cat([self._mask, self._mask.new_ones(len(self._mask), 1)], dim=1)
-        return self._forward(expand(ids[:, None], self.members), first, 1).at(-1)
+        return self._forward(ids[:, None], first, 1).at(-1)
 
     @torch.inference_mode()
     def keep(self, sequences: Sequence[int]) -> None:
         """Keep only these sequences of the batch; one that is named twice is kept twice."""
-        batch = self._rows // self.members
         index = torch.tensor(sequences, device=self._device)
-        rows = (torch.arange(self.members, device=self._device)[:, None] * batch + index).flatten()
-        self._cache.batch_select_indices(rows)
-        self._rows = len(rows)
+        cache.select_sequences(self._cache, index, self._batch, self.members)
+        self._batch = len(index)
         if self._mask is not None:
-            self._mask = self._mask[rows]
+            self._mask = self._mask[index]
             self._trim()
 
     @torch.inference_mode()
@@ -157,11 +169,11 @@ class HFStepper:
             WrapError: If the model's cache is of a kind that cannot be joined.
         """
         mine, theirs = self.count_tokens(), other.count_tokens()
-        self._cache = cache.join_caches(self._cache, other._cache, self.members)
-        self._rows += other._rows
+        self._cache = cache.join_caches(self._cache, other._cache, self._batch, other._batch)
+        self._batch += other._batch
         width = self._cache.get_seq_length()
         used = torch.cat([mine, theirs])[:, None] > torch.arange(width - 1, -1, -1, device=self._device)
-        self._mask = expand(used.long(), self.members)
+        self._mask = used.long()
         self._trim()
 
     @property
@@ -174,12 +186,16 @@ class HFStepper:
         """The model inside all wrappers."""
         return innermost(self._model)
 
+    @property
+    def rows_per_sequence(self) -> int:
+        """Rows per sequence in the model's inputs: with a late fork one, else one per member."""
+        return 1 if self._fork is not None else self.members
+
     def count_tokens(self) -> Int[Tensor, " batch"]:
         """Return the number of tokens that each sequence has in the cache."""
-        batch = self._rows // self.members
         if self._mask is None:
-            return torch.full((batch,), self._cache.get_seq_length(), device=self._device)
-        return self._mask[:batch].sum(1)
+            return torch.full((self._batch,), self._cache.get_seq_length(), device=self._device)
+        return self._mask.sum(1)
 
     def _trim(self) -> None:
         """Forget the columns in which all sequences have padding, and the mask where none has any."""
@@ -191,30 +207,48 @@ class HFStepper:
         if self._mask.all():
             self._mask = None
 
-    def _forward(self, rows: Int[Tensor, "rows t"], first: int, probed: int) -> StepOutput:
+    def _forward(self, ids: Int[Tensor, "batch t"], first: int, probed: int, *, only_base: bool = False) -> StepOutput:
         """Run the model on these columns; probes read the last ``probed`` of them."""
-        self._rows = len(rows)
-        inputs: dict[str, Any] = {"input_ids": rows, "past_key_values": self._cache, "use_cache": True}
+        self._batch = len(ids)
+        members = 1 if only_base else self.members
+        rows = 1 if self._fork is not None else members  # of a sequence, in what the model gets
+        inputs: dict[str, Any] = {"input_ids": expand(ids, rows), "past_key_values": self._cache, "use_cache": True}
         if self._mask is not None:
-            mask = self._mask[:, : first + rows.shape[1]]
+            mask = expand(self._mask[:, : first + ids.shape[1]], rows)
             inputs["attention_mask"] = mask
             if self.takes_positions:
                 inputs["position_ids"] = (mask.cumsum(1) - 1).clamp_min(0)[:, first:]
-        with steady_attention(), self.probing(probed):
-            result, self._cache = self.run_probed(inputs)
+        same_weights = self._cache is not None
+        with steady_attention(), self.probing(probed, only_base=only_base):
+            result, self._cache = self.run_probed(inputs, len(ids), same_weights=same_weights, only_base=only_base)
         return result
 
     @contextmanager
-    def probing(self, probed: int, places: Int[Tensor, " batch"] | None = None) -> Iterator[None]:
-        """Let probes record the last ``probed`` positions while the block runs ``run_probed``."""
+    def probing(
+        self, probed: int, places: Int[Tensor, " batch"] | None = None, *, only_base: bool = False
+    ) -> Iterator[None]:
+        """Let members fork and probes record the last ``probed`` positions while the block runs ``run_probed``.
+
+        ``places`` are those of ``Probe.capture``.
+        """
         with ExitStack() as stack:
+            if self._fork is not None and not only_base:
+                stack.enter_context(self._fork.grow(self.members))
             stack.enter_context(self._recorder.record())
             for probe in self._probes:
                 stack.enter_context(probe.capture(probed, places))
             yield
 
-    def run_probed(self, inputs: Mapping[str, Any]) -> tuple[StepOutput, Any]:
-        """Run the model on member-major rows, within a block of ``probing``; it can be compiled as one graph.
+    def run_probed(
+        self, inputs: Mapping[str, Any], batch: int, *, same_weights: bool, only_base: bool = False
+    ) -> tuple[StepOutput, Any]:
+        """Run the model on a batch of sequences, within a block of ``probing``; it can be compiled as one graph.
+
+        Args:
+            inputs: Keyword inputs of the model, with ``rows_per_sequence`` rows per sequence.
+            batch: Number of sequences.
+            same_weights: True if no parameter has changed since the run before.
+            only_base: True runs the base model alone.
 
         Returns:
             Its output, and the cache that it filled.
@@ -222,8 +256,9 @@ class HFStepper:
         Raises:
             WrapError: If the model keeps no key-value cache.
         """
+        self._batch, members = batch, 1 if only_base else self.members
         if isinstance(self._model, Wrapped):
-            output, scales = self._model.forward_rows(**inputs)
+            output, scales = self._model.forward_rows(same_weights=same_weights, only_base=only_base, **inputs)
         else:
             output, scales = self._model(**inputs), None
         filled = getattr(output, "past_key_values", None)
@@ -238,8 +273,8 @@ class HFStepper:
         if captured:
             by_member = [self.pick_answering(h.detach()) for h in captured]
             states = torch.stack([h.float().mean(0, keepdim=True) for h in by_member], -2)
-        logits = unfold(output.logits, self.members)
-        result = StepOutput(logits, scale, states, signals=self._measure(), has_base=self._has_base)
+        logits = unfold(output.logits, members)
+        result = StepOutput(logits, scale, states, signals=self._measure(), has_base=self._has_base and not only_base)
         for probe in self._probes:
             result = probe.read(result)
         return result, filled
@@ -259,6 +294,6 @@ class HFStepper:
         return {"density": background, "relative_density": usual - background}
 
     def pick_answering(self, rows: Float[Tensor, "rows *rest"]) -> Float[Tensor, "members batch *rest"]:
-        """Return the rows of the members that answer: the base's alone where there is one."""
-        members = unfold(rows, self.members)
+        """Return the rows of the members that answer: the base's alone where there is one, or where all are one."""
+        members = unfold(rows, len(rows) // self._batch)
         return members[:1] if self._has_base else members

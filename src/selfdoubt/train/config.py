@@ -133,6 +133,11 @@ class TrainConfig:
             )
         if self.quantize and self.method == "vote" and not getattr(self.wrapper, "rank", None):
             raise ConfigError("4-bit weights cannot take full deviations; use a rank, e.g. rank=16")
+        if self.loss_on == "all" and getattr(self.wrapper, "start", "prompt") == "answer":
+            raise ConfigError(
+                "voters with start='answer' do not read prompts, and loss_on='all' would train them on prompts; use "
+                "loss_on='response'"
+            )
         if self.merge and self.method == "vote":
             raise ConfigError(
                 "voters cannot be merged into one model; export an adapter of each: selfdoubt export --peft"

@@ -82,13 +82,25 @@ class RiskAwareModule(lightning.LightningModule):
         rows = _repeat(batch, voters) if voters > 1 else batch
         loss_mask = rows.labels >= 0
         with steady_attention():
-            head_input = run_trunk(self.model, _inputs(rows), loss_mask, training=voters == 1)
+            head_input = run_trunk(self.model, self._inputs(rows), loss_mask, training=voters == 1)
         head, labels = get_head(self.model), rows.labels[loss_mask]
         if isinstance(head, sculpt.ScaledHead):
             draws = self.config.draws if self.config.sculpt_loss == "draws" else None
             distribution = cast(Wrapped, self.model).distribution
             return sum_sculpted_losses(head_input, head, labels, distribution=distribution, draws=draws)
         return sum_losses(head_input, head, labels)
+
+    def _inputs(self, batch: Batch) -> dict[str, Any]:
+        """Return the model's inputs; where voters read the answer only, also the positions that predict it."""
+        inputs: dict[str, Any] = {"input_ids": batch.ids, "use_cache": False}
+        mask = batch.mask()
+        if mask is not None:
+            inputs["attention_mask"] = mask
+        if batch.packed:
+            inputs["position_ids"] = batch.positions
+        if isinstance(self.model, Wrapped) and getattr(self.model.spec, "start", "prompt") == "answer":
+            inputs["active"] = batch.labels >= 0
+        return inputs
 
     def training_step(self, batch: Batch, index: int) -> Tensor:  # noqa: ARG002
         """Return the loss of one batch, scaled so that a step is the mean over all its tokens.
@@ -116,7 +128,7 @@ class RiskAwareModule(lightning.LightningModule):
         members = self.members
         rows = _repeat(batch, members)
         with steady_attention():
-            head_input = run_trunk(self.model, _inputs(rows), rows.labels >= 0, training=False)
+            head_input = run_trunk(self.model, self._inputs(rows), rows.labels >= 0, training=False)
         if isinstance(self.model, Wrapped) and self.model.spec.has_base:  # which does not train
             head_input = head_input._replace(hidden=head_input.hidden[len(head_input.hidden) // members :])
             members -= 1
@@ -188,13 +200,3 @@ def _repeat(batch: Batch, members: int) -> Batch:
         ids=expand(batch.ids, members), positions=expand(batch.positions, members),
         segments=expand(batch.segments, members), labels=expand(batch.labels, members),
     )  # fmt: skip
-
-
-def _inputs(batch: Batch) -> dict[str, Any]:
-    inputs: dict[str, Any] = {"input_ids": batch.ids, "use_cache": False}
-    mask = batch.mask()
-    if mask is not None:
-        inputs["attention_mask"] = mask
-    if batch.packed:
-        inputs["position_ids"] = batch.positions
-    return inputs

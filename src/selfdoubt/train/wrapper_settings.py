@@ -9,7 +9,7 @@ import json
 from collections.abc import Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Literal
 
 from selfdoubt.errors import ConfigError, LoadError
 from selfdoubt.setting import setting
@@ -20,7 +20,8 @@ RANK = 16
 #: The methods whose setting each of ``WrapperFlags`` is.
 _METHODS_OF = {
     "n_voters": ("vote",), "rank": ("vote",), "weight_noise": ("vote",), "alpha": ("vote",),
-    "param_filter": ("vote", "sample"), "n_samples": ("sample",), "noise": ("sample",), "n_layers": ("sculpt",),
+    "start": ("vote",), "param_filter": ("vote", "sample"),
+    "n_samples": ("sample",), "noise": ("sample",), "n_layers": ("sculpt",),
 }  # fmt: skip
 
 
@@ -38,6 +39,9 @@ class WrapperFlags:
     rank: int = setting(RANK, "vote: rank of a deviation; 0 for full ones.")
     weight_noise: float = setting(0.2, "vote: initial size of a deviation, relative to the weights.")
     alpha: float = setting(1.0, "vote: scale of the deviations.")
+    start: Literal["prompt", "answer"] = setting(
+        "prompt", "vote: first token that voters read: of the prompt, or of the answer, after a prompt read once."
+    )
     param_filter: str | None = setting(
         None, "vote, sample: regex over parameter names; left out, query and value projections."
     )

@@ -47,6 +47,11 @@ def write_voters(voters: Voters, folder: Path) -> list[Path]:
             "voters with finetune=False train the rest of the model as well, which no PEFT adapter holds; "
             "train with finetune=True"
         )
+    if voters.spec.start == "answer":
+        raise WrapError(
+            "voters with start='answer' read the answer only, and a PEFT adapter acts on the prompt, too: it would be "
+            "another model; train with start='prompt'"
+        )
     biased = any("bias" in deviations for _, deviations in voters.leaves.values())
     for name, (layer, _) in voters.leaves.items():
         _check_layer(name, layer, biased=biased)

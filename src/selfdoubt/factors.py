@@ -1,0 +1,231 @@
+"""Adds low-rank deviations to the outputs of linear leaves with few kernels, where no gradient is recorded.
+
+A leaf's output is changed in place by ``baddbmm``. Leaves that read the same tensor, such as the query, key and value
+projections of a block, share their first product: their first factors are stacked, one beneath the other. On a CPU,
+products of a few rows in half precision cost several times those in float32, because each of them is set up anew by
+the library below; there, copies of the factors in float32 are kept.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from selfdoubt import kernels
+from selfdoubt.compat import get_base_layer, is_transposed
+from selfdoubt.rows import ForwardContext
+
+#: Names of leaves that read the same input in the models of Hugging Face, if they have one parent.
+SIBLINGS = (
+    ("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("q_lin", "k_lin", "v_lin"), ("to_q", "to_k", "to_v"),
+    ("q", "k", "v"), ("gate_proj", "up_proj"), ("w1", "w3"),
+)  # fmt: skip
+#: Rows per member up to which products on a CPU are computed in float32 for factors in half precision.
+FEW_ROWS = 8
+_HALF = (torch.bfloat16, torch.float16)
+
+
+class _Stack(NamedTuple):
+    """The factors of a group's leaves, as they were when they were copied."""
+
+    key: tuple[int, ...]  #: versions and addresses of the parameters
+    epoch: int
+    a: Float[Tensor, "members ranks in"]
+    spans: dict[int, slice]  #: of each leaf, by its place in the group: its ranks in the stack
+    b: dict[int, Float[Tensor, "members rank out"]]
+
+
+class _Shared(NamedTuple):
+    """The first product of all leaves of a group."""
+
+    x: Tensor  #: the input, as the leaves got it
+    version: int  #: version of the input, whose values a model could change in place; 0 in inference mode
+    forward: int  #: the run of the model in which it was computed
+    is_half: bool  #: True where it is a product of the factors' own type
+    product: Float[Tensor, "members rows ranks"]
+    users: set[int]  #: places of the leaves that have used it
+
+
+class FactorGroup:
+    """Linear leaves that read the same input, if they do: their first products are one.
+
+    Stacked factors are copies. They are made again in each run of a model that does not say that its parameters are the
+    same (``ForwardContext.epoch``), and where a parameter's version or address is another one. The memory of a stack
+    stays in its place, so that a captured graph reads what was copied last.
+    """
+
+    def __init__(self) -> None:
+        self._leaves: list[Any] = []
+        self._stacks: dict[bool, _Stack] = {}  # by: is it in float32, for half-precision factors
+        self._shared: _Shared | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what copies need: they make stacks and products of their own."""
+        return {"_leaves": self._leaves, "_stacks": {}, "_shared": None}
+
+    def add(self, leaf: nn.Module) -> int:
+        """Add a leaf with ``deviations`` and a ``kernel``; return its place in the group."""
+        self._leaves.append(leaf)
+        return len(self._leaves) - 1
+
+    def move(self, place: int, x: Tensor, y: Tensor, alpha: float, call: ForwardContext) -> bool:
+        """Add a leaf's deviations to its output in place; the rows of the base model stay as they are.
+
+        Args:
+            place: Place of the leaf.
+            x: Input of the leaf, ``(rows, ..., in)``.
+            y: Output of the layer without deviations, ``(rows, ..., out)``.
+            alpha: Scale of the deviations.
+            call: State of the run.
+
+        Returns:
+            False if nothing was done: a gradient is recorded, or the output has another type or layout than this takes.
+        """
+        leaf = self._leaves[place]
+        base = get_base_layer(leaf.leaf)
+        # A hook of the frozen layer may have kept its output.
+        if torch.is_grad_enabled() or call.active is not None or leaf.leaf._forward_hooks or not _is_linear(leaf, base):
+            return False
+        if torch.is_autocast_enabled(x.device.type) or not y.is_contiguous() or x.dtype != y.dtype:
+            return False
+        deviations = leaf.deviations
+        first_factor = deviations["weight_a"] if "weight_a" in deviations else next(iter(deviations.values()))
+        members, first = len(first_factor), call.count_base(x)
+        voters = y[first:].view(members, -1, y.shape[-1])
+        rows = x[first:].reshape(members, -1, x.shape[-1])
+        if "weight_a" in deviations and not torch.compiler.is_compiling():
+            in_float32 = x.device.type == "cpu" and first_factor.dtype in _HALF
+            if not in_float32 or voters.shape[1] <= FEW_ROWS:
+                stack = self._refresh(in_float32, call.epoch) if first_factor.dtype == y.dtype else None
+                if stack is not None and place in stack.spans:
+                    product = self._multiply(place, x, rows, stack, call, in_float32)
+                    self._add(voters, product[:, :, stack.spans[place]], stack.b[place], alpha, in_float32)
+                    _add_bias(voters, deviations, alpha)
+                    return True
+        if leaf.kernel is not kernels.linear or first_factor.dtype != y.dtype:
+            return False
+        if "weight_a" in deviations:
+            voters.baddbmm_(rows @ deviations["weight_a"].transpose(1, 2), deviations["weight_b"], alpha=alpha)
+        elif "weight" in deviations:
+            weight = deviations["weight"]
+            voters.baddbmm_(rows, weight if is_transposed(base) else weight.transpose(1, 2), alpha=alpha)
+        _add_bias(voters, deviations, alpha)
+        return True
+
+    def _multiply(
+        self, place: int, x: Tensor, rows: Tensor, stack: _Stack, call: ForwardContext, in_float32: bool
+    ) -> Tensor:
+        """Return the first product of all leaves of the group with this input, computed once in a run."""
+        shared = self._shared
+        if (
+            shared is not None
+            and shared.x is x
+            and shared.version == _version(x)
+            and shared.forward == call.forwards
+            and shared.is_half != in_float32
+            and place not in shared.users
+        ):
+            shared.users.add(place)
+            if len(shared.users) == len(stack.spans):
+                self._shared = None
+            return shared.product
+        product = torch.bmm(rows.float() if in_float32 else rows, stack.a.transpose(1, 2))
+        if len(stack.spans) > 1:
+            self._shared = _Shared(x, _version(x), call.forwards, not in_float32, product, {place})
+        return product
+
+    @staticmethod
+    def _add(voters: Tensor, product: Tensor, b: Tensor, alpha: float, in_float32: bool) -> None:
+        if in_float32:
+            voters.add_(torch.bmm(product, b), alpha=alpha)
+        else:
+            voters.baddbmm_(product, b, alpha=alpha)
+
+    def _refresh(self, in_float32: bool, epoch: int) -> _Stack | None:
+        """Return the group's stack, made again where parameters may have changed; None where there can be none."""
+        factors: dict[int, tuple[Tensor, Tensor]] = {}
+        key: list[int] = []
+        for place, leaf in enumerate(self._leaves):
+            known = leaf.deviations._parameters
+            a, b = known.get("weight_a"), known.get("weight_b")
+            if a is None or b is None or leaf.kernel is None:
+                continue
+            # Inference tensors have no version, and those of other kinds (sharded ones) no address.
+            if type(a) is not nn.Parameter or type(b) is not nn.Parameter or a.is_inference() or b.is_inference():
+                return None
+            factors[place] = a, b
+            key += (place, a._version, a.data_ptr(), b._version, b.data_ptr())
+        stack = self._stacks.get(in_float32)
+        if stack is not None and stack.epoch == epoch and stack.key == tuple(key):
+            return stack
+        firsts = [a for a, _ in factors.values()]
+        if not firsts or any(_describe(a) != _describe(firsts[0]) for a in firsts):
+            return None
+        with torch.inference_mode(False), torch.no_grad():
+            stack = _copy(factors, stack, in_float32=in_float32)._replace(key=tuple(key), epoch=epoch)
+        self._stacks[in_float32] = stack
+        return stack
+
+
+def _is_linear(leaf: Any, base: nn.Module) -> bool:
+    return leaf.kernel is not None and kernels.find_kernel(base) is kernels.linear
+
+
+def _version(x: Tensor) -> int:
+    return 0 if x.is_inference() else x._version
+
+
+def _add_bias(voters: Tensor, deviations: Any, alpha: float) -> None:
+    if "bias" in deviations:
+        voters.add_(deviations["bias"][:, None], alpha=alpha)
+
+
+def _describe(a: Tensor) -> tuple[Any, ...]:
+    """Return what first factors must have in common to be stacked."""
+    return len(a), a.shape[2], a.dtype, a.device
+
+
+def _copy(factors: dict[int, tuple[Tensor, Tensor]], before: _Stack | None, *, in_float32: bool) -> _Stack:
+    """Stack first factors, into the memory of the stack before where it fits; one alone is not copied."""
+    spans, end = {}, 0
+    for place, (a, _) in factors.items():
+        spans[place] = slice(end, end + a.shape[1])
+        end += a.shape[1]
+    first = next(iter(factors.values()))[0]
+    if in_float32:
+        second = {place: _into(None if before is None else before.b.get(place), b) for place, (_, b) in factors.items()}
+    else:
+        second = {place: b.detach() for place, (_, b) in factors.items()}
+        if len(factors) == 1:
+            return _Stack((), 0, first.detach(), spans, second)
+    shape, dtype = (len(first), end, first.shape[2]), torch.float32 if in_float32 else first.dtype
+    stacked = None if before is None else before.a
+    if stacked is None or (stacked.shape, stacked.dtype, stacked.device) != (shape, dtype, first.device):
+        stacked = torch.empty(shape, dtype=dtype, device=first.device)
+    for place, (a, _) in factors.items():
+        stacked[:, spans[place]].copy_(a)
+    return _Stack((), 0, stacked, spans, second)
+
+
+def _into(before: Tensor | None, b: Tensor) -> Tensor:
+    """Return a factor in float32, in the memory of the one before where it fits."""
+    if before is None or before.shape != b.shape or before.device != b.device:
+        return b.float()
+    return before.copy_(b)
+
+
+def find_group(name: str, groups: dict[tuple[str, int], FactorGroup]) -> FactorGroup:
+    """Return the group of a leaf by its name: that of its siblings, or one of its own.
+
+    Args:
+        name: Full name of the leaf.
+        groups: The groups so far, by parent and kind; a new one is added.
+    """
+    parent, _, last = name.rpartition(".")
+    for kind, names in enumerate(SIBLINGS):
+        if last in names:
+            return groups.setdefault((parent, kind), FactorGroup())
+    return FactorGroup()
