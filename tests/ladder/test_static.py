@@ -38,6 +38,8 @@ WRAPPERS = {
     "sculpt": sculpt.Wrapper(rank=4),
     "vote-sculpt": lambda model: VOTE(sculpt.Wrapper(rank=4)(model)),
     "density": fitted,
+    "vote-late": replace(VOTE, param_filter=r"\.1\..*(q_proj|v_proj|c_attn|query_key_value|qkv_proj)\.weight"),
+    "vote-answer": replace(VOTE, start="answer"),
 }
 SMALL = Buckets(first_length=8, doubled_length=16)
 
