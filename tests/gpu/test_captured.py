@@ -11,14 +11,14 @@ import torch
 
 from selfdoubt import RiskAwareLM, sample, vote
 from selfdoubt.errors import SlowWarning
-from selfdoubt.lm.cuda_graphs import MAX_GRAPHS
 from selfdoubt.lm.decode import DecodeBatch, TokenSequence, decode_batch
 from selfdoubt.lm.decoding import find_decoder, measure_step_memory
 from selfdoubt.lm.prefill import prefill
 from selfdoubt.lm.probes import find_probes
 from selfdoubt.lm.sampling import Sampling
-from selfdoubt.lm.static_decoder import StaticDecoder
-from selfdoubt.lm.static_stepper import Buckets
+from selfdoubt.lm.static.cuda_graphs import MAX_GRAPHS
+from selfdoubt.lm.static.decoder import StaticDecoder
+from selfdoubt.lm.static.stepper import Buckets
 from selfdoubt.lm.stepper import HFStepper
 from selfdoubt.serve.engine.engine import Engine
 from selfdoubt.serve.engine.limits import Limits

@@ -15,7 +15,7 @@ from selfdoubt.lm.decode import decode
 from selfdoubt.lm.prefill import prefill
 from selfdoubt.lm.probes import find_probes
 from selfdoubt.lm.sampling import Sampling
-from selfdoubt.lm.static_stepper import Buckets, StaticStepper
+from selfdoubt.lm.static.stepper import Buckets, StaticStepper
 from selfdoubt.lm.stepper import HFStepper
 from tests.zoo import FAMILIES, causal, prompts
 

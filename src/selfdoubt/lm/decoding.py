@@ -12,7 +12,7 @@ from selfdoubt import density
 from selfdoubt.lm.decode import DecodeBatch, SequenceBatch, TokenSequence
 from selfdoubt.lm.front import ModelWithFront
 from selfdoubt.lm.probes import choose_fork, find_probes
-from selfdoubt.lm.static_decoder import StaticDecoder
+from selfdoubt.lm.static.decoder import StaticDecoder
 from selfdoubt.lm.step_modes import StepMode, choose_step_mode
 from selfdoubt.lm.step_output import StepOutput
 from selfdoubt.lm.stepper import HFStepper

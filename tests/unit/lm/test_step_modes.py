@@ -16,9 +16,9 @@ from selfdoubt.errors import ConfigError, SlowWarning
 from selfdoubt.lm.answer_from import set_answer_from
 from selfdoubt.lm.attention_backends import steady_attention
 from selfdoubt.lm.decoding import StepMemory, find_decoder, measure_step_memory, start_decoding
-from selfdoubt.lm.slots import choose_bucket
-from selfdoubt.lm.static_check import compare_static_step
-from selfdoubt.lm.static_decoder import StaticDecoder
+from selfdoubt.lm.static.check import compare_static_step
+from selfdoubt.lm.static.decoder import StaticDecoder
+from selfdoubt.lm.static.slots import choose_bucket
 from selfdoubt.lm.step_modes import check_step_mode, choose_step_mode
 from selfdoubt.lm.stepper import HFStepper
 from selfdoubt.members import innermost

@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from selfdoubt.compat import keeps_keys_only
-from selfdoubt.lm.slots import SlotCache
+from selfdoubt.lm.static.slots import SlotCache
 from selfdoubt.lm.step_output import StepOutput
 from selfdoubt.lm.stepper import HFStepper
 from selfdoubt.rows import expand

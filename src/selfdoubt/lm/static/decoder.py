@@ -11,18 +11,18 @@ from weakref import WeakSet
 import torch
 
 from selfdoubt.errors import SlowWarning
-from selfdoubt.lm.arena import Arena
 from selfdoubt.lm.attention_backends import steady_attention
-from selfdoubt.lm.cuda_graphs import GraphCache
 from selfdoubt.lm.decode import TokenSequence
-from selfdoubt.lm.slot_batch import SlotBatch
-from selfdoubt.lm.static_check import compare_static_step
-from selfdoubt.lm.static_step import find_obstacle
-from selfdoubt.lm.static_stepper import Buckets
+from selfdoubt.lm.static.arena import Arena
+from selfdoubt.lm.static.batch import SlotBatch
+from selfdoubt.lm.static.check import compare_static_step
+from selfdoubt.lm.static.cuda_graphs import GraphCache
+from selfdoubt.lm.static.step import find_obstacle
+from selfdoubt.lm.static.stepper import Buckets
+from selfdoubt.lm.static.turn import DecodeTurn, TurnOutput
 from selfdoubt.lm.step_modes import StepMode
 from selfdoubt.lm.step_output import StepOutput
 from selfdoubt.lm.stepper import HFStepper
-from selfdoubt.lm.turn import DecodeTurn, TurnOutput
 from selfdoubt.messages import log
 
 #: Compiled turns that are kept, and columns of the smallest cache of a compiled step, which must not change often.
