@@ -23,7 +23,7 @@ from selfdoubt.lm.hardware import synchronize
 from selfdoubt.lm.prefill import prefill
 from selfdoubt.lm.probes import find_probes
 from selfdoubt.lm.sampling import Sampling
-from selfdoubt.lm.static_decoder import StaticDecoder
+from selfdoubt.lm.static.decoder import StaticDecoder
 from selfdoubt.lm.step_modes import check_step_mode, choose_step_mode
 from selfdoubt.lm.step_output import StepOutput
 from selfdoubt.lm.stepper import HFStepper

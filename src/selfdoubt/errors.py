@@ -105,8 +105,8 @@ class UntrainedWarning(UserWarning):
     """Members that nothing has trained answer together with the model: its answers change, mostly for the worse."""
 
 
-class FallbackWarning(UserWarning):
-    """A faster way to compute the same cannot be taken: results are right, and take longer."""
+class SlowWarning(UserWarning):
+    """Something runs in a way that is right, and slower than it could be."""
 
 
 def require(module: str, extra: str) -> ModuleType:

@@ -10,15 +10,15 @@ import pytest
 import torch
 
 from selfdoubt import RiskAwareLM, sample, vote
-from selfdoubt.errors import FallbackWarning
-from selfdoubt.lm.cuda_graphs import MAX_GRAPHS
+from selfdoubt.errors import SlowWarning
 from selfdoubt.lm.decode import DecodeBatch, TokenSequence, decode_batch
 from selfdoubt.lm.decoding import find_decoder, measure_step_memory
 from selfdoubt.lm.prefill import prefill
 from selfdoubt.lm.probes import find_probes
 from selfdoubt.lm.sampling import Sampling
-from selfdoubt.lm.static_decoder import StaticDecoder
-from selfdoubt.lm.static_stepper import Buckets
+from selfdoubt.lm.static.cuda_graphs import MAX_GRAPHS
+from selfdoubt.lm.static.decoder import StaticDecoder
+from selfdoubt.lm.static.stepper import Buckets
 from selfdoubt.lm.stepper import HFStepper
 from selfdoubt.serve.engine.engine import Engine
 from selfdoubt.serve.engine.limits import Limits
@@ -43,7 +43,7 @@ CLOSE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 0.15}
 @pytest.fixture(autouse=True)
 def _no_fallback():
     with warnings.catch_warnings():
-        warnings.simplefilter("error", FallbackWarning)
+        warnings.simplefilter("error", SlowWarning)
         yield
 
 

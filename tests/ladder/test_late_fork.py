@@ -13,7 +13,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from selfdoubt import sample, sculpt, vote
-from selfdoubt.errors import FallbackWarning, WrapError
+from selfdoubt.errors import SlowWarning, WrapError
 from selfdoubt.lm import late_fork
 from selfdoubt.lm.late_fork import LateFork
 from selfdoubt.lm.prefill import prefill, run_to_end, teacher_force_in_chunks
@@ -204,7 +204,7 @@ def test_a_model_that_cannot_fork_late_warns_once_and_forks_at_the_input(fault):
         reason = r"\(2 rows below\)$"
     filter_ = r"\.1\..*q_proj"
     model = vote.Wrapper(n_voters=3, rank=2, weight_noise=0.5, param_filter=filter_)(base)
-    with pytest.warns(FallbackWarning, match=reason) as caught:
+    with pytest.warns(SlowWarning, match=reason) as caught:
         stepper = HFStepper(model)
     assert "\n" not in str(caught[0].message)
     assert re.match("^all 3 members run from the first layer on", str(caught[0].message))

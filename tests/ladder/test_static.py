@@ -15,7 +15,7 @@ from selfdoubt.lm.decode import decode
 from selfdoubt.lm.prefill import prefill
 from selfdoubt.lm.probes import find_probes
 from selfdoubt.lm.sampling import Sampling
-from selfdoubt.lm.static_stepper import Buckets, StaticStepper
+from selfdoubt.lm.static.stepper import Buckets, StaticStepper
 from selfdoubt.lm.stepper import HFStepper
 from tests.zoo import FAMILIES, causal, prompts
 
@@ -38,6 +38,8 @@ WRAPPERS = {
     "sculpt": sculpt.Wrapper(rank=4),
     "vote-sculpt": lambda model: VOTE(sculpt.Wrapper(rank=4)(model)),
     "density": fitted,
+    "vote-late": replace(VOTE, param_filter=r"\.1\..*(q_proj|v_proj|c_attn|query_key_value|qkv_proj)\.weight"),
+    "vote-answer": replace(VOTE, start="answer"),
 }
 SMALL = Buckets(first_length=8, doubled_length=16)
 

@@ -14,11 +14,11 @@ from selfdoubt.lm.decode import DecodeBatch, TokenSequence, decode_batch
 from selfdoubt.lm.prefill import prefill
 from selfdoubt.lm.probes import find_probes
 from selfdoubt.lm.sampling import Sampling
-from selfdoubt.lm.static_decoder import StaticDecoder
-from selfdoubt.lm.static_step import StaticStep
-from selfdoubt.lm.static_stepper import Buckets, build_allocator
+from selfdoubt.lm.static.decoder import StaticDecoder
+from selfdoubt.lm.static.step import StaticStep
+from selfdoubt.lm.static.stepper import Buckets, build_allocator
+from selfdoubt.lm.static.turn import DecodeTurn, TurnBuffers, describe_sampling
 from selfdoubt.lm.stepper import HFStepper
-from selfdoubt.lm.turn import DecodeTurn, TurnBuffers, describe_sampling
 from tests.ladder import test_joining
 from tests.ladder.test_joining import GUESTS, alone, same, sampling, together
 from tests.ladder.test_static import fitted

@@ -8,10 +8,11 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
+from selfdoubt import density
 from selfdoubt.lm.decode import DecodeBatch, SequenceBatch, TokenSequence
 from selfdoubt.lm.front import ModelWithFront
-from selfdoubt.lm.probes import find_probes
-from selfdoubt.lm.static_decoder import StaticDecoder
+from selfdoubt.lm.probes import choose_fork, find_probes
+from selfdoubt.lm.static.decoder import StaticDecoder
 from selfdoubt.lm.step_modes import StepMode, choose_step_mode
 from selfdoubt.lm.step_output import StepOutput
 from selfdoubt.lm.stepper import HFStepper
@@ -54,13 +55,14 @@ def find_decoder(lm: ModelWithFront) -> StaticDecoder | None:
 
 def _build_decoder(model: nn.Module, layers: tuple[int, ...], mode: StepMode) -> StaticDecoder:
     """Build the decoder of a model; it holds the model, and not the ``RiskAwareLM`` around it."""
-    return StaticDecoder(lambda: HFStepper(model, layers, None, find_probes(model)), mode)
+    return StaticDecoder(lambda: HFStepper(model, layers, None, find_probes(model), choose_fork(mode)), mode)
 
 
 def _describe(model: nn.Module) -> tuple[object, ...]:
     """Return what a captured step holds as constants: settings of wrappers, and the addresses of all weights."""
     specs = tuple(module.spec for module in model.modules() if isinstance(module, Wrapped))
-    scales = tuple(getattr(module, "alpha", None) for module in model.modules() if isinstance(module, Replacement))
+    replaced = [module for module in model.modules() if isinstance(module, Replacement)]
+    scales = tuple((getattr(module, "alpha", None), getattr(module, "distribution", None)) for module in replaced)
     measured = density.find_measured_leaf(model)
     fitted = None if measured is None else (measured.is_fitted, measured.has_background)
     return specs, scales, fitted, tuple(x.data_ptr() for x in (*model.parameters(), *model.buffers()))

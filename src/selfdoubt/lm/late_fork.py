@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from selfdoubt.compat import get_output_head
-from selfdoubt.errors import ConfigError, FallbackWarning, WrapError
+from selfdoubt.errors import ConfigError, SlowWarning, WrapError
 from selfdoubt.lm.hidden_states import find_decoder_layers
 from selfdoubt.members import Wrapped, innermost
 from selfdoubt.rows import ForwardContext, expand
@@ -170,7 +170,7 @@ def find_late_fork(model: nn.Module, build: Callable[[LateFork | None], Steps]) 
         warnings.warn(
             f"all {members} members run from the first layer on, which is right and slower: the layers below the first "
             f"changed one cannot run once for all members of {type(innermost(model)).__name__} ({reason})",
-            FallbackWarning,
+            SlowWarning,
             stacklevel=2,
         )
     _FORKS[model] = members, fork

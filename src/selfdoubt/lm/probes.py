@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from torch import nn
 
 from selfdoubt.errors import ConfigError
@@ -10,6 +12,7 @@ from selfdoubt.lm.chunks import ChunkSizer
 from selfdoubt.lm.front import ModelWithFront
 from selfdoubt.lm.hidden_states import find_decoder_layers
 from selfdoubt.lm.late_layers import find_late_layers
+from selfdoubt.lm.step_modes import StepMode
 from selfdoubt.lm.step_output import Probe
 from selfdoubt.lm.stepper import HFStepper
 from selfdoubt.members import Wrapped, innermost
@@ -34,4 +37,9 @@ def find_probes(model: nn.Module) -> list[Probe]:
 
 def build_stepper(lm: ModelWithFront, sizer: ChunkSizer | None = None) -> HFStepper:
     """Build the stepper of a risk-aware model, with the layers and probes that its answers take."""
-    return HFStepper(lm.model, lm.front.layers, sizer, find_probes(lm.model))
+    return HFStepper(lm.model, lm.front.layers, sizer, find_probes(lm.model), choose_fork(lm.step))
+
+
+def choose_fork(mode: StepMode) -> Literal["late"] | None:
+    """Return the fork of members for a step mode: a compiled step has none, whose hooks no graph can hold."""
+    return None if mode == "compiled" else "late"

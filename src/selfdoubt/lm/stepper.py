@@ -221,7 +221,7 @@ class HFStepper:
         return self._cache
 
     @property
-    def input_rows(self) -> int:
+    def rows_per_sequence(self) -> int:
         """Rows per sequence that the model gets: one with a late fork, else one per member."""
         return self.members if self._fork is None else 1
 
@@ -257,7 +257,7 @@ class HFStepper:
     ) -> StepOutput:
         """Run the model on these columns; probes read the last ``probed`` of them."""
         self._batch = len(ids)
-        rows = 1 if only_base else self.input_rows
+        rows = 1 if only_base else self.rows_per_sequence
         inputs: dict[str, Any] = {"input_ids": expand(ids, rows), "past_key_values": self._cache, "use_cache": True}
         if self._mask is not None:
             mask = expand(self._mask[:, : first + ids.shape[1]], rows)
@@ -288,7 +288,7 @@ class HFStepper:
         """Run the model within a block of ``probing``; it can be compiled as one graph.
 
         Args:
-            inputs: Inputs of the model, with ``input_rows`` rows per sequence, or one with ``only_base``.
+            inputs: Inputs of the model, with ``rows_per_sequence`` rows per sequence, or one with ``only_base``.
             keep: Function that gets the output at all positions (see ``read``); then only that at the last is returned.
             only_base: All members are one row, without deviation or noise.
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from selfdoubt.lm.sampling import Sampling, choose_on_device, choose_tokens, find_draws
-from selfdoubt.lm.turn import describe_sampling
+from selfdoubt.lm.static.turn import describe_sampling
 
 SAMPLINGS = st.builds(
     Sampling,

@@ -12,13 +12,13 @@ import torch
 import transformers
 
 from selfdoubt import RiskAwareLM, vote
-from selfdoubt.errors import ConfigError, FallbackWarning
+from selfdoubt.errors import ConfigError, SlowWarning
 from selfdoubt.lm.answer_from import set_answer_from
 from selfdoubt.lm.attention_backends import steady_attention
 from selfdoubt.lm.decoding import StepMemory, find_decoder, measure_step_memory, start_decoding
-from selfdoubt.lm.slots import choose_bucket
-from selfdoubt.lm.static_check import compare_static_step
-from selfdoubt.lm.static_decoder import StaticDecoder
+from selfdoubt.lm.static.check import compare_static_step
+from selfdoubt.lm.static.decoder import StaticDecoder
+from selfdoubt.lm.static.slots import choose_bucket
 from selfdoubt.lm.step_modes import check_step_mode, choose_step_mode
 from selfdoubt.lm.stepper import HFStepper
 from selfdoubt.members import innermost
@@ -162,7 +162,7 @@ def recurrent():
 
 def test_a_recurrent_model_is_decoded_step_by_step_with_one_warning():
     lm = RiskAwareLM(recurrent(), zoo.tokenizer(), step="static")
-    with pytest.warns(FallbackWarning, match=r"Qwen3NextForCausalLM is decoded step by step: its cache has a Linear"):
+    with pytest.warns(SlowWarning, match=r"Qwen3NextForCausalLM is decoded step by step: its cache has a Linear"):
         answer = lm.generate("What?", max_tokens=5)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -181,7 +181,7 @@ def test_a_model_that_reads_positions_in_a_way_of_its_own_is_found():
     )  # fmt: skip
     reason = compare_static_step(HFStepper(lm.model), lambda: HFStepper(lm.model))
     assert "over a static cache its logits differ by" in reason
-    with pytest.warns(FallbackWarning, match="its logits differ"):
+    with pytest.warns(SlowWarning, match="its logits differ"):
         lm.generate("What?", max_tokens=4)
 
 
@@ -196,7 +196,7 @@ def test_a_model_that_takes_no_static_cache_is_found():
         decoder = StaticDecoder(lambda: HFStepper(model), "static")
         stepper = HFStepper(model)
         (*_, (_, last)) = stepper.start([[5, 6, 7]])
-        with pytest.warns(FallbackWarning, match=r"takes? a static cache \(ValueError: only two axes\)"):
+        with pytest.warns(SlowWarning, match=r"takes? a static cache \(ValueError: only two axes\)"):
             assert decoder.start(stepper, last.at(-1), []) is None
     finally:
         handle.remove()

@@ -60,7 +60,7 @@ def serve_all(lm):
 @pytest.mark.parametrize("ahead", [False, True])
 def test_static_and_eager_engines_agree_under_load(ahead, monkeypatch):
     from selfdoubt.lm import decoding
-    from selfdoubt.lm.static_decoder import StaticDecoder
+    from selfdoubt.lm.static.decoder import StaticDecoder
 
     monkeypatch.setattr(decoding, "StaticDecoder", lambda build, mode: StaticDecoder(build, mode, ahead=ahead))
     lm = RiskAwareLM.load("pocket", dtype=torch.float32)

@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from selfdoubt.compat import keeps_keys_only
-from selfdoubt.lm.slots import SlotCache
+from selfdoubt.lm.static.slots import SlotCache
 from selfdoubt.lm.step_output import StepOutput
 from selfdoubt.lm.stepper import HFStepper
 from selfdoubt.rows import expand
@@ -71,7 +71,7 @@ class StaticStep:
 
     def run_probed(self, ids: Int[Tensor, " slots"]) -> StepOutput:
         """Run the model as ``run`` does, within a block of ``probing``. It can be compiled as one graph."""
-        rows, columns = self.stepper.input_rows, self.cache.begin_step()
+        rows, columns = self.stepper.rows_per_sequence, self.cache.begin_step()
         inputs = {
             "input_ids": expand(ids[:, None], rows),
             "position_ids": expand(columns[:, None], rows),
@@ -89,7 +89,7 @@ class StaticStep:
         return self._build_mask(self._windows)
 
     def _build_mask(self, window: int | None) -> Float[Tensor, "rows 1 1 length"]:
-        return expand(self.cache.build_mask(window, self._dtype), self.stepper.input_rows)
+        return expand(self.cache.build_mask(window, self._dtype), self.stepper.rows_per_sequence)
 
 
 def name_windows(cache: SlotCache, kinds: Any) -> Mapping[str, int | None] | int | None:

@@ -10,8 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from selfdoubt.lm.static.turn import TurnOutput
 from selfdoubt.lm.token_table import ScoredId, TokenTable, read_table
-from selfdoubt.lm.turn import TurnOutput
 
 
 class ChosenToken(NamedTuple):

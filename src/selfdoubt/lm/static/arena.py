@@ -11,12 +11,12 @@ from torch import Tensor
 
 from selfdoubt.lm.decode import TokenSequence
 from selfdoubt.lm.sampling import find_draws
-from selfdoubt.lm.static_step import StaticStep
-from selfdoubt.lm.static_stepper import Buckets, build_allocator
+from selfdoubt.lm.static.results import TurnResult
+from selfdoubt.lm.static.step import StaticStep
+from selfdoubt.lm.static.stepper import Buckets, build_allocator
+from selfdoubt.lm.static.turn import DecodeTurn, TurnBuffers, TurnOutput, choose_and_tabulate, describe_sampling
 from selfdoubt.lm.step_output import StepOutput
 from selfdoubt.lm.stepper import HFStepper
-from selfdoubt.lm.turn import DecodeTurn, TurnBuffers, TurnOutput, choose_and_tabulate, describe_sampling
-from selfdoubt.lm.turn_results import TurnResult
 
 
 @runtime_checkable

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from selfdoubt.lm.attention_backends import steady_attention
-from selfdoubt.lm.turn import DecodeTurn, TurnOutput
+from selfdoubt.lm.static.turn import DecodeTurn, TurnOutput
 
 #: Graphs that are kept for one batch; beyond, the one that was not used for the longest time goes.
 MAX_GRAPHS = 12

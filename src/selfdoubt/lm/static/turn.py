@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from selfdoubt.lm.sampling import Draws, Sampling, choose_on_device
-from selfdoubt.lm.static_step import StaticStep
+from selfdoubt.lm.static.step import StaticStep
 from selfdoubt.lm.step_output import StepOutput
 from selfdoubt.lm.token_table import TokenTable, tabulate
 

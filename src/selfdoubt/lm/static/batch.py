@@ -7,11 +7,11 @@ from typing import NamedTuple
 
 import torch
 
-from selfdoubt.lm.arena import Arena
 from selfdoubt.lm.decode import TokenEvent, TokenSequence
+from selfdoubt.lm.static.arena import Arena
+from selfdoubt.lm.static.results import ChosenToken, TurnResult
 from selfdoubt.lm.step_output import StepOutput
 from selfdoubt.lm.stepper import HFStepper
-from selfdoubt.lm.turn_results import ChosenToken, TurnResult
 
 
 class _Newcomers(NamedTuple):

@@ -10,8 +10,8 @@ from jaxtyping import Int
 from torch import Tensor
 
 from selfdoubt.errors import WrapError
-from selfdoubt.lm.slots import DOUBLED_LENGTH, DOUBLED_SLOTS, FIRST_LENGTH, SlotCache, choose_bucket
-from selfdoubt.lm.static_step import StaticStep, find_obstacle
+from selfdoubt.lm.static.slots import DOUBLED_LENGTH, DOUBLED_SLOTS, FIRST_LENGTH, SlotCache, choose_bucket
+from selfdoubt.lm.static.step import StaticStep, find_obstacle
 from selfdoubt.lm.step_output import StepOutput
 from selfdoubt.lm.stepper import HFStepper
 

@@ -10,19 +10,19 @@ from weakref import WeakSet
 
 import torch
 
-from selfdoubt.errors import FallbackWarning
-from selfdoubt.lm.arena import Arena
+from selfdoubt.errors import SlowWarning
 from selfdoubt.lm.attention_backends import steady_attention
-from selfdoubt.lm.cuda_graphs import GraphCache
 from selfdoubt.lm.decode import TokenSequence
-from selfdoubt.lm.slot_batch import SlotBatch
-from selfdoubt.lm.static_check import compare_static_step
-from selfdoubt.lm.static_step import find_obstacle
-from selfdoubt.lm.static_stepper import Buckets
+from selfdoubt.lm.static.arena import Arena
+from selfdoubt.lm.static.batch import SlotBatch
+from selfdoubt.lm.static.check import compare_static_step
+from selfdoubt.lm.static.cuda_graphs import GraphCache
+from selfdoubt.lm.static.step import find_obstacle
+from selfdoubt.lm.static.stepper import Buckets
+from selfdoubt.lm.static.turn import DecodeTurn, TurnOutput
 from selfdoubt.lm.step_modes import StepMode
 from selfdoubt.lm.step_output import StepOutput
 from selfdoubt.lm.stepper import HFStepper
-from selfdoubt.lm.turn import DecodeTurn, TurnOutput
 from selfdoubt.messages import log
 
 #: Compiled turns that are kept, and columns of the smallest cache of a compiled step, which must not change often.
@@ -81,7 +81,7 @@ class StaticDecoder:
         """Start a batch of sequences whose prompts a stepper has read; None if the model cannot have a static cache.
 
         Warns:
-            FallbackWarning: The first time, if it cannot.
+            SlowWarning: The first time, if it cannot.
         """
         if not self._is_checked:
             self._check(stepper)
@@ -95,7 +95,7 @@ class StaticDecoder:
         self.obstacle = find_obstacle(stepper) or compare_static_step(self._runner, self._build) or ""
         if self.obstacle:
             name = type(self._runner.base).__name__
-            warnings.warn(f"{name} is decoded step by step: {self.obstacle}", FallbackWarning, stacklevel=2)
+            warnings.warn(f"{name} is decoded step by step: {self.obstacle}", SlowWarning, stacklevel=2)
 
     def _open(self, stepper: HFStepper) -> Arena:
         arena, self._idle = self._idle, None
@@ -133,7 +133,7 @@ class StaticDecoder:
         self._graphs = None
         reason = " ".join(str(error).split())[:200]
         name = type(self._runner.base).__name__
-        warnings.warn(f"a step of {name} cannot be captured as a CUDA graph ({reason})", FallbackWarning, stacklevel=2)
+        warnings.warn(f"a step of {name} cannot be captured as a CUDA graph ({reason})", SlowWarning, stacklevel=2)
 
     def _build_turn(self, key: Hashable, build: Callable[..., DecodeTurn]) -> DecodeTurn:
         """Return the turn of this key; a compiled one is compiled at its first run."""
@@ -156,7 +156,7 @@ class StaticDecoder:
         except (torch._dynamo.exc.TorchDynamoException, torch._inductor.exc.InductorError) as error:
             reason = str(error).strip().splitlines()[0]
             name = type(self._runner.base).__name__
-            warnings.warn(f"a step of {name} cannot be compiled ({reason})", FallbackWarning, stacklevel=2)
+            warnings.warn(f"a step of {name} cannot be compiled ({reason})", SlowWarning, stacklevel=2)
             self.mode = "captured" if self._graphs is not None else "static"
             turn = build()
         finally:

@@ -8,8 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from selfdoubt.lm.static_step import StaticStep
-from selfdoubt.lm.static_stepper import Buckets, build_allocator
+from selfdoubt.lm.static.step import StaticStep
+from selfdoubt.lm.static.stepper import Buckets, build_allocator
 from selfdoubt.lm.stepper import HFStepper
 
 #: Mean difference of logits that is rounding, as a share of their standard deviation: by the bytes of their type.
