@@ -32,6 +32,7 @@ def doctor(
     steps: Annotated[int, typer.Option(help="Decoding steps to time.", min=1, max=4096)] = 8,
     trust_remote_code: flags.RemoteCode = False,
     answer_from: flags.AnswerFromFlag = None,
+    step: flags.StepFlag = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> int:
     """Measure a model on this machine, memory and time, and say what would make it faster."""
@@ -40,11 +41,13 @@ def doctor(
     from selfdoubt.lm.doctor import diagnose
     from selfdoubt.lm.hardware import read_device
     from selfdoubt.lm.model import RiskAwareLM
+    from selfdoubt.lm.step_modes import check_step_mode
 
     where = read_device(device)
     loading: dict[str, Any] = {
         "adapter": adapter, "wrapper": flags.parse_wrapper(wrapper), "dtype": dtype, "quantize": quantize,
         "trust_remote_code": trust_remote_code, "answer_from": answer_from,
+        "step": check_step_mode(step),
     }  # fmt: skip
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UntrainedWarning)  # of risks, which are not looked at here
@@ -109,7 +112,7 @@ def list_findings(diagnosis: Diagnosis) -> list[tuple[str, str]]:
         (
             "graphs",
             f"{diagnosis.graphs.count}, {format_bytes(diagnosis.graphs.bytes)}; {diagnosis.graphs.note}"
-            if diagnosis.graphs.count else diagnosis.graphs.note,
+            if diagnosis.graphs.count else f"none: {diagnosis.graphs.note}",
         ),
         ("attention", f"{diagnosis.attention}; kernels: {', '.join(device.attention)}"),
         (

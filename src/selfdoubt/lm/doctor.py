@@ -17,13 +17,15 @@ from selfdoubt.compat import get_output_head, is_quantized, list_quantization_st
 from selfdoubt.errors import ConfigError
 from selfdoubt.kernels import count_features
 from selfdoubt.lm.adapters.lora import list_lora_names
-from selfdoubt.lm.decode import decode
+from selfdoubt.lm.decode import TokenSequence, decode_batch
+from selfdoubt.lm.decoding import measure_step_memory, start_decoding
 from selfdoubt.lm.front import ModelWithFront
 from selfdoubt.lm.hardware import Device, describe_device, synchronize
 from selfdoubt.lm.load import count_token_ids
 from selfdoubt.lm.prefill import prefill
 from selfdoubt.lm.probes import build_stepper
 from selfdoubt.lm.sampling import Sampling
+from selfdoubt.lm.step_modes import choose_step_mode
 from selfdoubt.lm.stepper import HFStepper
 from selfdoubt.members import Wrapped, innermost
 from selfdoubt.rows import Replacement, list_added_names
@@ -149,7 +151,7 @@ def diagnose(lm: ModelWithFront, *, batch: int = 32, steps: int = 8) -> Diagnosi
     attention = str(getattr(base.config, "_attn_implementation", None) or "of the model's own")
     return Diagnosis(
         lm.front.name, _describe_wrapper(model), dtype, attention, weights, added_parameters, added_bytes, cache,
-        count_graphs(device), times, here,
+        count_graphs(lm, device), times, here,
         advise(here, dtype, attention, weights, cache, times, added_bytes),
     )  # fmt: skip
 
@@ -229,9 +231,11 @@ def find_longest(layers: list[tuple[float, int | None]], rows: int, free: float,
     return low
 
 
-def count_graphs(device: torch.device) -> GraphSizes:
-    """Return the graphs that decoding has captured on a device."""
-    return GraphSizes(0, 0, "not captured on a CPU" if device.type == "cpu" else "not captured")
+def count_graphs(lm: ModelWithFront, device: torch.device) -> GraphSizes:
+    """Return the graphs that decoding has captured so far, and the way in which steps run."""
+    mode, memory = choose_step_mode(lm.step, device), measure_step_memory(lm)
+    note = f"steps are {mode}" + (", graphs need a CUDA GPU" if device.type == "cpu" else "")
+    return GraphSizes(memory.graphs, memory.graph_bytes, note)
 
 
 def advise(
@@ -261,8 +265,6 @@ def advise(
             "serve several requests at once (selfdoubt serve --batch): a step of one sequence reaches "
             f"{steps.share:.0%} of the bandwidth, so it waits for its kernels to be launched"
         )
-    if device.kind == "cuda" and "cudnn" in device.attention:
-        advice.append("torch.backends.cuda.enable_cudnn_sdp(False): cuDNN prepares attention again for each new length")
     if attention == "eager":
         advice.append("load the model with sdpa attention: eager attention keeps whole matrices of weights")
     enough = min(cache.context or 4096, 4096)
@@ -324,8 +326,9 @@ def _time_steps(lm: ModelWithFront, ids: list[int], steps: int) -> float:
     """Return the median time from one token to the next, each with its risk."""
     stepper = build_stepper(lm)
     _, following = prefill(stepper, [ids])
+    sequence = TokenSequence(0, Sampling(max_tokens=_WARM + steps + 1), 0, 2**62)
     times = [time.perf_counter()]
-    for _ in decode(stepper, following, [len(ids)], Sampling(max_tokens=_WARM + steps + 1), [0]):
+    for _ in decode_batch(start_decoding(lm, stepper, following, [sequence])):
         times.append(time.perf_counter())  # noqa: PERF401
     pauses = [later - earlier for earlier, later in pairwise(times)]
     return median(pauses[_WARM:])

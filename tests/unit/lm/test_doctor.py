@@ -149,7 +149,6 @@ STEPS = StepTimes(10**9, 0.8, 1.0, 1.1, 0.73, 100.0)
         ({"added_bytes": 10**9}, "vote:rank=16.* 50% to what a step reads"),
         ({"device": GPU}, None),
         ({"device": GPU, "steps": replace(STEPS, share=0.1)}, "several requests at once .* 10%"),
-        ({"device": replace(GPU, attention=("cudnn", "math"))}, "enable_cudnn_sdp"),
         ({"device": GPU, "cache": replace(CACHE, longest_in_batch=1024)}, "--quantize nf4, or serve --batch 8"),
     ],
 )
