@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
-
-if TYPE_CHECKING:
-    from selfdoubt.lm.stepper import StepOutput
+from typing import Any, Protocol, runtime_checkable
 
 
 @runtime_checkable
@@ -19,5 +16,5 @@ class Probe(Protocol):
     def capture(self, columns: int) -> AbstractContextManager[None]:
         """Record while the model runs within the block; only the last ``columns`` positions count."""
 
-    def read(self, output: StepOutput) -> StepOutput:
-        """Return the output, ``(members, batch, t, ...)``, with what was recorded, or as it is where nothing was."""
+    def read(self, output: Any) -> Any:
+        """Return a ``stepper.StepOutput``, ``(members, batch, t, ...)``, with what was recorded, or as it is."""
