@@ -80,7 +80,7 @@ def find_first(x: Float[Tensor, "*batch classes"]) -> Int[Tensor, "*batch"]:
     largest = blocks.amax(-1)
     block = largest.argmax(-1, keepdim=True)
     inside = blocks.gather(-2, block[..., None].expand(*block.shape, _BLOCK)).squeeze(-2)
-    place = block * _BLOCK + inside.argmax(-1, keepdim=True)
+    place: Tensor = block * _BLOCK + inside.argmax(-1, keepdim=True)
     if count * _BLOCK < x.shape[-1]:
         rest = x[..., count * _BLOCK :]
         at = rest.argmax(-1, keepdim=True)

@@ -135,7 +135,7 @@ class HeadTap:
             self.run = "columns"
         self._places = torch.zeros(0, 0, dtype=torch.bool)
         self._kept: Tensor | None = None  # hidden states of the places
-        self._logits: Tensor | None = None  # the head's own output
+        self._logits: Tensor | None = None  # the head's output
         self._whole: _RunOutput | None = None
         self._columns: list[int] = []  # of the logits that the model returned
 
@@ -205,10 +205,12 @@ class HeadTap:
         assert self._whole is not None
         if self.run is not None:
             return True
-        logits, own = self._whole.logits.flatten(0, 1), self._logits
-        if self._kept is None or not isinstance(own, Tensor):
+        logits, direct = self._whole.logits.flatten(0, 1), self._logits
+        if self._kept is None or not isinstance(direct, Tensor):
             self.run = "whole"  # the head was not called in the usual way, and all logits are there
-        elif self._whole.scale is None and own.shape == logits.shape and torch.equal(own.to(logits.dtype), logits):
+        elif (
+            self._whole.scale is None and direct.shape == logits.shape and torch.equal(direct.to(logits.dtype), logits)
+        ):
             self.run = "apart"
         else:
             self.run = "columns"
