@@ -44,7 +44,8 @@ class _Shared(NamedTuple):
     x: Tensor  #: the input, as the leaves got it
     version: int  #: version of the input, whose values a model could change in place; 0 in inference mode
     forward: int  #: the run of the model in which it was computed
-    is_half: bool  #: True where it is a product of the factors' own type
+    in_float32: bool
+    stack: _Stack
     product: Float[Tensor, "members rows ranks"]
     users: set[int]  #: places of the leaves that have used it
 
@@ -59,16 +60,18 @@ class FactorGroup:
 
     def __init__(self) -> None:
         self._leaves: list[Any] = []
+        self._linear: list[bool] = []
         self._stacks: dict[bool, _Stack] = {}  # by: is it in float32, for half-precision factors
         self._shared: _Shared | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what copies need: they make stacks and products of their own."""
-        return {"_leaves": self._leaves, "_stacks": {}, "_shared": None}
+        return {"_leaves": self._leaves, "_linear": self._linear, "_stacks": {}, "_shared": None}
 
-    def add(self, leaf: nn.Module) -> int:
+    def add(self, leaf: Any) -> int:
         """Add a leaf with ``deviations`` and a ``kernel``; return its place in the group."""
         self._leaves.append(leaf)
+        self._linear.append(kernels.find_kernel(get_base_layer(leaf.leaf)) is kernels.linear)
         return len(self._leaves) - 1
 
     def move(self, place: int, x: Tensor, y: Tensor, alpha: float, call: ForwardContext) -> bool:
@@ -85,71 +88,82 @@ class FactorGroup:
             False if nothing was done: a gradient is recorded, or the output has another type or layout than this takes.
         """
         leaf = self._leaves[place]
-        base = get_base_layer(leaf.leaf)
+        # Each of these is asked for in every layer of every step: attributes of modules are slow to look up.
+        frozen, deviations = leaf._modules["leaf"], leaf._modules["deviations"]._parameters
         # A hook of the frozen layer may have kept its output.
-        if torch.is_grad_enabled() or call.active is not None or leaf.leaf._forward_hooks or not _is_linear(leaf, base):
+        if torch.is_grad_enabled() or call.active is not None or frozen._forward_hooks or leaf.kernel is None:
             return False
-        if torch.is_autocast_enabled(x.device.type) or not y.is_contiguous() or x.dtype != y.dtype:
+        dtype = y.dtype
+        if not self._linear[place] or x.dtype != dtype or not y.is_contiguous():
             return False
-        deviations = leaf.deviations
-        first_factor = deviations["weight_a"] if "weight_a" in deviations else next(iter(deviations.values()))
-        members, first = len(first_factor), call.count_base(x)
-        voters = y[first:].view(members, -1, y.shape[-1])
-        rows = x[first:].reshape(members, -1, x.shape[-1])
-        if "weight_a" in deviations and not torch.compiler.is_compiling():
-            in_float32 = x.device.type == "cpu" and first_factor.dtype in _HALF
+        if torch.is_autocast_enabled(x.device.type):
+            return False
+        a = deviations.get("weight_a")
+        known = next(iter(deviations.values())) if a is None else a
+        members, first = len(known), call.count_base(x)
+        voters = (y[first:] if first else y).view(members, -1, y.shape[-1])
+        if known.dtype != dtype:
+            return False
+        if a is not None and not torch.compiler.is_compiling():
+            in_float32 = dtype in _HALF and x.device.type == "cpu"
             if not in_float32 or voters.shape[1] <= FEW_ROWS:
-                stack = self._refresh(in_float32, call.epoch) if first_factor.dtype == y.dtype else None
-                if stack is not None and place in stack.spans:
-                    product = self._multiply(place, x, rows, stack, call, in_float32)
-                    self._add(voters, product[:, :, stack.spans[place]], stack.b[place], alpha, in_float32)
+                stack, product = self._multiply(place, x, first, members, call, in_float32)
+                if product is not None:
+                    if in_float32:
+                        voters.add_(torch.bmm(product, stack.b[place]), alpha=alpha)
+                    else:
+                        voters.baddbmm_(product, stack.b[place], alpha=alpha)
                     _add_bias(voters, deviations, alpha)
                     return True
-        if leaf.kernel is not kernels.linear or first_factor.dtype != y.dtype:
+        if leaf.kernel is not kernels.linear:
             return False
-        if "weight_a" in deviations:
-            voters.baddbmm_(rows @ deviations["weight_a"].transpose(1, 2), deviations["weight_b"], alpha=alpha)
+        rows = (x[first:] if first else x).reshape(members, -1, x.shape[-1])
+        if a is not None:
+            voters.baddbmm_(rows @ a.transpose(1, 2), deviations["weight_b"], alpha=alpha)
         elif "weight" in deviations:
             weight = deviations["weight"]
-            voters.baddbmm_(rows, weight if is_transposed(base) else weight.transpose(1, 2), alpha=alpha)
+            transposed = is_transposed(get_base_layer(frozen))
+            voters.baddbmm_(rows, weight if transposed else weight.transpose(1, 2), alpha=alpha)
         _add_bias(voters, deviations, alpha)
         return True
 
     def _multiply(
-        self, place: int, x: Tensor, rows: Tensor, stack: _Stack, call: ForwardContext, in_float32: bool
-    ) -> Tensor:
-        """Return the first product of all leaves of the group with this input, computed once in a run."""
+        self, place: int, x: Tensor, first: int, members: int, call: ForwardContext, in_float32: bool
+    ) -> tuple[Any, Tensor | None]:
+        """Return the stack, and this leaf's share of the first product, which is computed once in a run.
+
+        Without a stack the product is None.
+        """
         shared = self._shared
         if (
             shared is not None
             and shared.x is x
-            and shared.version == _version(x)
             and shared.forward == call.forwards
-            and shared.is_half != in_float32
+            and shared.in_float32 == in_float32
             and place not in shared.users
+            and place in shared.stack.spans
+            and shared.version == _version(x)
         ):
             shared.users.add(place)
-            if len(shared.users) == len(stack.spans):
+            if len(shared.users) == len(shared.stack.spans):
                 self._shared = None
-            return shared.product
+            return shared.stack, shared.product[:, :, shared.stack.spans[place]]
+        stack = self._refresh(in_float32, call.epoch)
+        if stack is None or place not in stack.spans:
+            return None, None
+        rows = (x[first:] if first else x).reshape(members, -1, x.shape[-1])
         product = torch.bmm(rows.float() if in_float32 else rows, stack.a.transpose(1, 2))
-        if len(stack.spans) > 1:
-            self._shared = _Shared(x, _version(x), call.forwards, not in_float32, product, {place})
-        return product
-
-    @staticmethod
-    def _add(voters: Tensor, product: Tensor, b: Tensor, alpha: float, in_float32: bool) -> None:
-        if in_float32:
-            voters.add_(torch.bmm(product, b), alpha=alpha)
-        else:
-            voters.baddbmm_(product, b, alpha=alpha)
+        if len(stack.spans) == 1:
+            return stack, product
+        self._shared = _Shared(x, _version(x), call.forwards, in_float32, stack, product, {place})
+        return stack, product[:, :, stack.spans[place]]
 
     def _refresh(self, in_float32: bool, epoch: int) -> _Stack | None:
         """Return the group's stack, made again where parameters may have changed; None where there can be none."""
         factors: dict[int, tuple[Tensor, Tensor]] = {}
         key: list[int] = []
         for place, leaf in enumerate(self._leaves):
-            known = leaf.deviations._parameters
+            known = leaf._modules["deviations"]._parameters
             a, b = known.get("weight_a"), known.get("weight_b")
             if a is None or b is None or leaf.kernel is None:
                 continue
@@ -168,10 +182,6 @@ class FactorGroup:
             stack = _copy(factors, stack, in_float32=in_float32)._replace(key=tuple(key), epoch=epoch)
         self._stacks[in_float32] = stack
         return stack
-
-
-def _is_linear(leaf: Any, base: nn.Module) -> bool:
-    return leaf.kernel is not None and kernels.find_kernel(base) is kernels.linear
 
 
 def _version(x: Tensor) -> int:

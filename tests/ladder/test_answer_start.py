@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -117,7 +118,7 @@ def test_guests_join_and_leave(name):
             tokens += [event.token for event in batch.choose()]
             batch.step()
         alone.append(tokens)
-    found: list[list] = [[], []]
+    found: list[list[Any]] = [[], []]
     batch = open_batch(0, first)
     for step in range(8):
         if step == 2:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -73,11 +74,11 @@ def test_a_risk_that_needs_members_on_the_question_is_refused(risk):
 
 def test_settings_come_back_and_older_ones_mean_the_prompt(tmp_path):
     folder = selfdoubt.save(SPEC(causal("llama")), tmp_path)
-    assert selfdoubt.load(folder, causal("llama")).spec.start == "answer"
+    assert selfdoubt.load(folder, causal("llama")).spec == SPEC
     manifest = json.loads((folder / "selfdoubt.json").read_text())
     del manifest["wrappers"][0]["start"], manifest["checksums"]
     (folder / "selfdoubt.json").write_text(json.dumps(manifest))
-    assert selfdoubt.load(folder, causal("llama")).spec.start == "prompt"
+    assert selfdoubt.load(folder, causal("llama")).spec == replace(SPEC, start="prompt")
     table = choose_wrapper({}, {"start": "end"}, seed=0)
     with pytest.raises(ConfigError, match=r"^wrapper\.start must be .*'end'"):
         build_wrapper(table)
