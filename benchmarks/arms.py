@@ -134,7 +134,8 @@ def build(name: str) -> PreTrainedModel:
 
     model: Any
     if name == "pocket":
-        model = AutoModelForCausalLM.from_pretrained(pocket.folder(), dtype=torch.bfloat16).to(choose_device())
+        model = AutoModelForCausalLM.from_pretrained(pocket.folder(), dtype=torch.bfloat16)
+        model.to(choose_device())
     else:
         torch.manual_seed(0)
         config = LlamaConfig(**SHAPES[name], tie_word_embeddings=True, max_position_embeddings=_CONTEXT)

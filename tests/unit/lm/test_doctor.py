@@ -110,7 +110,10 @@ def test_a_diagnosis_of_the_pocket():
     assert diagnosis.steps.plain > 0
     assert diagnosis.steps.share == pytest.approx(diagnosis.steps.predicted / diagnosis.steps.measured)
     assert diagnosis.steps.bytes_read > diagnosis.weights.bytes
-    assert json.loads(json.dumps(diagnosis.to_json(), allow_nan=False))["graphs"]["note"] == "steps are eager, graphs need a CUDA GPU"
+    assert (
+        json.loads(json.dumps(diagnosis.to_json(), allow_nan=False))["graphs"]["note"]
+        == "steps are eager, graphs need a CUDA GPU"
+    )
 
 
 def test_a_plain_model_without_members():
