@@ -2,8 +2,8 @@
 
 A leaf's output is changed in place by ``baddbmm``. Leaves that read the same tensor, such as the query, key and value
 projections of a block, share their first product: their first factors are stacked, one beneath the other. On a CPU,
-products of a few rows in half precision cost several times those in float32, because each of them is set up anew by
-the library below; there, copies of the factors in float32 are kept.
+products of a few rows in half precision cost several times those in float32, because each of them is set up by
+the library below each time; there, copies of the factors in float32 are kept.
 """
 
 from __future__ import annotations
