@@ -2,12 +2,13 @@
 
 A leaf's output is changed in place by ``baddbmm``. Leaves that read the same tensor, such as the query, key and value
 projections of a block, share their first product: their first factors are stacked, one beneath the other. On a CPU,
-products of a few rows in half precision cost several times those in float32, because each of them is set up anew by
-the library below; there, copies of the factors in float32 are kept.
+products of a few rows in half precision cost several times those in float32, because each of them is set up by
+the library below each time; there, copies of the factors in float32 are kept.
 """
 
 from __future__ import annotations
 
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -25,6 +26,9 @@ SIBLINGS = (
 )  # fmt: skip
 #: Rows per member up to which products on a CPU are computed in float32 for factors in half precision.
 FEW_ROWS = 8
+# Torch has no public names for these that are as fast.
+_children, _parameters = attrgetter("_modules"), attrgetter("_parameters")
+_hooks, _number = attrgetter("_forward_hooks"), attrgetter("_version")
 _HALF = (torch.bfloat16, torch.float16)
 
 
@@ -89,9 +93,9 @@ class FactorGroup:
         """
         leaf = self._leaves[place]
         # Each of these is asked for in every layer of every step: attributes of modules are slow to look up.
-        frozen, deviations = leaf._modules["leaf"], leaf._modules["deviations"]._parameters
+        frozen, deviations = _children(leaf)["leaf"], _parameters(_children(leaf)["deviations"])
         # A hook of the frozen layer may have kept its output.
-        if torch.is_grad_enabled() or call.active is not None or frozen._forward_hooks or leaf.kernel is None:
+        if torch.is_grad_enabled() or call.active is not None or _hooks(frozen) or leaf.kernel is None:
             return False
         dtype = y.dtype
         if not self._linear[place] or x.dtype != dtype or not y.is_contiguous():
@@ -163,7 +167,7 @@ class FactorGroup:
         factors: dict[int, tuple[Tensor, Tensor]] = {}
         key: list[int] = []
         for place, leaf in enumerate(self._leaves):
-            known = leaf._modules["deviations"]._parameters
+            known = _parameters(_children(leaf)["deviations"])
             a, b = known.get("weight_a"), known.get("weight_b")
             if a is None or b is None or leaf.kernel is None:
                 continue
@@ -171,7 +175,7 @@ class FactorGroup:
             if type(a) is not nn.Parameter or type(b) is not nn.Parameter or a.is_inference() or b.is_inference():
                 return None
             factors[place] = a, b
-            key += (place, a._version, a.data_ptr(), b._version, b.data_ptr())
+            key += (place, _number(a), a.data_ptr(), _number(b), b.data_ptr())
         stack = self._stacks.get(in_float32)
         if stack is not None and stack.epoch == epoch and stack.key == tuple(key):
             return stack
@@ -185,7 +189,7 @@ class FactorGroup:
 
 
 def _version(x: Tensor) -> int:
-    return 0 if x.is_inference() else x._version
+    return 0 if x.is_inference() else _number(x)
 
 
 def _add_bias(voters: Tensor, deviations: Any, alpha: float) -> None:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import InitVar, dataclass, replace
+from operator import attrgetter
 from typing import Any, ClassVar, Literal, ParamSpec, overload
 
 import torch
@@ -319,7 +320,7 @@ class NoisyLeaf(Replacement):
         members, first, features = self.call.members, int(self.call.has_base), x.shape[axis]
         kind = members, first, features, x.dtype, x.device
         trains = self.distribution.trainable
-        key = self.parameter._version, self.parameter.data_ptr(), self.call.epoch if trains else 0
+        key = attrgetter("_version")(self.parameter), self.parameter.data_ptr(), self.call.epoch if trains else 0
         known = self._kept.get(kind)
         if known is not None and known[0] == key:
             return known[1]
