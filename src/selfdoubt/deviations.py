@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from typing import TYPE_CHECKING
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -12,14 +12,40 @@ from torch import Tensor, nn
 from selfdoubt import compat, kernels
 from selfdoubt.targets import Leaf
 
-if TYPE_CHECKING:
-    from selfdoubt.vote import Wrapper
-
 #: Size of the deviations of ``weight_noise="auto"``, relative to the weights, until a search has found one.
 START_NOISE = 0.01
 
 
-def draw_deviations(leaf: Leaf, spec: Wrapper, generator: torch.Generator) -> dict[str, nn.Parameter]:
+@runtime_checkable
+class DeviationSettings(Protocol):
+    """The settings of voters that say how deviations are drawn; see ``vote.Wrapper``."""
+
+    @property
+    def n_voters(self) -> int:
+        """Number of voters."""
+
+    @property
+    def rank(self) -> int | None:
+        """Rank of the deviations; None draws full ones."""
+
+    @property
+    def finetune(self) -> bool:
+        """True starts from the model's weights; False draws all weights again."""
+
+    @property
+    def weight_noise(self) -> float | str:
+        """Size of a deviation relative to the leaf's weights; "auto" leaves it open."""
+
+    @property
+    def alpha(self) -> float:
+        """Scale of the deviations."""
+
+    @property
+    def antithetic(self) -> bool:
+        """True draws each second voter's deviation as the opposite of the one before it."""
+
+
+def draw_deviations(leaf: Leaf, spec: DeviationSettings, generator: torch.Generator) -> dict[str, nn.Parameter]:
     """Draw the initial deviations of a leaf's matched parameters."""
     base = compat.get_base_layer(leaf.module)
     kernel = kernels.find_kernel(base)
