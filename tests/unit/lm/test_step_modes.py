@@ -23,6 +23,7 @@ from selfdoubt.lm.step_modes import check_step_mode, choose_step_mode
 from selfdoubt.lm.stepper import HFStepper
 from selfdoubt.members import innermost
 from tests import zoo
+from tests.plain import run
 
 
 def speaker(**settings):
@@ -207,3 +208,26 @@ def test_eager_decoding_needs_no_decoder():
     stepper = HFStepper(lm.model)
     (*_, (_, last)) = stepper.start([[5, 6, 7]])
     assert type(start_decoding(lm, stepper, last.at(-1), [])).__name__ == "DecodeBatch"
+
+
+COMPILED = """
+import warnings
+from selfdoubt import RiskAwareLM, vote
+from selfdoubt.errors import SlowWarning
+warnings.simplefilter("error", SlowWarning)
+from tests import zoo
+answers = []
+for step in ("eager", "compiled"):
+    lm = RiskAwareLM(vote.Wrapper(n_voters=2, rank=2)(zoo.talker()).eval(), zoo.tokenizer(), step=step, layers=[1])
+    answers.append(lm.generate(["What?", "yen?"], temperature=0.9, seeds=[1, 2], max_tokens=12))
+for a, b in zip(*answers, strict=True):
+    assert [t.id for t in a.tokens] == [t.id for t in b.tokens]
+    assert all(abs(a.scores[k] - b.scores[k]) < 1e-5 for k in a.scores | b.scores)
+from selfdoubt.lm.decoding import find_decoder
+print(find_decoder(lm).mode)
+"""
+
+
+@pytest.mark.slow
+def test_compiled_answers_are_the_eager_ones():
+    assert run(COMPILED, timeout=1500).strip().endswith("compiled")

@@ -154,7 +154,7 @@ class StaticDecoder:
             with torch._dynamo.config.patch(recompile_limit=4 * _MAX_COMPILED), steady_attention():
                 turn()
         except (torch._dynamo.exc.TorchDynamoException, torch._inductor.exc.InductorError) as error:
-            reason = str(error).strip().splitlines()[0]
+            reason = " ".join(str(error).split())[:200]
             name = type(self._runner.base).__name__
             warnings.warn(f"a step of {name} cannot be compiled ({reason})", SlowWarning, stacklevel=2)
             self.mode = "captured" if self._graphs is not None else "static"
