@@ -116,7 +116,7 @@ class NoiseTally:
         divergence = (base_logp.exp() * (base_logp - member_logp)).sum(-1).clamp_min(0)
         self.count += divergence.numel()
         self.flips += float((members.argmax(-1) != base.argmax(-1)).double().sum())
-        self.divergence += check_finite(float(divergence.double().sum()))
+        self.divergence += check_finite_sum(float(divergence.double().sum()))
 
     def add_values(self, base: Float[Tensor, "*batch"], members: Float[Tensor, "m *batch"]) -> None:
         """Add predictions of values.
@@ -125,7 +125,7 @@ class NoiseTally:
             NonFiniteError: If a value is NaN or infinite.
         """
         distance = members.double() - base.double()
-        self.squares += check_finite(float(distance.square().sum()) / len(members))
+        self.squares += check_finite_sum(float(distance.square().sum()) / len(members))
         self.own_squares += float(base.double().square().sum())
 
     def widen(self, limits: NoiseLimits) -> NoiseLimits:
@@ -298,7 +298,7 @@ def search_size(
     return NoiseSearch(largest, best.flip_rate, best.divergence, tuple(tried), best.change)
 
 
-def check_finite(value: float) -> float:
+def check_finite_sum(value: float) -> float:
     """Return a sum over a model's outputs.
 
     Raises:

@@ -25,7 +25,7 @@ from selfdoubt.noise import (
     NoiseLimits,
     NoiseSearch,
     NoiseTally,
-    check_finite,
+    check_finite_sum,
     find_noisy,
     search_size,
 )  # fmt: skip
@@ -178,7 +178,7 @@ def scale_to_outputs(wrapped: nn.Module, run: Callable[[nn.Module], Any], size: 
         for handle in handles:
             handle.remove()
     for module, (delta, output) in sums.items():
-        check_finite(delta + output)
+        check_finite_sum(delta + output)
         if delta == 0:
             raise ConfigError("deviations of zero have no size to scale; draw them with weight_noise above 0")
         if output > 0 and isinstance(module, ScalableModule):

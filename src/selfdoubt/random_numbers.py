@@ -15,12 +15,12 @@ def uniforms(key: int, members: int, features: int, device: torch.device) -> Flo
     """
     member = torch.arange(members, device=device)[:, None]
     feature = torch.arange(features, device=device)[None]
-    bits = mix(mix(member * 2**32 + feature + 1) ^ key)
+    bits = scramble(scramble(member * 2**32 + feature + 1) ^ key)
     # 24 bits: what a float32 in [0, 1) can hold.
     return ((bits >> 40) & 0xFFFFFF).float() / 2**24
 
 
-def mix(x: Tensor) -> Tensor:
+def scramble(x: Tensor) -> Tensor:
     """Apply SplitMix64's finaliser to int64, whose products wrap around; ``>>`` keeps the sign, hence the masks."""
     x = x + -7046029254386353131
     x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * -4658895280553007687

@@ -40,7 +40,7 @@ from selfdoubt.fields import (
     whole,
 )
 from selfdoubt.members import Wrapped, wrap
-from selfdoubt.random_numbers import mix, uniforms
+from selfdoubt.random_numbers import scramble, uniforms
 from selfdoubt.rows import ForwardContext, Replacement
 from selfdoubt.targets import Leaf
 
@@ -266,7 +266,7 @@ class NoisyLeaf(Replacement):
         super().__init__(leaf.module, call)
         base = compat.get_base_layer(leaf.module)
         self.distribution = spec.distribution
-        self.key = int(mix(torch.tensor(spec.seed * 1_000_003 + index)))
+        self.key = int(scramble(torch.tensor(spec.seed * 1_000_003 + index)))
         self.looks_up = isinstance(base, nn.Embedding)
         self.feature_axis = 1 if isinstance(base, _CHANNELS_FIRST) else -1
         self._kept: dict[tuple[Any, ...], tuple[tuple[int, int, int], Tensor]] = {}

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from selfdoubt.compat import get_output_head
