@@ -93,9 +93,12 @@ class FactorGroup:
         """
         leaf = self._leaves[place]
         # Each of these is asked for in every layer of every step: attributes of modules are slow to look up.
-        frozen, deviations = _children(leaf)["leaf"], _parameters(_children(leaf)["deviations"])
-        # A hook of the frozen layer may have kept its output.
-        if torch.is_grad_enabled() or call.active is not None or _hooks(frozen) or leaf.kernel is None:
+        compiling = torch.compiler.is_compiling()
+        frozen = leaf.leaf if compiling else _children(leaf)["leaf"]
+        deviations = leaf.deviations if compiling else _parameters(_children(leaf)["deviations"])
+        if torch.is_grad_enabled() or call.active is not None or leaf.kernel is None:
+            return False
+        if not compiling and _hooks(frozen):  # a hook of the frozen layer may have kept its output
             return False
         dtype = y.dtype
         if not self._linear[place] or x.dtype != dtype or not y.is_contiguous():
@@ -108,7 +111,7 @@ class FactorGroup:
         voters = (y[first:] if first else y).view(members, -1, y.shape[-1])
         if known.dtype != dtype:
             return False
-        if a is not None and not torch.compiler.is_compiling():
+        if a is not None and not compiling:
             in_float32 = dtype in _HALF and x.device.type == "cpu"
             if not in_float32 or voters.shape[1] <= FEW_ROWS:
                 stack, product = self._multiply(place, x, first, members, call, in_float32)

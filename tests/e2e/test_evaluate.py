@@ -111,7 +111,7 @@ def test_calibrated_answers_are_withheld_where_the_model_is_not_sure(tmp_path):
         "--out", str(out),
     )  # fmt: skip
     assert asked.returncode == 0, asked.stderr
-    done = run("calibrate", str(out), "--out", str(adapter), "--target-accuracy", "0.9", "--draws", "50")
+    done = run("calibrate", str(out), "--out", str(adapter), "--target-accuracy", "0.85", "--draws", "50")
     assert done.returncode == 0, done.stderr
     assert "answers with p_correct >=" in done.stdout
     card = json.loads((adapter / "selfdoubt.json").read_text(encoding="utf-8"))

@@ -16,12 +16,14 @@ from selfdoubt.lm.load import count_token_ids, find_stop_ids
 from selfdoubt.lm.scores import (
     ANSWER_SCORES,
     DEFAULT_RISK,
+    RANK_SCORES,
     TOKEN_RISK,
     Signal,
     check_score,
     check_signal,
     choose_default_risk,
     compares_members_on_question,
+    fallback_score,
 )
 from selfdoubt.lm.step_modes import StepMode
 from selfdoubt.lm.stepper import HFStepper
@@ -103,6 +105,11 @@ class LMFront:
     def tokens(self) -> TokenBuilder:
         """The builder of tokens from scored ids."""
         return TokenBuilder(self.tokenizer, self.token_risk)
+
+    @property
+    def answer_risk(self) -> str:
+        """The name of the score that answers have as their risk: without reference answers there are no ranks."""
+        return self.risk if self.reference or self.risk not in RANK_SCORES else str(fallback_score(self.risk))
 
     @cached_property
     def scorer(self) -> AnswerScorer:

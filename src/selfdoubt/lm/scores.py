@@ -176,11 +176,8 @@ def choose_default_risk(reference: Mapping[str, Sequence[float]]) -> str:
     """Choose the score that is the risk where none is named, by the reference quantiles that there are.
 
     It is ``DEFAULT_RISK`` where the reference answers know it. Else it is ``rank_nll``: the pocket model's, on whose
-    questions it is better, and that of adapters made earlier. Without reference answers there are no ranks, and it is
-    ``sum_nll``.
+    questions it is better, and that of adapters made earlier; without reference answers ``sum_nll`` takes its place.
     """
-    if not reference:
-        return str(fallback_score(DEFAULT_RISK))
     return DEFAULT_RISK if DEFAULT_RISK in reference else "rank_nll"
 
 

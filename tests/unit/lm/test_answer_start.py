@@ -123,7 +123,7 @@ def test_the_loss_of_training_is_that_of_generation(voter_batch, packed):
         for start, answer in zip(starts, answers, strict=True)
     ]
     rows = [examples[i : i + 2] for i in (0, 2, 4)] if packed else [[e] for e in examples[::2]]
-    batch = collate(rows, 1, 24 if packed else None)
+    batch = collate(rows, 1, 24 if packed else None, packed=packed)
     expected = torch.zeros((), dtype=torch.float64)
     for row, members in enumerate(rows):
         for example in members:

@@ -209,7 +209,7 @@ def _describe_model(shared: AppState) -> dict[str, Any]:
     if not shared.settings.risk:
         return plain
     threshold = None if front.calibration is None else front.calibration.threshold
-    risk = {"name": front.risk, "token_risk": front.token_risk, "calibrated": front.calibration is not None}
+    risk = {"name": front.answer_risk, "token_risk": front.token_risk, "calibrated": front.calibration is not None}
     return {**plain, "risk": {**risk, "threshold": threshold}}
 
 
