@@ -20,10 +20,10 @@ from statistics import median, quantiles
 from typing import Any
 
 import torch
-from selfdoubt.lm.hardware import measure_bandwidth
 
 from benchmarks import arms, results
 from selfdoubt.errors import SelfdoubtError
+from selfdoubt.lm.hardware import measure_bandwidth
 
 KEYS = ("model", "arm", "batch", "prompt")
 #: Arms by default: on a GPU graphs are what counts, on a CPU they do not exist.

@@ -157,6 +157,17 @@ def test_the_head_runs_only_where_it_is_needed():
     assert read(skip_scores(starts)) == 2
 
 
+def test_the_head_gets_a_tensor_of_its_own():
+    """A row that keeps the strides of a longer tensor, which counts as contiguous, takes 80 times as long."""
+    model, strides = copy.deepcopy(causal("llama")), []
+    model.lm_head.register_forward_pre_hook(lambda _, inputs: strides.append((inputs[0].shape, inputs[0].stride())))
+    for _ in range(2):  # the first run finds out how the head can run
+        prefill(HFStepper(model), prompts(9))
+    assert len(strides) > 2
+    for shape, stride in strides:
+        assert stride == torch.empty(shape).stride()
+
+
 def test_a_prompt_that_is_not_scored_still_has_its_next_logits():
     model, starts = causal("llama"), prompts(*LENGTHS)
     tokens, last = prefill(HFStepper(model), starts, scored=skip_scores(starts))
