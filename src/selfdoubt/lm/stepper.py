@@ -68,7 +68,7 @@ class HFStepper:
         self._recorder = OutputRecorder([find_decoder_layer(base, layer) for layer in layers])
         self._linears = find_linears(model)
         self.config = base.config.get_text_config()  # type: ignore[union-attr, operator]
-        self._device = next(base.parameters()).device
+        self.device = next(base.parameters()).device
         self.takes_positions = "position_ids" in inspect.signature(base.forward).parameters
         self._cache: Any = None
         self._mask: Tensor | None = None  #: of each sequence, whatever the number of its rows
@@ -112,9 +112,9 @@ class HFStepper:
             raise PromptError(
                 f"the prompt has {width} tokens, and the model reads at most {self.context} with its answer; shorten it"
             )
-        padded = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts], device=self._device)
-        lengths = torch.tensor([len(p) for p in prompts], device=self._device)
-        mask = (torch.arange(width, device=self._device) >= width - lengths[:, None]).long()
+        padded = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts], device=self.device)
+        lengths = torch.tensor([len(p) for p in prompts], device=self.device)
+        mask = (torch.arange(width, device=self.device) >= width - lengths[:, None]).long()
         # Without padding, models run faster (and just as right) when they are given no mask at all.
         self._mask = mask if min(len(p) for p in prompts) < width else None
         self._cache = None
@@ -153,15 +153,15 @@ class HFStepper:
             PromptError: If a sequence does not fit the context.
         """
         before, width = self._cache.get_seq_length(), max(len(t) for t in texts)
-        padded = torch.tensor([list(t) + [0] * (width - len(t)) for t in texts], device=self._device)
-        lengths = torch.tensor([len(t) for t in texts], device=self._device)
+        padded = torch.tensor([list(t) + [0] * (width - len(t)) for t in texts], device=self.device)
+        lengths = torch.tensor([len(t) for t in texts], device=self.device)
         longest = int(((before if self._mask is None else self._mask.sum(1)) + lengths).max())
         if self.context is not None and longest > self.context:
             raise PromptError(
                 f"prompt and text have {longest} tokens, and the model reads at most {self.context}; shorten them"
             )
         if min(len(t) for t in texts) < width or self._mask is not None:
-            new = (torch.arange(width, device=self._device) < lengths[:, None]).long()
+            new = (torch.arange(width, device=self.device) < lengths[:, None]).long()
             old = new.new_ones(len(new), before) if self._mask is None else self._mask
             self._mask = torch.cat([old, new], dim=1)
         yield from self._pieces(padded, before)
@@ -193,7 +193,7 @@ class HFStepper:
     @torch.inference_mode()
     def keep(self, sequences: Sequence[int]) -> None:
         """Keep only these sequences of the batch; one that is named twice is kept twice."""
-        index = torch.tensor(sequences, device=self._device)
+        index = torch.tensor(sequences, device=self.device)
         cache.select_sequences(self._cache, index, self._batch, self.members)
         self._batch = len(index)
         if self._mask is not None:
@@ -211,7 +211,7 @@ class HFStepper:
         self._cache = cache.join_caches(self._cache, other._cache, self._batch, other._batch)
         self._batch += other._batch
         width = self._cache.get_seq_length()
-        used = torch.cat([mine, theirs])[:, None] > torch.arange(width - 1, -1, -1, device=self._device)
+        used = torch.cat([mine, theirs])[:, None] > torch.arange(width - 1, -1, -1, device=self.device)
         self._mask = used.long()
         self._trim()
 
@@ -233,7 +233,7 @@ class HFStepper:
     def count_tokens(self) -> Int[Tensor, " batch"]:
         """Return the number of tokens that each sequence has in the cache."""
         if self._mask is None:
-            return torch.full((self._batch,), self._cache.get_seq_length(), device=self._device)
+            return torch.full((self._batch,), self._cache.get_seq_length(), device=self.device)
         return self._mask.sum(1)
 
     def _trim(self) -> None:

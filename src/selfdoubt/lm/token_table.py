@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -47,6 +47,11 @@ class TokenTable:
     numbers: Float[Tensor, "batch t columns"]
     names: tuple[str, ...]  #: fields of ``ScoredId``, one per score
     alternatives: int = 0  #: number of alternatives per token
+
+    @property
+    def entropies(self) -> Float[Tensor, "batch t k"]:
+        """The columns that are NaN or infinite wherever a logit is."""
+        return self.numbers[..., [1 + i for i, name in enumerate(self.names) if name in ("total", "aleatoric")]]
 
 
 def tabulate(
@@ -146,8 +151,7 @@ def read_table(table: TokenTable) -> list[list[ScoredId]]:
         NonFiniteError: If logits were NaN or infinite.
     """
     numbers = table.numbers.cpu()
-    entropies = [1 + place for place, name in enumerate(table.names) if name in ("total", "aleatoric")]
-    risk.check_finite(numbers[..., entropies].sum(-1))
+    risk.check_finite(replace(table, numbers=numbers).entropies.sum(-1))
     first, half = 1 + len(table.names), table.alternatives
 
     def read(row: list[float]) -> ScoredId:

@@ -43,7 +43,7 @@ class Arena:
     """
 
     def __init__(self, runner: HFStepper, first: HFStepper, buckets: Buckets, launch: Launcher) -> None:
-        self.buffers = TurnBuffers(next(first.base.parameters()).device)
+        self.buffers = TurnBuffers(first.device)
         self.allocator = build_allocator(first, buckets, self.buffers.move)
         self.cache = self.allocator.cache
         self.sequences: list[TokenSequence] = []  #: in the order of the allocator

@@ -34,7 +34,7 @@ def compare_static_step(runner: HFStepper, build: Callable[[], HFStepper]) -> st
     try:
         for row, prompt in enumerate(prompts):
             stepper, alone = _read(build, prompt), _read(build, prompt)
-            expected.append(torch.stack([alone.step(torch.tensor([ids[row]]).to(_device(alone))).logits
+            expected.append(torch.stack([alone.step(torch.tensor([ids[row]]).to(alone.device)).logits
                                          for ids in following], 2))  # fmt: skip
             if cache is None:
                 cache = build_allocator(stepper, Buckets(8))
@@ -58,10 +58,6 @@ def _read(build: Callable[[], HFStepper], prompt: list[int]) -> HFStepper:
     stepper = build()
     deque(stepper.start([prompt]), maxlen=0)
     return stepper
-
-
-def _device(stepper: HFStepper) -> torch.device:
-    return next(stepper.base.parameters()).device
 
 
 def _compare(ours: Tensor, theirs: Tensor) -> str | None:

@@ -51,7 +51,7 @@ class StaticDecoder:
     ) -> None:
         self._build, self.mode = build, mode
         self._runner = build()
-        self._device = next(self._runner.base.parameters()).device
+        self._device = self._runner.device
         self._ahead = self._device.type == "cuda" if ahead is None else ahead
         self._buckets = buckets or (Buckets(_COMPILED_LENGTH) if mode == "compiled" else Buckets())
         self._idle: Arena | None = None

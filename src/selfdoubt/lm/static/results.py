@@ -76,8 +76,7 @@ class TurnResult:
     def find_non_finite(self, names: Sequence[int]) -> set[int]:
         """Return those of these sequences whose logits were NaN or infinite."""
         table, present = self._select(names)
-        places = [1 + place for place, name in enumerate(table.names) if name in ("total", "aleatoric")]
-        fine = table.numbers[:, 0, places].isfinite().all(-1).tolist()
+        fine = table.entropies[:, 0].isfinite().all(-1).tolist()
         return {name for name, is_fine in zip(present, fine, strict=True) if not is_fine}
 
     def _select(self, names: Sequence[int]) -> tuple[TokenTable, list[int]]:
