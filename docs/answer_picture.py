@@ -1,4 +1,4 @@
-"""Draws the picture of the README: ``python docs/picture.py`` writes ``docs/answer.svg``."""
+"""Draws the picture of the README: ``python docs/answer_picture.py`` writes ``docs/answer.svg``."""
 
 from __future__ import annotations
 
