@@ -394,7 +394,9 @@ class RiskAwareLM:
             ``Answer`` at the end.
 
         Raises:
-            As ``generate``.
+            PromptError: If the prompt is empty or too long.
+            ConfigError: If an option is out of range.
+            NonFiniteError: If the model gives NaN or infinite logits.
         """
         options = read_options(options)
         (request,) = build_requests(
