@@ -222,7 +222,7 @@ def draw_density() -> None:
     entropy = torch.distributions.Categorical(logits=y).entropy()
     titles = ("entropy of the classes: sure almost everywhere", "density: far from the data means far")
     with picture("density", 2, (8.2, 3.6)) as both:
-        for axes, values, title in zip(both, (entropy, distance.sqrt()), titles, strict=True):
+        for axes, values, title in zip(both, (entropy, distance), titles, strict=True):
             shape = (len(side[0]), len(side[1]))
             axes.contourf(*side, values.reshape(shape).T, levels=9, cmap="Blues")
             for kind, colour in ((0, ORANGE), (1, RED)):
