@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constr
 # Tests run side by side: one thread each, two 2-thread processes on two cores ruin each other.
 WORKERS ?= auto
 
-.PHONY: ask test test-all coverage build lint format bench clean
+.PHONY: ask test test-all coverage build docs lint format bench clean
 .DEFAULT_GOAL := ask
 
 $(BIN)/python:
@@ -25,7 +25,7 @@ TORCH := torch==$(shell sed -n 's/^torch==//p' constraints.txt)
 	@touch $@
 
 .venv/.dev: .venv/.ask .venv/.oracles
-	$(PIP) --editable ".[all,dev]"
+	$(PIP) --editable ".[all,dev,docs]"
 	@touch $@
 
 # What tests compare with. It lies apart and comes without the versions it asks for: nothing else can see it or is
@@ -59,6 +59,10 @@ coverage: .venv/.dev
 build: .venv/.dev
 	rm -rf dist
 	$(BIN)/python -m build --no-isolation
+
+# The documentation, in site/: open site/index.html. `make test` builds it, too, and checks each link.
+docs: .venv/.dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 format: .venv/.dev
 	$(BIN)/ruff check --fix .

@@ -26,6 +26,8 @@ ELSEWHERE = {
     "benchmarks/README.md": "benchmarks.md",
     "experiments/LOG.md": "log.md",
 }
+#: Pages whose tables take the place of their table of contents.
+WIDE = {"scores.md"}
 #: The picture that takes the place of ARCHITECTURE.md's diagram, which only GitHub and a script from elsewhere can draw.
 DIAGRAM = "![The rooms of the library, and which uses which](pictures/architecture.svg)"
 
@@ -45,6 +47,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:  # noqa: ARG001
     """Turn links to documents of ``ELSEWHERE``, and links from them, into links between pages of the site."""
+    if page.file.src_uri in WIDE:
+        page.meta["hide"] = ["toc"]
     origin = next((source for source, uri in ELSEWHERE.items() if uri == page.file.src_uri), f"docs/{page.file.src_uri}")
 
     def redirect(match: re.Match[str]) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,7 +27,7 @@ def run(path: Path) -> nbformat.NotebookNode:
         ValueError: If an output is too long to be committed.
     """
     notebook = nbformat.read(path, as_version=4)
-    client = NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}})
+    client = NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": tempfile.gettempdir()}})
     client.execute()
     for number, cell in enumerate(notebook.cells):
         cell.id = f"cell-{number}"

@@ -126,7 +126,7 @@ def list_measured(names: Iterable[str], worth: Mapping[str, tuple[Cells, Cells, 
         for name in names
         if name in worth
     ]
-    return "; ".join(entries) or "not measured on these"
+    return "<br>".join(entries) or "not measured on these"
 
 
 def write_rows(header: Sequence[str], rows: Iterable[Sequence[str]], left: int) -> str:
