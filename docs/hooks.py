@@ -1,4 +1,4 @@
-"""What the documentation site does beyond Markdown: formulas as MathML, notebooks, and pages from the rest of the repository.
+"""Extends Markdown for the documentation site: formulas as MathML, notebooks, and documents from elsewhere.
 
 MkDocs calls the functions ``on_...`` while it builds (``mkdocs.yml``). Nothing is loaded from a network, then or later.
 """
@@ -28,7 +28,7 @@ ELSEWHERE = {
 }
 #: Pages whose tables take the place of their table of contents.
 WIDE = {"scores.md"}
-#: The picture that takes the place of ARCHITECTURE.md's diagram, which only GitHub and a script from elsewhere can draw.
+#: The picture in the place of ARCHITECTURE.md's diagram, which only GitHub and a script from elsewhere can draw.
 DIAGRAM = "![The rooms of the library, and which uses which](pictures/architecture.svg)"
 
 
@@ -49,7 +49,9 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     """Turn links to documents of ``ELSEWHERE``, and links from them, into links between pages of the site."""
     if page.file.src_uri in WIDE:
         page.meta["hide"] = ["toc"]
-    origin = next((source for source, uri in ELSEWHERE.items() if uri == page.file.src_uri), f"docs/{page.file.src_uri}")
+    origin = next(
+        (source for source, uri in ELSEWHERE.items() if uri == page.file.src_uri), f"docs/{page.file.src_uri}"
+    )
 
     def redirect(match: re.Match[str]) -> str:
         target, anchor = match[1], match[2] or ""
@@ -77,6 +79,11 @@ def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -
 
     html = re.sub(r'<span class="arithmatex">\\\((.*?)\\\)</span>', inline, html, flags=re.S)
     return re.sub(r'<div class="arithmatex">\\\[(.*?)\\\]</div>', block, html, flags=re.S)
+
+
+def on_post_build(config: MkDocsConfig) -> None:
+    """Remove the page for wrong addresses, the only one whose own addresses hold at the root of a host alone."""
+    Path(config.site_dir, "404.html").unlink()
 
 
 def convert_notebook(notebook: dict[str, Any], stem: str) -> tuple[str, dict[str, bytes]]:

@@ -1,6 +1,7 @@
 """Runs the notebooks of the documentation: ``python docs/notebooks.py`` writes their outputs into ``docs/notebooks``.
 
-With names, only those; with ``--check``, nothing is written, and a cell that fails ends the program. Needs the extra ``docs``.
+With names, only those; with ``--check``, nothing is written. A cell that fails ends the program. Needs the extra
+``docs``.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ def run(path: Path) -> nbformat.NotebookNode:
         ValueError: If an output is too long to be committed.
     """
     notebook = nbformat.read(path, as_version=4)
-    client = NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": tempfile.gettempdir()}})
+    client = NotebookClient(
+        notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": tempfile.gettempdir()}}
+    )
     client.execute()
     for number, cell in enumerate(notebook.cells):
         cell.id = f"cell-{number}"
@@ -35,7 +38,9 @@ def run(path: Path) -> nbformat.NotebookNode:
         if cell.cell_type == "code":
             cell.outputs = list(clean(cell.outputs))
         if len(str(cell.get("outputs", ""))) > LONGEST_CELL:
-            raise ValueError(f"the output of cell {number} of {path.name} is longer than {LONGEST_CELL} characters; draw less")
+            raise ValueError(
+                f"the output of cell {number} of {path.name} is longer than {LONGEST_CELL} characters; draw less"
+            )
     notebook.metadata = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}
     if len(nbformat.writes(notebook)) > LONGEST:
         raise ValueError(f"{path.name} is longer than {LONGEST} characters; draw less")
@@ -43,7 +48,7 @@ def run(path: Path) -> nbformat.NotebookNode:
 
 
 def clean(outputs: list[nbformat.NotebookNode]) -> Iterator[nbformat.NotebookNode]:
-    """Yield a cell's outputs: all printed text as one, and what it draws. Progress bars and logs, on stderr, are left out."""
+    """Yield a cell's outputs: all printed text as one, and pictures; progress bars and logs (stderr) are left out."""
     printed = "".join(output.text for output in outputs if output.output_type == "stream" and output.name == "stdout")
     if printed:
         yield nbformat.v4.new_output("stream", name="stdout", text=re.sub(r"/tmp/\w+", "/tmp/folder", printed))

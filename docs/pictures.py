@@ -1,6 +1,7 @@
-"""Draws the pictures of the documentation: ``python docs/pictures.py`` writes ``docs/pictures``; with names, only those.
+"""Draws the pictures of the documentation: ``python docs/pictures.py`` writes ``docs/pictures``.
 
-Needs the extra ``docs``. Every number in them is computed here, by the library, on the CPU in about a minute.
+With names, only those. Needs the extra ``docs``. Every number in them is computed here, by the library, on the CPU in
+about a minute.
 """
 
 from __future__ import annotations
@@ -43,21 +44,36 @@ ROOMS: dict[str, tuple[str, float, float, float]] = {
     "risk": ("entropies, Forecast", 6.9, 1.75, 1.5),
     "storage": ("save, load", 8.6, 1.75, 1.2),
 }  # fmt: skip
-ARROWS = [
-    ("cli", "workflow"), ("cli", "train"), ("cli", "serve"), ("workflow", "calibration"), ("workflow", "report"), ("workflow", "eval"),
-    ("calibration", "metrics"), ("report", "metrics"), ("eval", "data"), ("train", "data"), ("eval", "lm"), ("train", "lm"), ("serve", "lm"),
-    ("preparation", "lm"),
-]  # fmt: skip
+ARROWS = {
+    "cli": ("workflow", "train", "serve"),
+    "workflow": ("calibration", "report", "eval"),
+    "calibration": ("metrics",),
+    "report": ("metrics",),
+    "eval": ("data", "lm"),
+    "train": ("data", "lm"),
+    "serve": ("lm",),
+    "preparation": ("lm",),
+}
 
 
 @contextmanager
 def picture(name: str, columns: int = 1, size: tuple[float, float] = (6.4, 3.4)) -> Iterator[Any]:
     """Open axes, and write them as ``NAME.svg``."""
     settings = {
-        "font.family": "DejaVu Sans", "font.size": 9, "axes.edgecolor": GREY, "axes.labelcolor": INK, "axes.spines.top": False,
-        "axes.spines.right": False, "xtick.color": GREY, "ytick.color": GREY, "legend.frameon": False, "legend.fontsize": 8,
-        "axes.titlesize": 9.5, "svg.hashsalt": "selfdoubt", "svg.fonttype": "path",
-    }  # fmt: skip
+        "font.family": "DejaVu Sans",
+        "font.size": 9,
+        "axes.edgecolor": GREY,
+        "axes.labelcolor": INK,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.titlesize": 9.5,
+        "xtick.color": GREY,
+        "ytick.color": GREY,
+        "legend.frameon": False,
+        "legend.fontsize": 8,
+        "svg.hashsalt": "selfdoubt",
+        "svg.fonttype": "path",
+    }
     with mpl.rc_context(settings):
         figure, axes = plt.subplots(1, columns, figsize=size, layout="constrained")
         yield axes
@@ -68,7 +84,9 @@ def picture(name: str, columns: int = 1, size: tuple[float, float] = (6.4, 3.4))
 def make_gap(seed: int = 0) -> tuple[Tensor, Tensor]:
     """Return inputs on both sides of a gap, and targets whose noise grows from left to right."""
     generator = torch.Generator().manual_seed(seed)
-    x = torch.cat([torch.rand(400, 1, generator=generator) * 1.5 - 2.5, torch.rand(400, 1, generator=generator) * 1.5 + 1])
+    x = torch.cat(
+        [torch.rand(400, 1, generator=generator) * 1.5 - 2.5, torch.rand(400, 1, generator=generator) * 1.5 + 1]
+    )
     return x, truth(x) + noise(x) * torch.randn(x.shape, generator=generator)
 
 
@@ -242,8 +260,12 @@ def draw_members() -> None:
                 axes.add_patch(FancyBboxPatch((6.4, y), 1.1, 0.3, "round,pad=0.02", fc=colour, ec="none", alpha=0.25))
                 axes.text(6.95, y + 0.14, f"y{row + 1}", ha="center", va="center", fontsize=9)
             axes.text(1.75, 2 - member * 0.9 - 0.06, f"member {member + 1}", ha="right", va="center", color=colour)
-            axes.annotate("", (3.55, 1.06), (3.1, 2 - member * 0.9 - 0.06), arrowprops={"arrowstyle": "-", "color": GREY})
-            axes.annotate("", (6.3, 2 - member * 0.9 - 0.06), (5.85, 1.06), arrowprops={"arrowstyle": "-", "color": GREY})
+            axes.annotate(
+                "", (3.55, 1.06), (3.1, 2 - member * 0.9 - 0.06), arrowprops={"arrowstyle": "-", "color": GREY}
+            )
+            axes.annotate(
+                "", (6.3, 2 - member * 0.9 - 0.06), (5.85, 1.06), arrowprops={"arrowstyle": "-", "color": GREY}
+            )
         axes.add_patch(FancyBboxPatch((3.6, 0.15), 2.2, 1.9, "round,pad=0.05", fc="#f5f5f5", ec=GREY))
         axes.text(4.7, 1.5, "one model,\nfrozen weights read once", ha="center", va="center")
         axes.text(4.7, 0.6, "+ a small change\nper member", ha="center", va="center", color=BLUE)
@@ -259,7 +281,9 @@ def draw_answers() -> None:
     with tempfile.TemporaryDirectory() as folder:
         config = EvaluationConfig(max_tokens=16)
         run = selfdoubt.evaluate(lm, "pocket", f"{folder}/run", limit=800, config=config, states="none", draws=10)
-        learnt = selfdoubt.calibrate(run, out=f"{folder}/adapter", target_accuracy=0.85, candidates=["question"], draws=0)
+        learnt = selfdoubt.calibrate(
+            run, out=f"{folder}/adapter", target_accuracy=0.85, candidates=["question"], draws=0
+        )
     correct = np.array([bool(r.correct) for r in run.records])
     risk = np.array([r.scores["sum_nll"] for r in run.records])
     p = np.array([np.nan if value is None else value for value in learnt.quality.out_of_fold])
@@ -278,7 +302,11 @@ def draw_percentile(reference: np.ndarray, risk: float) -> None:
         axes.plot(risk, share, "o", color=RED)
         text = f"an answer of risk {risk:.1f}:\nriskier than {share:.0%} of the reference answers"
         axes.annotate(text, (risk, share), (risk + 0.3, share - 0.17), color=RED)
-        axes.set(xlim=(0, float(reference[-2])), ylim=(0, 1.02), xlabel="risk of an answer (here its surprisal sum_nll), nats")
+        axes.set(
+            xlim=(0, float(reference[-2])),
+            ylim=(0, 1.02),
+            xlabel="risk of an answer (here its surprisal sum_nll), nats",
+        )
         axes.set_ylabel("share of reference answers\nwith a lower risk")
         axes.set_title("percentile: the rank of a risk")
 
@@ -289,7 +317,14 @@ def draw_p_correct(p: np.ndarray, correct: np.ndarray) -> None:
     filled = table.answers > 0
     with picture("p_correct") as axes:
         axes.plot([0, 1], [0, 1], "--", color=GREY, lw=1, label="what the number promises")
-        axes.bar(table.confidence[filled], table.accuracy[filled], width=0.07, color=BLUE, alpha=0.75, label="share that is right")
+        axes.bar(
+            table.confidence[filled],
+            table.accuracy[filled],
+            width=0.07,
+            color=BLUE,
+            alpha=0.75,
+            label="share that is right",
+        )
         for x, y, n in zip(table.confidence[filled], table.accuracy[filled], table.answers[filled], strict=True):
             axes.text(x, y + 0.02, str(n), ha="center", fontsize=7.5, color=GREY)
         axes.set(xlim=(0, 1), ylim=(0, 1.12), xlabel="p_correct, by heads that had not seen the answer", ylabel="right")
@@ -309,9 +344,15 @@ def draw_abstain(p: np.ndarray, correct: np.ndarray, learnt: selfdoubt.workflow.
         axes.axhline(promise.target_accuracy, color=GREY, lw=1, ls="--")
         axes.text(0.01, promise.target_accuracy - 0.035, f"asked for: {promise.target_accuracy:.0%}", color=GREY)
         axes.plot(coverage, accuracy, "o", color=RED)
-        text = f"shown where p_correct >= {promise.threshold:.2f}:\n{coverage:.0%} answered, {accuracy:.0%} of these right"
+        text = (
+            f"shown where p_correct >= {promise.threshold:.2f}:\n{coverage:.0%} answered, {accuracy:.0%} of these right"
+        )
         axes.annotate(text, (coverage, accuracy), (coverage - 0.3, accuracy - 0.22), color=RED)
-        axes.set(xlim=(0, 1), ylim=(float(curve.accuracy[-1]) - 0.05, 1.01), xlabel="coverage: share of questions answered, the surest first")
+        axes.set(
+            xlim=(0, 1),
+            ylim=(float(curve.accuracy[-1]) - 0.05, 1.01),
+            xlabel="coverage: share of questions answered, the surest first",
+        )
         axes.set_ylabel("accuracy of these")
         axes.set_title("abstain: answer less, and be right more often")
 
@@ -324,16 +365,30 @@ def draw_architecture() -> None:
         for name, (content, x, y, width) in ROOMS.items():
             axes.add_patch(FancyBboxPatch((x, y), width, 0.62, "round,pad=0.02", fc="white", ec=GREY, lw=1, zorder=2))
             axes.text(x + width / 2, y + 0.42, name, ha="center", va="center", weight="bold", fontsize=9, zorder=3)
-            axes.text(x + width / 2, y + 0.18, content, ha="center", va="center", color="#555555", fontsize=7.5, zorder=3)
-        for user, used in ARROWS:
+            axes.text(
+                x + width / 2, y + 0.18, content, ha="center", va="center", color="#555555", fontsize=7.5, zorder=3
+            )
+        for user, used in ((user, used) for user, rooms in ARROWS.items() for used in rooms):
             _, x, y, width = ROOMS[user]
             _, to_x, to_y, to_width = ROOMS[used]
             start, end = x + width / 2, to_x + to_width / 2
             style = {"arrowstyle": "->", "color": GREY, "lw": 1, "shrinkA": 0, "shrinkB": 0}
-            axes.annotate("", (0.25 * start + 0.75 * end, to_y + 0.65), (0.75 * start + 0.25 * end, y - 0.03), arrowprops=style, zorder=1)
+            axes.annotate(
+                "",
+                (0.25 * start + 0.75 * end, to_y + 0.65),
+                (0.75 * start + 0.25 * end, y - 0.03),
+                arrowprops=style,
+                zorder=1,
+            )
         axes.annotate("", (7.85, 2.63), (7.85, 2.97), arrowprops={"arrowstyle": "->", "color": BLUE, "lw": 1.4})
         axes.text(
-            5, 1.15, "the seam: one tensor of logits, (members, batch, ..., classes)", ha="center", color=INK, fontsize=9, style="italic"
+            5,
+            1.15,
+            "the seam: one tensor of logits, (members, batch, ..., classes)",
+            ha="center",
+            color=INK,
+            fontsize=9,
+            style="italic",
         )
         axes.set(xlim=(0, 10), ylim=(1, 6.75))
         axes.axis("off")

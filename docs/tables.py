@@ -1,6 +1,7 @@
-"""Writes the tables of ``docs/scores.md``: ``python docs/tables.py``. A test compares them with the code and the results.
+"""Writes the tables of ``docs/scores.md``: ``python docs/tables.py``.
 
-Formulas and sources are written here; the worth of a score is read from ``benchmarks/results``.
+A test compares them with the code and the results. Formulas and sources are written here; the worth of a score is read
+from ``benchmarks/results``.
 """
 
 from __future__ import annotations
@@ -19,65 +20,182 @@ PAGE = DOCS / "scores.md"
 
 #: Of each signal: formula for the distribution p that answers, source, range, needs.
 SIGNALS: dict[str, tuple[str, str, str, str]] = {
-    "nll": ("surprisal, -log p(token)", "Shannon, 1948", "nats, ≥ 0", ""),
-    "total": ("entropy of p", "Shannon, 1948", "nats, [0, log vocabulary]", ""),
-    "aleatoric": ("mean entropy of the members", "Houlsby et al., 2011", "nats, as `total`", "members"),
-    "epistemic": (
-        "entropy of the members' mean - `aleatoric`: mutual information", "Houlsby et al., 2011", "nats, [0, log members]", "members",
+    "nll": (
+        "surprisal, -log p(token)",
+        "Shannon, 1948",
+        "nats, ≥ 0",
+        "",
     ),
-    "disagreement": ("share of members whose most probable token is another", "variation ratio, Freeman, 1965", "[0, 1]", "members"),
-    "spread": ("standard deviation of the token's probability over members", "", "[0, 0.5]", "members"),
-    "scale": ("predicted standard deviation of the token's logit", "Kendall & Gal, 2017", "≥ 0", "a sculpt"),
-    "divergence": ("mean KL(base ‖ member)", "Kullback & Leibler, 1951", "nats, ≥ 0", "a base that answers for members"),
-    "margin": ("1 - (largest - second largest probability)", "Scheffer et al., 2001", "[0, 1]", "a token of an answer"),
-    "self_certainty": ("-KL(uniform ‖ p)", "Kang et al., 2025", "nats, ≤ 0", "a token of an answer"),
+    "total": (
+        "entropy of p",
+        "Shannon, 1948",
+        "nats, [0, log vocabulary]",
+        "",
+    ),
+    "aleatoric": (
+        "mean entropy of the members",
+        "Houlsby et al., 2011",
+        "nats, as `total`",
+        "members",
+    ),
+    "epistemic": (
+        "entropy of the members' mean - `aleatoric`: mutual information",
+        "Houlsby et al., 2011",
+        "nats, [0, log members]",
+        "members",
+    ),
+    "disagreement": (
+        "share of members whose most probable token is another",
+        "variation ratio, Freeman, 1965",
+        "[0, 1]",
+        "members",
+    ),
+    "spread": (
+        "standard deviation of the token's probability over members",
+        "",
+        "[0, 0.5]",
+        "members",
+    ),
+    "scale": (
+        "predicted standard deviation of the token's logit",
+        "Kendall & Gal, 2017",
+        "≥ 0",
+        "a sculpt",
+    ),
+    "divergence": (
+        "mean KL(base ‖ member)",
+        "Kullback & Leibler, 1951",
+        "nats, ≥ 0",
+        "a base that answers for members",
+    ),
+    "margin": (
+        "1 - (largest - second largest probability)",
+        "Scheffer et al., 2001",
+        "[0, 1]",
+        "a token of an answer",
+    ),
+    "self_certainty": (
+        "-KL(uniform ‖ p)",
+        "Kang et al., 2025",
+        "nats, ≤ 0",
+        "a token of an answer",
+    ),
     "layer_disagreement": (
-        "mean Jensen-Shannon divergence of p and what the norm and head make of three late layers' states, over the 32 most probable tokens",
-        "after DoLa, Chuang et al., 2024", "nats, [0, log 2]", "a token of an answer; a plain head",
+        "mean Jensen-Shannon divergence of p and what the norm and head make of three late layers' states, "
+        "over the 32 most probable tokens",
+        "after DoLa, Chuang et al., 2024",
+        "nats, [0, log 2]",
+        "a token of an answer; a plain head",
     ),
     "density": (
-        "Mahalanobis distance of the features that enter the head from those of usual tokens", "Lee et al., 2018",
-        "≥ 0; relative to a background: any", "a fitted density",
+        "Mahalanobis distance of the features that enter the head from those of usual tokens",
+        "Lee et al., 2018",
+        "≥ 0; relative to a background: any",
+        "a fitted density",
     ),
     "relative_density": (
-        "distance of these features from those of the model's answers - `density`", "Ren et al., 2023", "any", "a fitted density",
+        "distance of these features from those of the model's answers - `density`",
+        "Ren et al., 2023",
+        "any",
+        "a fitted density",
     ),
-}  # fmt: skip
+}
 #: Of each score with a name of its own: formula, source, range, needs.
 SCORES: dict[str, tuple[str, str, str, str]] = {
     "rauq": (
-        "c₁ = p₁, cᵢ = 0.2 pᵢ + 0.8 aᵢ cᵢ₋₁, with aᵢ the attention of the position that predicts token i on itself; the largest over the "
-        "middle third of the layers of mean(-log cᵢ)",
-        "Vazhentsev et al., 2025", "nats, ≥ 0", "`sdpa` or `eager` attention",
+        "c₁ = p₁, cᵢ = 0.2 pᵢ + 0.8 aᵢ cᵢ₋₁, with aᵢ the attention of the position that predicts token i on "
+        "itself; the largest over the middle third of the layers of mean(-log cᵢ)",
+        "Vazhentsev et al., 2025",
+        "nats, ≥ 0",
+        "`sdpa` or `eager` attention",
     ),
     "rank_joint": (
-        "mean rank of `mean_nll` and `question_sum_nll`: *am I sure of each token, and is the question long and strange?* "
-        "The default risk of a prepared model", "this library", "[0, 1]", "reference answers",
+        "mean rank of `mean_nll` and `question_sum_nll`: *am I sure of each token, and is the question long "
+        "and strange?* The default risk of a prepared model",
+        "this library",
+        "[0, 1]",
+        "reference answers",
     ),
     "rank_nll": (
-        "2/3 rank of `sum_nll` + 1/3 rank of `question_mean_nll`: *am I sure of my answer, and have I met this subject before?* "
-        "The pocket model's default", "this library", "[0, 1]", "reference answers",
+        "2/3 rank of `sum_nll` + 1/3 rank of `question_mean_nll`: *am I sure of my answer, and have I met "
+        "this subject before?* The pocket model's default",
+        "this library",
+        "[0, 1]",
+        "reference answers",
     ),
-    "rank_nll_total": ("mean rank of `sum_nll` and `mean_total`", "this library", "[0, 1]", "reference answers"),
-    "rank_nll_rauq": ("mean rank of `sum_nll` and `rauq`", "this library", "[0, 1]", "reference answers, attention"),
+    "rank_nll_total": (
+        "mean rank of `sum_nll` and `mean_total`",
+        "this library",
+        "[0, 1]",
+        "reference answers",
+    ),
+    "rank_nll_rauq": (
+        "mean rank of `sum_nll` and `rauq`",
+        "this library",
+        "[0, 1]",
+        "reference answers, attention",
+    ),
     "rank_density": (
-        "2/3 rank of `sum_nll` + 1/3 rank of `mean_relative_density`", "this library", "[0, 1]", "reference answers, a fitted density",
+        "2/3 rank of `sum_nll` + 1/3 rank of `mean_relative_density`",
+        "this library",
+        "[0, 1]",
+        "reference answers, a fitted density",
     ),
     "p_false": (
-        "1 - probability of \"True\" when the model is asked if its answer is true", "Kadavath et al., 2022", "[0, 1]",
+        '1 - probability of "True" when the model is asked if its answer is true',
+        "Kadavath et al., 2022",
+        "[0, 1]",
         "`--p-true`: one pass more",
     ),
     "self_consistency": (
-        "share of drawn answers that do not mean the same as the answer", "after Wang et al., 2023", "[0, 1]", "`--candidates N`: N answers more",
+        "share of drawn answers that do not mean the same as the answer",
+        "after Wang et al., 2023",
+        "[0, 1]",
+        "`--candidates N`: N answers more",
     ),
-    "semantic_entropy": ("entropy of the drawn answers' meanings", "Farquhar et al., 2024", "nats, [0, log N]", "`--candidates N`"),
-    "semantic_entropy_weighted": ("the same, weighted by probability", "Kuhn et al., 2023", "nats, [0, log N]", "`--candidates N`"),
-    "n_clusters": ("number of meanings", "Kuhn et al., 2023", "[1, N]", "`--candidates N`"),
-    "lexical_dissimilarity": ("1 - mean ROUGE-L over pairs of drawn answers", "Fomicheva et al., 2020", "[0, 1]", "`--candidates N`"),
-    "cocoa_sum_nll": ("CoCoA: `sum_nll` times the mean dissimilarity of the drawn answers to the answer", "Vashurin et al., 2025", "nats, ≥ 0", "`--candidates N`"),
-    "cocoa_mean_nll": ("the same with `mean_nll`", "Vashurin et al., 2025", "nats, ≥ 0", "`--candidates N`"),
-    "cocoa_mean_total": ("the same with `mean_total`", "Vashurin et al., 2025", "nats, ≥ 0", "`--candidates N`"),
-}  # fmt: skip
+    "semantic_entropy": (
+        "entropy of the drawn answers' meanings",
+        "Farquhar et al., 2024",
+        "nats, [0, log N]",
+        "`--candidates N`",
+    ),
+    "semantic_entropy_weighted": (
+        "the same, weighted by probability",
+        "Kuhn et al., 2023",
+        "nats, [0, log N]",
+        "`--candidates N`",
+    ),
+    "n_clusters": (
+        "number of meanings",
+        "Kuhn et al., 2023",
+        "[1, N]",
+        "`--candidates N`",
+    ),
+    "lexical_dissimilarity": (
+        "1 - mean ROUGE-L over pairs of drawn answers",
+        "Fomicheva et al., 2020",
+        "[0, 1]",
+        "`--candidates N`",
+    ),
+    "cocoa_sum_nll": (
+        "CoCoA: `sum_nll` times the mean dissimilarity of the drawn answers to the answer",
+        "Vashurin et al., 2025",
+        "nats, ≥ 0",
+        "`--candidates N`",
+    ),
+    "cocoa_mean_nll": (
+        "the same with `mean_nll`",
+        "Vashurin et al., 2025",
+        "nats, ≥ 0",
+        "`--candidates N`",
+    ),
+    "cocoa_mean_total": (
+        "the same with `mean_total`",
+        "Vashurin et al., 2025",
+        "nats, ≥ 0",
+        "`--candidates N`",
+    ),
+}
 
 MODELS = {"smollm2": "SmolLM2", "qwen": "Qwen", "gemma": "Gemma"}
 #: Sets whose answers are free text; the others ask for a choice.
@@ -177,7 +295,9 @@ def update(text: str) -> str:
         pattern = rf"(<!-- {name} -->\n).*?(\n<!-- /{name} -->)"
         text, count = re.subn(pattern, lambda match: f"{match[1]}\n{write()}\n{match[2]}", text, flags=re.S)  # noqa: B023
         if count != 1:
-            raise SystemExit(f"{PAGE} must have the marks of the table {name!r} exactly once, and has them {count} times")
+            raise SystemExit(
+                f"{PAGE} must have the marks of the table {name!r} exactly once, and has them {count} times"
+            )
     return text
 
 

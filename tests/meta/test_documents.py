@@ -80,7 +80,9 @@ def test_python_in_the_documents_runs(document: Path, monkeypatch: pytest.Monkey
             exec(code, names)
         message = f"{error.type.__name__}: {error.value}"
         shown = ".*".join(map(re.escape, example.error.split("...")))
-        assert re.fullmatch(shown, message, flags=re.S), f"block {number} of {document.name} shows {example.error!r}, got {message!r}"
+        assert re.fullmatch(shown, message, flags=re.S), (
+            f"block {number} of {document.name} shows {example.error!r}, got {message!r}"
+        )
 
 
 @pytest.mark.parametrize("document", sorted(APART), ids=lambda d: d.relative_to(ROOT).as_posix())
@@ -97,7 +99,9 @@ def test_few_blocks_are_not_run() -> None:
     assert all(len(reason) > 10 for reason in reasons)
     marks = sum(d.read_text(encoding="utf-8").count("<!-- not run") for d in DOCUMENTS)
     assert marks == len(reasons), "a mark stands before something else than a block of Python"
-    assert not [d.name for d in DOCUMENTS if blocks(d, "py")], "write ```python, and a mark with the reason why it is not run"
+    assert not [d.name for d in DOCUMENTS if blocks(d, "py")], (
+        "write ```python, and a mark with the reason why it is not run"
+    )
 
 
 def test_the_readme_shows_commands() -> None:
@@ -122,7 +126,11 @@ def commands(document: Path) -> Iterator[list[str]]:
             for line in block.replace("\\\n", " ").splitlines():
                 with contextlib.suppress(ValueError):  # part of something of several lines, as a script from stdin
                     words = shlex.split(line.removeprefix("$ "), comments=True)
-                    starts = [i for i, word in enumerate(words) if word.rpartition("/")[2] == "selfdoubt" and i + 1 < len(words)]
+                    starts = [
+                        i
+                        for i, word in enumerate(words)
+                        if word.rpartition("/")[2] == "selfdoubt" and i + 1 < len(words)
+                    ]
                     yield from (words[start + 1 :] for start in starts)
 
 
@@ -147,7 +155,11 @@ def test_many_commands_are_checked() -> None:
 @pytest.mark.parametrize("document", DOCUMENTS, ids=IDS)
 def test_links_lead_somewhere(document: Path) -> None:
     for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)\s]*)?\)", document.read_text(encoding="utf-8")):
-        assert target.startswith("https://") or leads_to_a_notebook(document, target) or (document.parent / target).exists(), target
+        assert (
+            target.startswith("https://")
+            or leads_to_a_notebook(document, target)
+            or (document.parent / target).exists()
+        ), target
 
 
 def leads_to_a_notebook(document: Path, target: str) -> bool:

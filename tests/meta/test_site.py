@@ -1,4 +1,4 @@
-"""The documentation site: built without a warning, complete, up to date with the code, and readable without a network."""
+"""The documentation site is built without a warning, complete, up to date with the code, and readable offline."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 from urllib.parse import unquote, urldefrag
 
 import pytest
@@ -32,7 +33,8 @@ PAGES = sorted(DOCS.rglob("*.md"))
 def load(name: str) -> ModuleType:
     """A script of the documentation, as a module."""
     spec = importlib.util.spec_from_file_location(f"docs_{name}", DOCS / f"{name}.py")
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -81,17 +83,23 @@ def test_every_page_is_there(addresses: dict[Path, Addresses], site: Path) -> No
     built = {page.relative_to(site).as_posix() for page in addresses}
     written = {p.relative_to(DOCS).with_suffix(".html").as_posix() for p in [*PAGES, *NOTEBOOKS]}
     assert written <= built
-    assert {"architecture.html", "benchmarks.html", "contributing.html", "log.html", "search/search_index.js"} <= built | {
-        p.relative_to(site).as_posix() for p in site.rglob("*.js")
-    }
+    assert {
+        "architecture.html",
+        "benchmarks.html",
+        "contributing.html",
+        "log.html",
+        "search/search_index.js",
+    } <= built | {p.relative_to(site).as_posix() for p in site.rglob("*.js")}
 
 
 def test_nothing_is_loaded_from_elsewhere(addresses: dict[Path, Addresses], site: Path) -> None:
     for page, found in addresses.items():
         for address in found.loads:
             assert not re.match(r"(https?:)?//|/", address), f"{page.name} loads {address}"
-            if not address.startswith("data:") and page.name != "404.html":
-                assert (page.parent / unquote(urldefrag(address)[0].partition("?")[0])).exists(), f"{page.name}: {address}"
+            if not address.startswith("data:"):
+                assert (page.parent / unquote(urldefrag(address)[0].partition("?")[0])).exists(), (
+                    f"{page.name}: {address}"
+                )
     for style in site.rglob("*.css"):
         assert not re.search(r"url\(.?https?:|@import", style.read_text(encoding="utf-8")), style.name
 
@@ -99,8 +107,6 @@ def test_nothing_is_loaded_from_elsewhere(addresses: dict[Path, Addresses], site
 def test_every_link_leads_to_a_page_and_an_anchor(addresses: dict[Path, Addresses], site: Path) -> None:
     checked = 0
     for page, found in addresses.items():
-        if page.name == "404.html":  # it is shown at any address, so its links are absolute
-            continue
         for link in found.links:
             if re.match(r"https?:|mailto:", link):
                 continue
@@ -110,7 +116,7 @@ def test_every_link_leads_to_a_page_and_an_anchor(addresses: dict[Path, Addresse
             assert target.is_relative_to(site.resolve()) or target == page, f"{page.name}: {link} leads out of the site"
             assert target.exists(), f"{page.name}: no file for {link}"
             if anchor and target.suffix == ".html":
-                there = addresses.get(target, None) or next(a for p, a in addresses.items() if p.resolve() == target)
+                there = addresses.get(target) or next(a for p, a in addresses.items() if p.resolve() == target)
                 assert unquote(anchor) in there.anchors, f"{page.name}: no anchor for {link}"
             checked += 1
     assert checked > 2000
@@ -119,13 +125,19 @@ def test_every_link_leads_to_a_page_and_an_anchor(addresses: dict[Path, Addresse
 def test_formulas_are_drawn_without_a_script(site: Path) -> None:
     texts = {page.name: page.read_text(encoding="utf-8") for page in site.glob("*.html")}
     assert all("arithmatex" not in text for text in texts.values())
-    assert all(texts[f"{name}.html"].count('<math') >= 1 for name in ("vote", "sample", "sculpt", "density", "concepts"))
+    assert all(
+        texts[f"{name}.html"].count("<math") >= 1 for name in ("vote", "sample", "sculpt", "density", "concepts")
+    )
     assert not [name for name, text in texts.items() if re.search(r"\\(frac|operatorname|sum|text)\b", text)]
 
 
 def public_names() -> Iterator[str]:
     """Full names of all that the reference must have."""
-    homes = {"evaluate": "selfdoubt.workflow", "calibrate": "selfdoubt.workflow", "prepare": "selfdoubt.preparation.run"}
+    homes = {
+        "evaluate": "selfdoubt.workflow",
+        "calibrate": "selfdoubt.workflow",
+        "prepare": "selfdoubt.preparation.run",
+    }
     for name in selfdoubt.__all__:
         thing = getattr(selfdoubt, name)
         if not isinstance(thing, ModuleType) and name not in ("__version__", "SelfdoubtError"):
@@ -138,8 +150,14 @@ def public_names() -> Iterator[str]:
             yield f"{thing.__module__}.{name}"
     for name in ("RiskAwareLM", "Options", "Answer", "Token", "Stream", "Calibration"):
         yield f"{getattr(lm, name).__module__}.{name}"
-    yield from ("selfdoubt.train.run.fit", "selfdoubt.train.config.TrainConfig", "selfdoubt.serve.http.settings.ServerSettings")
-    yield from (f"selfdoubt.risk.{name}" for name in ("mix", "total", "aleatoric", "epistemic", "token_scores", "percentile"))
+    yield from (
+        "selfdoubt.train.run.fit",
+        "selfdoubt.train.config.TrainConfig",
+        "selfdoubt.serve.http.settings.ServerSettings",
+    )
+    yield from (
+        f"selfdoubt.risk.{name}" for name in ("mix", "total", "aleatoric", "epistemic", "token_scores", "percentile")
+    )
 
 
 def test_the_reference_has_every_public_name(addresses: dict[Path, Addresses]) -> None:
@@ -167,7 +185,11 @@ def test_the_worth_of_a_score_is_that_of_the_results() -> None:
     free = ("webquestions", "nq", "squad2", "truthfulqa")
     means = {}
     for score, arm in (("rank_joint", "prepared"), ("sum_nll", "prepared")):
-        values = [r["value"] for r in rows if (r.get("score"), r["arm"], r["metric"]) == (score, arm, "prr") and r["set"] in free]
+        values = [
+            r["value"]
+            for r in rows
+            if (r.get("score"), r["arm"], r["metric"]) == (score, arm, "prr") and r["set"] in free
+        ]
         means[score] = sum(values) / len(values)
     text = (DOCS / "scores.md").read_text(encoding="utf-8")
     assert f"| `rank_joint` | prepared | {means['rank_joint']:.2f} | {means['sum_nll']:.2f} |" in text
@@ -190,7 +212,9 @@ def test_every_error_has_an_entry_with_a_message() -> None:
 
 def test_every_picture_is_drawn_by_the_script_and_shown() -> None:
     pictures = load("pictures")
-    shown = set(re.findall(r"pictures/(\w+\.\w+)", "".join(p.read_text(encoding="utf-8") for p in [*PAGES, DOCS / "hooks.py"])))
+    shown = set(
+        re.findall(r"pictures/(\w+\.\w+)", "".join(p.read_text(encoding="utf-8") for p in [*PAGES, DOCS / "hooks.py"]))
+    )
     assert {p.name for p in PICTURES} == shown
     drawn = re.findall(r'with picture\("(\w+)"', (DOCS / "pictures.py").read_text(encoding="utf-8"))
     assert sorted(f"{name}.svg" for name in drawn) == sorted(shown)
@@ -202,7 +226,11 @@ def test_every_picture_is_drawn_by_the_script_and_shown() -> None:
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_notebooks_run(path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, DOCS / "notebooks.py", path.stem, "--check"], capture_output=True, text=True, check=False, timeout=280
+        [sys.executable, DOCS / "notebooks.py", path.stem, "--check"],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=280,
     )
     assert done.returncode == 0, done.stderr[-3000:]
 
@@ -211,9 +239,12 @@ def test_notebooks_run(path: Path) -> None:
 def test_notebooks_are_committed_as_the_script_writes_them(path: Path) -> None:
     notebook = json.loads(path.read_text(encoding="utf-8"))
     cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
-    assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1)), f"run python docs/notebooks.py {path.stem}"
+    assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1)), (
+        f"run python docs/notebooks.py {path.stem}"
+    )
     prints = [cell for cell in cells if re.search(r"^(    )*(print|plt\.show)\(", "".join(cell["source"]), flags=re.M)]
-    assert prints and all(cell["outputs"] for cell in prints)
+    assert prints
+    assert all(cell["outputs"] for cell in prints)
     kinds = {output["output_type"] for cell in cells for output in cell["outputs"]}
     assert kinds <= {"stream", "display_data", "execute_result"}
     assert path.stat().st_size < 200_000
@@ -225,27 +256,43 @@ def test_there_are_three_notebooks() -> None:
 
 @pytest.mark.browser
 def test_pages_in_a_browser(site: Path) -> None:
-    """Opened from a disk, at the width of a desktop and of a phone, in light and in dark: no error, nothing sticks out, search works."""
+    """Opened from a disk, as wide as a desktop and a phone, light and dark: nothing fails or sticks out, search works."""
     sync = pytest.importorskip("playwright.sync_api")
-    names = ("index", "tour", "concepts", "vote", "scores", "errors", "serve", "api/wrappers", "notebooks/any_model", "architecture")
+    names = (
+        "index",
+        "tour",
+        "concepts",
+        "vote",
+        "scores",
+        "errors",
+        "serve",
+        "api/wrappers",
+        "notebooks/any_model",
+        "architecture",
+    )
+    faults: list[str] = []
+
+    def note_request(request: Any) -> None:
+        if not request.url.startswith(("file:", "data:", "blob:", "about:")):
+            faults.append(request.url)
+
     with sync.sync_playwright() as play:
         browser = play.chromium.launch(executable_path=chromium(), args=["--no-sandbox"])
-        for width, scheme in ((1280, "light"), (390, "dark")):
+        for width, scheme, used in ((1280, "light", "default"), (390, "dark", "slate")):
             context = browser.new_context(viewport={"width": width, "height": 850}, color_scheme=scheme, offline=True)
             page = context.new_page()
-            faults: list[str] = []
             page.on("console", lambda message: faults.append(message.text) if message.type == "error" else None)
             page.on("pageerror", lambda error: faults.append(str(error)))
-            page.on("request", lambda r: faults.append(r.url) if not r.url.startswith(("file:", "data:", "blob:", "about:")) else None)
+            page.on("request", note_request)
             for name in names:
                 page.goto((site / f"{name}.html").as_uri())
-                assert page.evaluate("document.body.dataset.mdColorScheme") == {"light": "default", "dark": "slate"}[scheme]
+                page.wait_for_load_state("load")
+                assert page.evaluate("document.body.dataset.mdColorScheme") == used
                 assert page.evaluate("document.documentElement.scrollWidth") <= width, f"{name} sticks out at {width}"
                 broken = "[...document.images].filter(i => !i.complete || !i.naturalWidth).map(i => i.src)"
-                page.wait_for_load_state("load")
                 assert page.evaluate(broken) == [], name
             context.close()
-            assert faults == []
+        assert faults == []
         page = browser.new_context(offline=True, viewport={"width": 1280, "height": 850}).new_page()
         page.goto((site / "index.html").as_uri())
         page.locator("input.md-search__input").fill("Mahalanobis")
