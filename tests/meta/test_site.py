@@ -256,7 +256,7 @@ def test_there_are_three_notebooks() -> None:
 
 @pytest.mark.browser
 def test_pages_in_a_browser(site: Path) -> None:
-    """Opened from a disk, as wide as a desktop and a phone, light and dark: nothing fails or sticks out, search works."""
+    """Opened from a disk, as wide as a desktop and as a phone, light and dark: nothing fails or sticks out."""
     sync = pytest.importorskip("playwright.sync_api")
     names = (
         "index",
