@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from selfdoubt.version import __version__
 
 if TYPE_CHECKING:
-    from selfdoubt import density, errors, metrics, risk, sample, sculpt, vote
+    from selfdoubt import density, errors, interpret, metrics, risk, sample, sculpt, vote
     from selfdoubt.errors import SelfdoubtError
     from selfdoubt.forecast import Forecast
     from selfdoubt.lm.answer import Answer, Token
@@ -37,6 +37,7 @@ __all__ = [
     "density",
     "errors",
     "evaluate",
+    "interpret",
     "load",
     "metrics",
     "prepare",
