@@ -98,7 +98,7 @@ def read_with_std(y: ArrayLike, std: ArrayLike, name: str = "std") -> tuple[Tens
     mean, spread = read_pair(y, std, ("y", name))
     if (spread < 0).any():
         raise DataError(
-            f"{name} must be at least 0, got {float(spread.min()):g}; give a standard deviation, not its log"
+            f"{name} must be at least 0, got {float(spread.min()):g}; give a standard deviation, not its logarithm"
         )
     return mean, spread
 
@@ -194,7 +194,7 @@ def check_level(level: float) -> float:
     return float(level)
 
 
-def read_number(value: float, name: str) -> float:
+def read_scalar(value: float, name: str) -> float:
     """Return one finite number as a float.
 
     Raises:

@@ -14,7 +14,7 @@ from selfdoubt.errors import ConfigError, ShapeError
 from selfdoubt.fields import flag, listing, number, whole
 from selfdoubt.interpret.arguments import ArrayLike, check_level, read_numbers, read_pair, read_scale, to_float64
 from selfdoubt.interpret.intervals import Interval
-from selfdoubt.interpret.quantiles import find_quantile, parse_record
+from selfdoubt.interpret.quantiles import find_quantile, parse_fitted
 
 _KINDS = {
     "quantiles": listing(number(0), 1),
@@ -44,8 +44,7 @@ class ConformalIntervals:
     def __post_init__(self) -> None:
         if len(self.quantiles) != math.prod(self.shape):
             raise ConfigError(
-                f"a row of shape {self.shape} needs {math.prod(self.shape)} quantiles, got {len(self.quantiles)}; "
-                "use ConformalIntervals.fit"
+                f"a row of shape {self.shape} needs {math.prod(self.shape)} quantiles, got {len(self.quantiles)}"
             )
 
     @classmethod
@@ -130,7 +129,7 @@ class ConformalIntervals:
             >>> ConformalIntervals.parse(intervals.to_json()) == intervals
             True
         """
-        return cls(**parse_record(entry, _KINDS, "conformal intervals"))
+        return parse_fitted(cls, entry, _KINDS, "conformal intervals")
 
 
 def _read_rows(y: ArrayLike) -> Float[Tensor, "rows *rest"]:

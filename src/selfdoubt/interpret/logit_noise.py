@@ -41,7 +41,7 @@ def average_binary_noise(logit: ArrayLike, std: ArrayLike) -> Float[Tensor, "*ba
     Example:
         >>> p = average_binary_noise([2.0, 2.0, -2.0], [0.0, 3.0, 3.0])
         >>> [round(x, 4) for x in p.tolist()]
-        [0.8808, 0.7148, 0.2852]
+        [0.8808, 0.7174, 0.2826]
     """
     return _average_sigmoid(*read_with_std(logit, std))
 
@@ -77,7 +77,7 @@ def average_noise(
     Example:
         >>> p = average_noise([[2.0, 0.0, 0.0]], [[3.0, 3.0, 3.0]])
         >>> [round(x, 3) for x in p[0].tolist()]
-        [0.542, 0.229, 0.229]
+        [0.517, 0.242, 0.242]
     """
     if method not in ("exact", "mean_field"):
         raise ConfigError(f'method must be "exact" or "mean_field", got {method!r}')

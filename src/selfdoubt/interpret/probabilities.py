@@ -15,9 +15,9 @@ from selfdoubt.forecast import Forecast
 from selfdoubt.interpret.arguments import (
     ArrayLike,
     check_probabilities,
-    read_number,
     read_numbers,
     read_probabilities,
+    read_scalar,
     read_with_std,
 )
 
@@ -52,17 +52,23 @@ def average_members(logits: ArrayLike) -> Float[Tensor, "*batch classes"]:
     """Return the mean of the members' class probabilities: p = mean_m softmax(logits_m).
 
     Args:
-        logits: Unnormalised scores, ``(members, *batch, classes)``; for one model give ``logits[None]``.
+        logits: Unnormalised scores, ``(members, batch, ..., classes)``; for one model give ``logits[None]``.
 
     Raises:
-        ShapeError: If there is no member axis, or there are fewer than two classes.
+        ShapeError: If there are fewer than three axes, or there are fewer than two classes.
         NonFiniteError: If a logit is NaN or infinite.
 
     Example:
         >>> average_members(torch.tensor([[[9.0, -9.0]], [[-9.0, 9.0]]])).tolist()
         [[0.5, 0.5]]
     """
-    return risk.mixture(read_logits(logits)).softmax(-1)
+    numbers = read_logits(logits)
+    if numbers.ndim < 3:
+        raise ShapeError(
+            f"logits must be (members, batch, ..., classes), got {tuple(numbers.shape)}; "
+            "for one model give logits[None], for one row logits[:, None]"
+        )
+    return risk.mixture(numbers).softmax(-1)
 
 
 def error_probability(probs: ArrayLike) -> Float[Tensor, "*batch"]:
@@ -76,7 +82,7 @@ def error_probability(probs: ArrayLike) -> Float[Tensor, "*batch"]:
     Raises:
         ShapeError: If there are fewer than two classes.
         NonFiniteError: If one is NaN or infinite.
-        DataError: If they are no probabilities, e.g. logits.
+        DataError: If they are not probabilities, e.g. logits.
 
     Example:
         >>> [round(x, 2) for x in error_probability([[0.7, 0.2, 0.1], [0.4, 0.3, 0.3]]).tolist()]
@@ -174,7 +180,7 @@ def _measure_tail(y: ArrayLike, std: ArrayLike, threshold: float, distribution: 
     """Return the distances to the threshold, and the probability beyond them."""
     check_distribution(distribution)
     mean, spread = read_with_std(y, std)
-    apart = mean - read_number(threshold, "threshold")
+    apart = mean - read_scalar(threshold, "threshold")
     z = torch.where(apart == 0, torch.zeros_like(apart), apart.abs() / spread)
     return apart, torch.special.ndtr(-z) if distribution == "normal" else 0.5 * (-math.sqrt(2) * z).exp()
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 from jaxtyping import Float
 from torch import Tensor
 
-from selfdoubt.errors import DataError
+from selfdoubt.errors import ConfigError, DataError
 from selfdoubt.fields import FieldCheck, FieldError, record
 from selfdoubt.interpret.arguments import check_level
+
+T = TypeVar("T")
 
 #: Room for rounding of (n + 1) * level, of one score.
 _ROUNDING = 1e-9
@@ -43,14 +45,13 @@ def find_quantile(scores: Float[Tensor, "rows *rest"], level: float) -> Float[Te
     return scores.sort(0).values[k - 1]
 
 
-def parse_record(entry: Any, kinds: Mapping[str, FieldCheck], title: str) -> dict[str, Any]:
-    """Return the fields of a stored object, checked.
+def parse_fitted(cls: Callable[..., T], entry: Any, kinds: Mapping[str, FieldCheck], title: str) -> T:
+    """Build a fitted object from its stored fields.
 
     Raises:
         DataError: If it has another form.
     """
     try:
-        fields: dict[str, Any] = record(kinds)(entry, title)
-    except FieldError as error:
+        return cls(**record(kinds)(entry, title))
+    except (FieldError, ConfigError) as error:
         raise DataError(f"{error}; fit it again") from None
-    return fields

@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from selfdoubt.errors import ShapeError
-from selfdoubt.interpret.arguments import ArrayLike, read_number, read_numbers, read_probabilities
+from selfdoubt.interpret.arguments import ArrayLike, read_numbers, read_probabilities, read_scalar
 
 #: The choice that stands for none: ask a person, run another test.
 REJECT = -1
@@ -42,7 +42,7 @@ def decide(probs: ArrayLike, costs: ArrayLike | None = None, *, reject_cost: flo
     Raises:
         ShapeError: If there are fewer than two classes, or the costs have another number of rows.
         NonFiniteError: If a number is NaN or infinite.
-        DataError: If they are no probabilities, e.g. logits.
+        DataError: If they are not probabilities, e.g. logits.
 
     Example:
         >>> treat = decide([[0.95, 0.05], [0.7, 0.3], [0.1, 0.9]], [[0, 3], [10, 1]], reject_cost=1.0)
@@ -63,6 +63,6 @@ def decide(probs: ArrayLike, costs: ArrayLike | None = None, *, reject_cost: flo
     cost, choice = (p @ table).min(-1)
     if reject_cost is None:
         return Decision(choice, cost)
-    price = read_number(reject_cost, "reject_cost")
+    price = read_scalar(reject_cost, "reject_cost")
     rejects = cost > price
     return Decision(choice.masked_fill(rejects, REJECT), cost.masked_fill(rejects, price))

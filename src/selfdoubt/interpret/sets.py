@@ -12,7 +12,7 @@ from torch import Tensor
 from selfdoubt.errors import ConfigError, ShapeError
 from selfdoubt.fields import choice, number, whole
 from selfdoubt.interpret.arguments import ArrayLike, check_level, read_labels, read_probabilities, to_float64
-from selfdoubt.interpret.quantiles import find_quantile, parse_record
+from selfdoubt.interpret.quantiles import find_quantile, parse_fitted
 
 SetMethod = Literal["lac", "aps"]
 
@@ -60,7 +60,7 @@ class ConformalSets:
             ConfigError: If the level is outside (0, 1), or the method is another one.
             ShapeError: If the shapes do not fit, or there are no rows.
             NonFiniteError: If a number is NaN or infinite.
-            DataError: If they are no probabilities, a label is no class, or there are too few rows for the level.
+            DataError: If they are not probabilities, a label is not a class, or there are too few rows for the level.
 
         Example:
             >>> probs = torch.tensor([[0.8, 0.1, 0.1], [0.2, 0.7, 0.1], [0.3, 0.3, 0.4]])
@@ -90,7 +90,7 @@ class ConformalSets:
         Raises:
             ShapeError: If there are other classes.
             NonFiniteError: If a number is NaN or infinite.
-            DataError: If they are no probabilities.
+            DataError: If they are not probabilities.
         """
         p = read_probabilities(probs)
         if p.shape[-1] != self.classes:
@@ -114,7 +114,7 @@ class ConformalSets:
             >>> ConformalSets.parse(sets.to_json()) == sets
             True
         """
-        return cls(**parse_record(entry, _KINDS, "conformal sets"))
+        return parse_fitted(cls, entry, _KINDS, "conformal sets")
 
 
 def _score(p: Float[Tensor, "*batch classes"], method: SetMethod) -> Float[Tensor, "*batch classes"]:

@@ -6,6 +6,7 @@ is a ``MetricError``. With losses of 0 and 1 the numbers are those of ``aurc`` a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -13,6 +14,9 @@ from jaxtyping import Float, Shaped
 
 from selfdoubt.errors import MetricError
 from selfdoubt.metrics.ranking import ScoresLike
+
+#: One loss per prediction, as an array of numbers or booleans or any other sequence.
+LossesLike = Shaped[np.ndarray, "answers"] | Sequence[float]
 
 
 class LossCurve(NamedTuple):
@@ -22,7 +26,7 @@ class LossCurve(NamedTuple):
     loss: Float[np.ndarray, "answers"]  #: mean loss of the k surest
 
 
-def loss_coverage(risk: ScoresLike, loss: ScoresLike) -> LossCurve:
+def loss_coverage(risk: ScoresLike, loss: LossesLike) -> LossCurve:
     """Return the mean loss of the k surest predictions for every k (El-Yaniv and Wiener, 2010).
 
     Args:
@@ -41,7 +45,7 @@ def loss_coverage(risk: ScoresLike, loss: ScoresLike) -> LossCurve:
     return LossCurve(k / len(k), _accumulate(score, losses) / k)
 
 
-def loss_aurc(risk: ScoresLike, loss: ScoresLike) -> float:
+def loss_aurc(risk: ScoresLike, loss: LossesLike) -> float:
     """Return the area under the loss-coverage curve, the mean of its n points, in the unit of the loss.
 
     Lower is better; ``aurc`` for losses of 0 and 1 (Geifman and El-Yaniv, 2017).
@@ -56,7 +60,7 @@ def loss_aurc(risk: ScoresLike, loss: ScoresLike) -> float:
     return float(loss_coverage(risk, loss).loss.mean())
 
 
-def loss_prr(risk: ScoresLike, loss: ScoresLike) -> float:
+def loss_prr(risk: ScoresLike, loss: LossesLike) -> float:
     """Return the prediction rejection ratio: 1 for the best order, 0 for a random one, negative for a worse one.
 
     (A_random - A) / (A_random - A_best) with A = ``loss_aurc``; A_random is the mean loss, and A_best the area where
@@ -92,7 +96,7 @@ def _accumulate(
 
 
 def _check_losses(
-    risk: ScoresLike | Shaped[np.ndarray, "answers"], loss: ScoresLike | Shaped[np.ndarray, "answers"]
+    risk: ScoresLike | Shaped[np.ndarray, "answers"], loss: LossesLike
 ) -> tuple[Float[np.ndarray, "answers"], Float[np.ndarray, "answers"]]:
     score, losses = np.asarray(risk), np.asarray(loss)
     if score.ndim != 1 or score.shape != losses.shape:
