@@ -55,7 +55,7 @@ def test_rejecting_pays_on_calibrated_probabilities():
     truth = probs.multinomial(1)[:, 0]
     decision = decide(probs, reject_cost=0.3)
     costs = torch.where(decision.rejected, 0.3, (decision.choice != truth).double())
-    # Costs lie in [0, 1]: their mean is further than 0.03 from the expected one with a chance of 2 exp(-36) (Hoeffding).
+    # Costs lie in [0, 1]: their mean is further than 0.03 off with a chance of 2 exp(-36) (Hoeffding).
     assert abs(costs.mean() - decision.cost.mean()) < 0.03
     assert decision.cost.mean() < decide(probs).cost.mean()
 
