@@ -8,11 +8,10 @@ from __future__ import annotations
 
 from selfdoubt.interpret.conformal import ConformalIntervals
 from selfdoubt.interpret.intervals import Interval, parametric_interval
-from selfdoubt.interpret.logit_noise import average_binary_noise, average_noise
+from selfdoubt.interpret.logit_noise import average_binary_noise, average_noise, class_probabilities
 from selfdoubt.interpret.probabilities import (
     average_members,
     binary_error_probability,
-    class_probabilities,
     error_probability,
     probability_above,
     wrong_side_probability,

@@ -10,8 +10,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from selfdoubt.errors import ConfigError
+from selfdoubt.forecast import Forecast
 from selfdoubt.interpret.arguments import ArrayLike, read_with_std, to_float64
-from selfdoubt.interpret.probabilities import check_classes
+from selfdoubt.interpret.probabilities import check_classes, read_logits
+
+NoiseMethod = Literal["exact", "mean_field"]
 
 #: Step of all trapezoid sums, in standard deviations and in logits. Their error is exp(-2 pi d / step), where d is the
 #: distance of the integrand's nearest singularity from the real axis: pi for the logistic, pi / 2 for the Gumbel.
@@ -20,6 +23,37 @@ _STEP, _FINE = 0.5, 0.4
 _NORMAL, _TAIL = 9.0, 40.0
 #: Numbers in memory at a time.
 _BLOCK = 1 << 22
+
+
+def class_probabilities(forecast: Forecast, *, method: NoiseMethod = "exact") -> Float[Tensor, "batch *rest classes"]:
+    """Return the class probabilities that a forecast of logits answers with: the softmax of its ``mean``.
+
+    That is the mean of the members' probabilities or, where the base model answers, the base's. With a sculpt inside
+    each is averaged over its noise first (``average_noise``), as if that were normal.
+
+    Args:
+        forecast: A forecast with ``kind="logits"``, as wrappers with ``output="logits"`` give it.
+        method: As for ``average_noise``; it counts only with a sculpt inside.
+
+    Raises:
+        ConfigError: If the forecast is one of values, or the method is another one.
+        ShapeError: If there are fewer than two classes.
+        NonFiniteError: If a logit is NaN or infinite.
+
+    Example:
+        >>> members = torch.tensor([[[9.0, -9.0]], [[-9.0, 9.0]]])
+        >>> class_probabilities(Forecast(members, kind="logits")).tolist()
+        [[0.5, 0.5]]
+    """
+    if forecast.kind != "logits":
+        raise ConfigError(
+            'class probabilities need a forecast of logits, got one of values; wrap with output="logits", '
+            "e.g. vote.Wrapper(n_voters=5, output='logits')"
+        )
+    if forecast.scale_std is None:
+        return read_logits(forecast.mean).softmax(-1)
+    answers = forecast.members if forecast.base is None else forecast.base[None]
+    return average_noise(answers, forecast.scale_std, method=method).mean(0)
 
 
 def average_binary_noise(logit: ArrayLike, std: ArrayLike) -> Float[Tensor, "*batch"]:
@@ -47,7 +81,7 @@ def average_binary_noise(logit: ArrayLike, std: ArrayLike) -> Float[Tensor, "*ba
 
 
 def average_noise(
-    logits: ArrayLike, std: ArrayLike, *, method: Literal["exact", "mean_field"] = "exact"
+    logits: ArrayLike, std: ArrayLike, *, method: NoiseMethod = "exact"
 ) -> Float[Tensor, "*batch classes"]:
     """Return the mean of ``softmax`` over independent normal noise on the logits: E[softmax(logits + std z)].
 

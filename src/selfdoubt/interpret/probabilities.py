@@ -11,7 +11,6 @@ from torch import Tensor
 
 from selfdoubt import risk
 from selfdoubt.errors import ConfigError, ShapeError
-from selfdoubt.forecast import Forecast
 from selfdoubt.interpret.arguments import (
     ArrayLike,
     check_probabilities,
@@ -23,29 +22,6 @@ from selfdoubt.interpret.arguments import (
 
 #: A distribution of errors, given by its standard deviation.
 ErrorDistribution = Literal["normal", "laplace"]
-
-
-def class_probabilities(forecast: Forecast) -> Float[Tensor, "batch *rest classes"]:
-    """Return the class probabilities that a forecast of logits answers with: the softmax of its ``mean``.
-
-    Those are the mean of the members' probabilities or, where the base model answers, the base's.
-
-    Raises:
-        ConfigError: If the forecast is one of values.
-        ShapeError: If there are fewer than two classes.
-        NonFiniteError: If a logit is NaN or infinite.
-
-    Example:
-        >>> members = torch.tensor([[[9.0, -9.0]], [[-9.0, 9.0]]])
-        >>> class_probabilities(Forecast(members, kind="logits")).tolist()
-        [[0.5, 0.5]]
-    """
-    if forecast.kind != "logits":
-        raise ConfigError(
-            'class probabilities need a forecast of logits, got one of values; wrap with output="logits", '
-            "e.g. vote.Wrapper(n_voters=5, output='logits')"
-        )
-    return read_logits(forecast.mean).softmax(-1)
 
 
 def average_members(logits: ArrayLike) -> Float[Tensor, "*batch classes"]:

@@ -106,6 +106,18 @@ def test_a_forecast_of_a_base_model_answers_with_the_base():
     torch.testing.assert_close(p, base.softmax(-1))
 
 
+@pytest.mark.parametrize("with_base", [False, True])
+def test_a_forecast_with_a_scale_averages_over_its_noise(with_base):
+    members, scale = 3 * torch.randn(4, 5, 3).double(), torch.rand(4, 5, 3).double()
+    if with_base:
+        base = torch.randn(5, 3).double()
+        forecast, expected = Forecast(members, scale[:1], "logits", base), interpret.average_noise(base, scale[0])
+    else:
+        each = [interpret.average_noise(y, std) for y, std in zip(members, scale, strict=True)]
+        forecast, expected = Forecast(members, scale, "logits"), torch.stack(each).mean(0)
+    torch.testing.assert_close(interpret.class_probabilities(forecast), expected)
+
+
 def test_error_probability_keeps_small_errors():
     p = torch.tensor([[1.0, 1e-30], [0.25, 0.75]])
     torch.testing.assert_close(interpret.error_probability(p), torch.tensor([1e-30, 0.25]), rtol=1e-6, atol=0)
