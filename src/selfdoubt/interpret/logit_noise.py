@@ -60,9 +60,9 @@ def class_probabilities(forecast: Forecast, *, method: NoiseMethod = "exact") ->
 def average_binary_noise(logit: ArrayLike, std: ArrayLike) -> Float[Tensor, "*batch"]:
     """Return the mean of ``sigmoid`` over normal noise on a logit: E[sigmoid(logit + std z)], z ~ N(0, 1), in [0, 1].
 
-    By trapezoid sums, exact to rounding (Trefethen & Weideman, 2014, "The exponentially convergent
-    trapezoidal rule"): over z for std < 1 and, from E = P(L <= logit + std z) with a logistic L, over L for larger
-    ones. MacKay's approximation, sigmoid(logit / sqrt(1 + pi std^2 / 8)), is up to 0.02 away.
+    By trapezoid sums, exact to rounding (Trefethen & Weideman, 2014, "The exponentially convergent trapezoidal rule"):
+    over z for std < 1 and, from E = P(L <= logit + std z) with a logistic L, over L for larger ones. MacKay's
+    approximation, sigmoid(logit / sqrt(1 + pi std^2 / 8)), is up to 0.02 away.
 
     Args:
         logit: Log odds of class 1, of any shape.
@@ -124,8 +124,8 @@ def average_noise(
     rows, spreads = y.flatten(0, -2) if y.ndim > 1 else y[None], spread.reshape(-1, y.shape[-1])
     average = _integrate_rows if method == "exact" else _approximate_rows
     size = max(1, _BLOCK // (y.shape[-1] * 40))
-    chunks = zip(rows.split(size), spreads.split(size), strict=True)
-    return torch.cat([average(mean, noise) for mean, noise in chunks]).reshape(y.shape)
+    starts = range(0, len(rows), size)
+    return torch.cat([average(rows[i : i + size], spreads[i : i + size]) for i in starts]).reshape(y.shape)
 
 
 def _approximate_rows(
