@@ -11,6 +11,7 @@ from torch.testing import assert_close
 from selfdoubt import Prediction, density, sample, sculpt, vote
 from selfdoubt.errors import WrapError
 from selfdoubt.members import count_members, count_rows
+from selfdoubt.random_numbers import uniforms
 from tests.zoo import cnn, mlp
 
 #: Probability of a false alarm of each stochastic test.
@@ -38,7 +39,7 @@ def test_samples_inside_voters_against_one_voter_at_a_time(answer_from):
         alone = copy.deepcopy(base)
         hidden = x
         for i, noisy in zip((0, 2), noises, strict=True):
-            uniform = sample.uniforms(noisy.key, 12, hidden.shape[1], hidden.device)
+            uniform = uniforms(noisy.key, 12, hidden.shape[1], hidden.device)
             noise = noisy.distribution.noise(noisy.parameter, uniform, soft=False)[member].to(hidden.dtype)
             deviations, leaf = noisy.leaf.deviations, alone[i]
             leaf.weight.data += deviations["weight"][member // 4]
