@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from numbers import Real
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import torch
@@ -10,6 +12,7 @@ from torch import Tensor
 
 from selfdoubt.distributions import wide_dtype
 from selfdoubt.errors import ConfigError, DataError, NonFiniteError, ShapeError
+from selfdoubt.fields import shorten_value
 
 #: Largest distance from 1 that a sum of probabilities may have: bfloat16 rounds by up to 0.4 % each.
 _SUM_ROOM = 0.01
@@ -189,8 +192,10 @@ def check_level(level: float) -> float:
     Raises:
         ConfigError: If it is not in (0, 1).
     """
-    if isinstance(level, bool) or not 0 < level < 1:
-        raise ConfigError(f"level must lie in (0, 1), got {level}; 0.9 means that 90 % are to be covered")
+    if isinstance(level, bool) or not isinstance(level, Real) or not 0 < level < 1:
+        raise ConfigError(
+            f"level must lie in (0, 1), got {shorten_value(level)}; 0.9 means that 90 % are to be covered"
+        )
     return float(level)
 
 
@@ -198,8 +203,13 @@ def read_scalar(value: float, name: str) -> float:
     """Return one finite number as a float.
 
     Raises:
+        ConfigError: If it is not one number.
         NonFiniteError: If it is NaN or infinite.
     """
-    if value - value != 0:
-        raise NonFiniteError(f"{name} must be a finite number, got {value}")
-    return float(value)
+    try:
+        number = float(value)
+    except (TypeError, ValueError, RuntimeError):
+        raise ConfigError(f"{name} must be one number, got {shorten_value(value)}") from None
+    if not math.isfinite(number):
+        raise NonFiniteError(f"{name} must be a finite number, got {number}")
+    return number

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
-
-import torch
 
 from selfdoubt.errors import require
 from selfdoubt.interpret.arguments import ArrayLike, read_pair, to_float64
@@ -60,7 +59,7 @@ def measure_risk(risk: ArrayLike, loss: ArrayLike) -> RiskQuality:
     return RiskQuality(
         n=len(errors),
         mean_loss=float(curve.loss[-1]),
-        loss_at_80=float(curve.loss[int(torch.tensor(curve.coverage).lt(0.8 - 1e-9).sum())]),
+        loss_at_80=float(curve.loss[math.ceil(0.8 * len(errors) - 1e-9) - 1]),
         aurc=metrics.loss_aurc(order, errors),
         prr=prr,
         auroc=metrics.auroc(order, errors == 0) if is_binary else None,

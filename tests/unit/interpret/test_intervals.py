@@ -158,7 +158,7 @@ ROWS, FITTED = torch.zeros(20), ConformalIntervals((1.0,), (), level=0.9, n=20, 
 SCALED = ConformalIntervals((1.0,), (), level=0.9, n=20, scaled=True)
 
 
-@pytest.mark.parametrize("level", [0, 1, -0.1, 90, NAN, True])
+@pytest.mark.parametrize("level", [0, 1, -0.1, 90, NAN, True, "0.9", None, torch.tensor([0.9])])
 @pytest.mark.usefixtures("unchecked")
 def test_levels_outside_0_and_1_are_refused(level):
     for call in (

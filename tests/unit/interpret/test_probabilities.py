@@ -209,6 +209,8 @@ def test_numbers_that_are_not_finite_are_refused(call, bad):
         (lambda: interpret.average_noise([[0.0] * 3], [[1.0] * 3], method="best"), ConfigError, "mean_field"),
         (lambda: interpret.probability_above(torch.ones(3, 1), torch.ones(3), 0.0), ShapeError, r"\(3, 1\) and \(3,\)"),
         (lambda: interpret.probability_above([1.0], [-1.0], 0.0), DataError, "at least 0, got -1"),
+        (lambda: interpret.probability_above([1.0], [1.0], torch.ones(2)), ConfigError, "one number, got tensor"),
+        (lambda: interpret.probability_above([1.0], [1.0], "high"), ConfigError, "one number, got 'high'"),
         (lambda: interpret.probability_above([1.0], [1.0], 0.0, distribution="cauchy"), ConfigError, "cauchy"),
         (
             lambda: interpret.class_probabilities(Forecast(torch.zeros(2, 3, 4))),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import warnings
 
 import numpy as np
@@ -69,6 +70,24 @@ def test_aps_against_a_plain_loop(n, level):
     sets = ConformalSets.fit(probs, labels, level=level, method="aps")
     assert sets.quantile == pytest.approx(scores[place - 1], abs=1e-12)
     assert sets.predict(new).tolist() == expected
+
+
+def load_torch_uncertainty():
+    """Its APS, with the two names that this asks of the package around it, whose ``__init__`` imports too much."""
+    package = "torch_uncertainty.post_processing"
+    for file, name in (("abstract", "PostProcessing"), ("calibration.temperature_scaler", "TemperatureScaler")):
+        module = oracles.load_alone(f"{package}.{file}")
+        setattr(sys.modules[package], name, getattr(module, name))
+    return oracles.load_alone(f"{package}.conformal.aps")
+
+
+def test_aps_sets_against_torch_uncertainty():
+    theirs = load_torch_uncertainty()
+    (probs, labels), (new, _) = draw(200, 5), draw(100, 6)
+    ours = ConformalSets.fit(probs, labels, method="aps")
+    oracle = theirs.ConformalClsAPS(alpha=0.1, model=torch.nn.Identity(), randomized=False, enable_ts=False)
+    oracle.q_hat = torch.tensor(ours.quantile, dtype=torch.float64)  # theirs is not corrected for the number of rows
+    assert torch.equal(oracle.conformal(new.log()) > 0, ours.predict(new))
 
 
 @pytest.mark.parametrize("method", METHODS)
