@@ -114,6 +114,9 @@ def test_classes_of_equal_probability_are_in_or_out_together(method):
     inside = ConformalSets(method, 0.5, classes=4, level=0.9, n=99).predict(probs)
     assert inside[0].all()  # all are the most probable one
     assert inside[1].tolist() == [True, True, False, False]
+    # From the largest down to all that are as probable: 0.5, then 0.9, not 0.7.
+    tied = ConformalSets("aps", 0.8, classes=4, level=0.9, n=99).predict([0.5, 0.2, 0.2, 0.1])
+    assert tied.tolist() == [True, False, False, False]
 
 
 @pytest.mark.parametrize("method", METHODS)
