@@ -36,9 +36,10 @@ ROOMS: dict[str, tuple[str, float, float, float]] = {
     "report": ("JSON, page, pictures", 2.9, 4, 2.3),
     "eval": ("ask, judge, store a run", 5.4, 4, 2.3),
     "preparation": ("prepare", 7.9, 4, 1.9),
-    "metrics": ("pure functions of arrays", 0.2, 3, 2.6),
-    "data": ("files, hub sets → records", 3.0, 3, 2.7),
-    "lm": ("load, text, steps, decode, generate, score, adapters", 5.9, 3, 3.9),
+    "metrics": ("functions of arrays", 0.2, 3, 2.0),
+    "interpret": ("risk → decisions", 2.4, 3, 1.7),
+    "data": ("files, hub sets → records", 4.3, 3, 2.4),
+    "lm": ("load, text, decode, score, adapters", 6.9, 3, 2.9),
     "vote, sample, sculpt, density": ("a wrapper a file", 0.2, 1.75, 3.4),
     "members": ("rows, Wrapped, kernels, targets", 3.8, 1.75, 2.9),
     "risk": ("entropies, Forecast", 6.9, 1.75, 1.5),
@@ -380,7 +381,8 @@ def draw_architecture() -> None:
                 arrowprops=style,
                 zorder=1,
             )
-        axes.annotate("", (7.85, 2.63), (7.85, 2.97), arrowprops={"arrowstyle": "->", "color": BLUE, "lw": 1.4})
+        for x in (3.25, 8.35):  # interpret and lm use the core
+            axes.annotate("", (x, 2.63), (x, 2.97), arrowprops={"arrowstyle": "->", "color": BLUE, "lw": 1.4})
         axes.text(
             5,
             1.15,

@@ -1,4 +1,4 @@
-"""Writes the tables of ``docs/scores.md``: ``python docs/tables.py``.
+"""Writes the tables of ``docs/scores.md`` and ``docs/speed.md``: ``python docs/tables.py``.
 
 A test compares them with the code and the results. Formulas and sources are written here; the worth of a score is read
 from ``benchmarks/results``.
@@ -7,7 +7,6 @@ from ``benchmarks/results``.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -16,7 +15,6 @@ from selfdoubt.lm.scores import ANSWER_SCORES, Score
 
 DOCS = Path(__file__).parent
 RESULTS = DOCS.parent / "benchmarks" / "results"
-PAGE = DOCS / "scores.md"
 
 #: Of each signal: formula for the distribution p that answers, source, range, needs.
 SIGNALS: dict[str, tuple[str, str, str, str]] = {
@@ -201,6 +199,18 @@ MODELS = {"smollm2": "SmolLM2", "qwen": "Qwen", "gemma": "Gemma"}
 #: Sets whose answers are free text; the others ask for a choice.
 SETS = {"webquestions": "WebQuestions", "nq": "NQ-open", "squad2": "SQuAD 2", "truthfulqa": "TruthfulQA"}
 BASELINE = "sum_nll"
+#: Models of the benchmark of decoding, and its arms.
+SIZES = {"pocket": "pocket, 4.7M", "135m": "135M shape", "1b": "1B shape"}
+ARMS = {
+    "plain": "no wrapper, entropies and surprisals",
+    "free": "no wrapper, all free scores",
+    "vote3": "`vote`, three voters of rank 16",
+    "vote3-late": "`vote`, three voters in the last quarter of the layers",
+    "vote3-answer": '`vote`, three voters, `start="answer"`',
+    "sample5": "`sample`, five samples",
+    "sculpt": "`sculpt`",
+    "separate3": "three separate passes, the naive way",
+}
 
 #: PRR of a score by (model, set).
 Cells = dict[tuple[str, str], float]
@@ -286,20 +296,36 @@ def write_worth() -> str:
     return write_rows(["score", "models", "mean", f"`{BASELINE}`, same answers", *names], rows, 2)
 
 
-TABLES = {"signals": write_signals, "scores": write_scores, "worth": write_worth}
+def write_cost() -> str:
+    """Return the time per token of each wrapper, to plain ``generate`` and to the faster of its two forms."""
+    rows = json.loads((RESULTS / "decode-cpu.json").read_text(encoding="utf-8"))["rows"]
+    ratios = {(row["model"], row["arm"]): (row["ratio"], row["ratio_to_best"]) for row in rows}
+    table = []
+    for arm, name in ARMS.items():
+        cells = [ratios[model, arm] for model in SIZES]
+        table.append([name, *(f"{plain:.2f}x ({best:.2f}x)" for plain, best in cells)])
+    return write_rows(["", *SIZES.values()], table, 1)
 
 
-def update(text: str) -> str:
+#: Tables by page and name.
+TABLES = {
+    "scores.md": {"signals": write_signals, "scores": write_scores, "worth": write_worth},
+    "speed.md": {"cost": write_cost},
+}
+
+
+def update(page: str, text: str) -> str:
     """Return a page with its tables written again, between ``<!-- NAME -->`` and ``<!-- /NAME -->``."""
-    for name, write in TABLES.items():
-        pattern = rf"(<!-- {name} -->\n).*?(\n<!-- /{name} -->)"
-        text, count = re.subn(pattern, lambda match: f"{match[1]}\n{write()}\n{match[2]}", text, flags=re.S)  # noqa: B023
-        if count != 1:
-            raise SystemExit(
-                f"{PAGE} must have the marks of the table {name!r} exactly once, and has them {count} times"
-            )
+    for name, write in TABLES[page].items():
+        start, end = f"<!-- {name} -->\n", f"\n<!-- /{name} -->"
+        if text.count(start) != 1 or text.count(end) != 1:
+            raise SystemExit(f"{page} must have the marks of the table {name!r} exactly once")
+        before, _, rest = text.partition(start)
+        text = f"{before}{start}\n{write()}\n{end}{rest.partition(end)[2]}"
     return text
 
 
 if __name__ == "__main__":
-    PAGE.write_text(update(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    for page in TABLES:
+        path = DOCS / page
+        path.write_text(update(page, path.read_text(encoding="utf-8")), encoding="utf-8")

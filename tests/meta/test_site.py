@@ -18,7 +18,7 @@ from urllib.parse import unquote, urldefrag
 import pytest
 
 import selfdoubt
-from selfdoubt import density, errors, lm, metrics, sample, sculpt, vote
+from selfdoubt import density, errors, interpret, lm, metrics, sample, sculpt, vote
 from selfdoubt.eval.scores.agreement import AGREEMENT_SCORES
 from selfdoubt.lm.scores import ANSWER_SCORES, RANK_SCORES, Score
 from tests.browser import chromium
@@ -144,10 +144,11 @@ def public_names() -> Iterator[str]:
             yield f"{homes.get(name, thing.__module__)}.{name}"
     for module in (vote, sample, sculpt, density):
         yield f"{module.__name__}.Wrapper"
-    for name in metrics.__all__:
-        thing = getattr(metrics, name)
-        if callable(thing) and getattr(thing, "__module__", "").startswith("selfdoubt."):
-            yield f"{thing.__module__}.{name}"
+    for room in (metrics, interpret):
+        for name in room.__all__:
+            thing = getattr(room, name)
+            if callable(thing) and getattr(thing, "__module__", "").startswith("selfdoubt."):
+                yield f"{thing.__module__}.{name}"
     for name in ("RiskAwareLM", "Options", "Answer", "Token", "Stream", "Calibration"):
         yield f"{getattr(lm, name).__module__}.{name}"
     yield from (
@@ -173,10 +174,11 @@ def test_each_score_has_its_formula() -> None:
     assert sorted(tables.SCORES) == sorted([*alone, *RANK_SCORES, *AGREEMENT_SCORES, "p_false"])
 
 
-def test_the_tables_of_scores_are_up_to_date() -> None:
+def test_tables_are_up_to_date() -> None:
     tables = load("tables")
-    text = tables.PAGE.read_text(encoding="utf-8")
-    assert text == tables.update(text), "run python docs/tables.py"
+    for page in tables.TABLES:
+        text = (DOCS / page).read_text(encoding="utf-8")
+        assert text == tables.update(page, text), "run python docs/tables.py"
 
 
 def test_the_worth_of_a_score_is_that_of_the_results() -> None:
