@@ -33,10 +33,13 @@ DIAGRAM = "![The rooms of the library, and which uses which](pictures/architectu
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add a page for each document of ``ELSEWHERE`` and for each notebook."""
+    """Add a page for each document of ``ELSEWHERE``, with its pictures, and for each notebook."""
     for source, page in ELSEWHERE.items():
         text = (ROOT / source).read_text(encoding="utf-8")
         files.append(File.generated(config, page, content=re.sub(r"```mermaid\n.*?```", DIAGRAM, text, flags=re.S)))
+        for picture in re.findall(r"!\[[^]]*\]\((?!https?:)([^)\s]+)\)", text):
+            content = (ROOT / source).parent.joinpath(picture).read_bytes()
+            files.append(File.generated(config, picture, content=content))
     for path in sorted(Path(config.docs_dir).glob("notebooks/*.ipynb")):
         text, pictures = convert_notebook(json.loads(path.read_text(encoding="utf-8")), path.stem)
         files.append(File.generated(config, f"notebooks/{path.stem}.md", content=text))

@@ -297,7 +297,8 @@ def test_pages_in_a_browser(site: Path) -> None:
         assert faults == []
         page = browser.new_context(offline=True, viewport={"width": 1280, "height": 850}).new_page()
         page.goto((site / "index.html").as_uri())
-        page.locator("input.md-search__input").fill("Mahalanobis")
+        page.locator("input.md-search__input").click()
+        page.keyboard.type("Mahalanobis")
         result = page.locator(".md-search-result__link").first
         result.wait_for()
         assert "density" in str(result.get_attribute("href"))
