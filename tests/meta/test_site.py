@@ -208,8 +208,7 @@ def test_every_error_has_an_entry_with_a_message() -> None:
         section = re.search(rf"\n##+ {kind.__name__}\n(.*?)(?=\n##|\Z)", page, flags=re.S)
         assert section is not None, kind
         assert kind in roots or f"\n{kind.__name__}: " in section[1], f"{kind.__name__} shows no message"
-    for kind in (errors.SlowWarning, errors.UntrainedWarning):
-        assert kind.__name__ in page
+    assert all(warning.__name__ in page for warning in (errors.SlowWarning, errors.UntrainedWarning))
 
 
 def test_every_picture_is_drawn_by_the_script_and_shown() -> None:
