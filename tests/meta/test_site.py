@@ -166,6 +166,12 @@ def test_the_reference_has_every_public_name(addresses: dict[Path, Addresses]) -
     assert sorted(set(public_names()) - anchors) == []
 
 
+def test_examples_of_the_reference_are_code(site: Path) -> None:
+    texts = [page.read_text(encoding="utf-8") for page in sorted(site.glob("api/*.html"))]
+    assert sum(text.count("&gt;&gt;&gt;") for text in texts) > 50
+    assert not any("<blockquote>" in text for text in texts)
+
+
 def test_each_score_has_its_formula() -> None:
     tables = load("tables")
     alone = [name for name, score in ANSWER_SCORES.items() if not isinstance(score, Score)]
@@ -195,6 +201,11 @@ def test_the_worth_of_a_score_is_that_of_the_results() -> None:
         means[score] = sum(values) / len(values)
     text = (DOCS / "scores.md").read_text(encoding="utf-8")
     assert f"| `rank_joint` | prepared | {means['rank_joint']:.2f} | {means['sum_nll']:.2f} |" in text
+    about = ("all", "rank_joint", "prepared", "prr less sum_nll's")
+    (gain,) = (r for r in rows if (r["model"], r.get("score"), r["arm"], r["metric"]) == about)
+    low, high = gain["interval"]
+    said = f"{gain['value']:.3f} PRR (95 % interval {low:.3f} to {high:.3f})"
+    assert said in (DOCS / "llm.md").read_text(encoding="utf-8")
 
 
 def test_every_error_has_an_entry_with_a_message() -> None:
