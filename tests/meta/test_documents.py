@@ -85,6 +85,7 @@ def test_python_in_the_documents_runs(document: Path, monkeypatch: pytest.Monkey
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("document", sorted(APART), ids=lambda d: d.relative_to(ROOT).as_posix())
 def test_python_in_the_documents_runs_apart(document: Path) -> None:
     code = "\n".join(example.code for example in examples(document) if example.reason is None)
