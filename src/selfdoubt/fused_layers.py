@@ -7,9 +7,18 @@ from contextlib import contextmanager
 from threading import Lock
 
 import torch
+from torch import nn
+
+from selfdoubt.rows import Replacement
 
 _LOCK = Lock()
 _STATE = {"users": 0, "before": True}  # blocks that run now, in all threads; the setting before the first
+
+
+def has_fused_leaves(model: nn.Module) -> bool:
+    """Return True if a replaced leaf lies within a layer whose fused path would step over it."""
+    layers = (m for m in model.modules() if isinstance(m, nn.TransformerEncoderLayer))
+    return any(isinstance(m, Replacement) for layer in layers for m in layer.modules())
 
 
 @contextmanager
