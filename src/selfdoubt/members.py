@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from math import prod
 from operator import attrgetter
 from threading import RLock
 from typing import Any
@@ -384,8 +383,10 @@ def list_wrappers(model: nn.Module) -> list[Wrapped]:
 
 def count_members(model: nn.Module, *, training: bool = False) -> int:
     """Return the number of members of all wrappers around a model, without the base model; 1 for a plain model."""
-    specs = [wrapper.spec for wrapper in list_wrappers(model)]
-    return prod(spec.members(training=training) - (spec.has_base and not training) for spec in specs)
+    members = 1  # a loop, which graphs can capture
+    for wrapper in list_wrappers(model):
+        members *= wrapper.spec.members(training=training) - (wrapper.spec.has_base and not training)
+    return members
 
 
 def count_rows(model: nn.Module) -> int:
