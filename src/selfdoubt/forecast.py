@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from jaxtyping import Shaped
@@ -45,6 +45,8 @@ class Forecast:
     #: Distance of the features from the usual, ``(batch, *positions)``: the members' mean, or the base's where that
     #: answers. None without a density, or before it is fitted.
     density: Shaped[Tensor, "batch *positions"] | None = None
+
+    is_leaf: ClassVar[bool] = True  #: to those who walk a structure of outputs
 
     @property
     def mean(self) -> Tensor:

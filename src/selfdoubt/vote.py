@@ -40,6 +40,7 @@ from selfdoubt.fields import (
 )
 from selfdoubt.members import Wrapped
 from selfdoubt.rows import ForwardContext, Replacement, expand
+from selfdoubt.sharing import share_module
 from selfdoubt.targets import Leaf
 from selfdoubt.tree import iter_tensors
 from selfdoubt.wrapping import wrap
@@ -197,6 +198,49 @@ class EagerWrapper(Wrapper):
     """``Wrapper`` under another name."""
 
 
+def merge_voter(wrapped: Wrapped, voter: int) -> nn.Module:
+    """Return one voter as a model of its own, with ``W + alpha * delta`` in place of each changed weight.
+
+    It has the structure of the model that was wrapped, with nothing of this library inside, so that it can be exported
+    and served as any other; its output is ``wrapped.forecast(x).members[voter]``. Weights that voters do not change are
+    shared with ``wrapped``. Voters around another wrapper give a model in that wrapper: with a sculpt inside it predicts
+    that voter's scale too, with a density it measures that voter's features, and with samples inside it draws its own.
+
+    Args:
+        wrapped: A model that ``vote.Wrapper`` has wrapped.
+        voter: Number of the voter, from 0.
+
+    Raises:
+        ConfigError: If there is no such voter.
+        WrapError: If the model has no voters, or if a changed weight is packed.
+
+    Example:
+        >>> wrapped, x = Wrapper(n_voters=3)(nn.Sequential(nn.Linear(4, 2))), torch.ones(5, 4)
+        >>> alone = merge_voter(wrapped, 1)
+        >>> alone, torch.allclose(alone(x), wrapped.forecast(x).members[1])
+        (Sequential(
+          (0): Linear(in_features=4, out_features=2, bias=True)
+        ), True)
+    """
+    spec = wrapped.spec if isinstance(wrapped, Wrapped) else None
+    if not isinstance(spec, Wrapper):
+        raise WrapError(
+            f"only a model that vote.Wrapper has wrapped has voters, got {type(wrapped).__name__}"
+            + (f" of {spec!r}" if spec else "")
+        )
+    if isinstance(voter, bool) or voter not in range(spec.n_voters):
+        raise ConfigError(f"voter must be a number from 0 to {spec.n_voters - 1}, got {voter!r}")
+    twin = share_module(wrapped, freeze=False)
+    assert isinstance(twin, Wrapped)
+    for name in twin.leaf_names:
+        leaf = twin.module.get_submodule(name)
+        assert isinstance(leaf, VotingLeaf)
+        targets.replace_module(twin.module, name, leaf.merge(name, voter))
+    if isinstance(twin.module, Wrapped):
+        twin.module.is_trained = wrapped.is_trained
+    return twin.module
+
+
 class VotingLeaf(Replacement):
     """A leaf and one deviation of its matched parameters per voter."""
 
@@ -233,6 +277,34 @@ class VotingLeaf(Replacement):
             moved = self.call.choose_active(moved, voters)
         # The base's rows are kept as they are: adding zero could change a bit (-0.0 + 0.0).
         return torch.cat([y[:first], moved]) if first else moved
+
+    @torch.no_grad()
+    def merge(self, name: str, voter: int) -> nn.Module:
+        """Return the leaf with a voter's deviation in its weights, which are new; the leaf itself is changed.
+
+        Raises:
+            WrapError: If the weights are packed.
+        """
+        base = compat.get_base_layer(self.leaf)
+        if compat.is_quantized(base):
+            raise WrapError(
+                f"{name} holds packed {type(base).__name__} weights, which cannot take a deviation; merge voters of "
+                "the model in 16 bits, or export them as adapters: selfdoubt export FOLDER OUT --peft"
+            )
+        deviations = {key.replace("/", "."): value[voter] for key, value in self.deviations.items()}
+        if "weight_a" in deviations:
+            a, b = deviations.pop("weight_a"), deviations.pop("weight_b")
+            if self.kernel is kernels.embedding:
+                deviations["weight"] = a @ b
+            else:
+                deviations["weight"] = a.T @ b if compat.is_transposed(base) else b.T @ a
+        for path, deviation in deviations.items():
+            owner, _, parameter = path.rpartition(".")
+            module = (self.leaf if self.kernel is None else base).get_submodule(owner)
+            before = module.get_parameter(parameter)
+            merged = before + self.alpha * deviation.to(before.dtype)
+            setattr(module, parameter, nn.Parameter(merged, requires_grad=before.requires_grad))
+        return self.leaf
 
     def set_noise(self, size: float) -> None:
         """Set the scale of the deviations."""
