@@ -236,6 +236,11 @@ class Wrapped(nn.Module):
         return self
 
     @property
+    def has_members(self) -> bool:
+        """True if a wrapper has members, voters or samples, which can answer or leave that to the base model."""
+        return any(hasattr(wrapper.spec, "answer_from") for wrapper in list_wrappers(self))
+
+    @property
     def answers_from_base(self) -> bool:
         """True if the base model answers: where a wrapper says so, and by default until members are trained."""
         choice = _find_answer_from(self)
