@@ -184,7 +184,7 @@ class Messages(nn.Module):
         source, target = edge_index
         for message, update in ((self.message1, self.update1), (self.message2, self.update2)):
             sent = message(torch.cat([x[:, source], x[:, target]], -1)).relu()
-            received = torch.zeros(len(x), x.shape[1], sent.shape[-1], dtype=x.dtype, device=x.device)
+            received = torch.zeros(len(x), x.shape[1], sent.shape[-1], dtype=sent.dtype, device=x.device)
             x = update(torch.cat([x, received.index_add(1, target, sent)], -1)).relu()
         y: Tensor = self.readout(x.sum(1))
         return y
@@ -200,7 +200,7 @@ class Concatenated(nn.Module):
     def forward(self, x: Tensor, edge_index: Tensor) -> Tensor:
         source, target = edge_index
         sent = self.message(torch.cat([x[source], x[target]], -1)).relu()
-        received = torch.zeros(len(x), sent.shape[-1], dtype=x.dtype, device=x.device).index_add(0, target, sent)
+        received = torch.zeros(len(x), sent.shape[-1], dtype=sent.dtype, device=x.device).index_add(0, target, sent)
         y: Tensor = self.update(torch.cat([x, received], -1))
         return y
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from selfdoubt import risk
 from selfdoubt.distributions import wide_dtype
+from selfdoubt.tree import tree_map
 
 OutputKind = Literal["values", "logits"]
 
@@ -111,3 +112,11 @@ class Forecast:
     def _scale_variance(self) -> Tensor:
         assert self.scale_std is not None
         return self.scale_std.to(wide_dtype(self.members)).square().mean(0)
+
+
+def summarise(forecast: Any, *, return_risk: bool) -> Any:
+    """Return the mean of each forecast in a structure of outputs; with ``return_risk`` also its std, None elsewhere."""
+    mean = tree_map(lambda f: f.mean if isinstance(f, Forecast) else f, forecast)
+    if not return_risk:
+        return mean
+    return mean, tree_map(lambda f: f.std if isinstance(f, Forecast) else None, forecast)

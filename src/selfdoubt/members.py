@@ -23,7 +23,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from selfdoubt import targets
 from selfdoubt.errors import CaptureError, ConfigError, ShapeError, WrapError
-from selfdoubt.forecast import Forecast, OutputKind, Prediction
+from selfdoubt.forecast import Forecast, OutputKind, Prediction, summarise
 from selfdoubt.fused_layers import has_fused_leaves, switch_fused_layers_off
 from selfdoubt.messages import show_message
 from selfdoubt.model_inputs import InputNames, check_batch, find_batch_size
@@ -101,7 +101,7 @@ class Wrapped(nn.Module):
             if has_base and not return_risk:  # no member can change the answer
                 return self.forward_rows(*args, only_base=True, **kwargs)[0]
             if count_members(self) + has_base > 1:
-                return _summarise(self.forecast(*args, **kwargs), return_risk=return_risk)
+                return summarise(self.forecast(*args, **kwargs), return_risk=return_risk)
             y, scales = self.forward_rows(*args, base_row=False, **kwargs)
             if not return_risk:
                 return y
@@ -432,13 +432,6 @@ def _check_order(model: nn.Module, spec: Spec) -> None:
                 f"the model is wrapped by {inside!r}, which cannot be inside of {spec!r}; the order is "
                 "vote.Wrapper(...)(sample.Wrapper(...)(sculpt.Wrapper(...)(model))), each once"
             )
-
-
-def _summarise(forecast: Any, *, return_risk: bool) -> Any:
-    mean = tree_map(lambda f: f.mean if isinstance(f, Forecast) else f, forecast)
-    if not return_risk:
-        return mean
-    return mean, tree_map(lambda f: f.std if isinstance(f, Forecast) else None, forecast)
 
 
 def _are_equal(mine: Tensor, theirs: Tensor) -> bool:

@@ -39,7 +39,8 @@ from selfdoubt.fields import (
     whole,
 )
 from selfdoubt.members import Wrapped
-from selfdoubt.rows import ForwardContext, Replacement, expand
+from selfdoubt.merging import merge_deviation
+from selfdoubt.rows import ForwardContext, Replacement, expand, is_autocasting
 from selfdoubt.sharing import share_module
 from selfdoubt.targets import Leaf
 from selfdoubt.tree import iter_tensors
@@ -235,7 +236,7 @@ def merge_voter(wrapped: Wrapped, voter: int) -> nn.Module:
     for name in twin.leaf_names:
         leaf = twin.module.get_submodule(name)
         assert isinstance(leaf, VotingLeaf)
-        targets.replace_module(twin.module, name, leaf.merge(name, voter))
+        targets.replace_module(twin.module, name, merge_deviation(leaf, name, voter))
     if isinstance(twin.module, Wrapped):
         twin.module.is_trained = wrapped.is_trained
     return twin.module
@@ -278,34 +279,6 @@ class VotingLeaf(Replacement):
         # The base's rows are kept as they are: adding zero could change a bit (-0.0 + 0.0).
         return torch.cat([y[:first], moved]) if first else moved
 
-    @torch.no_grad()
-    def merge(self, name: str, voter: int) -> nn.Module:
-        """Return the leaf with a voter's deviation in its weights, which are new; the leaf itself is changed.
-
-        Raises:
-            WrapError: If the weights are packed.
-        """
-        base = compat.get_base_layer(self.leaf)
-        if compat.is_quantized(base):
-            raise WrapError(
-                f"{name} holds packed {type(base).__name__} weights, which cannot take a deviation; merge voters of "
-                "the model in 16 bits, or export them as adapters: selfdoubt export FOLDER OUT --peft"
-            )
-        deviations = {key.replace("/", "."): value[voter] for key, value in self.deviations.items()}
-        if "weight_a" in deviations:
-            a, b = deviations.pop("weight_a"), deviations.pop("weight_b")
-            if self.kernel is kernels.embedding:
-                deviations["weight"] = a @ b
-            else:
-                deviations["weight"] = a.T @ b if compat.is_transposed(base) else b.T @ a
-        for path, deviation in deviations.items():
-            owner, _, parameter = path.rpartition(".")
-            module = (self.leaf if self.kernel is None else base).get_submodule(owner)
-            before = module.get_parameter(parameter)
-            merged = before + self.alpha * deviation.to(before.dtype)
-            setattr(module, parameter, nn.Parameter(merged, requires_grad=before.requires_grad))
-        return self.leaf
-
     def set_noise(self, size: float) -> None:
         """Set the scale of the deviations."""
         self.alpha = size
@@ -338,7 +311,17 @@ class VotingLeaf(Replacement):
             if name != "weight_a":  # the product of both factors counts
                 deviation.mul_(factor)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> VotingLeaf:
+        """Move or cast as usual; deviations of a convolution keep the member axis out of their memory format."""
+
+        def apply(x: Tensor) -> Tensor:
+            return fn(x.flatten(0, 1)).unflatten(0, x.shape[:2]) if x.ndim == 5 else fn(x)  # type: ignore[no-untyped-call, no-any-return]
+
+        if recurse:
+            self.leaf._apply(fn)
+            self.deviations._apply(apply)
+        return self
+
     def _as_deviation(self, x: Tensor) -> Tensor:
         dtype = next(iter(self.deviations.values())).dtype
-        autocast = torch.is_autocast_enabled(x.device.type)
-        return x if autocast or not x.is_floating_point() else x.to(dtype)
+        return x if is_autocasting(x) or not x.is_floating_point() else x.to(dtype)
