@@ -33,7 +33,7 @@ from selfdoubt.scales import pair_scales
 from selfdoubt.sharing import share_module
 from selfdoubt.spec import Spec
 from selfdoubt.targets import Leaf
-from selfdoubt.tree import iter_tensors, tree_map
+from selfdoubt.tree import tree_map
 
 
 class Wrapped(nn.Module):

@@ -204,8 +204,9 @@ def merge_voter(wrapped: Wrapped, voter: int) -> nn.Module:
 
     It has the structure of the model that was wrapped, with nothing of this library inside, so that it can be exported
     and served as any other; its output is ``wrapped.forecast(x).members[voter]``. Weights that voters do not change are
-    shared with ``wrapped``. Voters around another wrapper give a model in that wrapper: with a sculpt inside it predicts
-    that voter's scale too, with a density it measures that voter's features, and with samples inside it draws its own.
+    shared with ``wrapped``. Voters around another wrapper give a model in that wrapper: with a sculpt inside it
+    predicts that voter's scale too, with a density it measures that voter's features, and with samples inside it draws
+    its own.
 
     Args:
         wrapped: A model that ``vote.Wrapper`` has wrapped.

@@ -101,7 +101,7 @@ def test_a_wrapped_model_without_memory_and_back(name, kind):
     args, kwargs = make_inputs(name)
     shapes = [x.shape for x in iter_tensors(wrapped(*args, **kwargs))]
     there = [a.to("meta") for a in args], {k: v.to("meta") for k, v in kwargs.items()}
-    if not (name in ("encoder",)):  # torch asks a mask whether all is masked
+    if name != "encoder":  # torch asks a mask whether all is masked
         assert [x.shape for x in iter_tensors(empty(*there[0], **there[1]))] == shapes
     back = empty.to_empty(device="cpu")
     back.load_state_dict(wrapped.state_dict(), strict=True)
@@ -169,25 +169,24 @@ def test_many_threads_predict_and_train(name):
     deterministic = [m for m in wrapped.modules() if isinstance(m, nn.Dropout)]
     for module in deterministic:
         module.p = 0.0
-    expected = {
-        "predict": wrapped.predict(*args, **kwargs), "small": wrapped.predict(*small), "train": (wrapped(*args, training=True),),
-        "forecast": (wrapped.forecast(*args).members,),
-    }  # fmt: skip
+    calls = {
+        "predict": lambda: wrapped.predict(*args, **kwargs),
+        "small": lambda: wrapped.predict(*small),
+        "train": lambda: (wrapped(*args, training=True),),
+        "forecast": lambda: (wrapped.forecast(*args).members,),
+    }
+    expected = {what: call() for what, call in calls.items()}
     failures = []
 
     def work(what):
         for _ in range(8):
-            calls = {
-                "predict": lambda: wrapped.predict(*args, **kwargs), "small": lambda: wrapped.predict(*small),
-                "train": lambda: (wrapped(*args, training=True),), "forecast": lambda: (wrapped.forecast(*args).members,),
-            }  # fmt: skip
             try:
                 pairs = zip(calls[what](), expected[what], strict=True)
                 failures.extend(what for a, b in pairs if not torch.equal(a, b))
             except Exception as error:
                 failures.append(error)
 
-    threads = [threading.Thread(target=work, args=(what,)) for what in [*expected] * 3]
+    threads = [threading.Thread(target=work, args=(what,)) for what in [*calls] * 3]
     for thread in threads:
         thread.start()
     for thread in threads:
