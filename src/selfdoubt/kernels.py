@@ -197,10 +197,10 @@ def loop(
 
     outputs = []
     for member, start, length in spans:
-        changed = {
-            (name := key.replace("/", ".")): parameters[name] + alpha * deviation[member].to(parameters[name].dtype)
-            for key, deviation in (deviations.items() if member is not None else ())
-        }
+        changed: dict[str, Tensor] = {}
+        for key, deviation in deviations.items() if member is not None else ():
+            path = key.replace("/", ".")
+            changed[path] = parameters[path] + alpha * deviation[member].to(parameters[path].dtype)
         inputs = tuple(cut(a, start, length, axes[min(i, 1)]) for i, a in enumerate(args))
         named = {name: cut(a, start, length, axes[name == "hx"]) for name, a in kwargs.items()}
         outputs.append(functional_call(leaf, changed, inputs, named))

@@ -338,7 +338,7 @@ def test_batchnorm_of_a_frozen_model_only_evaluates():
     assert (modes["BatchNorm1d"], modes["Dropout"]) == (False, True)
     assert all(torch.equal(a, b) for a, b in zip(before.values(), base[1].state_dict().values(), strict=True))
     wrapped.module.module[1].train()  # said by hand
-    with pytest.raises(WrapError, match="^BatchNorm in training mode"):
+    with pytest.raises(WrapError, match=r"^BatchNorm in training mode"):
         outer(x)
 
 
