@@ -12,6 +12,7 @@ leaves a model's answers as they are.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import InitVar, dataclass, replace
 from typing import Any, ClassVar, Literal, ParamSpec, overload
@@ -266,7 +267,11 @@ class VotingLeaf(Replacement):
             kwargs = kwargs | {name: (x := self.call.per_row(value))}
         if self.kernel is None:
             base_rows = self.call.count_base(next(iter_tensors((args, kwargs))))
-            moved = kernels.loop(self.leaf, self.deviations, self.alpha, args, kwargs, base_rows=base_rows)
+            # Graphs have no recurrent layers: they end before one, and go on after it.
+            has_graph = torch.compiler.is_dynamo_compiling() or "torch._dynamo" in sys.modules
+            is_recurrent = isinstance(self.leaf, nn.RNNBase)
+            loop = torch.compiler.disable(kernels.loop) if is_recurrent and has_graph else kernels.loop
+            moved = loop(self.leaf, self.deviations, self.alpha, args, kwargs, base_rows=base_rows)
             return moved if self.call.active is None else self.call.choose_active(moved, self.leaf(*args, **kwargs))
         y = self.leaf(*args, **kwargs)
         if self.group.move(self.place, x, y, self.alpha, self.call):
