@@ -325,7 +325,9 @@ class Wrapped(nn.Module):
 
     def _run_graph(self, *args: Any, **kwargs: Any) -> Any:
         if self._graph is None:
-            self._graph = torch.compile(self.module, fullgraph=True)
+            # As an attribute of this module it would be another module in it, with all weights again in the state.
+            object.__setattr__(self, "_graph", torch.compile(self.module, fullgraph=True))
+        assert self._graph is not None
         try:
             return self._graph(*args, **kwargs)
         except torch._dynamo.exc.Unsupported as error:

@@ -31,7 +31,9 @@ def test_an_edge_list_must_be_named():
     (x, edges), _ = make_inputs("graph")
     for training in (True, False):
         wrapped = VOTE(build("graph"))
-        with raises(ShapeError, r"^the input edge_index has shape \(2, 5\) .* shared_inputs=\('edge_index',\)") as caught:
+        with raises(
+            ShapeError, r"^the input edge_index has shape \(2, 5\) .* shared_inputs=\('edge_index',\)"
+        ) as caught:
             wrapped(x, edges, training=training, return_risk=not training)
         check_one_line(caught)
     with raises(ShapeError, r"^the input edge_index "):
@@ -137,7 +139,8 @@ def test_dicts_and_keyword_only_inputs():
     assert wrapped.train()(batch).shape == (6, 2)
     encoder = Bert().eval()
     _, inputs = make_inputs("bert")
-    assert vote.Wrapper(shared_inputs=("attention_mask",))(encoder)(input_ids=inputs["input_ids"][:1], attention_mask=inputs["attention_mask"][:1])  # fmt: skip
+    one = {name: value[:1] for name, value in inputs.items()}
+    assert vote.Wrapper(shared_inputs=("attention_mask",))(encoder).predict(**one).mean["logits"].shape == (1, 3)
     with raises(ConfigError, r"^shared_inputs names \['mask'\]"):
         vote.Wrapper(shared_inputs=("mask",))(encoder)(**inputs)
 
@@ -219,7 +222,9 @@ def test_an_output_without_a_batch_has_no_risk_and_says_so(change, what):
             return change(self.fc(x))
 
     wrapped, x = VOTE(Model()), torch.randn(6, 3)
-    with raises(ShapeError, rf"^the 24 rows of 4 members must be in dimension 0 of an output, .* gives {what}") as caught:
+    with raises(
+        ShapeError, rf"^the 24 rows of 4 members must be in dimension 0 of an output, .* gives {what}"
+    ) as caught:
         wrapped.predict(x)
     check_one_line(caught)
     assert type(wrapped(x)) is type(change(torch.ones(6, 2)))  # the base alone may return anything
