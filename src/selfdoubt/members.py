@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from operator import attrgetter
 from threading import RLock
 from typing import Any
 
@@ -34,6 +33,7 @@ from selfdoubt.sharing import share_module
 from selfdoubt.spec import Spec
 from selfdoubt.targets import Leaf
 from selfdoubt.tree import tree_map
+from selfdoubt.versions import Versions
 
 
 class Wrapped(nn.Module):
@@ -67,7 +67,7 @@ class Wrapped(nn.Module):
         self._graph: Callable[..., Any] | None = None
         self._lock = RLock()
         self._trained_names = self.list_added_parameters()
-        self._versions = self._sum_versions()
+        self._versions = self._read_versions()
         self.register_load_state_dict_post_hook(_note_versions)  # type: ignore[no-untyped-call]
         self.eval()
         if spec.verbose:
@@ -122,7 +122,7 @@ class Wrapped(nn.Module):
             >>> mean.shape == risk.shape == (5, 2)
             True
         """
-        return Prediction(*self.forward(*args, return_risk=True, training=False, **kwargs))
+        return Prediction(*self(*args, return_risk=True, training=False, **kwargs))
 
     def forecast(self, *args: Any, **kwargs: Any) -> Any:
         """Return every member's prediction: a ``Forecast`` in place of each output tensor that has a batch axis.
@@ -250,12 +250,12 @@ class Wrapped(nn.Module):
     def is_trained(self) -> bool:
         """True after a training pass with gradients, or where an added parameter has changed since wrapping."""
         if not (self._was_trained or torch.compiler.is_compiling()):
-            self._was_trained = self._versions != self._sum_versions()
+            self._was_trained = self._versions.have_changed()
         return self._was_trained
 
     @is_trained.setter
     def is_trained(self, trained: bool) -> None:
-        self._was_trained, self._versions = trained, self._sum_versions()
+        self._was_trained, self._versions = trained, self._read_versions()
 
     @property
     def distribution(self) -> Any:
@@ -366,21 +366,17 @@ class Wrapped(nn.Module):
         )
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def _sum_versions(self) -> int:
-        """Return a number that grows whenever an added parameter that trains is changed in place."""
-        version = attrgetter("_version")
-        return sum(
-            version(p) for name, p in self.named_parameters() if name in self._trained_names and not p.is_inference()
-        )
+    def _read_versions(self) -> Versions:
+        return Versions(p for name, p in self.named_parameters() if name in self._trained_names)
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state of copies, which have a lock and a graph of their own."""
-        return {**self.__dict__, "_lock": None, "_graph": None, "_was_trained": self.is_trained}
+        return {**self.__dict__, "_lock": None, "_graph": None, "_versions": None, "_was_trained": self.is_trained}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take a state, with a new lock."""
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self._lock, self._versions = RLock(), self._sum_versions()
+        self._lock, self._versions = RLock(), self._read_versions()
 
 
 def list_wrappers(model: nn.Module) -> list[Wrapped]:
@@ -437,7 +433,8 @@ def _check_order(model: nn.Module, spec: Spec) -> None:
 
 
 def _are_equal(mine: Tensor, theirs: Tensor) -> bool:
-    if mine.is_meta or theirs.is_meta or mine.shape != theirs.shape:
+    kinds = {type(mine.detach()), type(theirs.detach())}  # a shard cannot be compared with a whole tensor
+    if mine.is_meta or theirs.is_meta or mine.shape != theirs.shape or len(kinds) > 1:
         return False
     return torch.equal(mine.detach().cpu(), theirs.detach().to(mine.dtype).cpu())
 

@@ -19,6 +19,7 @@ LONGEST, LONGEST_OF_A_CLASS = 350, 450
 
 CORE = {
     "version",
+    "versions",
     "errors",
     "fields",
     "formatting",
@@ -51,6 +52,7 @@ WRAPPERS = {"vote", "sample", "sculpt", "density"}
 #: What a file may import of the package; others are free.
 ARROWS = {
     "version": set(),
+    "versions": set(),
     "errors": set(),
     "fields": {"errors"},
     "formatting": set(),
