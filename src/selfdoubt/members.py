@@ -57,7 +57,7 @@ class Wrapped(nn.Module):
             shared = replace(leaf, module=self.module.get_submodule(leaf.name))
             targets.replace_module(self.module, leaf.name, spec.make_leaf(shared, index, self.call))
         self._was_trained = False
-        self._inputs = model._inputs if isinstance(model, Wrapped) else InputNames.read(model)
+        self._inputs: InputNames = model._inputs if isinstance(model, Wrapped) else InputNames.read(model)
         self._batch_norms = [m for m in self.modules() if isinstance(m, _BatchNorm)]
         self._has_fused_path = has_fused_leaves(self)
         self._is_compiled = bool(spec.compile)

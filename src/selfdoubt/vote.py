@@ -269,8 +269,9 @@ class VotingLeaf(Replacement):
             base_rows = self.call.count_base(next(iter_tensors((args, kwargs))))
             # Graphs have no recurrent layers: they end before one, and go on after it.
             has_graph = torch.compiler.is_dynamo_compiling() or "torch._dynamo" in sys.modules
-            is_recurrent = isinstance(self.leaf, nn.RNNBase)
-            loop = torch.compiler.disable(kernels.loop) if is_recurrent and has_graph else kernels.loop
+            loop = kernels.loop
+            if has_graph and isinstance(self.leaf, nn.RNNBase):
+                loop = torch.compiler.disable(loop)  # type: ignore[no-untyped-call]
             moved = loop(self.leaf, self.deviations, self.alpha, args, kwargs, base_rows=base_rows)
             return moved if self.call.active is None else self.call.choose_active(moved, self.leaf(*args, **kwargs))
         y = self.leaf(*args, **kwargs)
@@ -321,11 +322,11 @@ class VotingLeaf(Replacement):
         """Move or cast as usual; deviations of a convolution keep the member axis out of their memory format."""
 
         def apply(x: Tensor) -> Tensor:
-            return fn(x.flatten(0, 1)).unflatten(0, x.shape[:2]) if x.ndim == 5 else fn(x)  # type: ignore[no-untyped-call, no-any-return]
+            return fn(x.flatten(0, 1)).unflatten(0, x.shape[:2]) if x.ndim == 5 else fn(x)  # type: ignore[no-untyped-call]
 
         if recurse:
-            self.leaf._apply(fn)
-            self.deviations._apply(apply)
+            self.leaf._apply(fn)  # type: ignore[no-untyped-call]
+            self.deviations._apply(apply)  # type: ignore[no-untyped-call]
         return self
 
     def _as_deviation(self, x: Tensor) -> Tensor:

@@ -84,7 +84,7 @@ def work_with_shards(rank, folder, name, kind):
     args = make_inputs(name, ROWS)[0]
     with torch.no_grad():
         first = wrapped(*args)
-    wrapped.reshard()  # type: ignore[operator]
+    wrapped.reshard()
     train(wrapped, name, kind, [rank])
     after = wrapped.is_trained, wrapped.answers_from_base
     options = StateDictOptions(full_state_dict=True, strict=True)

@@ -176,7 +176,7 @@ def test_many_threads_predict_and_train(name):
         "forecast": lambda: (wrapped.forecast(*args).members,),
     }
     expected = {what: call() for what, call in calls.items()}
-    failures = []
+    failures: list[object] = []
 
     def work(what):
         for _ in range(8):
