@@ -15,6 +15,7 @@ from selfdoubt.rows import Replacement
 from selfdoubt.tree import iter_tensors
 from tests.ladder.rungs import looped, voter
 from tests.shapes import SHAPES, build, make_inputs
+from tests.zoo import causal, prompts
 
 #: Rounding of float64 in the gradients and outputs of networks of this size.
 TIGHT = {"rtol": 1e-9, "atol": 1e-11}
@@ -188,3 +189,39 @@ def test_a_merged_voter_shares_what_voters_do_not_change():
         if p.requires_grad:
             p.data.zero_()
     assert all(torch.equal(a, b) for a, b in zip(state.values(), wrapped.state_dict().values(), strict=True))
+
+
+@pytest.mark.parametrize("rank", [None, 2])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])  # gpt2 stores weights as (in, out), and ties its embedding
+def test_merged_voters_of_language_models(family, rank):
+    base, ids = causal(family), torch.tensor(prompts(5, 5))
+    wrapped = vote.Wrapper(3, param_filter=".", rank=rank, weight_noise=0.5)(base)
+    with torch.no_grad():
+        members = wrapped.forecast(input_ids=ids)["logits"].members
+        for m in range(3):
+            assert_close(vote.merge_voter(wrapped, m)(input_ids=ids).logits, members[m], **TIGHT)
+
+
+@pytest.mark.parametrize("kind", ["sample", "density"])
+def test_merged_voters_around_samples_and_a_density(kind):
+    base = build("resnet")
+    if kind == "sample":
+        inner = sample.Wrapper(4, sample.Normal(0.3), answer_from="mean")(base)
+    else:
+        inner = density.Wrapper()(base)
+    wrapped = vote.Wrapper(3, weight_noise=0.5, answer_from="mean")(inner)
+    (x,), _ = make_inputs("resnet", 30)
+    if kind == "density":
+        density.fit(wrapped, [x])
+    members = wrapped.forecast(x).members
+    for m in range(3):
+        alone = vote.merge_voter(wrapped, m)
+        assert alone.spec == inner.spec
+        found = alone.forecast(x)
+        if kind == "density":
+            assert_close(found.members[0], members[m], **TIGHT)
+            assert found.density.shape == (30,)
+        elif m == 0:  # the first voter's noise is that of samples without voters; others draw their own
+            assert_close(found.members, members[:4], **TIGHT)
+        else:
+            assert (found.members - members[4 * m : 4 * m + 4]).abs().max() > 1e-3
