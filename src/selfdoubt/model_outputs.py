@@ -1,4 +1,4 @@
-"""Checks that a model's output has the batch in dimension 0, where members can be told apart."""
+"""Checks that a model's output has the batch in dimension 0, where members can be separated."""
 
 from __future__ import annotations
 

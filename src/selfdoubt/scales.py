@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -10,6 +11,8 @@ from torch import Tensor
 
 from selfdoubt.errors import WrapError
 from selfdoubt.tree import iter_tensors, tree_map
+
+_view_base = attrgetter("_base")  # the tensor of which another is a view
 
 
 def pair_scales(output: Any, scales: Sequence[tuple[Tensor, Tensor]]) -> Any:
@@ -58,7 +61,8 @@ def _is_view(x: Tensor, y: Tensor) -> bool:
     if not (x.is_contiguous() and y.is_contiguous()) or x.dtype != y.dtype:
         return False
     if torch.compiler.is_compiling():  # a graph knows views, and no memory
-        return (x if x._base is None else x._base) is (y if y._base is None else y._base)
+        roots = _view_base(x), _view_base(y)
+        return (x if roots[0] is None else roots[0]) is (y if roots[1] is None else roots[1])
     return x.data_ptr() == y.data_ptr()
 
 
