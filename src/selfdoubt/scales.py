@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from operator import attrgetter
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor
 from selfdoubt.errors import WrapError
 from selfdoubt.tree import iter_tensors, tree_map
 
-_view_base = attrgetter("_base")  # the tensor of which another is a view
+_BASE = "_base"  #: torch's name for the tensor of which another one is a view; graphs read it
 
 
 def pair_scales(output: Any, scales: Sequence[tuple[Tensor, Tensor]]) -> Any:
@@ -61,7 +60,7 @@ def _is_view(x: Tensor, y: Tensor) -> bool:
     if not (x.is_contiguous() and y.is_contiguous()) or x.dtype != y.dtype:
         return False
     if torch.compiler.is_compiling():  # a graph knows views, and no memory
-        roots = _view_base(x), _view_base(y)
+        roots = getattr(x, _BASE), getattr(y, _BASE)
         return (x if roots[0] is None else roots[0]) is (y if roots[1] is None else roots[1])
     return x.data_ptr() == y.data_ptr()
 

@@ -49,7 +49,7 @@ def run_compiled(*arguments):
     assert process.stdout.split() == [f"{name}:{kind}" for name in arguments[1].split(",") for kind in CHECKED]
 
 
-@pytest.mark.parametrize("names", quick("graph", of=["graph", ",".join(SHAPES)]))
+@pytest.mark.parametrize("names", quick("graphs", of=["graphs", ",".join(SHAPES)]))
 def test_a_compiled_call_is_the_eager_one_in_both_modes(names):
     run_compiled("aot_eager", names)
 
