@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from selfdoubt import kernels
 from selfdoubt.compat import get_base_layer, is_transposed
-from selfdoubt.rows import ForwardContext
+from selfdoubt.rows import ForwardContext, is_autocasting
 
 #: Names of leaves that read the same input in the models of Hugging Face, if they have one parent.
 SIBLINGS = (
@@ -103,7 +103,7 @@ class FactorGroup:
         dtype = y.dtype
         if not self._linear[place] or x.dtype != dtype or not y.is_contiguous():
             return False
-        if torch.is_autocast_enabled(x.device.type):
+        if is_autocasting(x):
             return False
         a = deviations.get("weight_a")
         known = next(iter(deviations.values())) if a is None else a

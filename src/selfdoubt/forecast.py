@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from jaxtyping import Shaped
@@ -12,6 +12,7 @@ from torch import Tensor
 from selfdoubt import risk
 from selfdoubt.distributions import wide_dtype
 from selfdoubt.errors import NonFiniteError
+from selfdoubt.tree import tree_map
 
 OutputKind = Literal["values", "logits"]
 
@@ -46,6 +47,8 @@ class Forecast:
     #: Distance of the features from the usual, ``(batch, *positions)``: the members' mean, or the base's where that
     #: answers. None without a density, or before it is fitted.
     density: Shaped[Tensor, "batch *positions"] | None = None
+
+    is_leaf: ClassVar[bool] = True  #: to those who walk a structure of outputs
 
     @property
     def mean(self) -> Tensor:
@@ -122,3 +125,11 @@ class Forecast:
     def _scale_variance(self) -> Tensor:
         assert self.scale_std is not None
         return self.scale_std.to(wide_dtype(self.members)).square().mean(0)
+
+
+def summarise(forecast: Any, *, return_risk: bool) -> Any:
+    """Return the mean of each forecast in a structure of outputs; with ``return_risk`` also its std, None elsewhere."""
+    mean = tree_map(lambda f: f.mean if isinstance(f, Forecast) else f, forecast)
+    if not return_risk:
+        return mean
+    return mean, tree_map(lambda f: f.std if isinstance(f, Forecast) else None, forecast)

@@ -167,10 +167,17 @@ def loop(
     # A recurrent layer's state, the second of its inputs and outputs, has the rows in dimension 1.
     axes = (0, 1) if isinstance(leaf, nn.RNNBase) else (0, 0)
 
+    # An input that is given twice stays one: attention projects a query that is its key in one product.
+    pieces: dict[tuple[int, int, int], Tensor] = {}
+
     def cut(tree: Any, start: int, length: int, axis: int) -> Any:
         def of_member(x: Any) -> Any:
-            has_rows = isinstance(x, Tensor) and x.ndim > axis and x.shape[axis] == rows
-            return x.narrow(axis, start, length) if has_rows else x
+            if not isinstance(x, Tensor) or x.ndim <= axis or x.shape[axis] != rows:
+                return x
+            key = (id(x), axis, start)
+            if key not in pieces:
+                pieces[key] = x.narrow(axis, start, length)
+            return pieces[key]
 
         return tree_map(of_member, tree)
 
@@ -184,21 +191,21 @@ def loop(
                     f"{type(leaf).__name__} gives a tensor of shape {tuple(xs[0].shape)} for {spans[0][2]} rows, "
                     f"and members need the rows in dimension {axis}; leave it out with param_filter"
                 )
-            return torch.cat(xs, axis)
+            return xs[0] if len(xs) == 1 else torch.cat(xs, axis)  # one alone keeps its strides, so its bits
 
         return tree_map(cat, *outputs)
 
     outputs = []
     for member, start, length in spans:
-        changed = {
-            (name := key.replace("/", ".")): parameters[name] + alpha * deviation[member].to(parameters[name].dtype)
-            for key, deviation in (deviations.items() if member is not None else ())
-        }
+        changed: dict[str, Tensor] = {}
+        for key, deviation in deviations.items() if member is not None else ():
+            path = key.replace("/", ".")
+            changed[path] = parameters[path] + alpha * deviation[member].to(parameters[path].dtype)
         inputs = tuple(cut(a, start, length, axes[min(i, 1)]) for i, a in enumerate(args))
         named = {name: cut(a, start, length, axes[name == "hx"]) for name, a in kwargs.items()}
         outputs.append(functional_call(leaf, changed, inputs, named))
     if isinstance(outputs[0], tuple) and axes[1]:
-        return tuple(join(axis, *pieces) for axis, pieces in zip(axes, zip(*outputs, strict=True), strict=True))
+        return tuple(join(axis, *ys) for axis, ys in zip(axes, zip(*outputs, strict=True), strict=True))
     return join(0, *outputs)
 
 

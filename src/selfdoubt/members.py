@@ -10,11 +10,9 @@ own, and no two members share a noise. A base row, where the base model answers,
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from operator import attrgetter
 from threading import RLock
 from typing import Any
 
@@ -24,22 +22,26 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from selfdoubt import targets
 from selfdoubt.errors import CaptureError, ConfigError, ShapeError, WrapError
-from selfdoubt.forecast import Forecast, OutputKind, Prediction
-from selfdoubt.fused_layers import switch_fused_layers_off
+from selfdoubt.forecast import Forecast, OutputKind, Prediction, summarise
+from selfdoubt.fused_layers import has_fused_leaves, switch_fused_layers_off
 from selfdoubt.messages import show_message
+from selfdoubt.model_inputs import InputNames, check_batch, find_batch_size
+from selfdoubt.model_outputs import check_batch_axis
 from selfdoubt.rows import ForwardContext, expand, list_added_names, unfold
 from selfdoubt.scales import pair_scales
 from selfdoubt.sharing import share_module
 from selfdoubt.spec import Spec
 from selfdoubt.targets import Leaf
-from selfdoubt.tree import iter_tensors, tree_map
+from selfdoubt.tree import tree_map
+from selfdoubt.versions import Versions
 
 
 class Wrapped(nn.Module):
     """A model whose matched leaves are replaced. Call it like the model; ask for ``return_risk=True``.
 
     Modules that are not replaced share their memory with the original model, which stays as it was: nothing is copied.
-    A wrapped model starts in evaluation mode, in which a call predicts; ``train()`` and ``eval()`` switch as usual.
+    A wrapped model starts in evaluation mode, in which a call predicts; ``train()`` and ``eval()`` switch as usual, but
+    BatchNorm of a frozen model stays in evaluation mode.
     Calls from several threads run one after the other, since a call has state that its leaves share.
     """
 
@@ -55,17 +57,17 @@ class Wrapped(nn.Module):
             shared = replace(leaf, module=self.module.get_submodule(leaf.name))
             targets.replace_module(self.module, leaf.name, spec.make_leaf(shared, index, self.call))
         self._was_trained = False
-        self._inputs = _input_names(model)
+        self._inputs: InputNames = model._inputs if isinstance(model, Wrapped) else InputNames.read(model)
         self._batch_norms = [m for m in self.modules() if isinstance(m, _BatchNorm)]
-        # The fused path of nn.TransformerEncoderLayer reads its layers' weights and would step over replaced leaves.
-        self._has_fused_path = any(isinstance(m, nn.TransformerEncoderLayer) for m in self.modules())
+        self._has_fused_path = has_fused_leaves(self)
         self._is_compiled = bool(spec.compile)
         if isinstance(self.module, Wrapped):  # the innermost runs the model
             self.module._is_compiled |= self._is_compiled
+            self.module._has_fused_path |= self._has_fused_path
         self._graph: Callable[..., Any] | None = None
         self._lock = RLock()
         self._trained_names = self.list_added_parameters()
-        self._versions = self._sum_versions()
+        self._versions = self._read_versions()
         self.register_load_state_dict_post_hook(_note_versions)  # type: ignore[no-untyped-call]
         self.eval()
         if spec.verbose:
@@ -74,7 +76,8 @@ class Wrapped(nn.Module):
     def forward(self, *args: Any, return_risk: bool = False, training: bool | None = None, **kwargs: Any) -> Any:
         """Return the model's own output structure: the mean over members or, in training, each row's own member.
 
-        Until members are trained, the base model answers; ``answer_from`` of the wrapper says otherwise.
+        Until members are trained, the base model answers; ``answer_from`` of the wrapper says otherwise. Without
+        ``return_risk`` it then runs alone, and costs what it costs unwrapped.
 
         Args:
             *args: The model's own inputs. Tensors as long as the first one share its batch axis.
@@ -85,7 +88,7 @@ class Wrapped(nn.Module):
             **kwargs: The model's own keyword inputs.
 
         Raises:
-            ShapeError: If a training batch does not divide over the voters.
+            ShapeError: If a training batch does not divide over the voters, or if no output has a batch axis.
             ConfigError: If a risk is asked for in training, where each row meets one member only.
             WrapError: If BatchNorm in training mode would mix members, or if the model calls itself.
         """
@@ -94,8 +97,11 @@ class Wrapped(nn.Module):
             if training:
                 self._was_trained |= torch.is_grad_enabled()
                 return self._run_in_training(args, kwargs, return_risk=return_risk)
-            if count_members(self) + self.answers_from_base > 1:
-                return _summarise(self.forecast(*args, **kwargs), return_risk=return_risk)
+            has_base = self.answers_from_base
+            if has_base and not return_risk:  # no member can change the answer
+                return self.forward_rows(*args, only_base=True, **kwargs)[0]
+            if count_members(self) + has_base > 1:
+                return summarise(self.forecast(*args, **kwargs), return_risk=return_risk)
             y, scales = self.forward_rows(*args, base_row=False, **kwargs)
             if not return_risk:
                 return y
@@ -116,7 +122,7 @@ class Wrapped(nn.Module):
             >>> mean.shape == risk.shape == (5, 2)
             True
         """
-        return Prediction(*self.forward(*args, return_risk=True, training=False, **kwargs))
+        return Prediction(*self(*args, return_risk=True, training=False, **kwargs))
 
     def forecast(self, *args: Any, **kwargs: Any) -> Any:
         """Return every member's prediction: a ``Forecast`` in place of each output tensor that has a batch axis.
@@ -126,13 +132,13 @@ class Wrapped(nn.Module):
         with self._hold():
             has_base = self.answers_from_base
             members = count_members(self) + has_base
-            batch = self._batch_size(args, kwargs)
+            batch = self._batch_size(args, kwargs, members)
 
             def grow(x: Any) -> Any:
                 return expand(x, members) if isinstance(x, Tensor) and x.ndim and len(x) == batch else x
 
             shared = self._shared_inputs
-            args = tuple(a if n in shared else tree_map(grow, a) for n, a in self._named(args).items())
+            args = tuple(a if n in shared else tree_map(grow, a) for n, a in self._inputs.match(args).items())
             rows = {n: a if n in shared else tree_map(grow, a) for n, a in kwargs.items()}
             y, scales = self.forward_rows(*args, base_row=has_base, **rows)
             distances = self._measure_distances(kwargs, members=members, required=False)
@@ -151,6 +157,7 @@ class Wrapped(nn.Module):
                 return Forecast(values[1:], None if std is None else std[:1], kind, values[0], distances)
 
             forecast = tree_map(fold, y, scales)
+            check_batch_axis(y, members * batch, members)
         logits = forecast.get("logits") if isinstance(forecast, Mapping) else None
         if self._output == "auto" and isinstance(logits, Forecast):
             forecast["logits"] = replace(logits, kind="logits")
@@ -191,8 +198,8 @@ class Wrapped(nn.Module):
         rows = self._batch_size(args, kwargs)
         if members > 1 and any(norm.training for norm in self._batch_norms):
             raise WrapError(
-                f"BatchNorm in training mode would mix the statistics of {members} members; "
-                "call .eval() on the BatchNorm layers, or use GroupNorm or LayerNorm"
+                f"BatchNorm in training mode would mix the statistics of {members} members; call .eval() on the "
+                "BatchNorm layers (finetune=True does it for you), or use GroupNorm or LayerNorm"
             )
         with self._hold():
             if self.call.is_running:
@@ -217,6 +224,17 @@ class Wrapped(nn.Module):
             scales = [scale for wrapper in wrappers for scale in wrapper.call.scales]
             return y, pair_scales(y, scales) if scales else None
 
+    def train(self, mode: bool = True) -> Wrapped:
+        """Switch the mode as usual; the running statistics of a frozen model stay frozen: its BatchNorm only evaluates.
+
+        Statistics are shared with the original model, which training must not change.
+        """
+        super().train(mode)
+        if any(wrapper.spec.freezes() for wrapper in list_wrappers(self)):
+            for norm in self._batch_norms:
+                norm.eval()
+        return self
+
     @property
     def has_members(self) -> bool:
         """True if a wrapper has members, voters or samples, which can answer or leave that to the base model."""
@@ -231,13 +249,13 @@ class Wrapped(nn.Module):
     @property
     def is_trained(self) -> bool:
         """True after a training pass with gradients, or where an added parameter has changed since wrapping."""
-        if self._was_trained or torch.compiler.is_compiling():
-            return self._was_trained
-        return self._versions != self._sum_versions()
+        if not (self._was_trained or torch.compiler.is_compiling()):
+            self._was_trained = self._versions.have_changed()
+        return self._was_trained
 
     @is_trained.setter
     def is_trained(self, trained: bool) -> None:
-        self._was_trained, self._versions = trained, self._sum_versions()
+        self._was_trained, self._versions = trained, self._read_versions()
 
     @property
     def distribution(self) -> Any:
@@ -307,7 +325,9 @@ class Wrapped(nn.Module):
 
     def _run_graph(self, *args: Any, **kwargs: Any) -> Any:
         if self._graph is None:
-            self._graph = torch.compile(self.module, fullgraph=True)
+            # As an attribute of this module it would be another module in it, with all weights again in the state.
+            object.__setattr__(self, "_graph", torch.compile(self.module, fullgraph=True))
+        assert self._graph is not None
         try:
             return self._graph(*args, **kwargs)
         except torch._dynamo.exc.Unsupported as error:
@@ -319,23 +339,17 @@ class Wrapped(nn.Module):
                 "use compile=False, the default"
             ) from None
 
-    def _named(self, args: tuple[Any, ...]) -> dict[str, Any]:
-        names = [*self._inputs[: len(args)], *(f"*{i}" for i in range(len(self._inputs), len(args)))]
-        return dict(zip(names, args, strict=True))
-
-    def _batch_size(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-        named = self._named(args) | kwargs
-        unknown = [n for n in self._shared_inputs if n not in named and n not in self._inputs]
-        if unknown:
-            raise ConfigError(f"shared_inputs names {unknown}, and the inputs are {list(named)}")
-        batched = [v for n, v in named.items() if n not in self._shared_inputs]
-        first = next((t for t in iter_tensors(batched) if t.ndim), None)
-        if first is None:
-            raise ShapeError("a wrapped model needs at least one input tensor with a batch axis, got none")
-        return len(first)
+    def _batch_size(self, args: tuple[Any, ...], kwargs: dict[str, Any], members: int = 1) -> int:
+        """Return the size of a batch, which is checked where it must be repeated or split."""
+        inputs, shared = self._inputs.match(args) | kwargs, self._shared_inputs
+        batch = find_batch_size(inputs, shared, self._inputs)
+        if members > 1:
+            check_batch(inputs, shared, batch)
+        return batch
 
     def _check_split(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        members, batch = count_members(self, training=True), self._batch_size(args, kwargs)
+        members = count_members(self, training=True)
+        batch = self._batch_size(args, kwargs, members)
         if batch % members:
             raise ShapeError(
                 f"in training a batch is split over the {members} members, and {batch} rows do not divide by "
@@ -352,21 +366,17 @@ class Wrapped(nn.Module):
         )
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def _sum_versions(self) -> int:
-        """Return a number that grows whenever an added parameter that trains is changed in place."""
-        version = attrgetter("_version")
-        return sum(
-            version(p) for name, p in self.named_parameters() if name in self._trained_names and not p.is_inference()
-        )
+    def _read_versions(self) -> Versions:
+        return Versions(p for name, p in self.named_parameters() if name in self._trained_names)
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state of copies, which have a lock and a graph of their own."""
-        return {**self.__dict__, "_lock": None, "_graph": None, "_was_trained": self.is_trained}
+        return {**self.__dict__, "_lock": None, "_graph": None, "_versions": None, "_was_trained": self.is_trained}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take a state, with a new lock."""
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self._lock, self._versions = RLock(), self._sum_versions()
+        self._lock, self._versions = RLock(), self._read_versions()
 
 
 def list_wrappers(model: nn.Module) -> list[Wrapped]:
@@ -390,13 +400,6 @@ def count_rows(model: nn.Module) -> int:
 def has_base_row(model: nn.Module) -> bool:
     """Return True if a wrapper says that the base model answers, which then has the first row of a sequence."""
     return _find_answer_from(model) == "base"
-
-
-def _input_names(model: nn.Module) -> list[str]:
-    if isinstance(model, Wrapped):
-        return model._inputs
-    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    return [p.name for p in inspect.signature(model.forward).parameters.values() if p.kind in kinds]
 
 
 def _summary(wrapped: Wrapped, leaves: list[Leaf]) -> str:
@@ -429,15 +432,9 @@ def _check_order(model: nn.Module, spec: Spec) -> None:
             )
 
 
-def _summarise(forecast: Any, *, return_risk: bool) -> Any:
-    mean = tree_map(lambda f: f.mean if isinstance(f, Forecast) else f, forecast)
-    if not return_risk:
-        return mean
-    return mean, tree_map(lambda f: f.std if isinstance(f, Forecast) else None, forecast)
-
-
 def _are_equal(mine: Tensor, theirs: Tensor) -> bool:
-    if mine.is_meta or theirs.is_meta or mine.shape != theirs.shape:
+    kinds = {type(mine.detach()), type(theirs.detach())}  # a shard cannot be compared with a whole tensor
+    if mine.is_meta or theirs.is_meta or mine.shape != theirs.shape or len(kinds) > 1:
         return False
     return torch.equal(mine.detach().cpu(), theirs.detach().to(mine.dtype).cpu())
 

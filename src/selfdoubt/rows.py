@@ -34,6 +34,11 @@ def unfold(x: Shaped[Tensor, "rows *rest"], members: int) -> Shaped[Tensor, "mem
     return x.reshape(members, x.shape[0] // members, *x.shape[1:])
 
 
+def is_autocasting(x: Tensor) -> bool:
+    """Return True if layers choose the type of numbers themselves here; a tensor without memory has no such mode."""
+    return not x.is_meta and torch.is_autocast_enabled(x.device.type)
+
+
 @dataclass(eq=False)
 class ForwardContext:
     """The state that the replaced leaves of one model share in a call: the members that run, predicted

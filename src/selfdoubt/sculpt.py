@@ -24,7 +24,7 @@ from selfdoubt import compat, targets
 from selfdoubt.errors import ConfigError, WrapError
 from selfdoubt.fields import SHARED, WIDTH, FieldCheck, check_settings, number, optional, resolve_compile, whole
 from selfdoubt.members import Wrapped
-from selfdoubt.rows import ForwardContext, Replacement
+from selfdoubt.rows import ForwardContext, Replacement, is_autocasting
 from selfdoubt.targets import Leaf
 from selfdoubt.tree import tree_map
 from selfdoubt.wrapping import wrap
@@ -229,7 +229,7 @@ class ScaledHead(Replacement):
         """Predict the scale before its softplus, which makes it positive."""
         # The branch may have been packed into 4 bits: its biases still have the dtype.
         dtype = next((p.dtype for p in self.branch.parameters() if p.is_floating_point()), h.dtype)
-        raw: Tensor = self.branch(h if torch.is_autocast_enabled(h.device.type) else h.to(dtype))
+        raw: Tensor = self.branch(h if is_autocasting(h) else h.to(dtype))
         return raw
 
 

@@ -12,6 +12,7 @@ leaves a model's answers as they are.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import InitVar, dataclass, replace
 from typing import Any, ClassVar, Literal, ParamSpec, overload
@@ -39,7 +40,9 @@ from selfdoubt.fields import (
     whole,
 )
 from selfdoubt.members import Wrapped
-from selfdoubt.rows import ForwardContext, Replacement, expand
+from selfdoubt.merging import merge_deviation
+from selfdoubt.rows import ForwardContext, Replacement, expand, is_autocasting
+from selfdoubt.sharing import share_module
 from selfdoubt.targets import Leaf
 from selfdoubt.tree import iter_tensors
 from selfdoubt.wrapping import wrap
@@ -197,6 +200,50 @@ class EagerWrapper(Wrapper):
     """``Wrapper`` under another name."""
 
 
+def merge_voter(wrapped: Wrapped, voter: int) -> nn.Module:
+    """Return one voter as a model of its own, with ``W + alpha * delta`` in place of each changed weight.
+
+    It has the structure of the model that was wrapped, with nothing of this library inside, so that it can be exported
+    and served as any other; its output is ``wrapped.forecast(x).members[voter]``. Weights that voters do not change are
+    shared with ``wrapped``. Voters around another wrapper give a model in that wrapper: with a sculpt inside it
+    predicts that voter's scale too, with a density it measures that voter's features, and with samples inside it draws
+    its own.
+
+    Args:
+        wrapped: A model that ``vote.Wrapper`` has wrapped.
+        voter: Number of the voter, from 0.
+
+    Raises:
+        ConfigError: If there is no such voter.
+        WrapError: If the model has no voters, or if a changed weight is packed.
+
+    Example:
+        >>> wrapped, x = Wrapper(n_voters=3)(nn.Sequential(nn.Linear(4, 2))), torch.ones(5, 4)
+        >>> alone = merge_voter(wrapped, 1)
+        >>> alone, torch.allclose(alone(x), wrapped.forecast(x).members[1])
+        (Sequential(
+          (0): Linear(in_features=4, out_features=2, bias=True)
+        ), True)
+    """
+    spec = wrapped.spec if isinstance(wrapped, Wrapped) else None
+    if not isinstance(spec, Wrapper):
+        raise WrapError(
+            f"only a model that vote.Wrapper has wrapped has voters, got {type(wrapped).__name__}"
+            + (f" of {spec!r}" if spec else "")
+        )
+    if isinstance(voter, bool) or voter not in range(spec.n_voters):
+        raise ConfigError(f"voter must be a number from 0 to {spec.n_voters - 1}, got {voter!r}")
+    twin = share_module(wrapped, freeze=False)
+    assert isinstance(twin, Wrapped)
+    for name in twin.leaf_names:
+        leaf = twin.module.get_submodule(name)
+        assert isinstance(leaf, VotingLeaf)
+        targets.replace_module(twin.module, name, merge_deviation(leaf, name, voter))
+    if isinstance(twin.module, Wrapped):
+        twin.module.is_trained = wrapped.is_trained
+    return twin.module
+
+
 class VotingLeaf(Replacement):
     """A leaf and one deviation of its matched parameters per voter."""
 
@@ -220,7 +267,12 @@ class VotingLeaf(Replacement):
             kwargs = kwargs | {name: (x := self.call.per_row(value))}
         if self.kernel is None:
             base_rows = self.call.count_base(next(iter_tensors((args, kwargs))))
-            moved = kernels.loop(self.leaf, self.deviations, self.alpha, args, kwargs, base_rows=base_rows)
+            # Graphs have no recurrent layers: they end before one, and go on after it.
+            has_graph = torch.compiler.is_dynamo_compiling() or "torch._dynamo" in sys.modules
+            loop = kernels.loop
+            if has_graph and isinstance(self.leaf, nn.RNNBase):
+                loop = torch.compiler.disable(loop)  # type: ignore[no-untyped-call]
+            moved = loop(self.leaf, self.deviations, self.alpha, args, kwargs, base_rows=base_rows)
             return moved if self.call.active is None else self.call.choose_active(moved, self.leaf(*args, **kwargs))
         y = self.leaf(*args, **kwargs)
         if self.group.move(self.place, x, y, self.alpha, self.call):
@@ -266,7 +318,17 @@ class VotingLeaf(Replacement):
             if name != "weight_a":  # the product of both factors counts
                 deviation.mul_(factor)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> VotingLeaf:
+        """Move or cast as usual; deviations of a convolution keep the member axis out of their memory format."""
+
+        def apply(x: Tensor) -> Tensor:
+            return fn(x.flatten(0, 1)).unflatten(0, x.shape[:2]) if x.ndim == 5 else fn(x)  # type: ignore[no-untyped-call]
+
+        if recurse:
+            self.leaf._apply(fn)  # type: ignore[no-untyped-call]
+            self.deviations._apply(apply)  # type: ignore[no-untyped-call]
+        return self
+
     def _as_deviation(self, x: Tensor) -> Tensor:
         dtype = next(iter(self.deviations.values())).dtype
-        autocast = torch.is_autocast_enabled(x.device.type)
-        return x if autocast or not x.is_floating_point() else x.to(dtype)
+        return x if is_autocasting(x) or not x.is_floating_point() else x.to(dtype)

@@ -19,6 +19,7 @@ LONGEST, LONGEST_OF_A_CLASS = 350, 450
 
 CORE = {
     "version",
+    "versions",
     "errors",
     "fields",
     "formatting",
@@ -40,6 +41,9 @@ CORE = {
     "sharing",
     "spec",
     "fused_layers",
+    "merging",
+    "model_inputs",
+    "model_outputs",
     "members",
     "wrapping",
     "compat",
@@ -48,6 +52,7 @@ WRAPPERS = {"vote", "sample", "sculpt", "density"}
 #: What a file may import of the package; others are free.
 ARROWS = {
     "version": set(),
+    "versions": set(),
     "errors": set(),
     "fields": {"errors"},
     "formatting": set(),
@@ -60,7 +65,7 @@ ARROWS = {
     "distributions": set(),
     "risk": {"distributions", "errors"},
     "targets": {"errors", "compat", "rows"},
-    "forecast": {"distributions", "errors", "risk"},
+    "forecast": {"distributions", "errors", "risk", "tree"},
     "gaussian": {"errors"},
     "rows": {"errors"},
     "kernels": {"errors", "compat", "rows", "targets", "tree"},
@@ -69,7 +74,10 @@ ARROWS = {
     "random_numbers": set(),
     "sharing": {"compat", "errors", "rows"},
     "spec": {"errors", "rows", "targets"},
-    "fused_layers": set(),
+    "fused_layers": {"rows"},
+    "merging": {"compat", "errors", "kernels"},
+    "model_inputs": {"errors", "tree"},
+    "model_outputs": {"errors", "tree"},
     "members": CORE - {"kernels", "factors", "deviations", "random_numbers", "formatting", "gaussian", "wrapping"},
     "wrapping": {"errors", "members", "rows", "spec"},
     **dict.fromkeys(sorted(WRAPPERS), CORE),

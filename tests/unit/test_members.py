@@ -202,7 +202,7 @@ def test_an_input_that_only_looks_like_a_batch_is_named_as_shared():
     assert_close(wrapped.forecast(x, table).members, expected)
     assert_close(wrapped.forecast(x, table=table).members, expected)
     with pytest.raises(RuntimeError):
-        vote.Wrapper(n_voters=3)(base)(x, table)
+        vote.Wrapper(n_voters=3)(base).predict(x, table)
 
 
 def test_an_unknown_shared_input_is_an_error():
@@ -320,11 +320,26 @@ def test_wrappers_in_an_order_that_cannot_be_are_refused(inner, outer):
 
 
 def test_batchnorm_in_training_mode_would_mix_members():
-    base = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3)).train()
+    base, x = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3)).train(), torch.randn(3, 4)
+    wrapped = vote.Wrapper(n_voters=3, finetune=False)(base)
     with pytest.raises(WrapError, match=r"^BatchNorm in training mode .* 3 members; call \.eval\(\)"):
-        VOTE(base).train()(torch.ones(3, 4))
-    x = torch.randn(3, 4)
-    assert VOTE(base.eval())(x).shape == (3, 3)
+        wrapped.train()(x)
+    assert wrapped.eval()(x).shape == (3, 3)
+
+
+def test_batchnorm_of_a_frozen_model_only_evaluates():
+    base, x = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Dropout()).train(), torch.randn(3, 4)
+    before = copy.deepcopy(base[1].state_dict())
+    wrapped = VOTE(sculpt.Wrapper(param_filter="0")(base))
+    outer = nn.Sequential(wrapped).train()  # as a training loop has it
+    assert (wrapped.training, base[1].training) == (True, True)
+    outer(x).sum().backward()
+    modes = {type(m).__name__: m.training for m in wrapped.modules()}
+    assert (modes["BatchNorm1d"], modes["Dropout"]) == (False, True)
+    assert all(torch.equal(a, b) for a, b in zip(before.values(), base[1].state_dict().values(), strict=True))
+    wrapped.module.module[1].train()  # said by hand
+    with pytest.raises(WrapError, match=r"^BatchNorm in training mode"):
+        outer(x)
 
 
 def test_a_leaf_that_is_never_called_is_an_error():

@@ -128,7 +128,7 @@ def test_noise_is_kept_for_all_tokens_and_rows():
 def test_leaves_have_noise_of_their_own():
     wrapped = sample.Wrapper(n_samples=2, distribution=sample.Bernoulli(0.5))(mlp(32, 32, 32))
     first, second = wrapped.module[0], wrapped.module[2]
-    wrapped(torch.ones(1, 32, dtype=torch.float64))
+    wrapped.predict(torch.ones(1, 32, dtype=torch.float64))
     x = torch.ones(2, 32)
     assert not torch.equal(first._noise(x), second._noise(x))
 
