@@ -10,13 +10,13 @@ from torch import nn
 
 from benchmarks.train_arms import Collate, Options, Record
 from selfdoubt import sample, sculpt, vote
-from selfdoubt.members import innermost
 from selfdoubt.train.batches import Batch, collate, pack_rows, round_up
 from selfdoubt.train.build import train_in_float32, wrap_base
 from selfdoubt.train.config import TrainConfig, WrapperSettings
 from selfdoubt.train.devices import choose_padding
 from selfdoubt.train.encode import EncodedChat, encode_chat, prepare_tokenizer
 from selfdoubt.train.module import RiskAwareModule
+from selfdoubt.wrapping import innermost
 
 WRAPPERS: dict[str, WrapperSettings | None] = {
     "vote": vote.Wrapper(rank=16),

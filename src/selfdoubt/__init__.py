@@ -17,7 +17,7 @@ from selfdoubt.version import __version__
 if TYPE_CHECKING:
     from selfdoubt import density, errors, metrics, risk, sample, sculpt, vote
     from selfdoubt.errors import SelfdoubtError
-    from selfdoubt.forecast import Forecast
+    from selfdoubt.forecast import Forecast, Prediction
     from selfdoubt.lm.answer import Answer, Token
     from selfdoubt.lm.model import RiskAwareLM
     from selfdoubt.members import Wrapped
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Answer",
     "Forecast",
+    "Prediction",
     "RiskAwareLM",
     "SelfdoubtError",
     "Token",
@@ -50,6 +51,7 @@ __all__ = [
 _HOMES = {
     "Answer": "selfdoubt.lm.answer",
     "Forecast": "selfdoubt.forecast",
+    "Prediction": "selfdoubt.forecast",
     "RiskAwareLM": "selfdoubt.lm.model",
     "SelfdoubtError": "selfdoubt.errors",
     "Token": "selfdoubt.lm.answer",

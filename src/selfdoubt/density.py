@@ -26,10 +26,10 @@ from selfdoubt import targets
 from selfdoubt.errors import ConfigError, DataError, WrapError
 from selfdoubt.fields import SHARED, WIDTH, FieldCheck, check_settings, flag, number, optional, resolve_compile, whole
 from selfdoubt.gaussian import Gaussian, Moments, merge
-from selfdoubt.members import Wrapped, wrap
+from selfdoubt.members import Wrapped, count_members, count_rows
 from selfdoubt.rows import ForwardContext, Replacement, expand
 from selfdoubt.targets import Leaf
-from selfdoubt.tree import tree_map
+from selfdoubt.wrapping import wrap
 
 P = ParamSpec("P")
 
@@ -95,8 +95,8 @@ class Wrapper:
     @overload
     def __call__(self, model: Callable[P, nn.Module]) -> Callable[P, Wrapped]: ...
     def __call__(self, model: Any) -> Any:
-        """Wrap a model; or decorate a class of models, whose calls then build wrapped ones."""
-        return wrap(self, model)
+        """Wrap a model, beneath its wrappers with members; or decorate a class, whose calls then build wrapped ones."""
+        return insert(self, model) if isinstance(model, Wrapped) else wrap(self, model)
 
     def find(self, model: nn.Module) -> list[Leaf]:
         """Return the leaf whose input is measured.
@@ -118,8 +118,16 @@ class Wrapper:
         """Build a layer whose input is measured."""
         return MeasuredLeaf(leaf, call, self)
 
-    def measure(self, wrapped: Wrapped, y: Any, mask: Tensor | None = None) -> Any:
-        """Return the distances of the features of the last call, in place of each output tensor with a batch axis.
+    def measure(
+        self, wrapped: Wrapped, mask: Tensor | None = None, *, members: int = 1, required: bool = True
+    ) -> Tensor | None:
+        """Return the distances of the features of the last call, ``(rows, *positions)``.
+
+        Args:
+            wrapped: A model that this has wrapped, maybe inside of others.
+            mask: Attention mask ``(batch, positions)``.
+            members: Number of times that the batch was repeated.
+            required: False gives None for a density that is not fitted.
 
         Raises:
             ConfigError: If the density is not fitted.
@@ -127,10 +135,9 @@ class Wrapper:
         """
         leaf = find_measured_leaf(wrapped)
         assert leaf is not None
-        distances = leaf.measure(leaf.read_features(mask))
-        return tree_map(
-            lambda x: distances if isinstance(x, Tensor) and x.ndim and len(x) == len(distances) else None, y
-        )
+        if not leaf.is_fitted and not required:
+            return None
+        return leaf.measure(leaf.read_features(mask, members=members))
 
     def freezes(self) -> bool:
         """Return True: what trains would make the statistics stale."""
@@ -271,8 +278,8 @@ def insert(spec: Wrapper, model: nn.Module) -> Wrapped:
     Raises:
         WrapError: If the outer wrapper's ``param_filter`` would match other layers then.
     """
-    if not isinstance(model, Wrapped) or model.spec.goes_inside:
-        return spec(model)
+    if not isinstance(model, Wrapped) or count_rows(model) == 1:
+        return Wrapped(model, spec)
     pattern: str | None = getattr(model.spec, "param_filter", None)
     names = [name for name, _ in model.module.named_parameters()]
     if pattern is not None and any(
@@ -292,14 +299,15 @@ def insert(spec: Wrapper, model: nn.Module) -> Wrapped:
     outer.call = replaced.call
     outer.leaf_names = [f"module.{name}" for name in model.leaf_names]
     outer._batch_norms = [m for m in outer.modules() if isinstance(m, _BatchNorm)]
-    outer._graph = None
+    outer._graph, outer._trained_names = None, outer.list_added_parameters()
+    outer.is_trained = model.is_trained
     return outer
 
 
 @torch.no_grad()
 def _sum_features(wrapped: Wrapped, leaf: MeasuredLeaf, loader: Iterable[Any]) -> Moments:
     moments: Moments | None = None
-    members = wrapped.spec.members(training=False)
+    members = count_members(wrapped) + wrapped.answers_from_base
     for batch in loader:
         args, kwargs = _split_inputs(batch)
         wrapped.forecast(*args, **kwargs)

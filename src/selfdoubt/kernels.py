@@ -145,28 +145,32 @@ def loop(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     *,
-    has_base: bool = False,
+    base_rows: int = 0,
 ) -> Any:
     """Run the leaf once per member with its own parameters: slow, and right for any leaf with the batch first.
 
-    With ``has_base`` one more member comes first, with the leaf's parameters as they are.
+    The first ``base_rows`` rows run with the leaf's parameters as they are.
 
     Raises:
         WrapError: If the leaf takes a packed sequence, or gives a tensor without the batch in dimension 0.
     """
-    members = _members(deviations) + has_base
+    members = _members(deviations)
     parameters = dict(leaf.named_parameters())
     first = next(iter_tensors((args, kwargs)))
-    if any(isinstance(x, PackedSequence) for x in (*args, *kwargs.values())) or len(first) % members:
-        raise WrapError(f"{type(leaf).__name__} reads a packed sequence, not rows; leave it out with param_filter")
     rows = len(first)
+    share = (rows - base_rows) // members
+    if any(isinstance(x, PackedSequence) for x in (*args, *kwargs.values())) or base_rows + members * share != rows:
+        raise WrapError(f"{type(leaf).__name__} reads a packed sequence, not rows; leave it out with param_filter")
+    # Rows of each run of the leaf: those of the base, if it has some, and of each member.
+    spans: list[tuple[int | None, int, int]] = [(None, 0, base_rows)] if base_rows else []
+    spans += [(m, base_rows + m * share, share) for m in range(members)]
     # A recurrent layer's state, the second of its inputs and outputs, has the rows in dimension 1.
     axes = (0, 1) if isinstance(leaf, nn.RNNBase) else (0, 0)
 
-    def share(tree: Any, m: int, axis: int) -> Any:
+    def cut(tree: Any, start: int, length: int, axis: int) -> Any:
         def of_member(x: Any) -> Any:
             has_rows = isinstance(x, Tensor) and x.ndim > axis and x.shape[axis] == rows
-            return x.unflatten(axis, (members, -1)).select(axis, m) if has_rows else x
+            return x.narrow(axis, start, length) if has_rows else x
 
         return tree_map(of_member, tree)
 
@@ -174,9 +178,10 @@ def loop(
         def cat(*xs: Any) -> Any:
             if not isinstance(xs[0], Tensor):
                 return xs[0]
-            if xs[0].ndim <= axis or xs[0].shape[axis] * members != rows:
+            lengths = [x.shape[axis] if x.ndim > axis else None for x in xs]
+            if lengths != [length for _, _, length in spans]:
                 raise WrapError(
-                    f"{type(leaf).__name__} gives a tensor of shape {tuple(xs[0].shape)} for {rows // members} rows, "
+                    f"{type(leaf).__name__} gives a tensor of shape {tuple(xs[0].shape)} for {spans[0][2]} rows, "
                     f"and members need the rows in dimension {axis}; leave it out with param_filter"
                 )
             return torch.cat(xs, axis)
@@ -184,14 +189,13 @@ def loop(
         return tree_map(cat, *outputs)
 
     outputs = []
-    for m in range(members):
+    for member, start, length in spans:
         changed = {
-            (name := key.replace("/", ".")): parameters[name]
-            + alpha * deviation[m - has_base].to(parameters[name].dtype)
-            for key, deviation in (deviations.items() if m >= has_base else ())
+            (name := key.replace("/", ".")): parameters[name] + alpha * deviation[member].to(parameters[name].dtype)
+            for key, deviation in (deviations.items() if member is not None else ())
         }
-        inputs = tuple(share(a, m, axes[min(i, 1)]) for i, a in enumerate(args))
-        named = {name: share(a, m, axes[name == "hx"]) for name, a in kwargs.items()}
+        inputs = tuple(cut(a, start, length, axes[min(i, 1)]) for i, a in enumerate(args))
+        named = {name: cut(a, start, length, axes[name == "hx"]) for name, a in kwargs.items()}
         outputs.append(functional_call(leaf, changed, inputs, named))
     if isinstance(outputs[0], tuple) and axes[1]:
         return tuple(join(axis, *pieces) for axis, pieces in zip(axes, zip(*outputs, strict=True), strict=True))

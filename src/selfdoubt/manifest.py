@@ -36,7 +36,7 @@ from selfdoubt.fields import (
     text,
     whole,
 )  # fmt: skip
-from selfdoubt.members import Spec
+from selfdoubt.spec import Spec
 from selfdoubt.wrapper_text import METHODS
 
 MANIFEST_FORMAT = 1
@@ -265,6 +265,7 @@ _MANIFEST = record(
     },
     {
         "lora": flag,
+        "trained": flag,
         "reference": optional(table(ascending)),
         "reference_size": optional(whole(1)),
         "calibration": optional(_calibration),

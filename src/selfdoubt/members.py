@@ -1,17 +1,23 @@
 """Members are rows: M variants of a model run as one M times larger batch.
 
 ``rows = members * batch``, member-major: row ``m * batch + b``. Frozen modules see an ordinary batch; only the replaced
-leaves know that dimension 0 holds members. A wrapper (vote, sample, sculpt) chooses the leaves and their replacements;
-``Wrapped`` repeats the inputs for every member, runs the module once, and folds the rows back.
+leaves know that dimension 0 holds members. A wrapper (vote, sample, sculpt, density) chooses the leaves and their
+replacements; ``Wrapped`` repeats the inputs for every member, runs the module once, and folds the rows back.
+
+Wrappers compose, each around the one before. Voters around samples make their product: every voter has samples of its
+own, and no two members share a noise. A base row, where the base model answers, is the first of all.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
-from functools import update_wrapper
-from typing import Any, Literal, Protocol, runtime_checkable
+from math import prod
+from operator import attrgetter
+from threading import RLock
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,81 +25,37 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from selfdoubt import targets
 from selfdoubt.errors import CaptureError, ConfigError, ShapeError, WrapError
-from selfdoubt.forecast import Forecast, OutputKind
+from selfdoubt.forecast import Forecast, OutputKind, Prediction
+from selfdoubt.fused_layers import switch_fused_layers_off
 from selfdoubt.messages import show_message
-from selfdoubt.rows import ForwardContext, Replacement, expand, unfold
+from selfdoubt.rows import ForwardContext, expand, list_added_names, unfold
 from selfdoubt.scales import pair_scales
 from selfdoubt.sharing import share_module
+from selfdoubt.spec import Spec
 from selfdoubt.targets import Leaf
 from selfdoubt.tree import iter_tensors, tree_map
-
-
-@runtime_checkable
-class Spec(Protocol):
-    """The interface of a wrapper: a frozen dataclass of settings that finds leaves and builds their replacements."""
-
-    @property
-    def verbose(self) -> int:
-        """0 logs nothing, 1 a summary, 2 every matched parameter."""
-
-    @property
-    def compile(self) -> bool | None:
-        """True to compile the wrapped forward as one graph."""
-
-    @property
-    def shared_inputs(self) -> tuple[str, ...]:
-        """Names of inputs without a batch axis."""
-
-    @property
-    def output(self) -> Literal["auto", "values", "logits"]:
-        """The kind of the outputs."""
-
-    @property
-    def goes_inside(self) -> bool:
-        """True if a model wrapped by this can be wrapped again."""
-
-    def find(self, model: nn.Module) -> list[Leaf]:
-        """Find the leaves to replace."""
-
-    def make_leaf(self, leaf: Leaf, index: int, call: ForwardContext) -> nn.Module:
-        """Make the module that takes a leaf's place."""
-
-    def freezes(self) -> bool:
-        """Return True if the model's own parameters stop training."""
-
-    def members(self, *, training: bool) -> int:
-        """Return the number of members that run."""
-
-    def splits(self, *, training: bool) -> bool:
-        """Return True if a batch is split over the members instead of repeated for each."""
-
-    @property
-    def has_base(self) -> bool:
-        """True if at evaluation member 0 is the base model, which answers alone."""
 
 
 class Wrapped(nn.Module):
     """A model whose matched leaves are replaced. Call it like the model; ask for ``return_risk=True``.
 
     Modules that are not replaced share their memory with the original model, which stays as it was: nothing is copied.
+    A wrapped model starts in evaluation mode, in which a call predicts; ``train()`` and ``eval()`` switch as usual.
+    Calls from several threads run one after the other, since a call has state that its leaves share.
     """
 
     def __init__(self, model: nn.Module, spec: Spec) -> None:
         super().__init__()
         self.spec: Spec = spec
-        if isinstance(model, Wrapped) and not model.spec.goes_inside:
-            raise WrapError(
-                "only a sculpt or a density can be wrapped again, and this model is wrapped by "
-                f"{model.spec!r}; put it inside: vote.Wrapper(...)(sculpt.Wrapper(...)(model))"
-            )
         leaves = spec.find(model)
+        _check_order(model, spec)
         self.call = ForwardContext()
         self.module = share_module(model, freeze=spec.freezes())
         self.leaf_names = [leaf.name for leaf in leaves]
         for index, leaf in reversed(list(enumerate(leaves))):  # leaves inside others first
             shared = replace(leaf, module=self.module.get_submodule(leaf.name))
             targets.replace_module(self.module, leaf.name, spec.make_leaf(shared, index, self.call))
-        self.training = model.training
+        self._was_trained = False
         self._inputs = _input_names(model)
         self._batch_norms = [m for m in self.modules() if isinstance(m, _BatchNorm)]
         # The fused path of nn.TransformerEncoderLayer reads its layers' weights and would step over replaced leaves.
@@ -102,13 +64,18 @@ class Wrapped(nn.Module):
         if isinstance(self.module, Wrapped):  # the innermost runs the model
             self.module._is_compiled |= self._is_compiled
         self._graph: Callable[..., Any] | None = None
+        self._lock = RLock()
+        self._trained_names = self.list_added_parameters()
+        self._versions = self._sum_versions()
+        self.register_load_state_dict_post_hook(_note_versions)  # type: ignore[no-untyped-call]
+        self.eval()
         if spec.verbose:
             show_message(_summary(self, leaves))
 
     def forward(self, *args: Any, return_risk: bool = False, training: bool | None = None, **kwargs: Any) -> Any:
         """Return the model's own output structure: the mean over members or, in training, each row's own member.
 
-        With ``answer_from="base"`` the output is the base model's.
+        Until members are trained, the base model answers; ``answer_from`` of the wrapper says otherwise.
 
         Args:
             *args: The model's own inputs. Tensors as long as the first one share its batch axis.
@@ -121,56 +88,72 @@ class Wrapped(nn.Module):
         Raises:
             ShapeError: If a training batch does not divide over the voters.
             ConfigError: If a risk is asked for in training, where each row meets one member only.
-            WrapError: If BatchNorm in training mode would mix members.
+            WrapError: If BatchNorm in training mode would mix members, or if the model calls itself.
         """
         training = self.training if training is None else training
-        if self.spec.splits(training=training) or self.spec.members(training=training) == 1:
-            self._check_split(args, kwargs, training)
-            y, scales = self.forward_rows(*args, training=training, **kwargs)
+        with self._hold():
+            if training:
+                self._was_trained |= torch.is_grad_enabled()
+                return self._run_in_training(args, kwargs, return_risk=return_risk)
+            if count_members(self) + self.answers_from_base > 1:
+                return _summarise(self.forecast(*args, **kwargs), return_risk=return_risk)
+            y, scales = self.forward_rows(*args, base_row=False, **kwargs)
             if not return_risk:
                 return y
-            measure = getattr(self.spec, "measure", None)
-            if measure is not None:
-                return y, measure(self, y, kwargs.get("attention_mask"))
-            if scales is not None:
+            distances = self._measure_distances(kwargs) if scales is None or hasattr(self.spec, "measure") else None
+            if distances is None and scales is not None:
                 return y, scales
-            if training:
-                raise ConfigError(
-                    "in training each row meets one member, so members cannot disagree; "
-                    "ask for return_risk=True with training=False"
-                )
-        forecast = self.forecast(*args, **kwargs)
-        mean = tree_map(lambda f: f.mean if isinstance(f, Forecast) else f, forecast)
-        if not return_risk:
-            return mean
-        return mean, tree_map(lambda f: f.std if isinstance(f, Forecast) else None, forecast)
+            if distances is None:  # the only member has no other to disagree with
+                return y, tree_map(lambda x: Forecast(x[None]).std if isinstance(x, Tensor) else None, y)
+            rows = len(distances)
+            return y, tree_map(lambda x: distances if isinstance(x, Tensor) and x.ndim and len(x) == rows else None, y)
+
+    def predict(self, *args: Any, **kwargs: Any) -> Prediction:
+        """Return the prediction and its risk, in evaluation whatever the mode; arguments as in ``forward``.
+
+        Example:
+            >>> from selfdoubt import vote
+            >>> mean, risk = vote.Wrapper(n_voters=3)(nn.Sequential(nn.Linear(4, 2))).predict(torch.ones(5, 4))
+            >>> mean.shape == risk.shape == (5, 2)
+            True
+        """
+        return Prediction(*self.forward(*args, return_risk=True, training=False, **kwargs))
 
     def forecast(self, *args: Any, **kwargs: Any) -> Any:
-        """Return every member's prediction: a ``Forecast`` in place of each output tensor that has a batch axis."""
-        members = self.spec.members(training=False)
-        batch = self._batch_size(args, kwargs)
+        """Return every member's prediction: a ``Forecast`` in place of each output tensor that has a batch axis.
 
-        def grow(x: Any) -> Any:
-            return expand(x, members) if isinstance(x, Tensor) and x.ndim and len(x) == batch else x
+        It holds all kinds of uncertainty that the wrappers give, by name.
+        """
+        with self._hold():
+            has_base = self.answers_from_base
+            members = count_members(self) + has_base
+            batch = self._batch_size(args, kwargs)
 
-        shared = self.spec.shared_inputs
-        args = tuple(a if n in shared else tree_map(grow, a) for n, a in self._named(args).items())
-        kwargs = {n: a if n in shared else tree_map(grow, a) for n, a in kwargs.items()}
-        y, scales = self.forward_rows(*args, training=False, **kwargs)
+            def grow(x: Any) -> Any:
+                return expand(x, members) if isinstance(x, Tensor) and x.ndim and len(x) == batch else x
 
-        def fold(x: Any, scale: Tensor | None) -> Any:
-            if not isinstance(x, Tensor) or not x.ndim or len(x) != members * batch:
-                return x
-            std = None if scale is None else unfold(self.distribution.std((x, scale)), members)
-            kind: OutputKind = "logits" if self.spec.output == "logits" else "values"
-            rows = unfold(x, members)
-            if not self.spec.has_base:
-                return Forecast(rows, std, kind)
-            return Forecast(rows[1:], None if std is None else std[:1], kind, rows[0])
+            shared = self._shared_inputs
+            args = tuple(a if n in shared else tree_map(grow, a) for n, a in self._named(args).items())
+            rows = {n: a if n in shared else tree_map(grow, a) for n, a in kwargs.items()}
+            y, scales = self.forward_rows(*args, base_row=has_base, **rows)
+            distances = self._measure_distances(kwargs, members=members, required=False)
+            if distances is not None:
+                distances = unfold(distances, members)
+                distances = distances[0] if has_base else distances.mean(0)
+            kind: OutputKind = "logits" if self._output == "logits" else "values"
 
-        forecast = tree_map(fold, y, scales)
+            def fold(x: Any, scale: Tensor | None) -> Any:
+                if not isinstance(x, Tensor) or not x.ndim or len(x) != members * batch:
+                    return x
+                std = None if scale is None else unfold(self.distribution.std((x, scale)), members)
+                values = unfold(x, members)
+                if not has_base:
+                    return Forecast(values, std, kind, density=distances)
+                return Forecast(values[1:], None if std is None else std[:1], kind, values[0], distances)
+
+            forecast = tree_map(fold, y, scales)
         logits = forecast.get("logits") if isinstance(forecast, Mapping) else None
-        if self.spec.output == "auto" and isinstance(logits, Forecast):
+        if self._output == "auto" and isinstance(logits, Forecast):
             forecast["logits"] = replace(logits, kind="logits")
         return forecast
 
@@ -180,6 +163,7 @@ class Wrapped(nn.Module):
         training: bool = False,
         same_weights: bool = False,
         only_base: bool = False,
+        base_row: bool | None = None,
         active: Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[Any, Any]:
@@ -191,6 +175,7 @@ class Wrapped(nn.Module):
             same_weights: True if no parameter has changed since the run before, as between the steps of an answer:
                 leaves go on with copies that they keep of parameters.
             only_base: True runs the base model alone, on one row per entry of the batch.
+            base_row: True if the base model has the first rows; None if a wrapper says ``answer_from="base"``.
             active: Positions at which voters deviate, ``(rows, t)``; None for all.
             **kwargs: The model's own keyword inputs.
 
@@ -198,53 +183,123 @@ class Wrapped(nn.Module):
             The module's output on rows, and sculpt's scales in the same structure (None without a sculpt).
 
         Raises:
-            WrapError: If BatchNorm in training mode would mix members, or if no replaced leaf was called.
+            WrapError: If BatchNorm in training mode would mix members, if no replaced leaf was called, or if the model
+                calls itself.
         """
-        self.call.members = 1 if only_base else self.spec.members(training=training)
-        self.call.rows = self._batch_size(args, kwargs)
-        self.call.training = training
-        self.call.has_base = only_base or (self.spec.has_base and not training)
-        self.call.active = active
-        self.call.reached = False
-        if not torch.compiler.is_compiling():  # a graph would be compiled again for each number
-            self.call.forwards += 1
-            if not same_weights:
-                self.call.epoch = self.call.forwards
-        self.call.scales.clear()
-        self.call.features.clear()
-        if self.call.members > 1 and any(norm.training for norm in self._batch_norms):
+        wrappers = list_wrappers(self)
+        has_base = not training and (_find_answer_from(self) == "base" if base_row is None else base_row)
+        members = 1 if only_base else count_members(self, training=training) + has_base
+        rows = self._batch_size(args, kwargs)
+        if members > 1 and any(norm.training for norm in self._batch_norms):
             raise WrapError(
-                f"BatchNorm in training mode would mix the statistics of {self.call.members} members; "
+                f"BatchNorm in training mode would mix the statistics of {members} members; "
                 "call .eval() on the BatchNorm layers, or use GroupNorm or LayerNorm"
             )
-        if isinstance(self.module, Wrapped):
-            return self.module.forward_rows(
-                *args, training=training, same_weights=same_weights, only_base=only_base, active=active, **kwargs
-            )
-        fused = torch.backends.mha.get_fastpath_enabled()
-        if self._has_fused_path:
-            torch.backends.mha.set_fastpath_enabled(False)
-        try:
-            y = self._run_graph(*args, **kwargs) if self._is_compiled else self.module(*args, **kwargs)
-        finally:
-            if self._has_fused_path:
-                torch.backends.mha.set_fastpath_enabled(fused)
-        if not self.call.reached:
-            raise WrapError(
-                f"none of the {len(self.leaf_names)} replaced leaves was called ({self.leaf_names[0]}, ...): "
-                "the model reads their weights itself; choose other layers with param_filter"
-            )
-        return y, pair_scales(y, self.call.scales) if self.call.scales else None
+        with self._hold():
+            if self.call.is_running:
+                raise WrapError("a wrapped model was called inside its own call; wrap the inner model alone")
+            for wrapper in wrappers:
+                wrapper.call.start(
+                    members=members, rows=rows, training=training, has_base=only_base or has_base, active=active,
+                    same_weights=same_weights,
+                )  # fmt: skip
+            try:
+                y = wrappers[-1]._run(args, kwargs)
+            finally:
+                for wrapper in wrappers:
+                    wrapper.call.is_running = False
+            for wrapper in wrappers:
+                if not wrapper.call.reached:
+                    raise WrapError(
+                        f"none of the {len(wrapper.leaf_names)} replaced leaves was called "
+                        f"({wrapper.leaf_names[0]}, ...): the model reads their weights itself; choose other layers "
+                        "with param_filter"
+                    )
+            scales = [scale for wrapper in wrappers for scale in wrapper.call.scales]
+            return y, pair_scales(y, scales) if scales else None
+
+    @property
+    def answers_from_base(self) -> bool:
+        """True if the base model answers: where a wrapper says so, and by default until members are trained."""
+        choice = _find_answer_from(self)
+        return choice == "base" or (choice is None and not self.is_trained)
+
+    @property
+    def is_trained(self) -> bool:
+        """True after a training pass with gradients, or where an added parameter has changed since wrapping."""
+        if self._was_trained or torch.compiler.is_compiling():
+            return self._was_trained
+        return self._versions != self._sum_versions()
+
+    @is_trained.setter
+    def is_trained(self, trained: bool) -> None:
+        self._was_trained, self._versions = trained, self._sum_versions()
 
     @property
     def distribution(self) -> Any:
-        """The distribution of the sculpt in or under this wrapper."""
-        distribution = getattr(self.spec, "distribution", None)
-        return self.module.distribution if isinstance(self.module, Wrapped) else distribution
+        """The distribution of the sculpt in or under this wrapper; None without one."""
+        distributions = (getattr(wrapper.spec, "distribution", None) for wrapper in list_wrappers(self))
+        return next((d for d in distributions if hasattr(d, "nll")), None)
+
+    def list_added_parameters(self) -> frozenset[str]:
+        """Return the names of the parameters that wrapping added and that train."""
+        added = set(list_added_names(self))
+        return frozenset(name for name, p in self.named_parameters() if name in added and p.requires_grad)
 
     def extra_repr(self) -> str:
         """Return the settings, which ``print(wrapped)`` shows."""
         return repr(self.spec)
+
+    @contextmanager
+    def _hold(self) -> Iterator[None]:
+        """Let other threads wait until the block ends; a graph runs without locks."""
+        if torch.compiler.is_compiling():
+            yield
+        else:
+            with self._lock:
+                yield
+
+    def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the model inside all wrappers, of which this is the innermost."""
+        with switch_fused_layers_off(self._has_fused_path):
+            return self._run_graph(*args, **kwargs) if self._is_compiled else self.module(*args, **kwargs)
+
+    def _run_in_training(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, return_risk: bool) -> Any:
+        self._check_split(args, kwargs)
+        y, scales = self.forward_rows(*args, training=True, **kwargs)
+        if not return_risk:
+            return y
+        if scales is None:
+            raise ConfigError(
+                "in training each row meets one member, so members cannot disagree; "
+                "ask for return_risk=True with training=False"
+            )
+        return y, scales
+
+    def _measure_distances(
+        self, kwargs: Mapping[str, Any], members: int = 1, *, required: bool = True
+    ) -> Tensor | None:
+        """Return the distances of the last call's features, ``(rows, *positions)``; None without a density.
+
+        Args:
+            kwargs: Keyword inputs of the batch, with its attention mask, if it has one.
+            members: Number of times that the batch was repeated.
+            required: False gives None for a density that is not fitted.
+        """
+        measure = next((m for w in list_wrappers(self) if (m := getattr(w.spec, "measure", None)) is not None), None)
+        if measure is None:
+            return None
+        distances: Tensor | None = measure(self, kwargs.get("attention_mask"), members=members, required=required)
+        return distances
+
+    @property
+    def _shared_inputs(self) -> tuple[str, ...]:
+        return tuple(name for wrapper in list_wrappers(self) for name in wrapper.spec.shared_inputs)
+
+    @property
+    def _output(self) -> str:
+        outputs = (wrapper.spec.output for wrapper in list_wrappers(self))
+        return next((output for output in outputs if output != "auto"), "auto")
 
     def _run_graph(self, *args: Any, **kwargs: Any) -> Any:
         if self._graph is None:
@@ -266,71 +321,69 @@ class Wrapped(nn.Module):
 
     def _batch_size(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
         named = self._named(args) | kwargs
-        unknown = [n for n in self.spec.shared_inputs if n not in named and n not in self._inputs]
+        unknown = [n for n in self._shared_inputs if n not in named and n not in self._inputs]
         if unknown:
             raise ConfigError(f"shared_inputs names {unknown}, and the inputs are {list(named)}")
-        batched = [v for n, v in named.items() if n not in self.spec.shared_inputs]
+        batched = [v for n, v in named.items() if n not in self._shared_inputs]
         first = next((t for t in iter_tensors(batched) if t.ndim), None)
         if first is None:
             raise ShapeError("a wrapped model needs at least one input tensor with a batch axis, got none")
         return len(first)
 
-    def _check_split(self, args: tuple[Any, ...], kwargs: dict[str, Any], training: bool) -> None:
-        members, batch = self.spec.members(training=training), self._batch_size(args, kwargs)
+    def _check_split(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        members, batch = count_members(self, training=True), self._batch_size(args, kwargs)
         if batch % members:
             raise ShapeError(
                 f"in training a batch is split over the {members} members, and {batch} rows do not divide by "
                 f"{members}; use a multiple of {members}, or training=False (or .eval()) to predict"
             )
 
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        """Remember whether members are trained, which they are by weights that differ from those that are here."""
+        mine = self.state_dict()
+        trains = (name for name, p in self.named_parameters() if p.requires_grad and name in mine)
+        pairs = ((mine[name], state_dict.get(prefix + name)) for name in trains)
+        self._was_trained = self.is_trained or any(
+            isinstance(other, Tensor) and not _are_equal(value, other) for value, other in pairs
+        )
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
-def wrap(spec: Spec, model: Any) -> Any:
-    """Wrap a model; or, used as a decorator, make a class build wrapped models.
+    def _sum_versions(self) -> int:
+        """Return a number that grows whenever an added parameter that trains is changed in place."""
+        version = attrgetter("_version")
+        return sum(
+            version(p) for name, p in self.named_parameters() if name in self._trained_names and not p.is_inference()
+        )
 
-    Raises:
-        WrapError: If it is neither an ``nn.Module`` nor a class of them.
-    """
-    if isinstance(model, type) and issubclass(model, nn.Module):
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the state of copies, which have a lock and a graph of their own."""
+        return {**self.__dict__, "_lock": None, "_graph": None, "_was_trained": self.is_trained}
 
-        def build(*args: Any, **kwargs: Any) -> Wrapped:
-            return Wrapped(model(*args, **kwargs), spec)
-
-        return update_wrapper(build, model, updated=())
-    if not isinstance(model, nn.Module):
-        raise WrapError(f"only an nn.Module, or a class of them, can be wrapped, got {type(model).__name__}")
-    return Wrapped(model, spec)
-
-
-def check_spec(wrapper: Any) -> None:
-    """Check that a value is a wrapper.
-
-    Raises:
-        ConfigError: If it is not.
-    """
-    if isinstance(wrapper, type) or not isinstance(wrapper, Spec):
-        raise ConfigError(f"wrapper must be one such as vote.Wrapper(n_voters=3), 'auto' or None, got {wrapper!r}")
-
-
-def innermost(model: nn.Module) -> nn.Module:
-    """Return the model inside all wrappers, with its replaced leaves; a plain model itself."""
-    return innermost(model.module) if isinstance(model, Wrapped) else model
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take a state, with a new lock."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._lock, self._versions = RLock(), self._sum_versions()
 
 
-def get_source(model: nn.Module) -> str | None:
-    """Return the folder, file or hub name of a Hugging Face model, as its config has it; None where it has none."""
-    return getattr(getattr(innermost(model), "config", None), "name_or_path", None) or None
+def list_wrappers(model: nn.Module) -> list[Wrapped]:
+    """Return the wrappers around a model, the outermost first; none for a plain model."""
+    return [model, *list_wrappers(model.module)] if isinstance(model, Wrapped) else []
 
 
-def get_base_name(model: nn.Module, name: str) -> str:
-    """Return the name that a module or parameter of a wrapped model has in the model that was wrapped."""
-    kept: list[str] = []
-    module: Any = model
-    for part in name.split("."):
-        ours = {Wrapped: "module", Replacement: "leaf"}
-        if not any(isinstance(module, kind) and part == inside for kind, inside in ours.items()):
-            kept.append(part)
-        module = getattr(module, part, None)
-    return ".".join(kept)
+def count_members(model: nn.Module, *, training: bool = False) -> int:
+    """Return the number of members of all wrappers around a model, without the base model; 1 for a plain model."""
+    specs = [wrapper.spec for wrapper in list_wrappers(model)]
+    return prod(spec.members(training=training) - (spec.has_base and not training) for spec in specs)
+
+
+def count_rows(model: nn.Module) -> int:
+    """Return the number of rows of one sequence in ``forward_rows``: its members, and the base model if it answers."""
+    return count_members(model) + has_base_row(model)
+
+
+def has_base_row(model: nn.Module) -> bool:
+    """Return True if a wrapper says that the base model answers, which then has the first row of a sequence."""
+    return _find_answer_from(model) == "base"
 
 
 def _input_names(model: nn.Module) -> list[str]:
@@ -348,3 +401,40 @@ def _summary(wrapped: Wrapped, leaves: list[Leaf]) -> str:
     if wrapped.spec.verbose > 1:
         lines += [f"  {leaf.name}.{param}" for leaf in leaves for param in leaf.params]
     return "\n".join(lines)
+
+
+def _find_answer_from(model: nn.Module) -> str | None:
+    """Return the choice of the outermost wrapper that makes one; "mean" where none has members."""
+    choices = [w.spec.answer_from for w in list_wrappers(model) if hasattr(w.spec, "answer_from")]
+    return next((choice for choice in choices if choice is not None), None) if choices else "mean"
+
+
+def _check_order(model: nn.Module, spec: Spec) -> None:
+    """Check that a model's wrappers can be inside of another one.
+
+    Raises:
+        WrapError: If one cannot.
+    """
+    for inside in (wrapper.spec for wrapper in list_wrappers(model)):
+        if not inside.goes_inside or type(inside) is type(spec):
+            raise WrapError(
+                f"the model is wrapped by {inside!r}, which cannot be inside of {spec!r}; the order is "
+                "vote.Wrapper(...)(sample.Wrapper(...)(sculpt.Wrapper(...)(model))), each once"
+            )
+
+
+def _summarise(forecast: Any, *, return_risk: bool) -> Any:
+    mean = tree_map(lambda f: f.mean if isinstance(f, Forecast) else f, forecast)
+    if not return_risk:
+        return mean
+    return mean, tree_map(lambda f: f.std if isinstance(f, Forecast) else None, forecast)
+
+
+def _are_equal(mine: Tensor, theirs: Tensor) -> bool:
+    if mine.is_meta or theirs.is_meta or mine.shape != theirs.shape:
+        return False
+    return torch.equal(mine.detach().cpu(), theirs.detach().to(mine.dtype).cpu())
+
+
+def _note_versions(wrapped: Any, incompatible_keys: Any) -> None:  # noqa: ARG001
+    wrapped.is_trained = wrapped._was_trained

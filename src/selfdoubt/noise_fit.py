@@ -77,7 +77,7 @@ def fit_noise(
         >>> 0 < result.change <= 0.01 and wrapped.spec.alpha == result.alpha
         True
     """
-    noisy, batches = find_noisy(wrapped), [_split_inputs(batch) for batch in inputs]
+    noisy, batches, is_trained = find_noisy(wrapped), [_split_inputs(batch) for batch in inputs], wrapped.is_trained
     if not batches:
         raise ConfigError("the size of noise is searched on real inputs, got none; give a few batches")
 
@@ -95,7 +95,10 @@ def fit_noise(
                 _add_outputs(tally, wrapped.forecast(*args, **kwargs))
         return tally
 
-    return search_size(wrapped, measure, limits or NoiseLimits(), low=low, high=high, steps=steps)
+    try:
+        return search_size(wrapped, measure, limits or NoiseLimits(), low=low, high=high, steps=steps)
+    finally:
+        wrapped.is_trained = is_trained  # larger deviations are not learnt ones
 
 
 @contextmanager

@@ -42,11 +42,12 @@ class ForwardContext:
     It keeps its values until the next call, because gradient checkpointing runs leaves again during backward.
     """
 
-    members: int = 1
+    members: int = 1  #: with the base model, and those of all wrappers
     rows: int = 1  #: members times the size of the batch
     training: bool = False
     has_base: bool = False  #: member 0 is the base model: leaves run its rows without deviation or noise
     reached: bool = False
+    is_running: bool = False
     active: Bool[Tensor, "rows t"] | None = None  #: positions at which members deviate; None for all
     forwards: int = 0  #: number of this run of the model
     epoch: int = 0  #: number of the first run whose parameters are known to be those of this one
@@ -57,6 +58,19 @@ class ForwardContext:
     def __reduce__(self) -> tuple[type[ForwardContext], tuple[()]]:
         """Return a fresh context for copies: tensors of an earlier call are part of a graph, which cannot be copied."""
         return ForwardContext, ()
+
+    def start(
+        self, *, members: int, rows: int, training: bool, has_base: bool, active: Tensor | None, same_weights: bool
+    ) -> None:
+        """Take the state of a new call, and drop what the one before has left."""
+        self.members, self.rows, self.training, self.has_base, self.active = members, rows, training, has_base, active
+        self.reached, self.is_running = False, True
+        if not torch.compiler.is_compiling():  # a graph would be compiled again for each number
+            self.forwards += 1
+            if not same_weights:
+                self.epoch = self.forwards
+        self.scales.clear()
+        self.features.clear()
 
     @property
     def only_base(self) -> bool:

@@ -39,10 +39,11 @@ from selfdoubt.fields import (
     resolve_compile,
     whole,
 )
-from selfdoubt.members import Wrapped, wrap
+from selfdoubt.members import Wrapped
 from selfdoubt.random_numbers import scramble, uniforms
 from selfdoubt.rows import ForwardContext, Replacement
 from selfdoubt.targets import Leaf
+from selfdoubt.wrapping import wrap
 
 P = ParamSpec("P")
 
@@ -89,8 +90,7 @@ class Bernoulli:
             return (uniform >= p).to(p.dtype) / (1 - p)
         temperature = 0.1
         draw = uniform.clamp(1e-6, 1 - 1e-6)
-        keep = ((draw.logit() - parameter) / temperature).sigmoid()
-        return keep / (1 - p)
+        return ((draw.logit() - parameter) / temperature).sigmoid() / (1 - p)
 
 
 @dataclass(frozen=True)
@@ -148,8 +148,8 @@ class Wrapper:
         verbose: 0 logs nothing, 1 a summary, 2 every matched parameter (``logging.getLogger("selfdoubt")``).
         seed: Seed of the members' noise at evaluation; training draws from torch's global generator.
         answer_from: "mean" answers with the mean over samples. "base" adds the base model as one more row at evaluation
-            without noise: it alone answers, and the samples only say how far they disagree with it. None is "mean"
-            here; a language model that loads an untrained wrapper takes "base" instead.
+            without noise: it alone answers, and the samples only say how far they disagree with it. None is "base"
+            until the model is trained with noise, then "mean".
         symbolic_trace: Another name for ``compile``, as an argument only.
 
     Raises:
@@ -173,12 +173,12 @@ class Wrapper:
     answer_from: Literal["base", "mean"] | None = None
     symbolic_trace: InitVar[bool | None] = None
 
-    goes_inside: ClassVar[bool] = False
+    goes_inside: ClassVar[bool] = True
     kinds: ClassVar[Mapping[str, FieldCheck]] = {
         "n_samples": whole(1, MEMBERS), "output": choice("auto", "values", "logits"),
         "answer_from": optional(choice("base", "mean")), **SHARED,
     }  # fmt: skip
-    newer: ClassVar[frozenset[str]] = frozenset({"answer_from"})  #: settings that older files lack
+    newer: ClassVar[frozenset[str]] = frozenset({"answer_from"})
 
     def __post_init__(self, symbolic_trace: bool | None) -> None:
         object.__setattr__(self, "compile", resolve_compile(self.compile, symbolic_trace))

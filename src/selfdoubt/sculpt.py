@@ -23,15 +23,16 @@ from torch import Tensor, nn
 from selfdoubt import compat, targets
 from selfdoubt.errors import ConfigError, WrapError
 from selfdoubt.fields import SHARED, WIDTH, FieldCheck, check_settings, number, optional, resolve_compile, whole
-from selfdoubt.members import Wrapped, wrap
+from selfdoubt.members import Wrapped
 from selfdoubt.rows import ForwardContext, Replacement
 from selfdoubt.targets import Leaf
 from selfdoubt.tree import tree_map
+from selfdoubt.wrapping import wrap
 
 P = ParamSpec("P")
 
 #: ``(y, scale)`` as ``wrapped(..., return_risk=True)`` returns it: two tensors, or two trees of them.
-Prediction: TypeAlias = tuple[Any, Any]
+MeanAndScale: TypeAlias = tuple[Any, Any]
 
 
 @dataclass(frozen=True)
@@ -42,17 +43,17 @@ class Normal:
     """
 
     @staticmethod
-    def mean(pair: Prediction) -> Any:
+    def mean(pair: MeanAndScale) -> Any:
         """Return the mean: ``y``."""
         return pair[0]
 
     @staticmethod
-    def std(pair: Prediction) -> Any:
+    def std(pair: MeanAndScale) -> Any:
         """Return the standard deviation: ``scale``."""
         return pair[1]
 
     @staticmethod
-    def sample(pair: Prediction, *, generator: torch.Generator | None = None) -> Any:
+    def sample(pair: MeanAndScale, *, generator: torch.Generator | None = None) -> Any:
         """Draw once, differentiable in both; outputs without a scale stay as they are."""
 
         def draw(y: Any, scale: Tensor | None) -> Any:
@@ -75,17 +76,17 @@ class Laplace:
     """A Laplace distribution with mean ``y`` and scale ``b``; class and instance are the same, as in ``Normal``."""
 
     @staticmethod
-    def mean(pair: Prediction) -> Any:
+    def mean(pair: MeanAndScale) -> Any:
         """Return the mean: ``y``."""
         return pair[0]
 
     @staticmethod
-    def std(pair: Prediction) -> Any:
+    def std(pair: MeanAndScale) -> Any:
         """Return the standard deviation: ``sqrt(2) b``."""
         return tree_map(lambda scale: None if scale is None else scale * math.sqrt(2), pair[1])
 
     @staticmethod
-    def sample(pair: Prediction, *, generator: torch.Generator | None = None) -> Any:
+    def sample(pair: MeanAndScale, *, generator: torch.Generator | None = None) -> Any:
         """Draw once by the inverse of the distribution function, differentiable in both."""
 
         def draw(y: Any, scale: Tensor | None) -> Any:

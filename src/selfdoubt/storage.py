@@ -37,9 +37,11 @@ from selfdoubt.manifest import (
     write_file,
     write_manifest,
 )  # fmt: skip
-from selfdoubt.members import Spec, Wrapped, get_source, innermost
+from selfdoubt.members import Wrapped
 from selfdoubt.rows import list_added_names
+from selfdoubt.spec import Spec
 from selfdoubt.version import __version__
+from selfdoubt.wrapping import get_source, innermost
 
 __all__ = [
     "LEARNT",
@@ -111,6 +113,7 @@ def save(
             "class": type(base_model).__name__,
             "fingerprint": compute_fingerprint(wrapped, elsewhere),
         },
+        "trained": isinstance(wrapped, Wrapped) and wrapped.is_trained,
         "versions": {"selfdoubt": __version__, "torch": str(torch.__version__)},
         **(extra or {}),
     })  # fmt: skip
@@ -209,6 +212,8 @@ def restore(folder: str | os.PathLike[str], model: nn.Module, manifest: Mapping[
     wrapped = rewrap(folder, manifest, model)
     _check_fits(folder, wrapped, tensors, manifest["base"])
     wrapped.load_state_dict(tensors, strict=False)
+    if isinstance(wrapped, Wrapped):
+        wrapped.is_trained = manifest.get("trained", True)  # older versions let the mean answer
     return wrapped
 
 

@@ -38,9 +38,11 @@ from selfdoubt.fields import (
     resolve_compile,
     whole,
 )
-from selfdoubt.members import Wrapped, wrap
+from selfdoubt.members import Wrapped
 from selfdoubt.rows import ForwardContext, Replacement, expand
 from selfdoubt.targets import Leaf
+from selfdoubt.tree import iter_tensors
+from selfdoubt.wrapping import wrap
 
 P = ParamSpec("P")
 
@@ -70,8 +72,8 @@ class Wrapper:
         verbose: 0 logs nothing, 1 a summary, 2 every matched parameter (``logging.getLogger("selfdoubt")``).
         seed: Seed of the initial deviations.
         answer_from: "mean" answers with the mean over voters. "base" adds the base model as one more row at evaluation
-            without deviation: it alone answers, and the voters only say how far they disagree with it. None is "mean"
-            here; a language model that loads an untrained wrapper takes "base" instead.
+            without deviation: it alone answers, and the voters only say how far they disagree with it. None is "base"
+            until the voters are trained, then "mean".
         start: The first token of a language model's text that voters read. "prompt": the first of all. "answer": the
             last of the prompt, which predicts the answer's first; all before is read by the base model once for all
             voters, so that a prompt costs what it costs without voters, and nothing says how far they disagree about
@@ -146,7 +148,9 @@ class Wrapper:
 
     def find(self, model: nn.Module) -> list[Leaf]:
         """Return the leaves to replace."""
-        leaves = targets.join_nested_leaves(targets.find_leaves(model, self.param_filter))
+        leaves = targets.find_leaves(model, self.param_filter)
+        # What a replacement adds for itself, such as a trainable noise, has no deviations; what it adds as layers has.
+        leaves = targets.join_nested_leaves([leaf for leaf in leaves if not isinstance(leaf.module, Replacement)])
         for leaf in leaves:
             kernels.check_rows(model, leaf)
             base = compat.get_base_layer(leaf.module)
@@ -215,8 +219,8 @@ class VotingLeaf(Replacement):
             name, value = next(iter(kwargs.items()))
             kwargs = kwargs | {name: (x := self.call.per_row(value))}
         if self.kernel is None:
-            has_base = self.call.has_base
-            moved = kernels.loop(self.leaf, self.deviations, self.alpha, args, kwargs, has_base=has_base)
+            base_rows = self.call.count_base(next(iter_tensors((args, kwargs))))
+            moved = kernels.loop(self.leaf, self.deviations, self.alpha, args, kwargs, base_rows=base_rows)
             return moved if self.call.active is None else self.call.choose_active(moved, self.leaf(*args, **kwargs))
         y = self.leaf(*args, **kwargs)
         if self.group.move(self.place, x, y, self.alpha, self.call):

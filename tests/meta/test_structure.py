@@ -38,7 +38,10 @@ CORE = {
     "deviations",
     "random_numbers",
     "sharing",
+    "spec",
+    "fused_layers",
     "members",
+    "wrapping",
     "compat",
 }
 WRAPPERS = {"vote", "sample", "sculpt", "density"}
@@ -65,12 +68,15 @@ ARROWS = {
     "deviations": {"compat", "kernels", "targets"},
     "random_numbers": set(),
     "sharing": {"compat", "errors", "rows"},
-    "members": CORE - {"kernels", "factors", "deviations", "random_numbers", "formatting", "gaussian"},
+    "spec": {"errors", "rows", "targets"},
+    "fused_layers": set(),
+    "members": CORE - {"kernels", "factors", "deviations", "random_numbers", "formatting", "gaussian", "wrapping"},
+    "wrapping": {"errors", "members", "rows", "spec"},
     **dict.fromkeys(sorted(WRAPPERS), CORE),
     "noise": CORE,
     "noise_fit": CORE | {"noise", "vote"},
     "wrapper_text": {"errors"},
-    "manifest": {"errors", "fields", "members", "wrapper_text"},
+    "manifest": {"errors", "fields", "spec", "wrapper_text"},
     "storage": CORE | {"manifest"},
 }
 #: Third-party packages that the core may import at its top.

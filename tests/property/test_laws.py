@@ -135,7 +135,7 @@ def test_one_row_is_what_it_is_in_a_batch(seed, n):
 
 @given(seeds)
 def test_the_mean_and_the_spread_are_those_of_the_members(seed):
-    for spec in (vote.Wrapper(seed=seed), sample.Wrapper(seed=seed)):
+    for spec in (vote.Wrapper(seed=seed, answer_from="mean"), sample.Wrapper(seed=seed, answer_from="mean")):
         wrapped, x = spec(mlp()), batch(seed)
         y, spread = wrapped(x, return_risk=True)
         found = wrapped.forecast(x).members

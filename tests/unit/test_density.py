@@ -158,7 +158,7 @@ def test_a_density_that_is_not_fitted_says_so():
         density.Wrapper()(network())(inputs(3), return_risk=True)
 
 
-@pytest.mark.parametrize("outer", [vote.Wrapper(n_voters=3, weight_noise=0.0), sample.Wrapper(n_samples=3)])
+@pytest.mark.parametrize("outer", [vote.Wrapper(n_voters=2, weight_noise=0.0), sample.Wrapper(n_samples=2)])
 def test_within_members_the_features_of_all_are_there(outer):
     inside = fitted()
     wrapped = outer(inside).eval()
@@ -238,8 +238,8 @@ def test_fitting_again_forgets_the_background():
 
 def test_fitting_leaves_modes_and_gradients_as_they_were():
     model = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.Linear(8, 2)).double().train()
-    model[0].eval()
-    wrapped = density.Wrapper()(model)
+    wrapped = density.Wrapper()(model).train()
+    wrapped.module[0].eval()
     density.fit(wrapped, [inputs()])
     assert [m.training for m in wrapped.module.children()] == [False, True, True]
     again = density.Wrapper()(copy.deepcopy(model).eval())

@@ -131,13 +131,17 @@ def test_a_task_loss_on_draws_reaches_the_head_and_the_branch():
     assert wrapped.module[2].branch[-1].bias.grad.abs().min() > 0
 
 
-@pytest.mark.parametrize("outer", [vote.Wrapper(n_voters=3), sample.Wrapper(n_samples=4)], ids=["vote", "sample"])
+@pytest.mark.parametrize("kind", ["vote", "sample"])
 @both
-def test_both_uncertainties_at_once_follow_the_law_of_total_variance(distribution, outer):
+def test_both_uncertainties_at_once_follow_the_law_of_total_variance(distribution, kind):
+    outers = {
+        "vote": vote.Wrapper(n_voters=3, answer_from="mean"),
+        "sample": sample.Wrapper(n_samples=4, answer_from="mean"),
+    }
     inner = sculpt.Wrapper(distribution=distribution)(mlp())
     for parameter in inner.module[2].branch.parameters():
         parameter.data.normal_(std=0.5)
-    wrapped = outer(inner)
+    wrapped = outers[kind](inner)
     x = torch.randn(5, 4, dtype=torch.float64)
     y, risk = wrapped(x, return_risk=True)
     forecast = wrapped.forecast(x)
@@ -145,6 +149,9 @@ def test_both_uncertainties_at_once_follow_the_law_of_total_variance(distributio
     scales = forecast.scale_std
     assert_close(y, members.mean(0))
     assert_close(risk.square(), members.var(0, correction=0) + scales.square().mean(0))
+    assert_close(forecast.epistemic, members.std(0, correction=0))
+    assert_close(forecast.aleatoric.square(), scales.square().mean(0))
+    assert_close(forecast.total, risk)
     assert scales.std(0).max() > 1e-3  # members predict different scales
     plain_std = math.sqrt(2) if distribution is sculpt.Laplace else 1.0
     rows = wrapped.forward_rows(x.repeat(len(members), 1))

@@ -25,7 +25,7 @@ from selfdoubt.eval.shards import Shards
 from selfdoubt.lm.conditions import Conditions
 from selfdoubt.lm.hidden_states import find_decoder_layers
 from selfdoubt.lm.text.prompt import encode
-from selfdoubt.members import innermost
+from selfdoubt.wrapping import innermost
 
 if TYPE_CHECKING:
     from selfdoubt.lm.model import RiskAwareLM

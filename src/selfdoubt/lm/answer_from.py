@@ -9,7 +9,8 @@ from torch import nn
 
 from selfdoubt import sample, vote
 from selfdoubt.errors import ConfigError
-from selfdoubt.members import Spec, Wrapped
+from selfdoubt.members import Wrapped
+from selfdoubt.spec import Spec
 
 AnswerFrom = Literal["base", "mean"]
 

@@ -18,8 +18,9 @@ from selfdoubt import density, storage
 from selfdoubt.compat import is_beneath_adapter, is_lora_weight
 from selfdoubt.fields import anything, choice, listing, nonempty, number, optional, record, string, table, whole
 from selfdoubt.lm.text.prompt_form import CHAT, RAW, TEXT
-from selfdoubt.members import Wrapped, get_base_name
+from selfdoubt.members import Wrapped
 from selfdoubt.rows import list_added_names
+from selfdoubt.wrapping import get_base_name
 
 #: The most probable token each time; drawn; picked among given choices; existing text.
 Made = Literal["greedy", "sampled", "choice", "given"]

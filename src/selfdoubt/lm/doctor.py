@@ -27,9 +27,10 @@ from selfdoubt.lm.probes import build_stepper
 from selfdoubt.lm.sampling import Sampling
 from selfdoubt.lm.step_modes import choose_step_mode
 from selfdoubt.lm.stepper import HFStepper
-from selfdoubt.members import Wrapped, innermost
+from selfdoubt.members import Wrapped, count_rows
 from selfdoubt.rows import Replacement, list_added_names
 from selfdoubt.targets import replace_module
+from selfdoubt.wrapping import innermost
 
 #: Tokens of the prompts whose reading and answering are timed.
 PROMPT, LONG_PROMPT = 32, 256
@@ -127,7 +128,7 @@ def diagnose(lm: ModelWithFront, *, batch: int = 32, steps: int = 8) -> Diagnosi
     model, base = lm.model, innermost(lm.model)
     device = next(model.parameters()).device
     weights, added_parameters, added_bytes, read = measure_weights(model)
-    members = model.spec.members(training=False) if isinstance(model, Wrapped) else 1
+    members = count_rows(model)
     context = HFStepper(model).context
     prompt = min(PROMPT, (context or PROMPT + steps + _WARM + 1) - steps - _WARM - 1)
     if prompt < 1:

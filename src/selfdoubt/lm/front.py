@@ -28,7 +28,8 @@ from selfdoubt.lm.scores import (
 from selfdoubt.lm.step_modes import StepMode
 from selfdoubt.lm.stepper import HFStepper
 from selfdoubt.lm.tokens import TokenBuilder
-from selfdoubt.members import Wrapped, get_source
+from selfdoubt.members import Wrapped
+from selfdoubt.wrapping import get_source
 
 
 @dataclass(frozen=True)

@@ -25,8 +25,9 @@ from torch import Tensor, nn
 from selfdoubt.compat import get_output_head
 from selfdoubt.errors import ConfigError, SlowWarning, WrapError
 from selfdoubt.lm.hidden_states import find_decoder_layers
-from selfdoubt.members import Wrapped, innermost
+from selfdoubt.members import Wrapped, count_rows
 from selfdoubt.rows import ForwardContext, expand
+from selfdoubt.wrapping import innermost
 
 #: Arguments of decoder layers that have one row per sequence (or one for all), and the numbers of their dimensions.
 _GROWS: Mapping[str, tuple[int, ...]] = {
@@ -153,7 +154,7 @@ def find_late_fork(model: nn.Module, build: Callable[[LateFork | None], Steps]) 
         model: The model, wrapped or not.
         build: Builds a stepper of the model with this fork, or with the full one.
     """
-    members = model.spec.members(training=False) if isinstance(model, Wrapped) else 1
+    members = count_rows(model)
     if not isinstance(model, Wrapped) or members == 1 or model.spec.compile:
         return None
     known = _FORKS.get(model)

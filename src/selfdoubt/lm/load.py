@@ -13,7 +13,7 @@ from torch import nn
 from selfdoubt import compat
 from selfdoubt.errors import ConfigError, LoadError, SelfdoubtError, require
 from selfdoubt.lm.gguf import choose_gguf, fetch_gguf, find_gguf, load_gguf, read_gguf_config
-from selfdoubt.members import innermost
+from selfdoubt.wrapping import innermost
 
 POCKET = "pocket"
 Quantization = Literal["nf4"]

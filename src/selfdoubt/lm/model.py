@@ -32,7 +32,7 @@ from selfdoubt.lm.scores import RANK_SCORES, TOKEN_RISK, Score, Signal, choose_d
 from selfdoubt.lm.scoring import score_teacher_forced
 from selfdoubt.lm.step_modes import StepMode, check_step_mode
 from selfdoubt.lm.until import Attempts, generate_until
-from selfdoubt.members import Spec, check_spec
+from selfdoubt.spec import Spec, check_spec
 
 
 class RiskAwareLM:

@@ -22,10 +22,11 @@ from selfdoubt.lm.generation import generate_answers
 from selfdoubt.lm.inputs import PromptLike
 from selfdoubt.lm.step_modes import StepMode
 from selfdoubt.lm.text.prompt import encode
-from selfdoubt.members import Wrapped, innermost
+from selfdoubt.members import Wrapped, count_rows
 from selfdoubt.noise import SMALLEST, STEPS, NoiseLimits, NoiseSearch, NoiseTally, NoiseTrial, find_noisy, search_size
 from selfdoubt.noise_fit import add_base_row, run_base, scale_open_noise
 from selfdoubt.rows import expand, unfold
+from selfdoubt.wrapping import innermost
 
 #: Most tokens of an answer that is compared.
 _MAX_TOKENS = 24
@@ -155,7 +156,7 @@ def _join(prompt: list[int], answer: Answer, max_tokens: int) -> _Text:
 
 def _compare(model: Wrapped, texts: Sequence[_Text], limits: NoiseLimits) -> NoiseTally:
     """Compare members with the base on all texts; give up where they exceed the limits whatever follows."""
-    members = model.spec.members(training=False)
+    members = count_rows(model)
     total = (members - 1) * sum(text.predictions for text in texts)
     longest = max(text.predictions for text in texts)
     vocabulary = innermost(model).config.get_text_config().vocab_size  # type: ignore[union-attr, operator]
@@ -178,7 +179,7 @@ def _read(model: nn.Module, texts: Sequence[_Text], columns: int) -> Tensor:
     """Return the logits at the last columns of texts, ``(rows, columns, classes)``; rows are member-major."""
     inner = innermost(model)
     device = next(inner.parameters()).device
-    members = model.spec.members(training=False) if isinstance(model, Wrapped) else 1
+    members = count_rows(model)
     width = max(len(text.ids) for text in texts)
     padded = torch.tensor([[0] * (width - len(text.ids)) + text.ids for text in texts], device=device)
     inputs: dict[str, Any] = {"input_ids": expand(padded, members), "use_cache": False}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from selfdoubt.members import Spec
+from selfdoubt.spec import Spec
 from selfdoubt.storage import to_json
 
 #: The way from percentiles to a probability.

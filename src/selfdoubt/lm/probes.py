@@ -15,7 +15,8 @@ from selfdoubt.lm.late_layers import find_late_layers
 from selfdoubt.lm.step_modes import StepMode
 from selfdoubt.lm.step_output import Probe
 from selfdoubt.lm.stepper import HFStepper
-from selfdoubt.members import Wrapped, innermost
+from selfdoubt.members import Wrapped
+from selfdoubt.wrapping import innermost
 
 
 def find_probes(model: nn.Module) -> list[Probe]:

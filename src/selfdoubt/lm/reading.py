@@ -22,8 +22,9 @@ from selfdoubt.compat import get_output_head
 from selfdoubt.density import MeasuredLeaf
 from selfdoubt.lm.step_output import StepOutput, Stepper
 from selfdoubt.lm.stepper import HFStepper
-from selfdoubt.members import Wrapped, innermost
+from selfdoubt.members import Wrapped
 from selfdoubt.rows import Replacement
+from selfdoubt.wrapping import innermost
 
 #: Hidden states within a layer, and logits that a model returns, are at most this many numbers at a time.
 _CHUNK = 2**25

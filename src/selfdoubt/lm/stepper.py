@@ -23,8 +23,9 @@ from selfdoubt.lm.few_rows import find_linears, use_few_rows
 from selfdoubt.lm.hidden_states import OutputRecorder, find_decoder_layer
 from selfdoubt.lm.late_fork import LateFork, find_late_fork
 from selfdoubt.lm.step_output import Probe, StepOutput
-from selfdoubt.members import Wrapped, innermost
+from selfdoubt.members import Wrapped, count_rows, has_base_row
 from selfdoubt.rows import expand, unfold
+from selfdoubt.wrapping import innermost
 
 #: Logits of a piece of prompt are at most this many numbers, whatever the vocabulary (128 MiB in float32).
 _CHUNK = 2**25
@@ -57,8 +58,8 @@ class HFStepper:
     ) -> None:
         self._probes = list(probes)
         self._sizer = sizer
-        self.members = model.spec.members(training=False) if isinstance(model, Wrapped) else 1
-        self.has_base = isinstance(model, Wrapped) and model.spec.has_base
+        self.members = count_rows(model)
+        self.has_base = has_base_row(model)
         self._model = model
         measured = density.find_measured_leaf(model)
         # A distance that is pooled over positions is not one of a token.

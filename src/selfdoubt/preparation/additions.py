@@ -17,7 +17,8 @@ from selfdoubt.lm.answer_from import protect_answers
 from selfdoubt.lm.density import fit_density
 from selfdoubt.lm.model import RiskAwareLM
 from selfdoubt.lm.noise_search import search_noise
-from selfdoubt.members import Spec, Wrapped
+from selfdoubt.members import Wrapped
+from selfdoubt.spec import Spec
 
 if TYPE_CHECKING:
     from rich.progress import Progress

@@ -23,11 +23,12 @@ from selfdoubt.lm.answer import Answer
 from selfdoubt.lm.model import RiskAwareLM
 from selfdoubt.lm.scores import reference_quantiles
 from selfdoubt.lm.text.prompt import encode
-from selfdoubt.members import Spec, Wrapped
+from selfdoubt.members import Wrapped
 from selfdoubt.preparation.additions import add_density, add_members, check_members
 from selfdoubt.preparation.config import PreparationConfig
 from selfdoubt.preparation.work import WorkFolder
 from selfdoubt.rows import list_added_names
+from selfdoubt.spec import Spec
 
 if TYPE_CHECKING:
     from rich.progress import Progress

@@ -14,10 +14,10 @@ from selfdoubt import vote
 from selfdoubt.errors import ConfigError, require
 from selfdoubt.lm.adapters.lora import add_lora
 from selfdoubt.lm.load import load_model
-from selfdoubt.members import innermost
 from selfdoubt.train.config import TrainConfig
 from selfdoubt.train.devices import choose_device, count_devices
 from selfdoubt.train.encode import prepare_tokenizer
+from selfdoubt.wrapping import innermost
 
 
 def build_model(config: TrainConfig) -> tuple[nn.Module, Any]:

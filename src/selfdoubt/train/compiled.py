@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from selfdoubt.lm.hidden_states import find_decoder_layers
-from selfdoubt.members import innermost
+from selfdoubt.wrapping import innermost
 
 
 class CompiledLayers:

@@ -22,9 +22,10 @@ from torch import Tensor, nn
 from selfdoubt import risk, sculpt
 from selfdoubt.compat import get_output_head
 from selfdoubt.errors import WrapError
-from selfdoubt.members import Wrapped, innermost
+from selfdoubt.members import Wrapped
 from selfdoubt.rows import Replacement
 from selfdoubt.train.likelihood import sum_expected_surprisals, sum_surprisals
+from selfdoubt.wrapping import innermost
 
 #: Logits of one piece are at most this many numbers (64 MiB in float32); on a GPU, whose products want many rows, more.
 PIECE, PIECE_ON_GPU = 2**24, 2**26

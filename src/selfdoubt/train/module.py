@@ -16,13 +16,14 @@ from selfdoubt import sculpt
 from selfdoubt.errors import ConfigError, NonFiniteError
 from selfdoubt.lm.adapters.lora import leave_casts_to_autocast
 from selfdoubt.lm.attention_backends import steady_attention
-from selfdoubt.members import Wrapped, innermost
+from selfdoubt.members import Wrapped, count_rows, has_base_row
 from selfdoubt.rows import expand
 from selfdoubt.train.batches import Batch
 from selfdoubt.train.compiled import CompiledLayers
 from selfdoubt.train.config import TrainConfig
 from selfdoubt.train.head import compute_mixture_losses, get_head, run_trunk, sum_losses, sum_sculpted_losses
 from selfdoubt.train.optimizer import build_optimizer
+from selfdoubt.wrapping import innermost
 
 
 class RiskAwareModule(lightning.LightningModule):
@@ -58,7 +59,7 @@ class RiskAwareModule(lightning.LightningModule):
     @property
     def members(self) -> int:
         """Members at evaluation."""
-        return self.model.spec.members(training=False) if isinstance(self.model, Wrapped) else 1
+        return count_rows(self.model)
 
     def setup(self, stage: str) -> None:  # noqa: ARG002
         """Leave the casts of LoRA to autocast, where that is active."""
@@ -130,7 +131,7 @@ class RiskAwareModule(lightning.LightningModule):
         rows = _repeat(batch, members)
         with steady_attention():
             head_input = run_trunk(self.model, _build_inputs(self.model, rows), rows.chosen, training=False)
-        if isinstance(self.model, Wrapped) and self.model.spec.has_base:  # which does not train
+        if has_base_row(self.model):  # which does not train
             head_input = head_input._replace(hidden=head_input.hidden[len(head_input.hidden) // members :])
             members -= 1
         labels = batch.labels.flatten()[batch.chosen]

@@ -13,7 +13,7 @@ from selfdoubt.lm.prefill import prefill
 from selfdoubt.lm.probes import find_probes
 from selfdoubt.lm.step_output import Probe
 from selfdoubt.lm.stepper import HFStepper
-from selfdoubt.members import innermost
+from selfdoubt.wrapping import innermost
 from tests.zoo import causal, prompts
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}

@@ -15,7 +15,7 @@ from selfdoubt.lm import few_rows
 from selfdoubt.lm.few_rows import find_linears, multiply_few_rows, use_few_rows
 from selfdoubt.lm.prefill import prefill
 from selfdoubt.lm.stepper import HFStepper
-from selfdoubt.members import innermost
+from selfdoubt.wrapping import innermost
 from tests.zoo import causal, prompts
 
 

@@ -15,7 +15,7 @@ from selfdoubt.lm import late_layers
 from selfdoubt.lm.late_layers import find_late_layers, jensen_shannon
 from selfdoubt.lm.prefill import prefill
 from selfdoubt.lm.stepper import HFStepper
-from selfdoubt.members import innermost
+from selfdoubt.wrapping import innermost
 from tests.zoo import causal, prompts
 
 

@@ -21,7 +21,7 @@ from selfdoubt.lm.static.decoder import StaticDecoder
 from selfdoubt.lm.static.slots import choose_bucket
 from selfdoubt.lm.step_modes import check_step_mode, choose_step_mode
 from selfdoubt.lm.stepper import HFStepper
-from selfdoubt.members import innermost
+from selfdoubt.wrapping import innermost
 from tests import zoo
 from tests.plain import run
 

@@ -13,9 +13,9 @@ from openai.types.chat import ChatCompletion as TheirChat
 from openai.types.chat import ChatCompletionChunk as TheirChunk
 from pydantic import BaseModel
 
-from selfdoubt.members import innermost
 from selfdoubt.serve.engine.limits import Limits
 from selfdoubt.serve.openai import params, responses
+from selfdoubt.wrapping import innermost
 from tests import zoo
 from tests.waiting import wait_until, wait_until_async
 

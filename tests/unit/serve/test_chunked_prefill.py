@@ -12,12 +12,12 @@ import torch
 from selfdoubt import RiskAwareLM, vote
 from selfdoubt.errors import EngineError, PromptError
 from selfdoubt.lm.scoring import encode_teacher_forced
-from selfdoubt.members import innermost
 from selfdoubt.serve.engine.engine import Engine
 from selfdoubt.serve.engine.limits import Limits
 from selfdoubt.serve.engine.request import TokensAdded
 from selfdoubt.serve.engine.scheduler import STREAM_GAP
 from selfdoubt.serve.engine.tasks import EngineTask, TaskQueue
+from selfdoubt.wrapping import innermost
 from tests import zoo
 from tests.unit.serve.test_engine import prompt
 

@@ -16,10 +16,10 @@ from selfdoubt.errors import BusyError, ConfigError, DeadlineError, EngineError,
 from selfdoubt.lm.answer import Answer
 from selfdoubt.lm.scoring import encode_teacher_forced
 from selfdoubt.lm.text.prompt import Prompt
-from selfdoubt.members import innermost
 from selfdoubt.serve.engine.engine import Engine
 from selfdoubt.serve.engine.limits import Limits
 from selfdoubt.serve.engine.request import Finished, RequestHandle, Started, TokensAdded, cancel_on_exit
+from selfdoubt.wrapping import innermost
 from tests import zoo
 from tests.waiting import wait_until
 

@@ -14,13 +14,13 @@ from pydantic import ValidationError
 
 from selfdoubt.errors import BusyError, ConfigError, DeadlineError, EngineError, NonFiniteError, PromptError
 from selfdoubt.lm.text.prompt import Prompt
-from selfdoubt.members import innermost
 from selfdoubt.serve.engine.engine import Engine
 from selfdoubt.serve.engine.limits import CHARACTERS_PER_TOKEN, Limits
 from selfdoubt.serve.http.body import MAX_FIELDS, MAX_ITEMS, check_body
 from selfdoubt.serve.http.encoders import SHORT_TEXT, EncoderThreads, measure_prompt
 from selfdoubt.serve.openai.errors import MAX_FIELD, MAX_MESSAGE, RequestError, shorten, to_request_error
 from selfdoubt.serve.openai.requests import ChatRequest, CompletionRequest, ScoreRequest
+from selfdoubt.wrapping import innermost
 from tests.unit.serve.test_app import CHAT, HELLO, TEXT, ask, fault, ok, slow
 from tests.waiting import wait_until
 

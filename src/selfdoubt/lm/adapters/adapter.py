@@ -22,7 +22,7 @@ from selfdoubt import storage
 from selfdoubt.errors import ConfigError, LoadError
 from selfdoubt.lm.adapters import lora, peft_config
 from selfdoubt.lm.calibration import Calibration, read_calibration
-from selfdoubt.members import Spec
+from selfdoubt.spec import Spec
 
 #: Entry of the manifest: the number of answers that the reference quantiles are of.
 REFERENCE_SIZE = "reference_size"

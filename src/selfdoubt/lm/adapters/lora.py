@@ -21,7 +21,7 @@ from selfdoubt import compat, storage, targets
 from selfdoubt.errors import BaseMismatchError, ConfigError, TargetError, WrapError, require
 from selfdoubt.fields import build_broken_file_error
 from selfdoubt.lm.adapters.peft_config import CONFIG, WEIGHTS, check_ranks, read_config
-from selfdoubt.members import get_base_name, get_source, innermost
+from selfdoubt.wrapping import get_base_name, get_source, innermost
 
 _NAME = "default"
 

@@ -19,10 +19,11 @@ from selfdoubt.errors import BaseMismatchError, WrapError, require
 from selfdoubt.lm.adapters.adapter import AdapterFolder
 from selfdoubt.lm.adapters.lora import list_lora_names, shorten_names, write_peft
 from selfdoubt.lm.load import load_skeleton
-from selfdoubt.members import Wrapped, get_base_name, get_source, innermost
+from selfdoubt.members import Wrapped
 from selfdoubt.rows import Replacement
 from selfdoubt.vote import VotingLeaf
 from selfdoubt.vote import Wrapper as Vote
+from selfdoubt.wrapping import get_base_name, get_source, innermost
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from selfdoubt import kernels
 from selfdoubt.compat import is_transposed
 from selfdoubt.lm.model import RiskAwareLM
-from selfdoubt.members import Wrapped
+from selfdoubt.members import Wrapped, count_rows
 from selfdoubt.rows import Replacement
 
 #: Rows per member that a product may have; more are computed in pieces of the largest.
@@ -55,7 +55,7 @@ def limit_shapes(lm: RiskAwareLM) -> None:
     wrapped = [m for m in model.modules() if isinstance(m, Wrapped)]
     if next(model.parameters()).device.type != "cpu" or any(m.spec.compile for m in wrapped):
         return
-    members = model.spec.members(training=False) if isinstance(model, Wrapped) else 1
+    members = count_rows(model)
     for module in model.modules():
         kernel = vars(module).get("kernel") if isinstance(module, Replacement) else None
         if kernel in (kernels.linear, kernels.embedding):
