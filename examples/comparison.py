@@ -174,6 +174,12 @@ def measure_classes(
     return Row(arm, {**numbers, "seconds": seconds})
 
 
+def measure_members(arm: str, outputs: Sequence[Tensor], y: Tensor, seconds: float) -> Row:
+    """Measure members' logits of usual inputs, ``(members, n, classes)``, and of others, by their disagreement."""
+    doubts = [risk.total(logits) if len(logits) == 1 else risk.epistemic(logits) for logits in outputs]
+    return measure_classes(arm, outputs[0], y, doubts[0], doubts[1] if len(doubts) > 1 else None, seconds)
+
+
 def measure_values(
     arm: str, mean: Tensor, std: Tensor, y: Tensor, doubt: Tensor, others: Tensor | None, seconds: float
 ) -> Row:
@@ -194,7 +200,7 @@ def find_auroc(doubt: Tensor, positive: Tensor) -> float:
     """Return how well a risk ranks the positive rows above the others: 1 always, 1/2 as chance; NaN without both."""
     if positive.all() or not positive.any():
         return math.nan
-    return metrics.auroc(doubt.double().numpy(), ~positive.numpy())
+    return metrics.auroc(doubt.flatten().double().numpy(), ~positive.numpy())
 
 
 def average(rows: Sequence[Row]) -> list[Row]:
