@@ -14,7 +14,6 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from math import prod
 from operator import attrgetter
 from threading import RLock
 from typing import Any
@@ -219,6 +218,11 @@ class Wrapped(nn.Module):
             return y, pair_scales(y, scales) if scales else None
 
     @property
+    def has_members(self) -> bool:
+        """True if a wrapper has members, voters or samples, which can answer or leave that to the base model."""
+        return any(hasattr(wrapper.spec, "answer_from") for wrapper in list_wrappers(self))
+
+    @property
     def answers_from_base(self) -> bool:
         """True if the base model answers: where a wrapper says so, and by default until members are trained."""
         choice = _find_answer_from(self)
@@ -372,8 +376,10 @@ def list_wrappers(model: nn.Module) -> list[Wrapped]:
 
 def count_members(model: nn.Module, *, training: bool = False) -> int:
     """Return the number of members of all wrappers around a model, without the base model; 1 for a plain model."""
-    specs = [wrapper.spec for wrapper in list_wrappers(model)]
-    return prod(spec.members(training=training) - (spec.has_base and not training) for spec in specs)
+    members = 1  # a loop, which graphs can capture
+    for wrapper in list_wrappers(model):
+        members *= wrapper.spec.members(training=training) - (wrapper.spec.has_base and not training)
+    return members
 
 
 def count_rows(model: nn.Module) -> int:

@@ -113,8 +113,8 @@ def save(
             "class": type(base_model).__name__,
             "fingerprint": compute_fingerprint(wrapped, elsewhere),
         },
-        "trained": isinstance(wrapped, Wrapped) and wrapped.is_trained,
         "versions": {"selfdoubt": __version__, "torch": str(torch.__version__)},
+        **({"trained": wrapped.is_trained} if isinstance(wrapped, Wrapped) and wrapped.has_members else {}),
         **(extra or {}),
     })  # fmt: skip
     # The old manifest goes first: between the two renames the folder says that it is not whole, never a mix.
@@ -212,7 +212,7 @@ def restore(folder: str | os.PathLike[str], model: nn.Module, manifest: Mapping[
     wrapped = rewrap(folder, manifest, model)
     _check_fits(folder, wrapped, tensors, manifest["base"])
     wrapped.load_state_dict(tensors, strict=False)
-    if isinstance(wrapped, Wrapped):
+    if isinstance(wrapped, Wrapped) and wrapped.has_members:
         wrapped.is_trained = manifest.get("trained", True)  # older versions let the mean answer
     return wrapped
 

@@ -143,7 +143,7 @@ def test_a_density_changes_no_other_score(wrapper, tmp_path):
 
 
 def test_members_have_the_mean_of_their_distances():
-    model = vote.Wrapper(n_voters=3, weight_noise=0.5)(talker()).eval()
+    model = vote.Wrapper(n_voters=3, weight_noise=0.5, answer_from="mean")(talker()).eval()
     lm = RiskAwareLM(model, tokenizer())
     fit_density(lm, PAIRS, wrapper=density.Wrapper(**SETTINGS))
     (answer,) = lm.score_batch(PAIRS[:1])
