@@ -212,5 +212,3 @@ def _noisy_loss(output: tuple[Tensor, Tensor], y: Tensor, draws: int = 10) -> Te
 
 def _repeated_loss(members: int, logits: Tensor, y: Tensor) -> Tensor:
     return F.cross_entropy(logits, y.repeat(members))
-
-

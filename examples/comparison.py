@@ -146,9 +146,7 @@ def predict_dropout(model: nn.Module, x: Tensor, passes: int) -> Tensor:
     return outputs
 
 
-def measure_classes(
-    arm: str, members: Tensor, y: Tensor, doubt: Tensor, others: Tensor | None, seconds: float
-) -> Row:
+def measure_classes(arm: str, members: Tensor, y: Tensor, doubt: Tensor, others: Tensor | None, seconds: float) -> Row:
     """Measure predictions of classes.
 
     Args:

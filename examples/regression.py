@@ -113,7 +113,9 @@ def plot(forecast: Forecast, data: tuple[Tensor, Tensor], grid: Tensor, options:
     )
     figure, (above, below) = plt.subplots(2, 1, figsize=(7, 5.6), sharex=True, height_ratios=(2, 1))
     above.fill_between(x, mean - 2 * total, mean + 2 * total, color="tab:orange", alpha=0.35, label="± 2 total")
-    above.fill_between(x, mean - 2 * aleatoric, mean + 2 * aleatoric, color="tab:blue", alpha=0.35, label="± 2 aleatoric")
+    above.fill_between(
+        x, mean - 2 * aleatoric, mean + 2 * aleatoric, color="tab:blue", alpha=0.35, label="± 2 aleatoric"
+    )
     above.plot(x, mean, color="tab:blue", label="mean")
     above.plot(*(part[:, 0].numpy() for part in data), ".", color="black", markersize=3, label="data")
     above.plot(x, [math.sin(3 * value) for value in x], "--", color="gray", linewidth=1, label="truth")
@@ -122,7 +124,9 @@ def plot(forecast: Forecast, data: tuple[Tensor, Tensor], grid: Tensor, options:
     below.plot(x, epistemic, color="tab:orange", label="epistemic")
     below.plot(x, aleatoric, color="tab:blue", label="aleatoric")
     seen = (x > -1.5) & (x < 1.5)
-    below.plot(x[seen], find_noise(grid)[:, 0].numpy()[seen], "--", color="gray", linewidth=1, label="noise of the data")
+    below.plot(
+        x[seen], find_noise(grid)[:, 0].numpy()[seen], "--", color="gray", linewidth=1, label="noise of the data"
+    )
     below.set_ylim(0, 0.8)
     below.legend(ncols=3, fontsize=8, loc="upper center")
     for axes in (above, below):

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from selfdoubt import targets
+from selfdoubt import compat, targets
 from selfdoubt.errors import ConfigError, DataError, WrapError
 from selfdoubt.fields import SHARED, WIDTH, FieldCheck, check_settings, flag, number, optional, resolve_compile, whole
 from selfdoubt.gaussian import Gaussian, Moments, merge
@@ -44,7 +44,8 @@ class Wrapper:
     Args:
         param_filter: A regex over full parameter names; the features are the input of the one layer that owns them: a
             linear or convolution layer, or a norm over the last axis. None: the head, which is the output embedding of
-            a language model and the last linear or convolution layer of any other.
+            a language model and the last linear or convolution layer of any other. Where the head comes right after
+            a linear layer that is not the first, as in a classifier of three, that one: its input shows more.
         pooled: Measure the mean of the features over their positions, instead of each position.
         rank: Number of directions of largest variance to keep, for wide models; None keeps all.
         shrinkage: Share of the identity in the covariance, in [0, 1]; None takes that of Ledoit and Wolf.
@@ -106,9 +107,7 @@ class Wrapper:
         """
         if isinstance(model, nn.Module) and find_measured_leaf(model) is not None:
             raise WrapError("the model has a density already; fit that one again")
-        leaves = (
-            targets.find_heads(model) if self.param_filter is None else targets.find_leaves(model, self.param_filter)
-        )
+        leaves = _find_features(model) if self.param_filter is None else targets.find_leaves(model, self.param_filter)
         if len(leaves) > 1:
             names = ", ".join(leaf.name for leaf in leaves[:3])
             raise WrapError(f"density measures the input of one layer, got {len(leaves)} ({names}, ...); name one")
@@ -332,6 +331,19 @@ def _match_mask(mask: Any, features: Tensor, members: int) -> Tensor | None:
     if not isinstance(mask, Tensor) or mask.shape != (features.shape[0] // members, *features.shape[1:-1]):
         return None
     return expand(mask, members).bool()
+
+
+def _find_features(model: nn.Module) -> list[Leaf]:
+    """Return the head, or the linear layer right before it in the same module; the first layer is left alone."""
+    heads = targets.find_heads(model)
+    if len(heads) != 1:
+        return heads
+    leaves = targets.find_leaves(model, targets.EVERYTHING)
+    place = next(i for i, leaf in enumerate(leaves) if leaf.name == heads[0].name)
+    before = leaves[place - 1] if place > 1 else heads[0]
+    is_beside = before.name.rpartition(".")[0] == heads[0].name.replace(".leaf", "").rpartition(".")[0]
+    are_linear = all(isinstance(compat.get_base_layer(leaf.module), nn.Linear) for leaf in (before, heads[0]))
+    return [before] if is_beside and are_linear else heads
 
 
 def _lift(leaf: Leaf, model: nn.Module) -> Leaf:
