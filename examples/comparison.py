@@ -172,9 +172,14 @@ def measure_classes(arm: str, members: Tensor, y: Tensor, doubt: Tensor, others:
     return Row(arm, {**numbers, "seconds": seconds})
 
 
+def find_doubt(logits: Tensor) -> Tensor:
+    """Return the members' disagreement, or one network's entropy, nats; classes are on the last axis."""
+    return risk.total(logits) if len(logits) == 1 else risk.epistemic(logits)
+
+
 def measure_members(arm: str, outputs: Sequence[Tensor], y: Tensor, seconds: float) -> Row:
     """Measure members' logits of usual inputs, ``(members, n, classes)``, and of others, by their disagreement."""
-    doubts = [risk.total(logits) if len(logits) == 1 else risk.epistemic(logits) for logits in outputs]
+    doubts = [find_doubt(logits) for logits in outputs]
     return measure_classes(arm, outputs[0], y, doubts[0], doubts[1] if len(doubts) > 1 else None, seconds)
 
 
