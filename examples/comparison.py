@@ -66,7 +66,7 @@ class Budget:
     seed: int = field(default=0)
 
 
-def read_options(text: str | None, *, seeds: int = 1, parser: argparse.ArgumentParser | None = None) -> Options:
+def read_options(text: str | None = None, *, seeds: int = 1, parser: argparse.ArgumentParser | None = None) -> Options:
     """Read the command line that all examples share."""
     parser = parser or argparse.ArgumentParser(description=(text or "").partition("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("examples/pictures"), help="folder of the picture and numbers")
