@@ -9,13 +9,13 @@ Wrap a model, call it as before, and ask for the risk next to the answer::
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from selfdoubt.errors import require
 from selfdoubt.version import __version__
 
 if TYPE_CHECKING:
-    from selfdoubt import density, errors, metrics, risk, sample, sculpt, vote
+    from selfdoubt import density, errors, interpret, metrics, risk, sample, sculpt, vote
     from selfdoubt.errors import SelfdoubtError
     from selfdoubt.forecast import Forecast, Prediction
     from selfdoubt.lm.answer import Answer, Token
@@ -38,6 +38,7 @@ __all__ = [
     "density",
     "errors",
     "evaluate",
+    "interpret",
     "load",
     "metrics",
     "prepare",
@@ -64,12 +65,18 @@ _HOMES = {
 }
 
 
+#: The extra whose packages a name needs, where torch, safetensors and jaxtyping are not all.
+_EXTRAS = {"Answer": "lm", "RiskAwareLM": "lm", "Token": "lm", "prepare": "lm"} | dict.fromkeys(
+    ("calibrate", "evaluate", "metrics"), "qa"
+)
+
+
 def __getattr__(name: str) -> Any:
     # Lazy, so that the command line can print its help without importing torch.
     if name in _HOMES:
-        return getattr(import_module(_HOMES[name]), name)
+        return getattr(require(_HOMES[name], _EXTRAS.get(name, "all")), name)
     if name in __all__:
-        return import_module(f"selfdoubt.{name}")
+        return require(f"selfdoubt.{name}", _EXTRAS.get(name, "all"))
     raise AttributeError(f"module 'selfdoubt' has no attribute {name!r}")
 
 

@@ -127,6 +127,7 @@ def test_every_file_of_the_core_has_its_arrows():
 #: Which rooms a room may import, lazily and for typing included. Never upwards, and no circle.
 ROOMS = {
     "metrics": {"core"},
+    "interpret": {"core", "metrics"},
     "data": {"core"},
     "lm": {"core", "pocket"},  # "pocket" is a name that load knows
     "train": {"core", "data", "lm"},
@@ -229,6 +230,13 @@ def test_metrics_are_pure(name):
     top = {m.partition(".")[0] for m, _ in imports(FILES[name])}
     assert top - set(__import__("sys").stdlib_module_names) <= {"selfdoubt", "numpy", "scipy", "jaxtyping"}
     assert {n for n in own(FILES[name]) if not n.startswith("metrics")} <= {"errors"}
+
+
+@pytest.mark.parametrize("name", [n for n in FILES if n.startswith("interpret.")])
+def test_decisions_need_only_torch(name):
+    top = {m.partition(".")[0] for m, _ in imports(FILES[name])}
+    assert top - set(__import__("sys").stdlib_module_names) <= {"selfdoubt", "torch", "jaxtyping"}
+    assert not {n for n in own(FILES[name], everywhere=False) if n.partition(".")[0] == "metrics"}  # needs numpy
 
 
 def test_training_reads_its_settings_without_a_library():

@@ -28,6 +28,7 @@ from selfdoubt.metrics.bootstrap import (
 )
 from selfdoubt.metrics.calibration import Reliability, brier, ece, log_losses, nll, reliability
 from selfdoubt.metrics.estimate import Estimate
+from selfdoubt.metrics.losses import LossCurve, loss_aurc, loss_coverage, loss_prr
 from selfdoubt.metrics.proportion import estimate_share, wilson_interval
 from selfdoubt.metrics.selective import (
     METRICS,
@@ -65,6 +66,7 @@ __all__ = [
     "DecisionCounts",
     "Estimate",
     "JudgedAnswers",
+    "LossCurve",
     "Metric",
     "Reliability",
     "SystemComparison",
@@ -95,6 +97,9 @@ __all__ = [
     "find_best_threshold",
     "hallucination_rate",
     "log_losses",
+    "loss_aurc",
+    "loss_coverage",
+    "loss_prr",
     "nll",
     "omniscience_index",
     "paired_difference",
