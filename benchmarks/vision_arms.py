@@ -35,8 +35,8 @@ class Outcome(NamedTuple):
     members: Tensor  #: logits ``(members, n, 10)``; their mean probabilities answer
     doubt: Tensor
     strange: Tensor
-    training: float
-    prediction: float
+    training: Clock
+    prediction: Clock
 
 
 class Attention(nn.Module):
@@ -150,9 +150,9 @@ def run_arm(arm: str, model: str, data: Digits, budget: Budget, members: int, pe
             wrapped = _train_ours(arm, build, data, budget, wide, members)
         with measure_time(clock), torch.no_grad():
             forecasts = [wrapped.forecast(x) for x in inputs]
-        outputs = [f.members if f.base is None else f.base[None] for f in forecasts]
-        doubts = [_choose_risk(arm, f) for f in forecasts]
-    return Outcome(outputs[0], doubts[0], doubts[1], spent.seconds, clock.seconds)
+            outputs = [_choose_members(arm, f) for f in forecasts]
+        doubts = [_choose_risk(arm, f, y) for f, y in zip(forecasts, outputs, strict=True)]
+    return Outcome(outputs[0], doubts[0], doubts[1], spent, clock)
 
 
 def _train_others(arm: str, build: Build, data: Digits, budget: Budget, members: int) -> list[nn.Module]:
@@ -193,15 +193,20 @@ def _train_ours(arm: str, build: Build, data: Digits, budget: Budget, wide: Budg
     return wrapped
 
 
-def _choose_risk(arm: str, forecast: Forecast) -> Tensor:
-    """Return the risk of a prediction: disagreement, the distance, or the mean scale of the logits."""
+def _choose_members(arm: str, forecast: Forecast, draws: int = 20) -> Tensor:
+    """Return the logits whose mean probabilities answer: the voters', the base's, or draws of a sculpt."""
+    if arm == "sculpt":
+        assert forecast.scale is not None
+        return torch.stack([sculpt.Normal.sample((forecast.mean, forecast.scale)) for _ in range(draws)])
+    return forecast.members if forecast.base is None else forecast.base[None]
+
+
+def _choose_risk(arm: str, forecast: Forecast, logits: Tensor) -> Tensor:
+    """Return the risk of a prediction: disagreement, the distance, or the entropy under a sculpt's noise."""
     if arm.endswith("density"):
         assert forecast.density is not None
         return forecast.density
-    if arm == "sculpt":
-        assert forecast.scale is not None
-        return forecast.scale.mean(-1)
-    return risk.epistemic(forecast.members)
+    return risk.total(logits) if arm == "sculpt" else risk.epistemic(forecast.members)
 
 
 def _noisy_loss(output: tuple[Tensor, Tensor], y: Tensor, draws: int = 10) -> Tensor:

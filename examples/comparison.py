@@ -53,6 +53,7 @@ class Clock:
     """Seconds that the blocks under ``measure_time`` took."""
 
     seconds: float = 0.0
+    processor: float = 0.0  #: seconds of processor time, which other processes hardly change
 
 
 @dataclass(frozen=True)
@@ -81,9 +82,10 @@ def read_options(text: str | None = None, *, seeds: int = 1, parser: argparse.Ar
 @contextmanager
 def measure_time(clock: Clock) -> Iterator[None]:
     """Add the block's seconds to a clock."""
-    start = time.perf_counter()
+    start, busy = time.perf_counter(), time.process_time()
     yield
     clock.seconds += time.perf_counter() - start
+    clock.processor += time.process_time() - busy
 
 
 def train(model: nn.Module, x: Tensor, y: Tensor, loss: Loss, budget: Budget, **inputs: Any) -> nn.Module:

@@ -46,7 +46,9 @@ class Scenes:
                 is_bare = bool(torch.rand(1, generator=draw) < 0.3)
                 is_new = new and kind == 0
                 label = 1 + (int(torch.rand(1, generator=draw) < 0.5) if is_bare else kind)
-                surface = 2.0 * (columns % 2) * (rows % 2) if is_new else torch.ones(SIZE, SIZE) * 0.5 if is_bare else lines
+                surface = (
+                    2.0 * (columns % 2) * (rows % 2) if is_new else torch.ones(SIZE, SIZE) * 0.5 if is_bare else lines
+                )
                 self.x[i, 0] += torch.where(field, surface, 0.0)
                 self.y[i][field] = label
                 self.new[i] |= field & is_new

@@ -67,7 +67,10 @@ class Encoder(nn.Module):
 
 def read_own_questions() -> list[tuple[str, str]]:
     """Return the questions of this package, with the relation that each asks for."""
-    texts = [(files("selfdoubt.pocket") / name).read_text(encoding="utf-8") for name in ("evaluation.jsonl", "reference.jsonl")]
+    texts = [
+        (files("selfdoubt.pocket") / name).read_text(encoding="utf-8")
+        for name in ("evaluation.jsonl", "reference.jsonl")
+    ]
     rows = [json.loads(row) for text in texts for row in text.splitlines()]
     return [(row["question"], row["relation"]) for row in rows]
 
@@ -152,7 +155,16 @@ def plot(data: Texts, usual: Tensor, strange: Tensor, options: c.Options) -> Non
     order = usual.argsort().tolist()
     sure, unsure = ([data.test_texts[i][:42] for i in rows] for rows in (order[:5], order[-5:]))
     axes.text(0.02, 0.97, "\n".join(["surest:", *sure]), transform=axes.transAxes, va="top", fontsize=8, bbox=BOX)
-    axes.text(0.98, 0.97, "\n".join(["least sure:", *unsure]), transform=axes.transAxes, va="top", ha="right", fontsize=8, bbox=BOX)
+    axes.text(
+        0.98,
+        0.97,
+        "\n".join(["least sure:", *unsure]),
+        transform=axes.transAxes,
+        va="top",
+        ha="right",
+        fontsize=8,
+        bbox=BOX,
+    )
     axes.legend(fontsize=8, loc="upper center")
     figure.tight_layout()
     options.out.mkdir(parents=True, exist_ok=True)
