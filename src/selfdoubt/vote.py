@@ -207,6 +207,7 @@ class VotingLeaf(Replacement):
         self.deviations = nn.ParameterDict(draw_deviations(leaf, spec, generator))
         self.group = find_group(leaf.name, call.groups)
         self.place = self.group.add(self)
+        self._is_plain = type(leaf.module) in (nn.Linear, nn.Conv1d, nn.Conv2d) and "weight" in self.deviations
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the leaf on member-major rows, each voter with its own deviation and the base model with none."""
@@ -222,6 +223,8 @@ class VotingLeaf(Replacement):
             base_rows = self.call.count_base(next(iter_tensors((args, kwargs))))
             moved = kernels.loop(self.leaf, self.deviations, self.alpha, args, kwargs, base_rows=base_rows)
             return moved if self.call.active is None else self.call.choose_active(moved, self.leaf(*args, **kwargs))
+        if self._can_merge(x):
+            return self._run_merged(x)
         y = self.leaf(*args, **kwargs)
         if self.group.move(self.place, x, y, self.alpha, self.call):
             return y
@@ -233,6 +236,27 @@ class VotingLeaf(Replacement):
             moved = self.call.choose_active(moved, voters)
         # The base's rows are kept as they are: adding zero could change a bit (-0.0 + 0.0).
         return torch.cat([y[:first], moved]) if first else moved
+
+    def _can_merge(self, x: Tensor) -> bool:
+        """Return whether one pass with the sum of weights and deviations does: in training, where no row is the base's.
+
+        In a narrow dtype the sum would lose small deviations.
+        """
+        if not (self._is_plain and self.kernel is not None and self.call.training and self.call.active is None):
+            return False
+        wide = x.dtype in (torch.float32, torch.float64) and x.dtype == self.leaf.weight.dtype
+        hooks = self.leaf._forward_hooks or self.leaf._forward_pre_hooks
+        return wide and not hooks and not torch.is_autocast_enabled(x.device.type)
+
+    def _run_merged(self, x: Tensor) -> Tensor:
+        """Run the leaf with each voter's own parameters; those without deviations are the leaf's."""
+        assert self.kernel is not None
+        voters, merged = len(self.deviations["weight"]), {}
+        for name, parameter in self.leaf.named_parameters(recurse=False):
+            deviation = self.deviations[name] if name in self.deviations else None
+            shared = parameter.expand(voters, *parameter.shape)
+            merged[name] = shared if deviation is None else torch.add(shared, deviation, alpha=self.alpha)
+        return self.kernel(self.leaf, x, merged)
 
     def set_noise(self, size: float) -> None:
         """Set the scale of the deviations."""
