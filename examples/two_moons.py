@@ -118,7 +118,7 @@ def plot(forecast: Forecast, data: tuple[Tensor, Tensor], options: c.Options) ->
         figure.colorbar(shown, ax=place)
     figure.tight_layout()
     options.out.mkdir(parents=True, exist_ok=True)
-    figure.savefig(options.out / "two_moons.png", dpi=75)
+    figure.savefig(options.out / "two_moons.png", dpi=65)
 
 
 def main() -> None:
