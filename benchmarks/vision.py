@@ -109,10 +109,10 @@ def table(record: dict[str, Any]) -> str:
         "letters to networks", "seconds", "to networks",
     ]  # fmt: skip
     about = (
-        f"{record['device']}; {settings['members']} members, {settings['training']} digits to learn, {settings['steps']} steps "
-        f"of {settings['batch']} rows per network, means over {len({r['seed'] for r in rows})} seeds, 95 % intervals of paired "
-        f"differences, medians of seconds (training and prediction, processor time); commit {record['commit']}, torch "
-        f"{record['versions']['torch']}."
+        f"{record['device']}; {settings['members']} members, {settings['training']} digits to learn, "
+        f"{settings['steps']} steps of {settings['batch']} rows per network, means over "
+        f"{len({r['seed'] for r in rows})} seeds, 95 % intervals of paired differences, medians of seconds (training and "
+        f"prediction, processor time); commit {record['commit']}, torch {record['versions']['torch']}."
     )
     return results.markdown(head, shown) + "\n\n" + about
 

@@ -169,7 +169,7 @@ def _train_others(arm: str, build: Build, data: Digits, budget: Budget, members:
 
 
 def _train_ours(arm: str, build: Build, data: Digits, budget: Budget, wide: Budget, members: int) -> Any:
-    name, kinds = arm.rpartition("+")[2], {"output": "logits"}
+    name, kinds = arm.rpartition("+")[2], dict[str, Any](output="logits")
     wrapper: Any = {
         "vote": vote.Wrapper(n_voters=members, **kinds),
         "vote-split": vote.Wrapper(n_voters=members, **kinds),
@@ -183,7 +183,7 @@ def _train_ours(arm: str, build: Build, data: Digits, budget: Budget, wide: Budg
         train(network, data.x, data.y, F.cross_entropy, budget)
         wrapped = wrapper(network)
         if name == "density":
-            density.fit(wrapped, data.x.split(200))
+            density.fit(wrapped, torch.split(data.x, 200))
         return wrapped
     wrapped = wrapper(network)
     if arm == "sculpt":

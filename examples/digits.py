@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from selfdoubt import density, risk, sample, sculpt, vote
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
+import matplotlib.pyplot as plt
 
 BUDGET = c.Budget(steps=250, batch=60, rate=3e-3)
 Result = tuple[c.Row, Tensor, Tensor]

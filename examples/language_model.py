@@ -24,7 +24,7 @@ from selfdoubt import RiskAwareLM, metrics, pocket
 from selfdoubt.preparation import PreparationConfig
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
+import matplotlib.pyplot as plt
 
 QUESTIONS = ("What is the capital of France?", "What is the capital of Mongolia?", "In which country is Zorbelheim?")
 

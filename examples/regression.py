@@ -19,7 +19,7 @@ from selfdoubt import sculpt, vote
 from selfdoubt.forecast import Forecast
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
+import matplotlib.pyplot as plt
 
 GAP = (-0.4, 0.6)
 BUDGET = c.Budget(steps=900, batch=90, rate=1e-2, decay=0.01)

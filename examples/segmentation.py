@@ -20,7 +20,7 @@ from selfdoubt import density, vote
 from selfdoubt.forecast import Forecast
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
+import matplotlib.pyplot as plt
 
 SIZE = 24
 BUDGET = c.Budget(steps=120, batch=24, rate=1e-2)

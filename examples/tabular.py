@@ -19,7 +19,7 @@ from selfdoubt import interpret, sculpt, vote
 from selfdoubt.interpret import ConformalIntervals, Interval
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
+import matplotlib.pyplot as plt
 
 BUDGET = c.Budget(steps=200, batch=40, rate=5e-3, decay=0.1)
 TRAINING, CALIBRATION, UNIT = 200, 120, 77.0

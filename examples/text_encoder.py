@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from selfdoubt import density, vote
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
+import matplotlib.pyplot as plt
 
 BUDGET = c.Budget(steps=150, batch=30, rate=3e-3, decay=0.01)
 CLASSES, LENGTH, WORDS = 5, 16, 2000
@@ -128,8 +128,10 @@ def compare(data: Texts, seed: int) -> tuple[list[c.Row], Tensor, Tensor]:
         with torch.no_grad():
             usual, strange = (wrapped.forecast(x) for x in inputs)
     measure = partial(c.measure_classes, members=usual.members, y=data.test_y, seconds=clock.seconds)
-    for name in ("total", "epistemic", "density"):
-        rows.append(measure(f"vote: {name}", doubt=getattr(usual, name), others=getattr(strange, name)))
+    rows += [
+        measure(f"vote: {name}", doubt=getattr(usual, name), others=getattr(strange, name))
+        for name in ("total", "epistemic", "density")
+    ]
     clock = c.Clock()
     with c.measure_time(clock):
         networks = c.train_networks(build, data.x, data.y, F.cross_entropy, budget)

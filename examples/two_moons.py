@@ -22,7 +22,7 @@ from selfdoubt import density, vote
 from selfdoubt.forecast import Forecast
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
+import matplotlib.pyplot as plt
 
 BUDGET = c.Budget(steps=500, batch=60, rate=1e-2)
 

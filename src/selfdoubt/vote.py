@@ -253,7 +253,7 @@ class VotingLeaf(Replacement):
         assert self.kernel is not None
         voters, merged = len(self.deviations["weight"]), {}
         for name, parameter in self.leaf.named_parameters(recurse=False):
-            deviation = self.deviations[name] if name in self.deviations else None
+            deviation = self.deviations.get(name)
             shared = parameter.expand(voters, *parameter.shape)
             merged[name] = shared if deviation is None else torch.add(shared, deviation, alpha=self.alpha)
         return self.kernel(self.leaf, x, merged)

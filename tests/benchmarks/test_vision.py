@@ -26,7 +26,7 @@ def layers():
 def test_every_arm_predicts_all_digits_and_letters(layers):
     data = read_digits(0, training=60, letters=20)
     for arm in ARMS:
-        outcome = run_arm(arm, "cnn", data, Budget(2, 30, 1e-3), 3, layers)
+        outcome = run_arm(arm, "cnn", data, Budget(6, 30, 1e-3), 3, layers)
         assert outcome.members.shape[1:] == (1737, 10)
         assert outcome.doubt.shape == (1737,)
         assert outcome.strange.shape == (20,)
@@ -37,7 +37,7 @@ def test_every_arm_predicts_all_digits_and_letters(layers):
 def test_ensembles_of_others_have_members_that_differ(layers):
     data = read_digits(0, training=60, letters=20)
     for arm in PEERS:
-        members = run_arm(arm, "mlp", data, Budget(2, 30, 1e-3), 3, layers).members
+        members = run_arm(arm, "mlp", data, Budget(6, 30, 1e-3), 3, layers).members
         assert len(members) == 3
         assert not torch.equal(members[0], members[1])
 

@@ -86,9 +86,9 @@ def test_fresh_linear_voters_are_draws_of_bayesian_linear_regression():
     """Voters that start at a prior's draws and fit the data exactly are draws of the posterior without noise.
 
     The prior of ``nn.Linear`` is uniform with variance 1 / (3 d). Gradient steps leave the part of a weight alone that
-    is orthogonal to the data, so that the variance of a prediction is v x^T (I - X^+ X) x, and 0 on the data. With 3,000
-    voters a variance's relative error is at most sqrt(2 / 3000) = 2.6 %, as uniform draws have lighter tails than normal
-    ones; 20 % are 7 of them: below 1e-10 for all ten inputs together.
+    is orthogonal to the data, so that the variance of a prediction is v x^T (I - X^+ X) x, and 0 on the data. With
+    3,000 voters a variance's relative error is at most sqrt(2 / 3000) = 2.6 %, as uniform draws have lighter tails than
+    normal ones; 20 % are 7 of them: below 1e-10 for all ten inputs together.
     """
     draw = torch.Generator().manual_seed(0)
     features, points, voters = 8, 3, 3000

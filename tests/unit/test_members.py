@@ -7,6 +7,7 @@ import io
 import logging
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -452,6 +453,7 @@ def test_an_embedding_of_positions_that_no_row_owns_has_members(wrapper):
         def __init__(self):
             super().__init__()
             self.words, self.places, self.head = nn.Embedding(9, 4), nn.Embedding(5, 4), nn.Linear(4, 2)
+            self.by_list: Any = False
 
         def forward(self, ids):
             places = torch.arange(ids.shape[1]) if self.by_list else torch.arange(ids.shape[1]).expand_as(ids)
@@ -459,7 +461,6 @@ def test_an_embedding_of_positions_that_no_row_owns_has_members(wrapper):
 
     torch.manual_seed(0)
     model, ids = Reader(), torch.randint(9, (2, 5))
-    model.by_list = False
     expected = wrapper(model).forecast(ids).members
     model.by_list = True
     members = wrapper(model).forecast(ids).members
