@@ -111,8 +111,8 @@ def table(record: dict[str, Any]) -> str:
     about = (
         f"{record['device']}; {settings['members']} members, {settings['training']} digits to learn, "
         f"{settings['steps']} steps of {settings['batch']} rows per network, means over "
-        f"{len({r['seed'] for r in rows})} seeds, 95 % intervals of paired differences, medians of seconds (training and "
-        f"prediction, processor time); commit {record['commit']}, torch {record['versions']['torch']}."
+        f"{len({r['seed'] for r in rows})} seeds, 95 % intervals of paired differences, medians of seconds (training "
+        f"and prediction, processor time); commit {record['commit']}, torch {record['versions']['torch']}."
     )
     return results.markdown(head, shown) + "\n\n" + about
 

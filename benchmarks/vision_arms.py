@@ -53,7 +53,8 @@ class Attention(nn.Module):
         h = self.before(x)
         q, k, v = (f(h).unflatten(-1, (self.heads, -1)).transpose(1, 2) for f in (self.query, self.key, self.value))
         x = x + self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-        return x + self.down(F.gelu(self.up(self.between(x))))
+        fed: Tensor = self.down(F.gelu(self.up(self.between(x))))
+        return x + fed
 
 
 class Encoder(nn.Module):

@@ -110,7 +110,7 @@ def train(model: nn.Module, x: Tensor, y: Tensor, loss: Loss, budget: Budget, **
             rows = torch.cat([rows, torch.randperm(len(x), generator=draw)])
         batch, rows = rows[: budget.batch], rows[budget.batch :]
         optimizer.zero_grad()
-        loss(model(x[batch], **inputs), y[batch]).backward()
+        torch.autograd.backward(loss(model(x[batch], **inputs), y[batch]))
         optimizer.step()
         schedule.step()
     return model.eval()
