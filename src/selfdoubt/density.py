@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from selfdoubt import compat, targets
+from selfdoubt import targets
 from selfdoubt.errors import ConfigError, DataError, WrapError
 from selfdoubt.fields import SHARED, WIDTH, FieldCheck, check_settings, flag, number, optional, resolve_compile, whole
 from selfdoubt.gaussian import Gaussian, Moments, merge
@@ -107,7 +107,9 @@ class Wrapper:
         """
         if isinstance(model, nn.Module) and find_measured_leaf(model) is not None:
             raise WrapError("the model has a density already; fit that one again")
-        leaves = _find_features(model) if self.param_filter is None else targets.find_leaves(model, self.param_filter)
+        leaves = (
+            targets.find_features(model) if self.param_filter is None else targets.find_leaves(model, self.param_filter)
+        )
         if len(leaves) > 1:
             names = ", ".join(leaf.name for leaf in leaves[:3])
             raise WrapError(f"density measures the input of one layer, got {len(leaves)} ({names}, ...); name one")
@@ -331,19 +333,6 @@ def _match_mask(mask: Any, features: Tensor, members: int) -> Tensor | None:
     if not isinstance(mask, Tensor) or mask.shape != (features.shape[0] // members, *features.shape[1:-1]):
         return None
     return expand(mask, members).bool()
-
-
-def _find_features(model: nn.Module) -> list[Leaf]:
-    """Return the head, or the linear layer right before it in the same module; the first layer is left alone."""
-    heads = targets.find_heads(model)
-    if len(heads) != 1:
-        return heads
-    leaves = targets.find_leaves(model, targets.EVERYTHING)
-    place = next(i for i, leaf in enumerate(leaves) if leaf.name == heads[0].name)
-    before = leaves[place - 1] if place > 1 else heads[0]
-    is_beside = before.name.rpartition(".")[0] == heads[0].name.replace(".leaf", "").rpartition(".")[0]
-    are_linear = all(isinstance(compat.get_base_layer(leaf.module), nn.Linear) for leaf in (before, heads[0]))
-    return [before] if is_beside and are_linear else heads
 
 
 def _lift(leaf: Leaf, model: nn.Module) -> Leaf:

@@ -140,9 +140,8 @@ class Wrapper:
         n_samples: Number of passes at evaluation, at least 1; training runs one.
         distribution: ``Bernoulli(p)`` or ``Normal(std)``, fixed or ``trainable``.
         param_filter: A regex over full parameter names; noise goes before the layers that own them. None: query and
-            value projections of a decoder; of any other model every layer but norms, embeddings, attention modules
-            that are one layer, and the first, which reads the model's input. Noise there makes samples disagree about
-            everything.
+            value projections of a decoder; of any other model every layer but the first, norms, embeddings and
+            ``nn.MultiheadAttention``: noise there makes samples disagree about everything.
         output: "logits" averages probabilities over the last axis, "values" averages values. "auto" takes an output
             called ``logits`` (Hugging Face) as logits and anything else as values.
         shared_inputs: Names of inputs without a batch axis, passed to all members as they are.
@@ -200,9 +199,7 @@ class Wrapper:
 
     def find(self, model: nn.Module) -> list[Leaf]:
         """Return the leaves to replace."""
-        leaves = targets.find_leaves(model, self.param_filter)
-        if self.param_filter is None and targets.choose_default_filter(model) == targets.EVERYTHING:
-            leaves = _choose_quiet(leaves)
+        leaves = targets.find_inner_leaves(model, self.param_filter)
         for leaf in leaves:
             kernels.check_rows(model, leaf)
             if isinstance(leaf.module, nn.MultiheadAttention):
@@ -259,15 +256,6 @@ _CHANNELS_FIRST = (
     nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, nn.InstanceNorm1d, nn.InstanceNorm2d,
     nn.InstanceNorm3d, nn.GroupNorm, nn.PReLU,
 )  # fmt: skip
-
-
-def _choose_quiet(leaves: list[Leaf]) -> list[Leaf]:
-    """Return the layers that get noise by default; all where there is no other."""
-    return [leaf for leaf in leaves[1:] if not _is_sensitive(compat.get_base_layer(leaf.module))] or leaves
-
-
-def _is_sensitive(layer: nn.Module) -> bool:
-    return isinstance(layer, (nn.Embedding, nn.EmbeddingBag, nn.MultiheadAttention)) or "Norm" in type(layer).__name__
 
 
 class NoisyLeaf(Replacement):

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import InitVar, dataclass, replace
+from operator import attrgetter
 from typing import Any, ClassVar, Literal, ParamSpec, overload
 
 import torch
@@ -197,6 +198,10 @@ class EagerWrapper(Wrapper):
     """``Wrapper`` under another name."""
 
 
+#: Hooks of a leaf, which may read its output.
+_HOOKS = attrgetter("_forward_hooks"), attrgetter("_forward_pre_hooks")
+
+
 class VotingLeaf(Replacement):
     """A leaf and one deviation of its matched parameters per voter."""
 
@@ -245,8 +250,8 @@ class VotingLeaf(Replacement):
         if not (self._is_plain and self.kernel is not None and self.call.training and self.call.active is None):
             return False
         wide = x.dtype in (torch.float32, torch.float64) and x.dtype == self.leaf.weight.dtype
-        hooks = self.leaf._forward_hooks or self.leaf._forward_pre_hooks
-        return wide and not hooks and not torch.is_autocast_enabled(x.device.type)
+        has_hooks = any(find(self.leaf) for find in _HOOKS)
+        return wide and not has_hooks and not torch.is_autocast_enabled(x.device.type)
 
     def _run_merged(self, x: Tensor) -> Tensor:
         """Run the leaf with each voter's own parameters; those without deviations are the leaf's."""
