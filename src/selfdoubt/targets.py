@@ -105,8 +105,11 @@ def find_features(model: nn.Module) -> list[Leaf]:
 
 
 def find_inner_leaves(model: nn.Module, param_filter: str | None) -> list[Leaf]:
-    """Find the leaves that take noise: as ``find_leaves`` does, but by default, in a model that is not a decoder, without
-    the first, norms, embeddings and attention modules; all where there are no others."""
+    """Find the leaves that take noise: as ``find_leaves``, but by default, in a model that is not a decoder, without the
+    first, norms, embeddings and attention modules, where noise makes samples disagree about everything.
+
+    Where there are no others, these are the leaves.
+    """
     leaves = find_leaves(model, param_filter)
     if param_filter is not None or choose_default_filter(model) != EVERYTHING:
         return leaves
