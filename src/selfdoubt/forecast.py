@@ -11,6 +11,7 @@ from torch import Tensor
 
 from selfdoubt import risk
 from selfdoubt.distributions import wide_dtype
+from selfdoubt.errors import NonFiniteError
 
 OutputKind = Literal["values", "logits"]
 
@@ -64,6 +65,9 @@ class Forecast:
         Around the base where that answers: the root mean square of the members' distances from it. A predicted scale
         joins by the law of total variance: var_m(mean_m) + mean_m(scale_m^2). Integers and booleans: the share of
         members that differ from ``mean``.
+
+        Raises:
+            NonFiniteError: If a prediction is NaN.
         """
         if not self.members.is_floating_point():
             return (self.members != self.mean).float().mean(0)
@@ -104,7 +108,16 @@ class Forecast:
 
     def _variance(self) -> Tensor:
         wide = self.members.to(wide_dtype(self.members))
-        return wide.var(0, correction=0) if self.base is None else (wide - self.base).square().mean(0)
+        variance = wide.var(0, correction=0) if self.base is None else (wide - self.base).square().mean(0)
+        if torch.compiler.is_compiling() or variance.isfinite().all():
+            return variance
+        if self.members.isnan().any() or (self.base is not None and self.base.isnan().any()):
+            raise NonFiniteError(
+                f"{int(self.members.isnan().sum())} of {self.members.numel()} predictions are NaN, which have no risk; "
+                "check the inputs, the weights and the dtype of the model"
+            )
+        # Scores of minus infinity, say for classes that cannot be: members that agree on them do not disagree.
+        return variance.masked_fill((wide == (wide[0] if self.base is None else self.base)).all(0), 0)
 
     def _scale_variance(self) -> Tensor:
         assert self.scale_std is not None

@@ -60,7 +60,7 @@ ARROWS = {
     "distributions": set(),
     "risk": {"distributions", "errors"},
     "targets": {"errors", "compat", "rows"},
-    "forecast": {"distributions", "risk"},
+    "forecast": {"distributions", "errors", "risk"},
     "gaussian": {"errors"},
     "rows": {"errors"},
     "kernels": {"errors", "compat", "rows", "targets", "tree"},

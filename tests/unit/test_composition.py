@@ -9,7 +9,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from selfdoubt import Prediction, density, sample, sculpt, vote
-from selfdoubt.errors import WrapError
+from selfdoubt.errors import NonFiniteError, WrapError
 from selfdoubt.members import count_members, count_rows
 from selfdoubt.random_numbers import uniforms
 from tests.zoo import cnn, mlp
@@ -194,6 +194,32 @@ def test_a_model_that_calls_its_own_wrapper_is_an_error():
         wrapped(torch.ones(3, 4))
     wrapped.module.outer.clear()
     assert wrapped(torch.ones(3, 4)).shape == (3, 4)  # the error leaves no trace
+
+
+@pytest.mark.parametrize("spec", [vote.Wrapper(), vote.Wrapper(answer_from="mean"), sample.Wrapper()])
+def test_a_prediction_that_is_not_a_number_has_no_risk(spec):
+    wrapped = spec(mlp())
+    x = inputs()
+    x[2, 0] = float("nan")
+    assert wrapped(x)[2].isnan().all()  # as the model itself
+    with pytest.raises(NonFiniteError, match=r"of \d+ predictions are NaN, which have no risk; check the inputs"):
+        wrapped.predict(x)
+
+
+def test_classes_that_cannot_be_have_no_risk():
+    class Masked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 3)
+
+        def forward(self, x):
+            return self.layer(x).index_fill(1, torch.tensor([1]), float("-inf"))
+
+    for answer_from in ("base", "mean"):
+        risk = vote.Wrapper(answer_from=answer_from)(Masked()).predict(torch.ones(2, 4)).risk
+        assert risk.isfinite().all()
+        assert (risk[:, 1] == 0).all()
+        assert (risk[:, [0, 2]] > 0).all()
 
 
 def test_a_density_around_members_goes_beneath_them():

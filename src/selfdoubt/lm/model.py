@@ -30,7 +30,7 @@ from selfdoubt.lm.notes import PLAIN_NOTE, explain_uncalibrated, explain_untrain
 from selfdoubt.lm.options import Options, read_number, read_options, read_seed
 from selfdoubt.lm.scores import RANK_SCORES, TOKEN_RISK, Score, Signal, choose_default_risk
 from selfdoubt.lm.scoring import score_teacher_forced
-from selfdoubt.lm.step_modes import StepMode, check_step_mode
+from selfdoubt.lm.step_modes import StepMode, check_step_mode, choose_step_mode
 from selfdoubt.lm.until import Attempts, generate_until
 from selfdoubt.spec import Spec, check_spec
 
@@ -72,10 +72,11 @@ class RiskAwareLM:
             step: Way in which steps of decoding run, see ``load``.
 
         Raises:
-            ConfigError: If the risk or the way is unknown.
+            ConfigError: If the risk or the way is unknown, or the model's device has no such way.
         """
         self.model = model
         self.step = check_step_mode(step)
+        choose_step_mode(step, next(model.parameters()).device)  # an error now, not at the first token
         self._names_risk = risk is not None
         self._front = LMFront.read(
             model, tokenizer, reference=reference, calibration=calibration, layers=layers, risk=risk,

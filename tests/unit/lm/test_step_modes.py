@@ -42,6 +42,11 @@ def test_auto_captures_on_a_gpu_only():
         check_step_mode("fast")
 
 
+def test_a_way_that_the_device_lacks_is_an_error_before_the_first_token():
+    with pytest.raises(ConfigError, match="needs a CUDA GPU"):
+        speaker(step="captured")
+
+
 def test_buckets_grow_by_half_at_most_from_some_size_on():
     assert [choose_bucket(n, 256, 1024) for n in (1, 257, 1000, 1025, 1600, 2049)] == [256, 512, 1024, 1536, 2048, 3072]
     assert choose_bucket(5000, 256, 1024, most=5120) == 5120
