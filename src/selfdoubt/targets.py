@@ -105,7 +105,7 @@ def find_features(model: nn.Module) -> list[Leaf]:
 
 
 def find_inner_leaves(model: nn.Module, param_filter: str | None) -> list[Leaf]:
-    """Find the leaves that take noise: as ``find_leaves``, but by default, in a model that is not a decoder, without the
+    """Find the leaves that take noise: as ``find_leaves``, but by default, in any model but a decoder without the
     first, norms, embeddings and attention modules, where noise makes samples disagree about everything.
 
     Where there are no others, these are the leaves.
