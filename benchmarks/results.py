@@ -112,14 +112,25 @@ class RowFile:
 
 def tables() -> None:
     """Put each table between its marks in README.md."""
-    from benchmarks import batch, decode, prefill, quality, real_measure, serve, serve_memory, train, voters_table
+    from benchmarks import (
+        batch,
+        decode,
+        prefill,
+        quality,
+        real_measure,
+        serve,
+        serve_memory,
+        train,
+        vision,
+        voters_table,
+    )
 
     readme = HERE / "README.md"
     text = readme.read_text()
     makers: dict[str, Callable[[dict[str, Any]], str]] = {
         "decode": decode.table, "members": decode.table_members, "batch": batch.table, "prefill": prefill.table,
         "quality": quality.table, "train": train.table, "serve": serve.table, "memory": serve_memory.table,
-        "real": real_measure.table, "voters": voters_table.table,
+        "real": real_measure.table, "voters": voters_table.table, "vision": vision.table,
     }  # fmt: skip
     for name, table in makers.items():
         parts = [table(json.loads(p.read_text())) for p in sorted(FOLDER.glob(f"{name}-*.json"))]

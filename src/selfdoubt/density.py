@@ -44,7 +44,8 @@ class Wrapper:
     Args:
         param_filter: A regex over full parameter names; the features are the input of the one layer that owns them: a
             linear or convolution layer, or a norm over the last axis. None: the head, which is the output embedding of
-            a language model and the last linear or convolution layer of any other.
+            a language model and the last linear or convolution layer of any other. Where the head comes right after
+            a linear layer that is not the first, as in a classifier of three, that one: its input shows more.
         pooled: Measure the mean of the features over their positions, instead of each position.
         rank: Number of directions of largest variance to keep, for wide models; None keeps all.
         shrinkage: Share of the identity in the covariance, in [0, 1]; None takes that of Ledoit and Wolf.
@@ -107,7 +108,7 @@ class Wrapper:
         if isinstance(model, nn.Module) and find_measured_leaf(model) is not None:
             raise WrapError("the model has a density already; fit that one again")
         leaves = (
-            targets.find_heads(model) if self.param_filter is None else targets.find_leaves(model, self.param_filter)
+            targets.find_features(model) if self.param_filter is None else targets.find_leaves(model, self.param_filter)
         )
         if len(leaves) > 1:
             names = ", ".join(leaf.name for leaf in leaves[:3])

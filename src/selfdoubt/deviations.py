@@ -120,7 +120,13 @@ def _weight_std(base: nn.Module, parameter: Tensor) -> float:
 
 
 def _redrawn(base: nn.Module, parameters: dict[str, nn.Parameter], generator: torch.Generator) -> dict[str, Tensor]:
-    """Draw the leaf's parameters again, by its own initialisation where it has one."""
+    """Draw the leaf's parameters again, by its own initialisation where it has one.
+
+    A layer whose weights are all equal, such as the last of a scale branch, was set so on purpose and stays as it is.
+    """
+    weight = getattr(base, "weight", None)
+    if isinstance(weight, Tensor) and weight.numel() > 1 and bool((weight == weight.flatten()[0]).all()):
+        return {name: p.detach() for name, p in parameters.items()}
     if callable(getattr(base, "reset_parameters", None)):
         new = copy.deepcopy(base)
         with torch.random.fork_rng(devices=[]):

@@ -105,6 +105,8 @@ class ForwardContext:
     def per_row(self, x: Any) -> Any:
         """Return a leaf's input with one entry per row; a single entry (position ids, say) is repeated for every row.
 
+        So is a list of ids that is not one per row, as ``embedding(torch.arange(length))`` of positions has it.
+
         Raises:
             ShapeError: If the number of entries is neither 1 nor that of the rows.
         """
@@ -113,6 +115,8 @@ class ForwardContext:
         if len(x) == 1:
             return x.expand(self.rows, *x.shape[1:])
         if len(x) % self.rows:
+            if x.ndim == 1 and not x.is_floating_point():
+                return x.expand(self.rows, len(x))
             raise ShapeError(
                 f"a replaced layer got {len(x)} lines of input, and the batch of all members has {self.rows} rows; "
                 "a layer that sees something else than rows cannot have members: leave it out with param_filter"

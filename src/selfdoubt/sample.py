@@ -140,7 +140,7 @@ class Wrapper:
         n_samples: Number of passes at evaluation, at least 1; training runs one.
         distribution: ``Bernoulli(p)`` or ``Normal(std)``, fixed or ``trainable``.
         param_filter: A regex over full parameter names; noise goes before the layers that own them. None: query and
-            value projections of a decoder, every layer of any other model.
+            value projections of a decoder, or every layer but the first, norms, embeddings and attention modules.
         output: "logits" averages probabilities over the last axis, "values" averages values. "auto" takes an output
             called ``logits`` (Hugging Face) as logits and anything else as values.
         shared_inputs: Names of inputs without a batch axis, passed to all members as they are.
@@ -198,7 +198,7 @@ class Wrapper:
 
     def find(self, model: nn.Module) -> list[Leaf]:
         """Return the leaves to replace."""
-        leaves = targets.find_leaves(model, self.param_filter)
+        leaves = targets.find_inner_leaves(model, self.param_filter)
         for leaf in leaves:
             kernels.check_rows(model, leaf)
             if isinstance(leaf.module, nn.MultiheadAttention):

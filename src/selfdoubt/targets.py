@@ -87,6 +87,40 @@ def find_heads(model: nn.Module) -> list[Leaf]:
     return chosen
 
 
+def find_features(model: nn.Module) -> list[Leaf]:
+    """Find the heads, or the linear layer right before the only one in the same module; the first layer never is.
+
+    Raises:
+        WrapError: If there is no head.
+    """
+    heads = find_heads(model)
+    if len(heads) != 1:
+        return heads
+    leaves = find_leaves(model, EVERYTHING)
+    place = next(i for i, leaf in enumerate(leaves) if leaf.name == heads[0].name)
+    before = leaves[place - 1] if place > 1 else heads[0]
+    is_beside = before.name.rpartition(".")[0] == heads[0].name.replace(".leaf", "").rpartition(".")[0]
+    are_linear = all(isinstance(get_base_layer(leaf.module), nn.Linear) for leaf in (before, heads[0]))
+    return [before] if is_beside and are_linear else heads
+
+
+def find_inner_leaves(model: nn.Module, param_filter: str | None) -> list[Leaf]:
+    """Find the leaves that take noise: as ``find_leaves``, but by default, in any model but a decoder without the
+    first, norms, embeddings and attention modules, where noise makes samples disagree about everything.
+
+    Where there are no others, these are the leaves.
+    """
+    leaves = find_leaves(model, param_filter)
+    if param_filter is not None or choose_default_filter(model) != EVERYTHING:
+        return leaves
+
+    def is_sensitive(layer: nn.Module) -> bool:
+        kinds = (nn.Embedding, nn.EmbeddingBag, nn.MultiheadAttention)
+        return isinstance(layer, kinds) or "Norm" in type(layer).__name__
+
+    return [leaf for leaf in leaves[1:] if not is_sensitive(get_base_layer(leaf.module))] or leaves
+
+
 def is_head(leaf: Leaf) -> bool:
     """Return True for a linear or convolution layer, also within an adapter layer."""
     base = get_base_layer(leaf.module)

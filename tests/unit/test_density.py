@@ -293,3 +293,12 @@ def test_a_class_of_models_can_be_decorated():
     wrapped = Model()
     density.fit(wrapped, [torch.randn(50, 4)])
     assert wrapped(torch.randn(3, 4), return_risk=True)[1].shape == (3,)
+
+
+def test_by_default_a_classifier_of_three_layers_is_measured_before_its_last_but_one():
+    three = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 2))
+    assert density.Wrapper()(three).leaf_names == ["2"]
+    assert density.Wrapper()(sculpt.Wrapper()(three)).leaf_names[0].endswith("2")
+    assert density.Wrapper()(network()).leaf_names == ["2"]  # of two layers the first reads the input itself
+    convolutions = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(4, 2))
+    assert density.Wrapper()(convolutions).leaf_names == ["3"]

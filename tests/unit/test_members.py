@@ -7,6 +7,7 @@ import io
 import logging
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -98,7 +99,8 @@ def test_a_leaf_inside_another_is_still_reached_by_noise():
         def forward(self, x):
             return self.inner(x) + self.shift
 
-    wrapped = sample.Wrapper(n_samples=2, distribution=sample.Bernoulli(0.5))(nn.Sequential(Outer()).eval())
+    wrapper = sample.Wrapper(n_samples=2, distribution=sample.Bernoulli(0.5), param_filter=".*")
+    wrapped = wrapper(nn.Sequential(Outer()).eval())
     assert wrapped.leaf_names == ["0", "0.inner"]
     found = wrapped.forecast(torch.ones(1, 8)).members
     assert set(found.unique().tolist()) == {0.0, 4.0}  # kept twice, dropped once or twice
@@ -456,3 +458,26 @@ def test_what_is_no_wrapper_is_said(wrong):
     with pytest.raises(ConfigError, match=r"wrapper must be one such as .*, got "):
         check_spec(wrong)
     check_spec(vote.Wrapper())
+
+
+@pytest.mark.parametrize(
+    "wrapper", [vote.Wrapper(weight_noise=0.5), sample.Wrapper(distribution=sample.Normal(0.5), param_filter=".*")]
+)
+def test_an_embedding_of_positions_that_no_row_owns_has_members(wrapper):
+    class Reader(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.words, self.places, self.head = nn.Embedding(9, 4), nn.Embedding(5, 4), nn.Linear(4, 2)
+            self.by_list: Any = False
+
+        def forward(self, ids):
+            places = torch.arange(ids.shape[1]) if self.by_list else torch.arange(ids.shape[1]).expand_as(ids)
+            return self.head((self.words(ids) + self.places(places)).mean(1))
+
+    torch.manual_seed(0)
+    model, ids = Reader(), torch.randint(9, (2, 5))
+    expected = wrapper(model).forecast(ids).members
+    model.by_list = True
+    members = wrapper(model).forecast(ids).members
+    assert torch.equal(members, expected)
+    assert not torch.equal(members[0], members[1])

@@ -26,7 +26,7 @@ AUTO = {
     "vote": vote.Wrapper(weight_noise="auto"),
     "vote-low-rank": vote.Wrapper(weight_noise="auto", rank=2),
     "normal": sample.Wrapper(distribution=sample.Normal("auto")),
-    "bernoulli": sample.Wrapper(distribution=sample.Bernoulli("auto")),
+    "bernoulli": sample.Wrapper(distribution=sample.Bernoulli("auto"), param_filter=".*"),
 }
 
 
@@ -167,7 +167,7 @@ def test_before_the_search_auto_is_a_small_size(tmp_path, name):
         "vote": vote.Wrapper(weight_noise=START_NOISE),
         "vote-low-rank": vote.Wrapper(weight_noise=START_NOISE, rank=2),
         "normal": sample.Wrapper(distribution=sample.Normal(sample.START_STD)),
-        "bernoulli": sample.Wrapper(distribution=sample.Bernoulli(sample.START_DROPOUT)),
+        "bernoulli": sample.Wrapper(distribution=sample.Bernoulli(sample.START_DROPOUT), param_filter=".*"),
     }
     base, x = mlp(), torch.randn(9, 4, dtype=torch.float64)
     wrapped = AUTO[name](base)

@@ -126,7 +126,7 @@ def test_noise_is_kept_for_all_tokens_and_rows():
 
 
 def test_leaves_have_noise_of_their_own():
-    wrapped = sample.Wrapper(n_samples=2, distribution=sample.Bernoulli(0.5))(mlp(32, 32, 32))
+    wrapped = sample.Wrapper(n_samples=2, distribution=sample.Bernoulli(0.5), param_filter=".*")(mlp(32, 32, 32))
     first, second = wrapped.module[0], wrapped.module[2]
     wrapped.predict(torch.ones(1, 32, dtype=torch.float64))
     x = torch.ones(2, 32)
@@ -207,8 +207,20 @@ def test_a_language_model_keeps_one_network_per_member_for_all_tokens():
 def test_attention_of_torch_is_refused():
     layer = nn.TransformerEncoderLayer(4, 2, batch_first=True)
     with pytest.raises(WrapError, match=r"^0\.self_attn is nn\.MultiheadAttention, .*param_filter$"):
-        sample.Wrapper()(nn.Sequential(layer))
-    assert sample.Wrapper(param_filter="linear")(nn.Sequential(layer)).leaf_names == ["0.linear1", "0.linear2"]
+        sample.Wrapper(param_filter=".*")(nn.Sequential(layer))
+    for param_filter in ("linear", None):
+        wrapped = sample.Wrapper(param_filter=param_filter)(nn.Sequential(layer))
+        assert wrapped.leaf_names == ["0.linear1", "0.linear2"]
+
+
+def test_by_default_the_first_layer_norms_and_embeddings_have_no_noise():
+    network = nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.LayerNorm(16), nn.Linear(16, 4)
+    )
+    assert sample.Wrapper()(network).leaf_names == ["2", "5"]
+    assert sample.Wrapper(param_filter=".*")(network).leaf_names == ["0", "1", "2", "4", "5"]
+    assert sample.Wrapper()(nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 2))).leaf_names == ["1"]
+    assert sample.Wrapper()(nn.Sequential(nn.Linear(4, 2))).leaf_names == ["0"]  # there is no other
 
 
 @pytest.mark.parametrize(

@@ -219,3 +219,39 @@ def test_settings_are_data():
     assert repr(vote.Wrapper(n_voters=2)).startswith("Wrapper(n_voters=2, ")
     with pytest.raises(AttributeError):
         vote.Wrapper().n_voters = 4
+
+
+@pytest.mark.parametrize("param_filter", [".*", "weight"])
+@pytest.mark.parametrize("alpha", [1.0, -0.5])
+def test_in_training_each_row_and_gradient_is_that_of_its_voter_at_evaluation(param_filter, alpha):
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(2, 4, 3, padding=1, groups=2), nn.ReLU(), nn.Conv2d(4, 3, 2, stride=2, bias=False), nn.Flatten(),
+        nn.Linear(12, 5), nn.ReLU(), nn.Linear(5, 2),
+    ).double()  # fmt: skip
+    wrapper = vote.Wrapper(n_voters=3, param_filter=param_filter, alpha=alpha, weight_noise=0.7, answer_from="mean")
+    wrapped, x = wrapper(model), torch.randn(6, 2, 4, 4, dtype=torch.float64)
+    names = sorted(name for name, p in wrapped.named_parameters() if p.requires_grad)
+    members = wrapped.forecast(x).members
+    expected = torch.cat([members[m, 2 * m : 2 * m + 2] for m in range(3)])  # evaluation takes another way
+    y = wrapped.train()(x)
+    torch.testing.assert_close(y, expected)
+    for output in (y, expected):
+        for name in names:
+            wrapped.get_parameter(name).grad = None
+        output.square().sum().backward()
+        gradients = [wrapped.get_parameter(name).grad.clone() for name in names]
+        if output is y:
+            ours = gradients
+    torch.testing.assert_close(ours, gradients)
+
+
+def test_small_deviations_of_narrow_weights_still_count_in_training():
+    model = nn.Sequential(nn.Linear(8, 4, bias=False)).bfloat16()
+    wrapped, x = vote.Wrapper(n_voters=2, weight_noise=1e-4)(model).train(), torch.ones(2, 8, dtype=torch.bfloat16)
+    wrapped(x).sum().backward()
+    before = wrapped(x).float()
+    with torch.no_grad():
+        wrapped.module[0].deviations["weight"] *= 100
+    assert not torch.equal(wrapped(x).float(), before)
+    assert wrapped.module[0].deviations["weight"].grad is not None
