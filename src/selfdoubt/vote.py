@@ -15,7 +15,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import InitVar, dataclass, replace
-from operator import attrgetter
 from typing import Any, ClassVar, Literal, ParamSpec, overload
 
 import torch
@@ -41,7 +40,7 @@ from selfdoubt.fields import (
     whole,
 )
 from selfdoubt.members import Wrapped
-from selfdoubt.merging import merge_deviation
+from selfdoubt.merging import merge_deviation, run_merged, takes_merged
 from selfdoubt.rows import ForwardContext, Replacement, expand, is_autocasting
 from selfdoubt.sharing import share_module
 from selfdoubt.targets import Leaf
@@ -201,10 +200,6 @@ class EagerWrapper(Wrapper):
     """``Wrapper`` under another name."""
 
 
-#: Hooks of a leaf, which may read its output.
-_HOOKS = attrgetter("_forward_hooks"), attrgetter("_forward_pre_hooks")
-
-
 def merge_voter(wrapped: Wrapped, voter: int) -> nn.Module:
     """Return one voter as a model of its own, with ``W + alpha * delta`` in place of each changed weight.
 
@@ -280,8 +275,9 @@ class VotingLeaf(Replacement):
                 loop = torch.compiler.disable(loop)  # type: ignore[no-untyped-call]
             moved = loop(self.leaf, self.deviations, self.alpha, args, kwargs, base_rows=base_rows)
             return moved if self.call.active is None else self.call.choose_active(moved, self.leaf(*args, **kwargs))
-        if self._can_merge(x):
-            return self._run_merged(x)
+        can_merge = self._is_plain and self.call.training and self.call.active is None
+        if can_merge and self.kernel is not None and takes_merged(self.leaf, x):
+            return run_merged(self.leaf, self.kernel, self.deviations, self.alpha, x)
         y = self.leaf(*args, **kwargs)
         if self.group.move(self.place, x, y, self.alpha, self.call):
             return y
@@ -293,27 +289,6 @@ class VotingLeaf(Replacement):
             moved = self.call.choose_active(moved, voters)
         # The base's rows are kept as they are: adding zero could change a bit (-0.0 + 0.0).
         return torch.cat([y[:first], moved]) if first else moved
-
-    def _can_merge(self, x: Tensor) -> bool:
-        """Return whether one pass with the sum of weights and deviations does: in training, where no row is the base's.
-
-        In a narrow dtype the sum would lose small deviations.
-        """
-        if not (self._is_plain and self.kernel is not None and self.call.training and self.call.active is None):
-            return False
-        wide = x.dtype in (torch.float32, torch.float64) and x.dtype == self.leaf.weight.dtype
-        has_hooks = any(find(self.leaf) for find in _HOOKS)
-        return wide and not has_hooks and not torch.is_autocast_enabled(x.device.type)
-
-    def _run_merged(self, x: Tensor) -> Tensor:
-        """Run the leaf with each voter's own parameters; those without deviations are the leaf's."""
-        assert self.kernel is not None
-        voters, merged = len(self.deviations["weight"]), {}
-        for name, parameter in self.leaf.named_parameters(recurse=False):
-            deviation = self.deviations.get(name)
-            shared = parameter.expand(voters, *parameter.shape)
-            merged[name] = shared if deviation is None else torch.add(shared, deviation, alpha=self.alpha)
-        return self.kernel(self.leaf, x, merged)
 
     def set_noise(self, size: float) -> None:
         """Set the scale of the deviations."""
