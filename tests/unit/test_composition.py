@@ -23,7 +23,9 @@ def inputs(n=5, seed=0):
 
 
 def product(answer_from="mean", base=None):
-    inner = sample.Wrapper(n_samples=4, distribution=sample.Normal(0.3))(mlp() if base is None else base)
+    inner = sample.Wrapper(n_samples=4, distribution=sample.Normal(0.3), param_filter=".")(
+        mlp() if base is None else base
+    )
     return vote.Wrapper(n_voters=3, weight_noise=0.5, answer_from=answer_from)(inner)
 
 

@@ -201,14 +201,23 @@ class Positions(nn.Module):
         return x + self.project(self.positions(ids[None] if self.axes == 2 else ids))
 
 
-def test_a_line_shared_by_all_rows_serves_every_member():
+@pytest.mark.parametrize("axes", [1, 2])
+def test_a_line_shared_by_all_rows_serves_every_member(axes):
     x = torch.randn(6, 4, 4)
-    base, wrapped = wrapped_leaf(Positions(axes=2))
+    base, wrapped = wrapped_leaf(Positions(axes=axes))
     assert_same(rows(wrapped, x), one_by_one(wrapped, base, x))
 
 
 def test_lines_that_cannot_be_rows_are_refused():
-    _, wrapped = wrapped_leaf(Positions(axes=1))
+    class Table(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.project = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return x + self.project(torch.ones(4, 4))
+
+    _, wrapped = wrapped_leaf(Table())
     with pytest.raises(ShapeError, match=r"^a replaced layer got 4 lines .* 6 rows; .*param_filter$"):
         rows(wrapped, torch.randn(6, 4, 4))
 
