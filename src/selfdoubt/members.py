@@ -330,7 +330,7 @@ class Wrapped(nn.Module):
         assert self._graph is not None
         try:
             return self._graph(*args, **kwargs)
-        except torch._dynamo.exc.Unsupported as error:
+        except (torch._dynamo.exc.Unsupported, torch._dynamo.exc.UserError) as error:
             where = error.real_stack[-1] if getattr(error, "real_stack", None) else None
             source_line = f"{where.filename}:{where.lineno}: {where.line}" if where else "an unknown line"
             reason = str(error).strip().splitlines()[0]

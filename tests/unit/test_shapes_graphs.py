@@ -75,6 +75,20 @@ def build_plain(name, kind):
     return model.eval()
 
 
+class Branches(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.layer(x + 1 if x.sum().item() > 0 else x)
+
+
+def test_a_model_that_branches_on_a_value_cannot_be_one_graph():
+    with pytest.raises(CaptureError, match=r"^compile=True needs one graph, .* cannot be captured .*compile=False"):
+        vote.Wrapper(compile=True)(Branches())(torch.ones(3, 4))
+
+
 @pytest.mark.filterwarnings(FLAT)
 @pytest.mark.parametrize("kind", ["sculpt", "voter"])
 @pytest.mark.parametrize("name", SHAPES)
