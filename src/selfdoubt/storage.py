@@ -9,7 +9,9 @@ LoRA beneath the wrappers has files of its own (``lm/adapters/adapter.py``); the
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 from weakref import WeakKeyDictionary, ref
@@ -20,6 +22,7 @@ from safetensors.torch import load_file
 from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
+from selfdoubt import targets
 from selfdoubt.compat import is_lora_weight
 from selfdoubt.errors import BaseMismatchError, ConfigError, LoadError, SelfdoubtError, TargetError, WrapError
 from selfdoubt.fields import FieldError, build_broken_file_error
@@ -210,6 +213,8 @@ def restore(folder: str | os.PathLike[str], model: nn.Module, manifest: Mapping[
     for entry in manifest["wrappers"]:
         _check_sizes(folder, entry, tensors)
     wrapped = rewrap(folder, manifest, model)
+    if any(_list_wrong_names(wrapped, tensors)):
+        wrapped = rewrap(folder, manifest, model, with_earlier_defaults=True)
     _check_fits(folder, wrapped, tensors, manifest["base"])
     wrapped.load_state_dict(tensors, strict=False)
     if isinstance(wrapped, Wrapped) and wrapped.has_members:
@@ -217,8 +222,16 @@ def restore(folder: str | os.PathLike[str], model: nn.Module, manifest: Mapping[
     return wrapped
 
 
-def rewrap(folder: Path, manifest: Mapping[str, Any], model: nn.Module) -> nn.Module:
+def rewrap(
+    folder: Path, manifest: Mapping[str, Any], model: nn.Module, *, with_earlier_defaults: bool = False
+) -> nn.Module:
     """Wrap the model freshly with the settings of a manifest.
+
+    Args:
+        folder: Its folder, for messages.
+        manifest: The manifest.
+        model: The base model.
+        with_earlier_defaults: True takes the layers that wrappers without a ``param_filter`` had in version 0.2.
 
     Raises:
         LoadError: If a setting cannot be read.
@@ -227,7 +240,10 @@ def rewrap(folder: Path, manifest: Mapping[str, Any], model: nn.Module) -> nn.Mo
     wrapped = model
     for i, entry in enumerate(manifest["wrappers"]):
         try:
-            wrapped = from_json(entry, f"wrappers[{i}]")(wrapped)  # type: ignore[operator]
+            spec = from_json(entry, f"wrappers[{i}]")
+            if with_earlier_defaults:
+                spec = _choose_earlier_layers(spec, entry["method"], wrapped)
+            wrapped = spec(wrapped)  # type: ignore[operator]
         except TargetError as error:
             raise BaseMismatchError(f"{folder} does not fit {type(model).__name__}: {error}") from None
         except SelfdoubtError:
@@ -326,10 +342,24 @@ def _size(p: Tensor) -> float:
     return float(p.detach().double().abs().mean())
 
 
+def _choose_earlier_layers(spec: Any, method: str, model: nn.Module) -> Any:
+    """Return settings that name the layers of version 0.2: all for samples, the head for a density."""
+    if spec.param_filter is None and method == "sample":
+        return replace(spec, param_filter=targets.choose_default_filter(model))
+    if spec.param_filter is None and method == "density":
+        return replace(spec, param_filter=rf"^{re.escape(targets.find_heads(model)[0].name)}\.")
+    return spec
+
+
+def _list_wrong_names(wrapped: nn.Module, tensors: Mapping[str, Tensor]) -> tuple[list[str], list[str]]:
+    """Return the names of added parameters that are missing in tensors, and of tensors that the model lacks."""
+    missing = set(list_added_names(wrapped)) - set(tensors)
+    return sorted(missing), sorted(set(tensors) - set(wrapped.state_dict()))
+
+
 def _check_fits(folder: Path, wrapped: nn.Module, tensors: dict[str, Tensor], base: dict[str, Any]) -> None:
     state = wrapped.state_dict()
-    names = set(list_added_names(wrapped))
-    missing, unknown = sorted(names - set(tensors)), sorted(set(tensors) - set(state))
+    missing, unknown = _list_wrong_names(wrapped, tensors)
     if missing or unknown:
         what = f"lacks {missing[0]}" if missing else f"has {unknown[0]}, which the model lacks"
         raise BaseMismatchError(f"{folder} was made for another base model than this ({base['name']}): it {what}")

@@ -51,7 +51,7 @@ def wrapped_mlps() -> dict[str, Any]:
     wrappers = {
         "vote": vote.Wrapper(n_voters=2, rank=1),
         "vote_full": vote.Wrapper(n_voters=2, rank=None, finetune=False),
-        "sample": sample.Wrapper(n_samples=3),
+        "sample": sample.Wrapper(n_samples=3, param_filter=".*"),
         "sculpt": sculpt.Wrapper(),
     }
     found = {}

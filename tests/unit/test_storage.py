@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import selfdoubt
-from selfdoubt import sample, sculpt, storage, vote
+from selfdoubt import density, sample, sculpt, storage, vote
 from selfdoubt.errors import BaseMismatchError, LoadError, WrapError
 from tests.plain import run
 from tests.zoo import causal, cnn, mlp, prompts
@@ -79,6 +79,25 @@ def test_a_manifest_of_an_earlier_version_means_what_it_meant(tmp_path, spec):
     assert again.spec == spec
     assert torch.equal(again(x, training=False), wrapped(x, training=False))
     assert again.forecast(x).base is None
+
+
+@pytest.mark.parametrize("method", ["sample", "density"])
+def test_adapters_with_the_layers_of_earlier_defaults_load(tmp_path, method):
+    base, x = mlp(4, 8, 8, 3), INPUTS["mlp"]
+    base.pop(3)  # the head comes right after a linear layer
+    if method == "sample":
+        wrapped = sample.Wrapper(param_filter=".*")(base)
+    else:
+        wrapped = density.Wrapper(param_filter=r"^3\.")(base)
+        density.fit(wrapped, [torch.randn(50, 4, dtype=torch.float64)])
+    selfdoubt.save(wrapped, tmp_path)
+    manifest = json.loads((tmp_path / "selfdoubt.json").read_text())
+    manifest["wrappers"][0]["param_filter"] = None
+    del manifest["checksums"]
+    (tmp_path / "selfdoubt.json").write_text(json.dumps(manifest))
+    again = selfdoubt.load(tmp_path, base)
+    assert torch.equal(again.predict(x).risk, wrapped.predict(x).risk)
+    assert again.leaf_names == wrapped.leaf_names
 
 
 def test_only_what_was_added_is_written(tmp_path):
