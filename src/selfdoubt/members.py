@@ -39,7 +39,8 @@ from selfdoubt.versions import Versions
 class Wrapped(nn.Module):
     """A model whose matched leaves are replaced. Call it like the model; ask for ``return_risk=True``.
 
-    Modules that are not replaced share their memory with the original model, which stays as it was: nothing is copied.
+    Weights are shared with the original model, whose structure stays as it was: nothing is copied. Voters train beside
+    frozen weights; samples and a sculpt train the weights themselves, which are the original's, too.
     A wrapped model starts in evaluation mode, in which a call predicts; ``train()`` and ``eval()`` switch as usual, but
     BatchNorm of a frozen model stays in evaluation mode.
     Calls from several threads run one after the other, since a call has state that its leaves share.

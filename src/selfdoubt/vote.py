@@ -231,7 +231,7 @@ def merge_voter(wrapped: Wrapped, voter: int) -> nn.Module:
             f"only a model that vote.Wrapper has wrapped has voters, got {type(wrapped).__name__}"
             + (f" of {spec!r}" if spec else "")
         )
-    if isinstance(voter, bool) or voter not in range(spec.n_voters):
+    if type(voter) is not int or voter not in range(spec.n_voters):
         raise ConfigError(f"voter must be a number from 0 to {spec.n_voters - 1}, got {voter!r}")
     twin = share_module(wrapped, freeze=False)
     assert isinstance(twin, Wrapped)
