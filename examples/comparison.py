@@ -169,8 +169,7 @@ def measure_classes(arm: str, members: Tensor, y: Tensor, doubt: Tensor, others:
         "errors": find_auroc(doubt, torch.tensor(~right)),
     }
     if others is not None:
-        strange = torch.arange(len(doubt) + len(others)) >= len(doubt)
-        numbers["OOD"] = find_auroc(torch.cat([doubt, others]), strange)
+        numbers["OOD"] = find_ood_auroc(doubt, others)
     return Row(arm, {**numbers, "seconds": seconds})
 
 
@@ -185,6 +184,41 @@ def measure_members(arm: str, outputs: Sequence[Tensor], y: Tensor, seconds: flo
     return measure_classes(arm, outputs[0], y, doubts[0], doubts[1] if len(doubts) > 1 else None, seconds)
 
 
+def measure_networks(
+    build: Callable[[], nn.Module],
+    x: Tensor,
+    y: Tensor,
+    inputs: Sequence[Tensor],
+    test_y: Tensor,
+    budget: Budget,
+    members: int = MEMBERS,
+) -> Row:
+    """Train a plain ensemble of classifiers, and measure it on usual inputs and on others, the first and the second."""
+    clock = Clock()
+    with measure_time(clock):
+        networks = train_networks(build, x, y, F.cross_entropy, budget, members)
+        outputs = [predict_networks(networks, given) for given in inputs]
+    return measure_members(f"{members} networks", outputs, test_y, clock.seconds)
+
+
+def measure_dropout(
+    build: Callable[..., nn.Module],
+    x: Tensor,
+    y: Tensor,
+    inputs: Sequence[Tensor],
+    test_y: Tensor,
+    budget: Budget,
+    passes: int = 10,
+) -> Row:
+    """Train ``build(dropout=0.1)``, and measure MC dropout of it, as ``measure_networks`` measures an ensemble."""
+    clock = Clock()
+    with measure_time(clock):
+        torch.manual_seed(budget.seed)
+        noisy = train(build(dropout=0.1), x, y, F.cross_entropy, budget)
+        outputs = [predict_dropout(noisy, given, passes) for given in inputs]
+    return measure_members("MC dropout", outputs, test_y, clock.seconds)
+
+
 def measure_values(
     arm: str, mean: Tensor, std: Tensor, y: Tensor, doubt: Tensor, others: Tensor | None, seconds: float
 ) -> Row:
@@ -196,8 +230,7 @@ def measure_values(
         "in 90 %": float((gap <= 1.6449 * std).float().mean()),
     }
     if others is not None:
-        strange = torch.arange(len(doubt) + len(others)) >= len(doubt)
-        numbers["OOD"] = find_auroc(torch.cat([doubt, others]), strange)
+        numbers["OOD"] = find_ood_auroc(doubt, others)
     return Row(arm, {**numbers, "seconds": seconds})
 
 
@@ -206,6 +239,11 @@ def find_auroc(doubt: Tensor, positive: Tensor) -> float:
     if positive.all() or not positive.any():
         return math.nan
     return metrics.auroc(doubt.flatten().double().numpy(), ~positive.numpy())
+
+
+def find_ood_auroc(usual: Tensor, others: Tensor) -> float:
+    """Return how well a risk ranks inputs of another kind above usual ones."""
+    return find_auroc(torch.cat([usual, others]), torch.arange(len(usual) + len(others)) >= len(usual))
 
 
 def average(rows: Sequence[Row]) -> list[Row]:

@@ -93,17 +93,7 @@ def run_others(data: handwriting.Digits, seed: int, *, peers: bool) -> list[c.Ro
         plain = c.train(build(), data.x, data.y, F.cross_entropy, budget)
         outputs = [c.predict_networks([plain], x) for x in inputs]
     rows.append(c.measure_members("one network: entropy", outputs, data.test_y, clock.seconds))
-    clock = c.Clock()
-    with c.measure_time(clock):
-        networks = c.train_networks(build, data.x, data.y, F.cross_entropy, budget)
-        outputs = [c.predict_networks(networks, x) for x in inputs]
-    rows.append(c.measure_members(f"{c.MEMBERS} networks", outputs, data.test_y, clock.seconds))
-    clock = c.Clock()
-    with c.measure_time(clock):
-        torch.manual_seed(seed)
-        noisy = c.train(build(dropout=0.1), data.x, data.y, F.cross_entropy, budget)
-        outputs = [c.predict_dropout(noisy, x, 10) for x in inputs]
-    rows.append(c.measure_members("MC dropout", outputs, data.test_y, clock.seconds))
+    rows += [way(build, data.x, data.y, inputs, data.test_y, budget) for way in (c.measure_networks, c.measure_dropout)]
     if peers:
         clock = c.Clock()
         with c.measure_time(clock):

@@ -99,9 +99,7 @@ def compare(seed: int) -> tuple[list[c.Row], Scenes, Forecast]:
     def measure(name: str, members: Tensor, doubt: Tensor, others: Tensor, seconds: float) -> None:
         row = c.measure_classes(name, members.flatten(1, -2), test.y.flatten(), doubt.flatten(), None, seconds)
         shape = test.y > 0
-        usual, strange = doubt[shape], others[new.new]
-        is_strange = torch.arange(len(usual) + len(strange)) >= len(usual)
-        numbers = {**row.numbers, "OOD": c.find_auroc(torch.cat([usual, strange]), is_strange)}
+        numbers = {**row.numbers, "OOD": c.find_ood_auroc(doubt[shape], others[new.new])}
         numbers["seconds"] = numbers.pop("seconds")
         rows.append(c.Row(name, numbers))
 

@@ -69,17 +69,8 @@ def compare(seed: int, *, peers: bool) -> tuple[list[c.Row], Forecast, tuple[Ten
     rows.append(measure("vote: density", test.members, doubt=test.density, others=others.density))
 
     budget = c.Budget(BUDGET.steps, BUDGET.batch, BUDGET.rate, seed=seed)
-    clock = c.Clock()
-    with c.measure_time(clock):
-        networks = c.train_networks(build, x, y, F.cross_entropy, budget, members=5)
-        outputs = [c.predict_networks(networks, points) for points in (test_x, around)]
-    rows.append(c.measure_members("5 networks", outputs, test_y, clock.seconds))
-    clock = c.Clock()
-    with c.measure_time(clock):
-        torch.manual_seed(seed)
-        noisy = c.train(build(dropout=0.1), x, y, F.cross_entropy, budget)
-        outputs = [c.predict_dropout(noisy, points, 20) for points in (test_x, around)]
-    rows.append(c.measure_members("MC dropout", outputs, test_y, clock.seconds))
+    rows.append(c.measure_networks(build, x, y, (test_x, around), test_y, budget, members=5))
+    rows.append(c.measure_dropout(build, x, y, (test_x, around), test_y, budget, passes=20))
     if peers:
         clock = c.Clock()
         with c.measure_time(clock):
