@@ -8,6 +8,7 @@ the library below each time; there, copies of the factors in float32 are kept.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from operator import attrgetter
 from typing import Any, NamedTuple
 
@@ -38,20 +39,18 @@ class _Stack(NamedTuple):
     key: tuple[int, ...]  #: versions and addresses of the parameters
     epoch: int
     a: Float[Tensor, "members ranks in"]
-    spans: dict[int, slice]  #: of each leaf, by its place in the group: its ranks in the stack
+    ranks: dict[int, int]  #: of each leaf, by its place in the group, in the order of the stack
     b: dict[int, Float[Tensor, "members rank out"]]
 
 
-class _Shared(NamedTuple):
-    """The first product of all leaves of a group."""
+class _Products(NamedTuple):
+    """The first products of a group's leaves with one input, each of which one leaf takes."""
 
     x: Tensor  #: the input, as the leaves got it
     version: int  #: version of the input, whose values a model could change in place; 0 in inference mode
-    forward: int  #: the run of the model in which it was computed
-    in_float32: bool
+    forward: int  #: the run of the model in which they were computed
     stack: _Stack
-    product: Float[Tensor, "members rows ranks"]
-    users: set[int]  #: places of the leaves that have used it
+    left: dict[int, Float[Tensor, "members rows rank"]]  #: those that no leaf has taken, by the leaf's place
 
 
 class FactorGroup:
@@ -64,18 +63,16 @@ class FactorGroup:
 
     def __init__(self) -> None:
         self._leaves: list[Any] = []
-        self._linear: list[bool] = []
         self._stacks: dict[bool, _Stack] = {}  # by: is it in float32, for half-precision factors
-        self._shared: _Shared | None = None
+        self._products: _Products | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what copies need: they make stacks and products of their own."""
-        return {"_leaves": self._leaves, "_linear": self._linear, "_stacks": {}, "_shared": None}
+        return {"_leaves": self._leaves, "_stacks": {}, "_products": None}
 
     def add(self, leaf: Any) -> int:
         """Add a leaf with ``deviations`` and a ``kernel``; return its place in the group."""
         self._leaves.append(leaf)
-        self._linear.append(kernels.find_kernel(get_base_layer(leaf.leaf)) is kernels.linear)
         return len(self._leaves) - 1
 
     def move(self, place: int, x: Tensor, y: Tensor, alpha: float, call: ForwardContext) -> bool:
@@ -92,41 +89,45 @@ class FactorGroup:
             False if nothing was done: a gradient is recorded, or the output has another type or layout than this takes.
         """
         leaf = self._leaves[place]
-        # Each of these is asked for in every layer of every step: attributes of modules are slow to look up.
         compiling = torch.compiler.is_compiling()
-        frozen = leaf.leaf if compiling else _children(leaf)["leaf"]
+        if torch.is_grad_enabled() or call.active is not None or leaf.kernel is not kernels.linear:
+            return False
+        if x.dtype != y.dtype or not y.is_contiguous():
+            return False
+        # All this is asked for in every layer of every step, and attributes of modules are slow to look up.
         deviations = leaf.deviations if compiling else _parameters(_children(leaf)["deviations"])
-        if torch.is_grad_enabled() or call.active is not None or leaf.kernel is None:
+        if not compiling:
+            if _hooks(_children(leaf)["leaf"]):  # a hook of the frozen layer may have kept its output
+                return False
+            products = self._find_products(place, x, deviations, call)
+            if products is not None:
+                product, b = products.left.pop(place), products.stack.b[place]
+                voters = _split(y, len(b), call)
+                if b.dtype == y.dtype:
+                    voters.baddbmm_(product, b, alpha=alpha)
+                else:
+                    voters.add_(torch.bmm(product, b), alpha=alpha)
+                _add_bias(voters, deviations, alpha)
+                return True
+        return self._move_alone(leaf.leaf, deviations, x, y, alpha, call)
+
+    def _move_alone(
+        self,
+        frozen: nn.Module,
+        deviations: Mapping[str, Tensor],
+        x: Tensor,
+        y: Tensor,
+        alpha: float,
+        call: ForwardContext,
+    ) -> bool:
+        """Do what ``move`` does, with no other leaf's help."""
+        known = next(iter(deviations.values()))
+        if known.dtype != y.dtype or is_autocasting(x):
             return False
-        if not compiling and _hooks(frozen):  # a hook of the frozen layer may have kept its output
-            return False
-        dtype = y.dtype
-        if not self._linear[place] or x.dtype != dtype or not y.is_contiguous():
-            return False
-        if is_autocasting(x):
-            return False
-        a = deviations.get("weight_a")
-        known = next(iter(deviations.values())) if a is None else a
-        members, first = len(known), call.count_base(x)
-        voters = (y[first:] if first else y).view(members, -1, y.shape[-1])
-        if known.dtype != dtype:
-            return False
-        if a is not None and not compiling:
-            in_float32 = dtype in _HALF and x.device.type == "cpu"
-            if not in_float32 or voters.shape[1] <= FEW_ROWS:
-                stack, product = self._multiply(place, x, first, members, call, in_float32)
-                if product is not None:
-                    if in_float32:
-                        voters.add_(torch.bmm(product, stack.b[place]), alpha=alpha)
-                    else:
-                        voters.baddbmm_(product, stack.b[place], alpha=alpha)
-                    _add_bias(voters, deviations, alpha)
-                    return True
-        if leaf.kernel is not kernels.linear:
-            return False
-        rows = (x[first:] if first else x).reshape(members, -1, x.shape[-1])
-        if a is not None:
-            voters.baddbmm_(rows @ a.transpose(1, 2), deviations["weight_b"], alpha=alpha)
+        rows, voters = _split(x, len(known), call), _split(y, len(known), call)
+        if "weight_a" in deviations:
+            product = rows @ deviations["weight_a"].transpose(1, 2)
+            voters.baddbmm_(product, deviations["weight_b"], alpha=alpha)
         elif "weight" in deviations:
             weight = deviations["weight"]
             transposed = is_transposed(get_base_layer(frozen))
@@ -134,36 +135,40 @@ class FactorGroup:
         _add_bias(voters, deviations, alpha)
         return True
 
-    def _multiply(
-        self, place: int, x: Tensor, first: int, members: int, call: ForwardContext, in_float32: bool
-    ) -> tuple[Any, Tensor | None]:
-        """Return the stack, and this leaf's share of the first product, which is computed once in a run.
+    def _find_products(
+        self, place: int, x: Tensor, deviations: Mapping[str, Tensor], call: ForwardContext
+    ) -> _Products | None:
+        """Return the group's first products with an input, which are computed once in a run.
 
-        Without a stack the product is None.
+        None where this leaf's is not among them: it has no factors, or they are not stacked.
         """
-        shared = self._shared
+        products = self._products
         if (
-            shared is not None
-            and shared.x is x
-            and shared.forward == call.forwards
-            and shared.in_float32 == in_float32
-            and place not in shared.users
-            and place in shared.stack.spans
-            and shared.version == _version(x)
+            products is not None
+            and products.x is x
+            and products.forward == call.forwards
+            and products.version == _version(x)
+            and place in products.left
         ):
-            shared.users.add(place)
-            if len(shared.users) == len(shared.stack.spans):
-                self._shared = None
-            return shared.stack, shared.product[:, :, shared.stack.spans[place]]
+            if len(products.left) == 1:
+                self._products = None
+            return products
+        a = deviations.get("weight_a")
+        if a is None or a.dtype != x.dtype or is_autocasting(x):
+            return None
+        in_float32, rows = x.dtype in _HALF and x.is_cpu, _split(x, len(a), call)
+        if in_float32 and rows.shape[1] > FEW_ROWS:
+            return None
         stack = self._refresh(in_float32, call.epoch)
-        if stack is None or place not in stack.spans:
-            return None, None
-        rows = (x[first:] if first else x).reshape(members, -1, x.shape[-1])
+        if stack is None or place not in stack.ranks:
+            return None
         product = torch.bmm(rows.float() if in_float32 else rows, stack.a.transpose(1, 2))
-        if len(stack.spans) == 1:
-            return stack, product
-        self._shared = _Shared(x, _version(x), call.forwards, in_float32, stack, product, {place})
-        return stack, product[:, :, stack.spans[place]]
+        sizes = list(stack.ranks.values())
+        each = product.split_with_sizes(sizes, -1) if len(sizes) > 1 else [product]
+        products = _Products(x, _version(x), call.forwards, stack, dict(zip(stack.ranks, each, strict=True)))
+        if len(each) > 1:
+            self._products = products
+        return products
 
     def _refresh(self, in_float32: bool, epoch: int) -> _Stack | None:
         """Return the group's stack, made again where parameters may have changed; None where there can be none."""
@@ -195,6 +200,13 @@ def _version(x: Tensor) -> int:
     return 0 if x.is_inference() else _number(x)
 
 
+def _split(x: Tensor, members: int, call: ForwardContext) -> Float[Tensor, "members entries width"]:
+    """Return the voters' part of a leaf's input or output."""
+    first = call.count_base(x)
+    x = x[first:] if first else x
+    return x if x.ndim == 3 and x.shape[0] == members else x.reshape(members, -1, x.shape[-1])
+
+
 def _add_bias(voters: Tensor, deviations: Any, alpha: float) -> None:
     if "bias" in deviations:
         voters.add_(deviations["bias"][:, None], alpha=alpha)
@@ -207,24 +219,21 @@ def _describe(a: Tensor) -> tuple[Any, ...]:
 
 def _copy(factors: dict[int, tuple[Tensor, Tensor]], before: _Stack | None, *, in_float32: bool) -> _Stack:
     """Stack first factors, into the memory of the stack before where it fits; one alone is not copied."""
-    spans, end = {}, 0
-    for place, (a, _) in factors.items():
-        spans[place] = slice(end, end + a.shape[1])
-        end += a.shape[1]
+    ranks = {place: a.shape[1] for place, (a, _) in factors.items()}
     first = next(iter(factors.values()))[0]
     if in_float32:
         second = {place: _into(None if before is None else before.b.get(place), b) for place, (_, b) in factors.items()}
     else:
         second = {place: b.detach() for place, (_, b) in factors.items()}
         if len(factors) == 1:
-            return _Stack((), 0, first.detach(), spans, second)
-    shape, dtype = (len(first), end, first.shape[2]), torch.float32 if in_float32 else first.dtype
+            return _Stack((), 0, first.detach(), ranks, second)
+    shape, dtype = (len(first), sum(ranks.values()), first.shape[2]), torch.float32 if in_float32 else first.dtype
     stacked = None if before is None else before.a
     if stacked is None or (stacked.shape, stacked.dtype, stacked.device) != (shape, dtype, first.device):
         stacked = torch.empty(shape, dtype=dtype, device=first.device)
-    for place, (a, _) in factors.items():
-        stacked[:, spans[place]].copy_(a)
-    return _Stack((), 0, stacked, spans, second)
+    for part, (a, _) in zip(stacked.split_with_sizes(list(ranks.values()), 1), factors.values(), strict=True):
+        part.copy_(a)
+    return _Stack((), 0, stacked, ranks, second)
 
 
 def _into(before: Tensor | None, b: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ from selfdoubt.distributions import (
     compute_entropy_of_mean,
     compute_uniform_divergence,
     find_top,
+    log_mean_exp,
     wide_dtype,
 )
 from selfdoubt.errors import NonFiniteError, ShapeError
@@ -65,8 +66,7 @@ def mix(logits: Float[Tensor, "members *batch classes"]) -> Float[Tensor, "*batc
         return logits[0]
     wide = logits.to(wide_dtype(logits))
     lse = wide.logsumexp(-1, keepdim=True)
-    mixed = (wide - lse).logsumexp(0) - math.log(logits.shape[0]) + lse.mean(0)
-    return mixed.to(logits.dtype)
+    return (log_mean_exp(wide - lse) + lse.mean(0)).to(logits.dtype)
 
 
 def mixture(
@@ -83,7 +83,7 @@ def mixture(
     _check(logits)
     if logits.shape[0] == 1 or has_base:
         return logits[0]
-    return logits.to(wide_dtype(logits)).log_softmax(-1).logsumexp(0) - math.log(logits.shape[0])
+    return log_mean_exp(logits.to(wide_dtype(logits)).log_softmax(-1))
 
 
 def total(logits: Float[Tensor, "members *batch classes"]) -> Float[Tensor, "*batch"]:
@@ -139,7 +139,8 @@ def confidence_scores(logits: Float[Tensor, "*batch classes"]) -> ConfidenceScor
         >>> scores.margin.item(), round(abs(scores.self_certainty.item()), 4)
         (1.0, 0.0)
     """
-    return _confidence(Distributions.measure(logits))
+    distribution = Distributions.measure(logits)
+    return score_confidence(distribution, find_top(distribution.centred, 2))
 
 
 def token_scores(
@@ -161,76 +162,80 @@ def token_scores(
         ShapeError: If the member axis is missing.
         NonFiniteError: If a logit is NaN or infinite.
     """
-    return _scores(logits, chosen, has_base, check)[0]
+    scores = score_members(measure_members(logits, has_base=has_base), chosen, has_base=has_base)
+    if check:
+        check_finite(scores.total + scores.aleatoric)
+    return scores
 
 
-def score_among(
-    logits: Float[Tensor, "members *batch classes"],
-    chosen: Int[Tensor, "*batch"],
-    others: Int[Tensor, "*batch k"],
-    mixed: Float[Tensor, "*batch classes"],
-    *,
-    has_base: bool = False,
-    check: bool = True,
-) -> tuple[TokenScores, Float[Tensor, "*batch k"]]:
-    """Return token scores, and the log-probabilities of other classes in the chosen one's place, float64.
-
-    Both come from one distribution: a class has the same number in both places, and the probabilities of all that are
-    named add up to at most 1.
-
-    Args:
-        logits: Unnormalised scores, one slice per member.
-        chosen: Index of the class that was taken.
-        others: Indices of classes, all different; the chosen one may be among them.
-        mixed: The ``mixture`` of the logits.
-        has_base: Member 0 is the base model.
-        check: As for ``token_scores``.
+def measure_members(logits: Float[Tensor, "members *batch classes"], *, has_base: bool = False) -> Distributions:
+    """Return the members' distributions, which are large, and of which all scores are computed.
 
     Raises:
-        ShapeError: If the member axis is missing.
-        NonFiniteError: If a logit is NaN or infinite.
+        ShapeError: If the member axis is missing, or if there is no member next to the base model.
     """
-    scores, each = _scores(logits, chosen, has_base, check)
-    return _fit(scores, each.select(0) if logits.shape[0] == 1 or has_base else mixed, chosen, others)
+    _check(logits)
+    if has_base and len(logits) < 2:
+        raise ShapeError("a base row needs at least one more member to disagree with it, got one row")
+    return Distributions.measure(logits)
 
 
-def _fit(
-    scores: TokenScores, mean: Distributions | Tensor, chosen: Tensor, others: Tensor
-) -> tuple[TokenScores, Tensor]:
-    """Return scores and the others' log-probabilities, whose sum is at most 1 whatever the rounding."""
+def find_answer(each: Distributions, *, has_base: bool = False) -> Distributions:
+    """Return the distribution that answers: the members' mean, or the base's; see ``mixture``."""
+    return each.select(0) if has_base else each.mean()
 
-    def logprobs(classes: Tensor) -> Tensor:
-        each = mean.logprobs(classes) if isinstance(mean, Distributions) else mean.gather(-1, classes)
-        return each.double().clamp_max(0)
 
-    chosen_logp, rest = logprobs(chosen.unsqueeze(-1)), logprobs(others)
-    apart = (others != chosen.unsqueeze(-1)).all(-1, keepdim=True)
+def score_members(
+    each: Distributions, chosen: Int[Tensor, "*batch"], answer: Distributions | None = None, *, has_base: bool = False
+) -> TokenScores:
+    """Return ``token_scores`` of measured members.
+
+    Args:
+        each: The members' distributions.
+        chosen: Index of the class that was taken.
+        answer: The distribution that answers, if it is known: then the mean is not computed again.
+        has_base: Member 0 is the base model.
+    """
+    if not has_base:
+        return _score(each, chosen, answer)
+    base, others = each.select(slice(1)), each.select(slice(1, None))
+    divergence = compute_divergence(base.select(0), others).mean(0).clamp_min(0)
+    of_base = _score(base, chosen, None)
+    return _score(others, chosen, None)._replace(logprob=of_base.logprob, total=of_base.total, divergence=divergence)
+
+
+def score_confidence(distribution: Distributions, top: Int[Tensor, "*batch k"]) -> ConfidenceScores:
+    """Return ``confidence_scores`` of a measured distribution.
+
+    Args:
+        distribution: The distribution.
+        top: The most probable classes, at least two, the first ones first.
+    """
+    first, second = distribution.probs.gather(-1, top[..., :2]).unbind(-1)
+    margin = (1 - (first - second)).clamp(0, 1)
+    return ConfidenceScores(margin, -compute_uniform_divergence(distribution).clamp_min(0))
+
+
+def fit_logprobs(
+    answer: Distributions, chosen: Int[Tensor, "*batch"], others: Int[Tensor, "*batch k"]
+) -> tuple[Float[Tensor, "*batch"], Float[Tensor, "*batch k"]]:
+    """Return log-probabilities of the chosen class and of others in its place, float64.
+
+    A class has the same number in both, and the probabilities of all that are named add up to at most 1 whatever the
+    rounding.
+
+    Args:
+        answer: The distribution that answers.
+        chosen: Index of the class that was taken.
+        others: Indices of classes, all different; the chosen one may be among them.
+    """
+    chosen = chosen.unsqueeze(-1)
+    logp = answer.logprobs(torch.cat([chosen, others], -1)).double().clamp_max(0)
+    probs, is_among = logp.exp(), (others == chosen).any(-1, keepdim=True)
     # Rounding of the normaliser may bring the sum a little above 1: the probabilities are scaled to fit.
-    whole = rest.exp().sum(-1, keepdim=True) + chosen_logp.exp() * apart
-    excess = (whole.log() + 4e-15).clamp_min(0)  # the margin is for sums in another order
-    return scores._replace(logprob=(chosen_logp - excess).squeeze(-1)), rest - excess
-
-
-def score_answer_tokens(
-    logits: Float[Tensor, "members *batch classes"],
-    chosen: Int[Tensor, "*batch"],
-    mixed: Float[Tensor, "*batch classes"],
-    others: Int[Tensor, "*batch k"] | None = None,
-    *,
-    has_base: bool = False,
-    check: bool = True,
-) -> tuple[TokenScores, ConfidenceScores, Float[Tensor, "*batch k"] | None]:
-    """Return ``token_scores`` (or ``score_among``) and ``confidence_scores`` of ``mixed``, in fewer passes.
-
-    The arguments, and the errors raised, are those of ``score_among``.
-    """
-    scores, each = _scores(logits, chosen, has_base, check)
-    alone = each.select(0) if logits.shape[0] == 1 or has_base else None
-    logprobs = None
-    if others is not None:
-        scores, logprobs = _fit(scores, mixed if alone is None else alone, chosen, others)
-    # The mixture of several members has log-probabilities already, but for rounding.
-    return scores, _confidence(Distributions.measure(mixed) if alone is None else alone), logprobs
+    whole = probs.sum(-1, keepdim=True) - probs[..., :1] * is_among
+    logp = logp - (whole.log() + 4e-15).clamp_min(0)  # the margin is for sums in another order
+    return logp[..., 0], logp[..., 1:]
 
 
 def check_finite(entropy: Float[Tensor, "*batch"]) -> None:
@@ -279,65 +284,45 @@ def percentile(value: float, reference: Sequence[float], *, linear: bool = False
     return (place - 1 + (value - low) / (high - low)) / (len(reference) - 1)
 
 
-def _confidence(distribution: Distributions) -> ConfidenceScores:
-    """Return the scores of a distribution."""
-    largest = distribution.probs.gather(-1, find_top(distribution.centred, 2))
-    margin = 1 - (largest[..., 0] - largest[..., 1])
-    return ConfidenceScores(margin.clamp(0, 1), -compute_uniform_divergence(distribution).clamp_min(0))
-
-
-def _scores(logits: Tensor, chosen: Tensor, has_base: bool, check: bool) -> tuple[TokenScores, Distributions]:
-    """Return token scores, and the members' distributions, which are large."""
-    _check(logits)
-    if has_base and len(logits) < 2:
-        raise ShapeError("a base row needs at least one more member to disagree with it, got one row")
-    each = Distributions.measure(logits)
-    if has_base:
-        base, others = each.select(slice(1)), each.select(slice(1, None))
-        divergence = compute_divergence(base.select(0), others).mean(0).clamp_min(0)
-        answer = _score(base, chosen)
-        scores = _score(others, chosen)._replace(logprob=answer.logprob, total=answer.total, divergence=divergence)
-    else:
-        scores = _score(each, chosen)
-    if check:
-        check_finite(scores.total + scores.aleatoric)
-    return scores, each
-
-
-def _score(each: Distributions, chosen: Tensor) -> TokenScores:
+def _score(each: Distributions, chosen: Tensor, mean: Distributions | None) -> TokenScores:
     """Return the scores of members that all answer."""
     members, index = len(each.probs), chosen.unsqueeze(-1)
+    entropies = _entropies_of(each, mean)
+    differs = each.top != chosen
+    if members == 1:
+        (logprob,) = each.logprobs(index[None]).squeeze(-1)
+        return TokenScores(logprob.clamp_max(0), *entropies, differs[0].to(logprob.dtype), torch.zeros_like(logprob))
     index = index.expand(members, *index.shape)
-    h_total, h_aleatoric, h_epistemic = _entropies_of(each)
     return TokenScores(
         # Rounding may bring the mean of near certainties above 1.
-        logprob=(each.logprobs(index).squeeze(-1).logsumexp(0) - math.log(members)).clamp_max(0),
-        total=h_total,
-        aleatoric=h_aleatoric,
-        epistemic=h_epistemic,
-        disagreement=(each.top != chosen).to(h_total.dtype).mean(0),
+        log_mean_exp(each.logprobs(index).squeeze(-1)).clamp_max(0),
+        *entropies,
+        disagreement=differs.to(each.probs.dtype).mean(0),
         spread=each.probs.gather(-1, index).squeeze(-1).std(0, correction=0).clamp_max(0.5),
     )
 
 
 def _entropies(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     _check(logits)
-    entropies = _entropies_of(Distributions.measure(logits))
+    entropies = _entropies_of(Distributions.measure(logits), None)
     check_finite(entropies[0])
     return entropies
 
 
-def _entropies_of(each: Distributions) -> tuple[Tensor, Tensor, Tensor]:
+def _entropies_of(each: Distributions, mean: Distributions | None) -> tuple[Tensor, Tensor, Tensor]:
     """Return total, aleatoric and epistemic entropy, each within its bounds whatever the rounding.
 
     One NaN or infinite logit of any member makes its position's total NaN.
     """
     members, classes = len(each.probs), each.probs.shape[-1]
     inside = 1 - torch.finfo(each.probs.dtype).eps  # so that a bound is kept in any wider type, too
-    h_aleatoric = each.entropy().mean(0).clamp(0, math.log(classes) * inside)
+    entropies = each.entropy()
     if members == 1:  # the mean is the member
-        return h_aleatoric, h_aleatoric, torch.zeros_like(h_aleatoric)
-    h_epistemic = (compute_entropy_of_mean(each.probs) - h_aleatoric).clamp(0, math.log(members) * inside)
+        h_total = entropies[0].clamp(0, math.log(classes) * inside)
+        return h_total, h_total, torch.zeros_like(h_total)
+    h_aleatoric = entropies.mean(0).clamp(0, math.log(classes) * inside)
+    of_mean = compute_entropy_of_mean(each.probs) if mean is None else mean.entropy()
+    h_epistemic = (of_mean - h_aleatoric).clamp(0, math.log(members) * inside)
     h_total = (h_aleatoric + h_epistemic).clamp_max(math.log(classes) * inside)
     return h_total, h_aleatoric, torch.minimum(h_epistemic, (h_total - h_aleatoric).clamp_min(0))
 

@@ -14,9 +14,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from selfdoubt.lm.sampling import Sampling, choose_tokens
+from selfdoubt.distributions import Distributions
+from selfdoubt.lm.sampling import Sampling, choose_tokens, find_draws
 from selfdoubt.lm.step_output import StepOutput, Stepper
-from selfdoubt.lm.token_table import ScoredId, score_ids
+from selfdoubt.lm.token_table import ScoredId, choose_and_tabulate, read_table
 
 EndReason = Literal["stop", "length"]
 
@@ -128,6 +129,7 @@ class DecodeBatch:
         self._chosen: Int[Tensor, " batch"] | None = None
         self._ended: set[int] = set()
 
+    @torch.inference_mode()
     def choose(self) -> list[TokenEvent]:
         """Choose the next token of every sequence, or its end.
 
@@ -136,11 +138,16 @@ class DecodeBatch:
         """
         next_logits = self._next
         samplings = [sequence.sampling for sequence in self.sequences]
-        mixed = next_logits.mixture
-        chosen = choose_tokens(mixed, samplings, torch.stack([sequence.draw() for sequence in self.sequences]))
+        is_greedy = find_draws(samplings) == "greedy"
+        uniform = None if is_greedy else torch.stack([sequence.draw() for sequence in self.sequences])
+
+        def choose(span: slice, answer: Distributions | None) -> Int[Tensor, " n"]:
+            assert answer is not None
+            return choose_tokens(answer, samplings[span], None if uniform is None else uniform[span])
+
         most = max(sampling.alternatives for sampling in samplings)
-        tokens = score_ids(next_logits.at(None), chosen[:, None], most, mixed[:, None])
-        self._chosen = chosen
+        table, chosen = choose_and_tabulate(next_logits, choose, most)
+        tokens, self._chosen = read_table(table), chosen
         events = []
         for row, (sequence, (token,)) in enumerate(zip(self.sequences, tokens, strict=True)):
             states = None if next_logits.states is None else next_logits.states[0, row]

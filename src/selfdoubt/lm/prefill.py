@@ -137,7 +137,7 @@ def teacher_force_in_chunks(
     last = sorted(ends)
     width = max(len(t) for t in texts) + bool(last)
     ids = torch.tensor([list(t) + [0] * (width - len(t)) for t in texts]).to(next_logits.logits.device)
-    scored = score_ids(next_logits.at(None), ids[:, :1], alternatives, next_logits.mixture[:, None])
+    scored = score_ids(next_logits.at(None), ids[:, :1], alternatives, is_answer=True)
     keep_attention(attention, next_logits.at(None))
     # Without ends the last token predicts nothing that is asked for.
     for first, piece in stepper.extend(texts if last else [t[:-1] for t in texts]) if width > 1 else ():

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from selfdoubt.distributions import Distributions
 from selfdoubt.errors import ConfigError
 from selfdoubt.lm import defaults
 
@@ -50,17 +51,20 @@ class Sampling:
 
 
 def choose_tokens(
-    logits: Float[Tensor, "batch classes"], samplings: Sequence[Sampling], uniform: Float[Tensor, " batch"]
+    answer: Distributions, samplings: Sequence[Sampling], uniform: Float[Tensor, " batch"] | None
 ) -> Int[Tensor, " batch"]:
     """Choose the next token of each sequence: the most probable, or that at ``uniform`` of the distribution function.
 
     Args:
-        logits: Logits of the mean distribution.
+        answer: The distributions that answer, ``(batch, classes)``.
         samplings: Settings of each sequence.
-        uniform: Draws in [0, 1), float64; ignored where the temperature is 0.
+        uniform: Draws in [0, 1), float64; ignored where the temperature is 0, and None where all are.
     """
-    chosen = logits.argmax(-1)
     drawn = [row for row, sampling in enumerate(samplings) if sampling.temperature > 0]
+    if not drawn:
+        return answer.top
+    assert uniform is not None
+    logits, chosen = answer.centred, answer.top.clone()
     # Sorting the classes costs most, and only a top_p needs it. A row's draw must not depend on the rows around it.
     for sorts in (False, True):
         rows = [row for row in drawn if (samplings[row].top_p < 1) == sorts]
@@ -81,7 +85,7 @@ def find_draws(samplings: Sequence[Sampling]) -> Draws:
 
 
 def choose_on_device(
-    logits: Float[Tensor, "batch classes"],
+    answer: Distributions,
     temperature: Float[Tensor, " batch"],
     top_p: Float[Tensor, " batch"],
     uniform: Float[Tensor, " batch"],
@@ -92,21 +96,21 @@ def choose_on_device(
     Logits that are not numbers give any token, and no error.
 
     Args:
-        logits: Logits of the mean distribution.
+        answer: The distributions that answer, ``(batch, classes)``.
         temperature: Temperature of each row, float64.
         top_p: Share of probability of each row, float64.
         uniform: Draws in [0, 1), float64.
         draws: Kind of draws that the rows need, see ``find_draws``.
     """
-    chosen = logits.argmax(-1)
     if draws == "greedy":
-        return chosen
+        return answer.top
+    logits = answer.centred
     is_drawn = temperature > 0
     safe = torch.where(is_drawn, temperature, 1.0)
     drawn = _draw(logits, safe, None, uniform)
     if draws == "top_p":
         drawn = torch.where(top_p < 1, _draw(logits, safe, top_p, uniform), drawn)
-    return torch.where(is_drawn, drawn, chosen)
+    return torch.where(is_drawn, drawn, answer.top)
 
 
 def _draw(

@@ -45,6 +45,14 @@ class StepOutput:
         """Return the outputs of these sequences."""
         return self._each(lambda x: x[:, list(sequences)])
 
+    def span(self, sequences: slice) -> StepOutput:
+        """Return the outputs of a range of sequences, as views."""
+        return self._each(lambda x: x[:, sequences])
+
+    def flatten(self) -> StepOutput:
+        """Return the output with sequences and positions in one axis."""
+        return self._each(lambda x: x.flatten(1, 2))
+
     def join(self, other: StepOutput) -> StepOutput:
         """Return the outputs of both batches, in this order. What only one of them has is left out."""
 

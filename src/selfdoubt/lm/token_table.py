@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from selfdoubt import risk
-from selfdoubt.distributions import find_top, wide_dtype
+from selfdoubt.distributions import Distributions, find_top
 from selfdoubt.lm.scores import ANSWER_SIGNALS
 from selfdoubt.lm.step_output import StepOutput
 
 #: Logits of a block of positions on a CPU are about this many numbers (2 MiB in float32).
 _BLOCK = 2**19
+#: Chooses the ids of a span of sequences from the distributions that answer there, ``(n, classes)``; None where these
+#: are not needed for a score.
+Choice: TypeAlias = Callable[[slice, Distributions | None], Tensor]
 
 
 class ScoredId(NamedTuple):
@@ -55,12 +60,7 @@ class TokenTable:
 
 
 def tabulate(
-    step: StepOutput,
-    chosen: Int[Tensor, "batch t"],
-    alternatives: int,
-    mixed: Float[Tensor, "batch t classes"] | None = None,
-    *,
-    is_answer: bool | None = None,
+    step: StepOutput, chosen: Int[Tensor, "batch t"], alternatives: int, *, is_answer: bool = False
 ) -> TokenTable:
     """Compute the scores of chosen tokens on the device of the logits.
 
@@ -71,77 +71,76 @@ def tabulate(
     On a CPU it works on a few positions at a time, so that their logits stay in the cache from pass to pass.
 
     Args:
-        step: Logits of the positions where the tokens were chosen.
+        step: Logits of the positions where the tokens were chosen, ``(members, batch, t, classes)``.
         chosen: The chosen ids.
         alternatives: Number of the most probable tokens that come with each token.
-        mixed: The mixture of the logits, if it is computed already.
-        is_answer: True scores the distributions, too, as an answer's tokens take it and a prompt's do not. None: True
-            if there is a mixture.
+        is_answer: Score the distributions, too, as an answer's tokens take it and a prompt's do not.
 
     Raises:
         ShapeError: If the logits have no member axis.
     """
-    is_answer = mixed is not None if is_answer is None else is_answer
-    members, batch, t, classes = step.logits.shape
-    size = batch * t if step.logits.device.type != "cpu" else max(1, _BLOCK // (members * classes))
-    logits, scale = step.logits.flatten(1, 2), None if step.scale is None else step.scale.flatten(1, 2)
-    ids, mixed = chosen.flatten(), None if mixed is None else mixed.flatten(0, 1)
-    columns: dict[str, Tensor] = {}
-    tables = []
-    for first in range(0, batch * t, size):
-        span = slice(first, first + size)
-        columns, options = _score_block(
-            logits[:, span], ids[span], alternatives, None if mixed is None else mixed[span],
-            None if scale is None else scale[:, span], has_base=step.has_base, is_answer=is_answer,
-        )  # fmt: skip
-        scores = torch.stack([column.double() for column in columns.values()], -1)
-        tables.append(torch.cat([scores, *options], -1))
-    numbers, count = torch.cat(tables), len(columns)
-    signals = {name: x[0] for name, x in step.signals.items() if is_answer or name not in ANSWER_SIGNALS}
-    before = torch.cat([ids.double()[:, None], numbers[:, :count]], -1)
-    known = [signal.flatten().double()[:, None] for signal in signals.values()]
-    numbers = torch.cat([before, *known, numbers[:, count:]], -1)
-    return TokenTable(
-        numbers.unflatten(0, (batch, t)),  # type: ignore[no-untyped-call]
-        (*columns, *signals),
-        min(alternatives, classes),
-    )
+    ids = chosen.flatten()
+    numbers, names, _ = _score_blocks(step.flatten(), lambda span, _: ids[span], alternatives, is_answer=is_answer)
+    return TokenTable(numbers.view(*chosen.shape, -1), names, min(alternatives, step.logits.shape[-1]))
+
+
+def choose_and_tabulate(
+    step: StepOutput, choose: Choice, alternatives: int
+) -> tuple[TokenTable, Int[Tensor, " batch"]]:
+    """Choose the next token of each sequence, and compute its scores: both of distributions that are measured once.
+
+    Args:
+        step: Logits of the positions where the tokens are chosen, ``(members, batch, classes)``.
+        choose: Function that chooses the ids of some sequences, see ``Choice``.
+        alternatives: As for ``tabulate``.
+
+    Returns:
+        A table of one token per sequence, and its ids.
+    """
+    numbers, names, chosen = _score_blocks(step, choose, alternatives, is_answer=True)
+    return TokenTable(numbers[:, None], names, min(alternatives, step.logits.shape[-1])), chosen
+
+
+def _score_blocks(
+    step: StepOutput, choose: Choice, alternatives: int, *, is_answer: bool
+) -> tuple[Float[Tensor, "n columns"], tuple[str, ...], Int[Tensor, " n"]]:
+    """Return the rows of a table, the names of its scores and the ids, on a CPU block by block."""
+    members, positions, classes = step.logits.shape
+    size = positions if step.logits.device.type != "cpu" else max(1, _BLOCK // (members * classes))
+    if size >= positions:
+        return _score_block(step, choose, slice(0, positions), alternatives, is_answer=is_answer)
+    spans = [slice(first, first + size) for first in range(0, positions, size)]
+    blocks = [_score_block(step.span(span), choose, span, alternatives, is_answer=is_answer) for span in spans]
+    numbers, names, chosen = zip(*blocks, strict=True)
+    return torch.cat(numbers), names[0], torch.cat(chosen)
 
 
 def _score_block(
-    logits: Float[Tensor, "members n classes"],
-    chosen: Int[Tensor, " n"],
-    alternatives: int,
-    mixed: Float[Tensor, "n classes"] | None,
-    scale: Float[Tensor, "answering n classes"] | None,
-    *,
-    has_base: bool,
-    is_answer: bool,
-) -> tuple[dict[str, Tensor], list[Float[Tensor, "n k"]]]:
-    """Return the scores of some positions by name, and the ids and log-probabilities of their alternatives."""
-    options: Tensor | None = None
-    others: Tensor | None = None
-    confidence: dict[str, Tensor] = {}
-    if mixed is None and (is_answer or alternatives):
-        mixed = risk.mixture(logits, has_base=has_base)
-    if alternatives and mixed is not None:
-        options = find_top(mixed, min(alternatives, mixed.shape[-1]))
-    if mixed is not None:
-        wide = wide_dtype(mixed)
-        confidence["gap"] = mixed.amax(-1).to(wide) - mixed.gather(-1, chosen[:, None]).squeeze(-1).to(wide)
-    if is_answer and mixed is not None:
-        scores, sure, others = risk.score_answer_tokens(logits, chosen, mixed, options, has_base=has_base, check=False)
-        confidence |= dict(zip(risk.ConfidenceScores._fields, sure, strict=True))
-    elif options is not None and mixed is not None:
-        scores, others = risk.score_among(logits, chosen, options, mixed, has_base=has_base, check=False)
-    else:
-        scores = risk.token_scores(logits, chosen, has_base=has_base, check=False)
-    columns = {n: x for n, x in zip(risk.TokenScores._fields, scores, strict=True) if x is not None}
-    if scale is not None:
-        index = chosen[None, :, None].expand(len(scale), -1, 1)
-        columns["scale"] = scale.gather(-1, index).squeeze(-1).double().square().mean(0).sqrt()
-    columns |= confidence
-    return columns, [] if options is None or others is None else [options.double(), others]
+    step: StepOutput, choose: Choice, span: slice, alternatives: int, *, is_answer: bool
+) -> tuple[Float[Tensor, "n columns"], tuple[str, ...], Int[Tensor, " n"]]:
+    """Return the rows of some positions, whose tokens are those of ``span`` in ``choose``."""
+    each = risk.measure_members(step.logits, has_base=step.has_base)
+    answer = risk.find_answer(each, has_base=step.has_base) if is_answer or alternatives else None
+    chosen = choose(span, answer)
+    scores = risk.score_members(each, chosen, answer, has_base=step.has_base)
+    columns: dict[str, Tensor] = {}
+    options: list[Tensor] = []
+    if step.scale is not None:
+        index = chosen[None, :, None].expand(len(step.scale), -1, 1)
+        columns["scale"] = step.scale.gather(-1, index).squeeze(-1).double().square().mean(0).sqrt()
+    if answer is not None:
+        columns["gap"] = -answer.centred.gather(-1, chosen[:, None]).squeeze(-1)
+        top = find_top(answer.centred, min(max(alternatives, 2), answer.centred.shape[-1]))
+        if is_answer:
+            columns |= risk.score_confidence(answer, top)._asdict()
+        if alternatives:
+            others = top[:, :alternatives]
+            logprob, logprobs = risk.fit_logprobs(answer, chosen, others)
+            scores, options = scores._replace(logprob=logprob), [others, logprobs]
+    signals = {name: x[0] for name, x in step.signals.items() if is_answer or name not in ANSWER_SIGNALS}
+    columns = {name: x for name, x in scores._asdict().items() if x is not None} | columns | signals
+    numbers = torch.cat([chosen.double()[:, None], torch.stack(list(columns.values()), -1), *options], -1)
+    return numbers, tuple(columns), chosen
 
 
 def read_table(table: TokenTable) -> list[list[ScoredId]]:
@@ -150,25 +149,25 @@ def read_table(table: TokenTable) -> list[list[ScoredId]]:
     Raises:
         NonFiniteError: If logits were NaN or infinite.
     """
-    numbers = table.numbers.cpu()
-    risk.check_finite(replace(table, numbers=numbers).entropies.sum(-1))
-    first, half = 1 + len(table.names), table.alternatives
+    rows, first, half = table.numbers.tolist(), 1 + len(table.names), table.alternatives
 
     def read(row: list[float]) -> ScoredId:
         named: dict[str, Any] = dict(zip(table.names, row[1:first], strict=True))
         pairs = zip(row[first : first + half], row[first + half :], strict=True)
         return ScoredId(int(row[0]), **named, alternatives=tuple((int(i), p) for i, p in pairs))
 
-    return [[read(row) for row in rows] for rows in numbers.tolist()]
+    tokens = [[read(row) for row in sequence] for sequence in rows]
+    if not all(math.isfinite(token.total + token.aleatoric) for sequence in tokens for token in sequence):
+        risk.check_finite(table.entropies.sum(-1))
+    return tokens
 
 
 def score_ids(
     step: StepOutput,
     chosen: Int[Tensor, "batch t"],
     alternatives: int,
-    mixed: Float[Tensor, "batch t classes"] | None = None,
     *,
-    is_answer: bool | None = None,
+    is_answer: bool = False,
 ) -> list[list[ScoredId]]:
     """Return the scores of chosen tokens, moved to the host in one go. The arguments are those of ``tabulate``.
 
@@ -176,4 +175,4 @@ def score_ids(
         ShapeError: If the logits have no member axis.
         NonFiniteError: If a logit is NaN or infinite.
     """
-    return read_table(tabulate(step, chosen, alternatives, mixed, is_answer=is_answer))
+    return read_table(tabulate(step, chosen, alternatives, is_answer=is_answer))

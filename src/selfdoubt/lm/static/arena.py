@@ -14,7 +14,7 @@ from selfdoubt.lm.sampling import find_draws
 from selfdoubt.lm.static.results import TurnResult
 from selfdoubt.lm.static.step import StaticStep
 from selfdoubt.lm.static.stepper import Buckets, build_allocator
-from selfdoubt.lm.static.turn import DecodeTurn, TurnBuffers, TurnOutput, choose_and_tabulate, describe_sampling
+from selfdoubt.lm.static.turn import DecodeTurn, TurnBuffers, TurnOutput, choose_on_turn, describe_sampling
 from selfdoubt.lm.step_output import StepOutput
 from selfdoubt.lm.stepper import HFStepper
 
@@ -57,7 +57,7 @@ class Arena:
         drawn = None if draws == "greedy" else [sequence.draw() for sequence in sequences]
         settings = describe_sampling(samplings, drawn).to(self.cache.device)
         most = max(sampling.alternatives for sampling in samplings)
-        output, chosen = choose_and_tabulate(step, settings, draws, most)
+        output, chosen = choose_on_turn(step, settings, draws, most)
         slots = self.allocator.admit(stepper)
         self._put(slots, sequences, chosen, settings)
         return TurnResult(output, {sequence.name: row for row, sequence in enumerate(sequences)})

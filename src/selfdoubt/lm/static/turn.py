@@ -14,10 +14,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from selfdoubt.distributions import Distributions
 from selfdoubt.lm.sampling import Draws, Sampling, choose_on_device
 from selfdoubt.lm.static.step import StaticStep
 from selfdoubt.lm.step_output import StepOutput
-from selfdoubt.lm.token_table import TokenTable, tabulate
+from selfdoubt.lm.token_table import TokenTable, choose_and_tabulate
 
 #: Slots that there is room for from the beginning.
 _ROOM = 256
@@ -130,7 +131,7 @@ class DecodeTurn:
     def compute(self) -> TurnOutput:
         """Compute the turn, within a block of ``probing``."""
         step = self._step.run_probed(self._ids)
-        output, chosen = choose_and_tabulate(step, self._settings, self._draws, self._alternatives)
+        output, chosen = choose_on_turn(step, self._settings, self._draws, self._alternatives)
         self._ids.copy_(chosen)
         return output
 
@@ -144,7 +145,7 @@ class DecodeTurn:
         self._step.cache.positions.copy_(saved[1])
 
 
-def choose_and_tabulate(
+def choose_on_turn(
     step: StepOutput, settings: Float[Tensor, "3 batch"], draws: Draws, alternatives: int
 ) -> tuple[TurnOutput, Int[Tensor, " batch"]]:
     """Choose the next tokens of a step, ``(members, batch, classes)``; return them after their scores.
@@ -155,8 +156,12 @@ def choose_and_tabulate(
         draws: Kind of draws.
         alternatives: Number of the most probable tokens that come with each token.
     """
-    mixed = step.mixture
-    chosen = choose_on_device(mixed, settings[0], settings[1], settings[2], draws)
-    table = tabulate(step.at(None), chosen[:, None], alternatives, mixed[:, None])
+
+    def choose(span: slice, answer: Distributions | None) -> Int[Tensor, " n"]:
+        assert answer is not None
+        temperature, top_p, uniform = settings[:, span]
+        return choose_on_device(answer, temperature, top_p, uniform, draws)
+
+    table, chosen = choose_and_tabulate(step, choose, alternatives)
     states, attention = (None if x is None else x[0] for x in (step.states, step.attention))
     return TurnOutput(table, states, attention), chosen
