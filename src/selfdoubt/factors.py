@@ -39,6 +39,7 @@ class _Stack(NamedTuple):
     key: tuple[int, ...]  #: versions and addresses of the parameters
     epoch: int
     a: Float[Tensor, "members ranks in"]
+    transposed: Float[Tensor, "members in ranks"]  #: a view of ``a``
     ranks: dict[int, int]  #: of each leaf, by its place in the group, in the order of the stack
     b: dict[int, Float[Tensor, "members rank out"]]
 
@@ -162,7 +163,7 @@ class FactorGroup:
         stack = self._refresh(in_float32, call.epoch)
         if stack is None or place not in stack.ranks:
             return None
-        product = torch.bmm(rows.float() if in_float32 else rows, stack.a.transpose(1, 2))
+        product = torch.bmm(rows.float() if in_float32 else rows, stack.transposed)
         sizes = list(stack.ranks.values())
         each = product.split_with_sizes(sizes, -1) if len(sizes) > 1 else [product]
         products = _Products(x, _version(x), call.forwards, stack, dict(zip(stack.ranks, each, strict=True)))
@@ -226,14 +227,14 @@ def _copy(factors: dict[int, tuple[Tensor, Tensor]], before: _Stack | None, *, i
     else:
         second = {place: b.detach() for place, (_, b) in factors.items()}
         if len(factors) == 1:
-            return _Stack((), 0, first.detach(), ranks, second)
+            return _Stack((), 0, first.detach(), first.detach().transpose(1, 2), ranks, second)
     shape, dtype = (len(first), sum(ranks.values()), first.shape[2]), torch.float32 if in_float32 else first.dtype
     stacked = None if before is None else before.a
     if stacked is None or (stacked.shape, stacked.dtype, stacked.device) != (shape, dtype, first.device):
         stacked = torch.empty(shape, dtype=dtype, device=first.device)
     for part, (a, _) in zip(stacked.split_with_sizes(list(ranks.values()), 1), factors.values(), strict=True):
         part.copy_(a)
-    return _Stack((), 0, stacked, ranks, second)
+    return _Stack((), 0, stacked, stacked.transpose(1, 2), ranks, second)
 
 
 def _into(before: Tensor | None, b: Tensor) -> Tensor:

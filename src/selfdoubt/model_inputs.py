@@ -48,12 +48,12 @@ def find_batch_size(inputs: Mapping[str, Any], shared: tuple[str, ...], names: I
         ConfigError: If a shared input is not one of the model's.
         ShapeError: If no input has a batch axis.
     """
-    known = {*inputs, *names.positional, *names.keyword_only}
-    unknown = [name for name in shared if name not in known]
+    known = (inputs, names.positional, names.keyword_only)
+    unknown = [name for name in shared if not any(name in some for some in known)]
     if unknown:
         raise ConfigError(f"shared_inputs names {unknown}, and the inputs are {list(inputs)}")
-    batched = {name: value for name, value in inputs.items() if name not in shared}
-    first = next((tensor for tensor in iter_tensors(list(batched.values())) if tensor.ndim), None)
+    batched = [value for name, value in inputs.items() if name not in shared]
+    first = next((tensor for tensor in iter_tensors(batched) if tensor.ndim), None)
     if first is None:
         raise ShapeError("a wrapped model needs at least one input tensor with a batch axis, got none")
     return len(first)

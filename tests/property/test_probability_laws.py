@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from selfdoubt import risk
+from selfdoubt.distributions import Distributions
 from selfdoubt.lm.sampling import Sampling, choose_tokens
 from selfdoubt.lm.step_output import StepOutput
 from selfdoubt.lm.token_table import score_ids
@@ -36,12 +37,12 @@ def next_logits(draw):
 @given(next_logits(), st.sampled_from([0.0, 1e-300, 0.1, 1.0, 1e308]), st.integers(1, 20), seeds)
 @settings(max_examples=150)
 def test_a_token_and_its_alternatives_share_one_distribution(logits, temperature, alternatives, seed):
-    mixed = risk.mixture(logits)
+    answer = risk.find_answer(risk.measure_members(logits))
     uniform = torch.rand(2, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    chosen = choose_tokens(mixed, [Sampling(temperature=temperature)] * 2, uniform)
+    chosen = choose_tokens(answer, [Sampling(temperature=temperature)] * 2, uniform)
     exact = logits.double().softmax(-1).mean(0)
-    for given_mixed in (mixed[:, None], None):
-        rows = score_ids(StepOutput(logits[:, :, None], None), chosen[:, None], alternatives, given_mixed)
+    for is_answer in (True, False):
+        rows = score_ids(StepOutput(logits[:, :, None], None), chosen[:, None], alternatives, is_answer=is_answer)
         for (token,), own in zip(rows, exact, strict=True):
             named = dict(token.alternatives)
             probabilities = [math.exp(p) for p in {**named, token.id: token.logprob}.values()]
@@ -86,5 +87,6 @@ def test_tokens_are_drawn_from_the_logits_and_not_from_their_rounding(seed):
     generator = torch.Generator().manual_seed(seed)
     logits = (5 * torch.randn(64, 50, generator=generator)).bfloat16()
     uniform = torch.rand(64, generator=generator, dtype=torch.float64)
-    found = choose_tokens(logits, [Sampling(temperature=1.0)] * 64, uniform)
-    assert torch.equal(found, choose_tokens(logits.double(), [Sampling(temperature=1.0)] * 64, uniform))
+    samplings = [Sampling(temperature=1.0)] * 64
+    drawn, exact = (choose_tokens(Distributions.measure(x), samplings, uniform) for x in (logits, logits.double()))
+    assert torch.equal(drawn, exact)

@@ -176,12 +176,33 @@ def test_all_scores_in_one_go_are_the_scores_one_by_one(members, has_base, dtype
         return
     logits = (random_logits(members, 4, 300) * 4).to(dtype)
     chosen, mixed = torch.tensor([0, 5, 7, 299]), risk.mixture(logits, has_base=has_base)
-    others = mixed.topk(3).indices
-    scores, confidence, logprobs = risk.score_answer_tokens(logits, chosen, mixed, others, has_base=has_base)
-    expected = risk.score_among(logits, chosen, others, mixed, has_base=has_base)
-    for a, b in zip(scores, expected[0], strict=True):
-        assert (a is None and b is None) or torch.equal(a, b)
-    assert torch.equal(logprobs, expected[1])
-    for a, b in zip(confidence, risk.confidence_scores(mixed), strict=True):
-        assert torch.equal(a, b)
-    assert risk.score_answer_tokens(logits, chosen, mixed, has_base=has_base)[2] is None
+    each = risk.measure_members(logits, has_base=has_base)
+    answer = risk.find_answer(each, has_base=has_base)
+    assert_close(answer.centred - answer.lognorm[:, None], mixed.to(answer.centred.dtype).log_softmax(-1))
+    assert_close(answer.probs, mixed.to(answer.probs.dtype).softmax(-1))
+    assert torch.equal(answer.top, mixed.argmax(-1))
+    scores = risk.score_members(each, chosen, answer, has_base=has_base)
+    for a, b in zip(scores, risk.token_scores(logits, chosen, has_base=has_base), strict=True):
+        assert (a is None and b is None) or torch.allclose(a, b, rtol=1e-5, atol=1e-6)
+    top = answer.centred.topk(3).indices
+    for a, b in zip(risk.score_confidence(answer, top), risk.confidence_scores(mixed), strict=True):
+        assert torch.allclose(a, b, rtol=1e-5, atol=1e-6)
+    logprob, logprobs = risk.fit_logprobs(answer, chosen, top)
+    assert_close(logprob, scores.logprob.double(), rtol=1e-6, atol=1e-6)
+    assert_close(logprobs.float(), mixed.float().log_softmax(-1).gather(-1, top), rtol=1e-5, atol=1e-6)
+
+
+def test_named_probabilities_add_up_to_at_most_one_whatever_the_rounding():
+    generator = torch.Generator().manual_seed(5)
+    logits = 9 * torch.randn(3, 500, 7, generator=generator)
+    answer = risk.find_answer(risk.measure_members(logits))
+    everything = answer.centred.topk(7).indices
+    for chosen in (everything[:, 0], everything[:, 6]):
+        logprob, logprobs = risk.fit_logprobs(answer, chosen, everything)
+        assert (logprobs.exp().sum(-1) <= 1).all()
+        assert torch.equal(
+            logprob, logprobs.gather(-1, (everything == chosen[:, None]).long().argmax(-1)[:, None])[:, 0]
+        )
+        # One that is not among them counts, too.
+        apart = risk.fit_logprobs(answer, everything[:, 6], everything[:, :6])
+        assert (apart[1].exp().sum(-1) + apart[0].exp() <= 1).all()

@@ -117,16 +117,16 @@ class OutputRecorder:
     """
 
     def __init__(self, layers: Sequence[nn.Module]) -> None:
-        self._layers = list(layers)
-        self._outputs = _Outputs(len(self._layers))
-        self._hooks = [self._outputs.build_hook(place) for place in range(len(self._layers))]
+        self.layers = list(layers)
+        self._outputs = _Outputs(len(self.layers))
+        self._hooks = [self._outputs.build_hook(place) for place in range(len(self.layers))]
 
     @contextmanager
     def record(self) -> Iterator[None]:
         """Record while the block runs."""
         self._outputs.thread = threading.get_ident()  # another thread may run the same model
-        self._outputs.values[:] = [None] * len(self._layers)
-        pairs = zip(self._layers, self._hooks, strict=True)
+        self._outputs.values[:] = [None] * len(self.layers)
+        pairs = zip(self.layers, self._hooks, strict=True)
         handles = [layer.register_forward_hook(hook) for layer, hook in pairs]
         try:
             yield

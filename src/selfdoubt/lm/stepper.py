@@ -278,7 +278,8 @@ class HFStepper:
         with ExitStack() as stack:
             if self._fork is not None and not only_base:
                 stack.enter_context(self._fork.grow(self.members))
-            stack.enter_context(self._recorder.record())
+            if self._recorder.layers:
+                stack.enter_context(self._recorder.record())
             for probe in self._probes:
                 stack.enter_context(probe.capture(probed, places))
             yield

@@ -9,6 +9,7 @@ import torch
 from scipy import stats
 from torch.testing import assert_close
 
+from selfdoubt.distributions import Distributions
 from selfdoubt.errors import ConfigError, NonFiniteError
 from selfdoubt.lm.decode import decode
 from selfdoubt.lm.prefill import prefill, run_to_end, teacher_force_in_chunks
@@ -201,6 +202,10 @@ def test_a_sequence_that_ends_does_not_move_the_draws_of_others():
     assert ids[1] == free[1]
 
 
+def choose(logits, sampling, uniform):
+    return choose_tokens(Distributions.measure(logits), [sampling] * len(logits), uniform)
+
+
 @pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.5, 1.0), (3.0, 1.0), (1.0, 0.7), (2.0, 0.3)])
 def test_frequencies_against_exact_probabilities(temperature, top_p):
     logits = torch.tensor([0.3, 2.0, -1.0, 1.1, 0.0, -0.7], dtype=torch.float64)
@@ -214,7 +219,9 @@ def test_frequencies_against_exact_probabilities(temperature, top_p):
             break
     n = 20_000
     uniform = torch.rand(n, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    chosen = choose_tokens(logits.expand(n, -1), [Sampling(temperature=temperature, top_p=top_p)] * n, uniform)
+    chosen = choose_tokens(
+        Distributions.measure(logits.expand(n, -1)), [Sampling(temperature=temperature, top_p=top_p)] * n, uniform
+    )
     counts = torch.bincount(chosen, minlength=6)
     assert set(counts.nonzero().flatten().tolist()) == set(kept)
     if len(kept) > 1:
@@ -226,7 +233,9 @@ def test_frequencies_against_exact_probabilities(temperature, top_p):
 def test_cold_is_greedy(temperature):
     logits = torch.randn(50, 7, generator=torch.Generator().manual_seed(0))
     chosen = choose_tokens(
-        logits, [Sampling(temperature=temperature)] * 50, torch.full((50,), 0.999, dtype=torch.float64)
+        Distributions.measure(logits),
+        [Sampling(temperature=temperature)] * 50,
+        torch.full((50,), 0.999, dtype=torch.float64),
     )
     assert torch.equal(chosen, logits.argmax(-1))
 
@@ -234,7 +243,9 @@ def test_cold_is_greedy(temperature):
 def test_the_smallest_top_p_keeps_one_token():
     logits = torch.randn(50, 7, generator=torch.Generator().manual_seed(0))
     chosen = choose_tokens(
-        logits, [Sampling(temperature=1.0, top_p=1e-9)] * 50, torch.full((50,), 0.999, dtype=torch.float64)
+        Distributions.measure(logits),
+        [Sampling(temperature=1.0, top_p=1e-9)] * 50,
+        torch.full((50,), 0.999, dtype=torch.float64),
     )
     assert torch.equal(chosen, logits.argmax(-1))
 
@@ -242,7 +253,9 @@ def test_the_smallest_top_p_keeps_one_token():
 @pytest.mark.parametrize("uniform", [0.0, 1 - 2**-53])
 def test_the_ends_of_the_unit_interval_choose_probable_tokens(uniform):
     logits = torch.tensor([[0.0, -math.inf, 1.0, -800.0]])
-    chosen = choose_tokens(logits, [Sampling(temperature=1.0)], torch.tensor([uniform], dtype=torch.float64))
+    chosen = choose_tokens(
+        Distributions.measure(logits), [Sampling(temperature=1.0)], torch.tensor([uniform], dtype=torch.float64)
+    )
     assert chosen.item() in (0, 2)
 
 

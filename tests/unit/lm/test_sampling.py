@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from selfdoubt.distributions import Distributions
 from selfdoubt.lm.sampling import Sampling, choose_on_device, choose_tokens, find_draws
 from selfdoubt.lm.static.turn import describe_sampling
 
@@ -26,8 +27,9 @@ def test_choices_on_the_device_are_the_choices(samplings, seed, dtype):
     uniform = torch.rand(len(samplings), generator=generator, dtype=torch.float64)
     uniform[0] = (0.0, 1 - 2**-53)[seed % 2]
     settings = describe_sampling(samplings, list(uniform))
-    chosen = choose_on_device(logits, settings[0], settings[1], settings[2], find_draws(samplings))
-    assert chosen.tolist() == choose_tokens(logits, samplings, uniform).tolist()
+    answer = Distributions.measure(logits)
+    chosen = choose_on_device(answer, settings[0], settings[1], settings[2], find_draws(samplings))
+    assert chosen.tolist() == choose_tokens(answer, samplings, uniform).tolist()
 
 
 def test_the_kind_of_draws_is_the_cheapest_that_serves_all():
@@ -39,5 +41,5 @@ def test_the_kind_of_draws_is_the_cheapest_that_serves_all():
 def test_logits_that_are_not_numbers_choose_a_token_that_there_is(draws):
     logits = torch.tensor([[torch.nan, 1.0], [torch.inf, -torch.inf], [torch.nan, torch.nan]])
     settings = torch.tensor([[1.0] * 3, [0.5] * 3, [0.7] * 3], dtype=torch.float64)
-    chosen = choose_on_device(logits, settings[0], settings[1], settings[2], draws)
+    chosen = choose_on_device(Distributions.measure(logits), settings[0], settings[1], settings[2], draws)
     assert ((chosen >= 0) & (chosen < 2)).all()

@@ -12,7 +12,7 @@ from selfdoubt import risk
 from selfdoubt.errors import NonFiniteError
 from selfdoubt.lm import token_table
 from selfdoubt.lm.step_output import StepOutput
-from selfdoubt.lm.token_table import TokenTable, read_table, score_ids, tabulate
+from selfdoubt.lm.token_table import TokenTable, choose_and_tabulate, read_table, score_ids, tabulate
 from tests.plain import run
 
 CLASSES = 301
@@ -33,16 +33,12 @@ def chosen_ids(device="cpu"):
     return torch.randint(CLASSES, (2, 3), generator=torch.Generator().manual_seed(1)).to(device)
 
 
-def mixed_of(step, is_answer):
-    return step.mixture if is_answer else None
-
-
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("is_answer", [False, True])
 @pytest.mark.parametrize("alternatives", [0, 5])
 def test_a_table_has_the_scores_one_by_one(kind, is_answer, alternatives):
     step, chosen = step_of(kind), chosen_ids()
-    tokens = score_ids(step, chosen, alternatives, mixed_of(step, is_answer))
+    tokens = score_ids(step, chosen, alternatives, is_answer=is_answer)
     assert [[token.id for token in row] for row in tokens] == chosen.tolist()
     scores = risk.token_scores(step.logits, chosen, has_base=step.has_base)
     for name, column in scores._asdict().items():
@@ -77,21 +73,20 @@ def test_a_table_is_traced_as_one_graph():
     run("""
 import itertools, torch
 from selfdoubt.lm.token_table import tabulate
-from tests.unit.lm.test_token_table import KINDS, chosen_ids, mixed_of, step_of
+from tests.unit.lm.test_token_table import KINDS, chosen_ids, step_of
 
 for kind, is_answer, alternatives in itertools.product(KINDS, [False, True], [0, 5]):
     torch._dynamo.reset()
     graph = torch.compile(tabulate, fullgraph=True, backend="aot_eager")
     for seed in (0, 7):
         step, chosen = step_of(kind, seed), chosen_ids()
-        mixed = mixed_of(step, is_answer)
-        expected, table = (f(step, chosen, alternatives, mixed) for f in (tabulate, graph))
+        expected, table = (f(step, chosen, alternatives, is_answer=is_answer) for f in (tabulate, graph))
         assert (table.names, table.alternatives) == (expected.names, expected.alternatives)
         torch.testing.assert_close(table.numbers, expected.numbers, rtol=0, atol=1e-6)
 """)
 
 
-def without_waiting(step, chosen, alternatives, mixed):
+def without_waiting(step, chosen, alternatives, is_answer):
     """Tabulate tensors without data: whatever reads a value fails."""
     meta = StepOutput(
         step.logits.to("meta"),
@@ -99,7 +94,7 @@ def without_waiting(step, chosen, alternatives, mixed):
         signals={name: x.to("meta") for name, x in step.signals.items()},
         has_base=step.has_base,
     )
-    return tabulate(meta, chosen.to("meta"), alternatives, None if mixed is None else mixed.to("meta"))
+    return tabulate(meta, chosen.to("meta"), alternatives, is_answer=is_answer)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -107,9 +102,8 @@ def without_waiting(step, chosen, alternatives, mixed):
 @pytest.mark.parametrize("alternatives", [0, 5])
 def test_no_value_is_read_before_the_end(kind, is_answer, alternatives):
     step, chosen = step_of(kind), chosen_ids()
-    mixed = mixed_of(step, is_answer)
-    table = without_waiting(step, chosen, alternatives, mixed)
-    expected = tabulate(step, chosen, alternatives, mixed)
+    table = without_waiting(step, chosen, alternatives, is_answer)
+    expected = tabulate(step, chosen, alternatives, is_answer=is_answer)
     assert (table.names, table.numbers.shape) == (expected.names, expected.numbers.shape)
 
 
@@ -122,11 +116,11 @@ def test_a_cuda_graph_captures_a_table(kind, dtype):
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):  # a first run outside, as captures need
-        tabulate(static, chosen, 5, static.mixture)
+        tabulate(static, chosen, 5, is_answer=True)
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        table = tabulate(static, chosen, 5, static.mixture)
+        table = tabulate(static, chosen, 5, is_answer=True)
     for seed in (3, 4):
         step = step_of(kind, seed, dtype, "cuda")
         static.logits.copy_(step.logits)
@@ -134,7 +128,7 @@ def test_a_cuda_graph_captures_a_table(kind, dtype):
         for name, signal in step.signals.items():
             static.signals[name].copy_(signal)
         graph.replay()
-        expected = tabulate(step, chosen, 5, step.mixture)
+        expected = tabulate(step, chosen, 5, is_answer=True)
         assert_close(table.numbers, expected.numbers, rtol=1e-6, atol=1e-6)
 
 
@@ -158,14 +152,14 @@ def test_logits_that_are_not_finite_show_in_the_table(kind, member, bad, is_answ
     step, chosen = step_of(kind), chosen_ids()
     value, where = BAD[bad]
     step.logits[member, 1, 2, where] = value
-    table = tabulate(step, chosen, alternatives, mixed_of(step, is_answer))
+    table = tabulate(step, chosen, alternatives, is_answer=is_answer)
     message = r"^1 of 6 positions have NaN or infinite logits; .* check the model's weights and dtype"
     with pytest.raises(NonFiniteError, match=message):
         read_table(table)
     # The other positions keep their scores.
     others = table.numbers.clone()
     others[1, 2] = 0
-    fine = tabulate(step_of(kind), chosen, alternatives, mixed_of(step_of(kind), is_answer)).numbers
+    fine = tabulate(step_of(kind), chosen, alternatives, is_answer=is_answer).numbers
     fine[1, 2] = 0
     assert_close(others, fine, rtol=0, atol=1e-6)
     assert len(read_table(TokenTable(others, table.names, table.alternatives))) == 2
@@ -177,9 +171,27 @@ def test_logits_that_are_not_finite_show_in_the_table(kind, member, bad, is_answ
 @pytest.mark.parametrize("positions", [1, 2, 4])
 def test_blocks_of_positions_are_all_positions(kind, is_answer, alternatives, positions, monkeypatch):
     step, chosen = step_of(kind), chosen_ids()
-    expected = tabulate(step, chosen, alternatives, mixed_of(step, is_answer))
+    expected = tabulate(step, chosen, alternatives, is_answer=is_answer)
     monkeypatch.setattr(token_table, "_BLOCK", positions * CLASSES * len(step.logits))
-    for mixed in (mixed_of(step, is_answer), None):
-        table = tabulate(step, chosen, alternatives, mixed, is_answer=is_answer)
-        assert (table.names, table.alternatives) == (expected.names, expected.alternatives)
-        assert torch.equal(table.numbers, expected.numbers)
+    table = tabulate(step, chosen, alternatives, is_answer=is_answer)
+    assert (table.names, table.alternatives) == (expected.names, expected.alternatives)
+    assert torch.equal(table.numbers, expected.numbers)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("rows", [1, 2, 4])
+def test_tokens_are_chosen_block_by_block_from_the_mean(kind, rows, monkeypatch):
+    whole = step_of(kind).flatten()
+    expected = whole.mixture.argmax(-1)
+    monkeypatch.setattr(token_table, "_BLOCK", rows * CLASSES * len(whole.logits))
+    spans = []
+
+    def choose(span, answer):
+        spans.append(span)
+        assert torch.equal(answer.top, expected[span])
+        return answer.top
+
+    table, chosen = choose_and_tabulate(whole, choose, 3)
+    assert len(spans) == -(-6 // rows)
+    assert torch.equal(chosen, expected)
+    assert torch.equal(table.numbers, tabulate(whole.at(None), chosen[:, None], 3, is_answer=True).numbers)
