@@ -31,7 +31,8 @@ class Distributions(NamedTuple):
         wide = logits.to(wide_dtype(logits))
         top = find_first(wide)
         place = top.unsqueeze(-1)
-        centred = wide - wide.gather(-1, place)
+        largest = wide.gather(-1, place)
+        centred = wide - largest if wide is logits else wide.sub_(largest)  # a copy needs no memory of its own again
         probs = centred.softmax(-1)
         return cls(centred, probs, -probs.gather(-1, place).squeeze(-1).log(), top)
 
