@@ -48,6 +48,7 @@ def build_stages(models: tuple[str, str, str], tests: str) -> list[Stage]:
         Stage("batch", 1.5, batch("--batches 32 128")),
         Stage("train", 2.0, ("-m", "benchmarks.train")),
         Stage("members", 1.0, decode(small, "--members 1 2 3 5 8 16 --modes captured")),
+        Stage("attention", 1.0, ("-m", "benchmarks.attention", "--models", small, large)),
         Stage("decode-middle", 1.5, decode(middle)),
         Stage("contexts", 2.0, batch("--batches 1 8 --prompts 2048 8192")),
         Stage("compiled-large", 3.0, decode(large, "--arms hf hf-static vote3+compiled")),

@@ -113,6 +113,7 @@ class RowFile:
 def tables() -> None:
     """Put each table between its marks in README.md."""
     from benchmarks import (
+        attention,
         batch,
         decode,
         prefill,
@@ -128,6 +129,7 @@ def tables() -> None:
     readme = HERE / "README.md"
     text = readme.read_text()
     makers: dict[str, Callable[[dict[str, Any]], str]] = {
+        "attention": attention.table,
         "decode": decode.table, "members": decode.table_members, "batch": batch.table, "prefill": prefill.table,
         "quality": quality.table, "train": train.table, "serve": serve.table, "memory": serve_memory.table,
         "real": real_measure.table, "voters": voters_table.table, "vision": vision.table,

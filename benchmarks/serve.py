@@ -156,8 +156,15 @@ async def load(url: str, model: str, clients: int, seconds: float, tokens: int) 
     }  # fmt: skip
 
 
-def measure(model: str, arms: list[str], clients: list[int], seconds: float, tokens: int) -> list[results.Row]:
-    rows = []
+def measure(
+    model: str,
+    arms: list[str],
+    clients: list[int],
+    seconds: float,
+    tokens: int,
+    keep: Callable[[list[results.Row]], Any],
+) -> None:
+    """Measure the servers of one model; ``keep`` gets the rows of each number of clients as soon as they are there."""
     with tempfile.TemporaryDirectory() as place, contextlib.ExitStack() as stack:
         folder = build_folder(model, Path(place))
         # All wait in memory while one works: they take turns, so that a slow minute of the machine meets all of them.
@@ -166,6 +173,7 @@ def measure(model: str, arms: list[str], clients: list[int], seconds: float, tok
         for arm, (url, _) in running.items():
             asyncio.run(load(url, named[arm], 4, 3, 8))  # warm
         for n in clients:
+            rows: list[results.Row] = []
             for arm, (url, pid) in running.items():
                 before = resident(pid)
                 times = asyncio.run(load(url, named[arm], n, seconds, tokens))
@@ -173,10 +181,8 @@ def measure(model: str, arms: list[str], clients: list[int], seconds: float, tok
                     {"model": model, "arm": arm, "clients": n, **times, "mb_before": before, "mb_after": resident(pid)}
                 )
                 print(rows[-1], flush=True)
-    for row in rows:
-        base = next((r for r in rows if r["arm"] == "alone" and r["clients"] == row["clients"]), None)
-        row["ratio"] = None if base is None else row["tokens_per_s"] / base["tokens_per_s"]
-    return rows
+            alone = next((row["tokens_per_s"] for row in rows if row["arm"] == "alone"), None)
+            keep([row | {"ratio": None if alone is None else row["tokens_per_s"] / alone} for row in rows])
 
 
 def table(record: dict[str, Any]) -> str:
@@ -209,9 +215,15 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--dry", action="store_true", help="write nothing")
     given = parser.parse_args()
-    rows = [r for m in given.models for r in measure(m, given.arms, given.clients, given.seconds, given.tokens)]
-    if not given.dry:
-        print(results.write("serve", rows, seconds=given.seconds, tokens=given.tokens))
+    rows: list[results.Row] = []
+
+    def keep(more: list[results.Row]) -> None:
+        rows.extend(more)
+        if not given.dry:
+            print(results.write("serve", rows, seconds=given.seconds, tokens=given.tokens), flush=True)
+
+    for model in given.models:
+        measure(model, given.arms, given.clients, given.seconds, given.tokens, keep)
 
 
 if __name__ == "__main__":
