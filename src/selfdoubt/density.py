@@ -29,6 +29,7 @@ from selfdoubt.gaussian import Gaussian, Moments, merge
 from selfdoubt.members import Wrapped, count_members, count_rows
 from selfdoubt.rows import ForwardContext, Replacement, expand
 from selfdoubt.targets import Leaf
+from selfdoubt.trained_state import TrainedState
 from selfdoubt.wrapping import wrap
 
 P = ParamSpec("P")
@@ -300,8 +301,8 @@ def insert(spec: Wrapper, model: nn.Module) -> Wrapped:
     outer.call = replaced.call
     outer.leaf_names = [f"module.{name}" for name in model.leaf_names]
     outer._batch_norms = [m for m in outer.modules() if isinstance(m, _BatchNorm)]
-    outer._graph, outer._trained_names = None, outer.list_added_parameters()
-    outer.is_trained = model.is_trained
+    outer._graph = None
+    outer._trained_state = TrainedState(outer, outer.list_member_parameters(), trained=model.is_trained)
     return outer
 
 

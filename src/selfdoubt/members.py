@@ -27,13 +27,13 @@ from selfdoubt.fused_layers import has_fused_leaves, switch_fused_layers_off
 from selfdoubt.messages import show_message
 from selfdoubt.model_inputs import InputNames, check_batch, find_batch_size
 from selfdoubt.model_outputs import check_batch_axis
-from selfdoubt.rows import ForwardContext, expand, list_added_names, unfold
+from selfdoubt.rows import ForwardContext, Replacement, expand, unfold
 from selfdoubt.scales import pair_scales
 from selfdoubt.sharing import share_module
 from selfdoubt.spec import Spec
 from selfdoubt.targets import Leaf
+from selfdoubt.trained_state import TrainedState
 from selfdoubt.tree import tree_map
-from selfdoubt.versions import Versions
 
 
 class Wrapped(nn.Module):
@@ -57,7 +57,6 @@ class Wrapped(nn.Module):
         for index, leaf in reversed(list(enumerate(leaves))):  # leaves inside others first
             shared = replace(leaf, module=self.module.get_submodule(leaf.name))
             targets.replace_module(self.module, leaf.name, spec.make_leaf(shared, index, self.call))
-        self._was_trained = False
         self._inputs: InputNames = model._inputs if isinstance(model, Wrapped) else InputNames.read(model)
         self._batch_norms = [m for m in self.modules() if isinstance(m, _BatchNorm)]
         self._has_fused_path = has_fused_leaves(self)
@@ -67,9 +66,8 @@ class Wrapped(nn.Module):
             self.module._has_fused_path |= self._has_fused_path
         self._graph: Callable[..., Any] | None = None
         self._lock = RLock()
-        self._trained_names = self.list_added_parameters()
-        self._versions = self._read_versions()
-        self.register_load_state_dict_post_hook(_note_versions)  # type: ignore[no-untyped-call]
+        self._trained_state = TrainedState(self, self.list_member_parameters())
+        self.register_load_state_dict_post_hook(_note_loaded)  # type: ignore[no-untyped-call]
         self.eval()
         if spec.verbose:
             show_message(_summary(self, leaves))
@@ -96,7 +94,6 @@ class Wrapped(nn.Module):
         training = self.training if training is None else training
         with self._hold():
             if training:
-                self._was_trained |= torch.is_grad_enabled()
                 return self._run_in_training(args, kwargs, return_risk=return_risk)
             has_base = self.answers_from_base
             if has_base and not return_risk:  # no member can change the answer
@@ -205,6 +202,8 @@ class Wrapped(nn.Module):
         with self._hold():
             if self.call.is_running:
                 raise WrapError("a wrapped model was called inside its own call; wrap the inner model alone")
+            if training:
+                self._trained_state.note_training()
             for wrapper in wrappers:
                 wrapper.call.start(
                     members=members, rows=rows, training=training, has_base=only_base or has_base, active=active,
@@ -249,14 +248,13 @@ class Wrapped(nn.Module):
 
     @property
     def is_trained(self) -> bool:
-        """True after a training pass with gradients, or where an added parameter has changed since wrapping."""
-        if not (self._was_trained or torch.compiler.is_compiling()):
-            self._was_trained = self._versions.have_changed()
-        return self._was_trained
+        """True if the members are trained: a parameter that the wrapper added has changed since wrapping, by a training
+        step or by loading; for samples, any parameter that trains, after a training pass. Set it to say otherwise."""
+        return self._trained_state.read(self)
 
     @is_trained.setter
     def is_trained(self, trained: bool) -> None:
-        self._was_trained, self._versions = trained, self._read_versions()
+        self._trained_state = TrainedState(self, self._trained_state.members, trained=trained)
 
     @property
     def distribution(self) -> Any:
@@ -264,10 +262,14 @@ class Wrapped(nn.Module):
         distributions = (getattr(wrapper.spec, "distribution", None) for wrapper in list_wrappers(self))
         return next((d for d in distributions if hasattr(d, "nll")), None)
 
-    def list_added_parameters(self) -> frozenset[str]:
-        """Return the names of the parameters that wrapping added and that train."""
-        added = set(list_added_names(self))
-        return frozenset(name for name, p in self.named_parameters() if name in added and p.requires_grad)
+    def list_member_parameters(self) -> frozenset[str]:
+        """Return the names of the parameters that make this wrapper's members, and that train; none without members."""
+        names: set[str] = set()
+        for name, module in self.named_modules() if hasattr(self.spec, "answer_from") else ():
+            if isinstance(module, Replacement) and module.call is self.call:
+                trains = (key for key, p in module.named_parameters() if p.requires_grad)
+                names |= {f"{name}.{key}" for key in trains if not key.startswith("leaf.")}
+        return frozenset(names)
 
     def extra_repr(self) -> str:
         """Return the settings, which ``print(wrapped)`` shows."""
@@ -362,22 +364,19 @@ class Wrapped(nn.Module):
         mine = self.state_dict()
         trains = (name for name, p in self.named_parameters() if p.requires_grad and name in mine)
         pairs = ((mine[name], state_dict.get(prefix + name)) for name in trains)
-        self._was_trained = self.is_trained or any(
-            isinstance(other, Tensor) and not _are_equal(value, other) for value, other in pairs
-        )
+        self.is_trained |= any(isinstance(other, Tensor) and not _are_equal(value, other) for value, other in pairs)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def _read_versions(self) -> Versions:
-        return Versions(p for name, p in self.named_parameters() if name in self._trained_names)
-
     def __getstate__(self) -> dict[str, Any]:
-        """Return the state of copies, which have a lock and a graph of their own."""
-        return {**self.__dict__, "_lock": None, "_graph": None, "_versions": None, "_was_trained": self.is_trained}
+        """Return the state of copies, which have a lock, a graph and a record of training of their own."""
+        record = self._trained_state.members, self.is_trained
+        return {**self.__dict__, "_lock": None, "_graph": None, "_trained_state": record}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take a state, with a new lock."""
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self._lock, self._versions = RLock(), self._read_versions()
+        members, trained = state["_trained_state"]
+        self._lock, self._trained_state = RLock(), TrainedState(self, members, trained=trained)
 
 
 def list_wrappers(model: nn.Module) -> list[Wrapped]:
@@ -440,5 +439,5 @@ def _are_equal(mine: Tensor, theirs: Tensor) -> bool:
     return torch.equal(mine.detach().cpu(), theirs.detach().to(mine.dtype).cpu())
 
 
-def _note_versions(wrapped: Any, incompatible_keys: Any) -> None:  # noqa: ARG001
-    wrapped.is_trained = wrapped._was_trained
+def _note_loaded(wrapped: Any, incompatible_keys: Any) -> None:  # noqa: ARG001
+    wrapped.is_trained = wrapped._trained_state.is_trained  # as before the load, which has changed parameters

@@ -133,8 +133,10 @@ def test_the_mean_answers_after_training(tmp_path, spec):
     wrapped, x = spec(mlp()), inputs(6)
     with torch.no_grad():
         wrapped(x, training=True)
-    assert wrapped.answers_from_base
-    wrapped(x, training=True)
+    optimizer = torch.optim.SGD([p for p in wrapped.parameters() if p.requires_grad], lr=0.1)
+    wrapped(x, training=True).square().sum().backward()
+    assert wrapped.answers_from_base  # nothing has learnt from the gradients yet
+    optimizer.step()
     assert not wrapped.answers_from_base
     for twin in (copy.deepcopy(wrapped), pickle.loads(pickle.dumps(wrapped))):
         assert torch.equal(twin(x), wrapped(x))
@@ -158,6 +160,21 @@ def test_an_optimizer_step_trains_whatever_the_mode_was():
     assert not wrapped.is_trained
     optimizer.step()
     assert wrapped.is_trained
+
+
+def test_only_what_makes_the_members_trains_them():
+    scale = vote.Wrapper()(sculpt.Wrapper()(mlp()))
+    with torch.no_grad():
+        next(p for name, p in scale.named_parameters() if ".branch." in name and p.requires_grad).add_(1)
+    assert scale.answers_from_base  # a scale has learnt, and no voter
+    samples = sample.Wrapper()(mlp())
+    with torch.no_grad():
+        next(samples.parameters()).add_(1)
+    assert samples.answers_from_base  # the model has learnt without noise
+    samples(inputs(), training=True)
+    with torch.no_grad():
+        next(samples.parameters()).add_(1)
+    assert not samples.answers_from_base
 
 
 def test_threads_take_turns():
