@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from operator import attrgetter
+from typing import Any
 from weakref import ref
 
 import torch
@@ -60,3 +62,24 @@ class TrainedState:
         """Return True if other tensors have the places of known ones, as after sharding: their changes are not seen."""
         now: dict[str, Tensor] = dict(model.named_parameters())
         return any(name in now and parameter() is not now[name] for name, (parameter, _) in self._known.items())
+
+
+def has_other_weights(model: nn.Module, state: Mapping[str, Any], prefix: str = "") -> bool:
+    """Return True if a state has other values for a parameter that trains.
+
+    Args:
+        model: A model.
+        state: A state, with the model's names after a prefix.
+        prefix: The prefix.
+    """
+    mine = model.state_dict()
+    trains = (name for name, p in model.named_parameters() if p.requires_grad and name in mine)
+    pairs = ((mine[name], state.get(prefix + name)) for name in trains)
+    return any(isinstance(other, Tensor) and not _are_equal(value, other) for value, other in pairs)
+
+
+def _are_equal(mine: Tensor, theirs: Tensor) -> bool:
+    kinds = {type(mine.detach()), type(theirs.detach())}  # a shard cannot be compared with a whole tensor
+    if mine.is_meta or theirs.is_meta or mine.shape != theirs.shape or len(kinds) > 1:
+        return False
+    return torch.equal(mine.detach().cpu(), theirs.detach().to(mine.dtype).cpu())

@@ -215,14 +215,35 @@ def test_a_model_that_calls_its_own_wrapper_is_an_error():
     assert wrapped(torch.ones(3, 4)).shape == (3, 4)  # the error leaves no trace
 
 
-@pytest.mark.parametrize("spec", [vote.Wrapper(), vote.Wrapper(answer_from="mean"), sample.Wrapper()])
+@pytest.mark.parametrize(
+    "spec",
+    [vote.Wrapper(), vote.Wrapper(answer_from="mean"), sample.Wrapper(), sculpt.Wrapper(), density.Wrapper()],
+    ids=["base", "mean", "sample", "sculpt", "density"],
+)
 def test_a_prediction_that_is_not_a_number_has_no_risk(spec):
     wrapped = spec(mlp())
+    if isinstance(spec, density.Wrapper):
+        density.fit(wrapped, [inputs(64)])
     x = inputs()
-    x[2, 0] = float("nan")
+    x[[2, 4], 0] = float("nan")
     assert wrapped(x)[2].isnan().all()  # as the model itself
-    with pytest.raises(NonFiniteError, match=r"of \d+ predictions are NaN, which have no risk; check the inputs"):
+    with pytest.raises(NonFiniteError, match=rf"^\d+ of \d+ .* are NaN, in row 2 and 1 more of {len(x)}: they have no"):
         wrapped.predict(x)
+
+
+def test_one_member_has_no_other_to_disagree_with():
+    wrapped = density.Wrapper()(mlp())
+    density.fit(wrapped, [inputs(64)])
+    forecast = wrapped.forecast(inputs())
+    assert (forecast.total, forecast.aleatoric, forecast.epistemic, forecast.scale) == (None,) * 4
+    assert forecast.density.shape == (len(inputs()),)
+    forecast = sculpt.Wrapper()(mlp()).forecast(inputs())
+    assert forecast.epistemic is None
+    assert torch.equal(forecast.total, forecast.scale)
+    assert torch.equal(forecast.aleatoric, forecast.scale)
+    alone = vote.Wrapper(1, output="logits", answer_from="mean")(mlp()).forecast(inputs())
+    assert alone.epistemic is None
+    assert_close(alone.total, alone.aleatoric)
 
 
 def test_classes_that_cannot_be_have_no_risk():
