@@ -65,9 +65,13 @@ class Normal:
         return tree_map(draw, *pair)
 
     @staticmethod
-    def nll(pair: tuple[Tensor, Tensor], target: Tensor) -> Tensor:
-        """Return the negative log-likelihood of each target, nats."""
-        y, scale = pair
+    def nll(pair: MeanAndScale, target: Tensor) -> Tensor:
+        """Return the negative log-likelihood of each target, nats.
+
+        Raises:
+            ConfigError: If there is no scale.
+        """
+        y, scale = _read_pair(pair)
         return 0.5 * ((target - y) / scale).square() + scale.log() + 0.5 * math.log(2 * math.pi)
 
 
@@ -99,9 +103,13 @@ class Laplace:
         return tree_map(draw, *pair)
 
     @staticmethod
-    def nll(pair: tuple[Tensor, Tensor], target: Tensor) -> Tensor:
-        """Return the negative log-likelihood of each target, nats."""
-        y, scale = pair
+    def nll(pair: MeanAndScale, target: Tensor) -> Tensor:
+        """Return the negative log-likelihood of each target, nats.
+
+        Raises:
+            ConfigError: If there is no scale.
+        """
+        y, scale = _read_pair(pair)
         return (target - y).abs() / scale + scale.log() + math.log(2)
 
 
@@ -264,3 +272,14 @@ def _branch(head: nn.Module, spec: Wrapper) -> nn.Sequential:
     nn.init.zeros_(last.weight)
     nn.init.constant_(last.bias, math.log(math.expm1(spec.initial_scale)))
     return nn.Sequential(*layers, last)
+
+
+def _read_pair(pair: MeanAndScale) -> tuple[Tensor, Tensor]:
+    """Check that a prediction has a scale."""
+    y, scale = pair
+    if not isinstance(y, Tensor) or not isinstance(scale, Tensor):
+        raise ConfigError(
+            f"a likelihood needs one output and its scale, two tensors, got {type(y).__name__} and "
+            f"{type(scale).__name__}; give the output of a head that sculpt.Wrapper replaced"
+        )
+    return y, scale

@@ -273,3 +273,23 @@ def test_hidden_states_as_wide_as_the_vocabulary_have_no_scale(family):
 def test_what_cannot_be_sculpted(make, error, words):
     with pytest.raises(error, match=f"^{words}[^\n]*$"):
         make()
+
+
+@pytest.mark.parametrize("distribution", [sculpt.Normal, sculpt.Laplace])
+def test_a_likelihood_needs_a_scale(distribution):
+    with pytest.raises(ConfigError, match=r"two tensors, got Tensor and NoneType; give the output of a head"):
+        distribution.nll((torch.ones(3), None), torch.ones(3))
+
+
+def test_a_frozen_base_learns_nothing_and_neither_does_its_scale_alone():
+    x = torch.ones(3, 4, dtype=torch.float64)
+    for wrapped in (vote.Wrapper()(sculpt.Wrapper()(mlp())), vote.Wrapper()(mlp())):
+        mean, risk = wrapped(x, return_risk=True)  # without wrapped.train()
+        with pytest.raises(ConfigError, match=r"call wrapped\.train\(\) before training$"):
+            (mean.square() + risk).sum().backward()
+        moving = x.clone().requires_grad_()  # a saliency map
+        wrapped(moving, return_risk=True)[0].sum().backward()
+        assert moving.grad.abs().sum() > 0
+    wrapped = vote.Wrapper()(sculpt.Wrapper()(mlp())).train()
+    sculpt.Normal.nll(wrapped(x, return_risk=True), torch.zeros(3, 3, dtype=x.dtype)).mean().backward()
+    assert all(p.grad is not None for p in wrapped.parameters() if p.requires_grad)
