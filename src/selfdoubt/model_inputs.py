@@ -61,8 +61,8 @@ def find_batch_size(inputs: Mapping[str, Any], shared: tuple[str, ...], names: I
     unknown = [name for name in shared if not any(name in some for some in known)]
     if unknown:
         raise ConfigError(f"shared_inputs names {unknown}, and the inputs are {list(inputs)}")
-    batched = [value for name, value in inputs.items() if name not in shared]
-    first = next((tensor for tensor in iter_tensors(batched) if tensor.ndim), None)
+    batched = {name: value for name, value in inputs.items() if name not in shared}
+    first = next((tensor for tensor in iter_tensors(list(batched.values())) if tensor.ndim), None)
     if first is None:
         given = ", ".join(f"{name}: {type(value).__name__}" for name, value in batched.items()) or "none"
         is_array = any(hasattr(value, "__array__") and not isinstance(value, Tensor) for value in batched.values())
