@@ -23,6 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks import arms, results
+from selfdoubt.lm.grouped_queries import attend_grouped
 
 KEYS = ("model", "case", "rows", "length", "arm")
 ARMS = {
@@ -128,11 +129,9 @@ def build_kernel(arm: str, shape: Shape, device: torch.device) -> Callable[[Tens
             return run(q, k, v)
 
     def run_grouped(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        # A single query sees all keys that the mask leaves, and so do the heads that share them.
         if q.shape[2] > 1:
             raise ValueError("only for one query per row")
-        grouped = q.reshape(len(q), k.shape[1], -1, q.shape[-1])
-        return scaled_dot_product_attention(grouped, k, v, attn_mask=mask).reshape(q.shape)
+        return attend_grouped(q, k, v, mask)
 
     return {"sdpa": run, "sdpa-grouped": run_grouped}.get(arm, run_on)
 
@@ -198,7 +197,7 @@ def _time_on_gpu(call: Callable[[], Tensor], seconds: float) -> list[float]:
     times: list[float] = []
     until = time.perf_counter() + seconds
     while len(times) < 5 or (time.perf_counter() < until and len(times) < 200):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         start.record()
         graph.replay()
         end.record()

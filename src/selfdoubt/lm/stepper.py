@@ -20,6 +20,7 @@ from selfdoubt.lm import cache
 from selfdoubt.lm.attention_backends import steady_attention
 from selfdoubt.lm.chunks import ChunkSizer
 from selfdoubt.lm.few_rows import find_linears, use_few_rows
+from selfdoubt.lm.grouped_queries import group_queries
 from selfdoubt.lm.hidden_states import OutputRecorder, find_decoder_layer
 from selfdoubt.lm.late_fork import LateFork, find_late_fork
 from selfdoubt.lm.step_output import Probe, StepOutput
@@ -276,6 +277,7 @@ class HFStepper:
     ) -> Iterator[None]:
         """Let probes record the last ``probed`` positions while the block runs ``run_probed``."""
         with ExitStack() as stack:
+            stack.enter_context(group_queries())
             if self._fork is not None and not only_base:
                 stack.enter_context(self._fork.grow(self.members))
             if self._recorder.layers:
