@@ -20,7 +20,7 @@ from selfdoubt.lm.step_output import StepOutput
 _BLOCK = 2**19
 #: Chooses the ids of a span of sequences from the distributions that answer there, ``(n, classes)``; None where these
 #: are not needed for a score.
-Choice: TypeAlias = Callable[[slice, Distributions | None], Tensor]
+TokenChoice: TypeAlias = Callable[[slice, Distributions | None], Tensor]
 
 
 class ScoredId(NamedTuple):
@@ -85,13 +85,13 @@ def tabulate(
 
 
 def choose_and_tabulate(
-    step: StepOutput, choose: Choice, alternatives: int
+    step: StepOutput, choose: TokenChoice, alternatives: int
 ) -> tuple[TokenTable, Int[Tensor, " batch"]]:
     """Choose the next token of each sequence, and compute its scores: both of distributions that are measured once.
 
     Args:
         step: Logits of the positions where the tokens are chosen, ``(members, batch, classes)``.
-        choose: Function that chooses the ids of some sequences, see ``Choice``.
+        choose: Function that chooses the ids of some sequences, see ``TokenChoice``.
         alternatives: As for ``tabulate``.
 
     Returns:
@@ -102,7 +102,7 @@ def choose_and_tabulate(
 
 
 def _score_blocks(
-    step: StepOutput, choose: Choice, alternatives: int, *, is_answer: bool
+    step: StepOutput, choose: TokenChoice, alternatives: int, *, is_answer: bool
 ) -> tuple[Float[Tensor, "n columns"], tuple[str, ...], Int[Tensor, " n"]]:
     """Return the rows of a table, the names of its scores and the ids, on a CPU block by block."""
     members, positions, classes = step.logits.shape
@@ -116,7 +116,7 @@ def _score_blocks(
 
 
 def _score_block(
-    step: StepOutput, choose: Choice, span: slice, alternatives: int, *, is_answer: bool
+    step: StepOutput, choose: TokenChoice, span: slice, alternatives: int, *, is_answer: bool
 ) -> tuple[Float[Tensor, "n columns"], tuple[str, ...], Int[Tensor, " n"]]:
     """Return the rows of some positions, whose tokens are those of ``span`` in ``choose``."""
     each = risk.measure_members(step.logits, has_base=step.has_base)
