@@ -195,10 +195,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", type=Path, required=True, help="folder of the encoder")
     parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder of the data sets")
-    parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
+    parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=["towns", "trivia"])
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--seeds", type=int, default=3)
-    for name, value in {"training": 1500, "test": 600, "others": 300, "length": 24, "epochs": 2, "batch": 30}.items():
+    for name, value in {"training": 1200, "test": 500, "others": 250, "length": 20, "epochs": 2, "batch": 30}.items():
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--rate", type=float, default=2e-4, help="learning rate")
     parser.add_argument("--results", type=Path, help="folder of the rows, without tables [default: that of all]")
