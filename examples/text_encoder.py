@@ -4,7 +4,7 @@ The questions are those that ship with this package: about the country of a town
 encoder learns five kinds of them. Questions of all other kinds (capitals, continents) are out of distribution, and the
 risk should rank them above the rest.
 
-    python examples/text_encoder.py
+    python examples/text_encoder.py --peers
     python examples/text_encoder.py --data opentriviaqa.jsonl        # or other questions with a column "category"
 """
 
@@ -17,7 +17,7 @@ from collections import Counter
 from functools import partial
 from importlib.resources import files
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import comparison as c
 import matplotlib
@@ -32,6 +32,7 @@ import matplotlib.pyplot as plt
 
 BUDGET = c.Budget(steps=150, batch=30, rate=3e-3, decay=0.01)
 CLASSES, LENGTH, WORDS = 5, 16, 2000
+KNOWN, OTHERS = 4000, 1000  # texts of a large file that are read: of classes to learn, and of others
 BOX = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8}
 
 
@@ -65,6 +66,30 @@ class Encoder(nn.Module):
         return self.head((h * used).sum(1) / used.sum(1))  # type: ignore[no-any-return]
 
 
+class PackedEncoder(nn.Module):
+    """The same network as a packed ensemble (Laurent et al., 2023), by torch-uncertainty: ``(members * batch, classes)``.
+
+    Words and places are shared; all behind them is divided among the members.
+    """
+
+    def __init__(self, layers: Any, members: int = 4, width: int = 32) -> None:
+        super().__init__()
+        packed = {"alpha": 2, "num_estimators": members}
+        self.words, self.places = nn.Embedding(WORDS + 2, width), nn.Embedding(LENGTH, width)
+        self.first = layers.PackedLinear(width, width, first=True, **packed)
+        self.layer = layers.PackedTransformerEncoderLayer(
+            width, 4, dim_feedforward=64, dropout=0.0, batch_first=True, norm_first=True, **packed
+        )
+        self.norm = layers.PackedLayerNorm(width, **packed)
+        self.head = layers.PackedLinear(width, CLASSES, last=True, **packed)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(self.words(x) + self.places(torch.arange(x.shape[1])))
+        h = self.norm(self.layer(h))
+        used = (x != 0).unsqueeze(-1)
+        return self.head((h * used).sum(1) / used.sum(1))  # type: ignore[no-any-return]
+
+
 def read_own_questions() -> list[tuple[str, str]]:
     """Return the questions of this package, with the relation that each asks for."""
     texts = [
@@ -89,9 +114,9 @@ def split(pairs: list[tuple[str, str]], seed: int) -> Texts:
     order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(seed)).tolist()
     pairs = [pairs[i] for i in order]
     names = [name for name, _ in Counter(name for _, name in pairs).most_common(CLASSES)]
-    known = [pair for pair in pairs if pair[1] in names]
+    known = [pair for pair in pairs if pair[1] in names][:KNOWN]
     train, test = known[: len(known) // 2], known[len(known) // 2 :]
-    others = [pair for pair in pairs if pair[1] not in names]
+    others = [pair for pair in pairs if pair[1] not in names][:OTHERS]
     counts = Counter(word for text, _ in train for word in find_words(text))
     numbers = {word: i + 2 for i, (word, _) in enumerate(counts.most_common(WORDS))}
 
@@ -112,7 +137,7 @@ def find_words(text: str) -> list[str]:
     return re.findall(r"\w+|[^\w\s]", text.lower())
 
 
-def compare(data: Texts, seed: int) -> tuple[list[c.Row], Tensor, Tensor]:
+def compare(data: Texts, seed: int, *, peers: bool) -> tuple[list[c.Row], Tensor, Tensor]:
     """Measure all ways on one split; the risks of the first are returned, too."""
     budget = c.Budget(BUDGET.steps, BUDGET.batch, BUDGET.rate, BUDGET.decay, seed)
     inputs, build = (data.test_x, data.others), Encoder
@@ -132,11 +157,38 @@ def compare(data: Texts, seed: int) -> tuple[list[c.Row], Tensor, Tensor]:
         measure(f"vote: {name}", doubt=getattr(usual, name), others=getattr(strange, name))
         for name in ("total", "epistemic", "density")
     ]
+    clock = c.Clock()
+    with c.measure_time(clock):
+        torch.manual_seed(seed)
+        plain = c.train(build(), data.x, data.y, F.cross_entropy, budget)
+        outputs = [c.predict_networks([plain], x) for x in inputs]
+    rows.append(c.measure_members("one network: entropy", outputs, data.test_y, clock.seconds))
     rows += [way(build, data.x, data.y, inputs, data.test_y, budget) for way in (c.measure_networks, c.measure_dropout)]
+    if peers:
+        rows += run_peers(plain, data, budget)
     return rows, usual.total, strange.total
 
 
-def plot(data: Texts, usual: Tensor, strange: Tensor, options: c.Options) -> None:
+def run_peers(plain: nn.Module, data: Texts, budget: c.Budget) -> list[c.Row]:
+    """Measure laplace-torch's last-layer posterior of the plain network, and torch-uncertainty's packed ensemble."""
+    inputs, rows = (data.test_x, data.others), []
+    clock = c.Clock()
+    with c.measure_time(clock):
+        predicted = c.predict_laplace(plain, data.x, data.y, inputs)
+    if predicted is not None:
+        rows.append(c.measure_members("laplace-torch", predicted, data.test_y, clock.seconds))
+    layers = c.load_peer("torch_uncertainty.layers.packed")
+    if layers is not None:
+        torch.manual_seed(budget.seed)
+        packed, clock = PackedEncoder(layers), c.Clock()
+        with c.measure_time(clock):
+            c.train(packed, data.x, data.y, lambda logits, y: F.cross_entropy(logits, y.repeat(4)), budget)
+            outputs = [c.predict_networks([packed], x)[0].unflatten(0, (4, -1)) for x in inputs]
+        rows.append(c.measure_members("torch-uncertainty, packed", outputs, data.test_y, clock.seconds))
+    return rows
+
+
+def plot(data: Texts, usual: Tensor, strange: Tensor, path: Path) -> None:
     """Draw how the entropy is spread, and write the surest and the least sure texts next to it."""
     figure, axes = plt.subplots(figsize=(8, 3.8))
     bins = torch.linspace(0, float(torch.cat([usual, strange]).max()), 25).tolist()
@@ -159,8 +211,8 @@ def plot(data: Texts, usual: Tensor, strange: Tensor, options: c.Options) -> Non
     )
     axes.legend(fontsize=8, loc="upper center")
     figure.tight_layout()
-    options.out.mkdir(parents=True, exist_ok=True)
-    figure.savefig(options.out / "text_encoder.png", dpi=75)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=75)
 
 
 def main() -> None:
@@ -171,15 +223,16 @@ def main() -> None:
     if rest.data is not None and not rest.data.is_file():
         parser.error(f"there is no file {rest.data}; leave --data out for the questions of this package")
     pairs = read_own_questions() if rest.data is None else read_questions(rest.data)
+    name = "text_encoder" if rest.data is None else f"text_encoder-{rest.data.stem}"
     rows = []
     for seed in range(options.seeds):
         data = split(pairs, seed)
-        measured, usual, strange = compare(data, seed)
+        measured, usual, strange = compare(data, seed, peers=options.peers)
         rows += measured
         if seed == 0:
             print(f"{len(data.x)} texts to learn, {len(data.test_x)} to test, {len(data.others)} of other classes")
-            plot(data, usual, strange, options)
-    c.write("text_encoder", rows, options, steps=BUDGET.steps, data=rest.data.name if rest.data else "pocket")
+            plot(data, usual, strange, options.out / f"{name}.png")
+    c.write(name, rows, options, steps=BUDGET.steps, data=rest.data.name if rest.data else "pocket")
 
 
 if __name__ == "__main__":
