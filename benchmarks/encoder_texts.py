@@ -1,8 +1,8 @@
 """Short real texts with labels for ``encoder``: which subject, country or article they belong to.
 
-Files are those of ``shared/data``: OpenTriviaQA's questions with their category, GeoNames' towns with their country, and
-SQuAD 2's questions with the article that they were asked about. The test set is the same for all seeds, so that arms can
-be paired text by text; a seed draws the texts to learn.
+Files are those of ``shared/data``: OpenTriviaQA's questions with their category, GeoNames' towns with their country,
+and SQuAD 2's questions with the article that they were asked about. The test set is the same for all seeds, so that
+arms can be paired text by text; a seed draws the texts to learn.
 """
 
 from __future__ import annotations

@@ -115,6 +115,7 @@ def tables() -> None:
     from benchmarks import (
         batch,
         decode,
+        encoder,
         prefill,
         quality,
         real_measure,
@@ -131,6 +132,7 @@ def tables() -> None:
         "decode": decode.table, "members": decode.table_members, "batch": batch.table, "prefill": prefill.table,
         "quality": quality.table, "train": train.table, "serve": serve.table, "memory": serve_memory.table,
         "real": real_measure.table, "voters": voters_table.table, "vision": vision.table,
+        "encoder": encoder.table,
     }  # fmt: skip
     for name, table in makers.items():
         parts = [table(json.loads(p.read_text())) for p in sorted(FOLDER.glob(f"{name}-*.json"))]

@@ -75,7 +75,7 @@ def plot(records: list[tuple[float, bool]], path: Path) -> None:
         shares.append(count / len(ranked))
         accuracies.append(right / count)
     figure, axes = plt.subplots(figsize=(6, 3.4))
-    axes.plot(shares, accuracies, label="by p_correct, out of fold")
+    axes.plot(shares[9:], accuracies[9:], label="by p_correct, out of fold")  # the share of fewer says nothing
     axes.axhline(accuracies[-1], color="gray", linestyle="--", linewidth=1, label="all answers")
     axes.set_xlabel("share of questions that are answered")
     axes.set_ylabel("share of right answers")
@@ -95,10 +95,12 @@ def read_settings() -> tuple[c.Options, argparse.Namespace]:
     parser.add_argument("--labelled", type=int, default=120, help="questions with known answers to calibrate with")
     parser.add_argument("--max-tokens", type=int, help="tokens of an answer; 12 of this package's model, 32 of others")
     options, rest = c.read_options(parser=parser), parser.parse_args()
-    for name, least in (("limit", 20), ("labelled", 40)):
-        if getattr(rest, name) < least:
-            parser.error(f"--{name} must be at least {least}, got {getattr(rest, name)}; try --{name} {2 * least}")
-    rest.max_tokens = rest.max_tokens or (12 if rest.model == POCKET else 32)
+    if rest.max_tokens is None:
+        rest.max_tokens = 12 if rest.model == POCKET else 32
+    for name, least in (("limit", 20), ("labelled", 40), ("max-tokens", 1)):
+        value = getattr(rest, name.replace("-", "_"))
+        if value < least:
+            parser.error(f"--{name} must be at least {least}, got {value}; try --{name} {2 * least}")
     return options, rest
 
 

@@ -4,7 +4,7 @@ The data are scikit-learn's diabetes: ten measurements of 442 patients, and how 
 (Efron et al., 2004). A sculpt inside voters predicts a value and how far it may be off; ``ConformalIntervals`` makes of
 both intervals that hold 90 of 100 targets, wide where the risk is high, whatever the network has learnt.
 
-That is a mean over splits, each of which covers more or less. The width is the 109th smallest of 120 calibration scores,
+That is a mean over splits, each of which covers more or less. The width is the 109th smallest of 120 scores,
 so the share of new patients that it covers has a Beta(109, 12) distribution over splits, and the number of covered ones
 among 122 is beta-binomial (Vovk, 2012, "Conditional validity of inductive conformal predictors").
 
@@ -82,20 +82,20 @@ def compare(seed: int, *, peers: bool) -> tuple[list[c.Row], Interval, Tensor, T
             kept, (mean, risk) = wrapped.predict(kept_x), wrapped.predict(test_x)
     trusting = interpret.parametric_interval(mean, risk, level=0.9)
     calibrated = ConformalIntervals.fit(kept.mean, kept_y, kept.risk, level=0.9).predict(mean, risk)
-    rows.append(measure("vote(sculpt), as it says", trusting, mean, test_y, clock.seconds))
-    rows.append(measure("vote(sculpt), calibrated", calibrated, mean, test_y, clock.seconds))
+    rows.append(measure("vote(sculpt), as it says", trusting, mean, test_y, clock.processor))
+    rows.append(measure("vote(sculpt), calibrated", calibrated, mean, test_y, clock.processor))
     budget = c.Budget(BUDGET.steps, BUDGET.batch, BUDGET.rate, BUDGET.decay, seed)
     clock = c.Clock()
     with c.measure_time(clock):
         networks = c.train_networks(build, x, y, nn.functional.mse_loss, budget, members=5)
         outputs = [c.predict_networks(networks, given) for given in (x, test_x)]
-    rows.append(measure_members("5 networks", outputs, y, test_y, clock.seconds))
+    rows.append(measure_members("5 networks", outputs, y, test_y, clock.processor))
     clock = c.Clock()
     with c.measure_time(clock):
         torch.manual_seed(seed)
         noisy = c.train(build(dropout=0.1), x, y, nn.functional.mse_loss, budget)
         outputs = [c.predict_dropout(noisy, given, 20) for given in (x, test_x)]
-    rows.append(measure_members("MC dropout", outputs, y, test_y, clock.seconds))
+    rows.append(measure_members("MC dropout", outputs, y, test_y, clock.processor))
     if peers:
         clock = c.Clock()
         with c.measure_time(clock):
@@ -105,7 +105,7 @@ def compare(seed: int, *, peers: bool) -> tuple[list[c.Row], Interval, Tensor, T
         if predicted is not None:
             center, std = predicted[0]
             trusting = interpret.parametric_interval(center, std, level=0.9)
-            rows.append(measure("laplace-torch", trusting, center, test_y, clock.seconds))
+            rows.append(measure("laplace-torch", trusting, center, test_y, clock.processor))
     return rows, calibrated, mean, test_y
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import textwrap
 from collections import Counter
 from functools import partial
 from importlib.resources import files
@@ -25,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from selfdoubt import density, vote
+from selfdoubt import density, risk, vote
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -33,7 +34,6 @@ import matplotlib.pyplot as plt
 BUDGET = c.Budget(steps=150, batch=30, rate=3e-3, decay=0.01)
 CLASSES, LENGTH, WORDS = 5, 16, 2000
 KNOWN, OTHERS = 4000, 1000  # texts of a large file that are read: of classes to learn, and of others
-BOX = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8}
 
 
 class Texts(NamedTuple):
@@ -67,7 +67,9 @@ class Encoder(nn.Module):
 
 
 class PackedEncoder(nn.Module):
-    """The same network as a packed ensemble (Laurent et al., 2023), by torch-uncertainty: ``(members * batch, classes)``.
+    """The same network as a packed ensemble of torch-uncertainty (Laurent et al., 2023).
+
+    It gives logits ``(members * batch, classes)``.
 
     Words and places are shared; all behind them is divided among the members.
     """
@@ -152,7 +154,7 @@ def compare(data: Texts, seed: int, *, peers: bool) -> tuple[list[c.Row], Tensor
         density.fit(wrapped, [data.x])
         with torch.no_grad():
             usual, strange = (wrapped.forecast(x) for x in inputs)
-    measure = partial(c.measure_classes, members=usual.members, y=data.test_y, seconds=clock.seconds)
+    measure = partial(c.measure_classes, members=usual.members, y=data.test_y, seconds=clock.processor)
     rows += [
         measure(f"vote: {name}", doubt=getattr(usual, name), others=getattr(strange, name))
         for name in ("total", "epistemic", "density")
@@ -162,8 +164,18 @@ def compare(data: Texts, seed: int, *, peers: bool) -> tuple[list[c.Row], Tensor
         torch.manual_seed(seed)
         plain = c.train(build(), data.x, data.y, F.cross_entropy, budget)
         outputs = [c.predict_networks([plain], x) for x in inputs]
-    rows.append(c.measure_members("one network: entropy", outputs, data.test_y, clock.seconds))
-    rows += [way(build, data.x, data.y, inputs, data.test_y, budget) for way in (c.measure_networks, c.measure_dropout)]
+    rows.append(c.measure_members("one network: entropy", outputs, data.test_y, clock.processor))
+    clock = c.Clock()
+    with c.measure_time(clock):
+        networks = c.train_networks(build, data.x, data.y, F.cross_entropy, budget)
+        outputs = [c.predict_networks(networks, x) for x in inputs]
+    rows += measure_both(f"{c.MEMBERS} networks", outputs, data.test_y, clock.processor)
+    clock = c.Clock()
+    with c.measure_time(clock):
+        torch.manual_seed(seed)
+        noisy = c.train(build(dropout=0.1), data.x, data.y, F.cross_entropy, budget)
+        outputs = [c.predict_dropout(noisy, x, 10) for x in inputs]
+    rows += measure_both("MC dropout", outputs, data.test_y, clock.processor)
     if peers:
         rows += run_peers(plain, data, budget)
     return rows, usual.total, strange.total
@@ -176,7 +188,7 @@ def run_peers(plain: nn.Module, data: Texts, budget: c.Budget) -> list[c.Row]:
     with c.measure_time(clock):
         predicted = c.predict_laplace(plain, data.x, data.y, inputs)
     if predicted is not None:
-        rows.append(c.measure_members("laplace-torch", predicted, data.test_y, clock.seconds))
+        rows += measure_both("laplace-torch", predicted, data.test_y, clock.processor)
     layers = c.load_peer("torch_uncertainty.layers.packed")
     if layers is not None:
         torch.manual_seed(budget.seed)
@@ -184,8 +196,17 @@ def run_peers(plain: nn.Module, data: Texts, budget: c.Budget) -> list[c.Row]:
         with c.measure_time(clock):
             c.train(packed, data.x, data.y, lambda logits, y: F.cross_entropy(logits, y.repeat(4)), budget)
             outputs = [c.predict_networks([packed], x)[0].unflatten(0, (4, -1)) for x in inputs]
-        rows.append(c.measure_members("torch-uncertainty, packed", outputs, data.test_y, clock.seconds))
+        rows += measure_both("torch-uncertainty, packed", outputs, data.test_y, clock.processor)
     return rows
+
+
+def measure_both(name: str, outputs: list[Tensor], y: Tensor, seconds: float) -> list[c.Row]:
+    """Measure members of another way by the entropy of their mean, and by their disagreement."""
+    kinds = {"total": risk.total, "epistemic": risk.epistemic}
+    return [
+        c.measure_classes(f"{name}: {kind}", outputs[0], y, find(outputs[0]), find(outputs[1]), seconds)
+        for kind, find in kinds.items()
+    ]
 
 
 def plot(data: Texts, usual: Tensor, strange: Tensor, path: Path) -> None:
@@ -194,21 +215,14 @@ def plot(data: Texts, usual: Tensor, strange: Tensor, path: Path) -> None:
     bins = torch.linspace(0, float(torch.cat([usual, strange]).max()), 25).tolist()
     axes.hist(usual.numpy(), bins, density=True, alpha=0.6, label=f"{CLASSES} classes it has learnt")
     axes.hist(strange.numpy(), bins, density=True, alpha=0.6, label="other classes")
+    axes.set_ylim(top=1.75 * axes.get_ylim()[1])  # room for the texts
     axes.set_xlabel("total uncertainty, nats")
     axes.set_yticks([])
     order = usual.argsort().tolist()
-    sure, unsure = ([data.test_texts[i][:42] for i in rows] for rows in (order[:5], order[-5:]))
-    axes.text(0.02, 0.97, "\n".join(["surest:", *sure]), transform=axes.transAxes, va="top", fontsize=8, bbox=BOX)
-    axes.text(
-        0.98,
-        0.97,
-        "\n".join(["least sure:", *unsure]),
-        transform=axes.transAxes,
-        va="top",
-        ha="right",
-        fontsize=8,
-        bbox=BOX,
-    )
+    for title, x, side, rows in (("surest:", 0.02, "left", order[:5]), ("least sure:", 0.98, "right", order[-5:])):
+        texts = [textwrap.shorten(data.test_texts[i], 44, placeholder=" ...") for i in rows]
+        place: dict[str, Any] = {"transform": axes.transAxes, "va": "top", "ha": side, "fontsize": 8}
+        axes.text(x, 0.97, "\n".join([title, *texts]), **place)
     axes.legend(fontsize=8, loc="upper center")
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -219,7 +233,7 @@ def main() -> None:
     """Train, compare, and draw the first seed."""
     parser = argparse.ArgumentParser(description="A transformer encoder with doubt.")
     parser.add_argument("--data", type=Path, help="JSON lines with question and category")
-    options, rest = c.read_options(parser=parser, seeds=1), parser.parse_args()
+    options, rest = c.read_options(parser=parser, seeds=2), parser.parse_args()
     if rest.data is not None and not rest.data.is_file():
         parser.error(f"there is no file {rest.data}; leave --data out for the questions of this package")
     pairs = read_own_questions() if rest.data is None else read_questions(rest.data)
