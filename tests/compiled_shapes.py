@@ -56,6 +56,7 @@ def _train(model: nn.Module, name: str) -> None:
     outputs = iter_tensors(model.train()(*args, **kwargs))
     loss: Any = sum(y.square().mean() for y in outputs if y.is_floating_point())
     loss.backward()
+    torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-3).step()
 
 
 def check(name: str, kind: str, backend: str) -> None:

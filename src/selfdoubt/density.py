@@ -20,16 +20,18 @@ from typing import Any, ClassVar, Literal, ParamSpec, overload
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from selfdoubt import targets
-from selfdoubt.errors import ConfigError, DataError, WrapError
+from selfdoubt.errors import ConfigError, DataError, ShapeError, WrapError
 from selfdoubt.fields import SHARED, WIDTH, FieldCheck, check_settings, flag, number, optional, resolve_compile, whole
+from selfdoubt.forecast import check_no_nan
 from selfdoubt.gaussian import Gaussian, Moments, merge
 from selfdoubt.members import Wrapped, count_members, count_rows
+from selfdoubt.model_inputs import split_inputs
 from selfdoubt.rows import ForwardContext, Replacement, expand
 from selfdoubt.targets import Leaf
-from selfdoubt.wrapping import wrap
+from selfdoubt.trained_state import TrainedState
+from selfdoubt.wrapping import lift_leaf, wrap
 
 P = ParamSpec("P")
 
@@ -113,7 +115,7 @@ class Wrapper:
         if len(leaves) > 1:
             names = ", ".join(leaf.name for leaf in leaves[:3])
             raise WrapError(f"density measures the input of one layer, got {len(leaves)} ({names}, ...); name one")
-        return [_lift(leaf, model) for leaf in leaves]
+        return [lift_leaf(leaf, model) for leaf in leaves]
 
     def make_leaf(self, leaf: Leaf, index: int, call: ForwardContext) -> nn.Module:  # noqa: ARG002
         """Build a layer whose input is measured."""
@@ -133,12 +135,15 @@ class Wrapper:
         Raises:
             ConfigError: If the density is not fitted.
             WrapError: If the layer was called several times, so that it is open which input is the batch's.
+            NonFiniteError: If a distance is NaN.
         """
         leaf = find_measured_leaf(wrapped)
         assert leaf is not None
         if not leaf.is_fitted and not required:
             return None
-        return leaf.measure(leaf.read_features(mask, members=members))
+        distances = leaf.measure(leaf.read_features(mask, members=members))
+        check_no_nan(distances, "distances")
+        return distances
 
     def freezes(self) -> bool:
         """Return True: what trains would make the statistics stale."""
@@ -194,6 +199,7 @@ class MeasuredLeaf(Replacement):
 
         Raises:
             WrapError: If the layer was called several times.
+            ShapeError: If the features have no batch axis.
         """
         if len(self.call.features) != 1:
             raise WrapError(
@@ -201,6 +207,11 @@ class MeasuredLeaf(Replacement):
                 "name another with param_filter"
             )
         features = self.call.features[0].movedim(self.axis, -1)
+        if features.ndim < 2:
+            raise ShapeError(
+                f"density measures features of shape (batch, ..., width), got {tuple(features.shape)}; "
+                "give the model a batch, e.g. x[None] for one row"
+            )
         if not self.pooled or features.ndim == 2:
             return features
         used = _match_mask(mask, features, members)
@@ -249,13 +260,14 @@ def fit(wrapped: nn.Module, loader: Iterable[Any], background: Iterable[Any] | N
 
     Args:
         wrapped: A model that ``density.Wrapper`` has wrapped; also inside ``vote`` or ``sample``.
-        loader: Batches of usual inputs: a tensor, a tuple of positional inputs, or a mapping of keyword inputs. Where
-            an ``attention_mask`` has the features' positions, padding does not count.
+        loader: Batches of usual inputs, without labels: a tensor, a tuple of the inputs that the model requires, or a
+            mapping of inputs by name. Where an ``attention_mask`` has the features' positions, padding does not count.
         background: Batches of inputs of any kind, for the relative distance; None takes the plain distance.
 
     Raises:
         ConfigError: If the model has no density.
-        DataError: If there are no batches, or too few features for a covariance.
+        DataError: If there are no batches, too few features for a covariance, or more inputs in a batch than the model
+            requires.
         NonFiniteError: If a feature is NaN or infinite.
     """
     leaf = find_measured_leaf(wrapped)
@@ -299,9 +311,9 @@ def insert(spec: Wrapper, model: nn.Module) -> Wrapped:
     assert isinstance(replaced, Replacement)
     outer.call = replaced.call
     outer.leaf_names = [f"module.{name}" for name in model.leaf_names]
-    outer._batch_norms = [m for m in outer.modules() if isinstance(m, _BatchNorm)]
-    outer._graph, outer._trained_names = None, outer.list_added_parameters()
-    outer.is_trained = model.is_trained
+    outer.note_layers()
+    outer._graph = None
+    outer._trained_state = TrainedState(outer, outer.list_member_parameters(), trained=model.is_trained)
     return outer
 
 
@@ -310,7 +322,7 @@ def _sum_features(wrapped: Wrapped, leaf: MeasuredLeaf, loader: Iterable[Any]) -
     moments: Moments | None = None
     members = count_members(wrapped) + wrapped.answers_from_base
     for batch in loader:
-        args, kwargs = _split_inputs(batch)
+        args, kwargs = split_inputs(batch, wrapped.input_names)
         wrapped.forecast(*args, **kwargs)
         mask = kwargs.get("attention_mask")
         features = leaf.read_features(mask, members=members)
@@ -322,27 +334,8 @@ def _sum_features(wrapped: Wrapped, leaf: MeasuredLeaf, loader: Iterable[Any]) -
     return moments.reduce()
 
 
-def _split_inputs(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if isinstance(batch, Mapping):
-        return (), dict(batch)
-    return (tuple(batch), {}) if isinstance(batch, (tuple, list)) else ((batch,), {})
-
-
 def _match_mask(mask: Any, features: Tensor, members: int) -> Tensor | None:
     """Return where features are not padding; None if the mask is not over their positions."""
     if not isinstance(mask, Tensor) or mask.shape != (features.shape[0] // members, *features.shape[1:-1]):
         return None
     return expand(mask, members).bool()
-
-
-def _lift(leaf: Leaf, model: nn.Module) -> Leaf:
-    """Return the replacement of a leaf in place of the leaf, where the wrapper it belongs to lies outside of the model.
-
-    So the order of replacements is that of the wrappers.
-    """
-    inside = {id(m.call) for m in model.modules() if isinstance(m, Wrapped)}
-    name, _, child = leaf.name.rpartition(".")
-    outer = model.get_submodule(name)
-    if child != "leaf" or not isinstance(outer, Replacement) or id(outer.call) in inside:
-        return leaf
-    return _lift(Leaf(name, outer, tuple(f"leaf.{param}" for param in leaf.params)), model)

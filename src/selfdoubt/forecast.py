@@ -12,7 +12,7 @@ from torch import Tensor
 from selfdoubt import risk
 from selfdoubt.distributions import wide_dtype
 from selfdoubt.errors import NonFiniteError
-from selfdoubt.tree import tree_map
+from selfdoubt.tree import iter_tensors, tree_map
 
 OutputKind = Literal["values", "logits"]
 
@@ -86,45 +86,74 @@ class Forecast:
         return None if self.scale_std is None else self._scale_variance().sqrt().to(self.members.dtype)
 
     @property
-    def total(self) -> Tensor:
-        """All uncertainty. Values: ``std``. Logits: entropy of the mean (with a base: of the base), nats."""
+    def total(self) -> Tensor | None:
+        """All uncertainty. Values: ``std``, None for one member without a sculpt. Logits: entropy of the mean (with a
+        base: of the base), nats."""
         if self.kind == "values":
-            return self.std
+            return None if self._is_alone and self.scale_std is None else self.std
         return risk.total(self.members if self.base is None else self.base[None])
 
     @property
-    def aleatoric(self) -> Tensor:
-        """Noise of the data. Values: ``scale``, zero without a sculpt. Logits: mean entropy of the members, nats."""
-        if self.kind == "values":
-            return torch.zeros_like(self.std) if self.scale is None else self.scale
-        return risk.aleatoric(self.members)
+    def aleatoric(self) -> Tensor | None:
+        """Noise of the data. Values: ``scale``; without a sculpt zero, and None for one member. Logits: mean entropy of
+        the members, nats."""
+        if self.kind == "logits":
+            return risk.aleatoric(self.members)
+        return self.scale if self.scale_std is not None or self._is_alone else torch.zeros_like(self.std)
 
     @property
-    def epistemic(self) -> Tensor:
-        """Disagreement of the members. Values: their std without the scale. Logits: mutual information between class
-        and member, nats."""
+    def epistemic(self) -> Tensor | None:
+        """Disagreement of the members; None for one member, which has no other. Values: their std without the scale.
+        Logits: mutual information between class and member, nats."""
+        if self._is_alone:
+            return None
         if self.kind == "logits":
             return risk.epistemic(self.members)
         if not self.members.is_floating_point():
             return self.std
         return self._variance().sqrt().to(self.members.dtype)
 
+    @property
+    def _is_alone(self) -> bool:
+        return self.base is None and len(self.members) == 1
+
     def _variance(self) -> Tensor:
         wide = self.members.to(wide_dtype(self.members))
         variance = wide.var(0, correction=0) if self.base is None else (wide - self.base).square().mean(0)
         if torch.compiler.is_compiling() or variance.isfinite().all():
             return variance
-        if self.members.isnan().any() or (self.base is not None and self.base.isnan().any()):
-            raise NonFiniteError(
-                f"{int(self.members.isnan().sum())} of {self.members.numel()} predictions are NaN, which have no risk; "
-                "check the inputs, the weights and the dtype of the model"
-            )
+        check_no_nan(self.members.transpose(0, 1), "predictions")
+        check_no_nan(self.base, "predictions")
         # Scores of minus infinity, say for classes that cannot be: members that agree on them do not disagree.
         return variance.masked_fill((wide == (wide[0] if self.base is None else self.base)).all(0), 0)
 
     def _scale_variance(self) -> Tensor:
         assert self.scale_std is not None
+        check_no_nan(self.scale_std.transpose(0, 1), "predicted scales")
         return self.scale_std.to(wide_dtype(self.members)).square().mean(0)
+
+
+def check_no_nan(outputs: Any, name: str) -> None:
+    """Check that no number among a model's outputs is NaN; a graph runs without checks.
+
+    Args:
+        outputs: Tensors ``(batch, ...)``, in any structure.
+        name: Name of the numbers, for the message.
+
+    Raises:
+        NonFiniteError: If one is.
+    """
+    if torch.compiler.is_compiling():
+        return
+    for x in iter_tensors(outputs):
+        wrong = x.isnan()
+        if wrong.any():
+            rows = wrong.reshape(len(x) if x.ndim else 1, -1).any(1).nonzero().flatten().tolist()
+            where = f"row {rows[0]}" + (f" and {len(rows) - 1} more" if len(rows) > 1 else "")
+            raise NonFiniteError(
+                f"{int(wrong.sum())} of {x.numel()} {name} are NaN, in {where} of {len(x) if x.ndim else 1}: they have "
+                "no risk; check the inputs, the weights and the dtype of the model"
+            )
 
 
 def summarise(forecast: Any, *, return_risk: bool) -> Any:

@@ -152,7 +152,8 @@ def loop(
     The first ``base_rows`` rows run with the leaf's parameters as they are.
 
     Raises:
-        WrapError: If the leaf takes a packed sequence, or gives a tensor without the batch in dimension 0.
+        WrapError: If the leaf takes a packed sequence, or one without a batch, or gives a tensor without the batch in
+            dimension 0.
     """
     members = _members(deviations)
     parameters = dict(leaf.named_parameters())
@@ -161,6 +162,11 @@ def loop(
     share = (rows - base_rows) // members
     if any(isinstance(x, PackedSequence) for x in (*args, *kwargs.values())) or base_rows + members * share != rows:
         raise WrapError(f"{type(leaf).__name__} reads a packed sequence, not rows; leave it out with param_filter")
+    if isinstance(leaf, nn.RNNBase) and first.ndim == 2:
+        raise WrapError(
+            f"{type(leaf).__name__} reads one sequence without a batch, of shape {tuple(first.shape)}; "
+            "give it a batch, e.g. x[None]"
+        )
     # Rows of each run of the leaf: those of the base, if it has some, and of each member.
     spans: list[tuple[int | None, int, int]] = [(None, 0, base_rows)] if base_rows else []
     spans += [(m, base_rows + m * share, share) for m in range(members)]

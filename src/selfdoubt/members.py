@@ -22,18 +22,19 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from selfdoubt import targets
 from selfdoubt.errors import CaptureError, ConfigError, ShapeError, WrapError
-from selfdoubt.forecast import Forecast, OutputKind, Prediction, summarise
+from selfdoubt.forecast import Forecast, OutputKind, Prediction, check_no_nan, summarise
 from selfdoubt.fused_layers import has_fused_leaves, switch_fused_layers_off
 from selfdoubt.messages import show_message
-from selfdoubt.model_inputs import InputNames, check_batch, find_batch_size
+from selfdoubt.model_inputs import InputNames, check_batch, explain_rows, find_batch_size
 from selfdoubt.model_outputs import check_batch_axis
-from selfdoubt.rows import ForwardContext, expand, list_added_names, unfold
+from selfdoubt.rows import ForwardContext, Replacement, expand, unfold
 from selfdoubt.scales import pair_scales
 from selfdoubt.sharing import share_module
 from selfdoubt.spec import Spec
 from selfdoubt.targets import Leaf
-from selfdoubt.tree import tree_map
-from selfdoubt.versions import Versions
+from selfdoubt.time_axes import check_time_layers, find_time_layers
+from selfdoubt.trained_state import TrainedState, has_other_weights
+from selfdoubt.tree import iter_tensors, tree_map
 
 
 class Wrapped(nn.Module):
@@ -57,9 +58,8 @@ class Wrapped(nn.Module):
         for index, leaf in reversed(list(enumerate(leaves))):  # leaves inside others first
             shared = replace(leaf, module=self.module.get_submodule(leaf.name))
             targets.replace_module(self.module, leaf.name, spec.make_leaf(shared, index, self.call))
-        self._was_trained = False
-        self._inputs: InputNames = model._inputs if isinstance(model, Wrapped) else InputNames.read(model)
-        self._batch_norms = [m for m in self.modules() if isinstance(m, _BatchNorm)]
+        self.input_names: InputNames = model.input_names if isinstance(model, Wrapped) else InputNames.read(model)
+        self.note_layers()
         self._has_fused_path = has_fused_leaves(self)
         self._is_compiled = bool(spec.compile)
         if isinstance(self.module, Wrapped):  # the innermost runs the model
@@ -67,9 +67,8 @@ class Wrapped(nn.Module):
             self.module._has_fused_path |= self._has_fused_path
         self._graph: Callable[..., Any] | None = None
         self._lock = RLock()
-        self._trained_names = self.list_added_parameters()
-        self._versions = self._read_versions()
-        self.register_load_state_dict_post_hook(_note_versions)  # type: ignore[no-untyped-call]
+        self._trained_state = TrainedState(self, self.list_member_parameters())
+        self.register_load_state_dict_post_hook(_note_loaded)  # type: ignore[no-untyped-call]
         self.eval()
         if spec.verbose:
             show_message(_summary(self, leaves))
@@ -96,7 +95,6 @@ class Wrapped(nn.Module):
         training = self.training if training is None else training
         with self._hold():
             if training:
-                self._was_trained |= torch.is_grad_enabled()
                 return self._run_in_training(args, kwargs, return_risk=return_risk)
             has_base = self.answers_from_base
             if has_base and not return_risk:  # no member can change the answer
@@ -108,6 +106,7 @@ class Wrapped(nn.Module):
                 return y
             distances = self._measure_distances(kwargs) if scales is None or hasattr(self.spec, "measure") else None
             if distances is None and scales is not None:
+                check_no_nan((y, scales), "predictions")
                 return y, scales
             if distances is None:  # the only member has no other to disagree with
                 return y, tree_map(lambda x: Forecast(x[None]).std if isinstance(x, Tensor) else None, y)
@@ -139,7 +138,7 @@ class Wrapped(nn.Module):
                 return expand(x, members) if isinstance(x, Tensor) and x.ndim and len(x) == batch else x
 
             shared = self._shared_inputs
-            args = tuple(a if n in shared else tree_map(grow, a) for n, a in self._inputs.match(args).items())
+            args = tuple(a if n in shared else tree_map(grow, a) for n, a in self.input_names.match(args).items())
             rows = {n: a if n in shared else tree_map(grow, a) for n, a in kwargs.items()}
             y, scales = self.forward_rows(*args, base_row=has_base, **rows)
             distances = self._measure_distances(kwargs, members=members, required=False)
@@ -205,13 +204,16 @@ class Wrapped(nn.Module):
         with self._hold():
             if self.call.is_running:
                 raise WrapError("a wrapped model was called inside its own call; wrap the inner model alone")
+            if training:
+                self._trained_state.note_training()
             for wrapper in wrappers:
                 wrapper.call.start(
                     members=members, rows=rows, training=training, has_base=only_base or has_base, active=active,
-                    same_weights=same_weights,
+                    same_weights=same_weights, inputs=iter_tensors((args, kwargs)),
                 )  # fmt: skip
             try:
-                y = wrappers[-1]._run(args, kwargs)
+                with explain_rows((args, kwargs), members), check_time_layers(self._time_layers, rows, members):
+                    y = wrappers[-1]._run(args, kwargs)
             finally:
                 for wrapper in wrappers:
                     wrapper.call.is_running = False
@@ -249,14 +251,13 @@ class Wrapped(nn.Module):
 
     @property
     def is_trained(self) -> bool:
-        """True after a training pass with gradients, or where an added parameter has changed since wrapping."""
-        if not (self._was_trained or torch.compiler.is_compiling()):
-            self._was_trained = self._versions.have_changed()
-        return self._was_trained
+        """True if the members are trained: a parameter that the wrapper added has changed since wrapping, by a training
+        step or by loading; for samples, any parameter that trains, after a training pass. Set it to say otherwise."""
+        return self._trained_state.read(self)
 
     @is_trained.setter
     def is_trained(self, trained: bool) -> None:
-        self._was_trained, self._versions = trained, self._read_versions()
+        self._trained_state = TrainedState(self, self._trained_state.members, trained=trained)
 
     @property
     def distribution(self) -> Any:
@@ -264,10 +265,19 @@ class Wrapped(nn.Module):
         distributions = (getattr(wrapper.spec, "distribution", None) for wrapper in list_wrappers(self))
         return next((d for d in distributions if hasattr(d, "nll")), None)
 
-    def list_added_parameters(self) -> frozenset[str]:
-        """Return the names of the parameters that wrapping added and that train."""
-        added = set(list_added_names(self))
-        return frozenset(name for name, p in self.named_parameters() if name in added and p.requires_grad)
+    def note_layers(self) -> None:
+        """Note the layers that need care: BatchNorm, and those that may read rows as time."""
+        self._batch_norms = [m for m in self.modules() if isinstance(m, _BatchNorm)]
+        self._time_layers = find_time_layers(self.module)
+
+    def list_member_parameters(self) -> frozenset[str]:
+        """Return the names of the parameters that make this wrapper's members, and that train; none without members."""
+        names: set[str] = set()
+        for name, module in self.named_modules() if hasattr(self.spec, "answer_from") else ():
+            if isinstance(module, Replacement) and module.call is self.call:
+                trains = (key for key, p in module.named_parameters() if p.requires_grad)
+                names |= {f"{name}.{key}" for key in trains if not key.startswith("leaf.")}
+        return frozenset(names)
 
     def extra_repr(self) -> str:
         """Return the settings, which ``print(wrapped)`` shows."""
@@ -293,10 +303,11 @@ class Wrapped(nn.Module):
         if not return_risk:
             return y
         if scales is None:
-            raise ConfigError(
-                "in training each row meets one member, so members cannot disagree; "
-                "ask for return_risk=True with training=False"
-            )
+            reason = (
+                "each row meets one member, so members cannot disagree" if self.has_members
+                else "a density is not measured, as its statistics would be stale"
+            )  # fmt: skip
+            raise ConfigError(f"in training {reason}; ask for return_risk=True with training=False, or call .eval()")
         return y, scales
 
     def _measure_distances(
@@ -342,8 +353,8 @@ class Wrapped(nn.Module):
 
     def _batch_size(self, args: tuple[Any, ...], kwargs: dict[str, Any], members: int = 1) -> int:
         """Return the size of a batch, which is checked where it must be repeated or split."""
-        inputs, shared = self._inputs.match(args) | kwargs, self._shared_inputs
-        batch = find_batch_size(inputs, shared, self._inputs)
+        inputs, shared = self.input_names.match(args) | kwargs, self._shared_inputs
+        batch = find_batch_size(inputs, shared, self.input_names)
         if members > 1:
             check_batch(inputs, shared, batch)
         return batch
@@ -359,25 +370,19 @@ class Wrapped(nn.Module):
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
         """Remember whether members are trained, which they are by weights that differ from those that are here."""
-        mine = self.state_dict()
-        trains = (name for name, p in self.named_parameters() if p.requires_grad and name in mine)
-        pairs = ((mine[name], state_dict.get(prefix + name)) for name in trains)
-        self._was_trained = self.is_trained or any(
-            isinstance(other, Tensor) and not _are_equal(value, other) for value, other in pairs
-        )
+        self.is_trained |= has_other_weights(self, state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def _read_versions(self) -> Versions:
-        return Versions(p for name, p in self.named_parameters() if name in self._trained_names)
-
     def __getstate__(self) -> dict[str, Any]:
-        """Return the state of copies, which have a lock and a graph of their own."""
-        return {**self.__dict__, "_lock": None, "_graph": None, "_versions": None, "_was_trained": self.is_trained}
+        """Return the state of copies, which have a lock, a graph and a record of training of their own."""
+        record = self._trained_state.members, self.is_trained
+        return {**self.__dict__, "_lock": None, "_graph": None, "_trained_state": record}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take a state, with a new lock."""
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self._lock, self._versions = RLock(), self._read_versions()
+        members, trained = state["_trained_state"]
+        self._lock, self._trained_state = RLock(), TrainedState(self, members, trained=trained)
 
 
 def list_wrappers(model: nn.Module) -> list[Wrapped]:
@@ -406,11 +411,15 @@ def has_base_row(model: nn.Module) -> bool:
 def _summary(wrapped: Wrapped, leaves: list[Leaf]) -> str:
     trainable = sum(p.numel() for p in wrapped.parameters() if p.requires_grad)
     everything = sum(p.numel() for p in wrapped.parameters())
-    name = type(wrapped.spec).__module__.rpartition(".")[2]
+    name = _name(wrapped.spec).partition(".")[0]
     lines = [f"{name}: {len(leaves)} leaves replaced, {trainable:,} of {everything:,} parameters train"]
     if wrapped.spec.verbose > 1:
         lines += [f"  {leaf.name}.{param}" for leaf in leaves for param in leaf.params]
     return "\n".join(lines)
+
+
+def _name(spec: Spec) -> str:
+    return f"{type(spec).__module__.rpartition('.')[2]}.{type(spec).__name__}"
 
 
 def _find_answer_from(model: nn.Module) -> str | None:
@@ -428,17 +437,10 @@ def _check_order(model: nn.Module, spec: Spec) -> None:
     for inside in (wrapper.spec for wrapper in list_wrappers(model)):
         if not inside.goes_inside or type(inside) is type(spec):
             raise WrapError(
-                f"the model is wrapped by {inside!r}, which cannot be inside of {spec!r}; the order is "
+                f"the model is wrapped by {_name(inside)}, which cannot be inside of {_name(spec)}; the order is "
                 "vote.Wrapper(...)(sample.Wrapper(...)(sculpt.Wrapper(...)(model))), each once"
             )
 
 
-def _are_equal(mine: Tensor, theirs: Tensor) -> bool:
-    kinds = {type(mine.detach()), type(theirs.detach())}  # a shard cannot be compared with a whole tensor
-    if mine.is_meta or theirs.is_meta or mine.shape != theirs.shape or len(kinds) > 1:
-        return False
-    return torch.equal(mine.detach().cpu(), theirs.detach().to(mine.dtype).cpu())
-
-
-def _note_versions(wrapped: Any, incompatible_keys: Any) -> None:  # noqa: ARG001
-    wrapped.is_trained = wrapped._was_trained
+def _note_loaded(wrapped: Any, incompatible_keys: Any) -> None:  # noqa: ARG001
+    wrapped.is_trained = wrapped._trained_state.is_trained  # as before the load, which has changed parameters

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from selfdoubt.errors import ConfigError, ShapeError
+from selfdoubt.errors import ConfigError, DataError, ShapeError
 from selfdoubt.tree import iter_tensors
 
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
@@ -22,13 +24,20 @@ class InputNames:
 
     positional: tuple[str, ...]
     keyword_only: tuple[str, ...] = ()
+    required: int = 0  #: number of positional inputs without a default
+    is_open: bool = False  #: True if it takes further positional inputs, ``*args``
 
     @classmethod
     def read(cls, model: nn.Module) -> InputNames:
         """Read the signature of a model."""
         parameters = inspect.signature(model.forward).parameters.values()
         keywords = (p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY)
-        return cls(tuple(p.name for p in parameters if p.kind in _POSITIONAL), tuple(keywords))
+        positional = [p for p in parameters if p.kind in _POSITIONAL]
+        return cls(
+            tuple(p.name for p in positional), tuple(keywords),
+            required=sum(p.default is inspect.Parameter.empty for p in positional),
+            is_open=any(p.kind is inspect.Parameter.VAR_POSITIONAL for p in parameters),
+        )  # fmt: skip
 
     def match(self, args: tuple[Any, ...]) -> dict[str, Any]:
         """Return positional inputs by name; those of ``*args`` are called ``*0``, ``*1``, ..."""
@@ -55,8 +64,53 @@ def find_batch_size(inputs: Mapping[str, Any], shared: tuple[str, ...], names: I
     batched = {name: value for name, value in inputs.items() if name not in shared}
     first = next((tensor for tensor in iter_tensors(list(batched.values())) if tensor.ndim), None)
     if first is None:
-        raise ShapeError("a wrapped model needs at least one input tensor with a batch axis, got none")
+        given = ", ".join(f"{name}: {type(value).__name__}" for name, value in batched.items()) or "none"
+        is_array = any(hasattr(value, "__array__") and not isinstance(value, Tensor) for value in batched.values())
+        repair = "; convert arrays by torch.from_numpy(x)" if is_array else ""
+        raise ShapeError(f"a wrapped model needs at least one input tensor with a batch axis, got {given}{repair}")
     return len(first)
+
+
+def split_inputs(batch: Any, names: InputNames) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return a batch of a loader as positional and keyword inputs.
+
+    Args:
+        batch: A tensor, a tuple or list of the inputs that the model requires, or a mapping of inputs by name.
+        names: Names of the inputs that the model knows.
+
+    Raises:
+        DataError: If there are more inputs than the model requires: the last may be labels.
+    """
+    if isinstance(batch, Mapping):
+        return (), dict(batch)
+    if not isinstance(batch, (tuple, list)):
+        return (batch,), {}
+    required = max(names.required, 1)
+    if len(batch) > required and not names.is_open:
+        used = names.positional[:required]
+        entries = ", ".join(f"{name!r}: batch[{i}]" for i, name in enumerate(used))
+        raise DataError(
+            f"a batch has {len(batch)} entries, and the model requires {required} ({', '.join(used)}); "
+            f"leave labels out, and name other inputs: ({{{entries}}} for batch in loader)"
+        )
+    return tuple(batch), {}
+
+
+@contextmanager
+def explain_rows(inputs: Any, members: int) -> Iterator[None]:
+    """Add to an error of the model that its inputs were repeated, or split, for the members."""
+    if torch.compiler.is_compiling() or members == 1:
+        yield
+        return
+    try:
+        yield
+    except RuntimeError as error:
+        shapes = ", ".join(str(tuple(x.shape)) for x in iter_tensors(inputs))
+        error.add_note(
+            f"selfdoubt ran {members} members as rows of dimension 0, with inputs of shape {shapes}: if dimension 0 of "
+            "yours is not the batch, give one, e.g. x[None] for one row"
+        )
+        raise
 
 
 def check_batch(inputs: Mapping[str, Any], shared: tuple[str, ...], batch: int) -> None:

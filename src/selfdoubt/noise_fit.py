@@ -7,7 +7,7 @@ the leaf's own output on real inputs. Then ``noise.py`` searches one size for al
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Protocol, runtime_checkable
@@ -19,6 +19,7 @@ from selfdoubt.deviations import START_NOISE
 from selfdoubt.errors import ConfigError
 from selfdoubt.forecast import Forecast
 from selfdoubt.members import Wrapped
+from selfdoubt.model_inputs import split_inputs
 from selfdoubt.noise import (
     SMALLEST,
     STEPS,
@@ -60,7 +61,8 @@ def fit_noise(
 
     Args:
         wrapped: A model with voters or samples that nothing has trained yet.
-        inputs: Batches: each a tensor, a tuple of positional inputs, or a mapping of keyword inputs.
+        inputs: Batches without labels: each a tensor, a tuple of the inputs that the model requires, or a mapping of
+            inputs by name.
         limits: Limits of the change; None takes ``NoiseLimits()``.
         low: Smallest size.
         high: Largest size; None takes the wrapper's ``largest_noise``.
@@ -68,6 +70,7 @@ def fit_noise(
 
     Raises:
         ConfigError: If there are no inputs, or even the smallest size changes too much.
+        DataError: If a batch has more inputs than the model requires.
         WrapError: If the model has neither voters nor samples.
 
     Example:
@@ -77,7 +80,8 @@ def fit_noise(
         >>> 0 < result.change <= 0.01 and wrapped.spec.alpha == result.alpha
         True
     """
-    noisy, batches, is_trained = find_noisy(wrapped), [_split_inputs(batch) for batch in inputs], wrapped.is_trained
+    noisy, is_trained = find_noisy(wrapped), wrapped.is_trained
+    batches = [split_inputs(batch, wrapped.input_names) for batch in inputs]
     if not batches:
         raise ConfigError("the size of noise is searched on real inputs, got none; give a few batches")
 
@@ -186,13 +190,6 @@ def scale_to_outputs(wrapped: nn.Module, run: Callable[[nn.Module], Any], size: 
             raise ConfigError("deviations of zero have no size to scale; draw them with weight_noise above 0")
         if output > 0 and isinstance(module, ScalableModule):
             module.rescale(size * math.sqrt(output / delta))
-
-
-def _split_inputs(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return a batch as positional and keyword inputs."""
-    if isinstance(batch, Mapping):
-        return (), dict(batch)
-    return (tuple(batch), {}) if isinstance(batch, (tuple, list)) else ((batch,), {})
 
 
 def _add_outputs(tally: NoiseTally, outputs: Any) -> None:

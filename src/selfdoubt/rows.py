@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -59,15 +60,18 @@ class ForwardContext:
     groups: dict[tuple[str, int], Any] = field(default_factory=dict)  #: leaves that may read the same input
     scales: list[tuple[Tensor, Tensor]] = field(default_factory=list)  #: (a head's output, its predicted scale)
     features: list[Tensor] = field(default_factory=list)  #: inputs of a measured leaf, without gradients
+    inputs: tuple[Tensor, ...] = ()  #: lists of whole numbers among the model's inputs
 
     def __reduce__(self) -> tuple[type[ForwardContext], tuple[()]]:
         """Return a fresh context for copies: tensors of an earlier call are part of a graph, which cannot be copied."""
         return ForwardContext, ()
 
     def start(
-        self, *, members: int, rows: int, training: bool, has_base: bool, active: Tensor | None, same_weights: bool
-    ) -> None:
+        self, *, members: int, rows: int, training: bool, has_base: bool, active: Tensor | None, same_weights: bool,
+        inputs: Iterable[Tensor] = (),
+    ) -> None:  # fmt: skip
         """Take the state of a new call, and drop what the one before has left."""
+        self.inputs = () if torch.compiler.is_compiling() else tuple(x for x in inputs if _is_list_of_ids(x))
         self.members, self.rows, self.training, self.has_base, self.active = members, rows, training, has_base, active
         self.reached, self.is_running = False, True
         if not torch.compiler.is_compiling():  # a graph would be compiled again for each number
@@ -105,7 +109,8 @@ class ForwardContext:
     def per_row(self, x: Any) -> Any:
         """Return a leaf's input with one entry per row; a single entry (position ids, say) is repeated for every row.
 
-        So is a list of ids that is not one per row, as ``embedding(torch.arange(length))`` of positions has it.
+        So is a list of ids that is not one per row, or that counts up from 0 and is none of the model's inputs: such
+        are the positions in ``embedding(torch.arange(length))``.
 
         Raises:
             ShapeError: If the number of entries is neither 1 nor that of the rows.
@@ -114,14 +119,27 @@ class ForwardContext:
             return x
         if len(x) == 1:
             return x.expand(self.rows, *x.shape[1:])
+        if _is_list_of_ids(x) and (len(x) % self.rows or self._are_positions(x)):
+            return x.expand(self.rows, len(x))
         if len(x) % self.rows:
-            if x.ndim == 1 and not x.is_floating_point():
-                return x.expand(self.rows, len(x))
             raise ShapeError(
                 f"a replaced layer got {len(x)} lines of input, and the batch of all members has {self.rows} rows; "
                 "a layer that sees something else than rows cannot have members: leave it out with param_filter"
             )
         return x
+
+    def _are_positions(self, ids: Tensor) -> bool:
+        """Return True if a list of ids counts up from 0 and is none of the inputs; a graph cannot look."""
+        if self.members == 1 or torch.compiler.is_compiling() or ids.is_meta:
+            return False
+        if ids.is_cuda and torch.cuda.is_current_stream_capturing():
+            return False
+        given = any(x.untyped_storage().data_ptr() == ids.untyped_storage().data_ptr() for x in self.inputs)
+        return not given and torch.equal(ids, torch.arange(len(ids), device=ids.device, dtype=ids.dtype))
+
+
+def _is_list_of_ids(x: Tensor) -> bool:
+    return x.ndim == 1 and not (x.is_floating_point() or x.is_complex())
 
 
 class Replacement(nn.Module):

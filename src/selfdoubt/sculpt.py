@@ -19,6 +19,7 @@ from typing import Any, ClassVar, Literal, ParamSpec, TypeAlias, overload
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from selfdoubt import compat, targets
 from selfdoubt.errors import ConfigError, WrapError
@@ -65,9 +66,13 @@ class Normal:
         return tree_map(draw, *pair)
 
     @staticmethod
-    def nll(pair: tuple[Tensor, Tensor], target: Tensor) -> Tensor:
-        """Return the negative log-likelihood of each target, nats."""
-        y, scale = pair
+    def nll(pair: MeanAndScale, target: Tensor) -> Tensor:
+        """Return the negative log-likelihood of each target, nats.
+
+        Raises:
+            ConfigError: If there is no scale.
+        """
+        y, scale = _read_pair(pair)
         return 0.5 * ((target - y) / scale).square() + scale.log() + 0.5 * math.log(2 * math.pi)
 
 
@@ -99,9 +104,13 @@ class Laplace:
         return tree_map(draw, *pair)
 
     @staticmethod
-    def nll(pair: tuple[Tensor, Tensor], target: Tensor) -> Tensor:
-        """Return the negative log-likelihood of each target, nats."""
-        y, scale = pair
+    def nll(pair: MeanAndScale, target: Tensor) -> Tensor:
+        """Return the negative log-likelihood of each target, nats.
+
+        Raises:
+            ConfigError: If there is no scale.
+        """
+        y, scale = _read_pair(pair)
         return (target - y).abs() / scale + scale.log() + math.log(2)
 
 
@@ -229,7 +238,13 @@ class ScaledHead(Replacement):
         """Predict the scale before its softplus, which makes it positive."""
         # The branch may have been packed into 4 bits: its biases still have the dtype.
         dtype = next((p.dtype for p in self.branch.parameters() if p.is_floating_point()), h.dtype)
-        raw: Tensor = self.branch(h if is_autocasting(h) else h.to(dtype))
+        h = h if is_autocasting(h) else h.to(dtype)
+        if self.call.has_base and torch.is_grad_enabled() and not any(p.requires_grad for p in self.leaf.parameters()):
+            # The frozen base answers: as its outputs, its scale has no gradient of weights to train alone.
+            fixed = {name: p.detach() for name, p in self.branch.named_parameters()}
+            raw: Tensor = functional_call(self.branch, fixed, (h,))
+            return raw
+        raw = self.branch(h)
         return raw
 
 
@@ -264,3 +279,14 @@ def _branch(head: nn.Module, spec: Wrapper) -> nn.Sequential:
     nn.init.zeros_(last.weight)
     nn.init.constant_(last.bias, math.log(math.expm1(spec.initial_scale)))
     return nn.Sequential(*layers, last)
+
+
+def _read_pair(pair: MeanAndScale) -> tuple[Tensor, Tensor]:
+    """Check that a prediction has a scale."""
+    y, scale = pair
+    if not isinstance(y, Tensor) or not isinstance(scale, Tensor):
+        raise ConfigError(
+            f"a likelihood needs one output and its scale, two tensors, got {type(y).__name__} and "
+            f"{type(scale).__name__}; give the output of a head that sculpt.Wrapper replaced"
+        )
+    return y, scale

@@ -66,6 +66,8 @@ __all__ = [
     "write_manifest",
 ]  # fmt: skip
 
+#: Largest relative change of a parameter's mean absolute value within one base: matrices may be read from 4 bits.
+_VECTOR_TOLERANCE, _MATRIX_TOLERANCE = 0.01, 0.05
 #: A rank above this must be that of tensors which are there: making them first would take memory.
 _LARGE_RANK = 1024
 
@@ -313,9 +315,10 @@ def _sizes_of_sculpt(entry: Mapping[str, Any], shapes: Mapping[str, tuple[int, .
 
 
 def compute_fingerprint(wrapped: nn.Module, elsewhere: Collection[str] = ()) -> dict[str, list[float]]:
-    """Return mean absolute value and size of up to eight frozen, unquantised parameters by name, to recognise a base.
+    """Return mean absolute value and size of some frozen, unquantised parameters by name, to recognise a base.
 
-    Rounding to another float type changes a mean by far less than the tolerance in ``load``.
+    They are up to eight vectors, such as norms and biases, and up to eight larger ones. Rounding to another float type
+    changes a mean by far less than the tolerance in ``load``.
     """
     added = {*list_added_names(wrapped), *elsewhere}
     frozen = {
@@ -323,23 +326,32 @@ def compute_fingerprint(wrapped: nn.Module, elsewhere: Collection[str] = ()) -> 
         for name, p in wrapped.named_parameters()
         if name not in added and not p.requires_grad and p.is_floating_point()
     }
-    names = [name for name, p in frozen.items() if p.ndim == 1] or list(frozen)
-    chosen = {names[round(i * (len(names) - 1) / 7)] for i in range(8)} if names else set()
+    vectors = [name for name, p in frozen.items() if p.ndim <= 1]
+    larger = [name for name, p in frozen.items() if p.ndim > 1]
+    chosen = {names[round(i * (len(names) - 1) / 7)] for names in (vectors, larger) if names for i in range(8)}
     return {name: [_size(frozen[name]), frozen[name].numel()] for name in sorted(chosen)}
 
 
 def find_difference(wrapped: nn.Module, fingerprint: Mapping[str, Sequence[float]]) -> str | None:
-    """Return the name of the first parameter that is not as in a fingerprint; None if it is the same base model."""
+    """Return the name of the first parameter that is not as in a fingerprint; None if it is the same base model.
+
+    Matrices may be packed now, or have been rounded to a few bits, which changes their mean by some per cent.
+    """
     parameters = dict(wrapped.named_parameters())
     for name, (size, numel) in fingerprint.items():
         p = parameters.get(name)
-        if p is None or p.numel() != numel or abs(_size(p) - size) > 0.01 * abs(size):
+        if p is not None and not p.is_floating_point():
+            continue
+        if p is None or p.numel() != numel:
+            return name
+        if abs(_size(p) - size) > (_VECTOR_TOLERANCE if p.ndim <= 1 else _MATRIX_TOLERANCE) * abs(size):
             return name
     return None
 
 
 def _size(p: Tensor) -> float:
-    return float(p.detach().double().abs().mean())
+    """Return the mean absolute value of up to about a million numbers, evenly spaced."""
+    return float(p.detach().reshape(-1)[:: max(1, p.numel() >> 20)].double().abs().mean())
 
 
 def _choose_earlier_layers(spec: Any, method: str, model: nn.Module) -> Any:
@@ -360,22 +372,20 @@ def _list_wrong_names(wrapped: nn.Module, tensors: Mapping[str, Tensor]) -> tupl
 def _check_fits(folder: Path, wrapped: nn.Module, tensors: dict[str, Tensor], base: dict[str, Any]) -> None:
     state = wrapped.state_dict()
     missing, unknown = _list_wrong_names(wrapped, tensors)
+    another = f"{folder} was made for another base model than this" + (f" ({base['name']})" if base["name"] else "")
     if missing or unknown:
         what = f"lacks {missing[0]}" if missing else f"has {unknown[0]}, which the model lacks"
-        raise BaseMismatchError(f"{folder} was made for another base model than this ({base['name']}): it {what}")
+        raise BaseMismatchError(f"{another}: it {what}")
     for name, tensor in tensors.items():
         if tensor.is_floating_point() != state[name].is_floating_point():
             raise LoadError(f"{folder / WEIGHTS} has {tensor.dtype} in {name}, which holds {state[name].dtype}")
         if tensor.shape != state[name].shape:
             raise BaseMismatchError(
-                f"{folder} was made for another base model than this ({base['name']}): {name} is "
-                f"{tuple(tensor.shape)}, and this base wants {tuple(state[name].shape)}"
+                f"{another}: {name} is {tuple(tensor.shape)}, and this base has {tuple(state[name].shape)}"
             )
     differing = find_difference(wrapped, base["fingerprint"])
     if differing is not None:
-        raise BaseMismatchError(
-            f"{folder} was made for another base model than this: {differing} differs; load it onto {base['name']}"
-        )
+        raise BaseMismatchError(f"{another}: {differing} differs; load it onto {base['name'] or 'that one'}")
 
 
 def _specs(model: nn.Module) -> list[Spec]:

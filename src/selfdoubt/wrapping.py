@@ -11,6 +11,7 @@ from selfdoubt.errors import WrapError
 from selfdoubt.members import Wrapped
 from selfdoubt.rows import Replacement
 from selfdoubt.spec import Spec
+from selfdoubt.targets import Leaf
 
 
 def wrap(spec: Spec, model: Any) -> Any:
@@ -50,3 +51,16 @@ def get_base_name(model: nn.Module, name: str) -> str:
             kept.append(part)
         module = getattr(module, part, None)
     return ".".join(kept)
+
+
+def lift_leaf(leaf: Leaf, model: nn.Module) -> Leaf:
+    """Return the replacement of a leaf in place of the leaf, where the wrapper it belongs to lies outside of the model.
+
+    So the order of replacements is that of the wrappers.
+    """
+    inside = {id(m.call) for m in model.modules() if isinstance(m, Wrapped)}
+    name, _, child = leaf.name.rpartition(".")
+    outer = model.get_submodule(name)
+    if child != "leaf" or not isinstance(outer, Replacement) or id(outer.call) in inside:
+        return leaf
+    return lift_leaf(Leaf(name, outer, tuple(f"leaf.{param}" for param in leaf.params)), model)

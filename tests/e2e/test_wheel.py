@@ -166,6 +166,12 @@ for name, extra in needs.items():
         assert str(error).endswith(f'pip install "selfdoubt[{extra}]"'), error
     else:
         raise SystemExit(f"{name} needs nothing")
+try:
+    from selfdoubt.metrics import prr
+except selfdoubt.errors.MissingExtraError as error:
+    assert "numpy" in str(error), error
+else:
+    raise SystemExit("metrics need nothing")
 assert not {"numpy", "transformers"} & set(sys.modules)
 """
     run(bare / "bin" / "python", "-c", code, cwd=tmp_path)

@@ -133,8 +133,10 @@ def test_the_mean_answers_after_training(tmp_path, spec):
     wrapped, x = spec(mlp()), inputs(6)
     with torch.no_grad():
         wrapped(x, training=True)
-    assert wrapped.answers_from_base
-    wrapped(x, training=True)
+    optimizer = torch.optim.SGD([p for p in wrapped.parameters() if p.requires_grad], lr=0.1)
+    wrapped(x, training=True).square().sum().backward()
+    assert wrapped.answers_from_base  # nothing has learnt from the gradients yet
+    optimizer.step()
     assert not wrapped.answers_from_base
     for twin in (copy.deepcopy(wrapped), pickle.loads(pickle.dumps(wrapped))):
         assert torch.equal(twin(x), wrapped(x))
@@ -158,6 +160,21 @@ def test_an_optimizer_step_trains_whatever_the_mode_was():
     assert not wrapped.is_trained
     optimizer.step()
     assert wrapped.is_trained
+
+
+def test_only_what_makes_the_members_trains_them():
+    scale = vote.Wrapper()(sculpt.Wrapper()(mlp()))
+    with torch.no_grad():
+        next(p for name, p in scale.named_parameters() if ".branch." in name and p.requires_grad).add_(1)
+    assert scale.answers_from_base  # a scale has learnt, and no voter
+    samples = sample.Wrapper()(mlp())
+    with torch.no_grad():
+        next(samples.parameters()).add_(1)
+    assert samples.answers_from_base  # the model has learnt without noise
+    samples(inputs(), training=True)
+    with torch.no_grad():
+        next(samples.parameters()).add_(1)
+    assert not samples.answers_from_base
 
 
 def test_threads_take_turns():
@@ -198,14 +215,35 @@ def test_a_model_that_calls_its_own_wrapper_is_an_error():
     assert wrapped(torch.ones(3, 4)).shape == (3, 4)  # the error leaves no trace
 
 
-@pytest.mark.parametrize("spec", [vote.Wrapper(), vote.Wrapper(answer_from="mean"), sample.Wrapper()])
+@pytest.mark.parametrize(
+    "spec",
+    [vote.Wrapper(), vote.Wrapper(answer_from="mean"), sample.Wrapper(), sculpt.Wrapper(), density.Wrapper()],
+    ids=["base", "mean", "sample", "sculpt", "density"],
+)
 def test_a_prediction_that_is_not_a_number_has_no_risk(spec):
     wrapped = spec(mlp())
+    if isinstance(spec, density.Wrapper):
+        density.fit(wrapped, [inputs(64)])
     x = inputs()
-    x[2, 0] = float("nan")
+    x[[2, 4], 0] = float("nan")
     assert wrapped(x)[2].isnan().all()  # as the model itself
-    with pytest.raises(NonFiniteError, match=r"of \d+ predictions are NaN, which have no risk; check the inputs"):
+    with pytest.raises(NonFiniteError, match=rf"^\d+ of \d+ .* are NaN, in row 2 and 1 more of {len(x)}: they have no"):
         wrapped.predict(x)
+
+
+def test_one_member_has_no_other_to_disagree_with():
+    wrapped = density.Wrapper()(mlp())
+    density.fit(wrapped, [inputs(64)])
+    forecast = wrapped.forecast(inputs())
+    assert (forecast.total, forecast.aleatoric, forecast.epistemic, forecast.scale) == (None,) * 4
+    assert forecast.density.shape == (len(inputs()),)
+    forecast = sculpt.Wrapper()(mlp()).forecast(inputs())
+    assert forecast.epistemic is None
+    assert torch.equal(forecast.total, forecast.scale)
+    assert torch.equal(forecast.aleatoric, forecast.scale)
+    alone = vote.Wrapper(1, output="logits", answer_from="mean")(mlp()).forecast(inputs())
+    assert alone.epistemic is None
+    assert_close(alone.total, alone.aleatoric)
 
 
 def test_classes_that_cannot_be_have_no_risk():

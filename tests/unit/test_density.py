@@ -14,7 +14,8 @@ from transformers.pytorch_utils import Conv1D
 
 import selfdoubt
 from selfdoubt import density, sample, sculpt, vote
-from selfdoubt.errors import BaseMismatchError, ConfigError, DataError, WrapError
+from selfdoubt.errors import BaseMismatchError, ConfigError, DataError, ShapeError, WrapError
+from selfdoubt.noise_fit import fit_noise
 from selfdoubt.storage import from_json, to_json
 from tests import oracles
 from tests.zoo import FAMILIES, causal, encoder, mlp
@@ -83,6 +84,37 @@ def test_distances_against_lm_polygraph():
     for expected, background in ((plain, False), (relative, True)):
         _, risk = fitted(background=background, shrinkage=0.0)(x, return_risk=True)
         assert_close(risk.float(), torch.from_numpy(np.asarray(expected)), rtol=1e-3, atol=1e-3)
+
+
+def test_labels_of_a_loader_are_not_taken_for_inputs():
+    class Masks(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = mlp()
+
+        def forward(self, x, mask=None):
+            return self.layers(x if mask is None else x * mask)
+
+    labelled = [(inputs(64), torch.ones(64, 1))]
+    for model in (Masks(), mlp()):
+        wrapped = density.Wrapper()(model)
+        with pytest.raises(
+            DataError, match=r"^a batch has 2 entries, .* requires 1 \((x|input)\); leave labels out, and"
+        ):
+            density.fit(wrapped, labelled)
+        with pytest.raises(DataError, match=r"^a batch has 2 entries"):
+            fit_noise(vote.Wrapper(weight_noise="auto")(model), labelled)
+        density.fit(wrapped, [(x,) for x, _ in labelled])
+        once = wrapped.predict(inputs()).risk
+        density.fit(wrapped, [{"x" if isinstance(model, Masks) else "input": x} for x, _ in labelled])
+        assert torch.equal(wrapped.predict(inputs()).risk, once)
+
+
+def test_one_row_without_a_batch_is_refused():
+    with pytest.raises(
+        ShapeError, match=r"^density measures features of shape \(batch, \.\.\., width\), got \(\d+,\);"
+    ):
+        fitted().predict(inputs()[0])
 
 
 def test_far_inputs_have_a_larger_risk():

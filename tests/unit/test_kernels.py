@@ -208,6 +208,24 @@ def test_a_line_shared_by_all_rows_serves_every_member(axes):
     assert_same(rows(wrapped, x), one_by_one(wrapped, base, x))
 
 
+@pytest.mark.parametrize("length", [3, 6, 12])
+def test_positions_as_many_as_rows_are_no_rows(length):
+    """The batch of 6 rows, or a multiple of it, is as long as the list of positions."""
+    base = Positions(axes=1)
+    base.positions = nn.Embedding(length, 4)
+    base, wrapped = wrapped_leaf(base)
+    x = torch.randn(6, length, 4)
+    assert_same(rows(wrapped, x), one_by_one(wrapped, base, x))
+    assert wrapped(x[:3], training=True).shape == (3, length, 4)
+
+
+def test_ids_of_the_batch_that_count_up_are_rows():
+    base, wrapped = wrapped_leaf(nn.Sequential(nn.Embedding(9, 4)))
+    ids = torch.arange(6)
+    assert_same(rows(wrapped, ids), one_by_one(wrapped, base, ids))
+    assert wrapped(ids, training=True).shape == (6, 4)
+
+
 def test_lines_that_cannot_be_rows_are_refused():
     class Table(nn.Module):
         def __init__(self):

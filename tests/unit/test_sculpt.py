@@ -273,3 +273,19 @@ def test_hidden_states_as_wide_as_the_vocabulary_have_no_scale(family):
 def test_what_cannot_be_sculpted(make, error, words):
     with pytest.raises(error, match=f"^{words}[^\n]*$"):
         make()
+
+
+@pytest.mark.parametrize("distribution", [sculpt.Normal, sculpt.Laplace])
+def test_a_likelihood_needs_a_scale(distribution):
+    with pytest.raises(ConfigError, match=r"two tensors, got Tensor and NoneType; give the output of a head"):
+        distribution.nll((torch.ones(3), None), torch.ones(3))
+
+
+def test_a_frozen_base_has_no_gradient_and_neither_has_its_scale():
+    wrapped, x = vote.Wrapper()(sculpt.Wrapper()(mlp())), torch.ones(3, 4, dtype=torch.float64)
+    mean, risk = wrapped(x, return_risk=True)  # without wrapped.train()
+    assert not mean.requires_grad
+    assert not (wrapped.forecast(x).scale.requires_grad)
+    mean, risk = wrapped.train()(x[:3], return_risk=True)
+    sculpt.Normal.nll((mean, risk), torch.zeros_like(mean)).mean().backward()
+    assert all(p.grad is not None for p in wrapped.parameters() if p.requires_grad)

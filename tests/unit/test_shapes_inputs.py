@@ -120,6 +120,72 @@ def test_time_in_dimension_0_is_refused():
             spec(base)
 
 
+class TimeFirst(nn.Module):
+    """A layer that reads time in dimension 0, or one sequence without a batch, before a head that has voters."""
+
+    def __init__(self, layer: nn.Module, turns: bool) -> None:
+        super().__init__()
+        self.layer, self.turns, self.fc = layer, turns, nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.transpose(0, 1) if self.turns else x
+        h = self.layer(x, x, x)[0] if isinstance(self.layer, nn.MultiheadAttention) else self.layer(x)
+        h = h[0] if isinstance(h, tuple) else h
+        y: Tensor = self.fc(h.transpose(0, 1) if self.turns else h)
+        return y
+
+
+LAYERS = {
+    "gru": lambda: nn.GRU(6, 6),
+    "lstm": lambda: nn.LSTM(6, 6),
+    "attention": lambda: nn.MultiheadAttention(6, 2),
+    "encoder": lambda: nn.TransformerEncoderLayer(6, 2, 8, dropout=0.0),
+}
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_a_layer_without_voters_must_not_read_members_as_time(layer):
+    x = torch.randn(5, 4, 6, dtype=torch.float64)
+    spec = vote.Wrapper(3, "fc", weight_noise=0.5)
+    base = TimeFirst(LAYERS[layer](), turns=False).double().eval()
+    wrapped = spec(base)
+    with raises(
+        ShapeError, r"^layer\S* \((GRU|LSTM|MultiheadAttention)\) reads time in dimension 0, .* \(20, 4, 6\), "
+    ) as e:
+        wrapped.predict(x)
+    check_one_line(e)
+    with raises(ShapeError, "reads time in dimension 0"):
+        wrapped(x.repeat(3, 1, 1)[:6], training=True)
+    assert torch.equal(wrapped(x), base(x))  # the base alone reads as it always did
+    turning = TimeFirst(LAYERS[layer](), turns=True).double().eval()
+    wrapped = spec(turning)
+    expected = torch.stack([voter(wrapped, turning, m)(x) for m in range(3)])
+    assert_close(wrapped.forecast(x).members, expected)
+    assert not turning.layer._forward_pre_hooks
+
+
+@pytest.mark.parametrize("pattern", ["fc", None])
+def test_one_sequence_without_a_batch_is_no_batch(pattern):
+    base = TimeFirst(nn.GRU(6, 6, batch_first=True), turns=False)
+    with raises((ShapeError, WrapError), r"reads one sequence without a batch") as caught:
+        vote.Wrapper(3, pattern)(base).predict(torch.randn(5, 6))
+    check_one_line(caught)
+
+
+def test_an_error_of_the_model_says_how_members_ran():
+    wrapped = vote.Wrapper(3)(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(1), nn.Linear(4, 2)))
+    with raises(RuntimeError, "channels") as caught:
+        wrapped.predict(torch.randn(3, 3, 3))
+    (note,) = caught.value.__notes__
+    assert note.startswith("selfdoubt ran 4 members as rows of dimension 0, with inputs of shape (12, 3, 3): if")
+
+
+def test_arrays_are_not_tensors():
+    for spec in (vote.Wrapper(), sculpt.Wrapper()):
+        with raises(ShapeError, r"got input: ndarray; convert arrays by torch\.from_numpy\(x\)$"):
+            spec(nn.Sequential(nn.Linear(3, 2))).predict(torch.randn(4, 3).numpy())
+
+
 class Grouped(nn.Module):
     """Takes a dict of tensors."""
 

@@ -204,6 +204,28 @@ def test_a_base_of_the_same_shape_with_other_weights(saved):
     assert "differs; load it onto me/base" in one_line(error)
 
 
+@pytest.mark.parametrize("changed", ["0.weight", "2.weight", "2.bias"])
+def test_a_base_that_has_learnt_since(saved, changed):
+    folder, base = saved
+    with torch.no_grad():
+        base.get_parameter(changed).add_(1)
+    with pytest.raises(BaseMismatchError, match=rf"leaf\.{changed[2:]} differs; load it onto me/base$"):
+        selfdoubt.load(folder, base)
+
+
+def test_a_base_without_a_name_is_not_called_none(tmp_path):
+    base = mlp()
+    selfdoubt.save(vote.Wrapper(n_voters=2)(base), tmp_path)
+    for other in (mlp(4, 9, 3), nn.ModuleDict({"a": mlp()})):
+        with pytest.raises(BaseMismatchError, match=r"made for another base model than this: ") as error:
+            selfdoubt.load(tmp_path, other)
+        assert "None" not in one_line(error)
+    with torch.no_grad():
+        base[0].weight.add_(1)
+    with pytest.raises(BaseMismatchError, match=r"differs; load it onto that one$"):
+        selfdoubt.load(tmp_path, base)
+
+
 def test_a_failed_load_leaves_the_base_as_it_was(saved):
     folder, _ = saved
     other = mlp()

@@ -37,7 +37,7 @@ def class_probabilities(forecast: Forecast, *, method: NoiseMethod = "exact") ->
         method: As for ``average_noise``; it counts only with a sculpt inside.
 
     Raises:
-        ConfigError: If the forecast is one of values, or the method is another one.
+        ConfigError: If it is no forecast, or one of values, or if the method is another one.
         ShapeError: If there are fewer than two classes.
         NonFiniteError: If a logit is NaN or infinite.
 
@@ -46,6 +46,11 @@ def class_probabilities(forecast: Forecast, *, method: NoiseMethod = "exact") ->
         >>> class_probabilities(Forecast(members, kind="logits")).tolist()
         [[0.5, 0.5]]
     """
+    if not isinstance(forecast, Forecast):
+        raise ConfigError(
+            f"class probabilities need a forecast, got {type(forecast).__name__}; give wrapped.forecast(x), "
+            "average_members(logits) for (members, batch, classes), or logits.softmax(-1) for one model"
+        )
     if forecast.kind != "logits":
         raise ConfigError(
             'class probabilities need a forecast of logits, got one of values; wrap with output="logits", '

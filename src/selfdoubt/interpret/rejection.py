@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from selfdoubt.errors import ShapeError
+from selfdoubt.errors import ConfigError, ShapeError
 from selfdoubt.interpret.arguments import ArrayLike, read_numbers, read_probabilities, read_scalar
 
 #: The choice that stands for none: ask a person, run another test.
@@ -37,12 +37,13 @@ def decide(probs: ArrayLike, costs: ArrayLike | None = None, *, reject_cost: flo
     Args:
         probs: Class probabilities, ``(*batch, classes)``, that sum to 1.
         costs: Cost of each choice for each true class, ``(classes, choices)``; None: 0 on the diagonal, else 1.
-        reject_cost: Cost of no choice, in the unit of ``costs``; None never rejects.
+        reject_cost: Cost of no choice, in the unit of ``costs``; None never rejects. Without ``costs`` at least 0.
 
     Raises:
         ShapeError: If there are fewer than two classes, or the costs have another number of rows.
         NonFiniteError: If a number is NaN or infinite.
         DataError: If they are not probabilities, e.g. logits.
+        ConfigError: If the cost of rejection is negative where those of choices are 0 and 1.
 
     Example:
         >>> treat = decide([[0.95, 0.05], [0.7, 0.3], [0.1, 0.9]], [[0, 3], [10, 1]], reject_cost=1.0)
@@ -64,5 +65,9 @@ def decide(probs: ArrayLike, costs: ArrayLike | None = None, *, reject_cost: flo
     if reject_cost is None:
         return Decision(choice, cost)
     price = read_scalar(reject_cost, "reject_cost")
+    if costs is None and price < 0:
+        raise ConfigError(
+            f"reject_cost must be at least 0, got {price:g}: the costs of 0 and 1 would reject everything"
+        )
     rejects = cost > price
     return Decision(choice.masked_fill(rejects, REJECT), cost.masked_fill(rejects, price))

@@ -4,7 +4,12 @@ Pure functions of numpy arrays, usable alone: nothing here imports torch. ``docs
 gives its names in other libraries.
 """
 
+# ruff: noqa: E402  (the check comes before the imports that need numpy)
 from __future__ import annotations
+
+from selfdoubt.errors import require
+
+require("numpy", "qa")
 
 from selfdoubt.metrics.abstention import (
     ABSTENTION_METRICS,

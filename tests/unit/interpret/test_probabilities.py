@@ -224,3 +224,11 @@ def test_bad_input_is_one_line(call, error, message):
     with pytest.raises(error, match=message) as caught:
         call()
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_logits_are_no_forecast():
+    with pytest.raises(
+        ConfigError, match=r"^class probabilities need a forecast, got Tensor; give wrapped\.forecast\(x\)"
+    ):
+        interpret.class_probabilities(torch.zeros(3, 2))

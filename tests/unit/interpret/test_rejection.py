@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from selfdoubt.errors import DataError, NonFiniteError, ShapeError
+from selfdoubt.errors import ConfigError, DataError, NonFiniteError, ShapeError
 from selfdoubt.interpret import REJECT, decide, error_probability
 
 PROBS = torch.tensor([[0.95, 0.05], [0.7, 0.3], [0.1, 0.9]]).double()
@@ -77,3 +77,9 @@ def test_bad_input_is_one_line(call, error, message):
     with pytest.raises(error, match=message) as caught:
         call()
     assert "\n" not in str(caught.value)
+
+
+def test_a_negative_cost_of_rejection_is_refused_where_costs_are_errors():
+    with pytest.raises(ConfigError, match=r"^reject_cost must be at least 0, got -1: "):
+        decide([[0.5, 0.5]], reject_cost=-1)
+    assert decide([[0.5, 0.5]], [[-3.0, 0.0], [0.0, -3.0]], reject_cost=-1).choice.tolist() == [0]
