@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import random
 import sys
 import tempfile
 import warnings
@@ -41,14 +40,6 @@ def read_unlabelled(model: str) -> list[str] | None:
         return None
     text = (files("selfdoubt.pocket") / "reference.jsonl").read_text(encoding="utf-8")
     return [json.loads(row)["question"] for row in text.splitlines()]
-
-
-def read_labelled(data: Path | None, count: int) -> list[Question]:
-    """Return questions with their accepted answers, at random from a file, or from those of this package."""
-    if data is not None:
-        return load_questions(data, limit=count)
-    questions = [question for question in load_questions("pocket") if question.answers]
-    return random.Random(0).sample(questions, min(count, len(questions)))
 
 
 def show(lm: RiskAwareLM, max_tokens: int) -> None:
@@ -92,11 +83,12 @@ def read_settings() -> tuple[c.Options, argparse.Namespace]:
     parser.add_argument("--model", default=POCKET, help="folder of a model; the one of this package")
     parser.add_argument("--data", type=Path, help="file of questions with answers; questions of this package")
     parser.add_argument("--limit", type=int, default=48, help="questions to prepare with")
-    parser.add_argument("--labelled", type=int, default=120, help="questions with known answers to calibrate with")
+    parser.add_argument("--labelled", type=int, help="questions with known answers; 300 of this package, else 120")
     parser.add_argument("--max-tokens", type=int, help="tokens of an answer; 12 of this package's model, 32 of others")
     options, rest = c.read_options(parser=parser), parser.parse_args()
-    if rest.max_tokens is None:
-        rest.max_tokens = 12 if rest.model == POCKET else 32
+    is_own = rest.model == POCKET
+    rest.max_tokens = rest.max_tokens if rest.max_tokens is not None else 12 if is_own else 32
+    rest.labelled = rest.labelled if rest.labelled is not None else 300 if is_own else 120
     for name, least in (("limit", 20), ("labelled", 40), ("max-tokens", 1)):
         value = getattr(rest, name.replace("-", "_"))
         if value < least:
@@ -109,7 +101,7 @@ def main() -> None:
     options, rest = read_settings()
     warnings.simplefilter("ignore")
     try:
-        labelled = read_labelled(rest.data, rest.labelled)
+        labelled = load_questions(rest.data or "pocket", limit=rest.labelled)  # some only to be declined
         with tempfile.TemporaryDirectory() as folder:
             records = walk(rest, labelled, Path(folder))
     except SelfdoubtError as error:
