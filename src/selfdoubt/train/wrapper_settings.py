@@ -46,7 +46,9 @@ class WrapperFlags:
         None, "vote, sample: regex over parameter names; left out, query and value projections."
     )
     n_samples: int = setting(5, "sample: passes at evaluation.")
-    noise: float = setting(0.1, "sample: probability of dropping a feature.")
+    noise: float | None = setting(
+        None, "sample: probability of dropping a feature; left out, normal noise of standard deviation 0.1."
+    )
     n_layers: int = setting(2, "sculpt: layers of the scale branch.")
 
 
