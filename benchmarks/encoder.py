@@ -135,7 +135,7 @@ def table(record: dict[str, Any]) -> str:
     for task in dict.fromkeys(row["task"] for row in rows):
         for arm in (a for a in ARMS if any((r["task"], r["arm"]) == (task, a) for r in rows)):
             mine = [r for r in rows if (r["task"], r["arm"]) == (task, arm)]
-            cells = [f"{task}: {arm}"]
+            cells = [f"{task}: {arm}", str(len(mine))]
             for name in ("accuracy", "NLL", "ECE", "errors", "OOD"):
                 values = [r[name] for r in mine if r[name] is not None]
                 cells.append(f"{statistics.mean(values):.3f}" if values else "")
@@ -147,13 +147,13 @@ def table(record: dict[str, Any]) -> str:
             cells.append(f"{statistics.median(r['seconds'] for r in mine):.0f}")
             shown.append(cells)
     head = [
-        "task: arm", "accuracy", "NLL", "ECE", "AUROC of errors", "AUROC of other texts", "accuracy to plain",
+        "task: arm", "seeds", "accuracy", "NLL", "ECE", "AUROC of errors", "AUROC of other texts", "accuracy to plain",
         "NLL to plain", "errors to plain", "other texts to plain", "seconds",
     ]  # fmt: skip
     about = (
         f"{record['device']}; {settings['training']} texts to learn, {settings['epochs']} epochs of batches of "
         f"{settings['batch']}, AdamW at {settings['rate']}, {settings['test']} texts to test, {settings['others']} of "
-        f"another kind, 5 samples, means over {len({r['seed'] for r in rows})} seeds, 95 % intervals of paired "
+        f"another kind, 5 samples, means over seeds, 95 % intervals of paired "
         f"differences (accuracy: over texts; others: over seeds), medians of seconds (training and prediction, "
         f"processor time); commit {record['commit']}, torch {record['versions']['torch']}."
     )
