@@ -26,7 +26,7 @@ from selfdoubt.forecast import Forecast, OutputKind, Prediction, check_no_nan, s
 from selfdoubt.fused_layers import has_fused_leaves, switch_fused_layers_off
 from selfdoubt.messages import show_message
 from selfdoubt.model_inputs import InputNames, check_batch, explain_rows, find_batch_size
-from selfdoubt.model_outputs import check_batch_axis
+from selfdoubt.model_outputs import check_batch_axis, refuse_training
 from selfdoubt.rows import ForwardContext, Replacement, expand, unfold
 from selfdoubt.scales import pair_scales
 from selfdoubt.sharing import share_module
@@ -100,7 +100,10 @@ class Wrapped(nn.Module):
             if has_base and not return_risk:  # no member can change the answer
                 return self.forward_rows(*args, only_base=True, **kwargs)[0]
             if count_members(self) + has_base > 1:
-                return summarise(self.forecast(*args, **kwargs), return_risk=return_risk)
+                answer = summarise(self.forecast(*args, **kwargs), return_risk=return_risk)
+                if has_base and any(wrapper.spec.freezes() for wrapper in list_wrappers(self)):
+                    refuse_training(answer[0], (args, kwargs))
+                return answer
             y, scales = self.forward_rows(*args, base_row=False, **kwargs)
             if not return_risk:
                 return y

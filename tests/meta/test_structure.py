@@ -19,7 +19,8 @@ LONGEST, LONGEST_OF_A_CLASS = 350, 450
 
 CORE = {
     "version",
-    "versions",
+    "trained_state",
+    "time_axes",
     "errors",
     "fields",
     "formatting",
@@ -52,7 +53,6 @@ WRAPPERS = {"vote", "sample", "sculpt", "density"}
 #: What a file may import of the package; others are free.
 ARROWS = {
     "version": set(),
-    "versions": set(),
     "errors": set(),
     "fields": {"errors"},
     "formatting": set(),
@@ -62,6 +62,8 @@ ARROWS = {
     "scales": {"errors", "tree"},
     "setting": set(),
     "tree": set(),
+    "time_axes": {"errors", "tree"},
+    "trained_state": set(),
     "distributions": set(),
     "risk": {"distributions", "errors"},
     "targets": {"errors", "compat", "rows"},
@@ -79,7 +81,7 @@ ARROWS = {
     "model_inputs": {"errors", "tree"},
     "model_outputs": {"errors", "tree"},
     "members": CORE - {"kernels", "factors", "deviations", "random_numbers", "formatting", "gaussian", "wrapping"},
-    "wrapping": {"errors", "members", "rows", "spec"},
+    "wrapping": {"errors", "members", "rows", "spec", "targets"},
     **dict.fromkeys(sorted(WRAPPERS), CORE),
     "noise": CORE,
     "noise_fit": CORE | {"noise", "vote"},

@@ -281,11 +281,15 @@ def test_a_likelihood_needs_a_scale(distribution):
         distribution.nll((torch.ones(3), None), torch.ones(3))
 
 
-def test_a_frozen_base_has_no_gradient_and_neither_has_its_scale():
-    wrapped, x = vote.Wrapper()(sculpt.Wrapper()(mlp())), torch.ones(3, 4, dtype=torch.float64)
-    mean, risk = wrapped(x, return_risk=True)  # without wrapped.train()
-    assert not mean.requires_grad
-    assert not (wrapped.forecast(x).scale.requires_grad)
-    mean, risk = wrapped.train()(x[:3], return_risk=True)
-    sculpt.Normal.nll((mean, risk), torch.zeros_like(mean)).mean().backward()
+def test_a_frozen_base_learns_nothing_and_neither_does_its_scale_alone():
+    x = torch.ones(3, 4, dtype=torch.float64)
+    for wrapped in (vote.Wrapper()(sculpt.Wrapper()(mlp())), vote.Wrapper()(mlp())):
+        mean, risk = wrapped(x, return_risk=True)  # without wrapped.train()
+        with pytest.raises(ConfigError, match=r"call wrapped\.train\(\) before training$"):
+            (mean.square() + risk).sum().backward()
+        moving = x.clone().requires_grad_()  # a saliency map
+        wrapped(moving, return_risk=True)[0].sum().backward()
+        assert moving.grad.abs().sum() > 0
+    wrapped = vote.Wrapper()(sculpt.Wrapper()(mlp())).train()
+    sculpt.Normal.nll(wrapped(x, return_risk=True), torch.zeros(3, 3, dtype=x.dtype)).mean().backward()
     assert all(p.grad is not None for p in wrapped.parameters() if p.requires_grad)

@@ -37,7 +37,7 @@ def class_probabilities(forecast: Forecast, *, method: NoiseMethod = "exact") ->
         method: As for ``average_noise``; it counts only with a sculpt inside.
 
     Raises:
-        ConfigError: If it is no forecast, or one of values, or if the method is another one.
+        ConfigError: If it is not a forecast, or one of values, or if the method is another one.
         ShapeError: If there are fewer than two classes.
         NonFiniteError: If a logit is NaN or infinite.
 

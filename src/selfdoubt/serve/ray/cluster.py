@@ -110,7 +110,7 @@ def run_cluster(
         idle: Seconds that Ray's proxies keep a connection without a further request.
 
     Raises:
-        EngineError: If no cluster answers, or the replicas do not start.
+        EngineError: If no cluster answers, or the proxies or the replicas do not start.
     """
     if cluster.address is not None and cluster.address != "auto":
         _check_address(cluster.address)
@@ -143,7 +143,7 @@ def run_cluster(
     try:
         _check_room(cluster)
         http = {"host": host, "port": port, "keep_alive_timeout_s": math.ceil(idle)}
-        ray_serve.start(proxy_location="EveryNode", http_options=http, logging_config=quiet)
+        start_proxies(http, quiet)
         try:
             _deploy(application, quiet)
             up = True
@@ -165,6 +165,21 @@ def _check_address(address: str) -> None:
     except (OSError, ValueError, OverflowError) as error:
         raise EngineError(
             f"no Ray cluster at {address!r} ({error}); it looks like HOST:6379, as `ray start --head` says at its end"
+        ) from None
+
+
+def start_proxies(http: dict[str, Any], logs: dict[str, Any]) -> None:
+    """Start the proxies, which take requests on each machine; Ray waits a minute for them.
+
+    Raises:
+        EngineError: If they do not start.
+    """
+    try:
+        ray_serve.start(proxy_location="EveryNode", http_options=http, logging_config=logs)
+    except (ray.exceptions.RayError, RuntimeError) as error:
+        why = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise EngineError(
+            f"Ray's proxies do not start ({why}); try again when the machines are less busy, or another --port"
         ) from None
 
 
