@@ -79,7 +79,7 @@ def predict(model: nn.Module, ids: Tensor, rows: int = 50) -> Answer:
     """
     order = (ids != 0).sum(1).argsort()
     logits, doubts = [], []
-    for batch in ids[order].split(rows):
+    for batch in torch.split(ids[order], rows):
         if isinstance(model, Classifier):
             answer = model(batch)[None]
             doubts.append(risk.total(answer))
@@ -206,7 +206,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, help="folder of the rows, without tables [default: that of all]")
     parser.add_argument("--again", action="store_true", help="measure rows that this commit has measured, too")
     read = parser.parse_args()
-    hf_logging.set_verbosity_error()
+    hf_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     settings = {n: getattr(read, n) for n in ("training", "test", "others", "length", "epochs", "batch", "rate")}
     run(read.model, read.data, read.tasks, read.arms, read.seeds, settings, folder=read.results, again=read.again)
     if read.results is None:

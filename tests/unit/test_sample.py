@@ -255,5 +255,6 @@ def test_samples_that_were_saved_with_the_former_default_keep_their_noise(tmp_pa
     former = sample.Wrapper(distribution=sample.Bernoulli(0.1), answer_from="mean")(copy.deepcopy(base))
     folder = selfdoubt.save(former, tmp_path / "adapter")
     again = selfdoubt.load(folder, base)
+    assert isinstance(again.spec, sample.Wrapper)
     assert again.spec.distribution == sample.Bernoulli(0.1)
     assert_close(again(x), former(x), rtol=0, atol=0)

@@ -144,7 +144,7 @@ def _overlay(table: dict[str, Any], given: Mapping[str, Any]) -> None:
     for name, value in given.items():
         if table.get("method") not in _METHODS_OF[name]:
             continue
-        if name == "noise":
-            table["distribution"] = {"name": "Bernoulli", "p": value}
-        else:
+        if name != "noise":
             table[name] = value
+        elif value is not None:
+            table["distribution"] = {"name": "Bernoulli", "p": value}

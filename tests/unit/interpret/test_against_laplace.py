@@ -74,7 +74,7 @@ def build_voters(model: nn.Module, samples: list[dict[str, Tensor]], output: Any
     with torch.no_grad():
         for name in samples[0]:
             layer, _, kind = name.rpartition(".")
-            deviations = wrapped.module.get_submodule(layer).deviations[kind]  # type: ignore[union-attr, index]
+            deviations = wrapped.module.get_submodule(layer).deviations[kind]
             deviations.copy_(torch.stack([sample[name] for sample in samples]) - weights[name])
     return wrapped
 
@@ -91,10 +91,10 @@ def name_weights(model: nn.Module, vectors: Tensor, *, layer: str = "") -> list[
 
 
 def copy(model: nn.Module) -> nn.Module:
-    """Return the same network again."""
-    last = [layer for layer in model if isinstance(layer, nn.Linear)]  # type: ignore[operator]
-    fresh = nn.Sequential(nn.Linear(last[0].in_features, 6), nn.Tanh(), nn.Linear(6, last[1].out_features))
-    fresh.load_state_dict(model.state_dict())
+    """Return the same network again, as laplace-torch puts hooks into the one it is given."""
+    weights = model.state_dict()
+    fresh = nn.Sequential(nn.Linear(weights["0.weight"].shape[1], 6), nn.Tanh(), nn.Linear(6, len(weights["2.bias"])))
+    fresh.load_state_dict(weights)
     return fresh
 
 
