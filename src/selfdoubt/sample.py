@@ -138,9 +138,7 @@ class Wrapper:
 
     Args:
         n_samples: Number of passes at evaluation, at least 1; training runs one.
-        distribution: ``Normal(std)`` or ``Bernoulli(p)``, fixed or ``trainable``. A pretrained encoder that was
-            fine-tuned with ``Bernoulli(0.1)`` lost 9 to 14 points of accuracy, with ``Normal(0.1)`` none
-            (benchmarks/README.md).
+        distribution: ``Normal(std)`` or ``Bernoulli(p)``, fixed or ``trainable``.
         param_filter: A regex over full parameter names; noise goes before the layers that own them. None: query and
             value projections of a decoder, or every layer but the first, norms, embeddings and attention modules.
         output: "logits" averages probabilities over the last axis, "values" averages values. "auto" takes an output
