@@ -88,7 +88,7 @@ def main() -> None:
 WRAPPERS: dict[str, WrapperSettings | None] = {
     "plain": None,
     "vote": voters.VOTERS,
-    "sample": sample.Wrapper(),
+    "sample": sample.Wrapper(distribution=sample.Bernoulli(0.1)),
     "sculpt": sculpt.Wrapper(),
 }
 

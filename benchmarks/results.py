@@ -116,6 +116,7 @@ def tables() -> None:
         attention,
         batch,
         decode,
+        encoder,
         prefill,
         quality,
         real_measure,
@@ -133,6 +134,7 @@ def tables() -> None:
         "decode": decode.table, "members": decode.table_members, "batch": batch.table, "prefill": prefill.table,
         "quality": quality.table, "train": train.table, "serve": serve.table, "memory": serve_memory.table,
         "real": real_measure.table, "voters": voters_table.table, "vision": vision.table,
+        "encoder": encoder.table,
     }  # fmt: skip
     for name, table in makers.items():
         parts = [table(json.loads(p.read_text())) for p in sorted(FOLDER.glob(f"{name}-*.json"))]

@@ -3,8 +3,9 @@
 ``plain`` is one network and ``separate`` are M of them; ``separate-short`` shares the steps of one network among M.
 ``vote`` is our wrapper without arguments around a fresh network, whose voters read a batch each, as every network of
 ``separate`` does; ``vote-split`` divides the batch of ``plain`` among them, and ``vote-fresh`` has voters that share no
-weights (``finetune=False``). ``sample`` trains with our noise, ``dropout`` with torch's. ``+`` means a wrapper around
-the trained ``plain`` network, without a further step. ``packed`` and ``batch`` are torch-uncertainty's ensembles.
+weights (``finetune=False``). ``sample`` trains with ``Bernoulli(0.1)``, ``dropout`` with torch's dropout. ``+`` means a
+wrapper around the trained ``plain`` network, without a further step. ``packed`` and ``batch`` are torch-uncertainty's
+ensembles.
 """
 
 from __future__ import annotations
@@ -175,7 +176,7 @@ def _train_ours(arm: str, build: Build, data: Digits, budget: Budget, wide: Budg
         "vote": vote.Wrapper(n_voters=members, **kinds),
         "vote-split": vote.Wrapper(n_voters=members, **kinds),
         "vote-fresh": vote.Wrapper(n_voters=members, finetune=False, **kinds),
-        "sample": sample.Wrapper(n_samples=members, **kinds),
+        "sample": sample.Wrapper(n_samples=members, distribution=sample.Bernoulli(0.1), **kinds),
         "sculpt": sculpt.Wrapper(),
         "density": density.Wrapper(),
     }[name]

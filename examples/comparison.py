@@ -157,7 +157,7 @@ def measure_classes(arm: str, members: Tensor, y: Tensor, doubt: Tensor, others:
         y: The right classes.
         doubt: The risk of each prediction, ``(n,)``.
         others: The risk of inputs of another kind; None where there are none.
-        seconds: Seconds of training and prediction.
+        seconds: Seconds of processor time, of training and prediction.
     """
     logp = risk.mix(members).log_softmax(-1)
     top, chosen = logp.exp().max(-1)
@@ -198,7 +198,7 @@ def measure_networks(
     with measure_time(clock):
         networks = train_networks(build, x, y, F.cross_entropy, budget, members)
         outputs = [predict_networks(networks, given) for given in inputs]
-    return measure_members(f"{members} networks", outputs, test_y, clock.seconds)
+    return measure_members(f"{members} networks", outputs, test_y, clock.processor)
 
 
 def measure_dropout(
@@ -216,7 +216,7 @@ def measure_dropout(
         torch.manual_seed(budget.seed)
         noisy = train(build(dropout=0.1), x, y, F.cross_entropy, budget)
         outputs = [predict_dropout(noisy, given, passes) for given in inputs]
-    return measure_members("MC dropout", outputs, test_y, clock.seconds)
+    return measure_members("MC dropout", outputs, test_y, clock.processor)
 
 
 def measure_values(

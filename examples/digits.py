@@ -53,7 +53,7 @@ def run_selfdoubt(data: handwriting.Digits, seed: int) -> dict[str, Result]:
         with_density = density.Wrapper()(plain)
         density.fit(with_density, [data.x])
         (mean, usual), (_, strange) = with_density.predict(data.test_x), with_density.predict(data.letters)
-    row = c.measure_classes("density", mean[None], data.test_y, usual, strange, clock.seconds)
+    row = c.measure_classes("density", mean[None], data.test_y, usual, strange, clock.processor)
     results["density"] = row, usual, strange
 
     for name, wrapper in {
@@ -66,7 +66,7 @@ def run_selfdoubt(data: handwriting.Digits, seed: int) -> dict[str, Result]:
             wrapped = c.train(wrapper(build()), data.x, data.y, F.cross_entropy, budget)
             with torch.no_grad():
                 test, others = wrapped.forecast(data.test_x), wrapped.forecast(data.letters)
-        row = c.measure_members(name, [test.members, others.members], data.test_y, clock.seconds)
+        row = c.measure_members(name, [test.members, others.members], data.test_y, clock.processor)
         results[name] = row, test.epistemic, others.epistemic
 
     clock = c.Clock()
@@ -78,7 +78,7 @@ def run_selfdoubt(data: handwriting.Digits, seed: int) -> dict[str, Result]:
             prediction = wrapped.predict(x)
             outputs.append(torch.stack([sculpt.Normal.sample(tuple(prediction)).detach() for _ in range(20)]))
     doubts = [risk.total(logits) for logits in outputs]
-    row = c.measure_classes("sculpt", outputs[0], data.test_y, *doubts, clock.seconds)
+    row = c.measure_classes("sculpt", outputs[0], data.test_y, *doubts, clock.processor)
     results["sculpt"] = row, doubts[0], doubts[1]
     return results
 
@@ -92,14 +92,14 @@ def run_others(data: handwriting.Digits, seed: int, *, peers: bool) -> list[c.Ro
         torch.manual_seed(seed)
         plain = c.train(build(), data.x, data.y, F.cross_entropy, budget)
         outputs = [c.predict_networks([plain], x) for x in inputs]
-    rows.append(c.measure_members("one network: entropy", outputs, data.test_y, clock.seconds))
+    rows.append(c.measure_members("one network: entropy", outputs, data.test_y, clock.processor))
     rows += [way(build, data.x, data.y, inputs, data.test_y, budget) for way in (c.measure_networks, c.measure_dropout)]
     if peers:
         clock = c.Clock()
         with c.measure_time(clock):
             predicted = c.predict_laplace(plain, data.x, data.y, inputs)
         if predicted is not None:
-            rows.append(c.measure_members("laplace-torch", predicted, data.test_y, clock.seconds))
+            rows.append(c.measure_members("laplace-torch", predicted, data.test_y, clock.processor))
         rows += run_torch_uncertainty(data, budget)
     return rows
 
@@ -122,7 +122,7 @@ def run_torch_uncertainty(data: handwriting.Digits, budget: c.Budget) -> list[c.
         with torch.enable_grad():
             c.train(packed, data.x, data.y, lambda logits, y: F.cross_entropy(logits, y.repeat(4)), budget)
         outputs = [packed(x).unflatten(0, (4, -1)) for x in (data.test_x, data.letters)]
-    return [c.measure_members("torch-uncertainty, packed", outputs, data.test_y, clock.seconds)]
+    return [c.measure_members("torch-uncertainty, packed", outputs, data.test_y, clock.processor)]
 
 
 def plot(results: dict[str, Result], data: handwriting.Digits, options: c.Options) -> None:

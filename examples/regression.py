@@ -70,7 +70,7 @@ def compare(seed: int, *, peers: bool) -> tuple[list[c.Row], Forecast, tuple[Ten
         with torch.no_grad():
             test, gap, picture = (wrapped.forecast(points) for points in (test_x, inside, grid))
     name = "vote(sculpt)"
-    rows.append(c.measure_values(name, test.mean, test.total, test_y, test.epistemic, gap.epistemic, clock.seconds))
+    rows.append(c.measure_values(name, test.mean, test.total, test_y, test.epistemic, gap.epistemic, clock.processor))
 
     mse = nn.functional.mse_loss
     budget = c.Budget(BUDGET.steps, BUDGET.batch, BUDGET.rate, BUDGET.decay, seed)
@@ -78,13 +78,13 @@ def compare(seed: int, *, peers: bool) -> tuple[list[c.Row], Forecast, tuple[Ten
     with c.measure_time(clock):
         networks = c.train_networks(build, x, y, mse, budget, members=5)
         outputs = [c.predict_networks(networks, points) for points in (x, test_x, inside)]
-    rows.append(measure_members("5 networks", outputs, y, test_y, clock.seconds))
+    rows.append(measure_members("5 networks", outputs, y, test_y, clock.processor))
     clock = c.Clock()
     with c.measure_time(clock):
         torch.manual_seed(seed)
         noisy = c.train(build(dropout=0.1), x, y, mse, budget)
         outputs = [c.predict_dropout(noisy, points, 20) for points in (x, test_x, inside)]
-    rows.append(measure_members("MC dropout", outputs, y, test_y, clock.seconds))
+    rows.append(measure_members("MC dropout", outputs, y, test_y, clock.processor))
     if peers:
         clock = c.Clock()
         with c.measure_time(clock):
@@ -93,7 +93,7 @@ def compare(seed: int, *, peers: bool) -> tuple[list[c.Row], Forecast, tuple[Ten
             predicted = c.predict_laplace(plain, x, y, [test_x, inside], kind="regression")
         if predicted is not None:
             (mean, std), (_, others) = predicted
-            rows.append(c.measure_values("laplace-torch", mean, std, test_y, std, others, clock.seconds))
+            rows.append(c.measure_values("laplace-torch", mean, std, test_y, std, others, clock.processor))
     return rows, picture, (x, y), grid
 
 

@@ -109,20 +109,20 @@ def compare(seed: int) -> tuple[list[c.Row], Scenes, Forecast]:
         with torch.no_grad():
             usual, strange = wrapped.forecast(test.x), wrapped.forecast(new.x)
     for name in ("aleatoric", "epistemic", "density"):
-        measure(f"vote: {name}", usual.members, getattr(usual, name), getattr(strange, name), clock.seconds)
+        measure(f"vote: {name}", usual.members, getattr(usual, name), getattr(strange, name), clock.processor)
 
     budget = c.Budget(BUDGET.steps, BUDGET.batch, BUDGET.rate, seed=seed)
     clock = c.Clock()
     with c.measure_time(clock):
         networks = c.train_networks(Network, data.x, data.y, loss, budget)
         outputs = [c.predict_networks(networks, x) for x in (test.x, new.x)]
-    measure(f"{c.MEMBERS} networks", outputs[0], *map(c.find_doubt, outputs), clock.seconds)
+    measure(f"{c.MEMBERS} networks", outputs[0], *map(c.find_doubt, outputs), clock.processor)
     clock = c.Clock()
     with c.measure_time(clock):
         torch.manual_seed(seed)
         noisy = c.train(Network(dropout=0.1), data.x, data.y, loss, budget)
         outputs = [c.predict_dropout(noisy, x, 10) for x in (test.x, new.x)]
-    measure("MC dropout", outputs[0], *map(c.find_doubt, outputs), clock.seconds)
+    measure("MC dropout", outputs[0], *map(c.find_doubt, outputs), clock.processor)
 
     # The picture: a scene of training's kind with a bare field, and one with a new field.
     bare = int(test.bare.flatten(1).any(1).nonzero()[0, 0])

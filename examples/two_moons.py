@@ -64,7 +64,7 @@ def compare(seed: int, *, peers: bool) -> tuple[list[c.Row], Forecast, tuple[Ten
         wrapped = fit_selfdoubt(x, y, seed)
         with torch.no_grad():
             test, others, picture = (wrapped.forecast(points) for points in (test_x, around, make_grid()))
-    measure = partial(c.measure_classes, y=test_y, seconds=clock.seconds)
+    measure = partial(c.measure_classes, y=test_y, seconds=clock.processor)
     rows.append(measure("vote: epistemic", test.members, doubt=test.epistemic, others=others.epistemic))
     rows.append(measure("vote: density", test.members, doubt=test.density, others=others.density))
 
@@ -78,7 +78,7 @@ def compare(seed: int, *, peers: bool) -> tuple[list[c.Row], Forecast, tuple[Ten
             plain = c.train(build(), x, y, F.cross_entropy, budget)
             predicted = c.predict_laplace(plain, x, y, [test_x, around])
         if predicted is not None:
-            rows.append(c.measure_members("laplace-torch", predicted, test_y, clock.seconds))
+            rows.append(c.measure_members("laplace-torch", predicted, test_y, clock.processor))
     return rows, picture, (x, y)
 
 

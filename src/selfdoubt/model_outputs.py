@@ -47,7 +47,7 @@ def refuse_training(outputs: Any, inputs: Any) -> None:
         return
     for x in iter_tensors(outputs):
         if x.requires_grad:
-            x.register_hook(_refuse_gradient)
+            x.register_hook(_refuse_gradient)  # type: ignore[no-untyped-call]
 
 
 def _refuse_gradient(gradient: Tensor) -> None:  # noqa: ARG001

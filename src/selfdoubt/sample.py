@@ -100,7 +100,7 @@ class Normal:
     "auto" starts at ``START_STD`` until a search has found the largest ``std`` that keeps the model's answers.
     """
 
-    std: float | Literal["auto"] = 0.3
+    std: float | Literal["auto"] = 0.1
     trainable: bool = False
 
     kinds: ClassVar[Mapping[str, FieldCheck]] = {
@@ -138,7 +138,7 @@ class Wrapper:
 
     Args:
         n_samples: Number of passes at evaluation, at least 1; training runs one.
-        distribution: ``Bernoulli(p)`` or ``Normal(std)``, fixed or ``trainable``.
+        distribution: ``Normal(std)`` or ``Bernoulli(p)``, fixed or ``trainable``.
         param_filter: A regex over full parameter names; noise goes before the layers that own them. None: query and
             value projections of a decoder, or every layer but the first, norms, embeddings and attention modules.
         output: "logits" averages probabilities over the last axis, "values" averages values. "auto" takes an output
@@ -156,14 +156,14 @@ class Wrapper:
         ConfigError: If a setting is out of range.
 
     Example:
-        >>> wrapped = Wrapper(n_samples=5, distribution=Bernoulli(0.1))(nn.Sequential(nn.Linear(4, 2)))
+        >>> wrapped = Wrapper(n_samples=5, distribution=Normal(0.1))(nn.Sequential(nn.Linear(4, 2)))
         >>> y, risk = wrapped(torch.ones(3, 4), return_risk=True, training=False)
         >>> y.shape == risk.shape == (3, 2)
         True
     """
 
     n_samples: int = 5
-    distribution: Bernoulli | Normal = Bernoulli()
+    distribution: Bernoulli | Normal = Normal()
     param_filter: str | None = None
     output: Literal["auto", "values", "logits"] = "auto"
     shared_inputs: tuple[str, ...] = ()

@@ -17,7 +17,8 @@ SMALL = (
     "--max-steps", "3", "--batch-size", "4", "--val-share", "0.2", "--lr", "5e-5",
 )  # fmt: skip
 ONE_LAYER = r"layers\.1\.self_attn\.q_proj"
-LORA = (*SMALL, "--wrapper", "sample", "--n-samples", "2", "--lora-r", "2", "--lora-targets", ONE_LAYER)
+NOISE = ("--wrapper", "sample", "--noise", "0.1", "--n-samples", "2")
+LORA = (*SMALL, *NOISE, "--lora-r", "2", "--lora-targets", ONE_LAYER)
 EXTRA = {"reference": {"sum_nll": [0.0, 0.5, 2.0]}}
 
 
@@ -51,7 +52,7 @@ def wrapped_mlps() -> dict[str, Any]:
     wrappers = {
         "vote": vote.Wrapper(n_voters=2, rank=1),
         "vote_full": vote.Wrapper(n_voters=2, rank=None, finetune=False),
-        "sample": sample.Wrapper(n_samples=3, param_filter=".*"),
+        "sample": sample.Wrapper(n_samples=3, distribution=sample.Bernoulli(0.1), param_filter=".*"),
         "sculpt": sculpt.Wrapper(),
     }
     found = {}

@@ -6,6 +6,7 @@ the probabilities say how likely right code would fail had another seed been wri
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 
@@ -15,6 +16,7 @@ from scipy import stats
 from torch import nn
 from torch.testing import assert_close
 
+import selfdoubt
 from selfdoubt import sample
 from selfdoubt.errors import ConfigError, WrapError
 from selfdoubt.random_numbers import uniforms
@@ -233,10 +235,26 @@ def test_by_default_the_first_layer_norms_and_embeddings_have_no_noise():
         ),
         (lambda: sample.Bernoulli(1.0), r".* got 1\.0; try"),
         (lambda: sample.Bernoulli(math.nan), r".* got nan; try"),
-        (lambda: sample.Normal(0.0), r"std must be a finite number above 0 .*, got 0\.0; try std=0\.3"),
+        (lambda: sample.Normal(0.0), r"std must be a finite number above 0 .*, got 0\.0; try std=0\.1"),
         (lambda: sample.Normal(math.inf), r".* got inf; try"),
     ],
 )
 def test_settings_out_of_range(make, words):
     with pytest.raises(ConfigError, match=f"^{words}[^\n]*$"):
         make()
+
+
+def test_the_default_noise_is_one_that_pretrained_weights_bear():
+    assert sample.Wrapper().distribution == sample.Normal(0.1)
+    assert sample.Normal() == sample.Normal(0.1)
+
+
+def test_samples_that_were_saved_with_the_former_default_keep_their_noise(tmp_path):
+    base = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    x = torch.ones(3, 4)
+    former = sample.Wrapper(distribution=sample.Bernoulli(0.1), answer_from="mean")(copy.deepcopy(base))
+    folder = selfdoubt.save(former, tmp_path / "adapter")
+    again = selfdoubt.load(folder, base)
+    assert isinstance(again.spec, sample.Wrapper)
+    assert again.spec.distribution == sample.Bernoulli(0.1)
+    assert_close(again(x), former(x), rtol=0, atol=0)

@@ -46,7 +46,9 @@ class WrapperFlags:
         None, "vote, sample: regex over parameter names; left out, query and value projections."
     )
     n_samples: int = setting(5, "sample: passes at evaluation.")
-    noise: float = setting(0.1, "sample: probability of dropping a feature.")
+    noise: float | None = setting(
+        None, "sample: probability of dropping a feature; left out, normal noise of standard deviation 0.1."
+    )
     n_layers: int = setting(2, "sculpt: layers of the scale branch.")
 
 
@@ -142,7 +144,7 @@ def _overlay(table: dict[str, Any], given: Mapping[str, Any]) -> None:
     for name, value in given.items():
         if table.get("method") not in _METHODS_OF[name]:
             continue
-        if name == "noise":
-            table["distribution"] = {"name": "Bernoulli", "p": value}
-        else:
+        if name != "noise":
             table[name] = value
+        elif value is not None:
+            table["distribution"] = {"name": "Bernoulli", "p": value}
