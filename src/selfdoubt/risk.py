@@ -29,6 +29,9 @@ from selfdoubt.distributions import (
 )
 from selfdoubt.errors import NonFiniteError, ShapeError
 
+#: Relative room between a value and its five digits.
+_ROUNDING = 5e-5
+
 
 class TokenScores(NamedTuple):
     """Scores of chosen classes; every field has the shape of ``chosen``.
@@ -259,7 +262,8 @@ def percentile(value: float, reference: Sequence[float], *, linear: bool = False
         value: A risk.
         reference: Ascending values or quantiles of the same risk.
         linear: Take the reference as equally spaced quantiles, and interpolate between the neighbours of ``value``.
-            Otherwise count values, and ties half.
+            Otherwise count values, and ties half; a value is tied to those that five digits cannot tell from it, as
+            stored references have no more.
 
     Raises:
         ShapeError: If the reference is empty.
@@ -277,7 +281,8 @@ def percentile(value: float, reference: Sequence[float], *, linear: bool = False
         raise NonFiniteError(f"a percentile needs a finite risk, got {value}")
     place = bisect_left(reference, value)
     if not linear:
-        return (place + bisect_right(reference, value)) / (2 * len(reference))
+        room = abs(value) * _ROUNDING
+        return (bisect_left(reference, value - room) + bisect_right(reference, value + room)) / (2 * len(reference))
     if place == 0 or place == len(reference):
         return float(place > 0)
     low, high = reference[place - 1], reference[place]

@@ -60,7 +60,7 @@ def _attend(
     """Run ``sdpa`` attention, by ``attend_grouped`` within a block of ``group_queries``."""
     is_plain = (
         not torch.compiler.is_compiling()
-        and getattr(_ACTIVE, "depth", 0)
+        and getattr(_ACTIVE, "depth", 0) > 0
         and query.is_cpu
         and query.shape[2] == 1
         and key.shape[1] < query.shape[1]
