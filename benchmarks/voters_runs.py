@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from selfdoubt import targets, vote
+from selfdoubt import vote
 from selfdoubt.data.question_sets import load_questions
 from selfdoubt.data.questions import Question
 from selfdoubt.errors import DataError
@@ -53,6 +53,7 @@ def _voters(**settings: Any) -> dict[str, Any]:
 
 
 _QV = "q_proj|v_proj"
+_ALL_LINEAR = r"(q|k|v|o|gate|up|down)_proj\.weight$"
 ARMS: dict[str, Arm] = {
     "lora": Arm(
         "one LoRA of rank 48 on q and v: as many trainable parameters as three voters of rank 16",
@@ -66,7 +67,7 @@ ARMS: dict[str, Arm] = {
     ),
     "vote-wide": Arm(
         "three voters of rank 16 on all linear layers of the decoder, split",
-        _voters(param_filter=targets.DECODER_FILTER),
+        _voters(param_filter=_ALL_LINEAR),
     ),
     "vote-rank": Arm("three voters of rank 64 on q and v, split", _voters(rank=64)),
     "vote-noise": Arm("three voters of rank 16 on q and v, initial noise 0.2 (the default), split",

@@ -10,12 +10,14 @@ import pytest
 
 from benchmarks import voters, voters_runs, voters_table
 from benchmarks.score_rows import score_rows
+from benchmarks.voters_runs import ARMS
 from selfdoubt.calibration.fit import fit_calibration
 from selfdoubt.data.chats import read_chats
 from selfdoubt.errors import DataError
 from selfdoubt.eval.config import EvaluationConfig
 from selfdoubt.eval.records import Question, Record
 from selfdoubt.lm.model import RiskAwareLM
+from tests.zoo import causal
 
 QUESTIONS = [Question(str(i), f"question {i}?", answers=("yes",)) for i in range(200)]
 EASY = frozenset(q.text for q in QUESTIONS[:40])
@@ -47,6 +49,14 @@ def test_a_balanced_sample_has_all_easy_questions_and_weights_that_undo_it():
     easy = np.array([q.text in EASY for q in sample.questions])
     assert weights.mean() == pytest.approx(1)
     assert (weights * easy).mean() == pytest.approx(40 / 200)  # the share in the whole set, exactly
+
+
+def test_arms_have_voters_where_they_say():
+    base = causal("llama")
+    leaves = {name: len(arm.settings["wrapper"].find(base)) for name, arm in ARMS.items() if arm.settings["wrapper"]}
+    layers = base.config.num_hidden_layers
+    assert leaves == dict.fromkeys(leaves, 2 * layers) | {"vote-wide": 7 * layers}
+    assert len({(repr(arm.settings), arm.row_share, arm.steps) for arm in ARMS.values()}) == len(ARMS)
 
 
 def test_an_even_sample_weighs_all_alike():
