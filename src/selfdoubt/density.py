@@ -28,7 +28,7 @@ from selfdoubt.forecast import check_no_nan
 from selfdoubt.gaussian import Gaussian, Moments, merge
 from selfdoubt.members import Wrapped, count_members, count_rows
 from selfdoubt.model_inputs import split_inputs
-from selfdoubt.rows import ForwardContext, Replacement, expand
+from selfdoubt.rows import ForwardContext, Replacement, expand, unfold
 from selfdoubt.targets import Leaf
 from selfdoubt.trained_state import TrainedState
 from selfdoubt.wrapping import lift_leaf, wrap
@@ -142,7 +142,7 @@ class Wrapper:
         if not leaf.is_fitted and not required:
             return None
         distances = leaf.measure(leaf.read_features(mask, members=members))
-        check_no_nan(distances, "distances")
+        check_no_nan(unfold(distances, members).transpose(0, 1), "distances")
         return distances
 
     def freezes(self) -> bool:

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from selfdoubt import targets
 from selfdoubt.errors import CaptureError, ConfigError, ShapeError, WrapError
@@ -26,7 +26,7 @@ from selfdoubt.forecast import Forecast, OutputKind, Prediction, check_no_nan, s
 from selfdoubt.fused_layers import has_fused_leaves, switch_fused_layers_off
 from selfdoubt.messages import show_message
 from selfdoubt.model_inputs import InputNames, check_batch, explain_rows, find_batch_size
-from selfdoubt.model_outputs import check_batch_axis, refuse_training
+from selfdoubt.model_outputs import check_batch_axis
 from selfdoubt.rows import ForwardContext, Replacement, expand, unfold
 from selfdoubt.scales import pair_scales
 from selfdoubt.sharing import share_module
@@ -100,10 +100,7 @@ class Wrapped(nn.Module):
             if has_base and not return_risk:  # no member can change the answer
                 return self.forward_rows(*args, only_base=True, **kwargs)[0]
             if count_members(self) + has_base > 1:
-                answer = summarise(self.forecast(*args, **kwargs), return_risk=return_risk)
-                if has_base and any(wrapper.spec.freezes() for wrapper in list_wrappers(self)):
-                    refuse_training(answer[0], (args, kwargs))
-                return answer
+                return summarise(self.forecast(*args, **kwargs), return_risk=return_risk)
             y, scales = self.forward_rows(*args, base_row=False, **kwargs)
             if not return_risk:
                 return y
@@ -231,13 +228,14 @@ class Wrapped(nn.Module):
             return y, pair_scales(y, scales) if scales else None
 
     def train(self, mode: bool = True) -> Wrapped:
-        """Switch the mode as usual; the running statistics of a frozen model stay frozen: its BatchNorm only evaluates.
+        """Switch the mode as usual; the running statistics of a frozen model stay frozen: its norms only evaluate.
 
         Statistics are shared with the original model, which training must not change.
         """
         super().train(mode)
+        self._trained_state.read(self)  # a graph, which may come next, cannot
         if any(wrapper.spec.freezes() for wrapper in list_wrappers(self)):
-            for norm in self._batch_norms:
+            for norm in (m for m in self.modules() if isinstance(m, _NormBase)):
                 norm.eval()
         return self
 

@@ -1,13 +1,10 @@
-"""Checks a model's outputs: the batch is in dimension 0, where members can be separated, and gradients have a use."""
+"""Checks that a model's output has the batch in dimension 0, where members can be separated."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from selfdoubt.errors import ConfigError, ShapeError
+from selfdoubt.errors import ShapeError
 from selfdoubt.tree import iter_tensors
 
 
@@ -29,29 +26,4 @@ def check_batch_axis(output: Any, rows: int, members: int) -> None:
     raise ShapeError(
         f"the {rows} rows of {members} members must be in dimension 0 of an output, and the model gives {given}; "
         "return one entry per row of the batch, and compute losses or sums over it outside"
-    )
-
-
-def refuse_training(outputs: Any, inputs: Any) -> None:
-    """Make ``backward`` through the answers of a frozen base an error: it has nothing to learn, and members would not.
-
-    Gradients of inputs are free, as for saliency maps.
-
-    Args:
-        outputs: The answers.
-        inputs: The inputs of the call.
-    """
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-        return
-    if any(x.requires_grad for x in iter_tensors(inputs)):
-        return
-    for x in iter_tensors(outputs):
-        if x.requires_grad:
-            x.register_hook(_refuse_gradient)  # type: ignore[no-untyped-call]
-
-
-def _refuse_gradient(gradient: Tensor) -> None:  # noqa: ARG001
-    raise ConfigError(
-        "until members are trained the frozen base answers in evaluation mode, and no weight has a gradient; "
-        "call wrapped.train() before training"
     )

@@ -115,7 +115,9 @@ class ForwardContext:
         Raises:
             ShapeError: If the number of entries is neither 1 nor that of the rows.
         """
-        if not isinstance(x, Tensor) or not x.ndim or not self.rows or x.shape[0] == self.rows:
+        if not isinstance(x, Tensor) or not x.ndim or not self.rows:
+            return x
+        if x.shape[0] == self.rows and x.ndim > 1:  # almost always
             return x
         if len(x) == 1:
             return x.expand(self.rows, *x.shape[1:])

@@ -19,6 +19,7 @@ from typing import Any, ClassVar, Literal, ParamSpec, TypeAlias, overload
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from selfdoubt import compat, targets
 from selfdoubt.errors import ConfigError, WrapError
@@ -237,7 +238,16 @@ class ScaledHead(Replacement):
         """Predict the scale before its softplus, which makes it positive."""
         # The branch may have been packed into 4 bits: its biases still have the dtype.
         dtype = next((p.dtype for p in self.branch.parameters() if p.is_floating_point()), h.dtype)
-        raw: Tensor = self.branch(h if is_autocasting(h) else h.to(dtype))
+        h = h if is_autocasting(h) else h.to(dtype)
+        head = self.leaf
+        while isinstance(head, Replacement):
+            head = head.leaf
+        if self.call.has_base and torch.is_grad_enabled() and not any(p.requires_grad for p in head.parameters()):
+            # A frozen base answers, and no gradient reaches a weight: the scale must not learn alone.
+            fixed = {name: p.detach() for name, p in self.branch.named_parameters()}
+            raw: Tensor = functional_call(self.branch, fixed, (h,))
+            return raw
+        raw = self.branch(h)
         return raw
 
 

@@ -385,7 +385,10 @@ def _check_fits(folder: Path, wrapped: nn.Module, tensors: dict[str, Tensor], ba
             )
     differing = find_difference(wrapped, base["fingerprint"])
     if differing is not None:
-        raise BaseMismatchError(f"{another}: {differing} differs; load it onto {base['name'] or 'that one'}")
+        raise BaseMismatchError(
+            f"{folder} was made for another base model than this: {differing} differs; "
+            f"load it onto {base['name'] or 'that one'}"
+        )
 
 
 def _specs(model: nn.Module) -> list[Spec]:

@@ -54,7 +54,7 @@ def _check_input(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *, 
     is_packed = bool(args) and isinstance(args[0], nn.utils.rnn.PackedSequence)
     if x is None or is_packed or x.ndim not in (2, 3) or (x.ndim == 3 and module.batch_first):
         return
-    if rows and len(x) % rows == 0 and (x.ndim == 2 or x.shape[1] % rows):
+    if len(x) == rows and (x.ndim == 2 or x.shape[1] % rows):
         reads = "one sequence without a batch" if x.ndim == 2 else "time in dimension 0, as batch_first=False has it"
         raise ShapeError(
             f"{name} ({type(module).__name__}) reads {reads}, and got shape {tuple(x.shape)}, where dimension 0 has "

@@ -11,14 +11,19 @@ import torch
 from torch import Tensor, nn
 
 _version = attrgetter("_version")
+#: Numbers of a parameter that are compared, evenly spaced.
+_COMPARED = 4096
 
 
 class TrainedState:
-    """The record of a wrapped model's training: members are trained once a parameter has changed.
+    """The record of a wrapped model's training: members are trained once a parameter has other values.
 
-    Torch counts the changes in place of each tensor; those made in inference mode have no count. The parameters that
-    matter are those that make the members. Where there are none that train, as for samples, they are all that train,
-    and only after a training pass: the model may be trained without noise, too.
+    The parameters that matter are those that make the members. Where there are none that train, as for samples, they
+    are all that train, and only after a training pass: the model may be trained without noise, too.
+
+    Values are compared, since fused optimizers and writes to ``.data`` leave no other trace; but only after a training
+    pass, or where torch has counted a change in place. Parameters that another tensor replaces, as sharding does, count
+    as changed after a training pass.
 
     Args:
         model: The wrapped model.
@@ -31,19 +36,20 @@ class TrainedState:
 
     def __init__(self, model: nn.Module, members: frozenset[str], *, trained: bool = False) -> None:
         self.members = members
-        self.is_trained, self._has_met_training = trained, False
+        self.is_trained, self._has_met_training, self._compared = trained, False, 0
         self._known = {
-            name: (ref(p), _version(p))
+            name: (ref(p), _choose_some(p).clone())
             for name, p in model.named_parameters()
-            if (name in members if members else p.requires_grad) and not p.is_inference()
+            if not trained and (name in members if members else p.requires_grad) and not p.is_meta
         }
+        self._compared = self._count_changes()
 
     def note_training(self) -> None:
-        """Note a training pass, after which a change of weights is training."""
+        """Note a training pass, after which other values are training."""
         self._has_met_training |= torch.is_grad_enabled()
 
     def read(self, model: nn.Module) -> bool:
-        """Return True if the members are trained; within a graph, which sees no counts, after a training pass.
+        """Return True if the members are trained; within a graph, which cannot compare, after a training pass.
 
         Args:
             model: The wrapped model, as it is now.
@@ -51,17 +57,27 @@ class TrainedState:
         if torch.compiler.is_compiling():
             return self.is_trained or self._has_met_training
         if not self.is_trained and (self.members or self._has_met_training):
-            self.is_trained = self._have_changed() or (self._has_met_training and self._were_replaced(model))
+            count = self._count_changes()
+            if self._has_met_training or count != self._compared:
+                self.is_trained, self._compared = self._has_changed(model), count
         return self.is_trained
 
-    def _have_changed(self) -> bool:
-        pairs = ((parameter(), before) for parameter, before in self._known.values())
-        return any(p is not None and not p.is_inference() and _version(p) != before for p, before in pairs)
+    def _count_changes(self) -> int:
+        """Return the number of changes in place of all parameters; those made in inference mode have no count."""
+        parameters = (parameter() for parameter, _ in self._known.values())
+        return sum(_version(p) for p in parameters if p is not None and not p.is_inference())
 
-    def _were_replaced(self, model: nn.Module) -> bool:
-        """Return True if other tensors have the places of known ones, as after sharding: their changes are not seen."""
-        now: dict[str, Tensor] = dict(model.named_parameters())
-        return any(name in now and parameter() is not now[name] for name, (parameter, _) in self._known.items())
+    def _has_changed(self, model: nn.Module) -> bool:
+        now = dict(model.named_parameters())
+        for name, (parameter, before) in self._known.items():
+            p = now.get(name)
+            if p is None or p is not parameter():
+                has_changed = self._has_met_training
+            else:
+                has_changed = not _are_equal(_choose_some(p), before)
+            if has_changed:
+                return True
+        return False
 
 
 def has_other_weights(model: nn.Module, state: Mapping[str, Any], prefix: str = "") -> bool:
@@ -76,6 +92,11 @@ def has_other_weights(model: nn.Module, state: Mapping[str, Any], prefix: str = 
     trains = (name for name, p in model.named_parameters() if p.requires_grad and name in mine)
     pairs = ((mine[name], state.get(prefix + name)) for name in trains)
     return any(isinstance(other, Tensor) and not _are_equal(value, other) for value, other in pairs)
+
+
+def _choose_some(p: Tensor) -> Tensor:
+    """Return some numbers of a parameter, as a view where its layout allows it."""
+    return p.detach().reshape(-1)[:: max(1, p.numel() // _COMPARED)]
 
 
 def _are_equal(mine: Tensor, theirs: Tensor) -> bool:

@@ -237,7 +237,11 @@ def merge_voter(wrapped: Wrapped, voter: int) -> nn.Module:
     assert isinstance(twin, Wrapped)
     for name in twin.leaf_names:
         leaf = twin.module.get_submodule(name)
-        assert isinstance(leaf, VotingLeaf)
+        if not isinstance(leaf, VotingLeaf):
+            raise WrapError(
+                f"{name} computes its weight from others ({type(leaf).__name__}), which no deviation can be merged "
+                "into; remove the parametrization from the model before wrapping it"
+            )
         targets.replace_module(twin.module, name, merge_deviation(leaf, name, voter))
     if isinstance(twin.module, Wrapped):
         twin.module.is_trained = wrapped.is_trained

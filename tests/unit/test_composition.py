@@ -162,6 +162,40 @@ def test_an_optimizer_step_trains_whatever_the_mode_was():
     assert wrapped.is_trained
 
 
+OPTIMIZERS = {
+    "fused": lambda parameters: torch.optim.AdamW(parameters, lr=0.1, fused=True),
+    "foreach": lambda parameters: torch.optim.AdamW(parameters, lr=0.1, foreach=True),
+    "sgd": lambda parameters: torch.optim.SGD(parameters, lr=0.1, fused=True),
+}
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize(
+    "spec", [vote.Wrapper(), sample.Wrapper(), vote.Wrapper(rank=2)], ids=["vote", "sample", "rank"]
+)
+def test_a_step_of_any_optimizer_trains(spec, optimizer):
+    wrapped = spec(mlp()).train()
+    step = OPTIMIZERS[optimizer]([p for p in wrapped.parameters() if p.requires_grad])
+    wrapped(inputs(6)).square().sum().backward()
+    assert wrapped.eval().answers_from_base  # a look between the gradients and the step
+    step.step()
+    assert not wrapped.answers_from_base
+
+
+@pytest.mark.parametrize("spec", [vote.Wrapper(), sample.Wrapper()], ids=["vote", "sample"])
+def test_writes_past_torch_s_counts_train_and_equal_values_do_not(spec):
+    wrapped = spec(mlp())
+    wrapped(inputs(6), training=True).square().sum().backward()
+    learning = [p for p in wrapped.parameters() if p.requires_grad]
+    with torch.no_grad():
+        for p in learning:
+            p.copy_(p.clone())
+    assert wrapped.answers_from_base
+    for p in learning:
+        p.data.sub_(0.1 * p.grad)
+    assert not wrapped.answers_from_base
+
+
 def test_only_what_makes_the_members_trains_them():
     scale = vote.Wrapper()(sculpt.Wrapper()(mlp()))
     with torch.no_grad():

@@ -283,13 +283,21 @@ def test_a_likelihood_needs_a_scale(distribution):
 
 def test_a_frozen_base_learns_nothing_and_neither_does_its_scale_alone():
     x = torch.ones(3, 4, dtype=torch.float64)
-    for wrapped in (vote.Wrapper()(sculpt.Wrapper()(mlp())), vote.Wrapper()(mlp())):
-        mean, risk = wrapped(x, return_risk=True)  # without wrapped.train()
-        with pytest.raises(ConfigError, match=r"call wrapped\.train\(\) before training$"):
-            (mean.square() + risk).sum().backward()
-        moving = x.clone().requires_grad_()  # a saliency map
-        wrapped(moving, return_risk=True)[0].sum().backward()
-        assert moving.grad.abs().sum() > 0
-    wrapped = vote.Wrapper()(sculpt.Wrapper()(mlp())).train()
-    sculpt.Normal.nll(wrapped(x, return_risk=True), torch.zeros(3, 3, dtype=x.dtype)).mean().backward()
+    wrapped = vote.Wrapper()(sculpt.Wrapper()(mlp()))
+    optimizer = torch.optim.SGD([p for p in wrapped.parameters() if p.requires_grad], lr=0.1)
+    mean, risk = wrapped(x, return_risk=True)  # without wrapped.train()
+    sculpt.Normal.nll((mean, risk), torch.zeros_like(mean)).mean().backward()
+    branch = [p for name, p in wrapped.named_parameters() if ".branch." in name and ".deviations." not in name]
+    assert branch
+    assert all(p.grad is None or not p.grad.any() for p in branch)
+    optimizer.zero_grad()
+    head = torch.nn.Linear(3, 1).double()
+    head(wrapped(x, return_risk=True)[0]).sum().backward()  # frozen features under a head that learns
+    assert head.weight.grad.abs().sum() > 0
+    optimizer.step()
+    assert wrapped.answers_from_base
+    moving = x.clone().requires_grad_()  # a saliency map
+    wrapped(moving, return_risk=True)[0].sum().backward()
+    assert moving.grad.abs().sum() > 0
+    sculpt.Normal.nll(wrapped.train()(x, return_risk=True), torch.zeros_like(mean)).mean().backward()
     assert all(p.grad is not None for p in wrapped.parameters() if p.requires_grad)

@@ -326,3 +326,35 @@ def test_voters_that_cannot_be_merged():
     for number in (3, -1, True):
         with raises(ConfigError, r"^voter must be a number from 0 to 2, got "):
             vote.merge_voter(VOTE(build("unet")), number)
+
+
+def test_one_sequence_at_a_time_is_no_batch_of_members():
+    class OneByOne(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn, self.fc = nn.LSTM(3, 5, batch_first=True), nn.Linear(5, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.fc(torch.stack([self.rnn(sequence)[0][-1] for sequence in x]))
+            return y
+
+    base = OneByOne().double().eval()
+    wrapped = vote.Wrapper(3, "fc", weight_noise=0.5)(base)
+    x = torch.randn(1, 12, 3, dtype=torch.float64)  # 12 steps, 4 rows
+    expected = torch.stack([voter(wrapped, base, m)(x) for m in range(3)])
+    assert_close(wrapped.forecast(x).members, expected)
+
+
+def test_statistics_of_a_frozen_model_stay() -> None:
+    base = nn.Sequential(nn.InstanceNorm1d(3, track_running_stats=True), nn.Flatten(1), nn.Linear(12, 2))
+    before = base[0].running_mean.clone()
+    vote.Wrapper(3, "2")(base).train()(torch.randn(6, 3, 4) + 5)
+    assert torch.equal(base[0].running_mean, before)
+
+
+def test_a_voter_whose_weight_is_computed_cannot_be_merged() -> None:
+    base = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(3, 2)))
+    wrapped = vote.Wrapper(3)(base)
+    with raises(WrapError, r"computes its weight from others .* remove the parametrization") as caught:
+        vote.merge_voter(wrapped, 0)
+    check_one_line(caught)
