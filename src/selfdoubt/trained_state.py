@@ -95,8 +95,10 @@ def has_other_weights(model: nn.Module, state: Mapping[str, Any], prefix: str = 
 
 
 def _choose_some(p: Tensor) -> Tensor:
-    """Return some numbers of a parameter, as a view where its layout allows it."""
-    return p.detach().reshape(-1)[:: max(1, p.numel() // _COMPARED)]
+    """Return some numbers of a parameter, of a sharded one those that lie here; a view where its layout allows it."""
+    values = p.detach()
+    values = values.to_local() if hasattr(values, "to_local") else values
+    return values.reshape(-1)[:: max(1, values.numel() // _COMPARED)]
 
 
 def _are_equal(mine: Tensor, theirs: Tensor) -> bool:
