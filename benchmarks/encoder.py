@@ -28,6 +28,7 @@ from transformers.utils import logging as hf_logging
 
 from benchmarks import results
 from benchmarks.encoder_texts import TASKS, Texts, read_texts
+from benchmarks.seeds import compare_arms
 from examples.comparison import Budget, Clock, measure_classes, measure_time, train
 from selfdoubt import risk, sample
 from selfdoubt.metrics import Estimate, estimate_over_seeds
@@ -120,14 +121,6 @@ def compare_answers(rows: list[results.Row], task: str, arm: str) -> Estimate | 
     return estimate_over_seeds((mine - theirs).mean(0).tolist())
 
 
-def compare(rows: list[results.Row], task: str, arm: str, name: str) -> Estimate | None:
-    """Return the mean difference of a number to the plain model over the seeds of both; None below two."""
-    sides = [{r["seed"]: r[name] for r in rows if (r["task"], r["arm"]) == (task, a)} for a in (arm, BASELINE)]
-    pairs = [(mine, sides[1].get(seed)) for seed, mine in sides[0].items()]
-    gaps = [mine - theirs for mine, theirs in pairs if mine is not None and theirs is not None]
-    return estimate_over_seeds(gaps) if len(gaps) > 1 else None
-
-
 def table(record: dict[str, Any]) -> str:
     """Return the rows of one device as Markdown: means over seeds, and differences to the plain model."""
     rows, settings = record["rows"], record["settings"]
@@ -139,7 +132,8 @@ def table(record: dict[str, Any]) -> str:
             for name in ("accuracy", "NLL", "ECE", "errors", "OOD"):
                 values = [r[name] for r in mine if r[name] is not None]
                 cells.append(f"{statistics.mean(values):.3f}" if values else "")
-            gaps = [compare_answers(rows, task, arm), *(compare(rows, task, arm, n) for n in ("NLL", "errors", "OOD"))]
+            others = [compare_arms(rows, arm, BASELINE, name, task=task) for name in ("NLL", "errors", "OOD")]
+            gaps = [compare_answers(rows, task, arm), *others]
             is_same = arm == BASELINE or arm.startswith("fresh-")
             for place, gap in enumerate(gaps):
                 is_empty = gap is None or arm == BASELINE or (is_same and place < 2)

@@ -20,10 +20,10 @@ from types import SimpleNamespace
 from typing import Any
 
 from benchmarks import results
+from benchmarks.seeds import compare_arms
 from benchmarks.vision_arms import ARMS, MODELS, PEERS, Outcome, run_arm
 from examples.comparison import Budget, load_peer, measure_classes
 from examples.handwriting import read_digits
-from selfdoubt.metrics import Estimate, estimate_over_seeds
 
 KEYS = ("model", "arm", "seed")
 BASELINE = "separate"
@@ -75,14 +75,6 @@ def measure(arm: str, model: str, outcome: Outcome, seed: int, labels: Any) -> r
     }  # fmt: skip
 
 
-def compare(rows: list[results.Row], model: str, arm: str, name: str) -> Estimate | None:
-    """Return the mean difference of a number to that of separate networks over the seeds of both; None below two."""
-    sides = [{r["seed"]: r[name] for r in rows if (r["model"], r["arm"]) == (model, a)} for a in (arm, BASELINE)]
-    pairs = [(mine, sides[1].get(seed)) for seed, mine in sides[0].items()]
-    gaps = [mine - theirs for mine, theirs in pairs if mine is not None and theirs is not None]
-    return estimate_over_seeds(gaps) if len(gaps) > 1 else None
-
-
 def table(record: dict[str, Any]) -> str:
     """Return the rows of one device as Markdown: means over seeds, and differences to separate networks."""
     rows, settings = record["rows"], record["settings"]
@@ -96,7 +88,7 @@ def table(record: dict[str, Any]) -> str:
                 values = [r[name] for r in mine if r[name] is not None]
                 cells.append(f"{statistics.mean(values):.3f}" if values else "")
             for name in ("NLL", "OOD"):
-                gap = compare(rows, model, arm, name) if arm != BASELINE else None
+                gap = compare_arms(rows, arm, BASELINE, name, model=model) if arm != BASELINE else None
                 cells.append("" if gap is None else f"{gap.value:+.3f} ({gap.low:+.3f} to {gap.high:+.3f})")
             ratios = [r["seconds"] / times[r["seed"]] for r in mine if r["seed"] in times]
             cells += [

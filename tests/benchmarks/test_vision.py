@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from benchmarks import vision
+from benchmarks.seeds import compare_arms
 from benchmarks.vision_arms import ARMS, MODELS, PEERS, Encoder, run_arm
 from examples.comparison import Budget
 from examples.handwriting import draw_letters, read_digits
@@ -51,7 +52,7 @@ def test_a_run_goes_on_where_it_stopped_and_its_table_pairs_seeds(tmp_path, monk
     monkeypatch.setattr(vision, "run_arm", lambda *_: pytest.fail("measured again"))
     vision.run(["mlp"], arms, 2, SETTINGS, folder=tmp_path, again=False)
     record = json.loads(file.path.read_text())
-    gap = vision.compare(record["rows"], "mlp", "vote", "NLL")
+    gap = compare_arms(record["rows"], "vote", vision.BASELINE, "NLL", model="mlp")
     by = {(r["arm"], r["seed"]): r["NLL"] for r in record["rows"]}
     expected = sum(by["vote", seed] - by["separate", seed] for seed in (0, 1)) / 2
     assert gap is not None
