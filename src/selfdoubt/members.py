@@ -371,7 +371,7 @@ class Wrapped(nn.Module):
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
         """Remember whether members are trained, which they are by weights that differ from those that are here."""
-        self.is_trained |= has_other_weights(self, state_dict, prefix)
+        self._trained_state.is_trained = self.is_trained or has_other_weights(self, state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def __getstate__(self) -> dict[str, Any]:

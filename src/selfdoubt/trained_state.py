@@ -36,13 +36,13 @@ class TrainedState:
 
     def __init__(self, model: nn.Module, members: frozenset[str], *, trained: bool = False) -> None:
         self.members = members
-        self.is_trained, self._has_met_training, self._compared = trained, False, 0
+        self.is_trained, self._has_met_training = trained, False
         self._known = {
             name: (ref(p), _choose_some(p).clone())
             for name, p in model.named_parameters()
             if not trained and (name in members if members else p.requires_grad) and not p.is_meta
         }
-        self._compared = self._count_changes()
+        self._compared = self._count_changes()  # at the last comparison
 
     def note_training(self) -> None:
         """Note a training pass, after which other values are training."""
