@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -26,6 +26,7 @@ from selfdoubt import targets
 from selfdoubt.compat import is_lora_weight
 from selfdoubt.errors import BaseMismatchError, ConfigError, LoadError, SelfdoubtError, TargetError, WrapError
 from selfdoubt.fields import FieldError, build_broken_file_error
+from selfdoubt.fingerprint import compute_fingerprint, find_difference
 from selfdoubt.manifest import (
     LEARNT,
     MANIFEST,
@@ -50,8 +51,6 @@ __all__ = [
     "LEARNT",
     "MANIFEST",
     "WEIGHTS",
-    "compute_fingerprint",
-    "find_difference",
     "from_json",
     "load",
     "read_manifest",
@@ -66,8 +65,6 @@ __all__ = [
     "write_manifest",
 ]  # fmt: skip
 
-#: Largest relative change of a parameter's mean absolute value within one base: matrices may be read from 4 bits.
-_VECTOR_TOLERANCE, _MATRIX_TOLERANCE = 0.01, 0.05
 #: A rank above this must be that of tensors which are there: making them first would take memory.
 _LARGE_RANK = 1024
 
@@ -312,46 +309,6 @@ def _sizes_of_sculpt(entry: Mapping[str, Any], shapes: Mapping[str, tuple[int, .
         ranks = {layers[min(layers)] for layers in heads.values()}
         return {"n_layers": {len(layers) for layers in heads.values()}, "rank": ranks}
     return {"n_layers": {max(1, len(layers) - 1) for layers in heads.values()}}  # one layer of low rank is two
-
-
-def compute_fingerprint(wrapped: nn.Module, elsewhere: Collection[str] = ()) -> dict[str, list[float]]:
-    """Return mean absolute value and size of some frozen, unquantised parameters by name, to recognise a base.
-
-    They are up to eight vectors, such as norms and biases, and up to eight larger ones. Rounding to another float type
-    changes a mean by far less than the tolerance in ``load``.
-    """
-    added = {*list_added_names(wrapped), *elsewhere}
-    frozen = {
-        name: p
-        for name, p in wrapped.named_parameters()
-        if name not in added and not p.requires_grad and p.is_floating_point()
-    }
-    vectors = [name for name, p in frozen.items() if p.ndim <= 1]
-    larger = [name for name, p in frozen.items() if p.ndim > 1]
-    chosen = {names[round(i * (len(names) - 1) / 7)] for names in (vectors, larger) if names for i in range(8)}
-    return {name: [_size(frozen[name]), frozen[name].numel()] for name in sorted(chosen)}
-
-
-def find_difference(wrapped: nn.Module, fingerprint: Mapping[str, Sequence[float]]) -> str | None:
-    """Return the name of the first parameter that is not as in a fingerprint; None if it is the same base model.
-
-    Matrices may be packed now, or have been rounded to a few bits, which changes their mean by some per cent.
-    """
-    parameters = dict(wrapped.named_parameters())
-    for name, (size, numel) in fingerprint.items():
-        p = parameters.get(name)
-        if p is not None and not p.is_floating_point():
-            continue
-        if p is None or p.numel() != numel:
-            return name
-        if abs(_size(p) - size) > (_VECTOR_TOLERANCE if p.ndim <= 1 else _MATRIX_TOLERANCE) * abs(size):
-            return name
-    return None
-
-
-def _size(p: Tensor) -> float:
-    """Return the mean absolute value of up to about a million numbers, evenly spaced."""
-    return float(p.detach().reshape(-1)[:: max(1, p.numel() >> 20)].double().abs().mean())
 
 
 def _choose_earlier_layers(spec: Any, method: str, model: nn.Module) -> Any:

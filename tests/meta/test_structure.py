@@ -87,7 +87,8 @@ ARROWS = {
     "noise_fit": CORE | {"noise", "vote"},
     "wrapper_text": {"errors"},
     "manifest": {"errors", "fields", "spec", "wrapper_text"},
-    "storage": CORE | {"manifest"},
+    "fingerprint": {"rows"},
+    "storage": CORE | {"manifest", "fingerprint"},
 }
 #: Third-party packages that the core may import at its top.
 CORE_LIBRARIES = {"torch", "jaxtyping", "safetensors"}

@@ -18,6 +18,7 @@ from selfdoubt.errors import ConfigError, DataError, LoadError, PromptError
 from selfdoubt.eval.progress import build_progress
 from selfdoubt.eval.prompts import BuiltPrompt, Prompting, build_prompt
 from selfdoubt.eval.run import digest_questions
+from selfdoubt.fingerprint import compute_fingerprint, find_difference
 from selfdoubt.lm.adapters.new_folder import check_free, new_folder
 from selfdoubt.lm.answer import Answer
 from selfdoubt.lm.model import RiskAwareLM
@@ -180,7 +181,7 @@ def _check_same_base(out: Path, lm: RiskAwareLM) -> None:
     if not (out / storage.MANIFEST).is_file():
         return
     base = storage.read_manifest(out)["base"]
-    if storage.find_difference(lm.model, base["fingerprint"]) is not None:
+    if find_difference(lm.model, base["fingerprint"]) is not None:
         raise ConfigError(f"--out {out} was prepared for another model ({base['name']}); give another --out")
 
 
@@ -240,7 +241,7 @@ def _describe_model(lm: RiskAwareLM) -> dict[str, Any]:
             digest.update(tensor.detach().float().cpu().numpy().tobytes())
     return {
         "model": lm.name,
-        "fingerprint": storage.compute_fingerprint(lm.model, _list_lora(lm)),
+        "fingerprint": compute_fingerprint(lm.model, _list_lora(lm)),
         "wrappers": [storage.to_json(spec) for spec in _list_specs(lm.model)],
         "added": digest.hexdigest(),
         "dtype": str(next(lm.model.parameters()).dtype),
