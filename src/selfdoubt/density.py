@@ -22,12 +22,12 @@ import torch
 from torch import Tensor, nn
 
 from selfdoubt import targets
-from selfdoubt.errors import ConfigError, DataError, ShapeError, WrapError
+from selfdoubt.errors import ConfigError, ShapeError, WrapError
 from selfdoubt.fields import SHARED, WIDTH, FieldCheck, check_settings, flag, number, optional, resolve_compile, whole
 from selfdoubt.forecast import check_no_nan
 from selfdoubt.gaussian import Gaussian, Moments, merge
 from selfdoubt.members import Wrapped, count_members, count_rows
-from selfdoubt.model_inputs import split_inputs
+from selfdoubt.model_inputs import read_batches
 from selfdoubt.rows import ForwardContext, Replacement, expand, unfold
 from selfdoubt.targets import Leaf
 from selfdoubt.trained_state import TrainedState
@@ -321,16 +321,14 @@ def insert(spec: Wrapper, model: nn.Module) -> Wrapped:
 def _sum_features(wrapped: Wrapped, leaf: MeasuredLeaf, loader: Iterable[Any]) -> Moments:
     moments: Moments | None = None
     members = count_members(wrapped) + wrapped.answers_from_base
-    for batch in loader:
-        args, kwargs = split_inputs(batch, wrapped.input_names)
+    for args, kwargs in read_batches(loader, wrapped.input_names):
         wrapped.forecast(*args, **kwargs)
         mask = kwargs.get("attention_mask")
         features = leaf.read_features(mask, members=members)
         used = None if leaf.pooled else _match_mask(mask, features, members)
         chosen = Moments.sum(features.flatten(0, -2) if used is None else features[used])
         moments = chosen if moments is None else merge(moments, chosen)
-    if moments is None:
-        raise DataError("the loader gave no batches; a generator can be read once: give a list or a DataLoader")
+    assert moments is not None
     return moments.reduce()
 
 

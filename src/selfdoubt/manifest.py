@@ -250,9 +250,10 @@ def _sha256(value: Any, path: str) -> str:
     return value
 
 
-def _size(value: Any, path: str) -> tuple[float, int]:
-    listing(anything, 2, 2)(value, path)
-    return number(0)(value[0], f"{path}[0]"), whole(0)(value[1], f"{path}[1]")
+def _fingerprint(value: Any, path: str) -> tuple[float, ...]:
+    listing(anything, 2, 3)(value, path)  # older files lack the third
+    checks = zip((number(0), whole(0), number()), value, strict=False)
+    return tuple(check(item, f"{path}[{i}]") for i, (check, item) in enumerate(checks))
 
 
 _MANIFEST = record(
@@ -260,7 +261,8 @@ _MANIFEST = record(
         "format": anything,
         "wrappers": listing(_wrapper, 0, len(METHODS)),
         "base": record(
-            {"name": optional(nonempty), "fingerprint": table(_size)}, {"revision": optional(text), "class": text}
+            {"name": optional(nonempty), "fingerprint": table(_fingerprint)},
+            {"revision": optional(text), "class": text},
         ),
     },
     {

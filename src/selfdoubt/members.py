@@ -24,14 +24,14 @@ from selfdoubt import targets
 from selfdoubt.errors import CaptureError, ConfigError, ShapeError, WrapError
 from selfdoubt.forecast import Forecast, OutputKind, Prediction, check_no_nan, summarise
 from selfdoubt.fused_layers import has_fused_leaves, switch_fused_layers_off
+from selfdoubt.isolation import IsolationCheck, check_isolation, make_twin
 from selfdoubt.messages import show_message
-from selfdoubt.model_inputs import InputNames, check_batch, explain_rows, find_batch_size
+from selfdoubt.model_inputs import InputNames, check_batch, explain_rows, find_batch_size, map_batch
 from selfdoubt.model_outputs import check_batch_axis
 from selfdoubt.rows import ForwardContext, Replacement, expand, unfold
 from selfdoubt.scales import pair_scales
 from selfdoubt.sharing import share_module
-from selfdoubt.spec import Spec
-from selfdoubt.targets import Leaf
+from selfdoubt.spec import Spec, describe_wrapping, get_name
 from selfdoubt.time_axes import check_time_layers, find_time_layers
 from selfdoubt.trained_state import TrainedState, has_other_weights
 from selfdoubt.tree import iter_tensors, tree_map
@@ -66,12 +66,13 @@ class Wrapped(nn.Module):
             self.module._is_compiled |= self._is_compiled
             self.module._has_fused_path |= self._has_fused_path
         self._graph: Callable[..., Any] | None = None
+        self._isolation = IsolationCheck()
         self._lock = RLock()
         self._trained_state = TrainedState(self, self.list_member_parameters())
         self.register_load_state_dict_post_hook(_note_loaded)  # type: ignore[no-untyped-call]
         self.eval()
         if spec.verbose:
-            show_message(_summary(self, leaves))
+            show_message(describe_wrapping(spec, self, leaves))
 
     def forward(self, *args: Any, return_risk: bool = False, training: bool | None = None, **kwargs: Any) -> Any:
         """Return the model's own output structure: the mean over members or, in training, each row's own member.
@@ -83,7 +84,7 @@ class Wrapped(nn.Module):
             *args: The model's own inputs. Tensors as long as the first one share its batch axis.
             return_risk: Return ``(output, risk)``; the risk has the output's structure: the standard deviation over
                 members (around the base, where that answers), sculpt's scale, or density's distance. It is None where
-                an output has none.
+                an output has none, as that of one member alone.
             training: None follows ``self.training``. True: vote splits the batch over its voters, sample runs once.
             **kwargs: The model's own keyword inputs.
 
@@ -109,7 +110,7 @@ class Wrapped(nn.Module):
                 check_no_nan((y, scales), "predictions")
                 return y, scales
             if distances is None:  # the only member has no other to disagree with
-                return y, tree_map(lambda x: Forecast(x[None]).std if isinstance(x, Tensor) else None, y)
+                return y, tree_map(lambda _: None, y)
             rows = len(distances)
             return y, tree_map(lambda x: distances if isinstance(x, Tensor) and x.ndim and len(x) == rows else None, y)
 
@@ -134,13 +135,14 @@ class Wrapped(nn.Module):
             members = count_members(self) + has_base
             batch = self._batch_size(args, kwargs, members)
 
-            def grow(x: Any) -> Any:
-                return expand(x, members) if isinstance(x, Tensor) and x.ndim and len(x) == batch else x
+            def run(model: Wrapped, change: Callable[[Tensor], Tensor] = lambda x: x) -> tuple[Any, Any]:
+                grown = map_batch(
+                    lambda x: change(expand(x, members)), args, kwargs, self.input_names, self._shared_inputs, batch
+                )
+                return model.forward_rows(*grown[0], base_row=has_base, **grown[1])
 
-            shared = self._shared_inputs
-            args = tuple(a if n in shared else tree_map(grow, a) for n, a in self.input_names.match(args).items())
-            rows = {n: a if n in shared else tree_map(grow, a) for n, a in kwargs.items()}
-            y, scales = self.forward_rows(*args, base_row=has_base, **rows)
+            y, scales = run(self)
+            self._check_isolation(args, kwargs, y, run)
             distances = self._measure_distances(kwargs, members=members, required=False)
             if distances is not None:
                 distances = unfold(distances, members)
@@ -360,6 +362,18 @@ class Wrapped(nn.Module):
             check_batch(inputs, shared, batch)
         return batch
 
+    def _check_isolation(self, args: tuple[Any, ...], kwargs: dict[str, Any], y: Any, run: Callable[..., Any]) -> None:
+        """Test once per shape whether members are rows of their own."""
+        wrappers = [w for w in list_wrappers(self) if hasattr(w.spec, "answer_from")]
+        if self._is_compiled or not self._isolation.is_due([w.call for w in wrappers], (args, kwargs)):
+            return
+        if (twin := make_twin(self)) is not None:
+            layers: dict[str, nn.Module] = {}  # by their names in the model; of the outer one, if a wrapper is inside
+            for inside, w in enumerate(reversed(list_wrappers(twin))):
+                names = w.leaf_names if hasattr(w.spec, "answer_from") else ()
+                layers |= {name.removeprefix("module." * inside): w.module.get_submodule(name) for name in names}
+            check_isolation(twin, layers, wrappers[0].call.members, y, lambda change: run(twin, change)[0])
+
     def _check_split(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         members = count_members(self, training=True)
         batch = self._batch_size(args, kwargs, members)
@@ -409,20 +423,6 @@ def has_base_row(model: nn.Module) -> bool:
     return _find_answer_from(model) == "base"
 
 
-def _summary(wrapped: Wrapped, leaves: list[Leaf]) -> str:
-    trainable = sum(p.numel() for p in wrapped.parameters() if p.requires_grad)
-    everything = sum(p.numel() for p in wrapped.parameters())
-    name = _name(wrapped.spec).partition(".")[0]
-    lines = [f"{name}: {len(leaves)} leaves replaced, {trainable:,} of {everything:,} parameters train"]
-    if wrapped.spec.verbose > 1:
-        lines += [f"  {leaf.name}.{param}" for leaf in leaves for param in leaf.params]
-    return "\n".join(lines)
-
-
-def _name(spec: Spec) -> str:
-    return f"{type(spec).__module__.rpartition('.')[2]}.{type(spec).__name__}"
-
-
 def _find_answer_from(model: nn.Module) -> str | None:
     """Return the choice of the outermost wrapper that makes one; "mean" where none has members."""
     choices = [w.spec.answer_from for w in list_wrappers(model) if hasattr(w.spec, "answer_from")]
@@ -438,7 +438,7 @@ def _check_order(model: nn.Module, spec: Spec) -> None:
     for inside in (wrapper.spec for wrapper in list_wrappers(model)):
         if not inside.goes_inside or type(inside) is type(spec):
             raise WrapError(
-                f"the model is wrapped by {_name(inside)}, which cannot be inside of {_name(spec)}; the order is "
+                f"the model is wrapped by {get_name(inside)}, which cannot be inside of {get_name(spec)}; the order is "
                 "vote.Wrapper(...)(sample.Wrapper(...)(sculpt.Wrapper(...)(model))), each once"
             )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from selfdoubt.errors import ConfigError, DataError, ShapeError
-from selfdoubt.tree import iter_tensors
+from selfdoubt.tree import iter_tensors, tree_map
 
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 
@@ -26,17 +26,21 @@ class InputNames:
     keyword_only: tuple[str, ...] = ()
     required: int = 0  #: number of positional inputs without a default
     is_open: bool = False  #: True if it takes further positional inputs, ``*args``
+    has_any_name: bool = False  #: True if it takes further keyword inputs, ``**kwargs``
 
     @classmethod
     def read(cls, model: nn.Module) -> InputNames:
-        """Read the signature of a model."""
-        parameters = inspect.signature(model.forward).parameters.values()
+        """Read the signature of a model, of PEFT's that of the model inside."""
+        get_inside = getattr(model, "get_base_model", None)
+        inside = get_inside() if callable(get_inside) else model
+        parameters = inspect.signature(inside.forward).parameters.values()
         keywords = (p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY)
         positional = [p for p in parameters if p.kind in _POSITIONAL]
         return cls(
             tuple(p.name for p in positional), tuple(keywords),
             required=sum(p.default is inspect.Parameter.empty for p in positional),
             is_open=any(p.kind is inspect.Parameter.VAR_POSITIONAL for p in parameters),
+            has_any_name=any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters),
         )  # fmt: skip
 
     def match(self, args: tuple[Any, ...]) -> dict[str, Any]:
@@ -71,6 +75,35 @@ def find_batch_size(inputs: Mapping[str, Any], shared: tuple[str, ...], names: I
     return len(first)
 
 
+def map_batch(
+    function: Callable[[Tensor], Tensor],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    names: InputNames,
+    shared: tuple[str, ...],
+    batch: int,
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the inputs of a call with a function of each tensor that has the batch axis.
+
+    Args:
+        function: The function.
+        args: Positional inputs.
+        kwargs: Keyword inputs.
+        names: Names of the inputs that the model knows.
+        shared: Names of inputs without a batch axis.
+        batch: Size of the batch.
+    """
+
+    def change(x: Any) -> Any:
+        return function(x) if isinstance(x, Tensor) and x.ndim and len(x) == batch else x
+
+    positional = names.match(args).items()
+    return (
+        tuple(value if name in shared else tree_map(change, value) for name, value in positional),
+        {name: value if name in shared else tree_map(change, value) for name, value in kwargs.items()},
+    )
+
+
 def split_inputs(batch: Any, names: InputNames) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Return a batch of a loader as positional and keyword inputs.
 
@@ -82,10 +115,23 @@ def split_inputs(batch: Any, names: InputNames) -> tuple[tuple[Any, ...], dict[s
         DataError: If there are more inputs than the model requires: the last may be labels.
     """
     if isinstance(batch, Mapping):
+        known = {*names.positional, *names.keyword_only}
+        unknown = [] if names.has_any_name else [name for name in batch if name not in known]
+        missing = [name for name in names.positional[: names.required] if name not in batch]
+        if unknown or missing:
+            wrong = f"{unknown[0]!r}, which the model does not know" if unknown else f"no {missing[0]!r}"
+            raise DataError(
+                f"a batch has {wrong}; the model's inputs are {', '.join((*names.positional, *names.keyword_only))}"
+            )
         return (), dict(batch)
     if not isinstance(batch, (tuple, list)):
         return (batch,), {}
     required = max(names.required, 1)
+    if names.is_open and len(batch) > 1 and isinstance(batch[-1], Tensor) and _is_like_labels(batch[-1]):
+        raise DataError(
+            f"a batch has {len(batch)} entries, and the last looks like labels, {len(batch[-1])} whole numbers; leave "
+            "them out, or name the inputs in a dict"
+        )
     if len(batch) > required and not names.is_open:
         used = names.positional[:required]
         entries = ", ".join(f"{name!r}: batch[{i}]" for i, name in enumerate(used))
@@ -94,6 +140,26 @@ def split_inputs(batch: Any, names: InputNames) -> tuple[tuple[Any, ...], dict[s
             f"leave labels out, and name other inputs: ({{{entries}}} for batch in loader)"
         )
     return tuple(batch), {}
+
+
+def read_batches(loader: Any, names: InputNames) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
+    """Yield the batches of a loader as positional and keyword inputs; see ``split_inputs``.
+
+    Raises:
+        DataError: If it is none, if it gives no batches, or if a batch does not fit the model.
+    """
+    if isinstance(loader, (Tensor, Mapping, str)) or not hasattr(loader, "__iter__"):
+        repair = "; give a list of batches, e.g. [x]" if isinstance(loader, (Tensor, Mapping)) else ""
+        raise DataError(f"batches must be a list of inputs or a DataLoader, got {type(loader).__name__}{repair}")
+    batch = None
+    for batch in loader:
+        yield split_inputs(batch, names)
+    if batch is None:
+        raise DataError("the loader gave no batches; a generator can be read once: give a list or a DataLoader")
+
+
+def _is_like_labels(x: Tensor) -> bool:
+    return x.ndim == 1 and not (x.is_floating_point() or x.is_complex())
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from selfdoubt.deviations import START_NOISE
 from selfdoubt.errors import ConfigError
 from selfdoubt.forecast import Forecast
 from selfdoubt.members import Wrapped
-from selfdoubt.model_inputs import split_inputs
+from selfdoubt.model_inputs import read_batches
 from selfdoubt.noise import (
     SMALLEST,
     STEPS,
@@ -69,8 +69,8 @@ def fit_noise(
         steps: Steps of the bisection.
 
     Raises:
-        ConfigError: If there are no inputs, or even the smallest size changes too much.
-        DataError: If a batch has more inputs than the model requires.
+        ConfigError: If even the smallest size changes too much.
+        DataError: If there are no batches, or if one does not have the inputs that the model requires.
         WrapError: If the model has neither voters nor samples.
 
     Example:
@@ -81,9 +81,7 @@ def fit_noise(
         True
     """
     noisy, is_trained = find_noisy(wrapped), wrapped.is_trained
-    batches = [split_inputs(batch, wrapped.input_names) for batch in inputs]
-    if not batches:
-        raise ConfigError("the size of noise is searched on real inputs, got none; give a few batches")
+    batches = list(read_batches(inputs, wrapped.input_names))
 
     def run(model: nn.Module) -> None:
         for args, kwargs in batches:

@@ -55,6 +55,22 @@ class Spec(Protocol):
         """True if at evaluation member 0 is the base model, which answers alone."""
 
 
+def get_name(spec: Spec) -> str:
+    """Return the name of a wrapper as its users write it: ``vote.Wrapper``."""
+    return f"{type(spec).__module__.rpartition('.')[2]}.{type(spec).__name__}"
+
+
+def describe_wrapping(spec: Spec, wrapped: nn.Module, leaves: list[Leaf]) -> str:
+    """Return what a wrapper has done to a model, in as many lines as ``verbose`` asks for."""
+    trainable = sum(p.numel() for p in wrapped.parameters() if p.requires_grad)
+    everything = sum(p.numel() for p in wrapped.parameters())
+    name = get_name(spec).partition(".")[0]
+    lines = [f"{name}: {len(leaves)} leaves replaced, {trainable:,} of {everything:,} parameters train"]
+    if spec.verbose > 1:
+        lines += [f"  {leaf.name}.{param}" for leaf in leaves for param in leaf.params]
+    return "\n".join(lines)
+
+
 def check_spec(wrapper: Any) -> None:
     """Check that a value is a wrapper.
 

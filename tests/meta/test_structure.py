@@ -21,6 +21,7 @@ CORE = {
     "version",
     "trained_state",
     "time_axes",
+    "isolation",
     "errors",
     "fields",
     "formatting",
@@ -77,6 +78,7 @@ ARROWS = {
     "sharing": {"compat", "errors", "rows"},
     "spec": {"errors", "rows", "targets"},
     "fused_layers": {"rows"},
+    "isolation": {"errors", "rows", "sharing", "tree"},
     "merging": {"compat", "errors", "kernels"},
     "model_inputs": {"errors", "tree"},
     "model_outputs": {"errors", "tree"},
@@ -87,7 +89,7 @@ ARROWS = {
     "noise_fit": CORE | {"noise", "vote"},
     "wrapper_text": {"errors"},
     "manifest": {"errors", "fields", "spec", "wrapper_text"},
-    "fingerprint": {"rows"},
+    "fingerprint": {"random_numbers", "rows"},
     "storage": CORE | {"manifest", "fingerprint"},
 }
 #: Third-party packages that the core may import at its top.

@@ -18,7 +18,7 @@ from selfdoubt.errors import BaseMismatchError, ConfigError, DataError, ShapeErr
 from selfdoubt.noise_fit import fit_noise
 from selfdoubt.storage import from_json, to_json
 from tests import oracles
-from tests.zoo import FAMILIES, causal, encoder, mlp
+from tests.zoo import FAMILIES, causal, encoder, mlp, prompts
 
 
 def inputs(n: int = 64, width: int = 4, seed: int = 0, scale: float = 1.0) -> torch.Tensor:
@@ -108,6 +108,56 @@ def test_labels_of_a_loader_are_not_taken_for_inputs():
         once = wrapped.predict(inputs()).risk
         density.fit(wrapped, [{"x" if isinstance(model, Masks) else "input": x} for x, _ in labelled])
         assert torch.equal(wrapped.predict(inputs()).risk, once)
+
+
+class Open(nn.Module):
+    """Takes any inputs, as wrappers around a model do."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = mlp()
+
+    def forward(self, *args, **kwargs):
+        return self.layers(*args, **kwargs)
+
+
+def test_labels_are_found_where_a_model_takes_any_inputs():
+    batch = (inputs(64), torch.ones(64, dtype=torch.long))
+    with pytest.raises(
+        DataError, match=r"^a batch has 2 entries, and the last looks like labels, 64 whole numbers; le"
+    ):
+        density.fit(density.Wrapper()(Open()), [batch])
+    density.fit(density.Wrapper()(Open()), [batch[:1]])
+    density.fit(density.Wrapper()(Open()), [{"input": batch[0]}])
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
+def test_labels_are_found_in_a_model_of_peft():
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(copy.deepcopy(causal("llama")), peft.LoraConfig(target_modules=["q_proj"]))
+    ids = torch.tensor(prompts(3))
+    wrapped = density.Wrapper()(model)
+    with pytest.raises(DataError, match=r"^a batch has 2 entries, .* leave labels out"):
+        density.fit(wrapped, [(ids, torch.ones_like(ids))])
+    density.fit(wrapped, [{"input_ids": ids, "attention_mask": torch.ones_like(ids)}])
+
+
+@pytest.mark.parametrize(
+    ("loader", "says"),
+    [
+        (torch.ones(3, 4), r"batches must be .*, got Tensor; give a list of batches, e\.g\. \[x\]$"),
+        ({"input": torch.ones(3, 4)}, r"batches must be .*, got dict; give a list of batches"),
+        ("rows", "batches must be .*, got str$"),
+        ([], "the loader gave no batches"),
+        ([{"y": torch.ones(3, 4)}], "a batch has 'y', which the model does not know; the model's inputs are input$"),
+        ([{}], "a batch has no 'input'; the model's inputs are input$"),
+    ],
+)
+def test_what_gives_no_batches_is_said(loader, says):
+    with pytest.raises(DataError, match=f"^{says}"):
+        density.fit(density.Wrapper()(mlp()), loader)
+    with pytest.raises(DataError, match=f"^{says}"):
+        fit_noise(vote.Wrapper(weight_noise="auto")(mlp()), loader)
 
 
 def test_one_row_without_a_batch_is_refused():

@@ -115,6 +115,42 @@ def test_a_frozen_base_in_another_float_type_still_fits(tmp_path):
     assert again(torch.tensor(prompts(3))).logits.isfinite().all()
 
 
+@pytest.mark.parametrize("change", [lambda w: -w, lambda w: w.flip(0), lambda w: w.roll(1, -1)])
+def test_the_same_weights_elsewhere_are_another_base(tmp_path, change):
+    base = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 3))
+    folder = selfdoubt.save(vote.Wrapper(rank=2)(base), tmp_path)
+    other = copy.deepcopy(base)
+    with torch.no_grad():
+        for p in other.parameters():
+            p.copy_(change(p))
+    with pytest.raises(BaseMismatchError, match="another base model"):
+        selfdoubt.load(folder, other)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_few_bits_are_the_same_base(tmp_path, seed):
+    torch.manual_seed(seed)
+    base = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 3))
+    folder = selfdoubt.save(vote.Wrapper(rank=2)(base), tmp_path)
+    with torch.no_grad():
+        for layer in (base[0], base[2]):
+            step = layer.weight.abs().amax() / 7  # signed 4-bit numbers
+            layer.weight.copy_((layer.weight / step).round() * step)
+    selfdoubt.load(folder, base)
+
+
+def test_a_fingerprint_without_alignments_still_fits(tmp_path):
+    base = mlp()
+    folder = selfdoubt.save(vote.Wrapper(rank=2)(base), tmp_path)
+    manifest = json.loads((folder / "selfdoubt.json").read_text())
+    numbers = manifest["base"]["fingerprint"]
+    assert {len(value) for value in numbers.values()} == {3}
+    manifest["base"]["fingerprint"] = {name: value[:2] for name, value in numbers.items()}
+    del manifest["checksums"]
+    (folder / "selfdoubt.json").write_text(json.dumps(manifest))
+    selfdoubt.load(folder, base)
+
+
 def test_saving_again_replaces_the_old_one(tmp_path):
     base = mlp()
     selfdoubt.save(vote.Wrapper(n_voters=5)(base), tmp_path)

@@ -1,0 +1,288 @@
+"""Members that are not rows of their own are found at the first call, and nothing else is refused or changed."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from selfdoubt import density, sample, sculpt, vote
+from selfdoubt.errors import WrapError
+from selfdoubt.isolation import check_isolation
+
+WIDTH = 8
+
+
+class Positions(nn.Module):
+    """Looks positions up that ``torch.arange`` alone does not give."""
+
+    def __init__(self, ids):
+        super().__init__()
+        self.ids = ids
+        self.positions = nn.Embedding(64, WIDTH)
+        self.hidden = nn.Linear(WIDTH, WIDTH)
+        self.head = nn.Linear(WIDTH, 2)
+
+    def forward(self, x):
+        return self.head(self.hidden(x + self.positions(self.ids(x.shape[1]))).relu().mean(1))
+
+
+class Latents(nn.Module):
+    """Asks the input with learned queries, as Perceiver does."""
+
+    def __init__(self, length):
+        super().__init__()
+        self.latents = nn.Parameter(torch.randn(length, WIDTH))
+        self.query, self.key, self.head = (nn.Linear(WIDTH, n) for n in (WIDTH, WIDTH, 2))
+
+    def forward(self, x):
+        return self.head((self.query(self.latents) @ self.key(x).transpose(1, 2)).softmax(-1).matmul(x).mean(1))
+
+
+class RelativePositions(nn.Module):
+    """Adds a table of relative positions to attention, as T5 does."""
+
+    def __init__(self):
+        super().__init__()
+        self.bias = nn.Embedding(32, 1)
+        self.mix, self.head = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 2)
+
+    def forward(self, x):
+        ids = torch.arange(x.shape[1])
+        bias = self.bias((ids - ids[:, None]).clamp(-15, 15) + 16)[..., 0]
+        h = self.mix(x)
+        return self.head(((h @ h.transpose(1, 2) + bias).softmax(-1) @ h).mean(1))
+
+
+class OneByOne(nn.Module):
+    """Reads one row at a time."""
+
+    def __init__(self):
+        super().__init__()
+        self.hidden, self.head = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 2)
+
+    def forward(self, x):
+        return torch.stack([self.head(self.hidden(row[None].mean(1)))[0] for row in x])
+
+
+class TimeFirst(nn.Module):
+    """Reads time first, and is given rows first."""
+
+    def __init__(self):
+        super().__init__()
+        self.recurrent, self.head = nn.GRU(WIDTH, WIDTH), nn.Linear(WIDTH, 2)
+
+    def forward(self, x):
+        return self.head(self.recurrent(x)[0].mean(1))
+
+
+VOTERS = vote.Wrapper(n_voters=3)
+MIXED = {
+    "shifted": (VOTERS, Positions(lambda length: torch.arange(length) + 2), (3, 24), "positions"),
+    "flipped": (VOTERS, Positions(lambda length: torch.arange(length).flip(0)), (1, 16), "positions"),
+    "the mean answers": (
+        vote.Wrapper(n_voters=3, answer_from="mean"), Positions(lambda length: torch.arange(length) + 2), (4, 12),
+        "positions",
+    ),
+    "latents": (vote.Wrapper(n_voters=3, param_filter="query|key"), nn.Sequential(Latents(16)), (4, 12), "0.query"),
+    "relative": (VOTERS, RelativePositions(), (3, 24), "bias"),
+    "one by one": (VOTERS, OneByOne(), (4, 5), "hidden"),
+    "one by one, samples": (sample.Wrapper(n_samples=3, answer_from="base"), OneByOne(), (4, 5), "head"),
+    "time first": (sample.Wrapper(n_samples=3, answer_from="base"), TimeFirst(), (3, 24), "the model"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", MIXED)
+def test_mixed_members_are_an_error_that_names_the_layer(case):
+    wrapper, model, shape, layer = MIXED[case]
+    wrapped = wrapper(model)
+    with pytest.raises(WrapError, match=rf"^{layer} (reads something else than rows|mixes the rows of a batch), so"):
+        wrapped.predict(torch.randn(*shape, WIDTH))
+
+
+def test_the_repair_of_the_message_works():
+    model, x = Positions(lambda length: torch.arange(length) + 2), torch.randn(3, 24, WIDTH)
+    with pytest.raises(WrapError) as error:
+        VOTERS(model).predict(x)
+    repair = str(error.value).partition("param_filter=r'")[2].removesuffix("'")
+    wrapped = vote.Wrapper(n_voters=3, param_filter=repair)(model)
+    members = wrapped.forecast(x).members
+    for voter in range(3):
+        torch.testing.assert_close(members[voter], vote.merge_voter(wrapped, voter)(x))
+
+
+def test_positions_of_t5_are_found():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.T5Config(vocab_size=50, d_model=32, d_kv=8, num_heads=4, num_layers=2, d_ff=64)
+    encoder = transformers.T5EncoderModel(config)
+    with pytest.raises(WrapError, match="relative_attention_bias reads"):
+        VOTERS(encoder).predict(torch.randint(0, 50, (2, 16)))
+    alone = vote.Wrapper(n_voters=3, param_filter=r"\.(q|k|v|o|wi|wo)\.")(encoder)
+    ids = torch.randint(0, 50, (2, 16))
+    members = alone.forecast(ids)["last_hidden_state"].members
+    torch.testing.assert_close(members[1], vote.merge_voter(alone, 1)(ids)["last_hidden_state"], atol=1e-5, rtol=1e-5)
+
+
+def test_half_precision_has_a_tolerance_of_its_own():
+    x = torch.randn(3, 24, WIDTH, dtype=torch.bfloat16)
+    with pytest.raises(WrapError, match="positions reads"):
+        VOTERS(Positions(lambda length: torch.arange(length) + 2).bfloat16()).predict(x)
+    VOTERS(Positions(lambda length: torch.arange(length)).bfloat16()).predict(x)
+
+
+class Windows(nn.Module):
+    """Folds windows into the rows, as Swin does."""
+
+    def __init__(self):
+        super().__init__()
+        self.inside, self.head = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 2)
+
+    def forward(self, x):
+        windows = self.inside(x.reshape(-1, x.shape[1] // 4, WIDTH)).relu()
+        return self.head(windows.reshape(x.shape).mean(1))
+
+
+class Noisy(nn.Module):
+    """Is never the same twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(WIDTH, 2)
+
+    def forward(self, x):
+        return self.head(x + torch.rand(len(x), 1, WIDTH)).mean(1) + torch.rand(())
+
+
+class Refusing(nn.Module):
+    """Checks its features, which a test run disturbs."""
+
+    def __init__(self):
+        super().__init__()
+        self.hidden, self.head = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 2)
+
+    def forward(self, x):
+        h = self.hidden(x).tanh()
+        if (self.head(h) > 4).any():
+            raise ValueError("out of range")
+        return self.head(h).mean(1)
+
+
+@pytest.mark.parametrize("model", [Windows, Noisy, Refusing, lambda: Positions(torch.arange)])
+@pytest.mark.parametrize("shape", [(4, 12), (1, 4), (2, 16)])
+def test_other_models_are_not_refused(model, shape):
+    _, risk = VOTERS(model()).predict(torch.randn(*shape, WIDTH))
+    assert (risk > 0).all()
+
+
+class Counting(nn.Module):
+    """Has state of every kind, all of which a call changes."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(WIDTH, 2)
+        self.calls = 0
+        self.seen = []
+        self.register_buffer("sum", torch.zeros(WIDTH))
+
+    def forward(self, x):
+        self.calls += 1
+        self.seen.append(len(x))
+        self.sum += x.sum((0, 1))
+        return self.head(x).mean(1)
+
+
+def test_a_test_run_leaves_no_trace():
+    wrapped, x = VOTERS(Counting()), torch.randn(4, 12, WIDTH)
+    features = []
+    wrapped.get_submodule("module.head").leaf.register_forward_hook(lambda *_: features.append(1))
+    torch.manual_seed(3)
+    wrapped.predict(x)
+    drawn = torch.rand(2)
+    model = wrapped.module
+    assert [model.calls, model.seen, len(features)] == [1, [16], 1]
+    torch.testing.assert_close(model.sum, 4 * x.sum((0, 1)))
+    torch.manual_seed(3)
+    assert torch.equal(drawn, torch.rand(2))
+
+
+def count_runs(monkeypatch):
+    runs = []
+
+    def run(*args):
+        runs.append(1)
+        check_isolation(*args)
+
+    monkeypatch.setattr("selfdoubt.members.check_isolation", run)
+    return runs
+
+
+def test_each_shape_is_tested_once(monkeypatch):
+    wrapped = VOTERS(Windows())
+    runs = count_runs(monkeypatch)
+    for shape in ((4, 12), (4, 12), (2, 12), (4, 12)):
+        wrapped.predict(torch.randn(*shape, WIDTH))
+    assert len(runs) == 2
+    copy.deepcopy(wrapped).predict(torch.randn(4, 12, WIDTH))
+    assert len(runs) == 2
+
+
+def test_after_many_shapes_only_those_are_tested_that_could_mix(monkeypatch):
+    wrapped = VOTERS(nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 2)))
+    runs = count_runs(monkeypatch)
+    for length in range(17, 60):
+        wrapped.predict(torch.randn(4, length, WIDTH))
+    before = len(runs)
+    assert before == 16
+    wrapped.predict(torch.randn(4, 16, WIDTH))  # as long as the base and three voters have rows
+    wrapped.predict(torch.randn(5, 18, WIDTH))  # a number of rows that is new
+    wrapped.predict(torch.randn(4, 99, WIDTH))
+    assert len(runs) == before + 2
+
+
+def test_calls_that_cannot_be_repeated_are_not(monkeypatch):
+    class Cached(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head = nn.Linear(WIDTH, 2)
+
+        def forward(self, x, cache):
+            cache.append(x)
+            return self.head(x)
+
+    class Cache:
+        def __init__(self):
+            self.entries = []
+
+        def append(self, x):
+            self.entries.append(x)
+
+    wrapped, cache = VOTERS(Cached()), Cache()
+    runs = count_runs(monkeypatch)
+    wrapped.predict(torch.randn(4, WIDTH), cache)
+    assert len(cache.entries) == 1
+    assert not runs
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda model: VOTERS(sample.Wrapper(n_samples=2)(sculpt.Wrapper()(model))),
+        lambda model: VOTERS(density.Wrapper()(model)),
+        lambda model: sample.Wrapper(n_samples=3, answer_from="base")(sculpt.Wrapper()(model)),
+    ],
+)
+def test_wrappers_inside_of_one_another_are_tested(wrap):
+    wrapped = wrap(Windows())
+    assert (wrapped.predict(torch.randn(4, 12, WIDTH)).risk > 0).all()
+    with pytest.raises(WrapError, match=r"^(positions|the model) "):
+        wrap(TimeFirst() if wrapped.spec is not VOTERS else Positions(lambda n: torch.arange(n) + 2)).predict(
+            torch.randn(1, 56, WIDTH)
+        )
+
+
+def test_a_gradient_reaches_what_trains_through_the_first_call():
+    wrapped = VOTERS(Windows())
+    wrapped.forecast(torch.randn(4, 12, WIDTH)).members.sum().backward()
+    grads = [p.grad for p in wrapped.parameters() if p.requires_grad]
+    assert grads
+    assert all(g is not None and g.abs().sum() > 0 for g in grads)
