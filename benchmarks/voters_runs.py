@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from selfdoubt import vote
+from selfdoubt import sample, vote
 from selfdoubt.data.question_sets import load_questions
 from selfdoubt.data.questions import Question
 from selfdoubt.errors import DataError
@@ -53,6 +53,17 @@ def _voters(**settings: Any) -> dict[str, Any]:
 
 
 _QV = "q_proj|v_proj"
+
+
+def _samples(noise: sample.Normal | sample.Bernoulli) -> dict[str, Any]:
+    return {
+        "wrapper": sample.Wrapper(n_samples=5, distribution=noise),
+        "lora_r": 48,
+        "lora_alpha": 48.0,
+        "lora_targets": _QV,
+    }
+
+
 _ALL_LINEAR = r"(q|k|v|o|gate|up|down)_proj\.weight$"
 ARMS: dict[str, Arm] = {
     "lora": Arm(
@@ -73,6 +84,13 @@ ARMS: dict[str, Arm] = {
     "vote-noise": Arm("three voters of rank 16 on q and v, initial noise 0.2 (the default), split",
                       _voters(weight_noise=0.2)),
     "vote-long": Arm("as vote, three times the steps", _voters(), steps=3.0),
+    "sample": Arm(
+        "one LoRA of rank 48 on q and v, five samples of normal noise of 0.1 (the default)",
+        _samples(sample.Normal(0.1)),
+    ),
+    "sample-dropout": Arm(
+        "the same, samples of dropout of 0.1", _samples(sample.Bernoulli(0.1)),
+    ),
     "lora-long": Arm(
         "as lora, three times the steps",
         {"wrapper": None, "lora_r": 48, "lora_alpha": 48.0, "lora_targets": _QV}, steps=3.0,
