@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from selfdoubt.errors import WrapError
-from selfdoubt.rows import ForwardContext, Replacement
+from selfdoubt.rows import ForwardContext, Replacement, leave_out
 from selfdoubt.sharing import share_module
 from selfdoubt.tree import iter_tensors, tree_map
 
@@ -108,7 +108,7 @@ def check_isolation(
     else:
         where, repair = (
             f"{guilty} reads something else than rows",
-            f"leave it out, e.g. with param_filter=r'^(?!{guilty}\\.)'",
+            f"leave it out, e.g. with {leave_out(guilty)}",
         )
     raise WrapError(
         f"{where}, so that members would be mixed: a change of one changes the others' answers, {share:.2g} times as "

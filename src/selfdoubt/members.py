@@ -368,10 +368,10 @@ class Wrapped(nn.Module):
         if self._is_compiled or not self._isolation.is_due([w.call for w in wrappers], (args, kwargs)):
             return
         if (twin := make_twin(self)) is not None:
-            layers: dict[str, nn.Module] = {}  # by their names in the model; of the outer one, if a wrapper is inside
-            for inside, w in enumerate(reversed(list_wrappers(twin))):
-                names = w.leaf_names if hasattr(w.spec, "answer_from") else ()
-                layers |= {name.removeprefix("module." * inside): w.module.get_submodule(name) for name in names}
+            twins = [w for w in list_wrappers(twin) if hasattr(w.spec, "answer_from")]
+            layers = {
+                name: w.module.get_submodule(name) for w in twins for name in w.leaf_names
+            }  # as filters read them
             check_isolation(twin, layers, wrappers[0].call.members, y, lambda change: run(twin, change)[0])
 
     def _check_split(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -107,11 +107,15 @@ class ForwardContext:
             )
         return torch.where(active[-len(moved) :].view(*moved.shape[:2], *[1] * (moved.ndim - 2)), moved, base)
 
-    def per_row(self, x: Any) -> Any:
+    def per_row(self, x: Any, name: str) -> Any:
         """Return a leaf's input with one entry per row; a single entry (position ids, say) is repeated for every row.
 
         So is a list of ids that is not one per row, or that counts up from 0 and is none of the model's inputs: such
         are the positions in ``embedding(torch.arange(length))``.
+
+        Args:
+            x: The input.
+            name: Name of the leaf, for the message.
 
         Raises:
             ShapeError: If the number of entries is neither 1 nor that of the rows.
@@ -126,8 +130,8 @@ class ForwardContext:
             return x.expand(self.rows, len(x))
         if len(x) % self.rows:
             raise ShapeError(
-                f"a replaced layer got {len(x)} lines of input, and the batch of all members has {self.rows} rows; "
-                "a layer that sees something else than rows cannot have members: leave it out with param_filter"
+                f"{name} got {len(x)} lines of input, and the batch of all members has {self.rows} rows; a layer that "
+                f"sees something else than rows cannot have members: leave it out, e.g. with {leave_out(name)}"
             )
         self.has_many_lines = True
         return x
@@ -144,6 +148,11 @@ class ForwardContext:
 
 def _is_list_of_ids(x: Tensor) -> bool:
     return x.ndim == 1 and not (x.is_floating_point() or x.is_complex())
+
+
+def leave_out(name: str) -> str:
+    """Return a setting of a wrapper that leaves a leaf out."""
+    return f"param_filter=r'^(?!{name}\\.)'"
 
 
 class Replacement(nn.Module):

@@ -264,6 +264,7 @@ class NoisyLeaf(Replacement):
 
     def __init__(self, leaf: Leaf, index: int, call: ForwardContext, spec: Wrapper) -> None:
         super().__init__(leaf.module, call)
+        self.leaf_name = leaf.name
         base = compat.get_base_layer(leaf.module)
         self.distribution = spec.distribution
         self.key = int(scramble(torch.tensor(spec.seed * 1_000_003 + index)))
@@ -282,7 +283,7 @@ class NoisyLeaf(Replacement):
         self.call.reached = True
         if self.call.only_base:
             return self.leaf(x, *args, **kwargs)
-        x = self.call.per_row(x)
+        x = self.call.per_row(x, self.leaf_name)
         if self.looks_up or not x.is_floating_point():
             return self._make_noisy(self.leaf(x, *args, **kwargs))
         return self.leaf(self._make_noisy(x), *args, **kwargs)

@@ -253,6 +253,7 @@ class VotingLeaf(Replacement):
 
     def __init__(self, leaf: Leaf, call: ForwardContext, spec: Wrapper, generator: torch.Generator) -> None:
         super().__init__(leaf.module, call)
+        self.leaf_name = leaf.name
         self.alpha = spec.alpha
         self.kernel = kernels.find_kernel(compat.get_base_layer(leaf.module))
         self.deviations = nn.ParameterDict(draw_deviations(leaf, spec, generator))
@@ -266,10 +267,10 @@ class VotingLeaf(Replacement):
         if self.call.only_base:
             return self.leaf(*args, **kwargs)
         if args:
-            args = (x := self.call.per_row(args[0]), *args[1:])
+            args = (x := self.call.per_row(args[0], self.leaf_name), *args[1:])
         else:
             name, value = next(iter(kwargs.items()))
-            kwargs = kwargs | {name: (x := self.call.per_row(value))}
+            kwargs = kwargs | {name: (x := self.call.per_row(value, self.leaf_name))}
         if self.kernel is None:
             base_rows = self.call.count_base(next(iter_tensors((args, kwargs))))
             # Graphs have no recurrent layers: they end before one, and go on after it.

@@ -274,7 +274,7 @@ def test_calls_that_cannot_be_repeated_are_not(monkeypatch):
 def test_wrappers_inside_of_one_another_are_tested(wrap):
     wrapped = wrap(Windows())
     assert (wrapped.predict(torch.randn(4, 12, WIDTH)).risk > 0).all()
-    with pytest.raises(WrapError, match=r"^(positions|the model) "):
+    with pytest.raises(WrapError, match=r"^(module\.positions|module\.module\.positions|the model) "):
         wrap(TimeFirst() if wrapped.spec is not VOTERS else Positions(lambda n: torch.arange(n) + 2)).predict(
             torch.randn(1, 56, WIDTH)
         )
