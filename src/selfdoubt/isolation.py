@@ -55,7 +55,7 @@ class IsolationCheck:
         rows, shapes = contexts[0].rows, tuple(tuple(x.shape) for x in iter_tensors(inputs))
         if (rows, shapes) in self._shapes or not _can_run_again(inputs):
             return False
-        could_mix = any(context.has_many_lines for context in contexts) or any(rows in shape[1:] for shape in shapes)
+        could_mix = any(context.many_lines for context in contexts) or any(rows in shape[1:] for shape in shapes)
         is_due = could_mix or rows not in self._rows or len(self._shapes) < _TESTED
         if len(self._shapes) == _REMEMBERED:
             self._shapes.clear()

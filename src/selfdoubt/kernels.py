@@ -138,6 +138,18 @@ def count_features(leaf: nn.Module) -> tuple[int, int]:
     return weight.shape[0], weight.shape[1]
 
 
+def find_rows(leaf: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    """Return the first tensor among a leaf's inputs, which has the rows of all members.
+
+    Raises:
+        WrapError: If there is none.
+    """
+    first = next(iter_tensors((args, kwargs)), None)
+    if first is None:
+        raise WrapError(f"{type(leaf).__name__} gets no tensor that has a batch; leave it out with param_filter")
+    return first
+
+
 def loop(
     leaf: nn.Module,
     deviations: Deviations,
@@ -152,12 +164,18 @@ def loop(
     The first ``base_rows`` rows run with the leaf's parameters as they are.
 
     Raises:
-        WrapError: If the leaf takes a packed sequence, or one without a batch, or gives a tensor without the batch in
-            dimension 0.
+        WrapError: If the leaf takes a packed sequence, one without a batch, no tensor, or a key-value cache, to which
+            every member would write; or if it gives a tensor without the batch in dimension 0.
     """
     members = _members(deviations)
     parameters = dict(leaf.named_parameters())
-    first = next(iter_tensors((args, kwargs)))
+    first = find_rows(leaf, args, kwargs)
+    cache = next((x for x in (*args, *kwargs.values()) if hasattr(x, "update") and not isinstance(x, Mapping)), None)
+    if cache is not None:
+        raise WrapError(
+            f"{type(leaf).__name__} writes to a cache ({type(cache).__name__}), which its members would share; choose "
+            "layers inside of it, e.g. with param_filter='in_proj|out_proj', or call the model with use_cache=False"
+        )
     rows = len(first)
     share = (rows - base_rows) // members
     if any(isinstance(x, PackedSequence) for x in (*args, *kwargs.values())) or base_rows + members * share != rows:

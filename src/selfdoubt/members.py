@@ -214,7 +214,8 @@ class Wrapped(nn.Module):
                     same_weights=same_weights, inputs=iter_tensors((args, kwargs)),
                 )  # fmt: skip
             try:
-                with explain_rows((args, kwargs), members), check_time_layers(self._time_layers, rows, members):
+                explaining = explain_rows((args, kwargs), members, [wrapper.call for wrapper in wrappers])
+                with explaining, check_time_layers(self._time_layers, rows, members):
                     y = wrappers[-1]._run(args, kwargs)
             finally:
                 for wrapper in wrappers:

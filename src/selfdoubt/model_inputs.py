@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from selfdoubt.errors import ConfigError, DataError, ShapeError
+from selfdoubt.rows import ForwardContext, leave_out
 from selfdoubt.tree import iter_tensors, tree_map
 
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
@@ -163,8 +164,14 @@ def _is_like_labels(x: Tensor) -> bool:
 
 
 @contextmanager
-def explain_rows(inputs: Any, members: int) -> Iterator[None]:
-    """Add to an error of the model that its inputs were repeated, or split, for the members."""
+def explain_rows(inputs: Any, members: int, contexts: Sequence[ForwardContext]) -> Iterator[None]:
+    """Add to an error of the model that its inputs were repeated, or split, for the members.
+
+    Args:
+        inputs: The inputs of all rows.
+        members: Number of members.
+        contexts: State of the run, of each wrapper.
+    """
     if torch.compiler.is_compiling() or members == 1:
         yield
         return
@@ -176,6 +183,12 @@ def explain_rows(inputs: Any, members: int) -> Iterator[None]:
             f"selfdoubt ran {members} members as rows of dimension 0, with inputs of shape {shapes}: if dimension 0 of "
             "yours is not the batch, give one, e.g. x[None] for one row"
         )
+        name = next((context.many_lines for context in contexts if context.many_lines), None)
+        if name is not None:
+            error.add_note(
+                f"{name} got several lines for each row: if it sees something else than rows, it cannot have members; "
+                f"leave it out, e.g. with {leave_out(name)}"
+            )
         raise
 
 

@@ -53,7 +53,7 @@ class ForwardContext:
     training: bool = False
     has_base: bool = False  #: member 0 is the base model: leaves run its rows without deviation or noise
     reached: bool = False
-    has_many_lines: bool = False  #: a leaf got several lines for each row, of windows for example
+    many_lines: str | None = None  #: name of a leaf that got several lines for each row, of windows for example
     is_running: bool = False
     active: Bool[Tensor, "rows t"] | None = None  #: positions at which members deviate; None for all
     forwards: int = 0  #: number of this run of the model
@@ -74,7 +74,7 @@ class ForwardContext:
         """Take the state of a new call, and drop what the one before has left."""
         self.inputs = () if torch.compiler.is_compiling() else tuple(x for x in inputs if _is_list_of_ids(x))
         self.members, self.rows, self.training, self.has_base, self.active = members, rows, training, has_base, active
-        self.reached, self.has_many_lines, self.is_running = False, False, True
+        self.reached, self.many_lines, self.is_running = False, None, True
         if not torch.compiler.is_compiling():  # a graph would be compiled again for each number
             self.forwards += 1
             if not same_weights:
@@ -133,7 +133,7 @@ class ForwardContext:
                 f"{name} got {len(x)} lines of input, and the batch of all members has {self.rows} rows; a layer that "
                 f"sees something else than rows cannot have members: leave it out, e.g. with {leave_out(name)}"
             )
-        self.has_many_lines = True
+        self.many_lines = self.many_lines or name
         return x
 
     def _are_positions(self, ids: Tensor) -> bool:

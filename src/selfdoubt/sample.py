@@ -271,8 +271,7 @@ class NoisyLeaf(Replacement):
         self.looks_up = isinstance(base, nn.Embedding)
         self.feature_axis = 1 if isinstance(base, _CHANNELS_FIRST) else -1
         self._kept: dict[tuple[Any, ...], tuple[tuple[int, int, int], Tensor]] = {}
-        device = next(leaf.module.parameters()).device
-        start = torch.tensor(spec.distribution.initial(), device=device)
+        start = torch.tensor(spec.distribution.initial(), device=next(leaf.module.parameters()).device)
         if spec.distribution.trainable:
             self.parameter = nn.Parameter(start)
         else:

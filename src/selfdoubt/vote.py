@@ -44,7 +44,6 @@ from selfdoubt.merging import merge_deviation, run_merged, takes_merged
 from selfdoubt.rows import ForwardContext, Replacement, expand, is_autocasting
 from selfdoubt.sharing import share_module
 from selfdoubt.targets import Leaf
-from selfdoubt.tree import iter_tensors
 from selfdoubt.wrapping import wrap
 
 P = ParamSpec("P")
@@ -272,7 +271,7 @@ class VotingLeaf(Replacement):
             name, value = next(iter(kwargs.items()))
             kwargs = kwargs | {name: (x := self.call.per_row(value, self.leaf_name))}
         if self.kernel is None:
-            base_rows = self.call.count_base(next(iter_tensors((args, kwargs))))
+            base_rows = self.call.count_base(kernels.find_rows(self.leaf, args, kwargs))
             # Graphs have no recurrent layers: they end before one, and go on after it.
             has_graph = torch.compiler.is_dynamo_compiling() or "torch._dynamo" in sys.modules
             loop = kernels.loop

@@ -80,7 +80,7 @@ ARROWS = {
     "fused_layers": {"rows"},
     "isolation": {"errors", "rows", "sharing", "tree"},
     "merging": {"compat", "errors", "kernels"},
-    "model_inputs": {"errors", "tree"},
+    "model_inputs": {"errors", "rows", "tree"},
     "model_outputs": {"errors", "tree"},
     "members": CORE - {"kernels", "factors", "deviations", "random_numbers", "formatting", "gaussian", "wrapping"},
     "wrapping": {"errors", "members", "rows", "spec", "targets"},
