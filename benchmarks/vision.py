@@ -36,10 +36,12 @@ ABOUT = {
     "vote-split": "vote: one batch, split",
     "vote-fresh": "vote, finetune=False: a batch for each voter",
     "sample": "sample, dropout, {M} samples",
+    "sample-default": "sample, default noise, {M} samples",
     "sculpt": "sculpt: entropy",
     "plain+vote": "vote around the trained network, no step",
     "plain+sample": "sample, dropout, around the trained network, no step",
     "plain+density": "density of the trained network",
+    "sample+density": "sample, default noise; density of the trained network",
     "packed": "torch-uncertainty, packed ensemble",
     "batch": "torch-uncertainty, batch ensemble",
 }

@@ -3,9 +3,9 @@
 ``plain`` is one network and ``separate`` are M of them; ``separate-short`` shares the steps of one network among M.
 ``vote`` is our wrapper without arguments around a fresh network, whose voters read a batch each, as every network of
 ``separate`` does; ``vote-split`` divides the batch of ``plain`` among them, and ``vote-fresh`` has voters that share no
-weights (``finetune=False``). ``sample`` trains with ``Bernoulli(0.1)``, ``dropout`` with torch's dropout. ``+`` means a
-wrapper around the trained ``plain`` network, without a further step. ``packed`` and ``batch`` are torch-uncertainty's
-ensembles.
+weights (``finetune=False``). ``sample`` trains with ``Bernoulli(0.1)``, ``sample-default`` as without arguments, and
+``dropout`` with torch's dropout. ``+`` means a wrapper around a trained network, without a further step. ``packed`` and
+``batch`` are torch-uncertainty's ensembles.
 """
 
 from __future__ import annotations
@@ -23,7 +23,10 @@ from examples.handwriting import Digits
 from selfdoubt import density, risk, sample, sculpt, vote
 from selfdoubt.forecast import Forecast
 
-OURS = ("vote", "vote-split", "vote-fresh", "sample", "sculpt", "plain+vote", "plain+sample", "plain+density")
+OURS = (
+    "vote", "vote-split", "vote-fresh", "sample", "sample-default", "sculpt", "plain+vote", "plain+sample",
+    "plain+density", "sample+density",
+)  # fmt: skip
 OTHERS = ("plain", "separate", "separate-short", "dropout")
 PEERS = ("packed", "batch")
 ARMS = (*OTHERS, *OURS, *PEERS)
@@ -177,13 +180,15 @@ def _train_ours(arm: str, build: Build, data: Digits, budget: Budget, wide: Budg
         "vote-split": vote.Wrapper(n_voters=members, **kinds),
         "vote-fresh": vote.Wrapper(n_voters=members, finetune=False, **kinds),
         "sample": sample.Wrapper(n_samples=members, distribution=sample.Bernoulli(0.1), **kinds),
+        "sample-default": sample.Wrapper(n_samples=members, **kinds),
         "sculpt": sculpt.Wrapper(),
         "density": density.Wrapper(),
     }[name]
     network = build()
-    if arm.startswith("plain+"):
-        train(network, data.x, data.y, F.cross_entropy, budget)
-        wrapped = wrapper(network)
+    if "+" in arm:
+        inside = sample.Wrapper(n_samples=members, **kinds)(network) if arm.startswith("sample+") else network
+        train(inside, data.x, data.y, F.cross_entropy, budget)
+        wrapped = wrapper(inside)
         if name == "density":
             density.fit(wrapped, torch.split(data.x, 200))
         return wrapped
