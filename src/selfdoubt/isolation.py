@@ -1,4 +1,4 @@
-"""``IsolationCheck``: a test run that shows whether the members of a wrapped model are rows of their own.
+"""``IsolationCheck``: a test that shows whether the members of a wrapped model are rows of their own.
 
 A layer may read something else than rows, such as learned latents or a table of relative positions. Where the length of
 that is a multiple of the rows, its lines would be shared out among the members, and nothing else would tell.
@@ -6,8 +6,10 @@ that is a multiple of the rows, its lines would be shared out among the members,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
+from enum import Enum
 from operator import attrgetter
+from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
 import torch
@@ -18,33 +20,40 @@ from selfdoubt.rows import ForwardContext, Replacement, leave_out
 from selfdoubt.sharing import share_module
 from selfdoubt.tree import iter_tensors, tree_map
 
-#: Largest change of other members' answers, relative to that of the disturbed member's: with full precision, and with
-#: less, as kernels that look at the whole batch may round each row in another way.
-_TOLERANCE, _ROUNDED = 1e-4, 0.05
-#: Number of shapes that are all tested; after them, only those that could mix members.
+#: Largest change of other members' answers, relative to the largest answer. All runs have the same shapes, so that only
+#: kernels that look at the whole batch round other rows in another way: with 16 bits, and with weights of fewer.
+_TOLERANCE, _HALF, _PACKED = 1e-5, 5e-3, 2e-2
+#: Largest difference between the answers to the same rows in other places of a batch, relative to the largest answer.
+_PLACES, _PLACES_HALF = 1e-3, 0.1
+#: Number of kinds of call that are all tested; after them, only those that could mix members.
 _TESTED = 16
 _REMEMBERED = 4096
-#: Size up to which a buffer is copied, since a model may write to it.
-_SMALL = 2**20
+#: Numbers in buffers up to which a twin has its own; with more there is no test.
+_COPIED = 2**26
+_NAMED = 4  #: layers that an error names
+_PLAIN = (
+    Tensor, bool, int, float, complex, str, bytes, type(None), Enum, slice, range, torch.dtype, torch.device,
+    FunctionType, BuiltinFunctionType,
+)  # fmt: skip
 
-Change = Callable[[Tensor], Tensor]
 _get_hooks = attrgetter("_forward_hooks")
+#: Runs a model on the rows of all members: with ``only_base=True`` by the weights of the base model alone.
+RunTwin = Callable[..., Any]
 
 
 class IsolationCheck:
-    """Tests once per shape of the inputs whether a change of the first member's rows changes others.
+    """Tests once per kind of call whether a change of the first member's layers changes other members' answers.
 
-    A test costs one more call, without gradients, of a twin that shares the weights, so that it leaves no trace. It
-    disturbs the first member's inputs and what replaced layers return for it. It says nothing where a model is
-    compiled, run by several processes, or not reproducible.
+    A test costs one more call of a twin that shares the weights. It says nothing where a model is compiled, run by
+    several processes, or not reproducible.
     """
 
     def __init__(self) -> None:
         self._rows: set[int] = set()
-        self._shapes: set[tuple[Any, ...]] = set()
+        self._calls: set[tuple[Any, ...]] = set()
 
     def is_due(self, contexts: Sequence[ForwardContext], inputs: Any) -> bool:
-        """Return True if a call was of shapes that are to be tested, and note them.
+        """Return True if a call was of a kind that is to be tested, and note it.
 
         Args:
             contexts: State of the call, of each wrapper that has members.
@@ -52,125 +61,199 @@ class IsolationCheck:
         """
         if torch.compiler.is_compiling() or not contexts or contexts[0].members == 1:
             return False
-        rows, shapes = contexts[0].rows, tuple(tuple(x.shape) for x in iter_tensors(inputs))
-        if (rows, shapes) in self._shapes or not _can_run_again(inputs):
+        rows, kind = contexts[0].rows, _describe(inputs)
+        if (rows, kind) in self._calls or not _can_run_again(inputs):
             return False
-        could_mix = any(context.many_lines for context in contexts) or any(rows in shape[1:] for shape in shapes)
-        is_due = could_mix or rows not in self._rows or len(self._shapes) < _TESTED
-        if len(self._shapes) == _REMEMBERED:
-            self._shapes.clear()
+        has_length = any(rows in shape[1:] for shape in kind if isinstance(shape, torch.Size))
+        could_mix = has_length or any(context.many_lines for context in contexts)
+        is_due = could_mix or rows not in self._rows or len(self._calls) < _TESTED
+        if len(self._calls) == _REMEMBERED:
+            self._calls.clear()
         self._rows.add(rows)
-        self._shapes.add((rows, shapes))
+        self._calls.add((rows, kind))
         return is_due
 
 
-@torch.no_grad()
-def check_isolation(
-    twin: nn.Module, layers: Mapping[str, nn.Module], members: int, answers: Any, run: Callable[[Change], Any]
-) -> None:
+def check_isolation(wrapped: nn.Module, context: ForwardContext, answers: Any, run: RunTwin, *, has_time: bool) -> None:
     """Run the test.
 
     Args:
-        twin: The model from ``make_twin``.
-        layers: The replaced layers of the twin that members change, by their names in the model.
-        members: Number of members, with the base model.
-        answers: What the model returned, on the rows of all members.
-        run: Runs the twin on the same inputs, each of which a function changes first.
+        wrapped: The model, which stays as it is.
+        context: State of its call.
+        answers: What it returned, on the rows of all members.
+        run: Runs a twin of it on the same inputs.
+        has_time: True if it has layers that could read the rows as time.
 
     Raises:
         WrapError: If members are mixed.
     """
-    disturbance, tolerance = _Disturbance(members), _ROUNDED if _is_rounded(twin) else _TOLERANCE
+    members, rows = context.members, context.rows
+    devices = sorted({x.device.index for x in iter_tensors(answers) if x.is_cuda})
+    odd: set[str] = set()  # layers that read something else than rows
 
-    def measure(names: Iterable[str], change: Change, before: Any = answers) -> float:
-        """Return the change of other members' answers by a disturbance; 0 if the model refuses what it is given."""
-        hooks = [layers[name].register_forward_hook(disturbance.change_output) for name in names]
+    def answer(names: Collection[str] = (), seed: int | None = None, **how: Any) -> Any:
+        """Return a twin's answers with some layers disturbed; None where it cannot run."""
+        twin = _make_twin(wrapped)
+        if twin is None:
+            return None
+        layers = _find_layers(twin)
+        for name in names:
+            layers[name].register_forward_hook(_Disturbance(members, rows, odd), with_kwargs=True)
         try:
-            return _compare(before, run(change), members)
-        except Exception:  # it got what no call would give it
-            return 0.0
-        finally:
-            for hook in hooks:
-                hook.remove()
+            with torch.random.fork_rng(devices):  # so all runs draw the same numbers
+                if seed is not None:
+                    torch.manual_seed(seed)
+                return run(twin, **how)
+        except Exception:  # what a disturbed layer gives, no call would give
+            return None
 
-    with torch.random.fork_rng(sorted({x.device.index for x in iter_tensors(answers) if x.is_cuda})):
-        if measure(layers, disturbance.change_input) < tolerance:
+    every = list(_find_layers(wrapped))
+    disturbed, tolerance = answer(every), _choose_tolerance(wrapped)
+    if disturbed is not None and _compare(answers, disturbed, members, rows) > tolerance:
+        before, again = answer(), answer()  # a twin may draw other numbers, or have met the call's state
+        if before is None or again is None:
             return
-        before = run(torch.clone)  # by the same kernels, which without gradients are others
-        if measure((), torch.clone, before) > 0:  # not reproducible
-            return
-        share = measure(layers, disturbance.change_input, before)
-        if share < tolerance:
-            return
-        guilty = next((name for name in layers if measure([name], torch.clone, before) >= tolerance), None)
-    if guilty is None:
-        where, repair = "the model mixes the rows of a batch", "give each row an answer of its own"
-    else:
-        where, repair = (
-            f"{guilty} reads something else than rows",
-            f"leave it out, e.g. with {leave_out(guilty)}",
-        )
-    raise WrapError(
-        f"{where}, so that members would be mixed: a change of one changes the others' answers, {share:.2g} times as "
-        f"much as its own; {repair}"
+        tolerance = max(tolerance, 10 * _compare(before, again, members, rows))
+        if _compare(before, disturbed, members, rows) > tolerance:
+            guilty: list[str] = []
+            for name in every:
+                one = answer([name]) if len(guilty) <= _NAMED else None
+                if one is not None and _compare(before, one, members, rows) > tolerance:
+                    guilty.append(name)
+            raise WrapError(_explain(guilty, odd))
+    if has_time:
+        neutral, other = answer(only_base=True), answer(only_base=True, seed=0)
+        is_random = neutral is None or _compare(neutral, other, 1, rows) > 0
+        if not is_random and _compare_places(neutral, members, rows) > (_PLACES if tolerance < _HALF else _PLACES_HALF):
+            raise WrapError(
+                "the model mixes the rows of a batch, so that members would be mixed: the same row has another answer "
+                "in another place of the batch; does a recurrent or attention layer read dimension 0 as time?"
+            )
+
+
+def _explain(guilty: Sequence[str], odd: Collection[str]) -> str:
+    """Return the message about layers whose disturbance reaches other members."""
+    blind = [name for name in guilty if name in odd]
+    chosen = blind or list(guilty)
+    names = ", ".join(chosen[:_NAMED]) + (" and others" if len(chosen) > _NAMED else "")
+    one = len(chosen) == 1
+    where = f"{names or 'a layer'} read{'s' if one else ''} something else than rows"
+    where += "" if blind else ", or what follows mixes the rows of a batch"
+    repair = f"e.g. with {leave_out(*chosen)}" if 0 < len(chosen) <= _NAMED else "with param_filter"
+    return (
+        f"{where}, so that members would be mixed; leave {'it' if one else 'them'} out, {repair} "
+        "(wrapped.tests_members = False skips this test)"
     )
 
 
-def _is_rounded(model: nn.Module) -> bool:
-    """Return True if products may have less than 32 bits."""
-    if any(torch.is_autocast_enabled(kind) for kind in {p.device.type for p in model.parameters()} - {"meta"}):
-        return True
-    return any(p.element_size() < torch.float32.itemsize for p in model.parameters())
+def _find_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the replaced layers that members change, by the names that a filter reads."""
+    layers = (m for m in model.modules() if isinstance(m, Replacement))
+    return {m.leaf_name: m for m in layers if "leaf_name" in vars(m)}
+
+
+def _make_twin(model: nn.Module) -> nn.Module | None:
+    """Return a model over the same weights, with buffers of its own; None for one that cannot be copied."""
+    buffers = list(model.buffers())
+    if sum(buffer.numel() for buffer in buffers) > _COPIED:
+        return None
+    # Tensors of the last call that a model keeps have a graph, and cannot be copied.
+    kept = [x for m in model.modules() for x in iter_tensors(list(vars(m).values())) if x.grad_fn is not None]
+    try:
+        twin = share_module(model, freeze=False, copies={id(x): x.detach().clone() for x in (*buffers, *kept)})
+    except WrapError:
+        return None
+    for module in twin.modules():
+        if not isinstance(module, Replacement):
+            _get_hooks(module).clear()  # they read what layers return
+    return twin
+
+
+def _choose_tolerance(model: nn.Module) -> float:
+    """Return the largest change of an answer that is rounding, relative to the largest answer."""
+    parameters = list(model.parameters())
+    if any("quant" in type(m).__module__ for m in model.modules()) or any(p.element_size() < 2 for p in parameters):
+        return _PACKED
+    is_autocasting = any(torch.is_autocast_enabled(kind) for kind in {p.device.type for p in parameters} - {"meta"})
+    return _HALF if is_autocasting or any(p.element_size() < 4 for p in parameters) else _TOLERANCE
 
 
 class _Disturbance:
-    """Changes the first member's rows of tensors; those of other kinds, and whole numbers, stay as they are."""
+    """A forward hook that adds a pattern to the first member's rows of what a layer returns."""
 
-    def __init__(self, members: int) -> None:
-        self.members = members
+    def __init__(self, members: int, rows: int, odd: set[str]) -> None:
+        self.members, self.rows, self.odd = members, rows, odd
 
-    def change_input(self, x: Tensor) -> Tensor:
-        """Give another order to the values, which stay in the range that the model expects."""
-        changed: Tensor = self._change(x, 0, lambda first: first.flip(list(range(1, first.ndim))))
-        return changed
-
-    def change_output(self, leaf: Any, args: Any, output: Any) -> Any:  # noqa: ARG002
-        """Give other values to the output of a layer, as its forward hook."""
+    def __call__(self, leaf: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        x = next(iter_tensors((args, kwargs)), None)
+        if x is None or x.ndim < 2 or len(x) != self.rows:
+            self.odd.add(leaf.leaf_name)
         while isinstance(leaf, Replacement):
             leaf = leaf.leaf
         if isinstance(output, tuple) and isinstance(leaf, nn.RNNBase):  # its last states have rows in dimension 1
-            states = tree_map(lambda h: self._change(h, 1, _move), output[1])
-            return tree_map(lambda y: self._change(y, 0, _move), output[0]), states
-        return tree_map(lambda y: self._change(y, 0, _move), output)
+            return tree_map(lambda y: self._change(y, 0), output[0]), tree_map(lambda h: self._change(h, 1), output[1])
+        return tree_map(lambda y: self._change(y, 0), output)
 
-    def _change(self, x: Any, axis: int, change: Change) -> Any:
-        if not isinstance(x, Tensor) or x.ndim <= axis or not x.is_floating_point() or x.shape[axis] % self.members:
+    def _change(self, x: Any, axis: int) -> Any:
+        if not isinstance(x, Tensor) or x.ndim <= axis or not (x.is_floating_point() or x.is_complex()):
+            return x
+        if not x.shape[axis] or x.shape[axis] % self.rows:
             return x
         lines = x.shape[axis] // self.members
         first, kept = x.narrow(axis, 0, lines), x.narrow(axis, lines, x.shape[axis] - lines)
-        return torch.cat([change(first), kept], axis)
+        wide = first.detach().abs().float()
+        size = wide.square().mean().sqrt().nan_to_num(1, 1, 1)
+        pattern = torch.arange(wide.numel(), device=x.device).cos().view(wide.shape)  # nothing is shifted as a whole
+        return torch.cat([first + (torch.where(size > 0, size, 1) * pattern / 4).to(x.dtype), kept], axis)
 
 
-def _move(x: Tensor) -> Tensor:
-    size = x.float().square().mean().sqrt().nan_to_num(1, 1, 1)
-    return x.flip(-1) * 1.5 + torch.where(size > 0, size, 1).to(x.dtype)
+def _compare(before: Any, after: Any, members: int, rows: int) -> float:
+    """Return the largest change of an answer of other members than the first, relative to the largest answer.
 
-
-def _compare(before: Any, after: Any, members: int) -> float:
-    """Return the largest change of other members, relative to that of the first, which was disturbed.
-
-    Outputs count that have one entry per row.
+    Of one member all answers count.
     """
-    share = 0.0
-    for x, y in zip(iter_tensors(before), iter_tensors(after), strict=True):
-        if not x.ndim or len(x) % members or x.shape != y.shape or not x.numel():
-            continue
-        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-        is_equal = (x == y) | (x.isnan() & y.isnan())
-        difference = (x.to(wide) - y.to(wide)).abs().nan_to_num(float("inf")).masked_fill(is_equal, 0)
-        first, *others = difference.reshape(members, -1).amax(1).tolist()
-        share = max(share, max(others) / first if first else float(any(others)))
-    return share
+    pairs = list(zip(iter_tensors(before), iter_tensors(after), strict=False))
+    change = 0.0
+    for x, y in pairs:
+        if x.ndim and len(x) == rows and x.numel() and x.shape == y.shape:
+            first = rows // members if members > 1 else 0
+            change = max(change, _measure(x[first:], y[first:], x))
+    return change if len(pairs) == sum(1 for _ in iter_tensors(before)) == sum(1 for _ in iter_tensors(after)) else 1.0
+
+
+def _compare_places(answers: Any, members: int, rows: int) -> float:
+    """Return the largest difference between the members' answers, which are all the base model's."""
+    blocks = [
+        x.reshape(members, rows // members, *x.shape[1:])
+        for x in iter_tensors(answers)
+        if x.ndim and len(x) == rows and x.numel()
+    ]
+    floats = [x for x in blocks if x.is_floating_point()]
+    return max((_measure(x[:1].expand_as(x), x, x) for x in floats), default=0.0)
+
+
+def _measure(x: Tensor, y: Tensor, all_of_x: Tensor) -> float:
+    """Return the largest difference, relative to the largest finite number of a tensor; NaN is like NaN."""
+    x, y, all_of_x = (
+        torch.view_as_real(t) if t.is_complex() else t for t in (x.detach(), y.detach(), all_of_x.detach())
+    )
+    wide = torch.float64 if x.dtype == torch.float64 or not x.is_floating_point() else torch.float32
+    is_equal = (x == y) | (x.isnan() & y.isnan())
+    difference = (x.to(wide) - y.to(wide)).abs().nan_to_num(float("inf")).masked_fill(is_equal, 0)
+    largest = float(all_of_x.to(wide).abs().nan_to_num(0, 0, 0).max())
+    return float(difference.max()) / (largest or 1.0)
+
+
+def _describe(inputs: Any) -> tuple[Any, ...]:
+    """Return the shapes of all tensors, and the flags among the inputs."""
+    kinds: list[Any] = []
+    tree_map(
+        lambda x: kinds.append(
+            x.shape if isinstance(x, Tensor) else x if isinstance(x, (bool, str, Enum)) else type(x)
+        ),
+        inputs,
+    )
+    return tuple(kinds)
 
 
 def _can_run_again(inputs: Any) -> bool:
@@ -182,20 +265,4 @@ def _can_run_again(inputs: Any) -> bool:
     tree_map(leaves.append, inputs)
     if any(isinstance(x, Tensor) and x.is_cuda for x in leaves) and torch.cuda.is_current_stream_capturing():
         return False
-    plain = (Tensor, bool, int, float, str, type(None))
-    return all(isinstance(x, plain) and not (isinstance(x, Tensor) and x.is_meta) for x in leaves)
-
-
-def make_twin(model: nn.Module) -> Any:
-    """Return a model over the same weights that can be run without a trace: with buffers of its own, but for large
-    ones, and without the hooks that read what its layers return. None for a model that cannot be copied now."""
-    try:
-        twin = share_module(model, freeze=False)
-    except WrapError:  # it may hold tensors of the last call
-        return None
-    for module in twin.modules():
-        _get_hooks(module).clear()
-        for name, buffer in list(module.named_buffers(recurse=False)):
-            if buffer.numel() <= _SMALL:
-                setattr(module, name, buffer.clone())
-    return twin
+    return all(isinstance(x, _PLAIN) and not (isinstance(x, Tensor) and x.is_meta) for x in leaves)

@@ -191,11 +191,18 @@ def loop(
     # A recurrent layer's state, the second of its inputs and outputs, has the rows in dimension 1.
     axes = (0, 1) if isinstance(leaf, nn.RNNBase) else (0, 0)
 
+    # An attention mask is one for all rows, or has lines for each head of a row.
+    is_attention = isinstance(leaf, nn.MultiheadAttention)
+    mask = kwargs.get("attn_mask", args[5] if len(args) > 5 else None) if is_attention else None
+
     # An input that is given twice stays one: attention projects a query that is its key in one product.
     pieces: dict[tuple[int, int, int], Tensor] = {}
 
     def cut(tree: Any, start: int, length: int, axis: int) -> Any:
         def of_member(x: Any) -> Any:
+            if x is mask and isinstance(x, Tensor):
+                heads = len(x) // rows
+                return x if x.ndim == 2 else x.narrow(0, start * heads, length * heads)
             if not isinstance(x, Tensor) or x.ndim <= axis or x.shape[axis] != rows:
                 return x
             key = (id(x), axis, start)

@@ -24,7 +24,7 @@ from selfdoubt import targets
 from selfdoubt.errors import CaptureError, ConfigError, ShapeError, WrapError
 from selfdoubt.forecast import Forecast, OutputKind, Prediction, check_no_nan, summarise
 from selfdoubt.fused_layers import has_fused_leaves, switch_fused_layers_off
-from selfdoubt.isolation import IsolationCheck, check_isolation, make_twin
+from selfdoubt.isolation import IsolationCheck, check_isolation
 from selfdoubt.messages import show_message
 from selfdoubt.model_inputs import InputNames, check_batch, explain_rows, find_batch_size, map_batch
 from selfdoubt.model_outputs import check_batch_axis
@@ -66,6 +66,9 @@ class Wrapped(nn.Module):
             self.module._is_compiled |= self._is_compiled
             self.module._has_fused_path |= self._has_fused_path
         self._graph: Callable[..., Any] | None = None
+        self.tests_members = (
+            True  #: test at the first calls that members are rows of their own, as docs/gotchas.md says
+        )
         self._isolation = IsolationCheck()
         self._lock = RLock()
         self._trained_state = TrainedState(self, self.list_member_parameters())
@@ -135,14 +138,13 @@ class Wrapped(nn.Module):
             members = count_members(self) + has_base
             batch = self._batch_size(args, kwargs, members)
 
-            def run(model: Wrapped, change: Callable[[Tensor], Tensor] = lambda x: x) -> tuple[Any, Any]:
-                grown = map_batch(
-                    lambda x: change(expand(x, members)), args, kwargs, self.input_names, self._shared_inputs, batch
+            def run(model: Wrapped, **how: Any) -> tuple[Any, Any]:
+                rows = map_batch(
+                    lambda x: expand(x, members), args, kwargs, self.input_names, self._shared_inputs, batch
                 )
-                return model.forward_rows(*grown[0], base_row=has_base, **grown[1])
+                return model.forward_rows(*rows[0], base_row=has_base, **how, **rows[1])
 
             y, scales = run(self)
-            self._check_isolation(args, kwargs, y, run)
             distances = self._measure_distances(kwargs, members=members, required=False)
             if distances is not None:
                 distances = unfold(distances, members)
@@ -160,6 +162,7 @@ class Wrapped(nn.Module):
 
             forecast = tree_map(fold, y, scales)
             check_batch_axis(y, members * batch, members)
+            self._check_isolation(args, kwargs, y, run)
         logits = forecast.get("logits") if isinstance(forecast, Mapping) else None
         if self._output == "auto" and isinstance(logits, Forecast):
             forecast["logits"] = replace(logits, kind="logits")
@@ -364,16 +367,11 @@ class Wrapped(nn.Module):
         return batch
 
     def _check_isolation(self, args: tuple[Any, ...], kwargs: dict[str, Any], y: Any, run: Callable[..., Any]) -> None:
-        """Test once per shape whether members are rows of their own."""
-        wrappers = [w for w in list_wrappers(self) if hasattr(w.spec, "answer_from")]
-        if self._is_compiled or not self._isolation.is_due([w.call for w in wrappers], (args, kwargs)):
-            return
-        if (twin := make_twin(self)) is not None:
-            twins = [w for w in list_wrappers(twin) if hasattr(w.spec, "answer_from")]
-            layers = {
-                name: w.module.get_submodule(name) for w in twins for name in w.leaf_names
-            }  # as filters read them
-            check_isolation(twin, layers, wrappers[0].call.members, y, lambda change: run(twin, change)[0])
+        """Test once per kind of call whether members are rows of their own."""
+        contexts = [w.call for w in list_wrappers(self) if hasattr(w.spec, "answer_from")]
+        if self.tests_members and not self._is_compiled and self._isolation.is_due(contexts, (args, kwargs)):
+            has_time = bool(self._time_layers)
+            check_isolation(self, contexts[0], y, lambda twin, **how: run(twin, **how)[0], has_time=has_time)
 
     def _check_split(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         members = count_members(self, training=True)

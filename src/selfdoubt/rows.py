@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -150,9 +151,10 @@ def _is_list_of_ids(x: Tensor) -> bool:
     return x.ndim == 1 and not (x.is_floating_point() or x.is_complex())
 
 
-def leave_out(name: str) -> str:
-    """Return a setting of a wrapper that leaves a leaf out."""
-    return f"param_filter=r'^(?!{name}\\.)'"
+def leave_out(*names: str) -> str:
+    """Return a setting of a wrapper that leaves leaves out."""
+    escaped = "|".join(re.escape(name) for name in names)
+    return f"param_filter=r'^(?!{escaped if len(names) == 1 else f'({escaped})'}\\.)'"
 
 
 class Replacement(nn.Module):

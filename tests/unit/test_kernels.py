@@ -226,6 +226,27 @@ def test_ids_of_the_batch_that_count_up_are_rows():
     assert wrapped(ids, training=True).shape == (6, 4)
 
 
+class Masked(nn.Module):
+    """Attends backwards, by a mask of all rows or of each head of each row."""
+
+    def __init__(self, each):
+        super().__init__()
+        self.attention, self.each = nn.MultiheadAttention(4, 2, batch_first=True), each
+
+    def forward(self, x):
+        mask = nn.Transformer.generate_square_subsequent_mask(x.shape[1], dtype=x.dtype)
+        mask = mask.expand(2 * len(x), -1, -1) if self.each else mask
+        return self.attention(x, x, x, attn_mask=mask)[0]
+
+
+@pytest.mark.parametrize("each", [False, True])
+@pytest.mark.parametrize("length", [5, 6, 12])
+def test_an_attention_mask_is_no_row(length, each):
+    base, wrapped = wrapped_leaf(Masked(each))
+    x = torch.randn(6, length, 4)
+    assert_same(rows(wrapped, x), one_by_one(wrapped, base, x))
+
+
 def test_lines_that_cannot_be_rows_are_refused():
     class Table(nn.Module):
         def __init__(self):

@@ -27,7 +27,7 @@ MODELS = {
             "position_buckets": 16, "share_att_key": True, "norm_rel_ebd": "layer_norm",
         }, "ids", r"LayerNorm got \d+ lines|LayerNorm got several lines",
     ),
-    "Longformer": (_TEXT | {"attention_window": 8}, "ids", "attention.self.query (reads|got)"),
+    "Longformer": (_TEXT | {"attention_window": 8}, "ids", r"attention.self.\w+ (reads?|got) "),
     "Mixtral": (_TEXT | {"num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2}, "ids", None),
     "Mamba": (
         {"vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4}, "ids",
