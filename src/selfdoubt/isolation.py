@@ -44,8 +44,8 @@ RunTwin = Callable[..., Any]
 class IsolationCheck:
     """Tests once per kind of call whether a change of the first member's layers changes other members' answers.
 
-    A test costs one more call of a twin that shares the weights. It says nothing where a model is compiled, run by
-    several processes, or not reproducible.
+    A test costs one more call of a twin that shares the weights, more where that call is not repeated to the bit. It
+    says nothing where a model is compiled, run by several processes, or not reproducible.
     """
 
     def __init__(self) -> None:
@@ -110,7 +110,7 @@ def check_isolation(wrapped: nn.Module, context: ForwardContext, answers: Any, r
     every = list(_find_layers(wrapped))
     disturbed, tolerance = answer(every), _choose_tolerance(wrapped)
     if disturbed is not None and _compare(answers, disturbed, members, rows) > tolerance:
-        before, again = answer(), answer()  # a twin may draw other numbers, or have met the call's state
+        before, again = answer(), answer()  # the call drew other numbers, or began with another state
         if before is None or again is None:
             return
         tolerance = max(tolerance, 10 * _compare(before, again, members, rows))
