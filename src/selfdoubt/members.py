@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from threading import RLock
 from typing import Any
 
@@ -31,7 +32,7 @@ from selfdoubt.model_outputs import check_batch_axis
 from selfdoubt.rows import ForwardContext, Replacement, expand, unfold
 from selfdoubt.scales import pair_scales
 from selfdoubt.sharing import share_module
-from selfdoubt.spec import Spec, describe_wrapping, get_name
+from selfdoubt.spec import Spec, check_order, describe_wrapping
 from selfdoubt.time_axes import check_time_layers, find_time_layers
 from selfdoubt.trained_state import TrainedState, has_other_weights
 from selfdoubt.tree import iter_tensors, tree_map
@@ -51,7 +52,7 @@ class Wrapped(nn.Module):
         super().__init__()
         self.spec: Spec = spec
         leaves = spec.find(model)
-        _check_order(model, spec)
+        check_order([wrapper.spec for wrapper in list_wrappers(model)], spec)
         self.call = ForwardContext()
         self.module = share_module(model, freeze=spec.freezes())
         self.leaf_names = [leaf.name for leaf in leaves]
@@ -137,14 +138,8 @@ class Wrapped(nn.Module):
             has_base = self.answers_from_base
             members = count_members(self) + has_base
             batch = self._batch_size(args, kwargs, members)
-
-            def run(model: Wrapped, **how: Any) -> tuple[Any, Any]:
-                rows = map_batch(
-                    lambda x: expand(x, members), args, kwargs, self.input_names, self._shared_inputs, batch
-                )
-                return model.forward_rows(*rows[0], base_row=has_base, **how, **rows[1])
-
-            y, scales = run(self)
+            rows = self._repeat(args, kwargs, members, batch)
+            y, scales = self.forward_rows(*rows[0], base_row=has_base, **rows[1])
             distances = self._measure_distances(kwargs, members=members, required=False)
             if distances is not None:
                 distances = unfold(distances, members)
@@ -162,7 +157,7 @@ class Wrapped(nn.Module):
 
             forecast = tree_map(fold, y, scales)
             check_batch_axis(y, members * batch, members)
-            self._check_isolation(args, kwargs, y, run)
+            self._check_isolation(args, kwargs, y, members=members, base_row=has_base)
         logits = forecast.get("logits") if isinstance(forecast, Mapping) else None
         if self._output == "auto" and isinstance(logits, Forecast):
             forecast["logits"] = replace(logits, kind="logits")
@@ -307,6 +302,7 @@ class Wrapped(nn.Module):
     def _run_in_training(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, return_risk: bool) -> Any:
         self._check_split(args, kwargs)
         y, scales = self.forward_rows(*args, training=True, **kwargs)
+        self._check_isolation(args, kwargs, y, members=1, training=True)
         if not return_risk:
             return y
         if scales is None:
@@ -366,12 +362,23 @@ class Wrapped(nn.Module):
             check_batch(inputs, shared, batch)
         return batch
 
-    def _check_isolation(self, args: tuple[Any, ...], kwargs: dict[str, Any], y: Any, run: Callable[..., Any]) -> None:
-        """Test once per kind of call whether members are rows of their own."""
+    def _repeat(self, args: tuple[Any, ...], kwargs: dict[str, Any], members: int, batch: int) -> Any:
+        """Return copies of the inputs for all members, positional and keyword ones."""
+        copy = partial(expand, members=members) if members > 1 else torch.clone
+        return map_batch(copy, args, kwargs, self.input_names, self._shared_inputs, batch)
+
+    def _check_isolation(self, args: Any, kwargs: dict[str, Any], y: Any, *, members: int, **how: Any) -> None:
+        """Test once per kind of call whether members are rows of their own; inputs are repeated for ``members``."""
         contexts = [w.call for w in list_wrappers(self) if hasattr(w.spec, "answer_from")]
-        if self.tests_members and not self._is_compiled and self._isolation.is_due(contexts, (args, kwargs)):
-            has_time = bool(self._time_layers)
-            check_isolation(self, contexts[0], y, lambda twin, **how: run(twin, **how)[0], has_time=has_time)
+        if not self.tests_members or self._is_compiled or not self._isolation.is_due(contexts, (args, kwargs)):
+            return
+
+        def run(twin: Wrapped, **more: Any) -> Any:
+            rows = self._repeat(args, kwargs, members, contexts[0].rows // members)
+            with torch.set_grad_enabled(torch.is_grad_enabled() and "training" not in how):  # a graph takes memory
+                return twin.forward_rows(*rows[0], **rows[1], **how, **more)[0]
+
+        check_isolation(self, contexts[0], y, run, has_time=bool(self._time_layers))
 
     def _check_split(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         members = count_members(self, training=True)
@@ -426,20 +433,6 @@ def _find_answer_from(model: nn.Module) -> str | None:
     """Return the choice of the outermost wrapper that makes one; "mean" where none has members."""
     choices = [w.spec.answer_from for w in list_wrappers(model) if hasattr(w.spec, "answer_from")]
     return next((choice for choice in choices if choice is not None), None) if choices else "mean"
-
-
-def _check_order(model: nn.Module, spec: Spec) -> None:
-    """Check that a model's wrappers can be inside of another one.
-
-    Raises:
-        WrapError: If one cannot.
-    """
-    for inside in (wrapper.spec for wrapper in list_wrappers(model)):
-        if not inside.goes_inside or type(inside) is type(spec):
-            raise WrapError(
-                f"the model is wrapped by {get_name(inside)}, which cannot be inside of {get_name(spec)}; the order is "
-                "vote.Wrapper(...)(sample.Wrapper(...)(sculpt.Wrapper(...)(model))), each once"
-            )
 
 
 def _note_loaded(wrapped: Any, incompatible_keys: Any) -> None:  # noqa: ARG001

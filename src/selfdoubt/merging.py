@@ -20,7 +20,7 @@ def takes_merged(leaf: nn.Module, x: Tensor) -> bool:
 
     In a narrow dtype the sum would lose small deviations.
     """
-    is_wide = x.dtype in (torch.float32, torch.float64) and x.dtype == leaf.get_parameter("weight").dtype
+    is_wide = x.dtype in (torch.float32, torch.float64) and x.dtype == leaf.weight.dtype
     # Graphs cannot look up hooks, and are made again where there are new ones.
     has_hooks = not torch.compiler.is_compiling() and any(find(leaf) for find in _HOOKS)
     return is_wide and not has_hooks and not torch.is_autocast_enabled(x.device.type)

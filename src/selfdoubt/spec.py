@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal, Protocol, runtime_checkable
 
 from torch import nn
 
-from selfdoubt.errors import ConfigError
+from selfdoubt.errors import ConfigError, WrapError
 from selfdoubt.rows import ForwardContext
 from selfdoubt.targets import Leaf
 
@@ -69,6 +70,20 @@ def describe_wrapping(spec: Spec, wrapped: nn.Module, leaves: list[Leaf]) -> str
     if spec.verbose > 1:
         lines += [f"  {leaf.name}.{param}" for leaf in leaves for param in leaf.params]
     return "\n".join(lines)
+
+
+def check_order(inside: Sequence[Spec], spec: Spec) -> None:
+    """Check that the wrappers of a model can be inside of another one.
+
+    Raises:
+        WrapError: If one cannot.
+    """
+    for inner in inside:
+        if not inner.goes_inside or type(inner) is type(spec):
+            raise WrapError(
+                f"the model is wrapped by {get_name(inner)}, which cannot be inside of {get_name(spec)}; the order is "
+                "vote.Wrapper(...)(sample.Wrapper(...)(sculpt.Wrapper(...)(model))), each once"
+            )
 
 
 def check_spec(wrapper: Any) -> None:

@@ -416,6 +416,57 @@ def test_a_large_buffer_is_not_written_to():
     assert torch.equal(*answers)
 
 
+def test_members_are_found_mixed_in_training():
+    wrapped = VOTERS(Positions(shifted)).train()
+    with pytest.raises(WrapError, match=r"^positions reads"):
+        wrapped(torch.randn(12, 24, WIDTH))
+
+
+@pytest.mark.parametrize("model", [Windows, Noisy, Normed, lambda: nn.Sequential(Windows(), nn.Dropout(0.3))])
+def test_training_goes_on_as_without_the_test(model):
+    base, x = model(), torch.randn(12, 12, WIDTH)
+    losses = []
+    for tests_members in (True, False):
+        torch.manual_seed(0)
+        wrapped = VOTERS(copy.deepcopy(base)).train()
+        wrapped.tests_members = tests_members
+        optimizer = torch.optim.SGD([p for p in wrapped.parameters() if p.requires_grad], 0.1)
+        for _ in range(3):
+            optimizer.zero_grad()
+            loss = wrapped(x.clone()).square().mean()
+            loss.backward()
+            optimizer.step()
+        losses.append(loss.detach())
+    assert torch.equal(*losses)
+
+
+def test_transforms_of_functions_go_on():
+    model = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.ReLU(), nn.Linear(WIDTH, 2))
+    wrapped, x = VOTERS(model), torch.randn(5, 6, WIDTH)
+    assert torch.func.vmap(lambda rows: wrapped(rows, training=True), randomness="same")(x).shape == (5, 6, 2)
+    assert torch.func.vmap(lambda rows: wrapped.forecast(rows).members, randomness="same")(x).shape == (5, 3, 6, 2)
+    p = dict(wrapped.named_parameters())
+
+    def loss(p, rows):
+        return torch.func.functional_call(wrapped, p, (rows,), {"training": True}).sum()
+
+    assert torch.func.vmap(torch.func.grad(loss), (None, 0))(p, x).keys() == p.keys()
+
+
+def test_inputs_that_a_model_changes_are_changed_once():
+    class Doubling(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head = nn.Linear(WIDTH, 2)
+
+        def forward(self, x):
+            return self.head(x.mul_(2))
+
+    wrapped, x = VOTERS(Doubling()).train(), torch.ones(6, WIDTH)
+    wrapped(x)
+    assert torch.equal(x, torch.full((6, WIDTH), 2.0))
+
+
 class Counting(nn.Module):
     """Has state of every kind, all of which a call changes."""
 
