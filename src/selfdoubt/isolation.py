@@ -82,7 +82,7 @@ def check_isolation(wrapped: nn.Module, context: ForwardContext, answers: Any, r
         context: State of its call.
         answers: What it returned, on the rows of all members.
         run: Runs a twin of it on the same inputs.
-        has_time: True if it has layers that could read the rows as time.
+        has_time: True if all members read the same inputs, and layers could read the rows as time.
 
     Raises:
         WrapError: If members are mixed.

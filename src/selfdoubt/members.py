@@ -378,7 +378,8 @@ class Wrapped(nn.Module):
             with torch.set_grad_enabled(torch.is_grad_enabled() and "training" not in how):  # a graph takes memory
                 return twin.forward_rows(*rows[0], **rows[1], **how, **more)[0]
 
-        check_isolation(self, contexts[0], y, run, has_time=bool(self._time_layers))
+        is_repeated = "training" not in how  # then the same rows lie in several places
+        check_isolation(self, contexts[0], y, run, has_time=is_repeated and bool(self._time_layers))
 
     def _check_split(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         members = count_members(self, training=True)

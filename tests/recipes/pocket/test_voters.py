@@ -51,7 +51,8 @@ def test_the_voters_are_trained_by_fit_and_written_with_their_calibration(tiny_f
     assert known == shipped["wrappers"]  # which were written before newer settings, and mean their defaults
     fingerprints = [manifest["base"].pop("fingerprint") for manifest in (made, shipped)]
     assert made["base"] == shipped["base"]
-    assert fingerprints[0].items() >= fingerprints[1].items()  # earlier ones have vectors only
+    # Earlier ones have vectors only, without alignments.
+    assert all(fingerprints[0][name][:2] == numbers[:2] for name, numbers in fingerprints[1].items())
     assert made["reference"].keys() >= shipped["reference"].keys()
     made_tensors, shipped_tensors = (load_file(f / "added.safetensors") for f in (out, pocket.voters_folder()))
     assert {n: (t.shape, t.dtype) for n, t in made_tensors.items()} == {

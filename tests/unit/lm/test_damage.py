@@ -246,7 +246,7 @@ NAMED = [
     (("reference", "sum_nll"), [], "reference.sum_nll must be a list of at least 1, found []"),
     (("calibration", "threshold"), "high", "calibration.threshold must be null or a finite number at least 0 and at"),
     (("calibration", "weights"), [1.0], "calibration.weights must be a list of 2, found 1"),
-    (("base", "fingerprint"), {"a": [1.0]}, "base.fingerprint.a must be a list of 2, found [1.0]"),
+    (("base", "fingerprint"), {"a": [1.0]}, "base.fingerprint.a must be a list of at least 2, found [1.0]"),
     (("base", "name"), "a\nb", "base.name must be null or a text of one line, found 'a\\nb'"),
     (("lora",), 1, "lora must be true or false, found 1"),
     (("checksums",), {"manifest": "0" * 64, "../x": "0" * 64}, "checksums must be a table of manifest, added.safe"),
