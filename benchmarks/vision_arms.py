@@ -175,7 +175,7 @@ def _train_others(arm: str, build: Build, data: Digits, budget: Budget, members:
 
 def _train_ours(arm: str, build: Build, data: Digits, budget: Budget, wide: Budget, members: int) -> Any:
     name, kinds = arm.rpartition("+")[2], dict[str, Any](output="logits")
-    wrapper: Any = {
+    wrappers: dict[str, Any] = {
         "vote": vote.Wrapper(n_voters=members, **kinds),
         "vote-split": vote.Wrapper(n_voters=members, **kinds),
         "vote-fresh": vote.Wrapper(n_voters=members, finetune=False, **kinds),
@@ -183,10 +183,10 @@ def _train_ours(arm: str, build: Build, data: Digits, budget: Budget, wide: Budg
         "sample-default": sample.Wrapper(n_samples=members, **kinds),
         "sculpt": sculpt.Wrapper(),
         "density": density.Wrapper(),
-    }[name]
-    network = build()
+    }
+    wrapper, network = wrappers[name], build()
     if "+" in arm:
-        inside = sample.Wrapper(n_samples=members, **kinds)(network) if arm.startswith("sample+") else network
+        inside = wrappers["sample-default"](network) if arm.startswith("sample+") else network
         train(inside, data.x, data.y, F.cross_entropy, budget)
         wrapped = wrapper(inside)
         if name == "density":

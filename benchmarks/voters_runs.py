@@ -53,22 +53,18 @@ def _voters(**settings: Any) -> dict[str, Any]:
 
 
 _QV = "q_proj|v_proj"
+_LORA = {"lora_r": 48, "lora_alpha": 48.0, "lora_targets": _QV}
 
 
 def _samples(noise: sample.Normal | sample.Bernoulli) -> dict[str, Any]:
-    return {
-        "wrapper": sample.Wrapper(n_samples=5, distribution=noise),
-        "lora_r": 48,
-        "lora_alpha": 48.0,
-        "lora_targets": _QV,
-    }
+    return {"wrapper": sample.Wrapper(n_samples=5, distribution=noise), **_LORA}
 
 
 _ALL_LINEAR = r"(q|k|v|o|gate|up|down)_proj\.weight$"
 ARMS: dict[str, Arm] = {
     "lora": Arm(
         "one LoRA of rank 48 on q and v: as many trainable parameters as three voters of rank 16",
-        {"wrapper": None, "lora_r": 48, "lora_alpha": 48.0, "lora_targets": _QV},
+        {"wrapper": None, **_LORA},
     ),
     "vote": Arm("three voters of rank 16 on q and v, each with its share of every batch (split)", _voters()),
     "vote-all": Arm(
@@ -93,7 +89,7 @@ ARMS: dict[str, Arm] = {
     ),
     "lora-long": Arm(
         "as lora, three times the steps",
-        {"wrapper": None, "lora_r": 48, "lora_alpha": 48.0, "lora_targets": _QV}, steps=3.0,
+        {"wrapper": None, **_LORA}, steps=3.0,
     ),
 }  # fmt: skip
 PLAIN = "plain"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -57,10 +58,16 @@ def find_difference(wrapped: nn.Module, fingerprint: Mapping[str, Sequence[float
     return None
 
 
+@cache
+def _make_signs() -> Tensor:
+    """Return 1 or -1 for each place; there can be twice as many numbers as are read, as they lie evenly."""
+    return ((scramble(torch.arange(2 * _READ)) & 1) * 2 - 1).to(torch.int8)
+
+
 def _describe(p: Tensor) -> list[float]:
     """Return mean absolute value, number of numbers and alignment."""
     values = p.detach().reshape(-1)[:: max(1, p.numel() // _READ)].double()
     size = float(values.abs().mean())
-    signs = (scramble(torch.arange(len(values), device=p.device)) & 1) * 2 - 1
+    signs = _make_signs()[: len(values)].to(p.device)
     alignment = float((signs * values).sum()) / (len(values) ** 0.5 * size) if size else 0.0
     return [size, p.numel(), alignment]

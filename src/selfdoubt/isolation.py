@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from selfdoubt.errors import WrapError
-from selfdoubt.rows import ForwardContext, Replacement, leave_out
+from selfdoubt.rows import ForwardContext, Replacement, leave_out, unfold
 from selfdoubt.sharing import share_module
 from selfdoubt.tree import iter_tensors, tree_map
 
@@ -153,7 +153,7 @@ def _explain(guilty: Sequence[str], odd: Collection[str]) -> str:
 def _find_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Return the replaced layers that members change, by the names that a filter reads."""
     layers = (m for m in model.modules() if isinstance(m, Replacement))
-    return {m.leaf_name: m for m in layers if "leaf_name" in vars(m)}
+    return {m.leaf_name: m for m in layers if m.leaf_name}
 
 
 def _make_twin(model: nn.Module) -> nn.Module | None:
@@ -216,24 +216,23 @@ def _compare(before: Any, after: Any, members: int, rows: int) -> float:
 
     Of one member all answers count.
     """
-    pairs = list(zip(iter_tensors(before), iter_tensors(after), strict=False))
-    change = 0.0
-    for x, y in pairs:
-        if x.ndim and len(x) == rows and x.numel() and x.shape == y.shape:
-            first = rows // members if members > 1 else 0
-            change = max(change, _measure(x[first:], y[first:], x))
-    return change if len(pairs) == sum(1 for _ in iter_tensors(before)) == sum(1 for _ in iter_tensors(after)) else 1.0
+    xs, ys = list(iter_tensors(before)), list(iter_tensors(after))
+    if len(xs) != len(ys):
+        return 1.0
+    first = rows // members if members > 1 else 0
+    alike = [(x, y) for x, y in zip(xs, ys, strict=True) if _has_rows(x, rows) and x.shape == y.shape]
+    return max((_measure(x[first:], y[first:], x) for x, y in alike), default=0.0)
 
 
 def _compare_places(answers: Any, members: int, rows: int) -> float:
     """Return the largest difference between the members' answers, which are all the base model's."""
-    blocks = [
-        x.reshape(members, rows // members, *x.shape[1:])
-        for x in iter_tensors(answers)
-        if x.ndim and len(x) == rows and x.numel()
-    ]
-    floats = [x for x in blocks if x.is_floating_point()]
-    return max((_measure(x[:1].expand_as(x), x, x) for x in floats), default=0.0)
+    floats = [x for x in iter_tensors(answers) if _has_rows(x, rows) and x.is_floating_point()]
+    blocks = [unfold(x, members) for x in floats]
+    return max((_measure(x[:1].expand_as(x), x, x) for x in blocks), default=0.0)
+
+
+def _has_rows(x: Tensor, rows: int) -> bool:
+    return x.ndim > 0 and len(x) == rows and x.numel() > 0
 
 
 def _measure(x: Tensor, y: Tensor, all_of_x: Tensor) -> float:

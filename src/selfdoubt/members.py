@@ -363,9 +363,9 @@ class Wrapped(nn.Module):
         return batch
 
     def _repeat(self, args: tuple[Any, ...], kwargs: dict[str, Any], members: int, batch: int) -> Any:
-        """Return copies of the inputs for all members, positional and keyword ones."""
-        copy = partial(expand, members=members) if members > 1 else torch.clone
-        return map_batch(copy, args, kwargs, self.input_names, self._shared_inputs, batch)
+        """Return the inputs for all members, positional and keyword ones."""
+        repeat = partial(expand, members=members)
+        return map_batch(repeat, args, kwargs, self.input_names, self._shared_inputs, batch)
 
     def _check_isolation(self, args: Any, kwargs: dict[str, Any], y: Any, *, members: int, **how: Any) -> None:
         """Test once per kind of call whether members are rows of their own; inputs are repeated for ``members``."""
@@ -374,7 +374,9 @@ class Wrapped(nn.Module):
             return
 
         def run(twin: Wrapped, **more: Any) -> Any:
-            rows = self._repeat(args, kwargs, members, contexts[0].rows // members)
+            batch = contexts[0].rows // members
+            copies = map_batch(torch.clone, args, kwargs, self.input_names, self._shared_inputs, batch)
+            rows = self._repeat(*copies, members, batch)
             with torch.set_grad_enabled(torch.is_grad_enabled() and "training" not in how):  # a graph takes memory
                 return twin.forward_rows(*rows[0], **rows[1], **how, **more)[0]
 

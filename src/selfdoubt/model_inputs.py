@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from selfdoubt.errors import ConfigError, DataError, ShapeError
-from selfdoubt.rows import ForwardContext, leave_out
+from selfdoubt.rows import ForwardContext, is_list_of_ids, leave_out
 from selfdoubt.tree import iter_tensors, tree_map
 
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
@@ -128,7 +128,7 @@ def split_inputs(batch: Any, names: InputNames) -> tuple[tuple[Any, ...], dict[s
     if not isinstance(batch, (tuple, list)):
         return (batch,), {}
     required = max(names.required, 1)
-    if names.is_open and len(batch) > 1 and isinstance(batch[-1], Tensor) and _is_like_labels(batch[-1]):
+    if names.is_open and len(batch) > 1 and isinstance(batch[-1], Tensor) and is_list_of_ids(batch[-1]):
         raise DataError(
             f"a batch has {len(batch)} entries, and the last looks like labels, {len(batch[-1])} whole numbers; leave "
             "them out, or name the inputs in a dict"
@@ -157,10 +157,6 @@ def read_batches(loader: Any, names: InputNames) -> Iterator[tuple[tuple[Any, ..
         yield split_inputs(batch, names)
     if batch is None:
         raise DataError("the loader gave no batches; a generator can be read once: give a list or a DataLoader")
-
-
-def _is_like_labels(x: Tensor) -> bool:
-    return x.ndim == 1 and not (x.is_floating_point() or x.is_complex())
 
 
 @contextmanager

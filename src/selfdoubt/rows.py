@@ -73,7 +73,7 @@ class ForwardContext:
         inputs: Iterable[Tensor] = (),
     ) -> None:  # fmt: skip
         """Take the state of a new call, and drop what the one before has left."""
-        self.inputs = () if torch.compiler.is_compiling() else tuple(x for x in inputs if _is_list_of_ids(x))
+        self.inputs = () if torch.compiler.is_compiling() else tuple(x for x in inputs if is_list_of_ids(x))
         self.members, self.rows, self.training, self.has_base, self.active = members, rows, training, has_base, active
         self.reached, self.many_lines, self.is_running = False, None, True
         if not torch.compiler.is_compiling():  # a graph would be compiled again for each number
@@ -127,7 +127,7 @@ class ForwardContext:
             return x
         if len(x) == 1:
             return x.expand(self.rows, *x.shape[1:])
-        if _is_list_of_ids(x) and (len(x) % self.rows or self._are_positions(x)):
+        if is_list_of_ids(x) and (len(x) % self.rows or self._are_positions(x)):
             return x.expand(self.rows, len(x))
         if len(x) % self.rows:
             raise ShapeError(
@@ -147,7 +147,8 @@ class ForwardContext:
         return not given and torch.equal(ids, torch.arange(len(ids), device=ids.device, dtype=ids.dtype))
 
 
-def _is_list_of_ids(x: Tensor) -> bool:
+def is_list_of_ids(x: Tensor) -> bool:
+    """Return True for a tensor of one dimension with whole numbers."""
     return x.ndim == 1 and not (x.is_floating_point() or x.is_complex())
 
 
@@ -162,6 +163,8 @@ class Replacement(nn.Module):
 
     Other attributes are the leaf's, since models and libraries read ``layer.weight`` or ``layer.in_features``.
     """
+
+    leaf_name: str = ""  #: name of the leaf, as a filter reads it, where members change it
 
     def __init__(self, leaf: nn.Module, call: ForwardContext) -> None:
         super().__init__()

@@ -76,12 +76,21 @@ class TimeFirst(nn.Module):
         return self.head(self.recurrent(x)[0].mean(1))
 
 
+def shifted(length):
+    return torch.arange(length) + 2
+
+
+def read_filter(error):
+    """The filter that a message proposes."""
+    return str(error.value).partition("param_filter=r'")[2].partition("' (")[0]
+
+
 VOTERS = vote.Wrapper(n_voters=3)
 MIXED = {
-    "shifted": (VOTERS, Positions(lambda length: torch.arange(length) + 2), (3, 24), "positions"),
+    "shifted": (VOTERS, Positions(shifted), (3, 24), "positions"),
     "flipped": (VOTERS, Positions(lambda length: torch.arange(length).flip(0)), (1, 16), "positions"),
     "the mean answers": (
-        vote.Wrapper(n_voters=3, answer_from="mean"), Positions(lambda length: torch.arange(length) + 2), (4, 12),
+        vote.Wrapper(n_voters=3, answer_from="mean"), Positions(shifted), (4, 12),
         "positions",
     ),
     "latents": (vote.Wrapper(n_voters=3, param_filter="query|key"), nn.Sequential(Latents(16)), (4, 12), "0.query"),
@@ -101,10 +110,10 @@ def test_mixed_members_are_an_error_that_names_the_layer(case):
 
 
 def test_the_repair_of_the_message_works():
-    model, x = Positions(lambda length: torch.arange(length) + 2), torch.randn(3, 24, WIDTH)
+    model, x = Positions(shifted), torch.randn(3, 24, WIDTH)
     with pytest.raises(WrapError) as error:
         VOTERS(model).predict(x)
-    repair = str(error.value).partition("param_filter=r'")[2].partition("' (")[0]
+    repair = read_filter(error)
     wrapped = vote.Wrapper(n_voters=3, param_filter=repair)(model)
     members = wrapped.forecast(x).members
     for voter in range(3):
@@ -121,10 +130,6 @@ def test_positions_of_t5_are_found():
     ids = torch.randint(0, 50, (2, 16))
     members = alone.forecast(ids)["last_hidden_state"].members
     torch.testing.assert_close(members[1], vote.merge_voter(alone, 1)(ids)["last_hidden_state"], atol=1e-5, rtol=1e-5)
-
-
-def shifted(length):
-    return torch.arange(length) + 2
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
@@ -231,7 +236,7 @@ def test_all_layers_are_named_at_once():
     x = torch.randn(3, 24, WIDTH)
     with pytest.raises(WrapError, match=r"^positions, more read something .*\(\?!\(positions\|more\)") as error:
         VOTERS(Two()).predict(x)
-    repair = str(error.value).partition("param_filter=r'")[2].partition("' (")[0]
+    repair = read_filter(error)
     vote.Wrapper(n_voters=3, param_filter=repair)(Two()).predict(x)
 
 
@@ -248,7 +253,7 @@ def test_odd_names_are_left_out_too():
     x = torch.randn(3, 24, WIDTH)
     with pytest.raises(WrapError) as error:
         VOTERS(Table()).predict(x)
-    repair = str(error.value).partition("param_filter=r'")[2].partition("' (")[0]
+    repair = read_filter(error)
     vote.Wrapper(n_voters=3, param_filter=repair)(Table()).predict(x)
 
 
