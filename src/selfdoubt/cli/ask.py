@@ -26,6 +26,7 @@ def ask(
     trust_remote_code: flags.RemoteCode = False,
     answer_from: flags.AnswerFromFlag = None,
     step: flags.StepFlag = "auto",
+    prepack: flags.Prepack = None,
     as_json: flags.AsJson = False,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the text as it is, without a chat template.")] = False,
     temperature: Annotated[
@@ -58,7 +59,9 @@ def ask(
     if candidates is not None and until_percentile is not None:
         raise ConfigError("--candidates and --until-percentile exclude each other: give one of them")
     flags.check_whole_texts(*questions)
-    lm = flags.load_lm(model, adapter, wrapper, dtype, quantize, risk, trust_remote_code, answer_from, step)
+    lm = flags.load_lm(
+        model, adapter, wrapper, dtype, quantize, risk, trust_remote_code, answer_from, step, prepack=prepack
+    )  # fmt: skip
     options: dict[str, Any] = {"max_tokens": max_tokens, "top_p": top_p, "seed": seed, "raw": raw}
     if temperature is not None:
         options["temperature"] = temperature

@@ -27,6 +27,7 @@ def chat(
     trust_remote_code: flags.RemoteCode = False,
     answer_from: flags.AnswerFromFlag = None,
     step: flags.StepFlag = "auto",
+    prepack: flags.Prepack = None,
     host: Annotated[str, typer.Option(help="An address of this machine that no other can reach.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="0 takes a free one.")] = 7860,
     max_tokens: Annotated[
@@ -50,7 +51,9 @@ def chat(
 
     from selfdoubt.serve.chat import mount
 
-    lm = flags.load_lm(model, adapter, wrapper, dtype, quantize, risk, trust_remote_code, answer_from, step)
+    lm = flags.load_lm(
+        model, adapter, wrapper, dtype, quantize, risk, trust_remote_code, answer_from, step, prepack=prepack
+    )  # fmt: skip
     from selfdoubt.serve.engine.engine import Engine
     from selfdoubt.serve.engine.threads import limit_threads
 

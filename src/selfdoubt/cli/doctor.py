@@ -33,6 +33,7 @@ def doctor(
     trust_remote_code: flags.RemoteCode = False,
     answer_from: flags.AnswerFromFlag = None,
     step: flags.StepFlag = "auto",
+    prepack: flags.Prepack = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> int:
     """Measure a model on this machine, memory and time, and say what would make it faster."""
@@ -47,7 +48,7 @@ def doctor(
     loading: dict[str, Any] = {
         "adapter": adapter, "wrapper": flags.parse_wrapper(wrapper), "dtype": dtype, "quantize": quantize,
         "trust_remote_code": trust_remote_code, "answer_from": answer_from,
-        "step": check_step_mode(step),
+        "step": check_step_mode(step), "prepack": prepack,
     }  # fmt: skip
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UntrainedWarning)  # of risks, which are not looked at here
@@ -98,7 +99,8 @@ def list_findings(diagnosis: Diagnosis) -> list[tuple[str, str]]:
         (
             "weights",
             f"{weights.parameters:,} parameters, {format_bytes(weights.bytes)} ({dtypes})"
-            + (", quantised" if weights.quantized else ""),
+            + (", quantised" if weights.quantized else "")
+            + (f"; prepacked copies {format_bytes(diagnosis.prepacked_bytes)}" if diagnosis.prepacked_bytes else ""),
         ),
         ("added", f"{diagnosis.added_parameters:,} parameters, {format_bytes(diagnosis.added_bytes)}"),
         (

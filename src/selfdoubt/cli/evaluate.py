@@ -35,6 +35,7 @@ def evaluate(
     trust_remote_code: flags.RemoteCode = False,
     answer_from: flags.AnswerFromFlag = None,
     step: flags.StepFlag = "auto",
+    prepack: flags.Prepack = None,
     task: flags.TaskFlag = None,
     answer_separator: flags.AnswerSeparator = None,
     split: flags.Split = None,
@@ -74,7 +75,9 @@ def evaluate(
         judge, questions, judge_url, judge_model, out, lambda name: question_sets.read_column(data, name, **reading)
     )
     config = replace(config, shots=tuple(_choose_shots(shots, shots_from, questions, data, reading)))
-    lm = flags.load_lm(model, adapter, wrapper, dtype, quantize, risk, trust_remote_code, answer_from, step)
+    lm = flags.load_lm(
+        model, adapter, wrapper, dtype, quantize, risk, trust_remote_code, answer_from, step, prepack=prepack
+    )  # fmt: skip
     run = Run(
         model=model or ("pocket" if adapter is None else None),
         adapter=None if adapter is None else str(adapter),

@@ -56,6 +56,15 @@ StepFlag = Annotated[
         metavar="auto|eager|static|captured|compiled",
     ),
 ]
+Prepack = Annotated[
+    bool | None,
+    typer.Option(
+        "--prepack/--no-prepack",
+        help="Keep copies of the weights in a layout that a CPU reads faster. [default: if they take at most a quarter "
+        "of the free memory]",
+        show_default=False,
+    ),
+]
 Dtype = Annotated[
     str,
     typer.Option(
@@ -131,6 +140,7 @@ def load_lm(
     answer_from: str | None = None,
     step: str = "auto",
     *,
+    prepack: bool | None = None,
     show_note: bool = True,
 ) -> RiskAwareLM:
     """Load the model that the flags name, and print its note, if it has one, as one line on standard error."""
@@ -151,6 +161,7 @@ def load_lm(
             risk=risk or None,
             answer_from=answer_from,  # type: ignore[arg-type]
             step=check_step_mode(step),
+            prepack=prepack,
         )
     if show_note and lm.note is not None:
         print(f"selfdoubt: note: {lm.note}", file=sys.stderr)

@@ -56,6 +56,7 @@ def prepare(
     quantize: flags.Quantize = None,
     trust_remote_code: flags.RemoteCode = False,
     step: flags.StepFlag = "auto",
+    prepack: flags.Prepack = None,
     **settings: Any,
 ) -> int:
     """Make a model risk-aware without labels and without training: answer questions, and keep the scores' quantiles.
@@ -71,7 +72,8 @@ def prepare(
     columns = Columns(question=question_column, context=context_column)
     sources = tuple(path for path in (adapter, model) if path is not None)
     load = partial(
-        flags.load_lm, model, adapter, "auto", dtype, quantize, None, trust_remote_code, step=step, show_note=False
+        flags.load_lm, model, adapter, "auto", dtype, quantize, None, trust_remote_code, step=step, prepack=prepack,
+        show_note=False,
     )  # fmt: skip
     result = run(
         load, out, questions, wrapper=members, config=config, limit=limit, columns=columns, split=split, sources=sources

@@ -33,6 +33,7 @@ def serve(
     trust_remote_code: flags.RemoteCode = False,
     answer_from: flags.AnswerFromFlag = None,
     step: flags.StepFlag = "auto",
+    prepack: flags.Prepack = None,
     host: Annotated[str, typer.Option(help="Address to listen on; others than this machine's own need a key.")] = (
         "127.0.0.1"
     ),
@@ -103,7 +104,10 @@ def serve(
     access = "needs a key" if keys else "needs no key: only this machine can connect"
     page = f"; the page is at {url}/" if ui else ""
     message = f"selfdoubt serves {server_settings.name} at {url}/v1 ({access}){page}"
-    load = partial(_load, threads, model, adapter, wrapper, dtype, quantize, risk, trust_remote_code, answer_from, step)
+    load = partial(
+        _load, threads, model, adapter, wrapper, dtype, quantize, risk, trust_remote_code, answer_from, step,
+        prepack=prepack,
+    )  # fmt: skip
     if ray_address is not None:
         from selfdoubt.serve.ray.token import offer_token
 
@@ -148,13 +152,13 @@ def _serve_one(
     return 0 if ended_well else 1
 
 
-def _load(threads: int | None, *model: Any) -> RiskAwareLM:
+def _load(threads: int | None, *model: Any, prepack: bool | None = None) -> RiskAwareLM:
     """Load the model for this process, or for that of a replica."""
     from selfdoubt.serve.engine import memory
     from selfdoubt.serve.engine.threads import limit_threads
 
     memory.bound_process_memory()
-    lm = flags.load_lm(*model)
+    lm = flags.load_lm(*model, prepack=prepack)
     limit_threads(lm, threads)
     memory.limit_shapes(lm)
     return lm

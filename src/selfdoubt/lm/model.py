@@ -28,6 +28,7 @@ from selfdoubt.lm.load import POCKET, Quantization, choose_dtype, find_pocket_vo
 from selfdoubt.lm.noise_search import search_noise
 from selfdoubt.lm.notes import PLAIN_NOTE, explain_uncalibrated, explain_untrained
 from selfdoubt.lm.options import Options, read_number, read_options, read_seed
+from selfdoubt.lm.prepacked import set_prepacking
 from selfdoubt.lm.scores import RANK_SCORES, TOKEN_RISK, Score, Signal, choose_default_risk
 from selfdoubt.lm.scoring import score_teacher_forced
 from selfdoubt.lm.step_modes import StepMode, check_step_mode, choose_step_mode
@@ -168,6 +169,7 @@ class RiskAwareLM:
         layers: Sequence[int] = (),
         answer_from: AnswerFrom | None = None,
         step: StepMode = "auto",
+        prepack: bool | None = None,
     ) -> RiskAwareLM:
         """Load a model and make it aware of its risk.
 
@@ -192,6 +194,7 @@ class RiskAwareLM:
             step: Way in which steps of decoding run: "eager" over a cache that grows, "static" over one of fixed sizes,
                 "captured" as CUDA graphs of the static step, "compiled" by ``torch.compile``, and captured on a GPU.
                 "auto" captures on a GPU and is eager elsewhere. Answers are the same, but for rounding.
+            prepack: Keep copies of the weights that a CPU reads faster, see ``prepacked``; None does where they fit.
 
         Raises:
             LoadError: If the model or the adapter cannot be read.
@@ -244,6 +247,7 @@ class RiskAwareLM:
         )  # fmt: skip
         size = None if added is None else added.reference_size
         lm._front = replace(lm._front, revision=revision, reference_size=size)
+        set_prepacking(model, prepack)
         if given is not None and getattr(given, "seeks_noise", False):
             search_noise(lm)
         return lm

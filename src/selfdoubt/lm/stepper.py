@@ -19,10 +19,10 @@ from selfdoubt.errors import PromptError, WrapError
 from selfdoubt.lm import cache
 from selfdoubt.lm.attention_backends import steady_attention
 from selfdoubt.lm.chunks import ChunkSizer
-from selfdoubt.lm.few_rows import find_linears, use_few_rows
 from selfdoubt.lm.grouped_queries import group_queries
 from selfdoubt.lm.hidden_states import OutputRecorder, find_decoder_layer
 from selfdoubt.lm.late_fork import LateFork, find_late_fork
+from selfdoubt.lm.prepacked import find_products, use_products
 from selfdoubt.lm.step_output import Probe, StepOutput
 from selfdoubt.members import Wrapped, count_rows, has_base_row
 from selfdoubt.rows import expand, unfold
@@ -68,7 +68,7 @@ class HFStepper:
         self._has_background = self._measured is not None and self._measured.has_background
         base = innermost(model)
         self._recorder = OutputRecorder([find_decoder_layer(base, layer) for layer in layers])
-        self._linears = find_linears(model)
+        self._products = find_products(model)
         self.config = base.config.get_text_config()  # type: ignore[union-attr, operator]
         self.device = next(base.parameters()).device
         self.takes_positions = "position_ids" in inspect.signature(base.forward).parameters
@@ -266,8 +266,7 @@ class HFStepper:
             inputs["attention_mask"] = mask
             if self.takes_positions:
                 inputs["position_ids"] = (mask.cumsum(1) - 1).clamp_min(0)[:, first:]
-        few = use_few_rows(self._linears, rows * ids.numel())
-        with steady_attention(), few, self.probing(probed, only_base=only_base):
+        with steady_attention(), use_products(self._products), self.probing(probed, only_base=only_base):
             result, self._cache = self.run_probed(inputs, keep, only_base=only_base)
         return result
 

@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from selfdoubt import RiskAwareLM, sample, sculpt, vote
 from selfdoubt.lm.adapters.lora import add_lora
+from selfdoubt.lm.prepacked import MOST_ROWS, can_prepack, count_copied_bytes, set_prepacking
 from selfdoubt.members import Wrapped
 from selfdoubt.rows import expand
 from selfdoubt.serve.engine import memory
@@ -37,18 +38,19 @@ WRAPPERS = {
 
 
 class Products(TorchDispatchMode):
-    """Collects how many rows the left side of every product in half precision has."""
+    """Collects how many rows the left side of every product has that oneDNN computes."""
 
     def __init__(self) -> None:
         super().__init__()
         self.rows: set[int] = set()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        aten = torch.ops.aten
-        place = {aten.mm: 0, aten.linear: 0, aten.bmm: 0, aten.addmm: 1}.get(func.overloadpacket)
-        if place is not None and args[place].dtype == torch.bfloat16:
+        aten, packet = torch.ops.aten, func.overloadpacket
+        is_prepacked = packet is torch.ops.mkldnn._linear_pointwise
+        place = 0 if is_prepacked else {aten.mm: 0, aten.linear: 0, aten.bmm: 0, aten.addmm: 1}.get(packet)
+        if place is not None and (is_prepacked or args[place].dtype == torch.bfloat16):
             left = args[place]
-            each = len(left) if func.overloadpacket is aten.bmm else 1
+            each = len(left) if packet is aten.bmm else 1
             self.rows.add(left.numel() // left.shape[-1] // each)
         return func(*args, **kwargs or {})
 
@@ -91,9 +93,10 @@ def test_sizes_grow_by_a_third_at_most():
 
 
 @pytest.mark.parametrize("wrapper", WRAPPERS)
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_products_in_half_precision_have_few_row_counts(family, wrapper):
+@pytest.mark.parametrize(("family", "prepack"), [("llama", False), ("llama", True), ("gpt2", True)])
+def test_products_in_half_precision_have_few_row_counts(family, wrapper, prepack):
     lm = model(family, wrapper)
+    set_prepacking(lm.model, prepack)
     allowed = set(memory.ROW_COUNTS) | {members(lm) * size for size in memory.ROW_COUNTS}
     assert not rows_of(lm) <= allowed
     memory.limit_shapes(lm)
@@ -102,9 +105,11 @@ def test_products_in_half_precision_have_few_row_counts(family, wrapper):
     assert found <= allowed
 
 
+@pytest.mark.parametrize("prepack", [False, True])
 @pytest.mark.parametrize("wrapper", WRAPPERS)
-def test_answers_are_the_same_with_few_shapes(wrapper):
+def test_answers_are_the_same_with_few_shapes(wrapper, prepack):
     lm = model("llama", wrapper)
+    set_prepacking(lm.model, prepack)
     prompts = [torch.tensor(zoo.prompts(*[length] * batch)) for batch, length in ((1, 1), (7, 9), (9, 30), (1, 31))]
     with torch.inference_mode():
         plain = [run(lm, ids) for ids in prompts]
@@ -125,8 +130,26 @@ def test_rows_filled_up_change_no_row(rows, among):
 
 def test_other_precisions_are_left_alone(talker):
     assert not any("forward" in vars(m) for m in talker.model.modules())
+    set_prepacking(talker.model, choice=False)
     memory.limit_shapes(talker)
     assert not any("forward" in vars(m) for m in talker.model.modules())
+    set_prepacking(talker.model, None)
+
+
+@pytest.mark.skipif(not can_prepack(nn.Linear(4, 4)), reason="the oneDNN of this machine has no prepacked products")
+def test_prepacked_products_in_float32_have_few_row_counts():
+    lm = RiskAwareLM(copy.deepcopy(zoo.causal("llama", torch.float32)).eval(), zoo.tokenizer())
+    set_prepacking(lm.model, choice=True)
+    ids = [torch.tensor(zoo.prompts(*[length] * batch)) for batch, length in ((1, 1), (7, 9), (31, 1), (15, 9))]
+    with torch.inference_mode():
+        expected = [run(lm, each) for each in ids]
+        memory.limit_shapes(lm)
+        for each, logits in zip(ids, expected, strict=True):
+            torch.testing.assert_close(run(lm, each), logits, rtol=1e-4, atol=1e-4)
+    assert count_copied_bytes(lm.model) > 0
+    rows = rows_of(lm)
+    assert rows
+    assert rows <= {size for size in memory.ROW_COUNTS if size <= MOST_ROWS}
 
 
 def fresh(code: str, **environment: str) -> str:

@@ -1,8 +1,8 @@
 """Bounds on a server's memory: few shapes of products, a small cache of them, and free memory that is returned.
 
-In half precision on a CPU, torch computes products with oneDNN, which compiles a kernel for every number of rows that
-it meets and keeps up to 1,024 of them, about 0.6 MB each. A server meets every number of rows, so its products are
-filled up to one of a few, and fewer kernels are kept.
+In half precision on a CPU, and with prepacked weights, torch computes products with oneDNN, which compiles a kernel for
+every number of rows that it meets and keeps up to 1,024 of them, about 0.6 MB each. A server meets every number of
+rows, so its products are filled up to one of a few, and fewer kernels are kept.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from selfdoubt import kernels
 from selfdoubt.compat import is_transposed
 from selfdoubt.lm.model import RiskAwareLM
+from selfdoubt.lm.prepacked import MOST_ROWS, find_products
 from selfdoubt.members import Wrapped, count_rows
 from selfdoubt.rows import Replacement
 
@@ -47,22 +48,26 @@ def limit_compiled_products() -> None:
 
 
 def limit_shapes(lm: RiskAwareLM) -> None:
-    """Let the products of a model in half precision on a CPU have row counts of ``ROW_COUNTS`` only, in place.
+    """Let the products of a model that oneDNN computes have row counts of ``ROW_COUNTS`` only, in place.
 
     Rows of a product do not see each other: answers are those of another batch size. A compiled model keeps its shapes.
+    Prepacked weights count as unchanged from now on.
     """
     model = lm.model
     wrapped = [m for m in model.modules() if isinstance(m, Wrapped)]
     if next(model.parameters()).device.type != "cpu" or any(m.spec.compile for m in wrapped):
         return
-    members = count_rows(model)
+    members, products = count_rows(model), find_products(model)
     for module in model.modules():
         kernel = vars(module).get("kernel") if isinstance(module, Replacement) else None
         if kernel in (kernels.linear, kernels.embedding):
             if _is_half(next(iter(module.deviations.values()))):  # type: ignore[operator]
                 module.kernel = _filled_kernel(kernel)  # type: ignore[assignment]
-        elif (type(module) is nn.Linear or is_transposed(module)) and _is_half(module.weight):
-            module.forward = _filled(module.forward, members)
+        elif type(module) is nn.Linear or is_transposed(module):
+            if _is_half(module.weight):
+                module.forward = _filled(products.get(module, module.forward), members)
+            elif module in products:  # in float32, larger products are not oneDNN's
+                module.forward = _filled(products[module], members, MOST_ROWS)
 
 
 def split_rows(rows: int) -> list[tuple[int, int]]:
@@ -77,14 +82,14 @@ def _is_half(parameter: Any) -> bool:
     return isinstance(parameter, Tensor) and parameter.dtype in (torch.bfloat16, torch.float16)
 
 
-def _filled(forward: Callable[[Tensor], Tensor], members: int) -> Callable[[Tensor], Tensor]:
-    """Return a linear layer's forward, on rows filled up."""
+def _filled(forward: Callable[[Tensor], Tensor], members: int, most: int | None = None) -> Callable[[Tensor], Tensor]:
+    """Return a linear layer's forward, on rows filled up; beyond ``most`` rows, on the rows as they are."""
 
     exact = {members * size for size in ROW_COUNTS}
 
     def run(x: Float[Tensor, "*rows in"]) -> Float[Tensor, "*rows out"]:
         count = x.shape[:-1].numel()
-        if count in exact:
+        if count in exact or (most is not None and count > most):
             return forward(x)
         each = members if count % members == 0 else 1
         if x.shape[0] == count <= ROW_COUNTS[-1] * each:  # one token per row, as in every step: no need to fold
