@@ -16,7 +16,7 @@ from functools import cache
 from operator import attrgetter
 from threading import Lock
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
 from jaxtyping import Float
@@ -39,6 +39,7 @@ _LOG = logging.getLogger("selfdoubt")
 _LOCK = Lock()
 _CHOICES: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()  #: by model: are its layers prepacked
 _PRODUCTS: WeakKeyDictionary[nn.Module, PrepackedProduct] = WeakKeyDictionary()  #: by layer
+_WEIGHTS: WeakValueDictionary[int, PrepackedWeight] = WeakValueDictionary()  #: by the id of the parameter
 _HOOKS: list[Any] = []  #: handles of the hook of optimizers, once it is registered
 #: Functions of torch that its own compiler calls; looked up at their use, as another build may lack them.
 _find_reorder = attrgetter("mkldnn._reorder_linear_weight.default")
@@ -47,10 +48,54 @@ _find_bf16_check = attrgetter("mkldnn._is_mkldnn_bf16_supported.default")
 _get_version = attrgetter("_version")
 
 
-class PrepackedProduct:
-    """The product of a linear layer, with a copy of its weight in the layout of oneDNN for few rows.
+class PrepackedWeight:
+    """A weight and its copy in the layout of oneDNN, which all layers share that have the weight.
 
-    It is the layer's ``forward`` without the layer, so that it keeps the weight alive, and the layer can go.
+    Args:
+        weight: The parameter of a linear layer that ``can_prepack``.
+    """
+
+    def __init__(self, weight: Tensor) -> None:
+        self.weight = weight
+        self._copy: Tensor | None = None
+        self._source: tuple[int, int] = (0, 0)  # address and version of the weight when it was copied
+        self._sample = torch.empty(0)
+
+    @property
+    def has_copy(self) -> bool:
+        """True if the copy is made."""
+        return self._copy is not None
+
+    def read(self) -> Tensor:
+        """Return the copy, which is made first where there is none."""
+        copy = self._copy
+        if copy is None:
+            with _LOCK, torch.no_grad():
+                if not _HOOKS:
+                    _HOOKS.append(register_optimizer_step_post_hook(_forget_stepped))
+                copy = self._copy  # another thread may have made it
+                if copy is None:
+                    self._source, self._sample = _locate(self.weight), _draw(self.weight).clone()
+                    self._copy = copy = _find_reorder(torch.ops)(self.weight.detach())
+        return copy
+
+    def forget(self) -> None:
+        """Drop the copy; the next product makes another."""
+        self._copy = None
+
+    def refresh(self) -> None:
+        """Drop the copy if the weight has changed since."""
+        if self._copy is None:
+            return
+        # Writing through ``.data`` changes no version, so some of the numbers are compared, too.
+        if _locate(self.weight) != self._source or not torch.equal(_draw(self.weight), self._sample):
+            self.forget()
+
+
+class PrepackedProduct:
+    """The product of a linear layer, with a prepacked weight where there are few rows.
+
+    It is the layer's ``forward`` without the layer, so that the layer can go.
 
     Args:
         layer: A linear layer that ``can_prepack``.
@@ -58,61 +103,34 @@ class PrepackedProduct:
 
     def __init__(self, layer: nn.Linear) -> None:
         self._weight, self._bias = layer.weight, layer.bias
-        self._copy: Tensor | None = None
-        self._source: tuple[int, int] = (0, 0)  # address and version of the weight when it was copied
-        self._sample = torch.empty(0)
+        with _LOCK:
+            known = _WEIGHTS.get(id(layer.weight))
+            self._prepacked = PrepackedWeight(layer.weight) if known is None else known
+            _WEIGHTS[id(layer.weight)] = self._prepacked
         self._multiply = _find_multiply(torch.ops)
+
+    @property
+    def prepacked(self) -> PrepackedWeight:
+        """The weight and its copy."""
+        return self._prepacked
 
     def __call__(self, x: Float[Tensor, "*rows in"]) -> Float[Tensor, "*rows out"]:
         """Return ``F.linear`` of the layer's parameters."""
-        weight, width = self._weight, x.shape[-1]
+        weight = self._weight
         is_plain = (
             x.dtype == weight.dtype
-            and 0 < x.numel() <= MOST_ROWS * width
+            and 0 < x.numel() <= MOST_ROWS * x.shape[-1]
             and not torch.is_grad_enabled()
             and not is_autocasting(x)
         )
         if not is_plain:
             return F.linear(x, weight, self._bias)
-        copy = self._copy
-        if copy is None:
-            copy = self._prepack()
-        y: Tensor = self._multiply(x.contiguous(), copy, self._bias, "none", [], "")
+        y: Tensor = self._multiply(x.contiguous(), self._prepacked.read(), self._bias, "none", [], "")
         return y
 
-    def _prepack(self) -> Tensor:
-        with _LOCK, torch.no_grad():
-            if not _HOOKS:
-                _HOOKS.append(register_optimizer_step_post_hook(_forget_stepped))
-            self._source, self._sample = _locate(self._weight), _draw(self._weight).clone()
-            copy: Tensor = _find_reorder(torch.ops)(self._weight.detach())
-            self._copy = copy
-        return copy
-
-    @property
-    def weight(self) -> Tensor:
-        """The layer's weight."""
-        return self._weight
-
-    @property
-    def copied_bytes(self) -> int:
-        """Bytes that the copy takes; 0 before it is made."""
-        return 0 if self._copy is None else self._weight.nbytes
-
-    def forget(self) -> None:
-        """Drop the copy; the next product makes another."""
-        self._copy = None
-
-    def refresh(self, layer: nn.Linear) -> bool:
-        """Drop a copy that the weight has left behind; return False if the layer has other parameters by now."""
-        if layer.weight is not self._weight or layer.bias is not self._bias:
-            return False
-        # Writing through ``.data`` changes no version, so some of the numbers are compared, too.
-        if self._copy is not None and (
-            _locate(self._weight) != self._source or not torch.equal(_draw(self._weight), self._sample)
-        ):
-            self.forget()
-        return True
+    def is_of(self, layer: nn.Linear) -> bool:
+        """Return True if the layer still has the parameters of the product."""
+        return layer.weight is self._weight and layer.bias is self._bias
 
 
 def set_prepacking(model: nn.Module, choice: bool | None) -> None:
@@ -178,16 +196,18 @@ def use_products(products: Mapping[nn.Module, PrepackedProduct]) -> Iterator[Non
 
 def count_copied_bytes(model: nn.Module) -> int:
     """Return the bytes that the copies of a model's weights take now."""
-    known = (_PRODUCTS.get(layer) for layer in model.modules())
-    return sum(product.copied_bytes for product in known if product is not None)
+    products = [product for layer in model.modules() if (product := _PRODUCTS.get(layer)) is not None]
+    weights = {id(p.prepacked): p.prepacked for p in products if p.prepacked.has_copy}
+    return sum(each.weight.nbytes for each in weights.values())
 
 
 def _find_product(layer: nn.Linear) -> PrepackedProduct:
     product = _PRODUCTS.get(layer)
-    if product is None or not product.refresh(layer):
+    if product is None or not product.is_of(layer):
         product = PrepackedProduct(layer)
         with _LOCK:
             _PRODUCTS[layer] = product
+    product.prepacked.refresh()
     return product
 
 
@@ -195,7 +215,8 @@ def _choose(base: nn.Module, layers: list[nn.Linear]) -> bool:
     """Return whether a model is prepacked: what was chosen, or decided before, or what the free memory allows."""
     known = _CHOICES.get(base)
     if known is None:
-        size, free = sum({id(m.weight): m.weight.nbytes for m in layers}.values()), read_cpu_memory()[1]
+        new = {id(m.weight): m.weight.nbytes for m in layers if id(m.weight) not in _WEIGHTS}
+        size, free = sum(new.values()), read_cpu_memory()[1]
         known = _CHOICES[base] = size <= MEMORY_SHARE * free
         if not known:
             _LOG.info(
@@ -217,12 +238,11 @@ def _draw(weight: Tensor) -> Tensor:
 
 def _forget_stepped(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     """Drop the copies of the weights that an optimizer has changed; fused ones leave versions as they are."""
-    stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    with _LOCK:
-        products = list(_PRODUCTS.values())
-    for product in products:
-        if id(product.weight) in stepped:
-            product.forget()
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            known = _WEIGHTS.get(id(parameter))
+            if known is not None:
+                known.forget()
 
 
 @cache

@@ -66,7 +66,7 @@ def test_many_rows_take_the_usual_product(rows):
     product = PrepackedProduct(layer)
     with torch.no_grad():
         assert product(torch.randn(rows, 24)).shape == (rows, 7)
-    assert product.copied_bytes == 0
+    assert not product.prepacked.has_copy
 
 
 def test_gradients_and_other_types_take_the_usual_product():
@@ -79,7 +79,7 @@ def test_gradients_and_other_types_take_the_usual_product():
         assert product(torch.randn(3, 24)).dtype == torch.bfloat16
     with torch.no_grad(), pytest.raises(RuntimeError, match="dtype"):
         product(torch.randn(3, 24, dtype=torch.float64))
-    assert product.copied_bytes == 0
+    assert not product.prepacked.has_copy
 
 
 def test_nan_and_infinity_stay():
@@ -127,7 +127,7 @@ def test_steps_of_an_optimizer_are_seen(options):
     for _ in range(3):
         with torch.no_grad(), use_products(find_products(model)):
             model(x)
-        assert count_copied_bytes(model) == 2 * first.weight.nbytes
+        assert count_copied_bytes(model) == first.weight.nbytes
         model(x).float().square().sum().backward()
         optimizer.step()
         assert count_copied_bytes(model) == 0
@@ -194,10 +194,27 @@ def test_copies_go_with_their_model():
     with torch.no_grad():
         product(torch.randn(3, 24))
     assert count_copied_bytes(model) == 24 * 7 * 4
-    alive = weakref.ref(product)
+    alive = weakref.ref(product), weakref.ref(product.prepacked)
     del product, model
     gc.collect()
-    assert alive() is None
+    assert [reference() for reference in alive] == [None, None]
+
+
+def test_models_of_one_weight_share_its_copy():
+    base = copy.deepcopy(causal("llama", torch.float32))
+    wrapped = vote.Wrapper(n_voters=3, rank=2)(base)
+    for model in (base, wrapped):
+        stepper = HFStepper(model)
+        prefill(stepper, prompts(4))
+        stepper.step(torch.tensor([1]))
+    plain = find_products(base)
+    assert plain
+    assert {id(p.prepacked) for p in plain.values()} == {id(p.prepacked) for p in find_products(wrapped).values()}
+    assert (
+        count_copied_bytes(base)
+        == count_copied_bytes(wrapped)
+        == sum(p.prepacked.weight.nbytes for p in plain.values())
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
