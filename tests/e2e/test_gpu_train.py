@@ -16,6 +16,7 @@ from tests.e2e.test_cli import run
 
 pytestmark = [
     pytest.mark.gpu,
+    pytest.mark.filterwarnings("ignore:TensorFloat32"),  # compiled products in float32
     pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU"),
 ]
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 _ACTIVE = threading.local()  #: its ``depth`` is the number of blocks around this thread
+_COMPILED = [0]  #: number of blocks around compiled steps; compilers read no variables of a thread
 _LOCK = threading.Lock()
 _ORIGINAL: dict[str, Any] = {}
 
@@ -31,6 +32,22 @@ def group_queries() -> Iterator[None]:
         yield
     finally:
         _ACTIVE.depth -= 1
+
+
+@contextmanager
+def group_compiled_queries() -> Iterator[None]:
+    """Let steps that are compiled within the block run by ``attend_grouped``, on any device.
+
+    Hugging Face repeats the keys for each head that shares them where it is compiled: a copy of the whole cache.
+    """
+    _register()
+    with _LOCK:
+        _COMPILED[0] += 1
+    try:
+        yield
+    finally:
+        with _LOCK:
+            _COMPILED[0] -= 1
 
 
 def attend_grouped(
@@ -58,10 +75,9 @@ def _attend(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
 ) -> Any:
     """Run ``sdpa`` attention, by ``attend_grouped`` within a block of ``group_queries``."""
+    compiling = torch.compiler.is_compiling()
     is_plain = (
-        not torch.compiler.is_compiling()
-        and getattr(_ACTIVE, "depth", 0) > 0
-        and query.is_cpu
+        (_COMPILED[0] > 0 if compiling else getattr(_ACTIVE, "depth", 0) > 0 and query.is_cpu)
         and query.shape[2] == 1
         and key.shape[1] < query.shape[1]
         and not torch.is_grad_enabled()

@@ -33,7 +33,7 @@ from selfdoubt.train.publish import MERGED, History, check_publishable, publish
 
 _ADVICE = (
     ".*does not have many workers.*", ".*Checkpoint directory .* exists.*", ".*is deprecated, use .*TreeSpec.*",
-    ".*smaller than the logging interval.*",
+    ".*smaller than the logging interval.*", ".*GPU available but not used.*",
     ".*your dataloader is not resumable.*",  # the data module is
     ".*FSDP2-wrapped module .* returned a view tensor.*",  # nothing changes it in place
     ".*Detected an existing checkpoint.*", ".*Please use DTensor instead.*",

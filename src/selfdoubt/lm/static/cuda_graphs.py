@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import gc
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 
 from selfdoubt.lm.attention_backends import steady_attention
+from selfdoubt.lm.static.host_reads import HostReadGuard
 from selfdoubt.lm.static.turn import DecodeTurn, TurnOutput
 
 #: Graphs that are kept for one batch; beyond, the one that was not used for the longest time goes.
-MAX_GRAPHS = 12
+MAX_GRAPHS = 32
 #: Turns that run before one is captured, so that libraries choose their kernels and reserve their workspaces.
 _WARM_UP = 2
 
@@ -32,6 +33,7 @@ class GraphCache:
         self._device, self._most = device, most
         self._graphs: OrderedDict[Hashable, tuple[torch.cuda.CUDAGraph, TurnOutput]] = OrderedDict()
         self._pool: Any = None
+        self._stream: Any = None  # of all captures, as a pool belongs to one
         self._bytes: dict[Hashable, int] = {}
 
     def __len__(self) -> int:
@@ -61,12 +63,13 @@ class GraphCache:
         """Forget all graphs, and return their memory."""
         while self._graphs:
             self._evict()
-        self._pool = None
 
     def _evict(self) -> None:
         key, (graph, _) = self._graphs.popitem(last=False)
         graph.reset()
         self._bytes.pop(key, None)
+        if not self._graphs:
+            self._pool = None  # a pool ends with its last graph
 
     def _capture(self, key: Hashable, turn: DecodeTurn) -> tuple[torch.cuda.CUDAGraph, TurnOutput]:
         """Capture a turn, and compare two replays with two turns that were not captured.
@@ -75,25 +78,35 @@ class GraphCache:
         """
         saved = turn.save()
         with torch.cuda.device(self._device), turn.probing(), steady_attention():
-            stream: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+            if self._stream is None:
+                self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
             current = torch.cuda.current_stream()
-            stream.wait_stream(current)
+            self._stream.wait_stream(current)
             try:
-                with torch.cuda.stream(stream):
-                    for _ in range(_WARM_UP):
-                        expected = turn.run_probed().table.numbers[:, 0, 0].clone()
+                with torch.cuda.stream(self._stream):
+                    for n in range(_WARM_UP):
+                        # A capture that fails leaves more behind than an error that comes before it.
+                        guard = HostReadGuard() if n and not turn.is_compiled else nullcontext()
+                        with guard:
+                            expected = turn.run_probed().table.numbers[:, 0, 0].clone()
             finally:
-                current.wait_stream(stream)
+                current.wait_stream(self._stream)
                 turn.restore(saved)
             torch.cuda.synchronize()
-            gc.collect()
+            torch.cuda.empty_cache()  # as the capture does first: what is reserved then is the graph's
             before = torch.cuda.memory_reserved()
             if self._pool is None:
                 self._pool = torch.cuda.graph_pool_handle()
             graph = torch.cuda.CUDAGraph()
-            # Other threads of a server may use the GPU meanwhile.
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-                output = turn.run_probed()
+            try:
+                # Other threads of a server may use the GPU meanwhile.
+                with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+                    output = turn.run_probed()
+            except BaseException:
+                torch.cuda.set_stream(current)  # a capture that fails does not go back to it
+                if not self._graphs:
+                    self._pool = None
+                raise
             self._bytes[key] = max(0, torch.cuda.memory_reserved() - before)
             for _ in range(_WARM_UP):
                 graph.replay()

@@ -96,6 +96,9 @@ class SlotAllocator:
     def keep(self, sequences: Sequence[int]) -> None:
         """Keep only these sequences; one that is named twice is kept twice."""
         distinct = list(dict.fromkeys(sequences))
+        for place in set(range(len(self.slots))).difference(distinct):
+            # A free slot runs along, and some models choose by the largest position of all.
+            self.cache.positions[self.slots[place]].zero_()
         again = [place for place, i in enumerate(sequences) if i in sequences[:place]]
         lengths = [self.lengths[i] for i in sequences]
         self.slots, self.lengths = [self.slots[i] for i in distinct], [self.lengths[i] for i in distinct]

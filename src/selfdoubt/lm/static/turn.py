@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from selfdoubt.distributions import Distributions
+from selfdoubt.lm.grouped_queries import group_compiled_queries
 from selfdoubt.lm.sampling import Draws, Sampling, choose_on_device
 from selfdoubt.lm.static.step import StaticStep
 from selfdoubt.lm.step_output import StepOutput
@@ -120,13 +121,21 @@ class DecodeTurn:
         with self.probing():
             return self.run_probed()
 
+    @property
+    def is_compiled(self) -> bool:
+        """True if the turn runs as one compiled graph."""
+        return self._compiled is not None
+
     def probing(self) -> AbstractContextManager[None]:
         """Return a context in which probes record ``run_probed``."""
         return self._step.probing()
 
     def run_probed(self) -> TurnOutput:
         """Run the turn within a block of ``probing``, compiled or not."""
-        return self.compute() if self._compiled is None else self._compiled()
+        if self._compiled is None:
+            return self.compute()
+        with group_compiled_queries():
+            return self._compiled()
 
     def compute(self) -> TurnOutput:
         """Compute the turn, within a block of ``probing``."""
