@@ -23,11 +23,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks import arms, results
+from selfdoubt.lm.attention_backends import steady_attention
 from selfdoubt.lm.grouped_queries import attend_grouped
 
 KEYS = ("model", "case", "rows", "length", "arm")
 ARMS = {
-    "sdpa": "SDPA, as PyTorch chooses",
+    "sdpa": "SDPA, as PyTorch chooses without cuDNN",
     "sdpa-math": "SDPA, math",
     "sdpa-flash": "SDPA, flash",
     "sdpa-efficient": "SDPA, memory-efficient",
@@ -124,6 +125,10 @@ def build_kernel(arm: str, shape: Shape, device: torch.device) -> Callable[[Tens
     def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
 
+    def run_steady(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with steady_attention():  # as steps and training run it
+            return run(q, k, v)
+
     def run_on(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         with sdpa_kernel(_BACKENDS[arm]):
             return run(q, k, v)
@@ -131,9 +136,10 @@ def build_kernel(arm: str, shape: Shape, device: torch.device) -> Callable[[Tens
     def run_grouped(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if q.shape[2] > 1:
             raise ValueError("only for one query per row")
-        return attend_grouped(q, k, v, mask)
+        with steady_attention():
+            return attend_grouped(q, k, v, mask)
 
-    return {"sdpa": run, "sdpa-grouped": run_grouped}.get(arm, run_on)
+    return {"sdpa": run_steady, "sdpa-grouped": run_grouped}.get(arm, run_on)
 
 
 def measure(arm: str, shape: Shape, device: torch.device, seconds: float) -> results.Row:

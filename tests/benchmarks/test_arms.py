@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import sys
+from pathlib import Path
 
 import pytest
 
-from benchmarks import arms, batch, decode, gpu, results
+from benchmarks import arms, attention, batch, decode, gpu, results, train
 
 NAMES = (
     "hf", "hf-rows", "bare", "plain", "free", "vote3", "vote3-late", "vote3-answer", "sample5", "sculpt", "separate3",
@@ -77,6 +79,20 @@ def test_a_stage_that_fails_does_not_stop_the_next(tmp_path, capfd):
     assert gpu.run(stages, 0, None) == []
 
 
-def test_every_stage_is_a_program_that_takes_its_arguments():
-    names = [stage.name for stage in gpu.build_stages(("1b", "3b", "8b"), "tests")]
-    assert len(set(names)) == len(names)
+def test_every_stage_is_a_program_that_takes_its_arguments(monkeypatch):
+    stages = gpu.build_stages(("1b", "3b", "8b"), "tests", Path("alpaca.json"))
+    assert len({stage.name for stage in stages}) == len(stages)
+    programs = {"decode": decode, "batch": batch, "attention": attention, "train": train}
+    for stage in stages:
+        program = programs.get(stage.command[1].removeprefix("benchmarks."))
+        assert program is not None or stage.command[1] == "pytest"
+        if stage.command[1] == "pytest":
+            assert all(Path(path).exists() for path in stage.command if path.startswith("tests"))
+            continue
+        for name in stage.command[stage.command.index("--arms") + 1 :] if "--arms" in stage.command else ():
+            assert arms.parse_arm(name).name == name
+        minutes = ("--minutes", "0.001") if stage.takes_minutes else ()
+        monkeypatch.setattr(sys, "argv", ["benchmark", *stage.command[2:], *minutes, "--help"])
+        with pytest.raises(SystemExit) as ended:  # all other arguments are read before the help is shown
+            program.main()
+        assert ended.value.code == 0
