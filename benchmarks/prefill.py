@@ -144,10 +144,12 @@ def main() -> None:
     ends = time.monotonic() + 60 * chosen.minutes
     name, model = load(chosen.model)
     path = results.find_path("prefill")
-    rows: list[results.Row] = json.loads(path.read_text())["rows"] if path.exists() else []
+    record = json.loads(path.read_text()) if path.exists() else {"rows": [], "commit": ""}
+    rows: list[results.Row] = record["rows"]
+    goes_on = record["commit"] == results.read_commit()  # rounds of another commit are another measurement
     for case, lengths in CASES.items():
         arms = build_arms(model, lengths)
-        here = {row["arm"]: row["times"] for row in rows if (row["model"], row["case"]) == (name, case)}
+        here = {row["arm"]: row["times"] for row in rows if goes_on and (row["model"], row["case"]) == (name, case)}
         times: dict[str, list[tuple[float, float]]] = {arm: [tuple(t) for t in here.get(arm, [])] for arm in arms}
         others = [row for row in rows if (row["model"], row["case"]) != (name, case)]
         if len(times["trunk"]) < chosen.rounds:

@@ -62,12 +62,13 @@ def build_folder(model: str, folder: Path) -> Path:
 def command(arm: str, folder: Path, port: int) -> list[str]:
     ours = [str(BIN / "selfdoubt"), "serve", "--model", str(folder), "--port", str(port), "--dtype", "float32",
             "--queue", "256", "--name", "m"]  # fmt: skip
+    voters = ["--wrapper", "vote:rank=16", "--answer-from", "mean"]
     theirs = [str(BIN / "transformers"), "serve", str(folder), "--port", str(port), "--device", "cpu",
               "--dtype", "float32"]  # fmt: skip
     return {
-        "ours": ours,
+        "ours": [*ours, *voters],
         "ours-plain": [*ours, "--wrapper", "none"],
-        "alone": [*ours, "--batch", "1"],
+        "alone": [*ours, *voters, "--batch", "1"],
         "transformers": theirs,
         "transformers-cb": [*theirs, "--continuous-batching"],
     }[arm]
