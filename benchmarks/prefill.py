@@ -144,7 +144,7 @@ def main() -> None:
     ends = time.monotonic() + 60 * chosen.minutes
     name, model = load(chosen.model)
     path = results.find_path("prefill")
-    record = json.loads(path.read_text()) if path.exists() else {"rows": [], "commit": ""}
+    record: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"rows": [], "commit": ""}
     rows: list[results.Row] = record["rows"]
     goes_on = record["commit"] == results.read_commit()  # rounds of another commit are another measurement
     for case, lengths in CASES.items():

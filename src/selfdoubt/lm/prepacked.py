@@ -159,11 +159,18 @@ def find_products(model: nn.Module) -> Mapping[nn.Module, PrepackedProduct]:
 
 
 def find_linears(model: nn.Module) -> list[nn.Linear]:
-    """Return the linear layers whose weights can be prepacked; none of a model that runs as one graph."""
+    """Return the linear layers whose weights can be prepacked; none of a model that is compiled, or has such layers."""
     modules = list(model.modules())
-    if any(isinstance(module, Wrapped) and module.spec.compile for module in modules):
+    if any(is_compiled(module) for module in modules):
         return []
     return [m for m in modules if type(m) is nn.Linear and "forward" not in vars(m) and can_prepack(m)]
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Return True for a module that runs as a graph: of ``torch.compile``, its own ``compile``, or a wrapper's."""
+    if isinstance(module, Wrapped) and module.spec.compile:
+        return True
+    return type(module).__name__ == "OptimizedModule" or vars(module).get("_compiled_call_impl") is not None
 
 
 def can_prepack(layer: nn.Linear) -> bool:

@@ -167,6 +167,10 @@ def test_only_plain_layers_are_prepacked():
     model = nn.Sequential(nn.Linear(4, 4), *rest)
     assert list(find_products(model)) == [model[0]]
     assert not find_products(vote.Wrapper(n_voters=3, compile=True)(nn.Sequential(nn.Linear(4, 4))))
+    assert not find_products(torch.compile(nn.Sequential(nn.Linear(4, 4)), backend="eager"))
+    in_place = nn.Linear(4, 4)
+    in_place.compile(backend="eager")
+    assert not find_products(nn.Sequential(in_place, nn.Linear(4, 4)))
     with torch.backends.mkldnn.flags(enabled=False):
         assert not find_products(model)
 
