@@ -27,6 +27,7 @@ from statistics import median, quantiles
 from typing import Any
 
 import httpx
+import torch
 
 from benchmarks import results
 
@@ -41,7 +42,7 @@ BIN = Path(sys.executable).parent
 
 
 def build_folder(model: str, folder: Path) -> Path:
-    """Write the model to a folder without an end-of-text token, so that every answer is as long as it may be."""
+    """Write the model to a folder, changed so that no answer ends before it is as long as it may be."""
     from transformers import AutoTokenizer
 
     from benchmarks import arms
@@ -51,6 +52,8 @@ def build_folder(model: str, folder: Path) -> Path:
     network: Any = arms.build(model)
     network.float()
     network.resize_token_embeddings(len(tokenizer), mean_resizing=False)  # a token without letters is no event
+    with torch.no_grad():  # nor is a token that the chat template names as an end ever the most probable
+        network.get_output_embeddings().weight[tokenizer.all_special_ids] = 0
     network.generation_config.eos_token_id = network.config.eos_token_id = None
     network.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
