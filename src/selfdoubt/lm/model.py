@@ -241,13 +241,13 @@ class RiskAwareLM:
         elif wrapper == "auto":
             note = PLAIN_NOTE
         reference, calibration = (None, None) if added is None else (added.reference, added.calibration)
+        set_prepacking(model, prepack)
         lm = cls(
             model.eval(), tokenizer, reference=reference, calibration=calibration, risk=risk, layers=layers, note=note,
             step=step,
         )  # fmt: skip
         size = None if added is None else added.reference_size
         lm._front = replace(lm._front, revision=revision, reference_size=size)
-        set_prepacking(model, prepack)
         if given is not None and getattr(given, "seeks_noise", False):
             search_noise(lm)
         return lm

@@ -15,32 +15,28 @@ from contextlib import contextmanager
 from functools import cache
 from operator import attrgetter
 from threading import Lock
-from typing import Any
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from selfdoubt.lm.hardware import read_cpu_memory
 from selfdoubt.members import Wrapped
 from selfdoubt.rows import is_autocasting
 from selfdoubt.wrapping import innermost
 
-#: Most rows of a product that takes the copy; beyond, the usual product is nearly as fast.
-MOST_ROWS = 128
+#: Most rows of a product that takes the copy. Beyond, the usual product is nearly as fast in bfloat16; in float32 it
+#: compiles nothing, where oneDNN keeps a kernel for each number of rows.
+MOST_ROWS = {torch.bfloat16: 128, torch.float32: 32}
 #: Share of the free memory that copies may take by default.
 MEMORY_SHARE = 0.25
-#: Numbers of a weight that are compared with those when it was copied.
-_SAMPLED = 64
 _LOG = logging.getLogger("selfdoubt")
 _LOCK = Lock()
 _CHOICES: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()  #: by model: are its layers prepacked
 _PRODUCTS: WeakKeyDictionary[nn.Module, PrepackedProduct] = WeakKeyDictionary()  #: by layer
 _WEIGHTS: WeakValueDictionary[int, PrepackedWeight] = WeakValueDictionary()  #: by the id of the parameter
-_HOOKS: list[Any] = []  #: handles of the hook of optimizers, once it is registered
 #: Functions of torch that its own compiler calls; looked up at their use, as another build may lack them.
 _find_reorder = attrgetter("mkldnn._reorder_linear_weight.default")
 _find_multiply = attrgetter("mkldnn._linear_pointwise.default")
@@ -58,8 +54,7 @@ class PrepackedWeight:
     def __init__(self, weight: Tensor) -> None:
         self.weight = weight
         self._copy: Tensor | None = None
-        self._source: tuple[int, int] = (0, 0)  # address and version of the weight when it was copied
-        self._sample = torch.empty(0)
+        self._state: tuple[int, ...] = ()  # of the weight when it was copied
 
     @property
     def has_copy(self) -> bool:
@@ -71,43 +66,39 @@ class PrepackedWeight:
         copy = self._copy
         if copy is None:
             with _LOCK, torch.no_grad():
-                if not _HOOKS:
-                    _HOOKS.append(register_optimizer_step_post_hook(_forget_stepped))
                 copy = self._copy  # another thread may have made it
                 if copy is None:
-                    self._source, self._sample = _locate(self.weight), _draw(self.weight).clone()
+                    self._state = _describe(self.weight)
                     self._copy = copy = _find_reorder(torch.ops)(self.weight.detach())
         return copy
 
-    def forget(self) -> None:
-        """Drop the copy; the next product makes another."""
-        self._copy = None
-
     def refresh(self) -> None:
-        """Drop the copy if the weight has changed since."""
-        if self._copy is None:
-            return
-        # Writing through ``.data`` changes no version, so some of the numbers are compared, too.
-        if _locate(self.weight) != self._source or not torch.equal(_draw(self.weight), self._sample):
-            self.forget()
+        """Drop the copy if the weight has changed since: the next product makes another."""
+        if self._copy is not None and _describe(self.weight) != self._state:
+            self._copy = None
 
 
 class PrepackedProduct:
     """The product of a linear layer, with a prepacked weight where there are few rows.
 
-    It is the layer's ``forward`` without the layer, so that the layer can go.
+    It is the layer's ``forward`` without the layer, so that the layer can go. A copy of it has no prepacked weight yet.
 
     Args:
-        layer: A linear layer that ``can_prepack``.
+        weight: The layer's weight.
+        bias: The layer's bias.
     """
 
-    def __init__(self, layer: nn.Linear) -> None:
-        self._weight, self._bias = layer.weight, layer.bias
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        self._bias, self._most = bias, MOST_ROWS[weight.dtype]
         with _LOCK:
-            known = _WEIGHTS.get(id(layer.weight))
-            self._prepacked = PrepackedWeight(layer.weight) if known is None else known
-            _WEIGHTS[id(layer.weight)] = self._prepacked
+            known = _WEIGHTS.get(id(weight))
+            self._prepacked = PrepackedWeight(weight) if known is None else known
+            _WEIGHTS[id(weight)] = self._prepacked
         self._multiply = _find_multiply(torch.ops)
+
+    def __reduce__(self) -> tuple[type[PrepackedProduct], tuple[Tensor, Tensor | None]]:
+        """Return what copies need; a layout of oneDNN cannot be copied."""
+        return PrepackedProduct, (self._prepacked.weight, self._bias)
 
     @property
     def prepacked(self) -> PrepackedWeight:
@@ -116,10 +107,10 @@ class PrepackedProduct:
 
     def __call__(self, x: Float[Tensor, "*rows in"]) -> Float[Tensor, "*rows out"]:
         """Return ``F.linear`` of the layer's parameters."""
-        weight = self._weight
+        weight = self._prepacked.weight
         is_plain = (
             x.dtype == weight.dtype
-            and 0 < x.numel() <= MOST_ROWS * x.shape[-1]
+            and 0 < x.numel() <= self._most * x.shape[-1]
             and not torch.is_grad_enabled()
             and not is_autocasting(x)
         )
@@ -129,8 +120,9 @@ class PrepackedProduct:
         return y
 
     def is_of(self, layer: nn.Linear) -> bool:
-        """Return True if the layer still has the parameters of the product."""
-        return layer.weight is self._weight and layer.bias is self._bias
+        """Return True if the layer still has the parameters of the product, in the type that they had."""
+        weight = self._prepacked.weight
+        return layer.weight is weight and layer.bias is self._bias and self._most == MOST_ROWS[weight.dtype]
 
 
 def set_prepacking(model: nn.Module, choice: bool | None) -> None:
@@ -163,7 +155,7 @@ def find_linears(model: nn.Module) -> list[nn.Linear]:
     modules = list(model.modules())
     if any(is_compiled(module) for module in modules):
         return []
-    return [m for m in modules if type(m) is nn.Linear and "forward" not in vars(m) and can_prepack(m)]
+    return [m for m in modules if type(m) is nn.Linear and _runs_as_usual(m) and can_prepack(m)]
 
 
 def is_compiled(module: nn.Module) -> bool:
@@ -174,15 +166,16 @@ def is_compiled(module: nn.Module) -> bool:
 
 
 def can_prepack(layer: nn.Linear) -> bool:
-    """Return True if the layer's weight is a plain parameter on a CPU whose oneDNN has the products."""
-    weight = layer.weight
+    """Return True if the layer's parameters are plain ones on a CPU whose oneDNN has the products."""
+    weight, bias = layer.weight, layer.bias
     return (
         type(weight) is nn.Parameter
         and type(weight.data) is Tensor
         and weight.device.type == "cpu"
-        and weight.dtype in (torch.float32, torch.bfloat16)
+        and weight.dtype in MOST_ROWS
         and weight.is_contiguous()
         and not weight.is_inference()
+        and (bias is None or _takes_bias(bias, weight))
         and weight.numel() > 0
         and bool(torch.backends.mkldnn.enabled)
         and _works(weight.dtype)
@@ -211,7 +204,7 @@ def count_copied_bytes(model: nn.Module) -> int:
 def _find_product(layer: nn.Linear) -> PrepackedProduct:
     product = _PRODUCTS.get(layer)
     if product is None or not product.is_of(layer):
-        product = PrepackedProduct(layer)
+        product = PrepackedProduct(layer.weight, layer.bias)
         with _LOCK:
             _PRODUCTS[layer] = product
     product.prepacked.refresh()
@@ -233,23 +226,27 @@ def _choose(base: nn.Module, layers: list[nn.Linear]) -> bool:
     return known
 
 
-def _locate(weight: Tensor) -> tuple[int, int]:
-    return weight.data_ptr(), _get_version(weight)
+def _runs_as_usual(layer: nn.Linear) -> bool:
+    """Return True if the layer has the forward of its class, or is within ``use_products`` of another thread."""
+    return "forward" not in vars(layer) or isinstance(vars(layer)["forward"], PrepackedProduct)
 
 
-def _draw(weight: Tensor) -> Tensor:
-    """Return some of a weight's numbers, spread over all of it, as integers: NaN is equal to itself then."""
-    numbers = weight.detach().flatten()[:: max(1, weight.numel() // _SAMPLED)]
-    return numbers.view(torch.int16 if weight.dtype == torch.bfloat16 else torch.int32)
+def _takes_bias(bias: Tensor, weight: Tensor) -> bool:
+    """Return True for a bias that oneDNN reads as ``F.linear`` does."""
+    same_kind = bias.dtype == weight.dtype and bias.device == weight.device
+    return same_kind and bias.shape == weight.shape[:1] and bias.is_contiguous()
 
 
-def _forget_stepped(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-    """Drop the copies of the weights that an optimizer has changed; fused ones leave versions as they are."""
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            known = _WEIGHTS.get(id(parameter))
-            if known is not None:
-                known.forget()
+def _describe(weight: Tensor) -> tuple[int, ...]:
+    """Return what changes with a weight: address, version, and the sum of its bytes as whole numbers.
+
+    Writing through ``.data``, and fused optimizers, change no version. The sum wraps around, and any change of one
+    number changes it; it takes as long as reading the weight.
+    """
+    start = weight.storage_offset() * weight.element_size()
+    widths = (torch.int64, torch.int32, torch.int16)
+    wide = next(dtype for dtype in widths if weight.nbytes % dtype.itemsize == start % dtype.itemsize == 0)
+    return weight.data_ptr(), _get_version(weight), int(weight.detach().flatten().view(wide).sum())
 
 
 @cache

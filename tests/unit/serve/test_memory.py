@@ -149,7 +149,7 @@ def test_prepacked_products_in_float32_have_few_row_counts():
     assert count_copied_bytes(lm.model) > 0
     rows = rows_of(lm)
     assert rows
-    assert rows <= {size for size in memory.ROW_COUNTS if size <= MOST_ROWS}
+    assert rows <= {size for size in memory.ROW_COUNTS if size <= MOST_ROWS[torch.float32]}
 
 
 def fresh(code: str, **environment: str) -> str:

@@ -67,7 +67,7 @@ def limit_shapes(lm: RiskAwareLM) -> None:
             if _is_half(module.weight):
                 module.forward = _filled(products.get(module, module.forward), members)
             elif module in products:  # in float32, larger products are not oneDNN's
-                module.forward = _filled(products[module], members, MOST_ROWS)
+                module.forward = _filled(products[module], members, MOST_ROWS[torch.float32])
 
 
 def split_rows(rows: int) -> list[tuple[int, int]]:
