@@ -18,7 +18,9 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 _ACTIVE = threading.local()  #: its ``depth`` is the number of blocks around this thread
-_COMPILED = [0]  #: number of blocks around compiled steps; compilers read no variables of a thread
+#: Number of blocks around compiled steps, and if there is one: a compiler, which reads no variables of a thread, would
+#: compile again for each number.
+_COMPILED = {"blocks": 0, "any": False}
 _LOCK = threading.Lock()
 _ORIGINAL: dict[str, Any] = {}
 
@@ -41,13 +43,17 @@ def group_compiled_queries() -> Iterator[None]:
     Hugging Face repeats the keys for each head that shares them where it is compiled: a copy of the whole cache.
     """
     _register()
-    with _LOCK:
-        _COMPILED[0] += 1
+    _count_block(1)
     try:
         yield
     finally:
-        with _LOCK:
-            _COMPILED[0] -= 1
+        _count_block(-1)
+
+
+def _count_block(more: int) -> None:
+    with _LOCK:
+        _COMPILED["blocks"] += more
+        _COMPILED["any"] = _COMPILED["blocks"] > 0
 
 
 def attend_grouped(
@@ -77,7 +83,7 @@ def _attend(
     """Run ``sdpa`` attention, by ``attend_grouped`` within a block of ``group_queries``."""
     compiling = torch.compiler.is_compiling()
     is_plain = (
-        (_COMPILED[0] > 0 if compiling else getattr(_ACTIVE, "depth", 0) > 0 and query.is_cpu)
+        (_COMPILED["any"] if compiling else getattr(_ACTIVE, "depth", 0) > 0 and query.is_cpu)
         and query.shape[2] == 1
         and key.shape[1] < query.shape[1]
         and not torch.is_grad_enabled()

@@ -29,7 +29,7 @@ from selfdoubt.lm.prefill import prefill
 from selfdoubt.lm.probes import find_probes
 from selfdoubt.lm.sampling import Sampling
 from selfdoubt.lm.static.decoder import StaticDecoder
-from selfdoubt.lm.static.host_reads import HostReadGuard
+from selfdoubt.lm.static.host_reads import READS, HostReadGuard, decompose, has_mask
 from selfdoubt.lm.static.slots import SlotCache
 from selfdoubt.lm.static.step import StaticStep
 from selfdoubt.lm.static.stepper import Buckets
@@ -41,16 +41,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:Accessing the data pointer")
 
 _CUDA, _META = 1, 14  # c10::DeviceType
 _GUARDS = "_ZN3c104impl26device_guard_impl_registryE"
-READS = (
-    "_local_scalar_dense",
-    "equal",
-    "nonzero",
-    "masked_select",
-    "unique_dim",
-    "_unique2",
-    "bincount",
-    "multinomial",
-)
 RANDOM = ("rand", "randn", "rand_like", "randn_like", "randint", "bernoulli", "bernoulli_", "normal_", "uniform_",
           "native_dropout", "multinomial")  # fmt: skip
 SLOTS = 4
@@ -87,13 +77,9 @@ class Recorder(TorchDispatchMode):
         namespace, _, base = func._schema.name.partition("::")
         if namespace == "prim":
             return func(*args, **kwargs)
-        if base != "scaled_dot_product_attention" and torch._C._dispatch_has_kernel_for_dispatch_key(
-            func.name(), "CompositeImplicitAutograd"
-        ):  # in inference mode operations arrive whole
-            with self:
-                out = func.decompose(*args, **kwargs)
-            if out is not NotImplemented:
-                return out
+        out = decompose(self, func, args, kwargs)
+        if out is not NotImplemented:
+            return out
         inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         devices = {x.device.type for x in inputs}
         is_read = base in READS and "cuda" in devices
@@ -120,9 +106,7 @@ class Recorder(TorchDispatchMode):
                 self._note(func, "copies and waits" if waits else "copies")
         elif len({x.device.type for x in inputs if x.ndim}) > 1:
             self._note(func, "mixes devices")
-        if base in ("index", "index_put", "index_put_") and any(
-            x.dtype in (torch.bool, torch.uint8) for x in inputs[1:2]
-        ):
+        if base in ("index", "index_put", "index_put_") and has_mask(args):
             self._note(func, "is indexed by a mask")
         if base in RANDOM:
             self._note(func, "draws")
@@ -238,8 +222,30 @@ def test_copies_between_devices_are_refused():
         assert torch.ones(3).to(torch.float64).sum().item() == 3  # the host's own values may be read
         with pytest.raises(RuntimeError, match="copies between the host and the device"):
             torch.ones(3).to("meta")
-    with HostReadGuard("cpu"), pytest.raises(RuntimeError, match="reads a value"):
-        torch.ones(3).sum().item()
+
+
+READING = {
+    "item": lambda x: x.sum().item(),
+    "bool": lambda x: bool(x.any()),
+    "mask": lambda x: x[x > 0],
+    "write by mask": lambda x: x.index_put_((x > 0,), torch.ones(())),
+    "where": lambda x: torch.where(x > 0),
+    "argwhere": torch.argwhere,
+    "repeat": lambda x: x.repeat_interleave(torch.tensor([1, 2, 3])),
+    "multinomial": lambda x: x.multinomial(1),
+    "unique": lambda x: x.unique_consecutive(),
+    "allclose": lambda x: torch.allclose(x, x),
+}
+
+
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize("how", READING)
+def test_values_that_the_host_reads_are_refused(how, inference):
+    x = torch.ones(3)
+    with torch.inference_mode(inference), HostReadGuard("cpu"), pytest.raises(RuntimeError, match="reads a value"):
+        READING[how](x)
+    with torch.inference_mode(inference), HostReadGuard("cpu"):
+        torch.where(x > 0, x, 0).masked_fill(x > 0, 1)[torch.tensor([0, 2])].repeat_interleave(2).sort()
 
 
 class _Event:

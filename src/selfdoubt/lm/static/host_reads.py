@@ -4,16 +4,37 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 #: Operations that give the host a value, or a shape that depends on one.
-_READS = frozenset({
+READS = frozenset({
     "_local_scalar_dense", "item", "is_nonzero", "equal", "nonzero", "masked_select", "unique_dim", "_unique2",
-    "bincount",
+    "unique_consecutive", "unique_dim_consecutive", "bincount", "multinomial", "repeat_interleave", "allclose",
 })  # fmt: skip
 _COPIES = frozenset({"_to_copy", "to", "copy_"})
+_INDEXED = frozenset({"index", "index_put", "index_put_", "_index_put_impl_"})
+
+
+def decompose(mode: TorchDispatchMode, func: Any, args: Any, kwargs: Any) -> Any:
+    """Run an operation by its parts under a mode; ``NotImplemented`` if it has none.
+
+    In inference mode operations that are made of others arrive whole.
+    """
+    is_attention = func.overloadpacket is torch.ops.aten.scaled_dot_product_attention
+    if func.namespace == "prim" or is_attention:
+        return NotImplemented
+    if not torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
+        return NotImplemented
+    with mode:
+        return func.decompose(*args, **kwargs)
+
+
+def has_mask(args: Any) -> bool:
+    """Return True if an indexing operation gets a mask, whose number of true values is a shape."""
+    return any(isinstance(x, Tensor) and x.dtype in (torch.bool, torch.uint8) for x in tree_leaves(args[1:2]))
 
 
 class HostReadGuard(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -31,8 +52,14 @@ class HostReadGuard(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._device = device
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        parts = decompose(self, func, args, kwargs or {})
+        if parts is not NotImplemented:
+            return parts
         name = func.overloadpacket.__name__
-        if name in _READS and any(self._counts(x) for x in tree_leaves((args, kwargs))):
+        given = [x for x in tree_leaves((args, kwargs)) if self._counts(x)]
+        masks = name in _INDEXED and has_mask(args)
+        # repeat_interleave with a number of times is none of these: its own operation takes a tensor of them.
+        if given and (masks or name in READS):
             raise RuntimeError(f"{name} reads a value of the device, which no graph can hold")
         result = func(*args, **(kwargs or {}))
         if name in _COPIES:
