@@ -52,7 +52,9 @@ def build_folder(model: str, folder: Path) -> Path:
     network: Any = arms.build(model)
     network.float()
     network.resize_token_embeddings(len(tokenizer), mean_resizing=False)  # a token without letters is no event
-    with torch.no_grad():  # nor is a token that the chat template names as an end ever the most probable
+    with (
+        torch.no_grad()
+    ):  # a token that the chat template names as an end gets a logit of 0, and others have larger ones
         network.get_output_embeddings().weight[tokenizer.all_special_ids] = 0
     network.generation_config.eos_token_id = network.config.eos_token_id = None
     network.save_pretrained(folder)

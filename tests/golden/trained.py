@@ -91,7 +91,8 @@ def train_lora() -> dict[str, Any]:
     merged = selfdoubt("export", "lora", "merged", "--merge", "--dtype", "float32")
     return {
         **cases.command("train_lora", done, cases.adapter(Path("lora"))),
-        "train_lora_ask": _ask("lora"),
+        # Two reference answers hardly differ from that of Peru: its percentile would hang on the last digits.
+        "train_lora_ask": _ask("lora", "In which country is Paris?"),
         **cases.command("export_peft", peft, cases.adapter(Path("peft"))),
         **cases.command("export_merged", merged, cases.adapter(Path("merged"))),
     }
@@ -103,9 +104,9 @@ def written_adapters() -> dict[str, Any]:
     return {f"ask_written_{name}": _ask(f"written/{name}") for name in ("voters", "peft")}
 
 
-def _ask(adapter: str) -> dict[str, Any]:
+def _ask(adapter: str, question: str = "What is the capital of Peru?") -> dict[str, Any]:
     options = ("--json", "--temperature", "0", "--max-tokens", "4", "--dtype", "float32")
-    return selfdoubt("ask", "What is the capital of Peru?", "--adapter", adapter, *options).json()
+    return selfdoubt("ask", question, "--adapter", adapter, *options).json()
 
 
 CASES = (save, train_voters, train_lora, written_adapters)

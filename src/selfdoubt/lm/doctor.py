@@ -290,7 +290,7 @@ def _advise_prepacking(lm: ModelWithFront, device: Device) -> list[str]:
     size = sum({id(layer.weight): layer.weight.nbytes for layer in layers}.values())
     if size > USABLE * device.free_bytes:
         return []
-    return [f"--prepack: copies of the weights, {size / 1e9:.1f} GB, that this CPU reads in about 0.6 of the time"]
+    return [f"--prepack: copies of the weights, {size / 1e6:,.0f} MB, that this CPU reads faster"]
 
 
 def _describe_wrapper(model: nn.Module) -> str:
