@@ -130,10 +130,12 @@ def table(record: dict[str, Any]) -> str:
     head = ["model: arm", "ms per token, median", "quartiles", "to `generate`", "to the faster of its forms",
             "first token"]  # fmt: skip
     rounds = sorted({row["rounds"] for row in record["rows"] if "rounds" in row})
+    commits = dict.fromkeys(row.get("commit", record["commit"]) for row in record["rows"])
     text = (
         f"{record['device']}; bfloat16, one sequence, {record['settings']['prompt']} tokens of prompt, "
         f"{record['settings']['tokens']} of answer, {'-'.join(map(str, {rounds[0], rounds[-1]}))} rounds; commit "
-        f"{record['commit']}, torch {record['versions']['torch']}, transformers {record['versions']['transformers']}. "
+        f"{', '.join(commits)}, torch {record['versions']['torch']}, "
+        f"transformers {record['versions']['transformers']}. "
         "The floor, all weights read once at the bandwidth of a large copy: "
         + ", ".join(f"{model} {floor * 1e3:.2f} ms" for model, floor in _floors(record).items()) + "."
     )  # fmt: skip
