@@ -52,13 +52,13 @@ class HostReadGuard(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._device = device
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        parts = decompose(self, func, args, kwargs or {})
-        if parts is not NotImplemented:
-            return parts
+        result = decompose(self, func, args, kwargs or {})
+        if result is not NotImplemented:
+            return result
         name = func.overloadpacket.__name__
         given = [x for x in tree_leaves((args, kwargs)) if self._counts(x)]
         masks = name in _INDEXED and has_mask(args)
-        # repeat_interleave with a number of times is none of these: its own operation takes a tensor of them.
+        # repeat_interleave with one number is not among these: its operation of this name takes a tensor of numbers.
         if given and (masks or name in READS):
             raise RuntimeError(f"{name} reads a value of the device, which no graph can hold")
         result = func(*args, **(kwargs or {}))
