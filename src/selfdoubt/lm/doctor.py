@@ -18,7 +18,7 @@ from selfdoubt.lm.decoding import measure_step_memory
 from selfdoubt.lm.front import ModelWithFront
 from selfdoubt.lm.hardware import Device, describe_device
 from selfdoubt.lm.load import count_token_ids
-from selfdoubt.lm.prepacked import count_copied_bytes, find_linears
+from selfdoubt.lm.prepacked import count_copied_bytes, count_weight_bytes, find_linears
 from selfdoubt.lm.step_modes import choose_step_mode
 from selfdoubt.lm.step_times import WARM_STEPS, time_plain_steps, time_prefill, time_steps
 from selfdoubt.lm.stepper import HFStepper
@@ -287,7 +287,7 @@ def _advise_prepacking(lm: ModelWithFront, device: Device) -> list[str]:
     layers = find_linears(lm.model)
     if not layers or count_copied_bytes(lm.model) or choose_step_mode(lm.step, layers[0].weight.device) != "eager":
         return []
-    size = sum({id(layer.weight): layer.weight.nbytes for layer in layers}.values())
+    size = count_weight_bytes(layers)
     if size > USABLE * device.free_bytes:
         return []
     return [f"--prepack: copies of the weights, {size / 1e6:,.0f} MB, that this CPU reads faster"]

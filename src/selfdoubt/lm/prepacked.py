@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import platform
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from operator import attrgetter
@@ -202,6 +202,11 @@ def count_copied_bytes(model: nn.Module) -> int:
     return sum(each.weight.nbytes for each in weights.values())
 
 
+def count_weight_bytes(layers: Iterable[nn.Linear]) -> int:
+    """Return the bytes of layers' weights, those of a shared weight once: what their copies take."""
+    return sum({id(layer.weight): layer.weight.nbytes for layer in layers}.values())
+
+
 def _find_product(layer: nn.Linear) -> PrepackedProduct:
     product = _PRODUCTS.get(layer)
     if product is None or not product.is_of(layer):
@@ -216,8 +221,8 @@ def _choose(base: nn.Module, layers: list[nn.Linear]) -> bool:
     """Return whether a model is prepacked: what was chosen, or decided before, or what the free memory allows."""
     known = _CHOICES.get(base)
     if known is None:
-        new = {id(m.weight): m.weight.nbytes for m in layers if id(m.weight) not in _WEIGHTS}
-        size, free = sum(new.values()), read_cpu_memory()[1]
+        size = count_weight_bytes(layer for layer in layers if id(layer.weight) not in _WEIGHTS)
+        free = read_cpu_memory()[1]
         known = _CHOICES[base] = size <= MEMORY_SHARE * free
         if not known:
             _LOG.info(
